@@ -1,0 +1,1 @@
+"""Speed records: what was measured, how, on which machine."""

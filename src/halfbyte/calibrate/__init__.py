@@ -1,0 +1,1 @@
+"""Run layers over data: observers, blends, one layer in memory at a time."""

@@ -1,0 +1,1 @@
+"""Records in, model card out."""

@@ -1,0 +1,1 @@
+"""Files and names: reading, writing and checking checkpoints in every dialect."""

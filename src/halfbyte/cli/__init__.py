@@ -1,0 +1,1 @@
+"""Commands; each is a dozen lines that import their hall when run."""

@@ -1,0 +1,1 @@
+"""Run requests: scheduler, block allocator, paged cache, sampler, asyncio service."""

@@ -1,0 +1,1 @@
+"""Measure quality over the wire: benchmarks, graders, paired statistics."""

@@ -1,0 +1,1 @@
+"""Operations: public functions with several implementations each."""

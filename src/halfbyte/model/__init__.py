@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the decoder, its linears, attention and loading."""

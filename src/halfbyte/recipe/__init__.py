@@ -1,0 +1,1 @@
+"""Who gets which format: recipes (YAML) and the plans they make for a model."""

@@ -1,0 +1,1 @@
+"""The wire: an OpenAI-compatible HTTP server over the engine."""
