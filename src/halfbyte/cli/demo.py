@@ -1,0 +1,23 @@
+"""`halfbyte demo`: the whole story on a small real model."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "  halfbyte demo --out build/demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/demo"), help="where everything goes (%(default)s)"
+    )
+    parser.add_argument(
+        "--record", type=Path, help="also write the run as a benchmark record to this file"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (all cores, 2 at least)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte.bench.demo import run_demo
+
+    run_demo(args.out, record=args.record, threads=args.threads)
+    return 0
