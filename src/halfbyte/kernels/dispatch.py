@@ -1,0 +1,274 @@
+"""The public operations, their contracts, and the choice of implementation.
+
+An implementation is a module with functions named as the ops below: `reference` (plain torch, the
+definition, complete), `native` (C for CPUs, compiled at first use) and `cuda` (NVIDIA GPUs). An op
+that a module lacks runs in `reference`. The model and the engine call the functions of this file;
+tests walk `implementations(op)`.
+
+Shapes: T tokens (flat over sequences), S sequences, D model width, F MLP width, N query heads,
+K key/value heads, H head size (H2 = H / 2), O, I out and in features, B 16-blocks along I,
+P pages, Z slots in a page, S1 = S + 1.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import UsageError
+from halfbyte.log import logger
+
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_mul",
+    "prepare_bf16",
+    "prepare_fp8",
+    "prepare_nvfp4",
+    "linear_bf16",
+    "linear_fp8",
+    "linear_nvfp4",
+    "rotate",
+    "store_kv",
+    "paged_attention",
+)
+
+# Fastest first, by device; each module states in `unavailable(device)` why it cannot run, or None.
+_CANDIDATES = {
+    "cpu": ("native", "reference"),
+    "cuda": ("cuda", "reference"),
+}
+_MODULES = {
+    "reference": "halfbyte.kernels.reference",
+    "native": "halfbyte.kernels.native",
+    "cuda": "halfbyte.kernels.cuda.ops",
+}
+
+
+class Rotation(NamedTuple):
+    """Rotary angles of a step's tokens.
+
+    cos_TH2, sin_TH2  f32, the attention factor of YaRN folded in
+    query_scale_T     f32, multiplies rotated queries by position; None means 1
+    """
+
+    cos_TH2: Tensor
+    sin_TH2: Tensor
+    query_scale_T: Tensor | None
+
+
+class PreparedWeight(Protocol):
+    """A weight in the layout that one implementation's linear reads; made by `prepare_*`."""
+
+    @property
+    def implementation(self) -> str:
+        """Name of the implementation that made it and alone can read it."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held in memory."""
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    if name not in _MODULES:
+        raise UsageError(f"HALFBYTE_KERNELS={name}: expected one of {', '.join(_MODULES)}")
+    return importlib.import_module(_MODULES[name])
+
+
+def _reason_against(name: str, device_type: str) -> str | None:
+    """Why implementation `name` cannot serve tensors on this device; None when it can."""
+    if importlib.util.find_spec(_MODULES[name].rpartition(".")[0]) is None:
+        return "not part of this installation"
+    if importlib.util.find_spec(_MODULES[name]) is None:
+        return "not part of this installation"
+    reason: str | None = _module(name).unavailable(device_type)
+    return reason
+
+
+@cache
+def _chosen(device_type: str, wanted: str | None) -> str:
+    if wanted is not None:
+        if wanted not in _MODULES:
+            raise UsageError(f"HALFBYTE_KERNELS={wanted}: expected one of {', '.join(_MODULES)}")
+        reason = _reason_against(wanted, device_type)
+        if reason is None:
+            return wanted
+        logger.warning("kernels %s not used on %s: %s", wanted, device_type, reason)
+        return "reference"
+    for name in _CANDIDATES.get(device_type, ("reference",)):
+        reason = _reason_against(name, device_type)
+        if reason is None:
+            logger.info("kernels on %s: %s", device_type, name)
+            return name
+        logger.warning("kernels %s not used on %s: %s", name, device_type, reason)
+    return "reference"
+
+
+def chosen(device: torch.device) -> str:
+    """Name of the implementation that serves `device`; HALFBYTE_KERNELS overrides the choice."""
+    return _chosen(device.type, os.environ.get("HALFBYTE_KERNELS"))
+
+
+@cache
+def _function(op: str, implementation: str) -> Callable[..., Any]:
+    function = getattr(_module(implementation), op, None) or getattr(_module("reference"), op)
+    return function  # type: ignore[no-any-return]
+
+
+def implementations(op: str, device_type: str = "cpu") -> dict[str, Callable[..., Any]]:
+    """Every implementation of `op` that runs on this device now, by name; for tests."""
+    if op not in OPS:
+        raise KeyError(f"{op} is not one of {', '.join(OPS)}")
+    return {
+        name: getattr(_module(name), op)
+        for name in _CANDIDATES.get(device_type, ("reference",))
+        if _reason_against(name, device_type) is None and hasattr(_module(name), op)
+    }
+
+
+def _for(op: str, x: Tensor) -> Callable[..., Any]:
+    return _function(op, chosen(x.device))
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, computed in f32, rounded once to x's dtype. Bounded."""
+    return _for("rms_norm", x_TD)(x_TD, weight_D, eps)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add x to the residual stream and normalise the sum.
+
+    returns  normed_TD, residual_TD: the sum rounded to x's dtype, and the norm of that rounded
+             sum. Neither input is modified. The sum is exact class, the norm bounded.
+    """
+    return _for("add_rms_norm", x_TD)(x_TD, residual_TD, weight_D, eps)  # type: ignore[no-any-return]
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """silu(gate) * up of a fused product [gate | up], in f32, rounded once: (T, F). Bounded."""
+    return _for("silu_mul", gate_up_T2F)(gate_up_T2F)  # type: ignore[no-any-return]
+
+
+def prepare_bf16(w_OI: Tensor) -> PreparedWeight:
+    """Lay out a bf16 (or f32) weight for `linear_bf16` on the device it lies on."""
+    return _for("prepare_bf16", w_OI)(w_OI)  # type: ignore[no-any-return]
+
+
+def prepare_fp8(codes_OI: Tensor, scale_O: Tensor) -> PreparedWeight:
+    """Lay out e4m3 codes with one f32 scale a row (fused linears carry several scales)."""
+    return _for("prepare_fp8", codes_OI)(codes_OI, scale_O)  # type: ignore[no-any-return]
+
+
+def prepare_nvfp4(codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor) -> PreparedWeight:
+    """Lay out packed e2m1 codes (even column low), e4m3 block scales, one f32 scale a row."""
+    prepare = _for("prepare_nvfp4", codes_OI2)
+    return prepare(codes_OI2, scale_OB, tensor_scale_O)  # type: ignore[no-any-return]
+
+
+def linear_bf16(
+    x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x @ w^T, sums in f32, rounded once to `out_dtype` (x's dtype if None): (T, O). Bounded.
+
+    A row's result does not depend on the other rows in `native`; in `reference` it may.
+    """
+    linear = _function("linear_bf16", weight.implementation)
+    return linear(x_TI, weight, out_dtype)  # type: ignore[no-any-return]
+
+
+def linear_fp8(
+    x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x @ (code * scale)^T with the weight decoded exactly; else as `linear_bf16`. Bounded."""
+    linear = _function("linear_fp8", weight.implementation)
+    return linear(x_TI, weight, out_dtype)  # type: ignore[no-any-return]
+
+
+def linear_nvfp4(
+    x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x @ (value(code) * block scale * tensor scale)^T; else as `linear_bf16`. Bounded."""
+    linear = _function("linear_nvfp4", weight.implementation)
+    return linear(x_TI, weight, out_dtype)  # type: ignore[no-any-return]
+
+
+def rotate(q_TNH: Tensor, k_TKH: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by halves: (a, b) -> (a cos - b sin, b cos + a sin), in f32.
+
+    Queries are also multiplied by `query_scale_T`. Rounded once to the input's dtype; the inputs
+    are not modified and may be strided views of one fused product (last dimension dense).
+    Bounded.
+    """
+    return _for("rotate", q_TNH)(q_TNH, k_TKH, rotation)  # type: ignore[no-any-return]
+
+
+def store_kv(
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_cache_PZKH: Tensor,
+    v_cache_PZKH: Tensor,
+    slots_T: Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> None:
+    """Write keys and values into their pages, in place; `slots_T` int64 = page * Z + offset.
+
+    An e4m3 cache receives e4m3(clamp(k / k_scale, +-448)), a bf16 cache a copy (scales unused).
+    A token whose slot is negative is not stored. Exact.
+    """
+    store = _for("store_kv", k_TKH)
+    store(k_TKH, v_TKH, k_cache_PZKH, v_cache_PZKH, slots_T, k_scale, v_scale)
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_PZKH: Tensor,
+    v_cache_PZKH: Tensor,
+    k_scale: float,
+    v_scale: float,
+    block_table_SP: Tensor,
+    context_lengths_S: Tensor,
+    query_starts_S1: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """Causal attention of a ragged batch over paged keys and values, read as stored: (T, N, H).
+
+    block_table_SP     int32, page of each Z tokens of a sequence, in order
+    context_lengths_S  int32, stored tokens of each sequence, those of this step included
+    query_starts_S1    int32, rows of q that belong to sequence s: [starts[s], starts[s + 1])
+    k_scale, v_scale   multiply what an e4m3 cache holds; pass 1.0 for a bf16 cache
+    softmax_scale      multiplies q . k
+
+    Query j of sequence s sits at position context_lengths[s] - num_queries[s] + j and sees every
+    position up to its own. Scores and sums in f32. N is a multiple of K. Bounded.
+
+    Example: Z=4, two sequences; the first prefills 3 tokens, the second decodes its sixth token:
+      block_table [[7, 0], [2, 5]], context_lengths [3, 6], query_starts [0, 3, 4]
+      q row 1 reads slots 7*4+0, 7*4+1; q row 3 reads 2*4+0..3, 5*4+0, 5*4+1.
+    """
+    attention = _for("paged_attention", q_TNH)
+    return attention(  # type: ignore[no-any-return]
+        q_TNH,
+        k_cache_PZKH,
+        v_cache_PZKH,
+        k_scale,
+        v_scale,
+        block_table_SP,
+        context_lengths_S,
+        query_starts_S1,
+        softmax_scale,
+    )
