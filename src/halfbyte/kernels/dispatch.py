@@ -11,6 +11,7 @@ P pages, Z slots in a page, S1 = S + 1.
 """
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
@@ -70,10 +71,12 @@ class PreparedWeight(Protocol):
         """Name of the implementation that made it and alone can read it."""
 
     @property
-    def out_features(self) -> int: ...
+    def out_features(self) -> int:
+        """Rows of the weight, all members of a fused group together."""
 
     @property
-    def in_features(self) -> int: ...
+    def in_features(self) -> int:
+        """Columns of the weight."""
 
     @property
     def num_bytes(self) -> int:
@@ -123,8 +126,8 @@ def chosen(device: torch.device) -> str:
 
 @cache
 def _function(op: str, implementation: str) -> Callable[..., Any]:
-    function = getattr(_module(implementation), op, None) or getattr(_module("reference"), op)
-    return function  # type: ignore[no-any-return]
+    reference = getattr(_module("reference"), op)
+    return getattr(_module(implementation), op, reference)  # type: ignore[no-any-return]
 
 
 def implementations(op: str, device_type: str = "cpu") -> dict[str, Callable[..., Any]]:
@@ -143,7 +146,10 @@ def _for(op: str, x: Tensor) -> Callable[..., Any]:
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, computed in f32, rounded once to x's dtype. Bounded."""
+    """Scale rows to unit RMS, times weight; in f32, rounded once to x's dtype. Bounded.
+
+    y = x / sqrt(mean(x^2) + eps) * weight
+    """
     return _for("rms_norm", x_TD)(x_TD, weight_D, eps)  # type: ignore[no-any-return]
 
 
@@ -182,7 +188,7 @@ def prepare_nvfp4(codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor) -
 def linear_bf16(
     x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """x @ w^T, sums in f32, rounded once to `out_dtype` (x's dtype if None): (T, O). Bounded.
+    """Product x @ w^T, sums in f32, rounded once to `out_dtype` (x's dtype if None): (T, O). Bounded.
 
     A row's result does not depend on the other rows in `native`; in `reference` it may.
     """
@@ -193,7 +199,7 @@ def linear_bf16(
 def linear_fp8(
     x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """x @ (code * scale)^T with the weight decoded exactly; else as `linear_bf16`. Bounded."""
+    """Product x @ (code * scale)^T, weight decoded exactly; else as `linear_bf16`. Bounded."""
     linear = _function("linear_fp8", weight.implementation)
     return linear(x_TI, weight, out_dtype)  # type: ignore[no-any-return]
 
@@ -201,7 +207,7 @@ def linear_fp8(
 def linear_nvfp4(
     x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """x @ (value(code) * block scale * tensor scale)^T; else as `linear_bf16`. Bounded."""
+    """Product x @ (code * block scale * tensor scale)^T; else as `linear_bf16`. Bounded."""
     linear = _function("linear_nvfp4", weight.implementation)
     return linear(x_TI, weight, out_dtype)  # type: ignore[no-any-return]
 
