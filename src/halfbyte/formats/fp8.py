@@ -1,0 +1,100 @@
+"""FP8 per tensor: the scale rule, encoding in three arithmetic profiles, decoding.
+
+Called by `quantize` (weights, KV and input scales), `checkpoint` (decoding) and `kernels`. The
+bytes are those of NVIDIA Model-Optimizer (decision 0003); `direct` is more accurate than both of
+its ways and never the default.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import FormatError
+from halfbyte.formats.measure import CHUNK_VALUES, largest_magnitude
+from halfbyte.formats.minifloat import E4M3_MAX, decode_e4m3, encode_e4m3
+
+# ieee    Model-Optimizer on a CPU: true divisions, quotient rounded to bf16 before e4m3
+# cuda    Model-Optimizer on a GPU: scales multiply by a rounded reciprocal, the divisor is bf16
+# direct  one rounding: e4m3 of the f32 quotient
+Profile = Literal["ieee", "cuda", "direct"]
+PROFILES: tuple[Profile, ...] = ("ieee", "cuda", "direct")
+
+
+def scale_from_amax(amax: Tensor, largest: float, profile: Profile) -> Tensor:
+    """`amax / largest` as f32, by the profile's arithmetic; keeps the shape of `amax`.
+
+    The CUDA division of a tensor by a constant multiplies by the constant's f32 reciprocal, which
+    differs by one unit in the last place in about half of all scales.
+    Raises FormatError if any maximum is zero, negative, infinite or NaN.
+    """
+    wide = amax.to(torch.float32)
+    if not bool((torch.isfinite(wide) & (wide > 0)).all()):
+        raise FormatError(
+            f"largest magnitude {wide.flatten().tolist()}: a scale needs a positive, finite one"
+        )
+    if profile == "cuda":
+        return wide * torch.tensor(1.0 / largest, dtype=torch.float32, device=wide.device)
+    return wide / largest
+
+
+def fp8_scale(amax: Tensor, profile: Profile = "ieee") -> Tensor:
+    """The f32 scale of an FP8 tensor whose largest magnitude is `amax`: amax / 448.
+
+    Serves weights, inputs, keys and values. Raises FormatError as `scale_from_amax`.
+    """
+    return scale_from_amax(amax, E4M3_MAX, profile)
+
+
+def encode_fp8(w: Tensor, scale: Tensor, profile: Profile = "ieee") -> Tensor:
+    """Encode `w` to e4m3 codes with one scale.
+
+    w        bf16 or f32, any shape; not modified
+    scale    f32, 0-d, > 0
+    returns  float8_e4m3fn of the same shape
+
+    Profiles `ieee` and `cuda` round the quotient to bf16 first, as the reference does on bf16
+    weights; `cuda` also rounds the divisor. Raises FormatError if w holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(largest_magnitude(w))):
+        raise FormatError("weight holds NaN or infinity; nothing can encode it")
+    divisor = scale.to(torch.float32)
+    if profile == "cuda":
+        divisor = divisor.to(torch.bfloat16).to(torch.float32)
+    flat = w.reshape(-1)
+    codes = torch.empty(flat.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    quotient = torch.empty(min(flat.numel(), CHUNK_VALUES), device=w.device)
+    for start in range(0, flat.numel(), CHUNK_VALUES):
+        part = flat[start : start + CHUNK_VALUES]
+        t = quotient[: part.numel()].copy_(part).div_(divisor)
+        codes[start : start + CHUNK_VALUES] = encode_e4m3(
+            t if profile == "direct" else t.to(torch.bfloat16)
+        )
+    return codes.view(w.shape)
+
+
+def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`fp32(code) * scale`, rounded once to `dtype`.
+
+    This is how Mistral's FP8 checkpoints and Model-Optimizer's exports are decoded alike. `scale`
+    may be bf16 or f32, shape () or (1,).
+    """
+    factor = scale.to(torch.float32).reshape(())
+    if dtype == torch.float32:
+        return decode_e4m3(codes).mul_(factor)
+    flat = codes.reshape(-1)
+    decoded = torch.empty(flat.shape, dtype=dtype, device=codes.device)
+    for start in range(0, flat.numel(), CHUNK_VALUES):
+        stop = start + CHUNK_VALUES
+        decoded[start:stop] = decode_e4m3(flat[start:stop]).mul_(factor)
+    return decoded.view(codes.shape)
+
+
+def round_to_fp8(x: Tensor, input_scale: Tensor) -> Tensor:
+    """Activations as an FP8 linear sees them: `e4m3(clamp(x / s, +-448)) * s`, in x's dtype.
+
+    Quotient and product are f32. Values beyond 448 * s saturate; NaN stays NaN.
+    """
+    scale = input_scale.to(torch.float32)
+    codes = encode_e4m3(x.to(torch.float32) / scale)
+    return (decode_e4m3(codes) * scale).to(x.dtype)

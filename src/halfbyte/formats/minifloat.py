@@ -1,0 +1,114 @@
+"""e2m1 and e4m3: the two minifloats, nearest-even encode, exact decode.
+
+The only statement of these rounding rules in torch; FP8, NVFP4 and the activation rules build on
+it. Scales, blocks and packing live in `fp8`, `nvfp4` and `layout`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+E2M1_MAX = 6.0  # largest e2m1
+E4M3_MAX = 448.0  # largest e4m3
+E4M3_TINY = 2.0**-9  # smallest positive e4m3, a subnormal
+
+# Value of each 4-bit code: bit 3 is the sign, bits 0-2 the magnitude. Code 8 is negative zero.
+E2M1_VALUES = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
+
+# Adding 2**23 to a small non-negative f32 leaves its nearest integer, ties to even, in the low
+# bits of the sum: the unit in the last place is 1 there.
+_INTEGER = float(2**23)
+
+
+class E2M1Buffers(NamedTuple):
+    """Working memory of `encode_e2m1_words`: four f32 vectors of the same length.
+
+    Kept between chunks, so that a large weight is encoded inside the processor's cache.
+    """
+
+    quotient: Tensor
+    magnitude: Tensor
+    nearest: Tensor
+    coarser: Tensor
+
+    def first(self, num_values: int) -> "E2M1Buffers":
+        """The same memory, cut to `num_values`."""
+        return E2M1Buffers(*(buffer[:num_values] for buffer in self))
+
+
+def e2m1_buffers(num_values: int, device: torch.device) -> E2M1Buffers:
+    """Fresh working memory for up to `num_values` values."""
+    return E2M1Buffers(*(torch.empty(num_values, device=device) for _ in range(4)))
+
+
+def encode_e2m1_words(buffers: E2M1Buffers) -> Tensor:
+    """Encode `buffers.quotient` to e2m1, one int32 a value: the hot loop of NVFP4 encoding.
+
+    buffers  f32 vectors of equal length; all are overwritten
+    returns  int32 in memory of `buffers.nearest`: bits 0-3 are the code, bits 4-7 are zero, the
+             higher bits mean nothing
+
+    On |t| < 2 the e2m1 grid has step 1/2, up to 4 step 1, up to 6 step 2, and codes count grid
+    points; so the code is the least of round(2t), round(t) + 2, round(t/2) + 4 and 7, where each
+    rounding is one exact f32 addition, ties to even. The sign bit is set when t < 0: negative
+    zero encodes to 0. NaN gives a meaningless code.
+    """
+    quotient, magnitude, nearest, coarser = buffers
+    quotient.add_(0.0)  # -0.0 becomes +0.0
+    torch.abs(quotient, out=magnitude)
+    torch.add(magnitude.new_tensor(_INTEGER), magnitude, alpha=2, out=nearest)
+    torch.add(magnitude, _INTEGER + 2, out=coarser)
+    torch.minimum(nearest, coarser, out=nearest)
+    torch.add(magnitude.new_tensor(_INTEGER + 4), magnitude, alpha=0.5, out=coarser)
+    torch.minimum(nearest, coarser, out=nearest).clamp_(max=_INTEGER + 7)
+    sign = quotient.view(torch.int32).bitwise_right_shift_(31)  # 0 or -1
+    return nearest.view(torch.int32).sub_(sign, alpha=8)
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """Nearest e2m1 codes of `x`, ties to the even code, saturating at 6; unpacked, uint8 0-15.
+
+    The sign bit (8) is set when x < 0, so -0.0 gives 0 and -0.1 gives 8. NaN is the caller's to
+    exclude. Source: OCP Microscaling 1.0, section 5.3.3; zero signs as NVIDIA Model-Optimizer.
+    """
+    buffers = e2m1_buffers(x.numel(), x.device)
+    buffers.quotient.copy_(x.reshape(-1))
+    return encode_e2m1_words(buffers).bitwise_and_(15).to(torch.uint8).view(x.shape)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Exact f32 values of unpacked e2m1 codes (uint8, 0-15)."""
+    values = torch.tensor(E2M1_VALUES, device=codes.device)
+    return values[codes.to(torch.int32)]
+
+
+def encode_e4m3(x: Tensor) -> Tensor:
+    """Nearest e4m3 (float8_e4m3fn) of `x`, ties to even, clamped to +-448 first.
+
+    The clamp comes first because e4m3 has no infinity: above 464 some conversions give NaN and
+    some saturate. NaN stays NaN; negative values that round to zero give negative zero.
+    """
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def decode_e4m3(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Exact values of e4m3 codes; every one is representable in bf16, f16 and f32."""
+    return codes.to(dtype)
