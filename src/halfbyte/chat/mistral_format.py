@@ -1,0 +1,267 @@
+"""Encoding for Mistral checkpoints: mistral-common does it, in its serving mode.
+
+The request arrives as OpenAI-style message dicts that the server has validated, images already
+decoded. What mistral-common lets pass silently is checked here: arguments of earlier tool calls,
+call ids, efforts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk, ThinkChunk
+from mistral_common.protocol.instruct.messages import (
+    AssistantMessage,
+    ChatMessage,
+    SystemMessage,
+    ToolMessage,
+    UserMessage,
+)
+from mistral_common.protocol.instruct.request import (
+    ChatCompletionRequest,
+    JsonSchema,
+    ReasoningEffort,
+    ResponseFormat,
+    ResponseFormats,
+)
+from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, Tool, ToolCall
+from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer, is_tekkenizer
+
+from halfbyte.chat import tools as tool_calls
+from halfbyte.chat.images import ImageEncoder, ImageLayout
+from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
+from halfbyte.chat.vocabulary import Vocabulary, tekken_vocabulary
+from halfbyte.errors import CheckpointError, RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class MistralFormat:
+    """A tekken.json and everything that follows from it.
+
+    reasoning_efforts  what `reasoning_effort` may say, from the file; empty if it lists none
+    default_effort     the effort of a request that names none
+    image_layout       None for a text-only tokenizer
+    """
+
+    tokenizer: MistralTokenizer[Any, Any, Any, Any, Any]
+    vocabulary: Vocabulary
+    control: ControlTokens
+    reasoning_efforts: tuple[str, ...]
+    default_effort: str | None
+    shows_json_schema: bool
+    image_layout: ImageLayout | None
+
+    def encode_prompt(self, text: str) -> EncodedPrompt:
+        """A plain prompt: bos and the text, which cannot hold control tokens."""
+        bos = self.vocabulary.bos_token_id
+        start = () if bos is None else (bos,)
+        return EncodedPrompt((*start, *self.vocabulary.encode_text(text)))
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        reasoning_effort: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> EncodedPrompt:
+        """Token ids of a conversation.
+
+        messages          OpenAI-style; image parts are {"type": "image", "image": PIL image}
+        json_schema       shown to the model only where its settings have a place for it
+        continue_final    the last message is the assistant's and is to be continued
+
+        Raises RequestError with the path of what is wrong.
+        """
+        self._check_effort(reasoning_effort)
+        converted = _convert_messages(messages, continue_final=continue_final)
+        try:
+            request = ChatCompletionRequest[Any](
+                model="local",
+                messages=converted,
+                tools=[_convert_tool(tool) for tool in tools] or None,
+                reasoning_effort=ReasoningEffort(reasoning_effort) if reasoning_effort else None,
+                response_format=self._response_format(json_schema),
+            )
+            tokenized = self.tokenizer.encode_chat_completion(request)
+        except MistralCommonException as error:
+            raise RequestError(error.message, param="messages") from error
+        except ValueError as error:
+            raise RequestError(_plain_message(error), param="messages") from error
+        return EncodedPrompt(tuple(tokenized.tokens), self._place_images(tokenized))
+
+    def _check_effort(self, effort: str | None) -> None:
+        if effort is None or effort in self.reasoning_efforts:
+            return
+        # "none" asks a model without thoughts for what it does anyway.
+        if effort == "none" and not self.reasoning_efforts:
+            return
+        known = ", ".join(self.reasoning_efforts) or "none"
+        raise RequestError(
+            f"reasoning_effort {effort!r} is not one this model knows: {known}",
+            param="reasoning_effort",
+            code="unsupported_value",
+        )
+
+    def _response_format(self, json_schema: Mapping[str, Any] | None) -> ResponseFormat:
+        if json_schema is None or not self.shows_json_schema:
+            return ResponseFormat()
+        schema = JsonSchema(name="response", schema=dict(json_schema), strict=True)
+        return ResponseFormat(type=ResponseFormats.json_schema, json_schema=schema)
+
+    def _place_images(self, tokenized: Any) -> tuple[EncodedImage, ...]:
+        """Find where each image's run of tokens begins; runs come in the order of the images."""
+        if not tokenized.images:
+            return ()
+        layout = self.image_layout
+        assert layout is not None
+        placed = []
+        start = 0
+        for pixels in tokenized.images:
+            offset = tokenized.tokens.index(layout.image_token_id, start)
+            num_tokens = layout.num_tokens(pixels.shape[1], pixels.shape[2])
+            placed.append(EncodedImage(pixels, offset, num_tokens))
+            start = offset + num_tokens
+        return tuple(placed)
+
+
+def load_mistral_format(path: Path) -> MistralFormat:
+    """Read a tekken.json. Raises CheckpointError if mistral-common does."""
+    try:
+        tokenizer: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.from_file(
+            path, mode=ValidationMode.serving
+        )
+    except (MistralCommonException, ValueError, KeyError, AssertionError, OSError) as error:
+        raise CheckpointError(f"{path}: {_plain_message(error)}") from error
+    tekken = tokenizer.instruct_tokenizer.tokenizer
+    if not is_tekkenizer(tekken):
+        raise CheckpointError(f"{path}: not a tekken vocabulary")
+    layout = _image_layout(tekken)
+    if layout is not None:
+        # Ours needs no OpenCV, and takes only images that are decoded and checked.
+        tokenizer.instruct_tokenizer.image_encoder = ImageEncoder(layout)  # type: ignore[assignment]
+    builder = tekken.model_settings_builder
+    effort = builder.reasoning_effort if builder is not None else None
+    return MistralFormat(
+        tokenizer=tokenizer,
+        vocabulary=tekken_vocabulary(tekken),
+        control=_control_tokens(tekken),
+        reasoning_efforts=tuple(str(value) for value in effort.values) if effort else (),
+        default_effort=str(effort.default) if effort and effort.default else None,
+        shows_json_schema=builder is not None and builder.json_schema is not None,
+        image_layout=layout,
+    )
+
+
+def _control_tokens(tekken: Tekkenizer) -> ControlTokens:
+    def find(name: str) -> int | None:
+        return tekken.get_special_token(name) if tekken.is_special(name) else None
+
+    return ControlTokens(
+        think=find("[THINK]"),
+        end_think=find("[/THINK]"),
+        tool_calls=find("[TOOL_CALLS]"),
+        args=find("[ARGS]"),
+    )
+
+
+def _image_layout(tekken: Tekkenizer) -> ImageLayout | None:
+    config = tekken.image
+    if config is None:
+        return None
+    return ImageLayout(
+        patch_pixels=config.image_patch_size * config.spatial_merge_size,
+        max_side_pixels=config.max_image_size,
+        image_token_id=tekken.get_special_token("[IMG]"),
+        break_token_id=tekken.get_special_token("[IMG_BREAK]"),
+        end_token_id=tekken.get_special_token("[IMG_END]"),
+    )
+
+
+def _convert_messages(
+    messages: Sequence[Mapping[str, Any]], *, continue_final: bool
+) -> list[ChatMessage]:
+    call_ids = tool_calls.CallIds()
+    converted: list[ChatMessage] = []
+    for index, message in enumerate(messages):
+        is_last = index == len(messages) - 1
+        path = f"messages[{index}]"
+        role = message["role"]
+        if role in ("system", "developer"):
+            converted.append(SystemMessage(content=_content(message)))
+        elif role == "user":
+            converted.append(UserMessage(content=_content(message)))
+        elif role == "assistant":
+            prefix = continue_final and is_last
+            converted.append(_convert_assistant(message, path, call_ids, prefix=prefix))
+        else:
+            converted.append(
+                ToolMessage(
+                    content=_content(message),
+                    tool_call_id=call_ids.inside(message["tool_call_id"]),
+                )
+            )
+    return converted
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    """Content as a string or as chunks; a missing one is empty."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    return [_convert_part(part) for part in content]
+
+
+def _convert_part(part: Mapping[str, Any]) -> TextChunk | ImageChunk | ThinkChunk:
+    if part["type"] == "image":
+        return ImageChunk(image=part["image"])
+    if part["type"] == "thinking":
+        return ThinkChunk(thinking=part["thinking"], closed=True)
+    return TextChunk(text=part["text"] if part["type"] == "text" else part["refusal"])
+
+
+def _convert_assistant(
+    message: Mapping[str, Any], path: str, call_ids: tool_calls.CallIds, *, prefix: bool
+) -> AssistantMessage:
+    """An earlier answer, its thought first: clients send it as reasoning_content or reasoning."""
+    content = _content(message)
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought:
+        chunks = [TextChunk(text=content)] if isinstance(content, str) and content else content
+        content = [ThinkChunk(thinking=thought, closed=True), *(chunks or ())]
+    calls = [
+        ToolCall(
+            id=call_ids.inside(call["id"]),
+            function=FunctionCall(
+                name=call["function"]["name"],
+                arguments=tool_calls.checked_arguments(
+                    call["function"]["arguments"], f"{path}.tool_calls[{index}].function.arguments"
+                ),
+            ),
+        )
+        for index, call in enumerate(message.get("tool_calls") or ())
+    ]
+    return AssistantMessage(content=content or None, tool_calls=calls or None, prefix=prefix)
+
+
+def _convert_tool(tool: Mapping[str, Any]) -> Tool:
+    function = tool["function"]
+    return Tool(
+        function=Function(
+            name=function["name"],
+            description=function.get("description") or "",
+            parameters=function.get("parameters") or {},
+        )
+    )
+
+
+def _plain_message(error: Exception) -> str:
+    """One line of an exception of mistral-common or pydantic."""
+    text = getattr(error, "message", None) or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines[:3])

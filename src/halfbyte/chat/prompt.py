@@ -1,0 +1,67 @@
+"""What both chat formats give back, and the control tokens that the router and grammars need."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.chat.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class ControlTokens:
+    """Ids of the control tokens that structure an answer; None where the model has no such token.
+
+    think, end_think   around the thought
+    tool_calls, args   a call is tool_calls NAME args JSON
+    """
+
+    think: int | None = None
+    end_think: int | None = None
+    tool_calls: int | None = None
+    args: int | None = None
+
+    @property
+    def has_thinking(self) -> bool:
+        """Whether the model can mark a thought."""
+        return self.think is not None and self.end_think is not None
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the model can mark a tool call."""
+        return self.tool_calls is not None and self.args is not None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """One image of a prompt.
+
+    pixels      float32 (3, height, width), normalized; height and width are multiples of the
+                merged patch
+    offset      index in the prompt of the image's first token
+    num_tokens  its tokens, row breaks and the end included
+    """
+
+    pixels: NDArray[np.float32]
+    offset: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """Token ids of a whole prompt, and its images in order."""
+
+    token_ids: tuple[int, ...]
+    images: tuple[EncodedImage, ...] = ()
+
+
+def banned_control_ids(
+    vocabulary: Vocabulary, tokens: ControlTokens, *, thinking: bool, tools: bool
+) -> tuple[int, ...]:
+    """Control ids that an answer may not contain: all but its ends and the allowed structure."""
+    allowed: set[int | None] = set(vocabulary.eos_token_ids)
+    if thinking:
+        allowed |= {tokens.think, tokens.end_think}
+    if tools:
+        allowed |= {tokens.tool_calls, tokens.args}
+    return tuple(sorted(set(vocabulary.control_names) - allowed))

@@ -1,0 +1,60 @@
+"""Tools on their way in and out: call ids, arguments of earlier calls, new ids."""
+
+import hashlib
+import json
+import re
+import secrets
+import string
+
+from halfbyte.errors import RequestError
+
+_ALPHABET = string.ascii_letters + string.digits
+_CALL_ID_LENGTH = 9  # what Mistral's own formats accept, [a-zA-Z0-9]{9}
+_OUR_KIND = re.compile(r"[a-zA-Z0-9]{9}\Z")
+
+
+def new_call_id() -> str:
+    """An id for a call that the model has made: nine characters, unguessable."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(_CALL_ID_LENGTH))
+
+
+class CallIds:
+    """Maps a client's call ids to the nine-character kind, for one request.
+
+    Ids of that kind stay; others ("call_8WxY...") are hashed, so that the same conversation always
+    becomes the same prompt. Two ids never share one.
+    """
+
+    def __init__(self) -> None:
+        self._inside: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def inside(self, client_id: str) -> str:
+        """The id that the model's format sees."""
+        known = self._inside.get(client_id)
+        if known is not None:
+            return known
+        candidate, salt = client_id, 0
+        while not _OUR_KIND.match(candidate) or candidate in self._taken:
+            digest = hashlib.sha256(f"{salt}:{client_id}".encode()).digest()
+            candidate = "".join(_ALPHABET[byte % 62] for byte in digest[:_CALL_ID_LENGTH])
+            salt += 1
+        self._inside[client_id] = candidate
+        self._taken.add(candidate)
+        return candidate
+
+
+def checked_arguments(arguments: str, path: str) -> str:
+    """Arguments of an earlier call, as the JSON object they must be; nothing counts as {}.
+
+    Anything else would enter the prompt as a JSON string, which no model was trained on.
+    """
+    if not arguments.strip():
+        return "{}"
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not JSON: {error}", param=path) from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} must be a JSON object", param=path)
+    return arguments

@@ -1,0 +1,262 @@
+import contextlib
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from halfbyte.chat.grammar import (
+    GrammarCompiler,
+    GrammarLimits,
+    Mask,
+    ThoughtMask,
+    choice_grammar,
+    json_schema_grammar,
+    regex_grammar,
+    token_bits,
+    tools_grammar,
+    unfinished_character,
+)
+from halfbyte.chat.mistral_format import MistralFormat
+from halfbyte.chat.template_format import TemplateFormat
+from halfbyte.errors import RequestError
+
+THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": CITY}},
+    {"type": "function", "function": {"name": "f"}},
+]
+
+
+@pytest.fixture(scope="module")
+def compiler(mistral: MistralFormat) -> GrammarCompiler:
+    return GrammarCompiler(mistral.vocabulary)
+
+
+def allowed(mask: Mask, size: int = 764) -> set[int]:
+    bitmask = np.zeros(-(-size // 32), dtype=np.uint32)
+    mask.fill(bitmask)
+    return {i for i in range(size) if bitmask[i // 32] >> np.uint32(i % 32) & 1}
+
+
+def accepts(mask: Mask, mistral: MistralFormat, *parts: str | int) -> bool:
+    """Whether the mask allows every token, and then an end of answer."""
+    ids: list[int] = []
+    for part in parts:
+        ids += [part] if isinstance(part, int) else mistral.vocabulary.encode_text(part)
+    for token_id in ids:
+        if token_id not in allowed(mask):
+            return False
+        mask.accept(token_id)
+    return EOS in allowed(mask)
+
+
+def tool_mask(compiler: GrammarCompiler, mistral: MistralFormat, **options: Any) -> Mask:
+    options = {"choice": "auto", "parallel": True, **options}
+    lark = tools_grammar(TOOLS, mistral.control, **options)
+    return compiler.mask(compiler.compile(lark, "tools"))
+
+
+CALL = (CALLS, "get_weather", ARGS, '{"city": "Paris"}')
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "parts", "expected"),
+    [
+        ("auto", True, ("Hello",), True),
+        ("auto", True, (), True),
+        ("auto", True, CALL, True),
+        ("auto", True, ("Let me see.", *CALL, *CALL), True),
+        ("auto", True, (CALLS, "f", ARGS, "{}"), True),
+        ("auto", False, (*CALL, *CALL), False),
+        ("auto", True, (CALLS, "nobody", ARGS, "{}"), False),
+        ("auto", True, (CALLS, "get_weather", ARGS, '{"town": "x"}'), False),
+        ("auto", True, (CALLS, "get_weather", ARGS, "{}"), False),
+        ("auto", True, (THINK, "x", END_THINK), False),
+        ("required", True, ("Hello",), False),
+        ("required", True, (*CALL, *CALL), True),
+        ("required", True, (), False),
+        ("get_weather", True, CALL, True),
+        ("get_weather", True, (*CALL, *CALL), False),
+        ("get_weather", True, (CALLS, "f", ARGS, "{}"), False),
+    ],
+)
+def test_tool_choices(
+    compiler: GrammarCompiler,
+    mistral: MistralFormat,
+    choice: str,
+    parallel: bool,
+    parts: tuple[str | int, ...],
+    expected: bool,
+) -> None:
+    mask = tool_mask(compiler, mistral, choice=choice, parallel=parallel)
+    assert accepts(mask, mistral, *parts) is expected
+
+
+def test_schema_and_tools_allow_either(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
+    answer = json_schema_grammar(CITY, lenient=False)
+    for parts, expected in ((('{"city": "x"}',), True), (CALL, True), (("text",), False)):
+        mask = tool_mask(compiler, mistral, answer=answer)
+        assert accepts(mask, mistral, *parts) is expected
+
+
+def test_json_schema_regex_and_choice(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
+    cases = [
+        (json_schema_grammar(CITY, lenient=False), '{"city":\n "é"}', "{}"),
+        (regex_grammar(r"\d{3}-[a-z/]+"), "123-a/b", "12-a"),
+        (choice_grammar(['say "hi"', "no\n"]), 'say "hi"', "maybe"),
+    ]
+    for lark, good, bad in cases:
+        grammar = compiler.compile(lark, "response_format")
+        assert accepts(compiler.mask(grammar), mistral, good)
+        assert not accepts(compiler.mask(grammar), mistral, bad)
+
+
+def test_white_space_inside_json_has_a_bound(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    grammar = compiler.compile(json_schema_grammar(CITY, lenient=False), "p")
+    assert not accepts(compiler.mask(grammar), mistral, "{" + " " * 100 + '"city": "x"}')
+
+
+def test_unsupported_keywords_are_refused_or_named(compiler: GrammarCompiler) -> None:
+    schema = {**CITY, "not": {"required": ["x"]}, "x-guidance": {"lenient": True}}
+    with pytest.raises(RequestError, match="not") as caught:
+        compiler.compile(json_schema_grammar(schema, lenient=False), "response_format")
+    assert caught.value.param == "response_format"
+    lenient = compiler.compile(json_schema_grammar(schema, lenient=True), "response_format")
+    assert any("not" in warning for warning in lenient.warnings)
+
+
+@pytest.mark.parametrize("regex", ["(", "(?=x)"])
+def test_regex_that_cannot_be_expressed_is_refused(compiler: GrammarCompiler, regex: str) -> None:
+    with pytest.raises(RequestError):
+        compiler.compile(regex_grammar(regex), "regex")
+
+
+@pytest.mark.parametrize("regex", ["a{1,1000000}{1,1000000}", "(a*)*(a*)*b", "((a|b|c)*d){500}"])
+def test_hostile_regex_costs_little(compiler: GrammarCompiler, regex: str) -> None:
+    start = time.perf_counter()
+    with contextlib.suppress(RequestError):
+        mask = compiler.mask(compiler.compile(regex_grammar(regex), "regex"))
+        allowed(mask)
+    assert time.perf_counter() - start < 3
+
+
+def test_limits_name_themselves(mistral: MistralFormat) -> None:
+    compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(max_source_bytes=100, max_depth=3))
+    with pytest.raises(RequestError, match="100 bytes"):
+        compiler.compile("start: " + "x" * 200, "p")
+    deep: Any = {}
+    for _ in range(5):
+        deep = {"items": deep}
+    with pytest.raises(RequestError, match="deeper than 3"):
+        compiler.check_depth(deep, "p")
+
+
+def test_compiled_grammars_are_kept_and_masks_are_independent(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    lark = choice_grammar(["ab", "cd"])
+    grammar = compiler.compile(lark, "p")
+    assert compiler.compile(lark, "p") is grammar
+    first, second = compiler.mask(grammar), compiler.mask(grammar)
+    first.accept(mistral.vocabulary.encode_text("ab")[0])
+    assert allowed(first) != allowed(second)
+
+
+def test_banned_ids_stay_banned_and_never_leave_nothing(
+    compiler: GrammarCompiler,
+) -> None:
+    grammar = compiler.compile("start: <[3]>\n", "p")
+    assert allowed(compiler.mask(grammar)) == {3}
+    assert allowed(compiler.mask(grammar, banned_token_ids=(3,))) == {EOS}
+
+
+def test_token_against_the_grammar_ends_the_answer(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    mask = compiler.mask(compiler.compile(choice_grammar(["ab"]), "p"))
+    mask.accept(64 + ord("z"))
+    assert allowed(mask) == {EOS} and mask.is_finished()
+
+
+def test_padding_of_the_models_head_is_never_allowed(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    mask = compiler.mask(compiler.compile(choice_grammar(["ab"]), "p"))
+    bitmask = np.full(40, 0xFFFFFFFF, dtype=np.uint32)
+    mask.fill(bitmask)
+    assert not bitmask[24:].any()
+
+
+def test_thought_passes_before_the_schema(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    grammar = compiler.compile(json_schema_grammar(CITY, lenient=False), "p")
+
+    def fresh(budget: int | None = None) -> ThoughtMask:
+        inner = compiler.mask(grammar)
+        return ThoughtMask(mistral.vocabulary, mistral.control, inner, budget)
+
+    assert accepts(fresh(), mistral, THINK, "anything {", END_THINK, '{"city": "x"}')
+    assert accepts(fresh(), mistral, '{"city": "x"}')
+    assert not accepts(fresh(), mistral, THINK, "a", END_THINK, "b")
+    assert not accepts(fresh(), mistral, THINK, "a", END_THINK, THINK, "b", END_THINK)
+    assert not accepts(fresh(), mistral, THINK, "a", CALLS)
+
+
+def test_budget_closes_the_thought_but_not_inside_a_character(mistral: MistralFormat) -> None:
+    mask = ThoughtMask(mistral.vocabulary, mistral.control, None, 2)
+    for token_id in (THINK, 64 + ord("a")):
+        mask.accept(token_id)
+    assert len(allowed(mask)) > 1
+    mask.accept(64 + 0xC3)
+    assert END_THINK in allowed(mask) and len(allowed(mask)) > 1
+    mask.accept(64 + 0xA9)
+    assert allowed(mask) == {END_THINK}
+    mask.accept(END_THINK)
+    assert len(allowed(mask)) == 764
+
+
+def test_a_budget_of_zero_still_closes_the_thought(mistral: MistralFormat) -> None:
+    mask = ThoughtMask(mistral.vocabulary, mistral.control, None, 0)
+    mask.accept(THINK)
+    assert allowed(mask) == {END_THINK}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"a", b""),
+        (b"a\xc3", b"\xc3"),
+        ("é".encode(), b""),
+        ("漢".encode()[:2], "漢".encode()[:2]),
+        ("漢".encode(), b""),
+        ("😀".encode()[:3], "😀".encode()[:3]),
+        (b"\xa9", b""),
+        (b"\xa9\xa9\xa9\xa9", b""),
+    ],
+)
+def test_unfinished_character(text: bytes, expected: bytes) -> None:
+    assert unfinished_character(text) == expected
+
+
+def test_bits() -> None:
+    assert token_bits((0, 33, 33, 99), 2).tolist() == [1, 2]
+
+
+def test_model_without_control_tokens_can_be_held_to_json(chatml: TemplateFormat) -> None:
+    compiler = GrammarCompiler(chatml.vocabulary)
+    mask = compiler.mask(compiler.compile(json_schema_grammar(CITY, lenient=False), "p"))
+    for token_id in chatml.vocabulary.encode_text(json.dumps({"city": "Rome"})):
+        assert token_id in allowed(mask, 500)
+        mask.accept(token_id)
+    assert allowed(mask, 500) == {2} and mask.is_finished()

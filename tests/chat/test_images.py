@@ -1,0 +1,139 @@
+import base64
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from halfbyte.chat.images import (
+    ImageLayout,
+    ImageLimits,
+    data_url_bytes,
+    decode_image,
+    to_pixels,
+)
+from halfbyte.errors import RequestError
+
+LAYOUT = ImageLayout(28, 1540, 10, 12, 13)
+LIMITS = ImageLimits(max_bytes=100_000, max_pixels=1_000_000)
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "resized", "total"),
+    [
+        (28, 28, (28, 28), 2),
+        (56, 84, (84, 56), 9),
+        (100, 60, (84, 112), 15),
+        (640, 480, (504, 644), 432),
+        (1540, 1540, (1540, 1540), 3080),
+        (3000, 1000, (532, 1540), 1064),
+        (1, 4000, (1540, 28), 110),
+    ],
+)
+def test_layout_follows_the_published_table(
+    width: int, height: int, resized: tuple[int, int], total: int
+) -> None:
+    columns, rows = LAYOUT.grid(width, height)
+    assert (rows * 28, columns * 28) == resized
+    tokens = LAYOUT.tokens(columns, rows)
+    assert len(tokens) == total == LAYOUT.num_tokens(*resized)
+    assert tokens.count(10) == columns * rows and tokens[-1] == 13
+    assert tokens.count(12) == rows - 1
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_formats_decode(form: str) -> None:
+    image = decode_image(encoded(Image.new("RGB", (9, 7), "red"), form), "p", LIMITS)
+    assert image.size == (9, 7) and image.mode == "RGB"
+    red, green, _ = image.getpixel((4, 4))  # type: ignore[misc]
+    assert red > 200 and green < 50
+
+
+def test_transparency_becomes_white_in_every_mode() -> None:
+    for mode in ("RGBA", "LA"):
+        image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+        decoded = decode_image(encoded(image, "PNG"), "p", LIMITS)
+        assert decoded.getpixel((0, 0)) == (255, 255, 255), mode
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0] * 256)
+    assert decode_image(encoded(palette, "PNG", transparency=0), "p", LIMITS).getpixel((1, 1)) == (
+        255,
+        255,
+        255,
+    )
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    grey = Image.fromarray(np.full((4, 4), 0x8080, dtype=np.uint16))
+    assert decode_image(encoded(grey, "PNG"), "p", LIMITS).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_exif_rotation_is_applied() -> None:
+    image = Image.new("RGB", (10, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: rotate 90 degrees clockwise to show
+    assert decode_image(encoded(image, "JPEG", exif=exif), "p", LIMITS).size == (4, 10)
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(data, "p", LIMITS).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("side", [2_000, 60_000])
+def test_size_is_checked_before_decoding(side: int) -> None:
+    """A header that promises a huge image is refused although no pixels follow."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
+    png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(RequestError, match="exceeds 1,000,000 pixels") as caught:
+        decode_image(png, "messages[0]", LIMITS)
+    assert caught.value.code == "image_too_large"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not an image",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%PDF-1.4",
+        b"GIF89a",
+        encoded(Image.new("RGB", (50, 50), "red"), "PNG")[:-40],
+        encoded(Image.effect_noise((60, 60), 90), "JPEG")[:200],
+        encoded(Image.new("RGB", (4, 4)), "BMP"),
+    ],
+)
+def test_broken_and_foreign_files_are_the_clients_error(data: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        decode_image(data, "messages[0].content[0]", LIMITS)
+    assert caught.value.param == "messages[0].content[0]"
+
+
+def test_data_urls() -> None:
+    payload = base64.b64encode(b"abc").decode()
+    assert data_url_bytes(f"data:image/png;base64,{payload}", "p", LIMITS) == b"abc"
+    assert data_url_bytes("data:,a%20b", "p", LIMITS) == b"a b"
+    for url in ("data:image/png;base64", "http://x/y.png", "data:image/png;base64,@@@@"):
+        with pytest.raises(RequestError):
+            data_url_bytes(url, "p", LIMITS)
+    with pytest.raises(RequestError, match="exceeds"):
+        data_url_bytes("data:;base64," + "A" * 200_000, "p", LIMITS)
+
+
+def test_pixels_are_normalized_channels_first() -> None:
+    pixels = to_pixels(Image.new("RGB", (10, 10), "white"), (28, 56))
+    assert pixels.shape == (3, 56, 28) and pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels[0], (1 - 0.48145466) / 0.26862954, rtol=1e-6)

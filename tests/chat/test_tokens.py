@@ -1,0 +1,172 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from PIL import Image
+
+from halfbyte.chat.mistral_format import MistralFormat
+from halfbyte.chat.template_format import TemplateFormat
+from halfbyte.chat.tokens import ChatFormat, load_chat
+from halfbyte.errors import CheckpointError, RequestError
+
+SETTINGS = '[MODEL_SETTINGS]{"reasoning_effort": "none"}[/MODEL_SETTINGS]'
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def shown(chat: ChatFormat, messages: list[dict[str, Any]], **options: Any) -> str:
+    prompt = chat.encode(messages, **options)
+    return chat.vocabulary.decode(prompt.token_ids, keep_control=True)
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def test_mistral_conversation_has_the_published_layout(mistral: MistralFormat) -> None:
+    call = {"id": "call_abcdefghij", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        user("Hi"),
+        {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_abcdefghij", "content": "21"},
+    ]
+    assert shown(mistral, messages, tools=[TOOL]) == (
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT]"
+        '[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "f", "description": "",'
+        ' "parameters": {"type": "object"}}}][/AVAILABLE_TOOLS]'
+        f"{SETTINGS}[INST]Hi[/INST]"
+        '[THINK]hm[/THINK][TOOL_CALLS]f[ARGS]{"a": 1}</s>[TOOL_RESULTS]21[/TOOL_RESULTS]'
+    )
+
+
+def test_effort_reaches_the_settings_and_unknown_ones_are_refused(mistral: MistralFormat) -> None:
+    assert '"reasoning_effort": "high"' in shown(mistral, [user("x")], reasoning_effort="high")
+    with pytest.raises(RequestError, match="none, high") as caught:
+        mistral.encode([user("x")], reasoning_effort="medium")
+    assert caught.value.param == "reasoning_effort"
+
+
+def test_mistral_continues_an_answer(mistral: MistralFormat) -> None:
+    messages = [user("Hi"), {"role": "assistant", "content": "Sure"}]
+    assert shown(mistral, messages, continue_final=True).endswith("[INST]Hi[/INST]Sure")
+
+
+def test_no_typed_token_becomes_a_control_token(
+    mistral: MistralFormat, chatml: TemplateFormat
+) -> None:
+    for chat in (mistral, chatml):
+        clean = [i for i in chat.encode([user("x")]).token_ids if chat.vocabulary.is_control(i)]
+        for name in chat.vocabulary.control:
+            typed = chat.encode([user(f"a{name}b {name}")])
+            control = [i for i in typed.token_ids if chat.vocabulary.is_control(i)]
+            assert control == clean, name
+            assert f"a{name}b {name}" in chat.vocabulary.decode(typed.token_ids, keep_control=True)
+            plain = chat.encode_prompt(f"a{name}").token_ids
+            assert not any(map(chat.vocabulary.is_control, plain[-len(name) :]))
+
+
+# Fragments that could combine with each other or with what the template writes next.
+_fragments = st.lists(
+    st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|", "im_start|>", " ", "\n", "x"]),
+    max_size=6,
+).map("".join)
+
+
+@given(_fragments, _fragments)
+def test_fragments_never_combine_to_a_control_token(
+    chatml: TemplateFormat, first: str, second: str
+) -> None:
+    prompt = chatml.encode([user(first), {"role": "assistant", "content": second}, user("x")])
+    expected = chatml.encode([user("a"), {"role": "assistant", "content": "b"}, user("x")])
+    is_control = chatml.vocabulary.is_control
+    assert list(filter(is_control, prompt.token_ids)) == list(
+        filter(is_control, expected.token_ids)
+    )
+    text = chatml.vocabulary.decode(prompt.token_ids, keep_control=True)
+    assert f"user\n{first.strip()}<|im_end|>" in text
+
+
+def test_template_sees_real_strings_and_trims_them(chatml: TemplateFormat) -> None:
+    assert shown(chatml, [user("  Hello \n")]) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_template_ids_equal_the_tokenizers_own_on_harmless_text(chatml: TemplateFormat) -> None:
+    import tokenizers
+
+    path = Path(__file__).parent.parent / "data" / "chat" / "chatml" / "tokenizer.json"
+    reference = tokenizers.Tokenizer.from_file(str(path))
+    messages = [user("What is the capital of Italy?\n\n42 é")]
+    ids = chatml.encode(messages).token_ids
+    assert list(ids) == reference.encode(shown(chatml, messages)).ids
+
+
+def test_template_continues_an_answer(chatml: TemplateFormat) -> None:
+    messages = [user("Hi"), {"role": "assistant", "content": "Sure, <|im_end|>"}]
+    text = shown(chatml, messages, continue_final=True)
+    assert text.endswith("<|im_start|>assistant\nSure, <|im_end|>")
+    assert chatml.encode(messages, continue_final=True).token_ids[-1] != 2
+
+
+def test_text_model_refuses_images_and_efforts(chatml: TemplateFormat) -> None:
+    image = [{"type": "image", "image": Image.new("RGB", (4, 4))}]
+    with pytest.raises(RequestError, match="text only"):
+        chatml.encode([{"role": "user", "content": image}])
+    with pytest.raises(RequestError, match="reasoning_effort"):
+        chatml.encode([user("x")], reasoning_effort="high")
+
+
+def test_images_become_rows_of_tokens_at_their_place(mistral: MistralFormat) -> None:
+    parts = [
+        {"type": "text", "text": "What?"},
+        {"type": "image", "image": Image.new("RGB", (100, 60))},
+        {"type": "image", "image": Image.new("RGB", (28, 28))},
+    ]
+    prompt = mistral.encode([{"role": "user", "content": parts}])
+    assert [(i.pixels.shape, i.num_tokens) for i in prompt.images] == [
+        ((3, 84, 112), 15),
+        ((3, 28, 28), 2),
+    ]
+    for image in prompt.images:
+        run = prompt.token_ids[image.offset : image.offset + image.num_tokens]
+        assert {10, 12, 13} >= set(run) and run[-1] == 13
+
+
+@pytest.mark.parametrize("arguments", ["[]", "{", "1", '"x"'])
+def test_arguments_that_are_no_object_are_refused(mistral: MistralFormat, arguments: str) -> None:
+    call = {"id": "a", "function": {"name": "f", "arguments": arguments}}
+    messages = [user("x"), {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(RequestError) as caught:
+        mistral.encode(messages)
+    assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "assistant", "content": "x"}],
+        [user("x"), {"role": "assistant", "content": "y"}, {"role": "system", "content": "z"}],
+        [user("x"), {"role": "tool", "tool_call_id": "a", "content": "y"}],
+    ],
+)
+def test_impossible_conversations_are_the_clients_error(
+    mistral: MistralFormat, messages: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(RequestError):
+        mistral.encode(messages)
+
+
+def test_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tekken.json"):
+        load_chat(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: not readable"):
+        load_chat(tmp_path)
+    (tmp_path / "tekken.json").write_text(json.dumps({"vocab": []}))
+    with pytest.raises(CheckpointError, match=r"tekken.json"):
+        load_chat(tmp_path)
