@@ -1,0 +1,515 @@
+"""Foreign config.json and params.json fields -> our frozen configs, strictly.
+
+A field that is neither used, nor checked, nor listed as ignored with a reason is refused by name:
+it might change numerics. `metadata` calls this for the architecture; what concerns quantization is
+there.
+
+Sources: checkpoint-format reference, sections 9 and 11; `transformers` configuration classes of
+Mistral3, Ministral3 and Pixtral (defaults), its YaRN parameters (what absence means).
+"""
+
+import math
+from typing import Any, Literal
+
+from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from halfbyte.errors import CheckpointError
+
+Fields = dict[str, Any]
+
+# Fields that no forward pass of ours depends on, and why.
+_IGNORED_ANYWHERE = {
+    "_name_or_path": "where somebody loaded it from",
+    "architectures": "class names of another library; model_type decides",
+    "transformers_version": "who wrote the file",
+    "initializer_range": "training only",
+    "use_cache": "a default of another library's generate()",
+    "torch_dtype": "the stored dtypes are read from the tensors",
+    "dtype": "the stored dtypes are read from the tensors",
+    "attention_dropout": "training only",
+    "output_attentions": "what another library returns besides logits",
+    "output_hidden_states": "what another library returns besides logits",
+    "return_dict": "what another library returns besides logits",
+    "gradient_checkpointing": "training only",
+    "chunk_size_feed_forward": "tiling, same result",
+    "id2label": "classification heads only",
+    "label2id": "classification heads only",
+    "problem_type": "classification heads only",
+    "attn_implementation": "how another library computes the same attention",
+    "_attn_implementation_autoset": "how another library computes the same attention",
+}
+IGNORED_TEXT = {
+    **_IGNORED_ANYWHERE,
+    "pretraining_tp": "how training was split",
+    "is_llama_config": "mark of a conversion tool",
+    "rope_interleaved": "mark of a conversion tool; hub files hold halves",
+}
+IGNORED_VISION = {
+    **_IGNORED_ANYWHERE,
+    "vocab_size": "a left-over of the library's default; the tower has no vocabulary",
+    "layer_norm_eps": "a left-over; the tower's norms use 1e-5 whatever it says",
+}
+IGNORED_MODEL = {
+    **_IGNORED_ANYWHERE,
+    "vision_feature_select_strategy": "Pixtral has no class token to select",
+    "quantization_config": "read by metadata",
+    "compression_config": "read by metadata",
+}
+IGNORED_ROPE = {
+    "max_position_embeddings": "the extended length; positions are not clipped",
+    "original_max_position_embeddings": "means something for yarn and the query scale only",
+    "finetuned": "mark of training",
+}
+IGNORED_PARAMS = {
+    "max_batch_size": "a limit of another server",
+    "max_seq_len": "a limit of another server",
+    "model_parallel": "how the files were written",
+    "ragged_attention": "how another library batches",
+    "use_cache": "a default of another library",
+    "model_type": "always transformer",
+    "quantization": "read by metadata",
+    "causal_vision": "checked with the encoder",
+}
+
+# Norms of the tower are built with this constant, whatever the config says.
+_VISION_NORM_EPS = 1e-5
+_TEXT_TYPES = ("ministral3", "mistral")
+
+
+class Reader:
+    """Takes fields out of one JSON object; `finish` proves that none was overlooked.
+
+    Mutable on purpose and short-lived: one per object that is read.
+    """
+
+    def __init__(self, fields: object, where: str) -> None:
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{where}: an object was expected")
+        self._fields = dict(fields)
+        self._where = where
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 0; required unless a default is given."""
+        value = self._take(name, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int or value < 0:
+            raise CheckpointError(f"{self._where}.{name}: a whole number was expected: {value!r}")
+        return value
+
+    def positive(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self.integer(name, default)
+        if value == 0:
+            raise CheckpointError(f"{self._where}.{name}: must not be 0")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number; required unless a default is given."""
+        value = self._take(name, default)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise CheckpointError(f"{self._where}.{name}: a number was expected: {value!r}")
+        return float(value)
+
+    def optional(self, name: str) -> Any:
+        """Whatever stands there, None if nothing does."""
+        return self._fields.pop(name, None)
+
+    def must_be(self, name: str, *allowed: Any, default: Any = None) -> Any:
+        """A field of which we implement only some values; absence means `default`."""
+        value = self._fields.pop(name, None)
+        value = default if value is None else value
+        if value not in allowed:
+            wanted = " or ".join(map(repr, allowed))
+            raise CheckpointError(
+                f"{self._where}.{name} = {value!r} is not implemented, only {wanted}"
+            )
+        return value
+
+    def finish(self, ignored: dict[str, str]) -> None:
+        """Refuse what is left, unless it is listed as harmless."""
+        left = sorted(set(self._fields) - set(ignored))
+        if left:
+            shown = ", ".join(f"{name} = {str(self._fields[name])[:60]}" for name in left)
+            raise CheckpointError(
+                f"{self._where}: unknown field that may change results: {shown}. If it is "
+                "harmless it belongs in a list of halfbyte.checkpoint.fields, with the reason"
+            )
+
+    def _take(self, name: str, default: Any) -> Any:
+        value = self._fields.pop(name, None)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"{self._where}: lacks {name}")
+        return value
+
+
+def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
+    """The architecture that a hub `config.json` describes.
+
+    raw        the parsed file; not modified
+    has_head   whether the files store a head of their own. Decides what `tie_word_embeddings`
+               leaves open: newer library classes default to true for the multimodal class and to
+               false for the text class, and many published files say nothing. None means unknown.
+
+    Raises CheckpointError for a missing field, an unknown one, or a value we do not implement.
+    """
+    kind = raw.get("model_type")
+    if kind in _TEXT_TYPES:
+        tied = _tied({"config.json": raw.get("tie_word_embeddings")}, False, has_head)
+        return ModelConfig(_text(raw, "config.json", IGNORED_MODEL | IGNORED_TEXT, tied), None)
+    if kind != "mistral3":
+        known = ", ".join(("mistral3", *_TEXT_TYPES))
+        raise CheckpointError(f"config.json: model_type {kind!r} is not one of {known}")
+    fields = Reader(raw, "config.json")
+    fields.optional("model_type")
+    text, vision = fields.optional("text_config"), fields.optional("vision_config")
+    if not isinstance(text, dict):
+        raise CheckpointError("config.json: lacks text_config")
+    said = {
+        "config.json": fields.optional("tie_word_embeddings"),
+        "text_config": text.get("tie_word_embeddings"),
+    }
+    config = ModelConfig(
+        _text(text, "text_config", IGNORED_TEXT, _tied(said, True, has_head)),
+        None if vision is None else _vision(vision, fields),
+    )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.optional(name)  # a copy of the text part's
+    fields.finish(IGNORED_MODEL)
+    return config
+
+
+def _tied(said: dict[str, Any], default: bool, has_head: bool | None) -> bool:
+    """Whether the head is the embedding, from what the files say and what they store."""
+    values = {value for value in said.values() if value is not None}
+    if not values <= {True, False}:
+        raise CheckpointError(f"tie_word_embeddings must be true or false: {said}")
+    if has_head is not None and values != {not has_head}:
+        if values == {True}:
+            raise CheckpointError(
+                "tie_word_embeddings is true, but the files store a head of their own; "
+                "say false, or remove it"
+            )
+        if values != {False}:
+            return not has_head
+    return values.pop() if len(values) == 1 else default
+
+
+def _token_ids(value: Any, where: str) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int and item >= 0 for item in ids):
+        raise CheckpointError(f"{where}: token ids were expected: {value!r}")
+    return tuple(ids)
+
+
+def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextConfig:
+    fields = Reader(raw, where)
+    fields.must_be("model_type", *_TEXT_TYPES)
+    fields.must_be("hidden_act", "silu", default="silu")
+    fields.must_be("attention_bias", False, default=False)
+    fields.must_be("mlp_bias", False, default=False)
+    fields.must_be("is_decoder", True, False, default=True)
+    fields.must_be("partial_rotary_factor", 1.0, default=1.0)
+    fields.optional("tie_word_embeddings")
+    layer_types = fields.optional("layer_types")
+    if layer_types is not None and set(layer_types) != {"full_attention"}:
+        raise CheckpointError(f"{where}.layer_types: only full_attention is implemented")
+    window = fields.optional("sliding_window")
+    if window is not None:
+        raise CheckpointError(f"{where}.sliding_window = {window!r} is not implemented, only null")
+    width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
+    # Absence means width / heads in older files of the library; the big model states 128.
+    head_dim = fields.optional("head_dim")
+    config = TextConfig(
+        num_layers=fields.positive("num_hidden_layers"),
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=fields.positive("num_key_value_heads", num_heads),
+        head_dim=width // num_heads if head_dim is None else head_dim,
+        mlp_width=fields.positive("intermediate_size"),
+        vocab_size=fields.positive("vocab_size"),
+        norm_eps=fields.number("rms_norm_eps"),
+        max_positions=fields.positive("max_position_embeddings"),
+        rope=_rope(fields, where),
+        tied_head=tied,
+        bos_token_id=_first(_token_ids(fields.optional("bos_token_id"), where)),
+        eos_token_ids=_token_ids(fields.optional("eos_token_id"), where),
+        pad_token_id=_first(_token_ids(fields.optional("pad_token_id"), where)),
+    )
+    fields.finish(ignored)
+    _check_heads(config, where)
+    return config
+
+
+def _first(ids: tuple[int, ...]) -> int | None:
+    return ids[0] if ids else None
+
+
+def _check_heads(text: TextConfig, where: str) -> None:
+    if type(text.head_dim) is not int or text.head_dim < 2 or text.head_dim % 2:
+        raise CheckpointError(f"{where}.head_dim = {text.head_dim!r}: must be even")
+    if text.num_heads % text.num_kv_heads:
+        raise CheckpointError(
+            f"{where}: {text.num_heads} query heads do not share {text.num_kv_heads} KV heads"
+        )
+
+
+def _rope(fields: Reader, where: str) -> RopeConfig:
+    """Rotary settings from `rope_parameters`, or from the older `rope_theta` + `rope_scaling`."""
+    theta, scaling = fields.optional("rope_theta"), fields.optional("rope_scaling")
+    parameters = fields.optional("rope_parameters")
+    if parameters is None:
+        if theta is None:
+            raise CheckpointError(f"{where}: lacks rope_parameters (or rope_theta)")
+        parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    elif scaling not in (None, parameters):
+        raise CheckpointError(f"{where}: rope_parameters and rope_scaling disagree")
+    elif isinstance(parameters, dict) and theta not in (None, parameters.get("rope_theta", theta)):
+        raise CheckpointError(f"{where}: rope_parameters.rope_theta and rope_theta disagree")
+    elif isinstance(parameters, dict) and theta is not None:
+        parameters = {**parameters, "rope_theta": theta}
+    return rope_config(parameters, f"{where}.rope_parameters")
+
+
+def rope_config(parameters: object, where: str) -> RopeConfig:
+    """One `rope_parameters` object.
+
+    A missing `llama_4_scaling_beta` means 0. For yarn, mscale and mscale_all_dim count only if
+    both are non-zero (as in the library that published them); otherwise the attention factor is
+    1 + 0.1 ln(factor), which is written here as mscale 1 over mscale_all_dim 0.
+    """
+    fields = Reader(parameters, where)
+    kind, older = fields.optional("rope_type"), fields.optional("type")
+    if kind is not None and older is not None and kind != older:
+        raise CheckpointError(f"{where}: rope_type {kind!r} and type {older!r} disagree")
+    kind = kind or older or "default"
+    theta = fields.number("rope_theta")
+    fields.must_be("partial_rotary_factor", 1.0, default=1.0)
+    beta = fields.number("llama_4_scaling_beta", 0.0)
+    if kind == "default":
+        original = fields.integer("original_max_position_embeddings", 0)
+        rope = RopeConfig(theta, original_max_positions=original, llama_4_scaling_beta=beta)
+    elif kind == "yarn":
+        rope = _yarn(fields, theta, beta, where)
+    else:
+        raise CheckpointError(f"{where}: rope_type {kind!r} is not one of default, yarn")
+    fields.finish(IGNORED_ROPE)
+    if rope.llama_4_scaling_beta and rope.original_max_positions == 0:
+        raise CheckpointError(
+            f"{where}: llama_4_scaling_beta needs original_max_position_embeddings"
+        )
+    return rope
+
+
+def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
+    fields.must_be("truncate", True, default=True)
+    mscale, all_dim = fields.number("mscale", 0.0), fields.number("mscale_all_dim", 0.0)
+    if not (mscale and all_dim):
+        mscale, all_dim = 1.0, 0.0
+    rope = RopeConfig(
+        theta,
+        kind="yarn",
+        factor=fields.number("factor"),
+        original_max_positions=fields.positive("original_max_position_embeddings"),
+        beta_fast=fields.number("beta_fast", 32.0),
+        beta_slow=fields.number("beta_slow", 1.0),
+        mscale=mscale,
+        mscale_all_dim=all_dim,
+        llama_4_scaling_beta=beta,
+    )
+    stated = fields.optional("attention_factor")
+    expected = attention_factor(rope)
+    if stated is not None and not math.isclose(stated, expected, rel_tol=1e-6):
+        raise CheckpointError(
+            f"{where}.attention_factor = {stated!r}, but factor, mscale and mscale_all_dim give "
+            f"{expected:.6g}; only the latter is implemented"
+        )
+    return rope
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """YaRN's factor on cos and sin: 1 + 0.1 mscale ln(factor) over the same with mscale_all_dim.
+
+    It is 1 for other kinds and for factors up to 1. Source: YaRN (arXiv 2309.00071), section 3.4, with
+    the two mscale knobs of DeepSeek-V2.
+    """
+    if rope.kind != "yarn" or rope.factor <= 1:
+        return 1.0
+    log = 0.1 * math.log(rope.factor)
+    return (1 + rope.mscale * log) / (1 + rope.mscale_all_dim * log)
+
+
+def _vision(raw: object, model: Reader) -> VisionConfig:
+    fields = Reader(raw, "vision_config")
+    fields.must_be("model_type", "pixtral")
+    width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
+    head_dim = fields.positive("head_dim", width // num_heads)
+    if head_dim * num_heads != width:
+        raise CheckpointError(f"vision_config: {num_heads} heads of {head_dim} are not {width}")
+    config = VisionConfig(
+        num_layers=fields.positive("num_hidden_layers"),
+        width=width,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        mlp_width=fields.positive("intermediate_size"),
+        patch_size=fields.positive("patch_size", 16),
+        image_size=fields.positive("image_size", 1024),
+        num_channels=fields.positive("num_channels", 3),
+        rope_theta=_vision_theta(fields),
+        norm_eps=_VISION_NORM_EPS,
+        activation=_activation(fields, "hidden_act"),
+        spatial_merge_size=model.positive("spatial_merge_size", 2),
+        projector_activation=_activation(model, "projector_hidden_act"),
+        projector_bias=bool(model.must_be("multimodal_projector_bias", True, False, default=False)),
+        image_token_id=_image_token(model),
+        feature_layer=_feature_layer(model),
+    )
+    fields.finish(IGNORED_VISION)
+    return config
+
+
+def _activation(fields: Reader, name: str) -> Literal["silu", "gelu"]:
+    """An activation by name; absence means gelu, the default of both library classes."""
+    value: Literal["silu", "gelu"] = fields.must_be(name, "silu", "gelu", default="gelu")
+    return value
+
+
+def _vision_theta(fields: Reader) -> float:
+    """Theta of the 2-D rope: newer files nest it; the rope type is called default or axial."""
+    theta, parameters = fields.optional("rope_theta"), fields.optional("rope_parameters")
+    fields.must_be("rope_scaling", None)
+    if parameters is None:
+        parameters = {"rope_theta": 10000.0 if theta is None else theta}
+    rope = Reader(parameters, "vision_config.rope_parameters")
+    for name in ("rope_type", "type"):
+        rope.must_be(name, "default", "axial", default="default")
+    value = rope.number("rope_theta", theta)
+    rope.finish({})
+    return value
+
+
+def _image_token(model: Reader) -> int:
+    """The id that image patches replace; the field has two names, and 10 is the default."""
+    alias = model.integer("image_token_id", 10)
+    return model.integer("image_token_index", alias)
+
+
+def _feature_layer(model: Reader) -> int:
+    value = model.optional("vision_feature_layer")
+    if value is None:
+        return -1
+    if type(value) is not int:
+        raise CheckpointError(
+            f"config.json.vision_feature_layer = {value!r} is not implemented, only one layer"
+        )
+    return value
+
+
+def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
+    """The architecture that a native `params.json` describes.
+
+    `has_head` as in `model_config`. Source: checkpoint-format reference, section 9.
+    """
+    fields = Reader(raw, "params.json")
+    fields.must_be("sliding_window", None)
+    for name in ("use_biases", "q_lora_rank", "moe"):
+        fields.must_be(name, None, False)
+    fields.must_be("causal", True, default=True)
+    fields.must_be("activation", "silu", default="silu")
+    vision = fields.optional("vision_encoder")
+    norm_eps = fields.number("norm_eps")
+    text = TextConfig(
+        num_layers=fields.positive("n_layers"),
+        width=fields.positive("dim"),
+        num_heads=(num_heads := fields.positive("n_heads")),
+        num_kv_heads=fields.positive("n_kv_heads", num_heads),
+        head_dim=fields.positive("head_dim"),
+        mlp_width=fields.positive("hidden_dim"),
+        vocab_size=fields.positive("vocab_size"),
+        norm_eps=norm_eps,
+        max_positions=fields.positive("max_position_embeddings", 131072),
+        tied_head=_tied({"params.json": fields.optional("tied_embeddings")}, False, has_head),
+        rope=_native_rope(fields),
+        # Fixed ids of every Mistral tokenizer; params.json does not repeat them.
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        pad_token_id=11,
+    )
+    fields.finish(IGNORED_PARAMS)
+    _check_heads(text, "params.json")
+    return ModelConfig(text, None if vision is None else _native_vision(vision))
+
+
+def _native_rope(fields: Reader) -> RopeConfig:
+    theta = fields.number("rope_theta")
+    yarn, llama_4 = fields.optional("yarn"), fields.optional("llama_4_scaling")
+    beta, original = 0.0, 0
+    if llama_4 is not None:
+        scaling = Reader(llama_4, "params.json.llama_4_scaling")
+        beta = scaling.number("beta", 0.0)
+        original = scaling.integer("original_max_position_embeddings", 0)
+        scaling.finish({})
+    if yarn is None:
+        return RopeConfig(theta, original_max_positions=original, llama_4_scaling_beta=beta)
+    knobs = Reader(yarn, "params.json.yarn")
+    applies = knobs.must_be("apply_scale", True, False, default=False)
+    rope = RopeConfig(
+        theta,
+        kind="yarn",
+        factor=knobs.number("factor"),
+        original_max_positions=knobs.positive("original_max_position_embeddings"),
+        beta_fast=knobs.number("beta", 32.0),
+        beta_slow=knobs.number("alpha", 1.0),
+        mscale=1.0,
+        mscale_all_dim=0.0 if applies else 1.0,
+        llama_4_scaling_beta=beta,
+    )
+    knobs.finish({})
+    if beta and original not in (0, rope.original_max_positions):
+        raise CheckpointError(
+            f"params.json: llama_4_scaling counts from {original} positions, yarn from "
+            f"{rope.original_max_positions}; only one number is implemented"
+        )
+    return rope
+
+
+# What params.json says about tokens and limits of images concerns the tokenizer, not the tower.
+_IGNORED_NATIVE_VISION = {
+    "image_break_token_id": "the tokenizer's",
+    "image_end_token_id": "the tokenizer's",
+    "max_image_size": "the tokenizer's limit; image_size fixes the position table",
+    "mm_projector_id": "checked by the tensors that are there",
+}
+
+
+def _native_vision(raw: object) -> VisionConfig:
+    fields = Reader(raw, "params.json.vision_encoder")
+    fields.must_be("mm_projector_id", None, "", "patch_merge")
+    fields.must_be("add_pre_mm_projector_layer_norm", True, default=False)
+    width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
+    config = VisionConfig(
+        num_layers=fields.positive("num_hidden_layers"),
+        width=width,
+        num_heads=num_heads,
+        head_dim=fields.positive("head_dim", width // num_heads),
+        mlp_width=fields.positive("intermediate_size"),
+        patch_size=fields.positive("patch_size"),
+        image_size=fields.positive("image_size"),
+        num_channels=fields.positive("num_channels", 3),
+        rope_theta=fields.number("rope_theta", 10000.0),
+        norm_eps=_VISION_NORM_EPS,
+        # The native tower gates with SiLU, its adapter uses GELU; neither is stated.
+        activation="silu",
+        spatial_merge_size=fields.positive("spatial_merge_size", 1),
+        projector_activation="gelu",
+        projector_bias=bool(fields.must_be("adapter_bias", True, False, default=False)),
+        image_token_id=fields.integer("image_token_id", 10),
+        feature_layer=-1,
+    )
+    fields.finish(_IGNORED_NATIVE_VISION)
+    return config

@@ -1,0 +1,513 @@
+"""Configs beside the tensors: what a directory says it is, and what we say of our output.
+
+Reads `config.json` (+ `hf_quant_config.json`) or `params.json`; writes the two files of a Model
+Optimizer export. Architecture fields are in `fields`, foreign names in `names`.
+
+Source: checkpoint-format reference, sections 3, 9, 11 and its appendix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import halfbyte
+from halfbyte.checkpoint.fields import Fields, Reader, model_config, native_config
+from halfbyte.checkpoint.names import (
+    Dialect,
+    Layout,
+    canonical_module,
+    detect_layout,
+    foreign_module,
+    foreign_name,
+    vision_prefixes,
+)
+from halfbyte.checkpoint.shards import parse_json, scan
+from halfbyte.config import ModelConfig, TextConfig
+from halfbyte.errors import CheckpointError
+from halfbyte.modules import (
+    ATTENTION_LINEARS,
+    MLP_LINEARS,
+    CacheFormat,
+    WeightFormat,
+    decoder_linears,
+)
+
+# vLLM's fallback reader asks for this name; the local version part says who really wrote it.
+PRODUCER = {"name": "modelopt", "version": f"0.47.0+halfbyte.{halfbyte.__version__}"}
+
+_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_NVFP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4"}
+_GROUPS: dict[WeightFormat, dict[str, Any]] = {"fp8": _FP8, "nvfp4": _NVFP4}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the decoder's weights and cache are stored.
+
+    formats   every canonical decoder linear -> its format; everything else is bf16
+    kv_cache  what K and V are rounded to; "fp8" means that each layer has a k_scale and a v_scale
+    """
+
+    dialect: Dialect
+    formats: Mapping[str, WeightFormat]
+    kv_cache: CacheFormat
+
+
+def is_native(directory: Path) -> bool:
+    """Whether the directory holds Mistral's own layout only (`params.json`, `consolidated*`)."""
+    has_hub = (directory / "config.json").exists() and any(directory.glob("model*.safetensors"))
+    return not has_hub and (directory / "params.json").exists()
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, Quantization, Fields]:
+    """What the JSON files of a checkpoint directory say, and the hub config.json as a dict.
+
+    Headers of the shards are read for the layout and for a head of its own; a directory without
+    shards is read too (layout by model_type), so that a model can be planned before it is there.
+    Raises CheckpointError naming file and field.
+    """
+    directory = Path(directory)
+    native = is_native(directory)
+    if not native and not any(directory.glob("model*.safetensors*")):
+        kind = read_json(directory / "config.json").get("model_type")
+        return describe(directory, "hf" if kind == "mistral3" else "hf-text", has_head=None)
+    stored = scan(directory, native=native)
+    layout = detect_layout(stored)
+    return describe(
+        directory, layout, has_head=foreign_name("head.weight", layout, "none") in stored
+    )
+
+
+def describe(
+    directory: Path, layout: Layout, *, has_head: bool | None
+) -> tuple[ModelConfig, Quantization, Fields]:
+    """As `read_config`, for a directory whose tensors are known to be spelt in `layout`."""
+    if layout == "mistral":
+        raw = read_json(directory / "params.json")
+        config = native_config(raw, has_head=has_head)
+        return config, _native_quantization(raw, config), hub_config(config)
+    raw = read_json(directory / "config.json")
+    config = model_config(raw, has_head=has_head)
+    older_path = directory / "hf_quant_config.json"
+    older = read_json(older_path) if older_path.exists() else None
+    return config, _quantization(raw.get("quantization_config"), older, config, layout), raw
+
+
+def read_json(path: Path) -> Fields:
+    """A JSON object from a file; CheckpointError if it is missing or damaged."""
+    try:
+        return parse_json(path.read_bytes(), path.name)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: no {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+# --- reading what is said about quantization
+
+
+def _all(config: ModelConfig, format_: WeightFormat) -> dict[str, WeightFormat]:
+    return {linear.name: format_ for linear in decoder_linears(config)}
+
+
+def _native_quantization(raw: Fields, config: ModelConfig) -> Quantization:
+    stated = raw.get("quantization")
+    if stated is None:
+        return Quantization("none", _all(config, "bf16"), "bf16")
+    fields = Reader(stated, "params.json.quantization")
+    fields.must_be("qformat_weight", "fp8_e4m3")
+    fields.must_be("qscheme_act", "TENSOR")
+    fields.finish({})
+    return Quantization("mistral-fp8", _all(config, "fp8"), "bf16")
+
+
+def _quantization(
+    stated: Any, older: Fields | None, config: ModelConfig, layout: Layout
+) -> Quantization:
+    """From config.json's `quantization_config` and from hf_quant_config.json, which must agree."""
+    if stated is None and older is None:
+        return Quantization("none", _all(config, "bf16"), "bf16")
+    if isinstance(stated, dict) and stated.get("quant_method") == "fp8":
+        return _mistral_fp8(stated, config, layout)
+    found = []
+    if stated is not None:
+        found.append(_modelopt(_flat(stated), config, layout, "quantization_config"))
+    if older is not None:
+        found.append(_modelopt(_older(older), config, layout, "hf_quant_config.json"))
+    if len(found) == 2 and found[0] != found[1]:
+        where = next(
+            (name for name, fmt in found[0].formats.items() if found[1].formats[name] != fmt),
+            "the KV cache",
+        )
+        raise CheckpointError(
+            f"config.json and hf_quant_config.json disagree about {where}; one of them is stale"
+        )
+    return found[0]
+
+
+_IGNORED_FP8 = {"dequantize": "a wish about loading, not about what is stored"}
+
+
+def _mistral_fp8(stated: Fields, config: ModelConfig, layout: Layout) -> Quantization:
+    fields = Reader(stated, "quantization_config")
+    fields.must_be("quant_method", "fp8")
+    fields.must_be("activation_scheme", "static")
+    fields.must_be("weight_block_size", None)
+    kept = fields.optional("modules_to_not_convert") or []
+    fields.finish(_IGNORED_FP8)
+    return Quantization("mistral-fp8", _except(kept, "fp8", config, layout), "bf16")
+
+
+def _except(
+    kept: Any, format_: WeightFormat, config: ModelConfig, layout: Layout
+) -> dict[str, WeightFormat]:
+    """Every decoder linear in `format_`, but those that a pattern of `kept` names as bf16.
+
+    A pattern is a module name, the name of a module above it, or either with `*`.
+    """
+    if not isinstance(kept, list) or not all(isinstance(pattern, str) for pattern in kept):
+        raise CheckpointError("quantization_config: the exclusions must be a list of names")
+
+    def is_kept(foreign: str) -> bool:
+        return any(
+            foreign == pattern or foreign.startswith(f"{pattern}.") or fnmatchcase(foreign, pattern)
+            for pattern in kept
+        )
+
+    return {
+        name: "bf16" if is_kept(foreign_module(name, layout)) else chosen
+        for name, chosen in _all(config, format_).items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelOptFacts:
+    """The facts both files of an export carry, wherever they stand in them."""
+
+    algorithm: Any
+    layers: Any
+    kept: Any
+    group_size: Any
+    kv_is_fp8: bool
+
+
+def _flat(stated: Any) -> _ModelOptFacts:
+    """The facts in `quantization_config` of config.json."""
+    if isinstance(stated, dict) and "quantization" in stated:
+        raise CheckpointError(
+            "quantization_config: the nested form {'quantization': …} is refused by serving "
+            "engines for mixed precision; it belongs in hf_quant_config.json"
+        )
+    fields = Reader(stated, "quantization_config")
+    fields.must_be("quant_method", "modelopt")
+    scheme = fields.optional("kv_cache_scheme")
+    if scheme not in (None, _FP8):
+        raise CheckpointError(
+            f"quantization_config.kv_cache_scheme = {scheme}: only {_FP8} or null"
+        )
+    groups = fields.optional("config_groups") or {}
+    facts = _ModelOptFacts(
+        fields.optional("quant_algo"),
+        fields.optional("quantized_layers"),
+        fields.optional("ignore") or [],
+        fields.optional("group_size"),
+        scheme is not None,
+    )
+    if not isinstance(groups, dict) or any(
+        not isinstance(group, dict) or group.get("weights") not in (_FP8, _NVFP4)
+        for group in groups.values()
+    ):
+        raise CheckpointError("quantization_config.config_groups: a group we do not implement")
+    fields.finish({"producer": "who wrote it"})
+    return facts
+
+
+def _older(raw: Fields) -> _ModelOptFacts:
+    """The facts in hf_quant_config.json."""
+    outer = Reader(raw, "hf_quant_config.json")
+    fields = Reader(outer.optional("quantization"), "hf_quant_config.json.quantization")
+    outer.finish({"producer": "who wrote it"})
+    cache = fields.must_be("kv_cache_quant_algo", None, "FP8")
+    facts = _ModelOptFacts(
+        fields.optional("quant_algo"),
+        fields.optional("quantized_layers"),
+        fields.optional("exclude_modules") or [],
+        fields.optional("group_size"),
+        cache == "FP8",
+    )
+    fields.must_be("has_zero_point", None, False)
+    fields.must_be("pre_quant_scale", None, False)
+    fields.finish({})
+    return facts
+
+
+def _modelopt(
+    facts: _ModelOptFacts, config: ModelConfig, layout: Layout, where: str
+) -> Quantization:
+    cache: CacheFormat = "fp8" if facts.kv_is_fp8 else "bf16"
+    if facts.group_size not in (None, 16):
+        raise CheckpointError(
+            f"{where}: NVFP4 blocks of {facts.group_size}, only 16 is implemented"
+        )
+    if facts.algorithm == "MIXED_PRECISION":
+        return Quantization("modelopt", _mixed(facts.layers, config, layout, where), cache)
+    uniform = _ALGORITHMS.get(str(facts.algorithm).upper())
+    if uniform is None:
+        raise CheckpointError(f"{where}: quant_algo {facts.algorithm!r} is not implemented")
+    return Quantization("modelopt", _except(facts.kept, uniform, config, layout), cache)
+
+
+def _mixed(layers: Any, config: ModelConfig, layout: Layout, where: str) -> dict[str, WeightFormat]:
+    formats = _all(config, "bf16")
+    if not isinstance(layers, dict) or not layers:
+        raise CheckpointError(f"{where}: MIXED_PRECISION needs quantized_layers")
+    for foreign, entry in layers.items():
+        name = canonical_module(foreign, layout)
+        if name not in formats:
+            raise CheckpointError(
+                f"{where}: quantized_layers names {foreign}, which is no decoder linear of this "
+                f"model in the spelling of its tensors ({layout})"
+            )
+        fields = Reader(entry, f"{where}.quantized_layers[{foreign}]")
+        algorithm = str(fields.optional("quant_algo")).upper()
+        fields.must_be("group_size", None, 16)
+        fields.finish({})
+        if algorithm not in _ALGORITHMS:
+            raise CheckpointError(f"{where}: {foreign}: quant_algo {algorithm} is not implemented")
+        formats[name] = _ALGORITHMS[algorithm]
+    return formats
+
+
+# --- writing
+
+
+def hub_config(config: ModelConfig) -> Fields:
+    """A `config.json` of the hub layout that says what `config` says.
+
+    For sources that have none (GGUF files, native checkpoints); a source's own file is copied.
+    Both `tie_word_embeddings` are written, since the library's defaults for them differ, and the
+    two rope fields that it fails without.
+    """
+    text = config.text
+    common = {"attention_dropout": 0.0, "dtype": "bfloat16"}
+    fields: Fields = {
+        **common,
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": _one_or_list(text.eos_token_ids),
+        "head_dim": text.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": text.width,
+        "initializer_range": 0.02,
+        "intermediate_size": text.mlp_width,
+        "max_position_embeddings": text.max_positions,
+        "model_type": "ministral3",
+        "num_attention_heads": text.num_heads,
+        "num_hidden_layers": text.num_layers,
+        "num_key_value_heads": text.num_kv_heads,
+        "pad_token_id": text.pad_token_id,
+        "rms_norm_eps": text.norm_eps,
+        "rope_parameters": _rope_fields(text),
+        "sliding_window": None,
+        "tie_word_embeddings": text.tied_head,
+        "use_cache": True,
+        "vocab_size": text.vocab_size,
+    }
+    vision = config.vision
+    if vision is None:
+        return {"architectures": ["Ministral3ForCausalLM"], **fields}
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "dtype": "bfloat16",
+        "image_token_index": vision.image_token_id,
+        "model_type": "mistral3",
+        "multimodal_projector_bias": vision.projector_bias,
+        "projector_hidden_act": vision.projector_activation,
+        "spatial_merge_size": vision.spatial_merge_size,
+        "text_config": fields,
+        "tie_word_embeddings": text.tied_head,
+        "vision_config": {
+            **common,
+            "head_dim": vision.head_dim,
+            "hidden_act": vision.activation,
+            "hidden_size": vision.width,
+            "image_size": vision.image_size,
+            "initializer_range": 0.02,
+            "intermediate_size": vision.mlp_width,
+            "model_type": "pixtral",
+            "num_attention_heads": vision.num_heads,
+            "num_channels": vision.num_channels,
+            "num_hidden_layers": vision.num_layers,
+            "patch_size": vision.patch_size,
+            "rope_parameters": {"rope_theta": vision.rope_theta, "rope_type": "default"},
+        },
+        "vision_feature_layer": vision.feature_layer,
+    }
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    return ids[0] if len(ids) == 1 else list(ids) or None
+
+
+def _rope_fields(text: TextConfig) -> Fields:
+    rope = text.rope
+    fields: Fields = {
+        "llama_4_scaling_beta": rope.llama_4_scaling_beta,
+        "original_max_position_embeddings": rope.original_max_positions or text.max_positions,
+        "rope_theta": rope.theta,
+        "rope_type": rope.kind,
+    }
+    if rope.kind == "yarn":
+        fields |= {
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "factor": rope.factor,
+            "max_position_embeddings": text.max_positions,
+            "mscale": rope.mscale,
+            "mscale_all_dim": rope.mscale_all_dim,
+            "type": "yarn",
+        }
+    return dict(sorted(fields.items()))
+
+
+def mistral_fp8_config(raw_config: Mapping[str, Any], layout: Layout) -> Fields:
+    """`config.json` of the FP8 dialect in which the model is published: everything FP8.
+
+    raw_config   the bf16 checkpoint's config.json; copied but for `quantization_config`
+    """
+    kept = [foreign_module("head", layout)]
+    if "vision_config" in raw_config:
+        kept = [*(prefix.rstrip(".") for prefix in vision_prefixes(layout)), *kept]
+    return {
+        **_without_quantization(raw_config),
+        "quantization_config": {
+            "activation_scheme": "static",
+            "dequantize": False,
+            "modules_to_not_convert": kept,
+            "quant_method": "fp8",
+            "weight_block_size": None,
+        },
+    }
+
+
+def modelopt_configs(
+    raw_config: Mapping[str, Any],
+    formats: Mapping[str, WeightFormat],
+    kv_cache: CacheFormat,
+    layout: Layout,
+) -> tuple[Fields, Fields]:
+    """`config.json` and `hf_quant_config.json` of a Model Optimizer export.
+
+    raw_config   the source's config.json; copied but for `quantization_config`
+    formats      canonical decoder linear -> format, every one of them; any order
+    layout       the spelling of the tensors that go with it
+
+    Two formats make a MIXED_PRECISION checkpoint that lists its layers, one format a uniform one
+    that lists what is left out. Raises CheckpointError if nothing is quantized.
+    """
+    names = sorted(formats, key=_model_order)
+    quantized = {name: formats[name] for name in names if formats[name] != "bf16"}
+    found = list(dict.fromkeys(quantized.values()))
+    if not found:
+        raise CheckpointError("nothing is quantized: there is no Model Optimizer export of that")
+    if len(found) > 1:
+        stated, older = _mixed_facts(quantized, found, layout)
+    else:
+        kept = _exclusions(names, formats, layout, has_vision="vision_config" in raw_config)
+        stated, older = _uniform_facts(found[0], kept)
+    scheme = {"kv_cache_scheme": dict(_FP8)} if kv_cache == "fp8" else {}
+    cache_algorithm = "FP8" if kv_cache == "fp8" else None
+    quantization_config = {
+        **stated,
+        **scheme,
+        "producer": dict(PRODUCER),
+        "quant_method": "modelopt",
+    }
+    config = {
+        **_without_quantization(raw_config),
+        "quantization_config": quantization_config,
+    }
+    algorithm = older.pop("quant_algo")
+    return config, {
+        "producer": dict(PRODUCER),
+        "quantization": {
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": cache_algorithm,
+            **older,
+        },
+    }
+
+
+def _without_quantization(raw_config: Mapping[str, Any]) -> Fields:
+    dropped = ("quantization_config", "compression_config")
+    return {key: value for key, value in raw_config.items() if key not in dropped}
+
+
+def _model_order(name: str) -> tuple[int, int]:
+    _, layer, _, short = name.split(".")
+    return int(layer), (*ATTENTION_LINEARS, *MLP_LINEARS).index(short)
+
+
+def _mixed_facts(
+    quantized: dict[str, WeightFormat], found: list[WeightFormat], layout: Layout
+) -> tuple[Fields, Fields]:
+    spelt = {foreign_module(name, layout): chosen for name, chosen in quantized.items()}
+    groups = {
+        f"group_{number}": {
+            "input_activations": dict(_GROUPS[chosen]),
+            "weights": dict(_GROUPS[chosen]),
+            "targets": sorted(name for name, other in spelt.items() if other == chosen),
+        }
+        for number, chosen in enumerate(found)
+    }
+    layers = {
+        name: {"quant_algo": chosen.upper(), **({"group_size": 16} if chosen == "nvfp4" else {})}
+        for name, chosen in spelt.items()
+    }
+    stated = {
+        "config_groups": groups,
+        "quantized_layers": layers,
+        "ignore": [],
+        "quant_algo": "MIXED_PRECISION",
+    }
+    return stated, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+
+
+def _uniform_facts(chosen: WeightFormat, kept: list[str]) -> tuple[Fields, Fields]:
+    group = {
+        "input_activations": dict(_GROUPS[chosen]),
+        "weights": dict(_GROUPS[chosen]),
+        "targets": ["Linear"],
+    }
+    size = {"group_size": 16} if chosen == "nvfp4" else {}
+    stated = {
+        "config_groups": {"group_0": group},
+        "ignore": kept,
+        "quant_algo": chosen.upper(),
+        **size,
+    }
+    return stated, {"quant_algo": chosen.upper(), **size, "exclude_modules": kept}
+
+
+def _exclusions(
+    names: list[str],
+    formats: Mapping[str, WeightFormat],
+    layout: Layout,
+    *,
+    has_vision: bool,
+) -> list[str]:
+    """What a uniform checkpoint leaves in bf16; a group of linears that stays whole is starred."""
+    kept = [foreign_module("embedding", layout), foreign_module("head", layout)]
+    if has_vision:
+        kept += [f"{prefix.rstrip('.')}*" for prefix in vision_prefixes(layout)]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    for members in groups.values():
+        left = [name for name in members if formats[name] == "bf16"]
+        spelt = [foreign_module(name, layout) for name in left]
+        whole = len(left) == len(members)
+        kept += [f"{spelt[0].rpartition('.')[0]}*"] if whole else spelt
+    return sorted(kept)

@@ -1,0 +1,273 @@
+"""A checkpoint directory as canonical tensors: opened strictly, read lazily.
+
+`Checkpoint.open` reads headers and JSON only, maps every stored tensor to its canonical name and
+proves that nothing is missing, left over, or of another shape or type than the config promises.
+Tensors are read when asked for, whole or by rows or columns (a tensor-parallel rank reads only its
+share), always into memory of their own.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.inventory import Expected, expected_tensors
+from halfbyte.checkpoint.metadata import Quantization, describe, is_native
+from halfbyte.checkpoint.names import (
+    Layout,
+    canonical_name,
+    detect_layout,
+    foreign_name,
+    native_to_hub_rows,
+    rotary_heads,
+)
+from halfbyte.checkpoint.shards import (
+    StoredTensor,
+    read_columns,
+    read_rows,
+    read_whole,
+    scan,
+)
+from halfbyte.config import ModelConfig
+from halfbyte.errors import CheckpointError
+from halfbyte.formats.fp8 import decode_fp8
+from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4
+from halfbyte.modules import WeightFormat
+
+# Stored tensors that we leave alone, by foreign name, and why.
+IGNORED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r".*\.rotary_emb\.inv_freq"), "computed from the config"),
+    (
+        re.compile(r".*fake_quantizer.*"),
+        "KV scales of native files; every converter drops them, ours are measured",
+    ),
+)
+
+
+class Checkpoint:
+    """One checkpoint directory, read-only; two of them may be open at once.
+
+    Make it with `open`. Names are canonical throughout (see `halfbyte.modules`); in Mistral's FP8
+    dialect the role weight_scale is read from weight_scale_inv and input_scale from
+    activation_scale. q and k of native files come back in hub row order.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        quantization: Quantization,
+        raw_config: Mapping[str, Any],
+        layout: Layout,
+        stored: dict[str, StoredTensor],
+        ignored: dict[str, str],
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.quantization = quantization
+        self.raw_config = MappingProxyType(dict(raw_config))
+        self.layout: Layout = layout
+        self.ignored = MappingProxyType(ignored)
+        self._stored = stored
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Open a directory in any dialect and layout.
+
+        Raises CheckpointError for a damaged or missing shard, an unknown config field, a tensor
+        that is missing, unknown, or of another shape or dtype than the config says; the message
+        names file and tensor.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory")
+        files = scan(directory, native=is_native(directory))
+        layout = detect_layout(files)
+        has_head = foreign_name("head.weight", layout, "none") in files
+        config, quantization, raw = describe(directory, layout, has_head=has_head)
+        stored, ignored = _map_names(files, layout, quantization)
+        _compare(stored, expected_tensors(config, quantization), layout, quantization)
+        return cls(directory, config, quantization, raw, layout, stored, ignored)
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of all tensors, in model order."""
+        return tuple(self._stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored; a one-element scalar counts as 0-d."""
+        return self._shape(self._find(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype: e4m3 codes are float8_e4m3fn, packed e2m1 codes uint8."""
+        return self._find(name).dtype
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of one tensor in the file."""
+        return self._find(name).num_bytes
+
+    def foreign(self, name: str) -> str:
+        """The name under which the files store canonical `name`."""
+        return self._find(name).name
+
+    def shard(self, name: str) -> Path:
+        """The file that holds `name`."""
+        return self._find(name).path
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as stored, on the CPU, in memory of its own (may be written to)."""
+        stored = self._find(name)
+        tensor = read_whole(stored).reshape(self._shape(stored))
+        heads = self._native_heads(name, stored)
+        return tensor if heads is None else native_to_hub_rows(tensor, heads)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first axis; reads only their bytes.
+
+        For q and k of native files, whole heads around the range are read and put in hub order.
+        """
+        stored = self._find(name)
+        heads = self._native_heads(name, stored)
+        if heads is None:
+            return read_rows(stored, start, stop)
+        head_dim = stored.shape[0] // heads
+        first, last = start // head_dim, -(-stop // head_dim)
+        part = read_rows(stored, first * head_dim, last * head_dim)
+        if first == last:
+            return part
+        offset = first * head_dim
+        return native_to_hub_rows(part, last - first)[start - offset : stop - offset].clone()
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns [start, stop) of the second axis, as a tensor of its own.
+
+        Columns are counted as stored: a packed NVFP4 weight has one per two inputs, its
+        weight_scale one per 16.
+        """
+        stored = self._find(name)
+        part = read_columns(stored, start, stop)
+        heads = self._native_heads(name, stored)
+        return part if heads is None else native_to_hub_rows(part, heads)
+
+    def scalar(self, name: str) -> float:
+        """The value of a 0-d tensor."""
+        tensor = self.tensor(name)
+        if tensor.numel() != 1:
+            raise CheckpointError(f"{name}: a scalar was expected, its shape is {self.shape(name)}")
+        return float(tensor.item())
+
+    def format_of(self, linear: str) -> WeightFormat:
+        """How the weight of canonical linear `linear` is stored; bf16 outside the decoder."""
+        return self.quantization.formats.get(linear, "bf16")
+
+    def decoded(self, linear: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weight of `linear` as numbers, (out_features, in_features).
+
+        linear   canonical module name, e.g. `decoder.4.mlp.up`
+        dtype    computed in f32 and rounded once to this
+
+        FP8 is fp32(code) * scale in both dialects, NVFP4 value(code) * block scale * tensor scale
+        (checkpoint-format reference, sections 8 and 9).
+        """
+        weight = self.tensor(f"{linear}.weight")
+        match self.format_of(linear):
+            case "bf16":
+                return weight.to(dtype)
+            case "fp8":
+                return decode_fp8(weight, self._scale(f"{linear}.weight_scale"), dtype)
+            case "nvfp4":
+                encoded = EncodedNVFP4(
+                    weight,
+                    self.tensor(f"{linear}.weight_scale"),
+                    self._scale(f"{linear}.tensor_scale"),
+                )
+                return decode_nvfp4(encoded, dtype)
+
+    def _scale(self, name: str) -> Tensor:
+        return self.tensor(name).to(torch.float32)
+
+    def _find(self, name: str) -> StoredTensor:
+        stored = self._stored.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.directory}: holds no tensor {name}")
+        return stored
+
+    @staticmethod
+    def _shape(stored: StoredTensor) -> tuple[int, ...]:
+        return () if stored.shape == (1,) else stored.shape
+
+    def _native_heads(self, name: str, stored: StoredTensor) -> int | None:
+        if self.layout != "mistral" or len(stored.shape) < 2:
+            return None
+        return rotary_heads(name, self.config)
+
+
+def _map_names(
+    files: Mapping[str, StoredTensor], layout: Layout, quantization: Quantization
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Canonical name -> stored tensor, and foreign name -> reason for those left alone."""
+    stored: dict[str, StoredTensor] = {}
+    ignored: dict[str, str] = {}
+    unknown: list[StoredTensor] = []
+    for foreign, tensor in files.items():
+        reason = next((why for pattern, why in IGNORED_TENSORS if pattern.fullmatch(foreign)), None)
+        name = canonical_name(foreign, layout, quantization.dialect)
+        if reason is not None:
+            ignored[foreign] = reason
+        elif name is None:
+            unknown.append(tensor)
+        else:
+            stored[name] = tensor
+    if unknown:
+        first = unknown[0]
+        raise CheckpointError(
+            f"{first.path.name}: {first.name} means nothing to us (layout {layout}, dialect "
+            f"{quantization.dialect}){_others(len(unknown))}"
+        )
+    return stored, ignored
+
+
+def _others(count: int) -> str:
+    return f"; and {count - 1} others" if count > 1 else ""
+
+
+def _compare(
+    stored: dict[str, StoredTensor],
+    expected: Mapping[str, Expected],
+    layout: Layout,
+    quantization: Quantization,
+) -> None:
+    """Prove that files and config agree, and bring `stored` into model order."""
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        some = ", ".join(foreign_name(n, layout, quantization.dialect) for n in missing[:3])
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing: {some}{', …' * (len(missing) > 3)}"
+        )
+    extra = [tensor for name, tensor in stored.items() if name not in expected]
+    if extra:
+        raise CheckpointError(
+            f"{extra[0].path.name}: {extra[0].name} has no place in the model that the config "
+            f"describes{_others(len(extra))}"
+        )
+    for name, want in expected.items():
+        tensor = stored[name]
+        shape = () if want.shape == () and tensor.shape == (1,) else tensor.shape
+        if shape != want.shape or tensor.dtype not in want.dtypes:
+            raise CheckpointError(
+                f"{tensor.path.name}: {tensor.name} is {_kind(tensor.dtype, tensor.shape)}, the "
+                f"config asks for {_kind(want.dtypes[0], want.shape)}"
+            )
+    ordered = {name: stored[name] for name in expected}
+    stored.clear()
+    stored.update(ordered)
+
+
+def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

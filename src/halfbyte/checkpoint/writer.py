@@ -1,0 +1,215 @@
+"""Streams tensors into shards and publishes a whole directory at once.
+
+Everything is written to a hidden directory beside the target, synced, and renamed to the target's
+name in one step; a run that fails or is killed leaves no target. Tensors are written as they come,
+so memory holds one of them; a shard's header is put into space left at its start.
+"""
+
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from torch import Tensor
+
+from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME, bytes_of
+from halfbyte.errors import CapacityError, FormatError, UsageError
+
+MAX_SHARD_BYTES = 10_000_000_000  # decimal, the reference's default
+
+# A big shard keeps this much room for its header (about 1,500 tensors) and pads what is left, as
+# the format allows; a small one is moved up to its header afterwards, which costs nothing.
+_RESERVED_BYTES = 256 << 10
+_SMALL_BYTES = 64 << 20
+_CHUNK_BYTES = 64 << 20
+
+
+class ShardWriter:
+    """Writes one checkpoint directory; use it in a `with` block and call `finish` at its end.
+
+    directory        the target; must not exist, or be empty
+    max_shard_bytes  a shard is closed before a tensor would take it past this
+
+    Leaving the block without `finish`, by an error or not, removes everything that was written.
+    Raises UsageError if the target exists, CapacityError if the disk is full, FormatError for a
+    tensor that holds no data.
+    """
+
+    def __init__(self, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.directory = Path(directory)
+        self._max_shard_bytes = max_shard_bytes
+        check_target(self.directory)
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self.directory.parent / f".{self.directory.name}.partial-{os.getpid()}"
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir()
+        self._shards: list[dict[str, dict[str, Any]]] = []
+        self._names: set[str] = set()
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._file: BinaryIO | None = None
+        self._data_bytes = 0
+        self._num_elements = 0
+        self._total_bytes = 0
+        self._is_published = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._is_published:
+            self.discard()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(
+                f"{self.directory}: disk full after {self._total_bytes / 1e9:.2f} GB of tensors; "
+                "nothing was left behind"
+            ) from error
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor under its foreign `name`.
+
+        The tensor is not modified and not kept. Names must be unique.
+        """
+        if tensor.is_meta:
+            raise FormatError(f"{name}: a tensor on the meta device has no data to write")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise FormatError(f"{name}: {tensor.dtype} cannot be stored")
+        assert name not in self._names, f"{name} was added twice"
+        num_bytes = tensor.numel() * tensor.dtype.itemsize
+        if self._file is not None and self._data_bytes + num_bytes > self._max_shard_bytes:
+            self._close_shard()
+        if self._file is None:
+            self._file = self._shard_path(len(self._shards)).open("wb+")
+            self._file.seek(_RESERVED_BYTES)
+        _write_tensor(self._file, tensor)
+        self._names.add(name)
+        self._entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._data_bytes, self._data_bytes + num_bytes],
+        }
+        self._data_bytes += num_bytes
+        self._total_bytes += num_bytes
+        self._num_elements += tensor.numel()
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file into the directory, in the reference's spelling (4 spaces)."""
+        self.write_file(name, json.dumps(value, indent=4, ensure_ascii=False).encode())
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file into the directory."""
+        with self._inside(name).open("wb") as file:
+            file.write(content)
+            _sync(file)
+
+    def copy_file(self, source: Path, name: str | None = None) -> None:
+        """Copy a file of the source (tokenizer, chat template) into the directory."""
+        self.write_file(name or source.name, source.read_bytes())
+
+    def finish(self) -> Path:
+        """Close the last shard, write the index, publish; returns the target."""
+        if self._file is not None:
+            self._close_shard()
+        count = len(self._shards)
+        if count == 1:
+            os.rename(self._shard_path(0), self._partial / "model.safetensors")
+        else:
+            self._write_index(count)
+        _sync_directory(self._partial)
+        check_target(self.directory)
+        os.rename(self._partial, self.directory)
+        self._is_published = True
+        _sync_directory(self.directory.parent)
+        return self.directory
+
+    def discard(self) -> None:
+        """Remove everything that was written."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _inside(self, name: str) -> Path:
+        assert name == Path(name).name, f"{name} is no plain file name"
+        return self._partial / name
+
+    def _shard_path(self, number: int) -> Path:
+        return self._partial / f"shard-{number + 1:05d}.safetensors"
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        header = {"__metadata__": {"format": "pt"}, **self._entries}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        if self._data_bytes <= _SMALL_BYTES or 8 + len(text) > _RESERVED_BYTES:
+            _move_data(self._file, _RESERVED_BYTES, 8 + len(text), self._data_bytes)
+        else:
+            text += b" " * (_RESERVED_BYTES - 8 - len(text))
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        _sync(self._file)
+        self._file.close()
+        self._file = None
+        self._shards.append(self._entries)
+        self._entries, self._data_bytes = {}, 0
+
+    def _write_index(self, count: int) -> None:
+        weight_map: dict[str, str] = {}
+        for number, entries in enumerate(self._shards):
+            shard = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.rename(self._shard_path(number), self._partial / shard)
+            weight_map |= dict.fromkeys(entries, shard)
+        index = {
+            "metadata": {"total_parameters": self._num_elements, "total_size": self._total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        self.write_file(INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
+
+
+def check_target(directory: Path) -> None:
+    """Raise UsageError if something is there already; an empty directory may be."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        raise UsageError(f"{directory} exists; choose another name, or remove it first")
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    """Append the bytes of a tensor; a big one on another device comes over in pieces."""
+    flat = tensor.detach().reshape(-1)
+    step = max(1, _CHUNK_BYTES // tensor.dtype.itemsize)
+    for start in range(0, flat.numel(), step):
+        file.write(bytes_of(flat[start : start + step].to("cpu")))
+
+
+def _move_data(file: BinaryIO, source: int, target: int, num_bytes: int) -> None:
+    """Move the data section of an open file and cut the file behind it."""
+    backwards = range(0, num_bytes, _CHUNK_BYTES)
+    for start in backwards if target <= source else reversed(backwards):
+        file.seek(source + start)
+        piece = file.read(min(_CHUNK_BYTES, num_bytes - start))
+        file.seek(target + start)
+        file.write(piece)
+    file.truncate(target + num_bytes)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
