@@ -188,7 +188,7 @@ def prepare_nvfp4(codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor) -
 def linear_bf16(
     x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Product x @ w^T, sums in f32, rounded once to `out_dtype` (x's dtype if None): (T, O). Bounded.
+    """Product x @ w^T, sums in f32, rounded once to `out_dtype` (None: as x): (T, O). Bounded.
 
     A row's result does not depend on the other rows in `native`; in `reference` it may.
     """
