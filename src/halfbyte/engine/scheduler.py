@@ -1,0 +1,236 @@
+"""Which tokens run next: admit, chunk, batch, preempt. No torch.
+
+`plan` asks, `advance` and `finish` tell what became of it; between the two the caller runs the
+model. The rules, in order:
+
+1. Every sequence that is generating gets its next token. If no block is free for one, the youngest
+   running sequence gives all of its blocks back and is computed again later (preemption).
+2. What is left of the token budget goes to prompts, oldest first, in chunks, so that a long prompt
+   never keeps the others from generating. The caller narrows the budget further to bound how much
+   a prompt slows the others down (`pacing`).
+3. New sequences are admitted in order of arrival, as long as blocks for all of their known tokens
+   are free, plus one for each running sequence to grow into. Nobody overtakes a sequence that waits
+   for blocks; one that waits for a prefix which another is just computing may be overtaken.
+"""
+
+import heapq
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from halfbyte.engine.blocks import BlockPool
+from halfbyte.engine.sequence import Sequence
+
+_ARRIVAL = attrgetter("arrival")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """Tokens [start, start + count) of one sequence, to be computed in the next step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """The step reaches the last known token, so that a next one can be chosen."""
+        return self.start + self.count == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """The waiting and the running sequences, both in order of arrival."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        max_batch_tokens: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        assert max_batch_tokens >= max_sequences, (
+            f"{max_batch_tokens} tokens a step for {max_sequences} sequences"
+        )
+        self.pool = pool
+        self.max_sequences = max_sequences
+        self.max_batch_tokens = max_batch_tokens
+        self.prefix_cache = prefix_cache
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._free_slots = list(range(max_sequences))
+        # Digest -> the running sequence that is about to compute it.
+        self._promises: dict[bytes, Sequence] = {}
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.block_tokens)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Alone it must fit into the pool at its greatest length."""
+        insort(self.waiting, sequence, key=_ARRIVAL)
+
+    def find(self, request_id: str) -> Sequence | None:
+        for sequence in (*self.running, *self.waiting):
+            if sequence.request.request_id == request_id:
+                return sequence
+        return None
+
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def plan(self, max_prefill_tokens: int | None = None) -> list[Work]:
+        """Choose the tokens of the next step: first one each of the generating, then prompts.
+
+        max_prefill_tokens  narrower budget for prompts; applies only while others generate
+        """
+        works = self._plan_decodes()
+        budget = self.max_batch_tokens - len(works)
+        if works and max_prefill_tokens is not None:
+            budget = min(budget, max_prefill_tokens)
+        planned = {work.sequence.arrival for work in works}
+        for sequence in self.running:
+            if budget > 0 and sequence.arrival not in planned:
+                works.append(_chunk(sequence, budget))
+                budget -= works[-1].count
+        for sequence in list(self.waiting):
+            if budget <= 0 or not self._free_slots:
+                break
+            if self._awaits_promise(sequence):
+                continue
+            if not self._admit(sequence):
+                break
+            works.append(_chunk(sequence, budget))
+            budget -= works[-1].count
+        return works
+
+    def advance(self, work: Work) -> None:
+        """Note that the tokens of `work` are computed. Call before a new token is appended."""
+        sequence = work.sequence
+        sequence.num_computed = work.start + work.count
+        if not self.prefix_cache:
+            return
+        block_tokens = self.pool.block_tokens
+        first, last = work.start // block_tokens, sequence.num_computed // block_tokens
+        if first < last:
+            sequence.extend_digests(block_tokens)
+        for index in range(first, last):
+            digest = sequence.digests[index]
+            self.pool.publish(sequence.blocks[index], digest)
+            if self._promises.get(digest) is sequence:
+                del self._promises[digest]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, finished or given up, in whatever state it is."""
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self._leave(sequence)
+
+    def _plan_decodes(self) -> list[Work]:
+        works = []
+        for sequence in list(self.running):
+            # `slot` is None once an older sequence has preempted this one.
+            if sequence.slot is None or not sequence.is_decoding:
+                continue
+            if self._grow(sequence):
+                works.append(Work(sequence, sequence.num_computed, 1))
+        return works
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give it the block that its last token needs; False if it had to give up its own."""
+        missing = self.num_blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        while missing > self.pool.num_free:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        if missing > 0:
+            sequence.blocks.extend(self.pool.allocate(missing))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._leave(sequence)
+        sequence.num_computed = 0
+        insort(self.waiting, sequence, key=_ARRIVAL)
+
+    def _reusable_digests(self, sequence: Sequence) -> list[bytes]:
+        """Digests of the blocks that may come from the cache: at least one token is computed."""
+        if not self.prefix_cache or sequence.wants_prompt_logprobs:
+            return []
+        sequence.extend_digests(self.pool.block_tokens)
+        return sequence.digests[: (len(sequence.token_ids) - 1) // self.pool.block_tokens]
+
+    def _awaits_promise(self, sequence: Sequence) -> bool:
+        """Whether the next block it lacks is just being computed by another."""
+        if not self._promises:
+            return False
+        digests = self._reusable_digests(sequence)
+        known = len(self.pool.find(digests))
+        return known < len(digests) and digests[known] in self._promises
+
+    def _admit(self, sequence: Sequence) -> bool:
+        digests = self._reusable_digests(sequence)
+        found = self.pool.find(digests)
+        num_new = self.num_blocks_for(len(sequence.token_ids)) - len(found)
+        # Without room to grow, the newcomer would be the next to be preempted.
+        if not self.pool.can_hold(found, num_new + len(self.running)):
+            return False
+        self.pool.hold(found)
+        sequence.blocks = [*found, *self.pool.allocate(num_new)]
+        sequence.num_computed = len(found) * self.pool.block_tokens
+        sequence.num_tabled = 0
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.num_computed
+        if self.prefix_cache:
+            sequence.extend_digests(self.pool.block_tokens)
+            for digest in sequence.digests[len(found) :]:
+                if self._promises.setdefault(digest, sequence) is sequence:
+                    sequence.promised.append(digest)
+        sequence.slot = heapq.heappop(self._free_slots)
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_ARRIVAL)
+        return True
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.running.remove(sequence)
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.slot = None
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        for digest in sequence.promised:
+            if self._promises.get(digest) is sequence:
+                del self._promises[digest]
+        sequence.promised = []
+
+    def check(self, other_holders: Iterable[list[int]] = ()) -> None:
+        """Recompute slots, promises and block counts from the sequences and assert they agree.
+
+        other_holders  block lists held by somebody else than a sequence
+        """
+        self.pool.check([*(sequence.blocks for sequence in self.running), *other_holders])
+        for sequences in (self.running, self.waiting):
+            arrivals = [sequence.arrival for sequence in sequences]
+            assert arrivals == sorted(set(arrivals)), f"not in order of arrival: {arrivals}"
+        slots = [sequence.slot for sequence in self.running]
+        assert None not in slots and len(set(slots)) == len(slots), f"slots {slots}"
+        assert set(slots) | set(self._free_slots) == set(range(self.max_sequences))
+        assert len(slots) + len(self._free_slots) == self.max_sequences
+        for sequence in self.waiting:
+            assert sequence.slot is None and not sequence.blocks and sequence.num_computed == 0
+        for sequence in self.running:
+            computed, known = sequence.num_computed, len(sequence.token_ids)
+            assert computed < known, f"{computed} of {known} tokens computed: nothing left to run"
+            have = len(sequence.blocks)
+            assert self.num_blocks_for(computed) <= have <= self.num_blocks_for(known), (
+                f"{have} blocks for {computed} computed of {known} tokens"
+            )
+        for digest, sequence in self._promises.items():
+            assert sequence.slot is not None and digest in sequence.promised
+
+
+def _chunk(sequence: Sequence, budget: int) -> Work:
+    return Work(sequence, sequence.num_computed, min(sequence.num_uncomputed, budget))

@@ -1,0 +1,107 @@
+"""The state of a request while the engine works on it. No torch.
+
+Index ranges of `token_ids`, prompt and answer in one list:
+
+    0 ........ num_cached ........ num_computed ........ len(token_ids)
+    | found in the   | K and V written    | known, K and V   |
+    | prefix cache   | by this sequence   | not yet written  |
+
+`blocks[i]` holds positions i * block_tokens up to (i + 1) * block_tokens. While an answer is being
+generated, exactly one token is known but not computed: the last. After a preemption the whole list
+is uncomputed again.
+"""
+
+from collections import Counter
+
+from halfbyte.engine.blocks import ROOT_DIGEST, block_digest
+from halfbyte.engine.request import GenerationRequest
+
+
+class Sequence:
+    """One running or waiting request; changed by the scheduler and, when a token comes, by core."""
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "cached_tokens",
+        "counts",
+        "digests",
+        "has_prompt_logprobs",
+        "max_tokens",
+        "num_computed",
+        "num_prompt",
+        "num_tabled",
+        "promised",
+        "request",
+        "seed",
+        "slot",
+        "token_ids",
+    )
+
+    def __init__(
+        self, request: GenerationRequest, *, arrival: int, seed: int, max_tokens: int
+    ) -> None:
+        self.request = request
+        # Order of arrival; also the priority.
+        self.arrival = arrival
+        self.seed = seed
+        self.max_tokens = max_tokens
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt = len(self.token_ids)
+        self.num_computed = 0
+        self.blocks: list[int] = []
+        # Digests of the leading full blocks, as far as computed.
+        self.digests: list[bytes] = []
+        # Digests that this running sequence is going to publish; others wait for them.
+        self.promised: list[bytes] = []
+        # Prompt tokens found in the cache at the first admission; None before it.
+        self.cached_tokens: int | None = None
+        # Place among the running sequences, below max_sequences; None while waiting.
+        self.slot: int | None = None
+        # Blocks already copied into the slot's row of the block table (`batch`).
+        self.num_tabled = 0
+        # Prompt log-probs are reported once, also if a preemption repeats the prompt.
+        self.has_prompt_logprobs = False
+        # Occurrences in the answer, kept only where a penalty needs them.
+        self.counts: Counter[int] | None = Counter() if request.params.has_penalties else None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the last token is uncomputed."""
+        return self.num_uncomputed == 1
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.request.params.prompt_logprobs is not None and not self.has_prompt_logprobs
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token."""
+        self.token_ids.append(token_id)
+        if self.counts is not None:
+            self.counts[token_id] += 1
+
+    def extend_digests(self, block_tokens: int) -> None:
+        """Compute the digests of all full blocks of known tokens."""
+        while (len(self.digests) + 1) * block_tokens <= len(self.token_ids):
+            start = len(self.digests) * block_tokens
+            stop = start + block_tokens
+            parent = self.digests[-1] if self.digests else ROOT_DIGEST
+            extra = self._image_marks(start, stop)
+            self.digests.append(block_digest(parent, self.token_ids[start:stop], extra))
+
+    def _image_marks(self, start: int, stop: int) -> bytes:
+        """Which pixels lie behind the tokens of a block: digest and offset of every image in it."""
+        marks = [
+            image.digest + (image.offset - start).to_bytes(8, "little", signed=True)
+            for image in self.request.images
+            if image.offset < stop and image.offset + image.num_tokens > start
+        ]
+        return b"".join(marks)

@@ -1,0 +1,254 @@
+"""The scheduler against a model of itself: blocks are memory that remembers what was written."""
+
+import hashlib
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from halfbyte.engine.blocks import BlockPool
+from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
+from halfbyte.engine.scheduler import Scheduler, Work
+from halfbyte.engine.sequence import Sequence
+
+VOCAB = 3
+
+
+def next_token(prefix: SequenceOf[int]) -> int:
+    """A model whose every token depends on the whole prefix."""
+    return hashlib.blake2b(bytes(prefix), digest_size=1).digest()[0] % VOCAB
+
+
+class Machine:
+    """Runs what the scheduler plans; every slot of every block remembers the prefix it holds."""
+
+    def __init__(self, **options: int | bool) -> None:
+        num_blocks = int(options.pop("num_blocks", 8))
+        self.pool = BlockPool(num_blocks, 2)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_sequences=int(options.pop("max_sequences", 3)),
+            max_batch_tokens=int(options.pop("max_batch_tokens", 5)),
+            prefix_cache=bool(options.pop("prefix_cache", True)),
+        )
+        assert not options
+        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.answers: dict[str, list[int]] = {}
+        self.num_added = 0
+        self.num_computed_tokens = 0
+
+    def add(
+        self,
+        prompt: SequenceOf[int],
+        max_tokens: int,
+        images: tuple[ImageInput, ...] = (),
+        params: SamplingParams | None = None,
+    ) -> Sequence:
+        request = GenerationRequest(
+            str(self.num_added), tuple(prompt), params or SamplingParams(), images=images
+        )
+        sequence = Sequence(request, arrival=self.num_added, seed=0, max_tokens=max_tokens)
+        self.num_added += 1
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self, max_prefill_tokens: int | None = None) -> list[Work]:
+        works = self.scheduler.plan(max_prefill_tokens)
+        lasts = [work.is_last for work in works]
+        for work in works:
+            self.write(work)
+        for work, is_last in zip(works, lasts, strict=True):
+            self.scheduler.advance(work)
+            if is_last:
+                self.grow(work.sequence)
+        return works
+
+    def write(self, work: Work) -> None:
+        sequence, tokens = work.sequence, tuple(work.sequence.token_ids)
+        self.num_computed_tokens += work.count
+        for position in range(work.start, work.start + work.count):
+            block = sequence.blocks[position // 2]
+            self.memory[block, position % 2] = tokens[: position + 1]
+        # What attention would read for the last token of the work.
+        for position in range(work.start + work.count):
+            stored = self.memory[sequence.blocks[position // 2], position % 2]
+            assert stored == tokens[: position + 1], f"position {position} holds {stored}"
+
+    def grow(self, sequence: Sequence) -> None:
+        sequence.append(next_token(sequence.token_ids))
+        if sequence.num_generated >= sequence.max_tokens:
+            self.scheduler.remove(sequence)
+            answer = sequence.token_ids[sequence.num_prompt :]
+            self.answers[sequence.request.request_id] = answer
+
+    def run(self) -> None:
+        for _ in range(1000):
+            if not self.scheduler.has_work():
+                return
+            assert self.step(), "work is left but nothing was planned"
+        raise AssertionError("never finished")
+
+
+def expected(prompt: SequenceOf[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def test_decodes_come_first_and_a_prompt_gets_the_rest() -> None:
+    machine = Machine(num_blocks=40, max_batch_tokens=5)
+    first = machine.add([1], 9)
+    machine.step()
+    long = machine.add([0, 1] * 10, 1)
+    works = machine.step()
+    assert [(work.sequence, work.count) for work in works] == [(first, 1), (long, 4)]
+    works = machine.step(max_prefill_tokens=2)
+    assert [(work.sequence, work.count) for work in works] == [(first, 1), (long, 2)]
+
+
+def test_prefill_limit_is_void_while_nothing_generates() -> None:
+    machine = Machine(num_blocks=40, max_batch_tokens=5)
+    machine.add([0, 1] * 10, 1)
+    assert [work.count for work in machine.step(max_prefill_tokens=1)] == [5]
+
+
+def test_long_prompt_never_starves_a_running_sequence() -> None:
+    machine = Machine(num_blocks=80, max_batch_tokens=4)
+    machine.add([1], 30)
+    machine.step()
+    machine.add([0] * 60, 1)
+    for _ in range(19):
+        assert any(work.sequence.arrival == 0 for work in machine.step())
+
+
+def test_together_arriving_equal_prompts_are_computed_once() -> None:
+    machine = Machine(num_blocks=40, max_sequences=4, max_batch_tokens=8)
+    prompt = [0, 1, 2, 0, 1, 2, 2, 1, 0]
+    for _ in range(3):
+        machine.add(prompt, 1)
+    machine.run()
+    # Two of the nine prompt tokens' blocks are not full or hold the last token.
+    assert machine.num_computed_tokens == 9 + 1 + 1
+    assert machine.answers == {str(i): expected(prompt, 1) for i in range(3)}
+
+
+def test_waiting_for_a_promised_prefix_survives_the_abort_of_its_maker() -> None:
+    machine = Machine(num_blocks=40, max_batch_tokens=3)
+    prompt = [0, 1, 2, 0, 1, 2, 2, 1, 0]
+    maker = machine.add(prompt, 1)
+    machine.add(prompt, 2)
+    machine.step()
+    machine.scheduler.remove(maker)
+    machine.scheduler.check()
+    machine.run()
+    assert machine.answers == {"1": expected(prompt, 2)}
+
+
+def test_preempted_sequence_is_the_youngest_and_keeps_its_tokens() -> None:
+    machine = Machine(num_blocks=6, max_sequences=3, max_batch_tokens=8, prefix_cache=False)
+    machine.add([0, 1], 8)
+    machine.add([1, 1], 8)
+    machine.run()
+    assert machine.scheduler.num_preemptions > 0
+    assert machine.answers == {"0": expected([0, 1], 8), "1": expected([1, 1], 8)}
+    machine.scheduler.check()
+
+
+def test_nobody_overtakes_a_sequence_that_waits_for_blocks() -> None:
+    machine = Machine(num_blocks=6, max_sequences=3, max_batch_tokens=12)
+    machine.add([0] * 8, 3)
+    machine.step()
+    machine.add([1] * 8, 1)
+    machine.add([2], 1)
+    assert [work.sequence.arrival for work in machine.step()] == [0]
+    machine.run()
+    assert list(machine.answers) == ["0", "1", "2"]
+
+
+def test_other_pixels_are_another_prefix() -> None:
+    machine = Machine(num_blocks=40, max_sequences=4, max_batch_tokens=8)
+    prompt = [0, 1, 1, 1, 2, 2, 1, 0]
+    images = [ImageInput.of(np.full((3, 2, 2), i, np.float32), 1, 3) for i in (0, 1)]
+    sequences = [machine.add(prompt, 1, (image,)) for image in (*images, images[0])]
+    machine.run()
+    assert [sequence.cached_tokens for sequence in sequences] == [0, 0, 6]
+    assert sequences[0].digests[0] != sequences[1].digests[0]
+
+
+def test_prompt_logprobs_need_every_prompt_token() -> None:
+    machine = Machine(num_blocks=40, max_batch_tokens=8)
+    machine.add([0, 1, 2, 0, 1], 1)
+    machine.run()
+    again = machine.add([0, 1, 2, 0, 1], 1, params=SamplingParams(prompt_logprobs=0))
+    machine.run()
+    assert again.cached_tokens == 0
+
+
+def test_check_sees_a_leaked_slot() -> None:
+    machine = Machine()
+    sequence = machine.add([0, 1, 2], 4)
+    machine.step()
+    sequence.slot = 2
+    with pytest.raises(AssertionError):
+        machine.scheduler.check()
+
+
+class Requests(RuleBasedStateMachine):
+    """Any mixture of arrivals, steps and aborts gives each request its solo answer."""
+
+    prefix_cache = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = Machine(
+            num_blocks=8, max_sequences=3, max_batch_tokens=5, prefix_cache=self.prefix_cache
+        )
+        self.wanted: dict[str, list[int]] = {}
+
+    # A length of at most 15 fits into the 16 positions of the pool.
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=9), max_tokens=st.integers(1, 6))
+    def add(self, prompt: list[int], max_tokens: int) -> None:
+        sequence = self.machine.add(prompt, max_tokens)
+        self.wanted[sequence.request.request_id] = expected(prompt, max_tokens)
+
+    @rule(max_prefill_tokens=st.sampled_from([None, 1, 3]))
+    def step(self, max_prefill_tokens: int | None) -> None:
+        works = self.machine.step(max_prefill_tokens)
+        assert works or not self.machine.scheduler.has_work()
+        assert sum(work.count for work in works) <= 5
+        arrivals = [work.sequence.arrival for work in works]
+        assert len(set(arrivals)) == len(arrivals)
+
+    @precondition(lambda self: self.machine.scheduler.has_work())
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        scheduler = self.machine.scheduler
+        sequence = data.draw(st.sampled_from([*scheduler.running, *scheduler.waiting]))
+        assert scheduler.find(sequence.request.request_id) is sequence
+        scheduler.remove(sequence)
+        assert scheduler.find(sequence.request.request_id) is None
+        del self.wanted[sequence.request.request_id]
+
+    @invariant()
+    def books_agree(self) -> None:
+        self.machine.scheduler.check()
+
+    def teardown(self) -> None:
+        self.machine.run()
+        assert self.machine.answers == self.wanted
+        self.machine.scheduler.check()
+        assert self.machine.pool.num_free == self.machine.pool.num_blocks
+
+
+class RequestsWithoutCache(Requests):
+    prefix_cache = False
+
+
+TestRequests = Requests.TestCase
+TestRequests.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestRequestsWithoutCache = RequestsWithoutCache.TestCase
+TestRequestsWithoutCache.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
