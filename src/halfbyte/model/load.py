@@ -1,0 +1,167 @@
+"""Checkpoint -> modules, layer by layer, every tensor accounted for.
+
+The reader knows files and dialects; here the canonical tensors of a linear become what
+`model.linear` takes, on the device where they run.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.errors import CheckpointError
+from halfbyte.kernels import dispatch
+from halfbyte.model.decoder import Decoder, DecoderLayer
+from halfbyte.model.linear import FusedLinear, Linear, Mode, StoredLinear, make_linear
+
+_ATTENTION = ("q", "k", "v")
+_GATED = ("gate", "up")
+
+
+class _Source:
+    """A checkpoint that remembers which tensors were taken. Lives for one load."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, mode: Mode, dtype: torch.dtype
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._names = frozenset(checkpoint.names())
+        self._taken: set[str] = set()
+        self.device = device
+        self.mode = mode
+        self.dtype = dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self._taken.add(name)
+        return self._checkpoint.tensor(name).to(self.device)
+
+    def dense(self, name: str) -> torch.Tensor:
+        """An unquantized tensor in the compute dtype."""
+        return self.tensor(name).to(self.dtype)
+
+    def scalar(self, name: str) -> float:
+        self._taken.add(name)
+        return self._checkpoint.scalar(name)
+
+    def linear(self, group: str, shorts: Iterable[str]) -> Linear:
+        """One linear, or the members of a fused group as one: `("decoder.3.mlp", ("gate", "up"))`.
+
+        In f32 (used to check against other implementations) weights are decoded first.
+        """
+        names = [f"{group}.{short}" for short in shorts]
+        if self.dtype == torch.float32 and self.mode == "weight_only":
+            return self.decoded(names)
+        return make_linear([self.stored(name) for name in names], self.mode)
+
+    def decoded(self, names: Iterable[str]) -> FusedLinear:
+        """A group with its weights decoded to bf16, widened to the compute dtype."""
+        weights = []
+        for name in names:
+            weights.append(self._checkpoint.decoded(name).to(self.device, self.dtype))
+            self._taken.update(self.roles(name))
+        return FusedLinear(dispatch.prepare_bf16(torch.cat(weights)), "bf16", None)
+
+    def roles(self, linear: str) -> list[str]:
+        """The tensors that this checkpoint holds of a linear."""
+        roles = ("weight", "weight_scale", "tensor_scale", "input_scale")
+        return [name for role in roles if (name := f"{linear}.{role}") in self._names]
+
+    def stored(self, name: str) -> StoredLinear:
+        format = self._checkpoint.format_of(name)
+        weight = self.tensor(f"{name}.weight")
+        if format == "bf16":
+            return StoredLinear(name, format, weight.to(self.dtype))
+        has_input_scale = f"{name}.input_scale" in self._names
+        input_scale = self.scalar(f"{name}.input_scale") if has_input_scale else None
+        if format == "fp8":
+            scale = self._scalar_tensor(f"{name}.weight_scale")
+            return StoredLinear(name, format, weight, scale, None, input_scale)
+        return StoredLinear(
+            name,
+            format,
+            weight,
+            self.tensor(f"{name}.weight_scale"),
+            self._scalar_tensor(f"{name}.tensor_scale"),
+            input_scale,
+        )
+
+    def _scalar_tensor(self, name: str) -> torch.Tensor:
+        return torch.tensor(self.scalar(name), dtype=torch.float32, device=self.device)
+
+    def kv_scales(self, layer: int) -> tuple[float, float]:
+        prefix = f"decoder.{layer}.attention"
+        if f"{prefix}.k_scale" not in self._names:
+            return 1.0, 1.0
+        return self.scalar(f"{prefix}.k_scale"), self.scalar(f"{prefix}.v_scale")
+
+    def check_all_taken(self) -> None:
+        """Raise CheckpointError naming tensors of the text part that nothing reads."""
+        left = sorted(
+            name
+            for name in self._names - self._taken
+            if not name.startswith(("encoder.", "projector."))
+        )
+        if left:
+            raise CheckpointError(f"{len(left)} tensors are not used by the model: {left[:3]}")
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    mode: Mode = "weight_only",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Decoder:
+    """Build the text model of a checkpoint on `device`.
+
+    mode   decision 0004; "declared" needs an input scale for every quantized linear
+    dtype  what activations are computed in: bf16, or f32 for checking against others
+    Raises CheckpointError for a missing tensor and for one that nothing reads. The vision part is
+    not read here (`vision.load_vision`).
+    """
+    source = _Source(checkpoint, torch.device(device), mode, dtype)
+    text = checkpoint.config.text
+    embedding_VD = source.dense("embedding.weight")
+    layers = [_layer(source, checkpoint, layer) for layer in range(text.num_layers)]
+    head_VD = embedding_VD if text.tied_head else source.dense("head.weight")
+    decoder = Decoder(
+        text,
+        embedding_VD=embedding_VD,
+        layers=layers,
+        norm_D=source.dense("norm.weight"),
+        head=make_linear([StoredLinear("head", "bf16", head_VD)], mode),
+        kv_scales=[source.kv_scales(layer) for layer in range(text.num_layers)],
+    )
+    source.check_all_taken()
+    return decoder
+
+
+def load_layer(
+    checkpoint: Checkpoint, layer: int, *, device: torch.device | str = "cpu"
+) -> DecoderLayer:
+    """One decoder layer with its weights decoded to bf16, whatever the dialect; for calibration."""
+    source = _Source(checkpoint, torch.device(device), "weight_only", torch.bfloat16)
+    prefix = f"decoder.{layer}"
+    attention, mlp = f"{prefix}.attention", f"{prefix}.mlp"
+    return DecoderLayer(
+        checkpoint.config.text,
+        source.dense(f"{prefix}.attention_norm.weight"),
+        source.dense(f"{prefix}.mlp_norm.weight"),
+        qkv=source.decoded([f"{attention}.{short}" for short in _ATTENTION]),
+        o=source.decoded([f"{attention}.o"]),
+        gate_up=source.decoded([f"{mlp}.{short}" for short in _GATED]),
+        down=source.decoded([f"{mlp}.down"]),
+    )
+
+
+def _layer(source: _Source, checkpoint: Checkpoint, layer: int) -> DecoderLayer:
+    prefix = f"decoder.{layer}"
+    return DecoderLayer(
+        checkpoint.config.text,
+        source.dense(f"{prefix}.attention_norm.weight"),
+        source.dense(f"{prefix}.mlp_norm.weight"),
+        qkv=source.linear(f"{prefix}.attention", _ATTENTION),
+        o=source.linear(f"{prefix}.attention", ("o",)),
+        gate_up=source.linear(f"{prefix}.mlp", _GATED),
+        down=source.linear(f"{prefix}.mlp", ("down",)),
+    )
