@@ -1,0 +1,65 @@
+"""Free-text answers graded by a model (AA-LCR): the judge's prompt and the reading of its verdict.
+
+Who asks the judge is not here (`run`); a verdict that cannot be read makes the attempt ungraded,
+which is missing, never wrong and never right.
+Source: ../shared/reference/evaluations.md section 3.3; the original protocol's three parts.
+"""
+
+import hashlib
+import re
+import unicodedata
+
+from halfbyte.evals.types import Score, right_or_wrong
+
+JUDGE_PROMPT = """\
+Decide whether the CANDIDATE ANSWER below is CORRECT or INCORRECT. \
+It is CORRECT only if it is consistent with the OFFICIAL ANSWER.
+
+The question, for reference only: {question}
+The OFFICIAL ANSWER: {official}
+The CANDIDATE ANSWER to assess: {candidate}
+
+Reply with exactly one word, CORRECT or INCORRECT."""
+
+JUDGE_PROMPT_SHA256 = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()
+
+_WORD = re.compile(r"[A-Z]+")
+
+
+def judge_prompt(question: str, official: str, candidate: str) -> str:
+    """The message sent to the judge; braces in the texts are left alone."""
+    parts = {"{question}": question, "{official}": official, "{candidate}": candidate}
+    return re.sub(
+        r"\{question\}|\{official\}|\{candidate\}", lambda m: parts[m[0]].strip(), JUDGE_PROMPT
+    )
+
+
+def read_verdict(text: str) -> bool | None:
+    """True for CORRECT, False for INCORRECT, None for anything else.
+
+    Only the first word counts, and exactly: CORRECT is a part of INCORRECT, so a search would
+    turn every rejection into praise.
+    """
+    words = text.strip().strip("*_`'\".").upper().split()
+    word = _WORD.match(words[0]) if words else None
+    return {"CORRECT": True, "INCORRECT": False}.get(word[0]) if word else None
+
+
+def same_text(official: str, candidate: str) -> bool:
+    """The free second metric: equality after folding case, accents, punctuation and spaces."""
+    return _fold(official) == _fold(candidate) != ""
+
+
+def grade_judged(official: str, candidate: str, verdict_text: str | None) -> Score:
+    """Score from the judge's stored reply; None or an unreadable reply is ungraded."""
+    verdict = None if verdict_text is None else read_verdict(verdict_text)
+    details = {"judgement": verdict_text, "exact_match": same_text(official, candidate)}
+    if verdict is None:
+        return Score(None, candidate[:200], "ungraded", details)
+    return right_or_wrong(verdict, candidate[:200], **details)
+
+
+def _fold(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    kept = [c if c.isalnum() else " " for c in plain if not unicodedata.combining(c)]
+    return " ".join("".join(kept).split())

@@ -1,0 +1,268 @@
+"""Run generated code where it can do no harm, and say how it ended.
+
+The program sees no network, no environment, no other process, a read-only file system with the
+interpreter, and one private folder that vanishes with it; its time, memory, processes, files and
+output are bounded. `sandbox_init` builds that world; here is what stays outside: starting it,
+watching it, and the verdict. If the machine cannot give the isolation, nothing is run.
+"""
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from halfbyte.errors import UnsupportedError
+from halfbyte.evals import sandbox_init
+
+Ending = Literal["exited", "signal", "wall", "cpu", "memory", "output"]
+
+# The order of the words is the order in which the reference lists what must hold.
+REQUIRED = ("network", "pid", "mount", "seccomp")
+
+# All that the program finds in its environment; one thread, or libraries hit the process limit.
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": sandbox_init.BOX,
+    "LANG": "C.UTF-8",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use. The wall clock is the published 1,800 s of SciCode."""
+
+    wall_s: float = 1800.0
+    cpu_s: int = 1800
+    memory_bytes: int = 8 << 30
+    disk_bytes: int = 64 << 20
+    processes: int = 64
+    open_files: int = 256
+    output_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program ended.
+
+    ending     exited: by itself, with `exit_code`; signal: killed by `signal_number`; the others
+               name the limit that it ran into
+    stdout, stderr   at most `Limits.output_bytes` together
+    isolation  what was active, such as ("mount", "pid", ..., "seccomp")
+    """
+
+    ending: Ending
+    exit_code: int
+    signal_number: int
+    stdout: str
+    stderr: str
+    wall_s: float
+    isolation: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """A Python for generated code: its path, what of the disk it needs, its versions."""
+
+    path: str
+    prefixes: tuple[str, ...]
+    versions: Mapping[str, str]
+
+
+@cache
+def isolation() -> tuple[str, ...]:
+    """What this machine can keep apart, found by running one harmless program.
+
+    Raises UnsupportedError if any of `REQUIRED` is missing: generated code does not run then.
+    """
+    try:
+        outcome = run_program(interpreter(sys.executable), "pass", limits=Limits(wall_s=20))
+    except OSError as failure:
+        raise UnsupportedError(f"no sandbox for generated code: {failure}") from failure
+    missing = [name for name in REQUIRED if name not in outcome.isolation]
+    if missing or outcome.exit_code != 0:
+        raise UnsupportedError(
+            f"generated code would run with too little isolation: no {', '.join(missing)} "
+            f"(active: {', '.join(outcome.isolation) or 'nothing'}); it was not run. "
+            f"Allow user namespaces, or run as root. {outcome.stderr[-300:]}"
+        )
+    return outcome.isolation
+
+
+@cache
+def interpreter(path: str) -> Interpreter:
+    """Look at a Python: where it lives and which numerical packages it has."""
+    question = (
+        "import sys, json, importlib.metadata as m\n"
+        "names = ['numpy', 'scipy', 'sympy', 'h5py', 'matplotlib']\n"
+        "have = {}\n"
+        "for name in names:\n"
+        "    try: have[name] = m.version(name)\n"
+        "    except m.PackageNotFoundError: pass\n"
+        "have['python'] = sys.version.split()[0]\n"
+        "print(json.dumps([[sys.prefix, sys.base_prefix, *sys.path], have]))"
+    )
+    answer = subprocess.run(
+        [path, "-I", "-c", question], capture_output=True, text=True, timeout=60, check=True
+    )
+    places, versions = json.loads(answer.stdout)
+    real = [os.path.realpath(path), *places]
+    folders = {p for p in real if p and os.path.exists(p)}
+    return Interpreter(path, tuple(sorted(folders)), versions)
+
+
+def run_program(
+    python: Interpreter,
+    program: str,
+    *,
+    limits: Limits,
+    visible: Sequence[Path] = (),
+    files: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Run a Python program in the sandbox and wait for its end.
+
+    visible  files or folders that it may read, at their own paths
+    files    name -> text, put into its private folder beside the program
+    Raises UnsupportedError if the sandbox itself cannot be built.
+    """
+    for path in visible:
+        if not path.exists():
+            raise FileNotFoundError(path)
+    report_read, report_write = os.pipe()
+    config = {
+        "argv": [python.path, "-I", "-B", f"{sandbox_init.BOX}/program.py"],
+        "environment": _ENVIRONMENT,
+        # A user of its own for every run, so that the process limit counts this run only.
+        "uid": random.SystemRandom().randrange(200_000, 1_000_000),
+        "visible": [*python.prefixes, *(str(path.resolve()) for path in visible)],
+        "files": {"program.py": program, **(files or {})},
+        "limits": {k: v for k, v in asdict(limits).items() if k not in ("wall_s", "output_bytes")},
+    }
+    started = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-B", sandbox_init.__file__, str(report_write)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=(report_write,),
+        env={},
+        start_new_session=True,
+    )
+    os.close(report_write)
+    try:
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(config).encode())
+        child.stdin.close()
+        watch = _watch(child, report_read, limits, started)
+    finally:
+        _end(child)
+        os.close(report_read)
+    return _outcome(watch, time.monotonic() - started)
+
+
+class _Watch:
+    """What the supervisor has heard so far of one program."""
+
+    def __init__(self) -> None:
+        self.streams: dict[int, bytearray] = {}
+        self.report = bytearray()
+        self.ending: Ending | None = None
+        self.facts: dict[str, Any] = {}
+
+
+def _watch(child: "subprocess.Popen[bytes]", report: int, limits: Limits, started: float) -> _Watch:
+    """Read output and reports until the program ends or a limit is passed; then kill it."""
+    assert child.stdout is not None and child.stderr is not None
+    watch = _Watch()
+    streams = (child.stdout.fileno(), child.stderr.fileno())
+    watch.streams = {stream: bytearray() for stream in streams}
+    waiting = {*streams, report}
+    while waiting:
+        ready, _, _ = select.select(list(waiting), [], [], 0.1)
+        for stream in ready:
+            data = os.read(stream, 65536)
+            if not data:
+                waiting.discard(stream)
+            elif stream == report:
+                watch.report += data
+            else:
+                watch.streams[stream] += data
+        if sum(map(len, watch.streams.values())) > limits.output_bytes:
+            watch.ending = "output"
+        elif time.monotonic() - started > limits.wall_s:
+            watch.ending = "wall"
+        elif not ready and _resident_bytes(child.pid) > limits.memory_bytes:
+            watch.ending = "memory"
+        if watch.ending is not None:
+            break
+        if b'"status"' in watch.report and not ready:
+            break
+    for line in bytes(watch.report).splitlines():
+        watch.facts.update(json.loads(line))
+    return watch
+
+
+def _outcome(watch: _Watch, wall_s: float) -> Outcome:
+    facts = watch.facts
+    out, err = (bytes(data).decode("utf-8", "replace") for data in watch.streams.values())
+    active = (*facts.get("namespaces", ()), *(("seccomp",) if facts.get("seccomp") else ()))
+    if "failure" in facts:
+        raise UnsupportedError(
+            f"the sandbox for generated code cannot be built here: {facts['failure']}; "
+            "the code was not run. Allow user namespaces, or run as root"
+        )
+    if watch.ending is not None:
+        return Outcome(watch.ending, -1, signal.SIGKILL, out, err, wall_s, active)
+    status = facts.get("status")
+    if status is None:
+        return Outcome("signal", -1, signal.SIGKILL, out, err, wall_s, active)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        ending: Ending = "cpu" if number == signal.SIGXCPU else "signal"
+        return Outcome(ending, -1, number, out, err, wall_s, active)
+    return Outcome("exited", os.WEXITSTATUS(status), 0, out, err, wall_s, active)
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """Kill the launcher; its death ends init, and the end of init ends everything inside."""
+    for stream in (child.stdout, child.stderr):
+        if stream is not None:
+            stream.close()
+    if child.poll() is None:
+        child.kill()
+    child.wait()
+
+
+def _resident_bytes(root: int) -> int:
+    """Resident memory of a process and all its descendants, in bytes."""
+    parents: dict[int, list[int]] = {}
+    resident: dict[int, int] = {}
+    page = os.sysconf("SC_PAGE_SIZE")
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            # pid (name) state ppid ...; the name may hold spaces and brackets.
+            fields = Path(entry.path, "stat").read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue  # gone between the listing and the look
+        pid = int(entry.name)
+        parents.setdefault(int(fields[1]), []).append(pid)
+        resident[pid] = int(fields[21]) * page
+    total, open_ends = 0, [root]
+    while open_ends:
+        pid = open_ends.pop()
+        total += resident.get(pid, 0)
+        open_ends.extend(parents.get(pid, ()))
+    return total

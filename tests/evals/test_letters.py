@@ -1,0 +1,87 @@
+"""The letter extractor: the cases of the reference, and recorded answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halfbyte.evals.grading.letters import extract_letter, grade_letter, last_boxed
+
+DATA = Path(__file__).parents[1] / "data" / "evals"
+LETTERS = "ABCDEFGHIJ"
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("Answer: B", "B"),
+        ("**Answer:** B", "B"),
+        ("Answer: **B**", "B"),
+        ("Answer: (B)", "B"),
+        ("Answer: [B]", "B"),
+        (r"Answer: \boxed{B}", "B"),
+        (r"Answer: $\boxed{\text{B}}$", "B"),
+        (r"Answer: \( D \)", "D"),
+        ("Answer: A/B/C/D\nso\nAnswer: D", "D"),
+        ("Answer: A/B/C/D", None),
+        ("Answer: I think it is C", None),
+        ("answer: a function of x", None),
+        ("Answer: A function", None),
+        ("Final answer: C) 12", "C"),
+        ("answer : b", "B"),
+        ("Answer: J", None),
+        ("Answer: Because", None),
+        ("First Answer: A.\nNo. Answer: C.", "C"),
+        (r"thus \boxed{C}", "C"),
+        (r"thus \boxed{(C)}", "C"),
+        (r"thus \boxed{C. 12 m}", "C"),
+        (r"thus \boxed{Cat}", None),
+        (r"\boxed{A} and \boxed{B}", "B"),
+        ("The answer is (D).", "D"),
+        ("The answer is D", "D"),
+        ("the answer is a matter of taste", None),
+        ("the answer is (b) 0.15, as in part (b)", None),
+        ("The answer is (D). The answer is (C) is incorrect.", "D"),
+        ("The answer is I think none", None),
+        ("B is the correct answer, I believe", "B"),
+        ("Correct option: C", "C"),
+        ("Some thoughts.\n\n(B).", "B"),
+        ("Some thoughts.\n\nB", "B"),
+        ("B\nbut then more prose", None),
+        ("It may be A. Or B. Hard to say", None),
+        ("", None),
+    ],
+)
+def test_stated_letter_is_found_and_prose_is_not_guessed_from(
+    text: str, letter: str | None
+) -> None:
+    assert extract_letter(text, "ABCD") == letter
+
+
+def test_letters_end_where_the_options_of_the_item_end() -> None:
+    assert extract_letter("Answer: J", LETTERS) == "J"
+    assert extract_letter("Answer: E", "ABCDE") == "E"
+    assert extract_letter("Answer: F", "ABCDE") is None
+    # I is a letter of a ten-option item, and a word.
+    assert extract_letter("Answer: I", LETTERS) == "I"
+    assert extract_letter("Answer: I think it is C", LETTERS) is None
+
+
+def test_a_text_without_letter_is_unparsed_not_merely_wrong() -> None:
+    assert grade_letter("B", "ABCD", "no idea").cause == "unparsed"
+    assert grade_letter("B", "ABCD", "Answer: C").cause == "wrong"
+    assert grade_letter("B", "ABCD", "Answer: B").value == 1.0
+
+
+def test_box_is_closed_by_counting_not_by_the_last_brace() -> None:
+    assert last_boxed(r"\boxed{\frac{1}{2}} and {more}") == r"\frac{1}{2}"
+    assert last_boxed(r"\boxed{7} then \boxed{8") == "7"
+    assert last_boxed("none") is None
+
+
+def test_recorded_answers_give_the_letter_of_the_official_script() -> None:
+    lines = (DATA / "mmlu_pro" / "items.jsonl").read_text().splitlines()
+    assert len(lines) == 28
+    for row in map(json.loads, lines):
+        letters = LETTERS[: len(row["options"])]
+        assert extract_letter(row["sample_output"], letters) == row["upstream_pred"]
