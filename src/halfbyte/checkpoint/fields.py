@@ -335,8 +335,8 @@ def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
 def attention_factor(rope: RopeConfig) -> float:
     """YaRN's factor on cos and sin: 1 + 0.1 mscale ln(factor) over the same with mscale_all_dim.
 
-    It is 1 for other kinds and for factors up to 1. Source: YaRN (arXiv 2309.00071), section 3.4, with
-    the two mscale knobs of DeepSeek-V2.
+    It is 1 for other kinds and for factors up to 1. Source: YaRN (arXiv 2309.00071), section 3.4,
+    with the two mscale knobs of DeepSeek-V2.
     """
     if rope.kind != "yarn" or rope.factor <= 1:
         return 1.0

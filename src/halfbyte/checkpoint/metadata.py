@@ -113,10 +113,15 @@ def _all(config: ModelConfig, format_: WeightFormat) -> dict[str, WeightFormat]:
     return {linear.name: format_ for linear in decoder_linears(config)}
 
 
+def unquantized(config: ModelConfig) -> Quantization:
+    """Everything bf16."""
+    return Quantization("none", _all(config, "bf16"), "bf16")
+
+
 def _native_quantization(raw: Fields, config: ModelConfig) -> Quantization:
     stated = raw.get("quantization")
     if stated is None:
-        return Quantization("none", _all(config, "bf16"), "bf16")
+        return unquantized(config)
     fields = Reader(stated, "params.json.quantization")
     fields.must_be("qformat_weight", "fp8_e4m3")
     fields.must_be("qscheme_act", "TENSOR")
@@ -129,7 +134,7 @@ def _quantization(
 ) -> Quantization:
     """From config.json's `quantization_config` and from hf_quant_config.json, which must agree."""
     if stated is None and older is None:
-        return Quantization("none", _all(config, "bf16"), "bf16")
+        return unquantized(config)
     if isinstance(stated, dict) and stated.get("quant_method") == "fp8":
         return _mistral_fp8(stated, config, layout)
     found = []

