@@ -32,6 +32,7 @@ REQUIRED = ("network", "pid", "mount", "seccomp")
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": sandbox_init.BOX,
+    "TMPDIR": sandbox_init.BOX,
     "LANG": "C.UTF-8",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",

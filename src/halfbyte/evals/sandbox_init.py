@@ -123,7 +123,8 @@ def build_root(visible: list[str], disk_bytes: int, files: dict[str, str], uid: 
             file.write(text)
         os.chown(path, uid, -1)
     os.chown(root + BOX, uid, -1)
-    os.symlink(BOX, root + "/tmp")
+    if not os.path.lexists(root + "/tmp"):
+        os.symlink(BOX, root + "/tmp")
     os.mkdir(root + "/old")
     _call("syscall", {"x86_64": 155, "aarch64": 41}[platform.machine()], b".", b"old")
     os.chdir("/")
@@ -135,8 +136,9 @@ def build_root(visible: list[str], disk_bytes: int, files: dict[str, str], uid: 
 
 def set_limits(limits: dict[str, int]) -> None:
     """What one process may use; the supervisor outside watches wall time and memory in all."""
+    # One second more until the kill, so that the end by SIGXCPU tells the reason.
+    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
     for kind, value in (
-        (resource.RLIMIT_CPU, limits["cpu_s"]),
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["disk_bytes"]),
         (resource.RLIMIT_NPROC, limits["processes"]),
