@@ -1,0 +1,92 @@
+"""Writes a checkpoint in the FP8 dialect in which Mistral publishes its models.
+
+Per-tensor static FP8 for every decoder linear: `weight` in e4m3, `weight_scale_inv` and
+`activation_scale` as bf16 scalars; everything else is copied bit for bit. The real job starts from
+such a checkpoint, so the demo makes one of its bf16 model. The maxima of the inputs come from
+outside (`quantize.fp8_source` measures them).
+
+Source: checkpoint-format reference, section 9.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.metadata import mistral_fp8_config
+from halfbyte.checkpoint.names import foreign_name
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.errors import FormatError, UsageError
+from halfbyte.formats.fp8 import encode_fp8, fp8_scale
+from halfbyte.modules import decoder_linears
+
+# Files beside the tensors that a server needs; whichever of them the source has are copied.
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "SYSTEM_PROMPT.txt",
+    "LICENSE",
+)
+
+
+def write_fp8_source(
+    source: Checkpoint, input_amax: Mapping[str, float | Tensor], target: Path
+) -> Path:
+    """Write `source`, a bf16 checkpoint in a hub layout, as Mistral FP8 to `target`.
+
+    input_amax   canonical decoder linear -> largest magnitude of its input; all of them
+
+    The scales are rounded to bf16 first and the codes made with the rounded ones, so that decoding
+    is exact in f32; the largest weight still gets code 448. Raises UsageError if the source is
+    quantized already or a maximum is missing, FormatError for NaN weights or a zero maximum.
+    """
+    if source.quantization.dialect != "none":
+        raise UsageError(f"{source.directory}: is {source.quantization.dialect}; bf16 is needed")
+    if source.layout == "mistral":
+        raise UsageError(f"{source.directory}: native layout; a hub layout is needed")
+    quantized = {linear.name for linear in decoder_linears(source.config)}
+    missing = sorted(quantized - set(input_amax))
+    if missing:
+        raise UsageError(f"no input maximum for {missing[0]} ({len(missing)} missing)")
+    with ShardWriter(target) as writer:
+        for name in source.names():
+            linear = name.removesuffix(".weight")
+            if linear in quantized:
+                for role, tensor in _encoded(linear, source.tensor(name), input_amax[linear]):
+                    spelt = foreign_name(f"{linear}.{role}", source.layout, "mistral-fp8")
+                    writer.add(spelt, tensor)
+            else:
+                writer.add(source.foreign(name), source.tensor(name))
+        writer.write_json("config.json", mistral_fp8_config(source.raw_config, source.layout))
+        copy_companions(source.directory, writer)
+        return writer.finish()
+
+
+def copy_companions(directory: Path, writer: ShardWriter) -> None:
+    """Copy tokenizer, chat template, processor and generation config of `directory`."""
+    for name in COMPANION_FILES:
+        if (directory / name).is_file():
+            writer.copy_file(directory / name)
+
+
+def _encoded(
+    linear: str, weight: Tensor, input_amax: float | Tensor
+) -> Iterable[tuple[str, Tensor]]:
+    try:
+        scale = fp8_scale(weight.abs().amax()).to(torch.bfloat16)
+        input_scale = fp8_scale(torch.as_tensor(input_amax)).to(torch.bfloat16).reshape(())
+        codes = encode_fp8(weight, scale.to(torch.float32), "direct")
+    except FormatError as error:
+        raise FormatError(f"{linear}: {error}") from error
+    return (("weight", codes), ("weight_scale", scale), ("input_scale", input_scale))

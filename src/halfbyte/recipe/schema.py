@@ -1,0 +1,259 @@
+"""YAML -> a frozen Recipe. A recipe is a partition: rules have no order, and none may overlap.
+
+What a recipe means for a model of a certain depth is `plan`'s business. Files are read strictly:
+a missing or unknown key is an error that names it. Recipes that come with the package are in
+`library/`; decision 0007 says why there are no wildcards.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import yaml
+
+from halfbyte.errors import UsageError
+from halfbyte.modules import (
+    ATTENTION_LINEARS,
+    MLP_LINEARS,
+    CacheFormat,
+    WeightFormat,
+)
+
+KeptPart = Literal["embedding", "head", "vision", "projector"]
+RuleGroup = Literal["attention", "mlp"]
+WeightScales = Literal["amax", "mse"]
+ActivationScales = Literal["amax", "headroom", "none"]
+
+_GROUP_LINEARS: dict[str, tuple[str, ...]] = {
+    "attention": ATTENTION_LINEARS,
+    "mlp": MLP_LINEARS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """Layers `first` to `last`, both included; negative numbers count from the end (-1 is last)."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}..{self.last}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Gives one format to the linears of one group.
+
+    layers   None means all
+    linears  short names within the group (q, k, v, o or gate, up, down)
+    """
+
+    group: RuleGroup
+    linears: tuple[str, ...]
+    layers: tuple[LayerRange, ...] | None
+    format: WeightFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """How scales are chosen: weights by their maximum or by squared error, inputs likewise.
+
+    `activations: none` asks for no data: input scales are constants.
+    """
+
+    weights: WeightScales = "amax"
+    activations: ActivationScales = "amax"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Which text the statistics come from."""
+
+    blend: str
+    samples: int
+    tokens_per_sample: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Who gets which format. `source` is the file it came from, for messages."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    keep: frozenset[KeptPart]
+    kv_cache: CacheFormat
+    scales: Scales
+    calibration: Calibration
+    source: str
+
+
+def library_recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("halfbyte.recipe") / "library"
+    names = (entry.name for entry in folder.iterdir())
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A recipe of the library by name, or a YAML file by path.
+
+    Raises UsageError naming the file, the rule and the key at fault.
+    """
+    name = str(name_or_path)
+    if name in library_recipes():
+        text = (resources.files("halfbyte.recipe") / "library" / f"{name}.yaml").read_text("utf-8")
+        return parse_recipe(text, f"{name}.yaml")
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        known = ", ".join(library_recipes())
+        raise UsageError(f"no recipe {name!r}; there are {known}, or give a .yaml file")
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path}: cannot be read ({error})") from error
+    return parse_recipe(text, path.name)
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """A recipe from YAML text; `source` names it in messages. Raises UsageError."""
+    where = f"recipe {source}"
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{where}: no YAML ({str(error).splitlines()[0]})") from error
+    keys = ("name", "rules", "keep", "kv_cache", "scales", "calibration")
+    fields = _fields(raw, where, keys)
+    rules = fields["rules"]
+    if not isinstance(rules, list) or not rules:
+        raise UsageError(f"{where}: rules must be a list with at least one rule")
+    if not isinstance(fields["name"], str) or not fields["name"]:
+        raise UsageError(f"{where}: name must be a word")
+    return Recipe(
+        name=fields["name"],
+        rules=tuple(_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(rules)),
+        keep=frozenset(_keep(fields["keep"], where)),
+        kv_cache=cast(
+            "CacheFormat", _choice(fields["kv_cache"], CacheFormat, f"{where}, kv_cache")
+        ),
+        scales=_scales(fields["scales"], f"{where}, scales"),
+        calibration=_calibration(fields["calibration"], f"{where}, calibration"),
+        source=source,
+    )
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that occurs twice, which YAML readers otherwise let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} occurs twice", None)
+        return super().construct_mapping(node, deep)
+
+
+def _fields(
+    raw: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()
+) -> Mapping[str, Any]:
+    """A mapping with exactly these keys."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{where}: a mapping with {', '.join(required)} was expected")
+    unknown = [str(key) for key in raw if key not in (*required, *optional)]
+    if unknown:
+        known = ", ".join((*required, *optional))
+        raise UsageError(f"{where}: unknown key {', '.join(unknown)}; there are {known}")
+    missing = [key for key in required if key not in raw]
+    if missing:
+        raise UsageError(f"{where}: lacks {', '.join(missing)}")
+    return raw
+
+
+def _choice(value: Any, kinds: Any, where: str) -> str:
+    allowed = get_args(kinds)
+    if value not in allowed:
+        raise UsageError(f"{where}: {value!r} is not one of {', '.join(allowed)}")
+    return str(value)
+
+
+def _rule(raw: Any, where: str) -> Rule:
+    fields = _fields(raw, where, ("part", "group", "format"), ("layers", "linears"))
+    if fields["part"] != "decoder":
+        raise UsageError(
+            f"{where}: part {fields['part']!r}: only the decoder is quantized; name other parts "
+            "under keep"
+        )
+    group = cast("RuleGroup", _choice(fields["group"], RuleGroup, f"{where}, group"))
+    return Rule(
+        group=group,
+        linears=_linears(fields.get("linears"), group, where),
+        layers=_layers(fields["layers"], where) if "layers" in fields else None,
+        format=cast("WeightFormat", _choice(fields["format"], WeightFormat, f"{where}, format")),
+    )
+
+
+def _linears(value: Any, group: str, where: str) -> tuple[str, ...]:
+    known = _GROUP_LINEARS[group]
+    if value is None:
+        return known
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"{where}: linears must be a list out of {', '.join(known)}")
+    for short in value:
+        if short not in known:
+            raise UsageError(f"{where}: {group} has no linear {short!r}, only {', '.join(known)}")
+    return tuple(value)
+
+
+_RANGE = re.compile(r"(\d+)-(\d+)|(-?\d+)\.\.(-?\d+)|(-?\d+)")
+
+
+def _layers(value: Any, where: str) -> tuple[LayerRange, ...]:
+    """`[0-3, -1]`, `[4..-2]`: numbers, `A-B` counted from the start, `A..B` from either end."""
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise UsageError(f"{where}: layers is empty; leave it out to mean all")
+    return tuple(_layer_range(item, where) for item in items)
+
+
+def _layer_range(item: Any, where: str) -> LayerRange:
+    match = None if isinstance(item, bool) else _RANGE.fullmatch(str(item))
+    if match is None:
+        raise UsageError(
+            f"{where}: {item!r} is no layer; write 3, -1 (the last), 0-3, or 4..-2 (from the fifth "
+            "to the last but one)"
+        )
+    first, last = [int(text) for text in match.groups() if text is not None] * (
+        2 if match[5] is not None else 1
+    )
+    return LayerRange(first, last)
+
+
+def _keep(value: Any, where: str) -> list[KeptPart]:
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: keep must be a list out of {', '.join(get_args(KeptPart))}")
+    return [cast("KeptPart", _choice(part, KeptPart, f"{where}, keep")) for part in value]
+
+
+def _scales(raw: Any, where: str) -> Scales:
+    fields = _fields(raw, where, ("weights", "activations"))
+    return Scales(
+        cast("WeightScales", _choice(fields["weights"], WeightScales, f"{where}, weights")),
+        cast(
+            "ActivationScales",
+            _choice(fields["activations"], ActivationScales, f"{where}, activations"),
+        ),
+    )
+
+
+def _calibration(raw: Any, where: str) -> Calibration:
+    fields = _fields(raw, where, ("blend", "samples", "tokens_per_sample", "seed"))
+    for key, least in (("samples", 1), ("tokens_per_sample", 1), ("seed", 0)):
+        if type(fields[key]) is not int or fields[key] < least:
+            raise UsageError(f"{where}: {key} must be a whole number of at least {least}")
+    if not isinstance(fields["blend"], str):
+        raise UsageError(f"{where}: blend must be a name or a path")
+    return Calibration(**fields)
