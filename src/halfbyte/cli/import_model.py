@@ -1,0 +1,59 @@
+"""`halfbyte import SOURCE OUT`: checkpoints in our layout, from GGUF or from bf16."""
+
+import argparse
+from pathlib import Path
+
+from halfbyte.errors import UsageError
+
+EXAMPLE = """  halfbyte import smollm2 build/demo/bf16
+  halfbyte import build/demo/bf16 build/demo/fp8 --to mistral-fp8"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", help="a llama .gguf file, `smollm2` (from its package), or a bf16 checkpoint"
+    )
+    parser.add_argument("out", type=Path, help="the directory to write; must not exist")
+    parser.add_argument(
+        "--to",
+        choices=["bf16", "mistral-fp8"],
+        default="bf16",
+        help="mistral-fp8: from a bf16 checkpoint, the FP8 dialect of Mistral's releases "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="GGUF: take the tokenizer files of this directory instead"
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="mistral-fp8: token ids to measure inputs with, tensors batch{i}.input_ids "
+        "(default: the text in the package)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.to == "mistral-fp8":
+        return _to_fp8(args)
+    if args.calibration_tokens is not None:
+        raise UsageError("--calibration-tokens belongs to --to mistral-fp8")
+    from halfbyte.checkpoint.gguf import import_gguf, packaged_file
+
+    path = Path(args.source)
+    if path.is_dir():
+        raise UsageError(f"{path} is a checkpoint already; --to mistral-fp8 makes an FP8 one of it")
+    source = path if path.suffix == ".gguf" else packaged_file(args.source)
+    config = import_gguf(source, args.out, tokenizer=args.tokenizer)
+    print(f"{args.out}: bf16, {config.text.num_layers} layers, from {source.name}")
+    return 0
+
+
+def _to_fp8(args: argparse.Namespace) -> int:
+    if args.tokenizer is not None:
+        raise UsageError("--tokenizer belongs to GGUF files; the source's own files are copied")
+    from halfbyte.quantize.fp8_source import make_fp8_source
+
+    make_fp8_source(Path(args.source), args.out, calibration_tokens=args.calibration_tokens)
+    print(f"{args.out}: Mistral FP8, from {args.source}")
+    return 0
