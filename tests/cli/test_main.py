@@ -1,0 +1,72 @@
+"""Every command of the table exists, explains itself, and fails with a sentence."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+
+from halfbyte.cli import main as cli
+from halfbyte.cli.main import COMMANDS, build_parser, main
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "example" in text
+    assert f"halfbyte {name}" in text.split("example")[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_parse(name: str) -> None:
+    module = importlib.import_module(f"halfbyte.cli.{COMMANDS[name][0]}")
+    parser = build_parser(name, module)
+    for line in module.EXAMPLE.splitlines():
+        words = line.split("#")[0].split()
+        if words[:2] == ["halfbyte", name]:
+            assert isinstance(parser.parse_args(words[2:]), argparse.Namespace)
+
+
+def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantise"]) == 2
+    error = capsys.readouterr().err
+    assert "quantise" in error
+    assert "quantize" in error
+
+
+def test_no_command_prints_the_overview_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().out
+
+
+def test_user_errors_are_one_line_without_a_trace(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "nowhere" in error
+    assert "Traceback" not in error
+
+
+def test_a_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        EXAMPLE = ""
+
+        @staticmethod
+        def add_arguments(parser: argparse.ArgumentParser) -> None:
+            """No arguments."""
+
+        @staticmethod
+        def run(args: argparse.Namespace) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setitem(COMMANDS, "gone", ("gone", "leaves"))
+    monkeypatch.setattr(cli.importlib, "import_module", lambda _: Gone)
+    duplicated: list[int] = []
+    monkeypatch.setattr(cli.os, "dup2", lambda source, target: duplicated.append(target))
+    assert main(["gone"]) == 0
+    assert len(duplicated) == 1
