@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.cli import main as cli
 from halfbyte.cli.main import COMMANDS, build_parser, main
 
 
@@ -65,8 +64,8 @@ def test_a_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None
             raise BrokenPipeError
 
     monkeypatch.setitem(COMMANDS, "gone", ("gone", "leaves"))
-    monkeypatch.setattr(cli.importlib, "import_module", lambda _: Gone)
+    monkeypatch.setattr("importlib.import_module", lambda _: Gone)
     duplicated: list[int] = []
-    monkeypatch.setattr(cli.os, "dup2", lambda source, target: duplicated.append(target))
+    monkeypatch.setattr("os.dup2", lambda source, target: duplicated.append(target))
     assert main(["gone"]) == 0
     assert len(duplicated) == 1
