@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,8 @@ def test_a_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None
             raise BrokenPipeError
 
     monkeypatch.setitem(COMMANDS, "gone", ("gone", "leaves"))
-    monkeypatch.setattr("importlib.import_module", lambda _: Gone)
     duplicated: list[int] = []
-    monkeypatch.setattr("os.dup2", lambda source, target: duplicated.append(target))
+    monkeypatch.setattr(os, "dup2", lambda source, target: duplicated.append(target))
+    monkeypatch.setattr(importlib, "import_module", lambda _: Gone)
     assert main(["gone"]) == 0
     assert len(duplicated) == 1
