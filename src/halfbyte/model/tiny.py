@@ -1,0 +1,125 @@
+"""Writes a small random checkpoint in the real layout, for tests, benches and first steps.
+
+The geometry has what makes the big model awkward: head_dim not width / heads, grouped query heads,
+YaRN with a position-dependent query scale, an MLP of an odd number of 16-blocks. The weights mean
+nothing.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.fp8_source import write_fp8_source
+from halfbyte.checkpoint.inventory import Expected, expected_tensors
+from halfbyte.checkpoint.metadata import hub_config, unquantized
+from halfbyte.checkpoint.names import foreign_name
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from halfbyte.modules import decoder_linears
+
+_TEXT = TextConfig(
+    num_layers=8,
+    width=128,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    mlp_width=304,  # 19 blocks of 16
+    vocab_size=512,
+    norm_eps=1e-5,
+    max_positions=4096,
+    rope=RopeConfig(
+        theta=1e6,
+        kind="yarn",
+        factor=64.0,
+        original_max_positions=64,
+        beta_fast=4.0,
+        beta_slow=1.0,
+        llama_4_scaling_beta=0.1,
+    ),
+    tied_head=False,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    pad_token_id=11,
+)
+_VISION = VisionConfig(
+    num_layers=2,
+    width=64,
+    num_heads=4,
+    head_dim=16,
+    mlp_width=96,
+    patch_size=14,
+    image_size=280,
+    num_channels=3,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    activation="silu",
+    spatial_merge_size=2,
+    projector_activation="gelu",
+    projector_bias=False,
+    image_token_id=10,
+    feature_layer=-1,
+)
+# Largest input that the FP8 dialect declares for every linear; normalised inputs stay below it.
+_INPUT_AMAX = 8.0
+
+
+def tiny_config(*, layers: int = 8, vision: bool = False, tied_head: bool = False) -> ModelConfig:
+    """The architecture that `write_tiny_checkpoint` writes."""
+    text = replace(_TEXT, num_layers=layers, tied_head=tied_head)
+    return ModelConfig(text, _VISION if vision else None)
+
+
+def write_tiny_checkpoint(
+    directory: str | Path,
+    *,
+    layers: int = 8,
+    seed: int = 0,
+    vision: bool = False,
+    tied_head: bool = False,
+    dialect: Literal["none", "mistral-fp8"] = "none",
+    config: ModelConfig | None = None,
+) -> ModelConfig:
+    """Write random weights of `tiny_config(...)`, or of `config`, to a new directory.
+
+    dialect  "none" is bf16; "mistral-fp8" is what Mistral publishes
+    returns  the config; equal arguments give equal bytes
+    """
+    config = config or tiny_config(layers=layers, vision=vision, tied_head=tied_head)
+    directory = Path(directory)
+    if dialect == "none":
+        _write_bf16(directory, config, seed)
+        return config
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "bf16"
+        _write_bf16(plain, config, seed)
+        amax = {linear.name: _INPUT_AMAX for linear in decoder_linears(config)}
+        write_fp8_source(Checkpoint.open(plain), amax, directory)
+    return config
+
+
+def _write_bf16(directory: Path, config: ModelConfig, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layout = "hf" if config.vision is not None else "hf-text"
+    with ShardWriter(directory) as writer:
+        for name, expected in expected_tensors(config, unquantized(config)).items():
+            writer.add(foreign_name(name, layout, "none"), _random(name, expected, generator))
+        writer.write_json("config.json", hub_config(config))
+        eos = list(config.text.eos_token_ids)
+        writer.write_json("generation_config.json", {"eos_token_id": eos})
+        writer.finish()
+
+
+def _random(name: str, expected: Expected, generator: torch.Generator) -> Tensor:
+    """Norms around 1, weights that keep the variance of what passes through them."""
+    values = torch.randn(expected.shape, generator=generator)
+    if "norm" in name:
+        return (1 + 0.1 * values).to(torch.bfloat16)
+    if name.endswith("bias"):
+        return (0.1 * values).to(torch.bfloat16)
+    inputs = values[0].numel() if name != "embedding.weight" else 1
+    return (values / inputs**0.5).to(torch.bfloat16)
