@@ -31,7 +31,7 @@ def overview(checkpoint: Checkpoint) -> str:
     ]
     rows += [(f"  {part}", f"{size:,} bytes") for part, size in _parts(checkpoint).items() if size]
     rows += [("ignored", f"{name}: {why}") for name, why in sorted(checkpoint.ignored.items())]
-    return "\n".join(f"{name:<14}{value}" for name, value in rows)
+    return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
 
 def _decoder(text: TextConfig) -> str:
@@ -69,5 +69,7 @@ def _parts(checkpoint: Checkpoint) -> dict[str, int]:
         part, _, rest = name.partition(".")
         group = rest.split(".")[1] if part == "decoder" and rest.count(".") > 1 else ""
         is_group = group in ("attention", "mlp")
-        sizes[f"decoder {group}" if is_group else part] += checkpoint.num_bytes(name)
+        sizes[f"decoder {group if is_group else 'norms'}" if part == "decoder" else part] += (
+            checkpoint.num_bytes(name)
+        )
     return dict(sizes)
