@@ -5,6 +5,7 @@ YaRN with a position-dependent query scale, an MLP of an odd number of 16-blocks
 nothing.
 """
 
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from halfbyte.checkpoint.fp8_source import write_fp8_source
 from halfbyte.checkpoint.inventory import Expected, expected_tensors
 from halfbyte.checkpoint.metadata import hub_config, unquantized
-from halfbyte.checkpoint.names import foreign_name
+from halfbyte.checkpoint.names import Layout, foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
@@ -104,7 +105,7 @@ def write_tiny_checkpoint(
 
 def _write_bf16(directory: Path, config: ModelConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    layout = "hf" if config.vision is not None else "hf-text"
+    layout: Layout = "hf" if config.vision is not None else "hf-text"
     with ShardWriter(directory) as writer:
         for name, expected in expected_tensors(config, unquantized(config)).items():
             writer.add(foreign_name(name, layout, "none"), _random(name, expected, generator))
@@ -122,4 +123,4 @@ def _random(name: str, expected: Expected, generator: torch.Generator) -> Tensor
     if name.endswith("bias"):
         return (0.1 * values).to(torch.bfloat16)
     inputs = values[0].numel() if name != "embedding.weight" else 1
-    return (values / inputs**0.5).to(torch.bfloat16)
+    return (values / math.sqrt(inputs)).to(torch.bfloat16)
