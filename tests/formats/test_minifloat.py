@@ -18,6 +18,7 @@ from halfbyte.formats.minifloat import (
     decode_e4m3,
     encode_e2m1,
     encode_e4m3,
+    has_nan_codes,
 )
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -158,3 +159,21 @@ def test_e4m3_saturates_and_keeps_nan() -> None:
     assert codes[:4] == [0x7E, 0xFE, 0x7E, 0xFE]
     assert codes[4] & 0x7F == 0x7F
     assert codes[5] == 0x80
+
+
+def test_e4m3_without_nan_decodes_alike_fast_and_slow() -> None:
+    """The fast path takes tensors without NaN; every other code must come out the same."""
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F]).to(torch.uint8)
+    stored = codes.view(torch.float8_e4m3fn)
+    assert not bool(has_nan_codes(stored))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        decoded, library = decode_e4m3(stored, dtype), stored.to(dtype)
+        assert torch.equal(decoded, library)
+        assert torch.equal(decoded.signbit(), library.signbit())
+
+
+def test_nan_codes_are_found() -> None:
+    for code, is_nan in ((0x7F, True), (0xFF, True), (0x7E, False), (0x00, False)):
+        stored = torch.tensor([0, code], dtype=torch.uint8).view(torch.float8_e4m3fn)
+        assert bool(has_nan_codes(stored)) is is_nan
+    assert not bool(has_nan_codes(torch.empty(0, dtype=torch.float8_e4m3fn)))

@@ -110,5 +110,20 @@ def encode_e4m3(x: Tensor) -> Tensor:
 
 
 def decode_e4m3(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Exact values of e4m3 codes; every one is representable in bf16, f16 and f32."""
-    return codes.to(dtype)
+    """Exact values of e4m3 codes; every one is representable in bf16, f16 and f32.
+
+    On a CPU the bits are moved into an f16, whose exponent counts from 2**-14 where e4m3 counts
+    from 2**-6: several times faster than the library's conversion, exact for subnormals too.
+    """
+    if codes.device.type != "cpu" or bool(has_nan_codes(codes)):
+        return codes.to(dtype)
+    bits = codes.view(torch.int8).to(torch.int16)  # the sign fills bits 7-15
+    half = bits.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
+    return half.to(torch.float32).mul_(2.0**8).to(dtype)
+
+
+def has_nan_codes(codes: Tensor) -> Tensor:
+    """Whether any e4m3 code is one of the two NaNs; bool, 0-d."""
+    if codes.numel() == 0:
+        return torch.tensor(False, device=codes.device)
+    return codes.view(torch.uint8).bitwise_and(0x7F).amax() == 0x7F
