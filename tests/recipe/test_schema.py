@@ -1,0 +1,134 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from halfbyte.errors import UsageError
+from halfbyte.recipe.schema import (
+    Calibration,
+    LayerRange,
+    Rule,
+    Scales,
+    library_recipes,
+    load_recipe,
+    parse_recipe,
+)
+
+
+def raw(**changes: Any) -> str:
+    """A valid recipe as YAML, with top-level keys changed; `...` removes one."""
+    fields = {
+        "name": "test",
+        "rules": [
+            {"part": "decoder", "group": "attention", "format": "fp8"},
+            {"part": "decoder", "group": "mlp", "format": "nvfp4"},
+        ],
+        "keep": ["embedding", "head", "vision", "projector"],
+        "kv_cache": "fp8",
+        "scales": {"weights": "amax", "activations": "amax"},
+        "calibration": {"blend": "builtin", "samples": 8, "tokens_per_sample": 64, "seed": 0},
+    } | changes
+    return yaml.safe_dump({key: value for key, value in fields.items() if value is not ...})
+
+
+def with_rule(**changes: Any) -> str:
+    rule = {"part": "decoder", "group": "mlp", "format": "fp8"} | changes
+    return raw(rules=[{key: value for key, value in rule.items() if value is not ...}])
+
+
+def layers_of(value: Any) -> tuple[LayerRange, ...] | None:
+    return parse_recipe(with_rule(layers=value), "x.yaml").rules[0].layers
+
+
+def test_the_library() -> None:
+    assert library_recipes() == ("fp8", "medium-3.5", "nvfp4-everywhere")
+    recipe = load_recipe("medium-3.5")
+    assert recipe.name == "medium-3.5" and recipe.kv_cache == "fp8"
+    assert recipe.rules[1] == Rule(
+        "mlp", ("gate", "up", "down"), (LayerRange(0, 3), LayerRange(-1, -1)), "fp8"
+    )
+    assert recipe.rules[2].layers == (LayerRange(4, -2),)
+    assert recipe.scales == Scales("amax", "amax")
+    for name in library_recipes():
+        assert load_recipe(name).name == name
+
+
+def test_a_file_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(raw())
+    recipe = load_recipe(path)
+    assert recipe.source == "mine.yaml"
+    assert recipe.calibration == Calibration("builtin", 8, 64, 0)
+    assert recipe.keep == {"embedding", "head", "vision", "projector"}
+
+
+@pytest.mark.parametrize(
+    ("written", "ranges"),
+    [
+        (3, [(3, 3)]),
+        (-1, [(-1, -1)]),
+        ("0-3", [(0, 3)]),
+        (["0-3", -1], [(0, 3), (-1, -1)]),
+        (["4..-2"], [(4, -2)]),
+        (["-3..-1", 0], [(-3, -1), (0, 0)]),
+        (["12..20"], [(12, 20)]),
+    ],
+)
+def test_ways_to_write_layers(written: Any, ranges: list[tuple[int, int]]) -> None:
+    assert layers_of(written) == tuple(LayerRange(*pair) for pair in ranges)
+
+
+@pytest.mark.parametrize("written", ["a", "1-", "-1-3", "1...3", 1.5, True, None, "0-3,5", [[1]]])
+def test_layers_that_mean_nothing_are_explained(written: Any) -> None:
+    with pytest.raises(UsageError, match=r"recipe x\.yaml, rule 1: .* is no layer; write 3, -1"):
+        layers_of(written)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (raw(extra=1), r"recipe x\.yaml: unknown key extra; there are name"),
+        (raw(keep=...), r"recipe x\.yaml: lacks keep"),
+        (raw(rules=[]), "rules must be a list"),
+        (raw(rules={"a": 1}), "rules must be a list"),
+        (raw(name=""), "name must be a word"),
+        (raw(keep=["decoder"]), "keep: 'decoder' is not one of embedding"),
+        (raw(keep="head"), "keep must be a list"),
+        (raw(kv_cache="int8"), "kv_cache: 'int8' is not one of bf16, fp8"),
+        (raw(scales={"weights": "amax"}), "scales: lacks activations"),
+        (raw(scales={"weights": "guess", "activations": "amax"}), "'guess' is not one of amax"),
+        (raw(calibration={"blend": "b", "samples": 0, "tokens_per_sample": 1, "seed": 0}),
+         "calibration: samples must be a whole number of at least 1"),
+        (raw(calibration={"blend": "b", "samples": True, "tokens_per_sample": 1, "seed": 0}),
+         "samples must be a whole number"),
+        (raw(calibration={"blend": 3, "samples": 1, "tokens_per_sample": 1, "seed": 0}),
+         "blend must be a name"),
+        (with_rule(part="encoder"), "rule 1: part 'encoder': only the decoder is quantized"),
+        (with_rule(group="moe"), "rule 1, group: 'moe' is not one of attention, mlp"),
+        (with_rule(format="int4"), "rule 1, format: 'int4' is not one of bf16, fp8, nvfp4"),
+        (with_rule(format=...), "rule 1: lacks format"),
+        (with_rule(when="always"), "rule 1: unknown key when"),
+        (with_rule(layers=[]), "rule 1: layers is empty"),
+        (with_rule(linears=["q"]), "rule 1: mlp has no linear 'q', only gate, up, down"),
+        (with_rule(linears=[]), "linears must be a list"),
+        ("- a\n- b\n", "a mapping with name, rules"),
+        ("name: [", "no YAML"),
+        ("name: a\nname: b\n", "no YAML .*'name' occurs twice"),
+        ("!!python/object/apply:os.system ['true']", "no YAML"),
+        (raw(rules=["fp8"]), "rule 1: a mapping with part"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_recipe(text, "x.yaml")
+
+
+def test_no_such_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no recipe 'medium'; there are fp8, medium-3\.5"):
+        load_recipe("medium")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_recipe(tmp_path / "binary.yaml")
