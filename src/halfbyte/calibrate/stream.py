@@ -1,0 +1,174 @@
+"""Runs calibration rows through a decoder, one layer in memory at a time.
+
+Activations are kept between layers; every layer sees what unquantized layers before it made. Rows
+are run one by one, without padding, so that results depend neither on their order nor on any batch
+size. Called by `quantize.pipeline`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.calibrate.activations import Activations
+from halfbyte.calibrate.observers import AmaxObserver, MakeObserver, Observer
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.errors import FormatError
+from halfbyte.log import say_once
+from halfbyte.model.attention import DenseAttend
+from halfbyte.model.decoder import DecoderLayer
+from halfbyte.model.load import load_layer
+from halfbyte.model.rope import RotaryTable
+from halfbyte.modules import decoder_linears
+
+# Tap point -> linears of the layer that read it.
+READERS: Mapping[str, tuple[str, ...]] = {
+    "attention.input": ("attention.q", "attention.k", "attention.v"),
+    "attention.o.input": ("attention.o",),
+    "mlp.input": ("mlp.gate", "mlp.up"),
+    "mlp.down.input": ("mlp.down",),
+}
+# Tap points of what the KV cache holds: keys after rotation, values as projected.
+KEYS, VALUES = "attention.k", "attention.v"
+TAPS = (*READERS, KEYS, VALUES)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistics:
+    """What one layer's activations were: tap point -> observed magnitude, bf16, 0-d."""
+
+    layer: int
+    observed: Mapping[str, Tensor]
+
+    def input_of(self, linear: str) -> Tensor:
+        """The magnitude of the input of canonical `linear`."""
+        short = linear.removeprefix(f"decoder.{self.layer}.")
+        return next(self.observed[tap] for tap, readers in READERS.items() if short in readers)
+
+
+Progress = Callable[[int, int], None]  # rows done, rows in all, of the layer at work
+
+
+def stream_layers(
+    checkpoint: Checkpoint,
+    rows: Sequence[Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    make_observer: MakeObserver = AmaxObserver,
+    activations: Activations | None = None,
+    first_layer: int = 0,
+    prefetch: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[LayerStatistics]:
+    """Run all rows through the layers in order; yields each layer's statistics when it is done.
+
+    rows         int64 (tokens,) each, any lengths, on the CPU
+    activations  where rows wait; in memory if None. After a layer is yielded they hold the next
+                 one's inputs; with `first_layer` > 0 they must hold that layer's inputs already
+    prefetch     load the next layer while this one computes: half the waiting, a second layer's
+                 memory
+
+    The layer is freed before it is yielded, so the caller has its memory. Raises FormatError if
+    an activation is NaN or infinite: the weights are broken or the source decodes wrongly.
+    """
+    place = torch.device(device)
+    if activations is None:
+        activations = Activations([row.numel() for row in rows], checkpoint.config.text.width)
+    if first_layer == 0:
+        _embed(checkpoint, rows, activations)
+    runner = _Runner(checkpoint, place, activations, make_observer, progress)
+    layers = range(first_layer, checkpoint.config.text.num_layers)
+    with ThreadPoolExecutor(1, thread_name_prefix="next-layer") as pool:
+        loading: Future[DecoderLayer] | None = None
+        for layer in layers:
+            loaded = load_layer(checkpoint, layer, device=place) if loading is None else None
+            if loaded is None:
+                assert loading is not None
+                loaded = loading.result()
+            is_last = layer == layers[-1]
+            loading = None
+            if prefetch and not is_last:
+                loading = pool.submit(load_layer, checkpoint, layer + 1, device=place)
+            observed = runner.run(layer, loaded)
+            del loaded
+            yield LayerStatistics(layer, observed)
+
+
+def _embed(checkpoint: Checkpoint, rows: Sequence[Tensor], activations: Activations) -> None:
+    table_VD = checkpoint.tensor("embedding.weight")
+    for number, row in enumerate(rows):
+        activations.write(number, table_VD[row])
+    activations.advance(0)
+
+
+class _Runner:
+    """Runs rows through one layer after another and remembers the rotary angles."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        activations: Activations,
+        make_observer: MakeObserver,
+        progress: Progress | None,
+    ) -> None:
+        self._device = device
+        self._activations = activations
+        self._make_observer = make_observer
+        self._progress = progress
+        table = RotaryTable(checkpoint.config.text, device)
+        self._rotation = table.at(torch.arange(max(activations.row_tokens), device=device))
+
+    @torch.inference_mode()
+    def run(self, layer: int, module: DecoderLayer) -> dict[str, Tensor]:
+        """All rows through one layer; returns what its tap points showed."""
+        observers: dict[str, Observer] = {tap: self._make_observer() for tap in TAPS}
+
+        def tap(point: str, x: Tensor) -> None:
+            observers[point].update(x)
+
+        for number, tokens in enumerate(self._activations.row_tokens):
+            x_TD = self._activations.read(number).to(self._device)
+            rotation = self._rotation._replace(
+                cos_TH2=self._rotation.cos_TH2[:tokens],
+                sin_TH2=self._rotation.sin_TH2[:tokens],
+                query_scale_T=None
+                if self._rotation.query_scale_T is None
+                else self._rotation.query_scale_T[:tokens],
+            )
+            x_TD = module(x_TD, layer, DenseAttend([0, tokens]), rotation, tap)
+            self._activations.write(number, x_TD.cpu())
+            if self._progress is not None:
+                self._progress(number + 1, len(self._activations.row_tokens))
+        self._activations.advance(layer + 1)
+        observed = {point: observer.result() for point, observer in observers.items()}
+        for point, magnitude in observed.items():
+            if not bool(torch.isfinite(magnitude)):
+                raise FormatError(
+                    f"decoder.{layer}: {point} holds NaN or infinity; the weights up to this "
+                    "layer are damaged, or their scales are"
+                )
+        return observed
+
+
+def input_maxima(
+    checkpoint: Checkpoint, rows: Sequence[Tensor], *, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Largest input magnitude of every decoder linear (canonical name) over these rows.
+
+    What an FP8 source needs for its activation scales; a linear whose input is all zero gives the
+    largest e4m3 value, as the reference writes it, and is named in a warning.
+    """
+    names = [linear.name for linear in decoder_linears(checkpoint.config)]
+    maxima: dict[str, float] = {}
+    for statistics in stream_layers(checkpoint, rows, device=device):
+        for name in names:
+            if name.startswith(f"decoder.{statistics.layer}."):
+                maxima[name] = float(statistics.input_of(name))
+    for name, magnitude in maxima.items():
+        if magnitude == 0:
+            say_once(f"{name}: its calibration inputs are all zero; assuming 448")
+            maxima[name] = 448.0
+    return {name: maxima[name] for name in names}

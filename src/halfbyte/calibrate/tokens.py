@@ -1,0 +1,112 @@
+"""Calibration rows: token ids to run through the model, ragged, without padding.
+
+From a file of recorded ids (the golden data's layout) or from the small text in the package.
+Larger blends are `blend`'s.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from halfbyte.chat.tokens import load_chat
+from halfbyte.config import TextConfig
+from halfbyte.errors import UsageError
+
+Rows = tuple[Tensor, ...]  # each int64 (tokens,), on the CPU
+
+_BATCH = re.compile(r"batch(\d+)\.(input_ids|attention_mask)")
+
+
+def read_token_rows(path: Path) -> Rows:
+    """Rows of a safetensors file with `batch{i}.input_ids`, int64 (rows, tokens), in order of i.
+
+    `batch{i}.attention_mask` of the same shape, if there, says which positions are real; padded
+    ones are left out, so that they cannot enter the maxima. Raises UsageError naming file and
+    tensor.
+    """
+    batches: dict[int, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                match = _BATCH.fullmatch(name)
+                if match is None:
+                    raise UsageError(f"{path}: {name}: batch0.input_ids and so on were expected")
+                batches.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: cannot be read as calibration tokens ({error})") from error
+    rows: list[Tensor] = []
+    for number in sorted(batches):
+        rows += _batch_rows(batches[number], f"{path}: batch{number}")
+    return tuple(rows)
+
+
+def _batch_rows(batch: dict[str, Tensor], where: str) -> list[Tensor]:
+    ids = batch.get("input_ids")
+    if ids is None or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        kind = "missing" if ids is None else f"{ids.dtype} {list(ids.shape)}"
+        raise UsageError(f"{where}.input_ids: int64 [rows, tokens] expected, it is {kind}")
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise UsageError(f"{where}.attention_mask: {list(mask.shape)} beside {list(ids.shape)}")
+    rows = [row[keep != 0].to(torch.int64) for row, keep in zip(ids, mask, strict=True)]
+    return [row for row in rows if row.numel()]
+
+
+def builtin_texts() -> tuple[str, ...]:
+    """The documents that come with the package (CC0), seven domains in turn."""
+    folder = resources.files("halfbyte.calibrate") / "data"
+    texts: list[list[str]] = []
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".txt"):
+            documents = entry.read_text("utf-8").split("\n=====\n")
+            texts.append([document.strip() for document in documents if document.strip()])
+    longest = max(map(len, texts))
+    return tuple(
+        texts[d][i] for i in range(longest) for d in range(len(texts)) if i < len(texts[d])
+    )
+
+
+def builtin_rows(directory: Path, *, samples: int, tokens_per_sample: int) -> Rows:
+    """Up to `samples` rows of the builtin text in the checkpoint's own tokens.
+
+    A document longer than `tokens_per_sample` goes on in the next row, each row after a bos where
+    the tokenizer has one. The text has about 15,000 tokens in all: enough to try things, too
+    little for a model that others will use. Raises CheckpointError if the directory has no
+    tokenizer.
+    """
+    chat = load_chat(directory)
+    queues = [list(chat.encode_prompt(text).token_ids) for text in builtin_texts()]
+    bos = chat.encode_prompt("").token_ids
+    rows: list[Tensor] = []
+    while queues and len(rows) < samples:
+        rest = []
+        for ids in queues:
+            rows.append(torch.tensor(ids[:tokens_per_sample], dtype=torch.int64))
+            if len(ids) - tokens_per_sample > 16:  # a shorter tail teaches nothing
+                rest.append([*bos, *ids[tokens_per_sample:]])
+        queues = rest
+    return tuple(rows[:samples])
+
+
+def check_rows(rows: Sequence[Tensor], config: TextConfig, where: str) -> None:
+    """Raise UsageError if there is nothing to run, an id is outside the vocabulary or a row is
+    longer than the model's context.
+    """
+    if not rows:
+        raise UsageError(f"{where}: no calibration tokens")
+    for number, row in enumerate(rows):
+        if int(row.min()) < 0 or int(row.max()) >= config.vocab_size:
+            raise UsageError(
+                f"{where}: row {number} holds token {int(row.max())}; the vocabulary ends at "
+                f"{config.vocab_size - 1}. Was it made with another tokenizer?"
+            )
+        if row.numel() > config.max_positions:
+            raise UsageError(
+                f"{where}: row {number} has {row.numel()} tokens; the model's context is "
+                f"{config.max_positions}"
+            )
