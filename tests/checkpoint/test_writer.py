@@ -1,10 +1,12 @@
 import errno
+import hashlib
 import json
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from halfbyte.checkpoint import manifest as manifest_module
 from halfbyte.checkpoint import writer as writer_module
-from halfbyte.checkpoint.shards import read_header, read_whole, scan
+from halfbyte.checkpoint.manifest import MANIFEST_NAME, HashingWriter, hash_stored, read_manifest
+from halfbyte.checkpoint.shards import INDEX_NAME, read_header, read_whole, scan
 from halfbyte.checkpoint.writer import ShardWriter
-from halfbyte.errors import CapacityError, FormatError, UsageError
+from halfbyte.errors import CapacityError, CheckpointError, FormatError, UsageError
 
 
 def some_tensors(count: int = 12) -> dict[str, torch.Tensor]:
@@ -40,7 +44,7 @@ def leftovers(directory: Path) -> list[str]:
 def test_one_file_without_an_index_if_it_fits(tmp_path: Path) -> None:
     tensors = some_tensors()
     write(tmp_path / "out", tensors)
-    assert leftovers(tmp_path / "out") == ["model.safetensors"]
+    assert leftovers(tmp_path / "out") == [MANIFEST_NAME, "model.safetensors"]
     back = load_file(tmp_path / "out/model.safetensors")
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype
@@ -60,7 +64,7 @@ def test_shards_and_index_for_any_limit(
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert read_whole(found[name]).float().equal(tensor.float())
-    names = [n for n in leftovers(out) if n != "model.safetensors.index.json"]
+    names = [n for n in leftovers(out) if n.endswith(".safetensors")]
     if names == ["model.safetensors"]:
         return
     count = len(names)
@@ -92,6 +96,7 @@ def test_a_header_that_outgrows_its_room(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(writer_module, "_SMALL_BYTES", 0)
     monkeypatch.setattr(writer_module, "_RESERVED_BYTES", 64)
     monkeypatch.setattr(writer_module, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(manifest_module, "_CHUNK_BYTES", 100)
     tensors = some_tensors()
     write(tmp_path / "out", tensors)
     back = load_file(tmp_path / "out/model.safetensors")
@@ -128,7 +133,7 @@ def test_an_output_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
 def test_an_empty_output_directory_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", {"a": torch.zeros(1)})
-    assert leftovers(tmp_path / "out") == ["model.safetensors"]
+    assert leftovers(tmp_path / "out") == [MANIFEST_NAME, "model.safetensors"]
 
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
@@ -180,17 +185,17 @@ def test_tensors_without_data_or_with_odd_types_are_refused(tmp_path: Path) -> N
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = writer_module._write_tensor
+    real = HashingWriter.write
     calls = 0
 
-    def fill_up(file: object, tensor: torch.Tensor) -> None:
+    def fill_up(self: HashingWriter, file: BinaryIO, tensor: torch.Tensor) -> str:
         nonlocal calls
         calls += 1
         if calls == 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(file, tensor)  # type: ignore[arg-type]
+        return real(self, file, tensor)
 
-    monkeypatch.setattr(writer_module, "_write_tensor", fill_up)
+    monkeypatch.setattr(HashingWriter, "write", fill_up)
     with pytest.raises(CapacityError, match=r"disk full after .* nothing was left behind"):
         write(tmp_path / "out", some_tensors(), 100)
     assert leftovers(tmp_path) == []
@@ -220,3 +225,29 @@ def test_a_write_the_kernel_refuses_leaves_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 7
     assert leftovers(tmp_path) == []
+
+
+def test_the_manifest_holds_origin_and_hashes(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "out", 300) as writer:
+        for name, tensor in some_tensors().items():
+            writer.add(name, tensor)
+        writer.write_file("note.txt", b"abc")
+        writer.finish({"source": "test"})
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.origin == {"source": "test"}
+    found = scan(tmp_path / "out")
+    assert set(manifest.tensors) == set(found)
+    for name, stored in found.items():
+        data = read_whole(stored).reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert manifest.tensors[name] == hashlib.sha256(data).hexdigest() == hash_stored(stored)
+    assert manifest.files["note.txt"] == hashlib.sha256(b"abc").hexdigest()
+    assert INDEX_NAME in manifest.files
+    assert read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": 2}', '{"version": 1, "origin": 3}'])
+def test_a_damaged_manifest_is_an_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(content)
+    with pytest.raises(CheckpointError, match=MANIFEST_NAME):
+        read_manifest(tmp_path)

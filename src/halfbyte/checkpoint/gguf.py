@@ -128,7 +128,9 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None) ->
             files = _copied_tokenizer(tokenizer)
         for name, content in files.items():
             writer.write_file(name, content)
-        writer.finish()
+        with source.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        writer.finish({"source": source.name, "source_sha256": digest})
     return config
 
 

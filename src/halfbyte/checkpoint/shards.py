@@ -250,6 +250,13 @@ def _check_range(stored: StoredTensor, axis: int, start: int, stop: int) -> None
     )
 
 
+def read_bytes(stored: StoredTensor, start: int, stop: int) -> memoryview:
+    """Bytes [start, stop) of the tensor's data, as they lie in the file."""
+    out = torch.empty(stop - start, dtype=torch.uint8)
+    _fill(stored, out, stored.offset + start)
+    return bytes_of(out)
+
+
 def _fill(stored: StoredTensor, out: Tensor, offset: int) -> None:
     """Read bytes from `offset` on into all of `out`, which is contiguous."""
     if out.numel() == 0:

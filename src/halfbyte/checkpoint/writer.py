@@ -6,6 +6,7 @@ so memory holds one of them; a shard's header is put into space left at its star
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from typing import Any, BinaryIO, Self
 
 from torch import Tensor
 
-from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME, bytes_of
+from halfbyte.checkpoint.manifest import MANIFEST_NAME, HashingWriter, manifest_json
+from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME
 from halfbyte.errors import CapacityError, FormatError, UsageError
 
 MAX_SHARD_BYTES = 10_000_000_000  # decimal, the reference's default
@@ -49,12 +51,14 @@ class ShardWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()
         self._shards: list[dict[str, dict[str, Any]]] = []
-        self._names: set[str] = set()
         self._entries: dict[str, dict[str, Any]] = {}
         self._file: BinaryIO | None = None
         self._data_bytes = 0
         self._num_elements = 0
         self._total_bytes = 0
+        self._hashes: dict[str, str] = {}
+        self._file_hashes: dict[str, str] = {}
+        self._hashing = HashingWriter()
         self._is_published = False
 
     def __enter__(self) -> Self:
@@ -83,15 +87,14 @@ class ShardWriter:
             raise FormatError(f"{name}: a tensor on the meta device has no data to write")
         if tensor.dtype not in DTYPE_NAMES:
             raise FormatError(f"{name}: {tensor.dtype} cannot be stored")
-        assert name not in self._names, f"{name} was added twice"
+        assert name not in self._hashes, f"{name} was added twice"
         num_bytes = tensor.numel() * tensor.dtype.itemsize
         if self._file is not None and self._data_bytes + num_bytes > self._max_shard_bytes:
             self._close_shard()
         if self._file is None:
             self._file = self._shard_path(len(self._shards)).open("wb+")
             self._file.seek(_RESERVED_BYTES)
-        _write_tensor(self._file, tensor)
-        self._names.add(name)
+        self._hashes[name] = self._hashing.write(self._file, tensor)
         self._entries[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -110,13 +113,17 @@ class ShardWriter:
         with self._inside(name).open("wb") as file:
             file.write(content)
             _sync(file)
+        self._file_hashes[name] = hashlib.sha256(content).hexdigest()
 
     def copy_file(self, source: Path, name: str | None = None) -> None:
         """Copy a file of the source (tokenizer, chat template) into the directory."""
         self.write_file(name or source.name, source.read_bytes())
 
-    def finish(self) -> Path:
-        """Close the last shard, write the index, publish; returns the target."""
+    def finish(self, origin: Mapping[str, Any] | None = None) -> Path:
+        """Close the last shard, write index and manifest, publish; returns the target.
+
+        origin   facts for the manifest: what the checkpoint was made from, and how
+        """
         if self._file is not None:
             self._close_shard()
         count = len(self._shards)
@@ -124,15 +131,19 @@ class ShardWriter:
             os.rename(self._shard_path(0), self._partial / "model.safetensors")
         else:
             self._write_index(count)
+        manifest = manifest_json(origin or {}, self._hashes, self._file_hashes)
+        self.write_file(MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
         _sync_directory(self._partial)
         check_target(self.directory)
         os.rename(self._partial, self.directory)
         self._is_published = True
+        self._hashing.close()
         _sync_directory(self.directory.parent)
         return self.directory
 
     def discard(self) -> None:
         """Remove everything that was written."""
+        self._hashing.close()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -181,14 +192,6 @@ def check_target(directory: Path) -> None:
         return
     if directory.exists() or directory.is_symlink():
         raise UsageError(f"{directory} exists; choose another name, or remove it first")
-
-
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
-    """Append the bytes of a tensor; a big one on another device comes over in pieces."""
-    flat = tensor.detach().reshape(-1)
-    step = max(1, _CHUNK_BYTES // tensor.dtype.itemsize)
-    for start in range(0, flat.numel(), step):
-        file.write(bytes_of(flat[start : start + step].to("cpu")))
 
 
 def _move_data(file: BinaryIO, source: int, target: int, num_bytes: int) -> None:

@@ -1,0 +1,107 @@
+"""The manifest of a checkpoint that we wrote: what it came from, and a hash of every tensor.
+
+`ShardWriter` collects the hashes while it writes, `verify` recomputes them. Without it a flipped
+byte in a checkpoint is visible only beside its source.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+import halfbyte
+from halfbyte.checkpoint.shards import (
+    StoredTensor,
+    bytes_of,
+    parse_json,
+    read_bytes,
+)
+from halfbyte.errors import CheckpointError
+
+MANIFEST_NAME = "halfbyte.json"
+_VERSION = 1
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `halfbyte.json` says.
+
+    origin    free facts about how the checkpoint was made (source, recipe, calibration)
+    tensors   foreign name -> sha256 of the tensor's bytes
+    files     name of a file beside the shards -> sha256 of its content
+    """
+
+    origin: Mapping[str, Any]
+    tensors: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+def manifest_json(
+    origin: Mapping[str, Any], tensors: Mapping[str, str], files: Mapping[str, str]
+) -> dict[str, Any]:
+    """The content of the file; the version of the package is added."""
+    return {
+        "version": _VERSION,
+        "halfbyte": halfbyte.__version__,
+        "origin": dict(origin),
+        "tensors": dict(sorted(tensors.items())),
+        "files": dict(sorted(files.items())),
+    }
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a directory, None if there is none; CheckpointError if it is damaged."""
+    path = directory / MANIFEST_NAME
+    if not path.exists():
+        return None
+    raw = parse_json(path.read_bytes(), MANIFEST_NAME)
+    if raw.get("version") != _VERSION:
+        raise CheckpointError(f"{MANIFEST_NAME}: version {raw.get('version')!r}, not {_VERSION}")
+    for key in ("origin", "tensors", "files"):
+        if not isinstance(raw.get(key), dict):
+            raise CheckpointError(f"{MANIFEST_NAME}: {key} must be an object")
+    return Manifest(raw["origin"], raw["tensors"], raw["files"])
+
+
+def hash_stored(stored: StoredTensor) -> str:
+    """sha256 of a tensor's bytes in its file, read in pieces."""
+    digest = hashlib.sha256()
+    for start in range(0, stored.num_bytes, _CHUNK_BYTES):
+        digest.update(read_bytes(stored, start, min(start + _CHUNK_BYTES, stored.num_bytes)))
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class HashingWriter:
+    """Appends tensors to files and hashes them on the way, one core writing, one hashing."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "halfbyte-hash")
+
+    def write(self, file: BinaryIO, tensor: Tensor) -> str:
+        """Append the bytes of `tensor` (any device, any strides); returns their sha256."""
+        digest = hashlib.sha256()
+        flat = tensor.detach().reshape(-1)
+        step = max(1, _CHUNK_BYTES // tensor.dtype.itemsize)
+        for start in range(0, flat.numel(), step):
+            # Both release the interpreter's lock, so they run side by side.
+            piece = bytes_of(flat[start : start + step].to("cpu"))
+            hashing = self._pool.submit(digest.update, piece)
+            try:
+                file.write(piece)
+            finally:
+                hashing.result()
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """End the hashing thread."""
+        self._pool.shutdown()
