@@ -1,0 +1,354 @@
+// Causal attention of a ragged batch over paged keys and values, read as stored (e4m3 or bf16).
+//
+// A unit is a few neighbouring queries of one sequence and all query heads of one key/value head. The
+// context is walked in splits of 256 tokens from position 0: scores of a split (keys decoded and
+// transposed 16 tokens at a time), their maximum and exponentials, then weighted values; the splits'
+// results are merged in order. Splits are fixed by position, so a query's result does not depend on
+// its neighbours, on how a prompt is cut into chunks, or on the number of threads.
+//
+// With few units (decode) the splits of a unit are items of their own and a second phase merges them.
+//
+// Bytes: 2*C*K*H a sequence and query tile; FLOPs: 4*T*N*H*C. Limits: H a multiple of 4, at most 256.
+
+#include <stdlib.h>
+
+#include "pool.h"
+#include "vectors.h"
+
+enum { LANES = 16, SPLIT = 256, TILE = 16, MAX_ROWS = 32, MAX_HEAD = 256 };
+
+typedef struct {
+    const bf16 *q;                              // (tokens, heads, head_dim), dense
+    bf16 *out;                                  // the same
+    const uint8_t *k_cache, *v_cache;
+    long long page_stride, slot_stride, head_stride;  // elements
+    const int32_t *block_table;
+    const int32_t *context_lengths, *query_starts;
+    long long table_stride;
+    int num_sequences, page_tokens, num_heads, num_kv_heads, head_dim, is_fp8;
+    float score_scale, v_scale;
+    int tokens_per_unit, num_units, max_splits, is_split;
+    const int32_t *units;                       // (units, 3): sequence, first query, kv head
+    float *partial;                             // (units, splits, rows, 2 + head_dim)
+} attention;
+
+// The part of a unit that everything below works on.
+typedef struct {
+    int sequence, kv_head, num_rows, group;
+    int position[MAX_ROWS];                     // of the row's query
+    const bf16 *q[MAX_ROWS];
+    bf16 *out[MAX_ROWS];
+} unit;
+
+// Result of a row over some splits: softmax maximum, sum of exponentials, weighted values.
+typedef struct {
+    float max, sum;
+    float values[MAX_HEAD] __attribute__((aligned(64)));
+} state;
+
+static void read_unit(const attention *job, int index, unit *u) {
+    const int32_t *entry = job->units + 3 * index;
+    u->sequence = entry[0];
+    u->kv_head = entry[2];
+    u->group = job->num_heads / job->num_kv_heads;
+    int start = job->query_starts[u->sequence], stop = job->query_starts[u->sequence + 1];
+    int first = entry[1], last = first + job->tokens_per_unit;
+    if (last > stop - start) last = stop - start;
+    u->num_rows = 0;
+    for (int j = first; j < last; j++)
+        for (int g = 0; g < u->group; g++) {
+            size_t head = (size_t)(start + j) * (size_t)job->num_heads +
+                          (size_t)(u->kv_head * u->group + g);
+            u->position[u->num_rows] = job->context_lengths[u->sequence] - (stop - start) + j;
+            u->q[u->num_rows] = job->q + head * (size_t)job->head_dim;
+            u->out[u->num_rows] = job->out + head * (size_t)job->head_dim;
+            u->num_rows++;
+        }
+}
+
+INLINE long long offset_of(const attention *job, const unit *u, int token) {
+    const int32_t *pages = job->block_table + u->sequence * job->table_stride;
+    return pages[token / job->page_tokens] * job->page_stride +
+           token % job->page_tokens * job->slot_stride + u->kv_head * job->head_stride;
+}
+
+// Keys of 16 tokens as pairs of neighbouring features, tokens in the lanes: (head_dim / 2) vectors.
+INLINE void load_keys(const attention *job, const unit *u, int head_dim, int first, int count,
+                      u16x32 *keys) {
+    const uint8_t *row[TILE];
+    int width = job->is_fp8 ? 1 : 2;
+    for (int t = 0; t < TILE; t++)  // lanes without a token repeat the last one; nobody reads them
+        row[t] = job->k_cache + offset_of(job, u, first + (t < count ? t : count - 1)) * width;
+    for (int i = 0; i < head_dim * width / 4; i++) {
+        uint32_t word[TILE];
+        for (int t = 0; t < TILE; t++) memcpy(&word[t], row[t] + 4 * i, 4);
+        if (!job->is_fp8) {
+            memcpy(&keys[i], word, 64);
+            continue;
+        }
+        // Four codes of each token: the first pairs of a lane's four tokens, then the second ones.
+        uint16_t half[32];
+        for (int t = 0; t < TILE; t++) {
+            half[(t / 4) * 8 + t % 4] = (uint16_t)word[t];
+            half[(t / 4) * 8 + 4 + t % 4] = (uint16_t)(word[t] >> 16);
+        }
+        u8x64 codes;
+        memcpy(&codes, half, 64);
+        decode_e4m3_64(codes, &keys[2 * i], &keys[2 * i + 1]);
+    }
+}
+
+// Values of up to 16 tokens widened to f32: values[token][head_dim].
+INLINE void load_values(const attention *job, const unit *u, int head_dim, int first, int count,
+                        float *values) {
+    for (int t = 0; t < count; t++) {
+        long long at = offset_of(job, u, first + t);
+        float *to = values + t * head_dim;
+        int i = 0;
+        if (job->is_fp8) {
+            for (; i + 64 <= head_dim; i += 64) {
+                u8x64 codes;
+                u16x32 words[2];
+                u16x16 quarter[4];
+                memcpy(&codes, job->v_cache + at + i, 64);
+                decode_e4m3_64_in_order(codes, &words[0], &words[1]);
+                memcpy(quarter, words, sizeof quarter);
+                for (int n = 0; n < 4; n++) store_f32(to + i + 16 * n, widen(quarter[n]));
+            }
+            for (; i < head_dim; i++) to[i] = bf16_to_float(hb_e4m3_words[job->v_cache[at + i]]);
+        } else {
+            const bf16 *from = (const bf16 *)job->v_cache + at;
+            for (; i + LANES <= head_dim; i += LANES) store_f32(to + i, load_bf16(from + i));
+            for (; i < head_dim; i++) to[i] = bf16_to_float(from[i]);
+        }
+    }
+}
+
+INLINE void score_tile(const attention *job, const unit *u, int head_dim, const u16x32 *keys,
+                       float scores[MAX_ROWS][SPLIT], int at) {
+    for (int r = 0; r < u->num_rows; r++) {
+        f32x16 sum = {0};
+        for (int i = 0; i < head_dim / 2; i++) {
+            uint32_t pair;
+            memcpy(&pair, u->q[r] + 2 * i, 4);
+            sum = dot_pair(sum, keys[i], pair);
+        }
+        store_f32(&scores[r][at], sum * job->score_scale);
+    }
+}
+
+// Scores of one row -> exponentials in place; tokens past `limit` count nothing.
+INLINE void soften(float *scores, int limit, state *result) {
+    i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    f32x16 top = splat(-INFINITY);
+    for (int t = 0; t < limit; t += LANES) {
+        f32x16 seen = select_f32(lane + t < limit, load_f32(scores + t), splat(-INFINITY));
+        top = select_f32(seen > top, seen, top);
+    }
+    result->max = max_lanes(top);
+    f32x16 sum = {0};
+    for (int t = 0; t < limit; t += LANES) {
+        f32x16 weight = exp_f32(load_f32(scores + t) - result->max);
+        weight = select_f32(lane + t < limit, weight, splat(0.0f));
+        store_f32(scores + t, weight);
+        sum += weight;
+    }
+    result->sum = sum_lanes(sum);
+}
+
+INLINE void add_values(const float *weights, const float *values, int count, int head_dim,
+                       float *sums) {
+    int i = 0;
+    for (; i + 4 * LANES <= head_dim; i += 4 * LANES) {
+        f32x16 a = load_f32(sums + i), b = load_f32(sums + i + 16);
+        f32x16 c = load_f32(sums + i + 32), d = load_f32(sums + i + 48);
+        for (int t = 0; t < count; t++) {
+            const float *from = values + t * head_dim + i;
+            a += load_f32(from) * weights[t], b += load_f32(from + 16) * weights[t];
+            c += load_f32(from + 32) * weights[t], d += load_f32(from + 48) * weights[t];
+        }
+        store_f32(sums + i, a), store_f32(sums + i + 16, b);
+        store_f32(sums + i + 32, c), store_f32(sums + i + 48, d);
+    }
+    for (; i < head_dim; i++)
+        for (int t = 0; t < count; t++) sums[i] += values[t * head_dim + i] * weights[t];
+}
+
+// All rows of a unit over one split. Rows whose query stands before the split are left untouched.
+INLINE void attend_split_of(const attention *job, const unit *u, int head_dim, int split,
+                            state *results) {
+    float scores[MAX_ROWS][SPLIT] __attribute__((aligned(64)));
+    u16x32 keys[MAX_HEAD / 2];
+    float values[TILE * MAX_HEAD] __attribute__((aligned(64)));
+    int start = split * SPLIT, limit[MAX_ROWS], longest = 0;
+    for (int r = 0; r < u->num_rows; r++) {
+        int seen = u->position[r] + 1 - start;
+        limit[r] = seen < 0 ? 0 : seen > SPLIT ? SPLIT : seen;
+        if (limit[r] > longest) longest = limit[r];
+    }
+    for (int t = 0; t < longest; t += TILE) {
+        int count = longest - t < TILE ? longest - t : TILE;
+        load_keys(job, u, head_dim, start + t, count, keys);
+        score_tile(job, u, head_dim, keys, scores, t);
+    }
+    for (int r = 0; r < u->num_rows; r++) {
+        if (limit[r] == 0) continue;
+        soften(scores[r], limit[r], &results[r]);
+        memset(results[r].values, 0, (size_t)head_dim * sizeof(float));
+    }
+    for (int t = 0; t < longest; t += TILE) {
+        int count = longest - t < TILE ? longest - t : TILE;
+        load_values(job, u, head_dim, start + t, count, values);
+        for (int r = 0; r < u->num_rows; r++) {
+            int seen = limit[r] - t < count ? limit[r] - t : count;
+            if (seen > 0) add_values(&scores[r][t], values, seen, head_dim, results[r].values);
+        }
+    }
+}
+
+static void attend_split(const attention *job, const unit *u, int split, state *results) {
+    switch (job->head_dim) {
+        case 64: attend_split_of(job, u, 64, split, results); break;
+        case 128: attend_split_of(job, u, 128, split, results); break;
+        default: attend_split_of(job, u, job->head_dim, split, results);
+    }
+}
+
+INLINE float exp_one(float x) { return sum_lanes(exp_f32(splat(x))) / 16.0f; }
+
+// Put the result of a later split behind that of the earlier ones.
+INLINE void merge(float *max, float *sum, float *values, const state *later, int head_dim) {
+    float top = *max > later->max ? *max : later->max;
+    float old_weight = exp_one(*max - top), new_weight = exp_one(later->max - top);
+    *max = top;
+    *sum = *sum * old_weight + later->sum * new_weight;
+    for (int i = 0; i < head_dim; i++)
+        values[i] = values[i] * old_weight + later->values[i] * new_weight;
+}
+
+INLINE void finish(const attention *job, bf16 *out, float sum, const float *values) {
+    float scale = job->v_scale / sum;
+    for (int i = 0; i < job->head_dim; i++) out[i] = float_to_bf16(values[i] * scale);
+}
+
+// Phase of whole units: the splits one after the other.
+static void attend_unit(const void *context, int item) {
+    const attention *job = context;
+    unit u;
+    static __thread state total[MAX_ROWS], now[MAX_ROWS];
+    read_unit(job, item, &u);
+    for (int split = 0; split * SPLIT <= u.position[u.num_rows - 1]; split++) {
+        attend_split(job, &u, split, split == 0 ? total : now);
+        if (split == 0) continue;
+        for (int r = 0; r < u.num_rows; r++)
+            if (u.position[r] >= split * SPLIT)
+                merge(&total[r].max, &total[r].sum, total[r].values, &now[r], job->head_dim);
+    }
+    for (int r = 0; r < u.num_rows; r++) finish(job, u.out[r], total[r].sum, total[r].values);
+}
+
+INLINE float *partial_of(const attention *job, int index, int split, int row) {
+    size_t rows = (size_t)(job->tokens_per_unit * (job->num_heads / job->num_kv_heads));
+    size_t at = ((size_t)index * (size_t)job->max_splits + (size_t)split) * rows + (size_t)row;
+    return job->partial + at * (size_t)(job->head_dim + 2);
+}
+
+// Phase of single splits; the item is unit * max_splits + split.
+static void attend_one_split(const void *context, int item) {
+    const attention *job = context;
+    int index = item / job->max_splits, split = item % job->max_splits;
+    unit u;
+    static __thread state now[MAX_ROWS];
+    read_unit(job, index, &u);
+    if (split * SPLIT > u.position[u.num_rows - 1]) return;
+    attend_split(job, &u, split, now);
+    for (int r = 0; r < u.num_rows; r++) {
+        if (u.position[r] < split * SPLIT) continue;
+        float *to = partial_of(job, index, split, r);
+        to[0] = now[r].max, to[1] = now[r].sum;
+        memcpy(to + 2, now[r].values, (size_t)job->head_dim * sizeof(float));
+    }
+}
+
+static void merge_unit(const void *context, int item) {
+    const attention *job = context;
+    unit u;
+    read_unit(job, item, &u);
+    for (int r = 0; r < u.num_rows; r++) {
+        state total, now;
+        for (int split = 0; split * SPLIT <= u.position[r]; split++) {
+            state *into = split == 0 ? &total : &now;
+            const float *from = partial_of(job, item, split, r);
+            into->max = from[0], into->sum = from[1];
+            memcpy(into->values, from + 2, (size_t)job->head_dim * sizeof(float));
+            if (split > 0) merge(&total.max, &total.sum, total.values, &now, job->head_dim);
+        }
+        finish(job, u.out[r], total.sum, total.values);
+    }
+}
+
+INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+static int list_units(const attention *job, int32_t *units) {
+    int count = 0;
+    for (int s = 0; s < job->num_sequences; s++) {
+        int num_queries = job->query_starts[s + 1] - job->query_starts[s];
+        for (int first = 0; first < num_queries; first += job->tokens_per_unit)
+            for (int k = 0; k < job->num_kv_heads; k++, count++)
+                if (units) {
+                    units[3 * count] = s;
+                    units[3 * count + 1] = first;
+                    units[3 * count + 2] = k;
+                }
+    }
+    return count;
+}
+
+// Returns 0, or 1 if memory ran out.
+int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const uint8_t *v_cache,
+                       const int32_t *block_table, const int32_t *context_lengths,
+                       const int32_t *query_starts, long long page_stride, long long slot_stride,
+                       long long head_stride, long long table_stride, int num_sequences,
+                       int page_tokens, int num_heads, int num_kv_heads, int head_dim, int is_fp8,
+                       float score_scale, float v_scale, int num_threads) {
+    attention job = {.q = q, .out = out, .k_cache = k_cache, .v_cache = v_cache,
+                     .page_stride = page_stride, .slot_stride = slot_stride,
+                     .head_stride = head_stride, .block_table = block_table,
+                     .context_lengths = context_lengths, .query_starts = query_starts,
+                     .table_stride = table_stride, .num_sequences = num_sequences,
+                     .page_tokens = page_tokens, .num_heads = num_heads,
+                     .num_kv_heads = num_kv_heads, .head_dim = head_dim, .is_fp8 = is_fp8,
+                     .score_scale = score_scale, .v_scale = v_scale};
+    int group = num_heads / num_kv_heads;
+    job.tokens_per_unit = group >= MAX_ROWS ? 1 : MAX_ROWS / group;
+    int longest = 0, most = 0;
+    for (int s = 0; s < num_sequences; s++) {
+        int num_queries = query_starts[s + 1] - query_starts[s];
+        if (num_queries > most) most = num_queries;
+        if (num_queries > 0 && context_lengths[s] > longest) longest = context_lengths[s];
+    }
+    if (most == 0) return 0;
+    if (most < job.tokens_per_unit) job.tokens_per_unit = most;
+    job.num_units = list_units(&job, NULL);
+    job.max_splits = ceil_div(longest, SPLIT);
+    job.is_split = job.max_splits > 1 && job.num_units < 8 * num_threads;
+    size_t rows = (size_t)job.num_units * (size_t)job.max_splits *
+                  (size_t)(job.tokens_per_unit * group);
+    int32_t *units = malloc((size_t)job.num_units * 3 * sizeof(int32_t));
+    float *partial = job.is_split ? malloc(rows * (size_t)(head_dim + 2) * sizeof(float)) : NULL;
+    if (units == NULL || (job.is_split && partial == NULL)) {
+        free(units);
+        free(partial);
+        return 1;
+    }
+    list_units(&job, units);
+    job.units = units, job.partial = partial;
+    hb_phase whole[1] = {{attend_unit, job.num_units}};
+    hb_phase split[2] = {{attend_one_split, job.num_units * job.max_splits},
+                         {merge_unit, job.num_units}};
+    if (job.is_split) hb_run(split, 2, &job, num_threads);
+    else hb_run(whole, 1, &job, num_threads);
+    free(units);
+    free(partial);
+    return 0;
+}

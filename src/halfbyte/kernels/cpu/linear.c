@@ -1,0 +1,233 @@
+// y = x w^T for weights in bf16, e4m3 or e2m1, read as stored and decoded on the way.
+//
+// Weights lie in panels of 16 output features. A panel walks along the inputs in blocks of 16; a
+// block is eight vectors, each of two neighbouring inputs for all 16 outputs, so that one bf16 pair
+// of x, broadcast, multiplies it: no sums across lanes. Ragged last panels are padded with zeros.
+//
+//   for each panel                      (items of the thread pool)
+//     for each group of up to 16 rows
+//       for each block: decode 8 vectors once; for each row: 8 products, then acc += part * scale
+//
+// The sum of a row has one fixed order, so it does not depend on which rows run beside it or on the
+// number of threads. Codes and codes times block scale are exact; row scales multiply the sum.
+//
+// Bytes: O*I*{2, 1, 0.5625} read once a group of 16 rows; FLOPs: 2*T*O*I. At one row it is bound by
+// memory and decoding, from some 4 rows on by the products.
+
+#include "pool.h"
+#include "vectors.h"
+
+enum { FORMAT_BF16 = 0, FORMAT_FP8 = 1, FORMAT_NVFP4 = 2 };
+enum { LANES = 16, GROUP = 16, BLOCK = 16, PAIRS = 8 };
+
+static const int BLOCK_BYTES[] = {512, 256, 128};
+
+typedef struct {
+    const bf16 *x;          // (rows, in), dense
+    bf16 *packed_x;         // scratch of the same size; unused for one row
+    const uint8_t *codes;   // panels
+    const uint8_t *scales;  // NVFP4: (panels, blocks, 16), see pack_scale
+    const float *row_scale; // (panels * 16), or NULL for 1
+    void *y;                // (rows, out), dense
+    int rows, in, out, format, is_f32;
+    int panels_per_item, num_panels;
+} product;
+
+// Blocks scales are e4m3 without sign; re-biased so that 5 exponent and 3 mantissa bits hold every
+// value >= 2^-9 as a normal number, a shift and an addition make the f32.
+enum { SCALE_BIAS = 15 };
+
+INLINE f32x16 decode_scales(const uint8_t *from) {
+    u8x16 bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return (f32x16)((__builtin_convertvector(bytes, u32x16) << 20) + ((127u - SCALE_BIAS) << 23));
+}
+
+INLINE void decode_block(int format, const uint8_t *from, u16x32 w[PAIRS]) {
+    if (format == FORMAT_BF16) {
+        memcpy(w, from, 512);
+    } else if (format == FORMAT_FP8) {
+        for (int v = 0; v < 4; v++) {
+            u8x64 codes;
+            memcpy(&codes, from + 64 * v, 64);
+            decode_e4m3_64(codes, &w[2 * v], &w[2 * v + 1]);
+        }
+    } else {
+        for (int v = 0; v < 2; v++) {
+            u16x32 words;
+            memcpy(&words, from + 64 * v, 64);
+            for (int n = 0; n < 4; n++) w[4 * v + n] = decode_e2m1_words(words >> (4 * n));
+        }
+    }
+}
+
+INLINE void store_row(const product *job, int row, int panel, f32x16 sum) {
+    int first = panel * LANES, count = job->out - first < LANES ? job->out - first : LANES;
+    if (job->row_scale) sum *= load_f32(job->row_scale + first);
+    size_t at = (size_t)row * (size_t)job->out + (size_t)first;
+    if (job->is_f32) {
+        memcpy((float *)job->y + at, &sum, (size_t)count * sizeof(float));
+    } else {
+        store_bf16_part((bf16 *)job->y + at, sum, count);
+    }
+}
+
+// One panel times `num_rows` rows; format and num_rows are constants after inlining.
+INLINE void panel_rows(const product *job, int format, int num_rows, int panel, int first_row) {
+    int num_blocks = job->in / BLOCK;
+    const uint8_t *codes = job->codes + (size_t)panel * num_blocks * BLOCK_BYTES[format];
+    const uint8_t *scales = job->scales + (size_t)panel * num_blocks * LANES;
+    const bf16 *x = (num_rows == 1 && job->rows == 1 ? job->x : job->packed_x) +
+                    (size_t)first_row * (size_t)job->in;
+    f32x16 sum[GROUP];
+    for (int r = 0; r < num_rows; r++) sum[r] = (f32x16){0};
+    for (int b = 0; b < num_blocks; b++) {
+        u16x32 w[PAIRS];
+        decode_block(format, codes + (size_t)b * BLOCK_BYTES[format], w);
+        f32x16 scale = format == FORMAT_NVFP4 ? decode_scales(scales + (size_t)b * LANES) : splat(1);
+        const bf16 *at = x + (size_t)b * (size_t)(num_rows * BLOCK);
+        for (int r = 0; r < num_rows; r++) {
+            uint32_t pair[PAIRS];
+            memcpy(pair, at + r * BLOCK, sizeof pair);
+            f32x16 part = {0};
+#pragma GCC unroll 8
+            for (int j = 0; j < PAIRS; j++) part = dot_pair(part, w[j], pair[j]);
+            sum[r] = format == FORMAT_NVFP4 ? sum[r] + part * scale : sum[r] + part;
+        }
+    }
+    for (int r = 0; r < num_rows; r++) store_row(job, first_row + r, panel, sum[r]);
+}
+
+#define ROWS_CASE(n) \
+    case n: panel_rows(job, format, n, panel, first_row); break;
+
+INLINE void panel_group(const product *job, int format, int panel, int first_row, int num_rows) {
+    switch (num_rows) {
+        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6)
+        ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10) ROWS_CASE(11) ROWS_CASE(12)
+        ROWS_CASE(13) ROWS_CASE(14) ROWS_CASE(15) ROWS_CASE(16)
+    }
+}
+
+static void group_bf16(const product *job, int panel, int first_row, int num_rows) {
+    panel_group(job, FORMAT_BF16, panel, first_row, num_rows);
+}
+static void group_fp8(const product *job, int panel, int first_row, int num_rows) {
+    panel_group(job, FORMAT_FP8, panel, first_row, num_rows);
+}
+static void group_nvfp4(const product *job, int panel, int first_row, int num_rows) {
+    panel_group(job, FORMAT_NVFP4, panel, first_row, num_rows);
+}
+
+static void multiply_panels(const void *context, int item) {
+    static void (*const run[])(const product *, int, int, int) = {group_bf16, group_fp8,
+                                                                  group_nvfp4};
+    const product *job = context;
+    int first = item * job->panels_per_item;
+    int last = first + job->panels_per_item;
+    if (last > job->num_panels) last = job->num_panels;
+    for (int panel = first; panel < last; panel++)
+        for (int row = 0; row < job->rows; row += GROUP)
+            run[job->format](job, panel, row, job->rows - row < GROUP ? job->rows - row : GROUP);
+}
+
+// Rows of a group side by side, block by block: the order in which panel_rows reads them.
+static void pack_rows(const void *context, int item) {
+    const product *job = context;
+    int first = item * GROUP;
+    int count = job->rows - first < GROUP ? job->rows - first : GROUP;
+    bf16 *to = job->packed_x + (size_t)first * (size_t)job->in;
+    for (int b = 0; b < job->in / BLOCK; b++)
+        for (int r = 0; r < count; r++, to += BLOCK)
+            memcpy(to, job->x + (size_t)(first + r) * (size_t)job->in + b * BLOCK, 2 * BLOCK);
+}
+
+// Fewer multiplications than this do not repay waking a second thread (some 5 microseconds).
+#define WORTH_SHARING 100000
+
+void hb_linear(int format, const bf16 *x, bf16 *scratch, const uint8_t *codes,
+               const uint8_t *scales, const float *row_scale, void *y, int is_f32, int rows, int in,
+               int out, int num_threads) {
+    product job = {.x = x, .packed_x = scratch, .codes = codes, .scales = scales,
+                   .row_scale = row_scale, .y = y, .rows = rows, .in = in, .out = out,
+                   .format = format, .is_f32 = is_f32, .num_panels = (out + LANES - 1) / LANES};
+    if ((double)rows * in * out < WORTH_SHARING) num_threads = 1;
+    // Some four items a thread even out unequal cores; neighbouring panels stay together.
+    job.panels_per_item = job.num_panels / (4 * num_threads) + 1;
+    int num_items = (job.num_panels + job.panels_per_item - 1) / job.panels_per_item;
+    hb_phase phases[2] = {{pack_rows, rows > 1 ? (rows + GROUP - 1) / GROUP : 0},
+                          {multiply_panels, num_items}};
+    hb_run(phases, 2, &job, num_threads);
+}
+
+// ---- packing -------------------------------------------------------------------------------
+
+typedef struct {
+    const uint8_t *from;
+    const uint8_t *scales;
+    uint8_t *to;
+    uint8_t *packed_scales;
+    int in, out, format;
+} packing;
+
+// e4m3 -> exponent (5 bits, SCALE_BIAS) and mantissa (3 bits) without subnormals. A scale of zero
+// has no such form; pack_panel then stores zero codes under a scale of 1.
+INLINE uint8_t pack_scale(uint8_t scale) {
+    if (scale == 0) return SCALE_BIAS << 3;
+    int exponent = scale >> 3, mantissa = scale & 7;
+    if (exponent == 0) {
+        exponent = 1;
+        while (mantissa < 8) mantissa <<= 1, exponent--;
+    }
+    return (uint8_t)(((exponent - 7 + SCALE_BIAS) << 3) | (mantissa & 7));
+}
+
+// Where the layout wants input k (within its block) of lane o: see decode_block.
+INLINE void place(const packing *job, uint8_t *block, int o, int k, const uint8_t *row, int column,
+                  int is_blank) {
+    int pair = k / 2, parity = k % 2;
+    if (job->format == FORMAT_BF16) {
+        memcpy(block + pair * 64 + (2 * o + parity) * 2, row + (size_t)column * 2, 2);
+    } else if (job->format == FORMAT_FP8) {
+        int byte = (o / 4) * 16 + (pair % 2) * 8 + (o % 4) * 2 + parity;
+        block[(pair / 2) * 64 + byte] = row[column];
+    } else if (!is_blank) {
+        int code = (row[column / 2] >> (4 * (column % 2))) & 15;
+        int word = 2 * o + parity, nibble = pair % 4;
+        block[(pair / 4) * 64 + word * 2 + nibble / 2] |= (uint8_t)(code << (4 * (nibble % 2)));
+    }
+}
+
+static void pack_panel(const void *context, int panel) {
+    static const int BITS[] = {16, 8, 4};
+    const packing *job = context;
+    int num_blocks = job->in / BLOCK;
+    size_t row_bytes = (size_t)job->in * (size_t)BITS[job->format] / 8;
+    uint8_t *to = job->to + (size_t)panel * num_blocks * BLOCK_BYTES[job->format];
+    memset(to, 0, (size_t)num_blocks * BLOCK_BYTES[job->format]);
+    uint8_t *scale_to = job->packed_scales + (size_t)panel * num_blocks * LANES;
+    if (job->format == FORMAT_NVFP4) memset(scale_to, SCALE_BIAS << 3, (size_t)num_blocks * LANES);
+    for (int o = 0; o < LANES && panel * LANES + o < job->out; o++) {
+        size_t output = (size_t)panel * LANES + (size_t)o;
+        const uint8_t *row = job->from + output * row_bytes;
+        for (int b = 0; b < num_blocks; b++) {
+            int is_blank = 0;
+            if (job->format == FORMAT_NVFP4) {
+                uint8_t scale = job->scales[output * (size_t)num_blocks + (size_t)b];
+                scale_to[b * LANES + o] = pack_scale(scale);
+                is_blank = scale == 0;
+            }
+            for (int k = 0; k < BLOCK; k++)
+                place(job, to + (size_t)b * BLOCK_BYTES[job->format], o, k, row, b * BLOCK + k,
+                      is_blank);
+        }
+    }
+}
+
+void hb_pack(int format, const uint8_t *from, const uint8_t *scales, uint8_t *to,
+             uint8_t *packed_scales, int in, int out, int num_threads) {
+    packing job = {.from = from, .scales = scales, .to = to, .packed_scales = packed_scales,
+                   .in = in, .out = out, .format = format};
+    hb_phase phase = {pack_panel, (out + LANES - 1) / LANES};
+    hb_run(&phase, 1, &job, num_threads);
+}

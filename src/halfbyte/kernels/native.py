@@ -1,0 +1,411 @@
+"""CPU kernels: the C of `kernels/cpu`, called through ctypes with plain pointers.
+
+`native_build` compiles and caches the library. What the C does not take (f32 activations, odd
+widths, huge heads) goes to `reference`, so every op here has the contract of `dispatch` in full.
+The number of threads is torch's, asked at every call.
+
+Shapes: as in `dispatch`.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import FormatError, UnsupportedError
+from halfbyte.kernels import reference
+from halfbyte.kernels.native_build import library_path
+from halfbyte.kernels.reference import DecodedWeight
+from halfbyte.log import logger
+
+_FORMATS: dict[str, int] = {"bf16": 0, "fp8": 1, "nvfp4": 2}
+_LANES = 16  # output features of a panel
+_BLOCK = 16  # input features of a block
+_BLOCK_BYTES = {"bf16": 512, "fp8": 256, "nvfp4": 128}
+_MAX_HEAD = 256
+_MAX_GROUP = 32
+_NAN_SCALE = 0x7F
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "hb_linear": (_INT, *[_POINTER] * 6, *[_INT] * 5),
+    "hb_pack": (_INT, *[_POINTER] * 4, *[_INT] * 3),
+    "hb_rms_norm": (*[_POINTER] * 5, _INT, _INT, _FLOAT, _INT),
+    "hb_silu_mul": (_POINTER, _POINTER, _INT, _INT, _INT),
+    "hb_rotate": (
+        *(_POINTER, _LONG, _INT),
+        *(_POINTER, _LONG, _INT),
+        *[_POINTER] * 5,
+        *[_INT] * 3,
+    ),
+    "hb_store_kv": (
+        *(_POINTER, _LONG, _POINTER, _LONG),
+        *[_POINTER] * 3,
+        *(_FLOAT, _FLOAT, _INT),
+        *[_LONG] * 3,
+        *[_INT] * 5,
+    ),
+    "hb_paged_attention": (*[_POINTER] * 7, *[_LONG] * 4, *[_INT] * 6, _FLOAT, _FLOAT, _INT),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PanelWeight:
+    """A weight in panels of 16 output features; the layout is described in `cpu/linear.c`."""
+
+    format: Literal["bf16", "fp8", "nvfp4"]
+    out_features: int
+    in_features: int
+    codes: Tensor
+    scales: Tensor | None
+    row_scale: Tensor | None
+    implementation: str = "native"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held in memory."""
+        held = (self.codes, self.scales, self.row_scale)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    library = ctypes.CDLL(str(path))
+    for name, signature in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = signature
+        function.restype = ctypes.c_int if name == "hb_paged_attention" else None
+    logger.info("native kernels: %s", path)
+    return library
+
+
+@cache
+def unavailable(device_type: str) -> str | None:
+    """Why this implementation cannot serve a device; compiles the library on the first call."""
+    if device_type != "cpu":
+        return "runs on CPUs only"
+    try:
+        _library()
+    except (UnsupportedError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+# ---- linears -----------------------------------------------------------------------------------
+
+
+def _pack(
+    format: Literal["bf16", "fp8", "nvfp4"],
+    weight: Tensor,
+    in_features: int,
+    scale_OB: Tensor | None = None,
+    row_scale_O: Tensor | None = None,
+) -> PanelWeight:
+    rows = weight.shape[0]
+    panels, blocks = -(-rows // _LANES), in_features // _BLOCK
+    codes = torch.empty(panels * blocks * _BLOCK_BYTES[format], dtype=torch.uint8)
+    scales = None
+    if scale_OB is not None:
+        scale_OB = scale_OB.contiguous()
+        scales = torch.empty(panels * blocks * _LANES, dtype=torch.uint8)
+    weight = weight.contiguous()
+    _library().hb_pack(
+        _FORMATS[format],
+        weight.data_ptr(),
+        _pointer(scale_OB),
+        codes.data_ptr(),
+        _pointer(scales),
+        in_features,
+        rows,
+        torch.get_num_threads(),
+    )
+    row_scale = None
+    if row_scale_O is not None:
+        row_scale = torch.zeros(panels * _LANES)
+        row_scale[:rows] = row_scale_O
+    return PanelWeight(format, rows, in_features, codes, scales, row_scale)
+
+
+def prepare_bf16(w_OI: Tensor) -> PanelWeight | DecodedWeight:
+    """See `dispatch.prepare_bf16`; weights of another dtype or an odd width stay in torch."""
+    if w_OI.dtype != torch.bfloat16 or w_OI.shape[1] % _BLOCK:
+        return reference.prepare_bf16(w_OI)
+    return _pack("bf16", w_OI, w_OI.shape[1])
+
+
+def prepare_fp8(codes_OI: Tensor, scale_O: Tensor) -> PanelWeight | DecodedWeight:
+    """See `dispatch.prepare_fp8`; an odd width stays in torch."""
+    if codes_OI.shape[1] % _BLOCK:
+        return reference.prepare_fp8(codes_OI, scale_O)
+    return _pack("fp8", codes_OI, codes_OI.shape[1], row_scale_O=scale_O)
+
+
+def prepare_nvfp4(codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor) -> PanelWeight:
+    """See `dispatch.prepare_nvfp4`; FormatError for a block scale that is negative or NaN."""
+    if bool((scale_OB.view(torch.uint8) >= _NAN_SCALE).any()):
+        raise FormatError("an NVFP4 block scale is negative or NaN")
+    return _pack("nvfp4", codes_OI2, 2 * codes_OI2.shape[1], scale_OB, tensor_scale_O)
+
+
+def _linear(
+    x_TI: Tensor, weight: PanelWeight | DecodedWeight, out_dtype: torch.dtype | None
+) -> Tensor:
+    if isinstance(weight, DecodedWeight):
+        return reference.linear_bf16(x_TI, weight, out_dtype)
+    if x_TI.dtype != torch.bfloat16:
+        raise UnsupportedError(
+            f"native linears take bf16 activations, not {x_TI.dtype}; decode the weights first"
+        )
+    rows, width = x_TI.shape
+    assert width == weight.in_features, f"{width} inputs for a weight of {weight.in_features}"
+    x_TI = x_TI.contiguous()
+    y_TO = torch.empty((rows, weight.out_features), dtype=out_dtype or torch.bfloat16)
+    scratch = torch.empty_like(x_TI) if rows > 1 else x_TI
+    _library().hb_linear(
+        _FORMATS[weight.format],
+        x_TI.data_ptr(),
+        scratch.data_ptr(),
+        weight.codes.data_ptr(),
+        _pointer(weight.scales),
+        _pointer(weight.row_scale),
+        y_TO.data_ptr(),
+        y_TO.dtype == torch.float32,
+        rows,
+        width,
+        weight.out_features,
+        torch.get_num_threads(),
+    )
+    return y_TO
+
+
+def linear_bf16(
+    x_TI: Tensor, weight: PanelWeight | DecodedWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """See `dispatch.linear_bf16`; a row's result is the same bits whatever runs beside it."""
+    return _linear(x_TI, weight, out_dtype)
+
+
+def linear_fp8(
+    x_TI: Tensor, weight: PanelWeight | DecodedWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """See `dispatch.linear_fp8`; a row's result is the same bits whatever runs beside it."""
+    return _linear(x_TI, weight, out_dtype)
+
+
+def linear_nvfp4(
+    x_TI: Tensor, weight: PanelWeight | DecodedWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """See `dispatch.linear_nvfp4`; a row's result is the same bits whatever runs beside it."""
+    return _linear(x_TI, weight, out_dtype)
+
+
+# ---- elementwise -------------------------------------------------------------------------------
+
+
+def _all_bf16(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See `dispatch.rms_norm`."""
+    if not _all_bf16(x_TD, weight_D):
+        return reference.rms_norm(x_TD, weight_D, eps)
+    x_TD = x_TD.contiguous()
+    normed_TD = torch.empty_like(x_TD)
+    _library().hb_rms_norm(
+        x_TD.data_ptr(),
+        None,
+        weight_D.data_ptr(),
+        normed_TD.data_ptr(),
+        None,
+        *x_TD.shape,
+        eps,
+        torch.get_num_threads(),
+    )
+    return normed_TD
+
+
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `dispatch.add_rms_norm`."""
+    if not _all_bf16(x_TD, residual_TD, weight_D):
+        return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+    x_TD, residual_TD = x_TD.contiguous(), residual_TD.contiguous()
+    normed_TD, sum_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    _library().hb_rms_norm(
+        x_TD.data_ptr(),
+        residual_TD.data_ptr(),
+        weight_D.data_ptr(),
+        normed_TD.data_ptr(),
+        sum_TD.data_ptr(),
+        *x_TD.shape,
+        eps,
+        torch.get_num_threads(),
+    )
+    return normed_TD, sum_TD
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """See `dispatch.silu_mul`."""
+    if gate_up_T2F.dtype != torch.bfloat16:
+        return reference.silu_mul(gate_up_T2F)
+    gate_up_T2F = gate_up_T2F.contiguous()
+    rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+    y_TF = torch.empty((rows, width), dtype=torch.bfloat16)
+    _library().hb_silu_mul(
+        gate_up_T2F.data_ptr(), y_TF.data_ptr(), rows, width, torch.get_num_threads()
+    )
+    return y_TF
+
+
+def _dense_heads(x_TNH: Tensor) -> Tensor:
+    """The tensor itself if its heads lie side by side (any stride between tokens), else a dense copy."""
+    head_dim = x_TNH.shape[2]
+    return x_TNH if x_TNH.stride()[1:] == (head_dim, 1) else x_TNH.contiguous()
+
+
+def rotate(q_TNH: Tensor, k_TKH: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
+    """See `dispatch.rotate`; `rotation` is a `dispatch.Rotation`."""
+    if not _all_bf16(q_TNH, k_TKH):
+        return reference.rotate(q_TNH, k_TKH, rotation)
+    q_TNH, k_TKH = _dense_heads(q_TNH), _dense_heads(k_TKH)
+    tokens, heads, head_dim = q_TNH.shape
+    kv_heads = k_TKH.shape[1]
+    q_out = torch.empty((tokens, heads, head_dim), dtype=torch.bfloat16)
+    k_out = torch.empty((tokens, kv_heads, head_dim), dtype=torch.bfloat16)
+    cos_TH2, sin_TH2, query_scale_T = rotation
+    _library().hb_rotate(
+        *(q_TNH.data_ptr(), q_TNH.stride(0), heads),
+        *(k_TKH.data_ptr(), k_TKH.stride(0), kv_heads),
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        cos_TH2.data_ptr(),
+        sin_TH2.data_ptr(),
+        _pointer(query_scale_T),
+        tokens,
+        head_dim,
+        torch.get_num_threads(),
+    )
+    return q_out, k_out
+
+
+# ---- cache and attention -----------------------------------------------------------------------
+
+
+def _is_cache_readable(k_cache_PZKH: Tensor, v_cache_PZKH: Tensor) -> bool:
+    return (
+        k_cache_PZKH.dtype in (torch.float8_e4m3fn, torch.bfloat16)
+        and k_cache_PZKH.dtype == v_cache_PZKH.dtype
+        and k_cache_PZKH.stride() == v_cache_PZKH.stride()
+        and k_cache_PZKH.stride(3) == 1
+    )
+
+
+def store_kv(
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_cache_PZKH: Tensor,
+    v_cache_PZKH: Tensor,
+    slots_T: Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> None:
+    """See `dispatch.store_kv`."""
+    if not (_all_bf16(k_TKH, v_TKH) and _is_cache_readable(k_cache_PZKH, v_cache_PZKH)):
+        reference.store_kv(k_TKH, v_TKH, k_cache_PZKH, v_cache_PZKH, slots_T, k_scale, v_scale)
+        return
+    k_TKH, v_TKH = _dense_heads(k_TKH), _dense_heads(v_TKH)
+    slots_T = slots_T.to(torch.int64).contiguous()
+    _, page_tokens, kv_heads, head_dim = k_cache_PZKH.shape
+    _library().hb_store_kv(
+        *(k_TKH.data_ptr(), k_TKH.stride(0)),
+        *(v_TKH.data_ptr(), v_TKH.stride(0)),
+        k_cache_PZKH.data_ptr(),
+        v_cache_PZKH.data_ptr(),
+        slots_T.data_ptr(),
+        k_scale,
+        v_scale,
+        k_TKH.shape[0],
+        *k_cache_PZKH.stride()[:3],
+        page_tokens,
+        kv_heads,
+        head_dim,
+        k_cache_PZKH.dtype == torch.float8_e4m3fn,
+        torch.get_num_threads(),
+    )
+
+
+def _can_attend(q_TNH: Tensor, k_cache_PZKH: Tensor, v_cache_PZKH: Tensor) -> bool:
+    heads, head_dim = q_TNH.shape[1:]
+    return (
+        q_TNH.dtype == torch.bfloat16
+        and _is_cache_readable(k_cache_PZKH, v_cache_PZKH)
+        and head_dim % 4 == 0
+        and head_dim <= _MAX_HEAD
+        and heads // k_cache_PZKH.shape[2] <= _MAX_GROUP
+    )
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_PZKH: Tensor,
+    v_cache_PZKH: Tensor,
+    k_scale: float,
+    v_scale: float,
+    block_table_SP: Tensor,
+    context_lengths_S: Tensor,
+    query_starts_S1: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """See `dispatch.paged_attention`; a query's result is the same bits in any batch or chunk."""
+    if not _can_attend(q_TNH, k_cache_PZKH, v_cache_PZKH):
+        return reference.paged_attention(
+            q_TNH,
+            k_cache_PZKH,
+            v_cache_PZKH,
+            k_scale,
+            v_scale,
+            block_table_SP,
+            context_lengths_S,
+            query_starts_S1,
+            softmax_scale,
+        )
+    q_TNH = q_TNH.contiguous()
+    out_TNH = torch.empty_like(q_TNH)
+    # Kept in names until the call returns: a temporary's memory would be gone.
+    table = block_table_SP.to(torch.int32).contiguous()
+    lengths = context_lengths_S.to(torch.int32).contiguous()
+    starts = query_starts_S1.to(torch.int32).contiguous()
+    _, page_tokens, kv_heads, head_dim = k_cache_PZKH.shape
+    failed = _library().hb_paged_attention(
+        q_TNH.data_ptr(),
+        out_TNH.data_ptr(),
+        k_cache_PZKH.data_ptr(),
+        v_cache_PZKH.data_ptr(),
+        table.data_ptr(),
+        lengths.data_ptr(),
+        starts.data_ptr(),
+        *k_cache_PZKH.stride()[:3],
+        table.stride(0),
+        lengths.shape[0],
+        page_tokens,
+        q_TNH.shape[1],
+        kv_heads,
+        head_dim,
+        k_cache_PZKH.dtype == torch.float8_e4m3fn,
+        softmax_scale * k_scale,
+        v_scale,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("paged attention could not allocate its scratch memory")
+    return out_TNH
