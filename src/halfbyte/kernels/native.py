@@ -268,7 +268,7 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
 
 
 def _dense_heads(x_TNH: Tensor) -> Tensor:
-    """The tensor itself if its heads lie side by side (any stride between tokens), else a dense copy."""
+    """As it is if a token's heads lie side by side (tokens may be strided), else a dense copy."""
     head_dim = x_TNH.shape[2]
     return x_TNH if x_TNH.stride()[1:] == (head_dim, 1) else x_TNH.contiguous()
 
