@@ -51,10 +51,7 @@ def write_fp8_source(
     is exact in f32; the largest weight still gets code 448. Raises UsageError if the source is
     quantized already or a maximum is missing, FormatError for NaN weights or a zero maximum.
     """
-    if source.quantization.dialect != "none":
-        raise UsageError(f"{source.directory}: is {source.quantization.dialect}; bf16 is needed")
-    if source.layout == "mistral":
-        raise UsageError(f"{source.directory}: native layout; a hub layout is needed")
+    check_source(source)
     quantized = {linear.name for linear in decoder_linears(source.config)}
     missing = sorted(quantized - set(input_amax))
     if missing:
@@ -70,7 +67,15 @@ def write_fp8_source(
                 writer.add(source.foreign(name), source.tensor(name))
         writer.write_json("config.json", mistral_fp8_config(source.raw_config, source.layout))
         copy_companions(source.directory, writer)
-        return writer.finish()
+        return writer.finish({"source": source.directory.name})
+
+
+def check_source(source: Checkpoint) -> None:
+    """Raise UsageError unless `source` is bf16 in a hub layout."""
+    if source.quantization.dialect != "none":
+        raise UsageError(f"{source.directory}: is {source.quantization.dialect}; bf16 is needed")
+    if source.layout == "mistral":
+        raise UsageError(f"{source.directory}: native layout; a hub layout is needed")
 
 
 def copy_companions(directory: Path, writer: ShardWriter) -> None:

@@ -128,8 +128,8 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None) ->
             files = _copied_tokenizer(tokenizer)
         for name, content in files.items():
             writer.write_file(name, content)
-        with source.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        with source.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         writer.finish({"source": source.name, "source_sha256": digest})
     return config
 
