@@ -1,0 +1,126 @@
+"""Benchmark records: one JSON file per measurement, with all it takes to judge and repeat it.
+
+`write` is called by whatever measured; `docs` renders the tables of README and
+benchmarks/README.md from the files. A number that has no record is not published.
+
+A record: `name`, `question` (one line), `command`, `date`, `commit` and `dirty`, `machine`
+(processor, cores, memory, device, versions), `results` (what the tables show, plain numbers with
+units in their names), `samples` (every timed sample by name, with its unit).
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import CheckpointError
+
+VERSIONS_OF = ("torch", "triton", "transformers", "nvidia-modelopt", "llama-cpp-python", "halfbyte")
+
+
+def write(
+    path: Path,
+    *,
+    name: str,
+    question: str,
+    command: str,
+    results: Mapping[str, Any],
+    samples: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Any]:
+    """Write a record and return it. `samples` hold every timing, not only the median."""
+    commit, dirty = revision()
+    record: dict[str, Any] = {
+        "name": name,
+        "question": question,
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit,
+        "dirty": dirty,
+        "machine": machine(),
+        "results": dict(results),
+        "samples": {key: list(values) for key, values in (samples or {}).items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return record
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record; raises CheckpointError if the file is not one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no benchmark record: {error}") from error
+    missing = {"name", "command", "date", "machine", "results"} - set(record)
+    if missing:
+        raise CheckpointError(f"{path}: a record lacks {', '.join(sorted(missing))}")
+    return dict(record)
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """Median, tenth and ninetieth percentile of the samples."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return {
+        "median": statistics.median(ordered),
+        "p10": ordered[round(0.1 * last)],
+        "p90": ordered[round(0.9 * last)],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, GPU if there is one, and the versions that matter."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in VERSIONS_OF if (found := installed(name))},
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def revision() -> tuple[str | None, bool | None]:
+    """Commit of the source tree and whether it has changes; (None, None) outside of one."""
+    root = Path(__file__).resolve().parents[3]
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "src"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+    return commit, bool(changes)
