@@ -120,6 +120,10 @@ class Checkpoint:
         """The file that holds `name`."""
         return self._find(name).path
 
+    def stored(self, name: str) -> StoredTensor:
+        """Where `name` lies, for those who need its bytes as they are."""
+        return self._find(name)
+
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU, in memory of its own (may be written to)."""
         stored = self._find(name)

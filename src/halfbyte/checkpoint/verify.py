@@ -1,0 +1,364 @@
+"""Proves that a checkpoint is whole and consistent, alone or against its source.
+
+Every finding is a Problem that names the file or tensor; nothing is repaired. What a value may be
+is checked in `verify_values`; here is what can be told from files, metadata and scales. Called by
+`halfbyte verify`, and by `quantize` on its own output.
+
+Source: checkpoint-format reference, sections 3, 4, 7 and 11.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from halfbyte.checkpoint.fp8_source import COMPANION_FILES
+from halfbyte.checkpoint.manifest import (
+    MANIFEST_NAME,
+    hash_file,
+    hash_stored,
+    read_manifest,
+)
+from halfbyte.checkpoint.metadata import modelopt_configs, read_json
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.shards import INDEX_NAME, parse_json
+from halfbyte.checkpoint.verify_values import check_against, check_values
+from halfbyte.config import ModelConfig
+from halfbyte.errors import CheckpointError
+from halfbyte.modules import decoder_linears, fused_partners
+
+Severity = Literal["error", "warning"]
+Progress = Callable[[int, int], None]  # tensors done, tensors in all
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong. `where` is a tensor's stored name, a file, or a config field.
+
+    An error means that the checkpoint must not be served; a warning, that somebody should look.
+    """
+
+    severity: Severity
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.where}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` found.
+
+    sqnr_db   canonical linear -> SQNR against the source in dB (inf if equal); empty without one
+    """
+
+    num_tensors: int
+    num_hashes: int
+    problems: tuple[Problem, ...]
+    sqnr_db: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing was found that must keep it from being served."""
+        return not any(problem.severity == "error" for problem in self.problems)
+
+
+def verify_checkpoint(path: str | Path, against: str | Path | None = None) -> list[Problem]:
+    """The problems of a checkpoint directory; empty if there are none. See `verify`."""
+    return list(verify(path, against).problems)
+
+
+def verify(
+    path: str | Path, against: str | Path | None = None, *, progress: Progress | None = None
+) -> Report:
+    """Check everything that can be checked about a checkpoint directory.
+
+    against   its source in any dialect: pass-through tensors must be equal, quantized ones within
+              what rounding explains
+
+    Never raises for a bad checkpoint: what keeps it from being opened is the report's one problem.
+    Raises CheckpointError if the source cannot be opened. Reads every byte once; memory holds a
+    few copies of the largest tensor in float32.
+    """
+    directory = Path(path)
+    try:
+        checkpoint = Checkpoint.open(directory)
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        return Report(0, 0, (Problem("error", str(directory), str(error)),))
+    source = None if against is None else Checkpoint.open(against)
+    problems = [
+        *check_files(checkpoint),
+        *check_metadata(checkpoint),
+        *check_rope(checkpoint.config),
+        *check_scales(checkpoint),
+        *check_tokenizer(checkpoint, source),
+    ]
+    names = checkpoint.names()
+    sqnr_db: dict[str, float] = {}
+    if source is not None:
+        problems += _check_geometry(checkpoint, source)
+    comparable = source is not None and checkpoint.config.text.num_layers == (
+        source.config.text.num_layers
+    )
+    for number, name in enumerate(names):
+        found = list(check_values(checkpoint, name))
+        if source is not None and comparable and not found:
+            compared = check_against(checkpoint, source, name)
+            if compared is not None:
+                found += compared.problems
+                if compared.sqnr_db is not None:
+                    sqnr_db[name.removesuffix(".weight")] = compared.sqnr_db
+        if manifest is not None:
+            found += _check_hash(checkpoint, name, manifest.tensors)
+        problems += [Problem("error", checkpoint.foreign(name), what) for what in found]
+        if progress is not None:
+            progress(number + 1, len(names))
+    if manifest is not None:
+        problems += _check_manifest(checkpoint, manifest.tensors, manifest.files)
+    hashes = 0 if manifest is None else len(manifest.tensors)
+    return Report(len(names), hashes, tuple(problems), sqnr_db)
+
+
+# --- files and metadata
+
+
+def check_files(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Index sums, and files that would make an engine read something else."""
+    directory = checkpoint.directory
+    total = sum(map(checkpoint.num_bytes, checkpoint.names()))
+    index = directory / INDEX_NAME
+    if index.exists():
+        metadata = parse_json(index.read_bytes(), INDEX_NAME).get("metadata") or {}
+        stated = metadata.get("total_size")
+        if stated != total:
+            yield Problem(
+                "error", INDEX_NAME, f"total_size is {stated}, the tensors have {total}; stale"
+            )
+    has_native = (directory / "params.json").exists() and any(
+        directory.glob("consolidated*.safetensors")
+    )
+    if checkpoint.layout != "mistral" and has_native:
+        yield Problem(
+            "error",
+            "params.json",
+            "with consolidated*.safetensors beside it engines load the native files instead",
+        )
+
+
+def check_metadata(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """The two JSON files of an export against what the tensors say, written anew."""
+    directory, quantization = checkpoint.directory, checkpoint.quantization
+    raw = checkpoint.raw_config
+    if checkpoint.config.vision is not None and "tie_word_embeddings" not in raw:
+        yield Problem(
+            "warning",
+            "config.json",
+            "no tie_word_embeddings at the top level: newer libraries take that for true and drop "
+            "the head",
+        )
+    if quantization.dialect != "modelopt":
+        return
+    if "quantization_config" not in raw:
+        yield Problem("error", "config.json", "no quantization_config; engines read only this one")
+        return
+    wanted = modelopt_configs(raw, quantization.formats, quantization.kv_cache, checkpoint.layout)
+    stated = dict(raw["quantization_config"])
+    yield from _differences(stated, wanted[0]["quantization_config"], "quantization_config")
+    older = directory / "hf_quant_config.json"
+    if not older.exists():
+        yield Problem("warning", older.name, "missing; older engines read it")
+        return
+    yield from _differences(read_json(older), wanted[1], older.name)
+
+
+def _differences(stated: dict[str, Any], wanted: dict[str, Any], where: str) -> Iterator[Problem]:
+    for key in sorted({*stated, *wanted} - {"producer"}):
+        if stated.get(key) != wanted.get(key):
+            shown = _shorten(wanted.get(key)), _shorten(stated.get(key))
+            yield Problem(
+                "error", where, f"{key}: the tensors ask for {shown[0]}, the file says {shown[1]}"
+            )
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+# Geometry of Mistral Medium 3.5: layers, width, query and KV heads, head size, MLP.
+_MEDIUM_35 = (88, 12288, 96, 8, 128, 28672)
+
+
+def check_rope(config: ModelConfig) -> Iterator[Problem]:
+    """Rotary settings that are known to ruin a model.
+
+    Medium 3.5 was first published with `mscale_all_dim` 1, which switches YaRN's attention factor
+    off; within days it became 0. Other models of the class rightly carry 1, so only its geometry
+    is judged.
+    """
+    text, rope = config.text, config.text.rope
+    if rope.kind != "yarn":
+        return
+    geometry = (
+        text.num_layers, text.width, text.num_heads, text.num_kv_heads, text.head_dim,
+        text.mlp_width,
+    )  # fmt: skip
+    if geometry == _MEDIUM_35 and rope.mscale_all_dim != 0:
+        factor = 1 + 0.1 * math.log(rope.factor)
+        yield Problem(
+            "error",
+            "rope_parameters.mscale_all_dim",
+            f"is {rope.mscale_all_dim:g}: this is the geometry of Mistral Medium 3.5, which was "
+            f"trained with YaRN's attention factor {factor:.3f} and needs 0. Its first release "
+            "said 1 by mistake, which ruins long contexts and measures k_scale wrongly. Set it to "
+            "0 in config.json of the source and quantize again",
+        )
+    reach = rope.factor * rope.original_max_positions
+    if text.max_positions > reach:
+        yield Problem(
+            "warning",
+            "max_position_embeddings",
+            f"is {text.max_positions}, YaRN stretches {rope.original_max_positions} positions by "
+            f"{rope.factor:g} to {reach:g} only",
+        )
+
+
+# --- scales
+
+
+def check_scales(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Scalars positive and finite; fused groups of one format, with the scales they must share."""
+    for name in checkpoint.names():
+        if checkpoint.shape(name) == ():
+            value = checkpoint.scalar(name)
+            if not (math.isfinite(value) and value > 0):
+                yield Problem(
+                    "error", checkpoint.foreign(name), f"is {value:g}; a scale is above 0"
+                )
+    for linear in decoder_linears(checkpoint.config):
+        partners = fused_partners(linear.name)
+        if partners[0] == linear.name and len(partners) > 1:
+            yield from _check_group(checkpoint, partners)
+
+
+def _check_group(checkpoint: Checkpoint, partners: tuple[str, ...]) -> Iterator[Problem]:
+    formats = {name: checkpoint.format_of(name) for name in partners}
+    first = partners[0]
+    if len(set(formats.values())) > 1:
+        kinds = ", ".join(f"{name} {kind}" for name, kind in formats.items())
+        yield Problem("error", first, f"fused partners in different formats: {kinds}")
+        return
+    # q, k and v read one input, gate and up likewise; engines take one scale for the group.
+    shared = {"bf16": (), "fp8": ("input_scale",), "nvfp4": ("input_scale", "tensor_scale")}
+    for role in shared[formats[first]]:
+        values = {name: checkpoint.scalar(f"{name}.{role}") for name in partners}
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            # A source may say what it likes: we measure inputs anew. An export is used as it is.
+            is_source = checkpoint.quantization.dialect == "mistral-fp8"
+            yield Problem(
+                "warning" if is_source else "error",
+                checkpoint.foreign(f"{first}.{role}"),
+                f"differs within its fused group ({shown}); engines take one for all",
+            )
+
+
+# --- tokenizer
+
+
+def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterator[Problem]:
+    """Token ids within the vocabulary; the same tokenizer files as the source's."""
+    directory, text = checkpoint.directory, checkpoint.config.text
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tekken.json")):
+        yield Problem("warning", str(directory), "no tokenizer.json and no tekken.json")
+    largest = _largest_token_id(directory)
+    if largest is not None and largest >= text.vocab_size:
+        yield Problem(
+            "error",
+            "tokenizer.json",
+            f"has token {largest}, the embedding ends at {text.vocab_size - 1}",
+        )
+    for token in (*text.eos_token_ids, text.bos_token_id, text.pad_token_id):
+        if token is not None and token >= text.vocab_size:
+            yield Problem("error", "config.json", f"token id {token} is outside the vocabulary")
+    if source is not None:
+        for name in COMPANION_FILES:
+            yield from _check_companion(directory / name, source.directory / name)
+
+
+def _check_companion(ours: Path, theirs: Path) -> Iterator[Problem]:
+    if theirs.is_file() and not ours.is_file():
+        yield Problem("error", ours.name, "the source has it, this checkpoint does not")
+    elif theirs.is_file() and hash_file(ours) != hash_file(theirs):
+        yield Problem("error", ours.name, "is not the source's")
+
+
+def _largest_token_id(directory: Path) -> int | None:
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    raw = read_json(path)
+    model = raw.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    added = raw.get("added_tokens")
+    if isinstance(added, list):
+        ids += [token.get("id") for token in added if isinstance(token, dict)]
+    numbers = [number for number in ids if type(number) is int]
+    return max(numbers, default=None)
+
+
+# --- source and manifest
+
+
+def _check_geometry(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[Problem]:
+    if checkpoint.config != source.config:
+        for part in ("text", "vision"):
+            ours, theirs = getattr(checkpoint.config, part), getattr(source.config, part)
+            if ours != theirs:
+                yield Problem(
+                    "error", "config.json", f"{part}: {ours} is not the source's {theirs}"
+                )
+
+
+def _check_hash(checkpoint: Checkpoint, name: str, hashes: Any) -> list[str]:
+    wanted = hashes.get(checkpoint.foreign(name))
+    if wanted is None or hash_stored(checkpoint.stored(name)) == wanted:
+        return []
+    return [f"its bytes are not those that {MANIFEST_NAME} names (sha256 differs)"]
+
+
+def _check_manifest(checkpoint: Checkpoint, tensors: Any, files: Any) -> Iterator[Problem]:
+    stored = {checkpoint.foreign(name) for name in checkpoint.names()}
+    for foreign in sorted(stored ^ set(tensors)):
+        what = "is not in the manifest" if foreign in stored else "is only in the manifest"
+        yield Problem("error", foreign, what)
+    for name, digest in sorted(files.items()):
+        path = checkpoint.directory / Path(name).name
+        if not path.is_file():
+            yield Problem("error", name, f"{MANIFEST_NAME} names it, but it is not there")
+        elif hash_file(path) != digest:
+            yield Problem("error", name, f"was changed after {MANIFEST_NAME} was written")
+
+
+def format_report(report: Report) -> str:
+    """A few lines for people: what was checked, how close it is, what is wrong."""
+    hashed = f"{report.num_hashes} hashes compared" if report.num_hashes else "no manifest"
+    lines = [f"{report.num_tensors} tensors read, {hashed}"]
+    if report.sqnr_db:
+        finite = {name: value for name, value in report.sqnr_db.items() if math.isfinite(value)}
+        equal = len(report.sqnr_db) - len(finite)
+        text = f"{len(report.sqnr_db)} linears against the source: {equal} equal"
+        if finite:
+            worst = min(finite, key=lambda name: finite[name])
+            middle = sorted(finite.values())[len(finite) // 2]
+            text += f", median {middle:.1f} dB, worst {finite[worst]:.1f} dB ({worst})"
+        lines.append(text)
+    lines += map(str, report.problems)
+    errors = sum(problem.severity == "error" for problem in report.problems)
+    lines.append("sound" if report.is_sound else f"NOT sound: {errors} errors")
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""Whether tensor values can be what they claim: alone, and against the source. For `verify`.
+
+Against the source two things are asked of a quantized weight. Every code must be the one that
+rounding gives under the stored scale (so a flipped byte shows, and the scale of another tensor),
+and the decoded weight as a whole must lie as close as its format allows (so a scale that clips
+shows, whatever method chose it).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.formats.layout import unpack_nibbles
+from halfbyte.formats.measure import sqnr_db
+from halfbyte.formats.minifloat import decode_e2m1, decode_e4m3, has_nan_codes
+
+# Rows looked at together: some tens of MB in f32 at full width.
+_ROWS = 512
+
+# Worst SQNR that each format gives on weights as they occur. A uniform 3-bit mantissa gives 31 dB
+# on anything bell-shaped, 16-blocks of e2m1 20 dB; half a scale off leaves 6 dB, the block scales
+# of another layer about 11 dB.
+MIN_SQNR_DB = {"fp8": 25.0, "nvfp4": 15.0}
+
+# The quotient is rounded to bf16 before e4m3, and one arithmetic profile rounds the scale to bf16
+# too (checkpoint-format reference, section 6): 2 ** -9 each. An FP8 source's own scale may be 0.3 %
+# off the re-derived one on top.
+_FP8_SLACK = 2**-8 + 0.003
+# NVFP4 codes come from one f32 division; a GPU's approximate one moves 5 in 100,000 by an ulp.
+_NVFP4_SLACK = 2**-20
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """How a tensor relates to the source's."""
+
+    problems: list[str]
+    sqnr_db: float | None
+
+
+def check_values(checkpoint: Checkpoint, name: str) -> Iterator[str]:
+    """What is wrong with the values of one tensor, judged without any other tensor."""
+    tensor = checkpoint.tensor(name)
+    if tensor.dim() == 0:
+        return  # scalars are judged with their groups
+    if tensor.dtype == torch.float8_e4m3fn:
+        if bool(has_nan_codes(tensor)):
+            yield "holds e4m3 codes that mean NaN"
+        bits = tensor.view(torch.uint8)
+        is_block_scale = name.endswith(".weight_scale")
+        if is_block_scale and bool((bits & 0x80).any()):
+            yield "holds negative block scales"
+        if not bool((bits & 0x7F).any()):
+            yield "is all zero"
+    elif tensor.dtype == torch.uint8:
+        if not bool((tensor & 0x77).any()):
+            yield "is all zero"
+    else:
+        if not bool(torch.isfinite(tensor).all()):
+            yield "holds NaN or infinity"
+        elif tensor.shape[0] > 1 and not bool(tensor.any()):
+            yield "is all zero"
+
+
+def check_against(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared | None:
+    """Compare one tensor with the source's of the same meaning; None for scales.
+
+    Scales are judged by what they decode to.
+    """
+    linear, _, role = name.rpartition(".")
+    if role not in ("weight", "bias") or (checkpoint.config.text.tied_head and linear == "head"):
+        return None
+    if name not in source:
+        return Compared(["the source has no such tensor"], None)
+    chosen = checkpoint.format_of(linear)
+    if chosen == "bf16":
+        return _compare_plain(checkpoint, source, name)
+    original = source.decoded(linear, torch.bfloat16)
+    decoded = checkpoint.decoded(linear, torch.float32)
+    if original.shape != decoded.shape:
+        return Compared([f"is {list(decoded.shape)}, the source's {list(original.shape)}"], None)
+    ratio = sqnr_db(original, decoded)
+    problems = []
+    if ratio < MIN_SQNR_DB[chosen]:
+        problems.append(
+            f"{ratio:.1f} dB from the source; {chosen} gives {MIN_SQNR_DB[chosen]:g} at least: "
+            "codes or scales are those of another weight"
+        )
+    check = _fp8_misfits if chosen == "fp8" else _nvfp4_misfits
+    count = check(checkpoint, linear, original)
+    if count:
+        problems.append(
+            f"{count} codes are not what rounding the source gives under the stored scale"
+        )
+    return Compared(problems, ratio)
+
+
+def _compare_plain(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
+    linear = name.rpartition(".")[0]
+    was = source.format_of(linear)
+    theirs = source.tensor(name) if was == "bf16" else source.decoded(linear)
+    if checkpoint.tensor(name).equal(theirs):
+        return Compared([], None if was == "bf16" else math.inf)
+    return Compared(["is not the source's, though it passes through"], None)
+
+
+def _fp8_misfits(checkpoint: Checkpoint, linear: str, original: Tensor) -> int:
+    """How many codes lie further from the source's value than half a step of e4m3."""
+    codes = checkpoint.tensor(f"{linear}.weight")
+    scale = checkpoint.scalar(f"{linear}.weight_scale")
+    count = 0
+    for start in range(0, codes.shape[0], _ROWS):
+        q = decode_e4m3(codes[start : start + _ROWS])
+        t = original[start : start + _ROWS].to(torch.float32).div_(scale)
+        # Half a step: 2 ** -4 of the power of two below, 2 ** -10 among subnormals. A value just
+        # above a power of two may have come from below it, where steps are half as wide.
+        exponent = torch.frexp(q.abs()).exponent - 1
+        half = torch.ldexp(torch.ones_like(q), exponent.clamp_(min=-6) - 4)
+        slack = t.abs() * _FP8_SLACK
+        # Beyond 448 everything saturates; how far it may clip is the SQNR's business.
+        distance = (t.clamp(-448, 448) - q).abs()
+        count += int((distance > half + slack).sum())
+    return count
+
+
+def _nvfp4_misfits(checkpoint: Checkpoint, linear: str, original: Tensor) -> int:
+    """How many codes are not the nearest e2m1 value under their stored block scale."""
+    packed = checkpoint.tensor(f"{linear}.weight")
+    scales = checkpoint.tensor(f"{linear}.weight_scale")
+    tensor_scale = checkpoint.scalar(f"{linear}.tensor_scale")
+    count = 0
+    for start in range(0, packed.shape[0], _ROWS):
+        q = decode_e2m1(unpack_nibbles(packed[start : start + _ROWS]))
+        step = decode_e4m3(scales[start : start + _ROWS]) * tensor_scale
+        step = step.repeat_interleave(16, dim=1)
+        t = original[start : start + _ROWS].to(torch.float32) / step
+        magnitude = q.abs()
+        # Steps of e2m1: 0.5 below 2, 1 below 4, then 2; downwards from 2 and 4 half as wide.
+        up = torch.where(magnitude < 2, 0.25, torch.where(magnitude < 4, 0.5, 1.0))
+        down = torch.where(magnitude <= 2, 0.25, torch.where(magnitude <= 4, 0.5, 1.0))
+        delta = torch.where(q < 0, -1.0, 1.0) * (t.clamp(-6, 6) - q)
+        bad = (delta > up + _NVFP4_SLACK * t.abs()) | (delta < -down - _NVFP4_SLACK * t.abs())
+        # A block scale of 0 decodes to 0 whatever its codes (version 0.44 of the reference).
+        count += int((bad & (step > 0)).sum())
+    return count

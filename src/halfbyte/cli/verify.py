@@ -1,0 +1,21 @@
+"""`halfbyte verify OUT [--against SRC]`: exit code 0 if sound, 1 if not."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "  halfbyte verify build/demo/mixed --against build/demo/fp8"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="the directory to verify")
+    parser.add_argument(
+        "--against", type=Path, metavar="SRC", help="its source: compare every tensor with it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte.checkpoint.verify import format_report, verify
+
+    report = verify(args.checkpoint, args.against)
+    print(format_report(report))
+    return 0 if report.is_sound else 1
