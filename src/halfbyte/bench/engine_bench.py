@@ -1,0 +1,247 @@
+"""The whole decoder on one GPU: decode steps and prefill, in the shipped mixed format.
+
+Question: how many milliseconds does a decode step take at each batch size and context, how many tokens
+    a second does prefill reach, and what share of the floor is that?
+Method: random weights of the geometry on the device (`synthetic`), paged FP8 cache with random content.
+    Decode: one captured graph a batch size, which also chooses the tokens and moves the sequences on;
+    5 warm-up steps, then `steps` steps each timed by events. Prefill: eager, one sequence from its
+    start, 1 warm-up, `repeats` runs timed by events.
+Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = all linears once plus the
+    context's keys and values; prefill floor = FLOP of each linear / the rate of its format.
+Reading the result: share of the floor, against ceilings measured in the same run. The product rate of
+    NVFP4 layers is bf16's in "exact", FP8's in "fast".
+Last record: benchmarks/records/engine-h200.json
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from halfbyte.bench.gpu import Ceilings, time_ms
+from halfbyte.bench.synthetic import medium_geometry, mixed_formats, random_weights
+from halfbyte.kernels.cuda.library import (
+    COLUMNS,
+    HeadShape,
+    KernelLibrary,
+    attention_code,
+    choose_config,
+    compile_together,
+    elementwise_code,
+    linear_code,
+)
+from halfbyte.kernels.repack import TileFormat
+from halfbyte.model.cuda_decoder import (
+    CudaWeights,
+    DecodeStep,
+    KvCache,
+    Prefill,
+    PrefillMode,
+    Rotary,
+    make_cache,
+)
+
+PAGE_SLOTS = 16
+_FORMATS: tuple[TileFormat, ...] = ("fp8", "nvfp4", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A decode measurement: sequences and the tokens each already has."""
+
+    batch: int
+    context: int
+
+
+POINTS = (
+    Point(1, 128),
+    Point(4, 128),
+    Point(16, 128),
+    Point(64, 128),
+    Point(128, 128),
+    Point(1, 32768),
+    Point(8, 8192),
+)
+PROMPTS = (512, 2048, 8192)
+
+
+def compile_all(num_layers: int) -> None:
+    """Compile every kernel the runs need, in parallel; the cache on disk keeps them."""
+    config = medium_geometry(num_layers)
+    heads = HeadShape(config.head_dim, config.num_heads, config.num_kv_heads)
+    tasks = [
+        lambda f=format_, c=columns: linear_code(f, c, choose_config(f, c))
+        for format_ in _FORMATS
+        for columns in COLUMNS
+    ]
+    tasks += [lambda b=blocks: elementwise_code(config.width, b, heads) for blocks in (1, 2, 8)]
+    tasks.append(lambda: attention_code(heads, PAGE_SLOTS, "e4m3"))
+    compile_together(tasks)
+
+
+def _fill_state(step: DecodeStep, cache: KvCache, point: Point) -> None:
+    """Pages in scattered order, contexts of `point.context` tokens already stored."""
+    pages_each = step.block_table_TP.shape[1]
+    order = torch.randperm(point.batch * pages_each, device=step.block_table_TP.device)
+    step.block_table_TP.copy_(order.view(point.batch, pages_each).int())
+    step.positions_T.fill_(point.context)
+    step.context_lengths_T.fill_(point.context + 1)
+    page = step.block_table_TP[:, point.context // PAGE_SLOTS].long()
+    step.slots_T.copy_(page * PAGE_SLOTS + point.context % PAGE_SLOTS)
+    step.token_ids_T.random_(0, 1000)
+
+
+def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> float:
+    """Time of the bytes at the copy rate, or of the products at their rates if that is longer."""
+    config = weights.config
+    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    num_bytes = weights.num_step_bytes + point.batch * point.context * kv
+    by_bytes = num_bytes / ceilings.copy_tb_per_s / 1e9
+    rate = {
+        "fp8": ceilings.fp8_tflop_per_s,
+        "nvfp4": ceilings.bf16_tflop_per_s,
+        "bf16": ceilings.bf16_tflop_per_s,
+    }
+    by_flop = by_parts = 0.0
+    for linear in [weights.head, *(li for la in weights.layers for li in (la.qkv, la.o, la.gate_up, la.down))]:
+        weight = linear.weight
+        flop = 2.0 * point.batch * weight.out_features * weight.in_features
+        flop_ms = flop / rate[weight.format] / 1e9
+        by_flop += flop_ms
+        by_parts += max(flop_ms, weight.data.numel() / ceilings.copy_tb_per_s / 1e9)
+    return max(by_bytes, by_flop, by_parts)
+
+
+def run_decode(
+    library: KernelLibrary,
+    weights: CudaWeights,
+    point: Point,
+    ceilings: Ceilings,
+    *,
+    steps: int = 30,
+    overlaps: bool = True,
+) -> dict[str, Any]:
+    """One row: milliseconds a step, its share of the floor, and what the graph cost."""
+    device, config = library.device, weights.config
+    max_context = point.context + steps + 64
+    pages = point.batch * -(-max_context // PAGE_SLOTS)
+    cache = make_cache(config, pages, PAGE_SLOTS, device)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.random_(0, 0x70)  # finite codes of either half; the sign bit comes with the next line
+        tensor.bitwise_xor_(torch.randint(0, 2, (1,), dtype=torch.uint8, device=device) << 7)
+    before = torch.cuda.memory_allocated()
+    step = DecodeStep(
+        library,
+        weights,
+        cache,
+        point.batch,
+        rotary=Rotary(config, device),
+        max_context_tokens=max_context,
+        overlaps=overlaps,
+    )
+    _fill_state(step, cache, point)
+    start = time.perf_counter()
+    step.capture()
+    torch.cuda.synchronize()
+    capture_s = time.perf_counter() - start
+    samples = time_ms(step.replay, warmups=5, repeats=steps)
+    median = statistics.median(samples)
+    floor = decode_floor_ms(weights, point, ceilings)
+    chosen = step.history[: int(step.step_count)]
+    assert bool(((chosen >= 0) & (chosen < config.vocab_size)).all())
+    assert bool(torch.isfinite(step.residual_TD.float()).all())
+    return {
+        "kind": "decode",
+        "batch": point.batch,
+        "context": point.context,
+        "median_ms": median,
+        "samples_ms": samples,
+        "tokens_per_s": point.batch / median * 1e3,
+        "tb_per_s": weights.num_step_bytes / median / 1e9,
+        "floor_ms": floor,
+        "share_of_floor": floor / median,
+        "launches": step.num_launches,
+        "capture_s": capture_s,
+        "buffers_bytes": torch.cuda.memory_allocated() - before,
+        "distinct_tokens": int(chosen.unique().numel()),
+    }
+
+
+def prefill_floor_ms(
+    weights: CudaWeights, num_tokens: int, mode: PrefillMode, ceilings: Ceilings
+) -> float:
+    """Products at their rates; attention and the unpacking not counted."""
+    total = 0.0
+    for layer in weights.layers:
+        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            weight = linear.weight
+            in_fp8 = weight.format == "fp8" or mode == "fast"
+            rate = ceilings.fp8_fast_tflop_per_s if in_fp8 else ceilings.bf16_tflop_per_s
+            total += 2.0 * num_tokens * weight.out_features * weight.in_features / rate / 1e9
+    return total
+
+
+def run_prefill(
+    library: KernelLibrary,
+    weights: CudaWeights,
+    num_tokens: int,
+    mode: PrefillMode,
+    ceilings: Ceilings,
+    *,
+    repeats: int = 3,
+    fast_accumulation: bool = True,
+) -> dict[str, Any]:
+    """One row: tokens a second of one prompt from an empty cache to its last token's logits."""
+    device, config = library.device, weights.config
+    cache = make_cache(config, -(-num_tokens // PAGE_SLOTS), PAGE_SLOTS, device)
+    prefill = Prefill(
+        library,
+        weights,
+        cache,
+        num_tokens,
+        rotary=Rotary(config, device),
+        mode=mode,
+        fast_accumulation=fast_accumulation,
+    )
+    token_ids = torch.randint(0, config.vocab_size, (num_tokens,), device=device)
+    slots = torch.arange(num_tokens, device=device)
+    with torch.inference_mode():
+        samples = time_ms(lambda: prefill.run(token_ids, slots), warmups=1, repeats=repeats)
+        logits = prefill.run(token_ids, slots)
+    assert bool(torch.isfinite(logits).all())
+    median = statistics.median(samples)
+    floor = prefill_floor_ms(weights, num_tokens, mode, ceilings)
+    return {
+        "kind": "prefill",
+        "tokens": num_tokens,
+        "mode": mode,
+        "fp8_sums": "tensor core" if fast_accumulation else "promoted to f32",
+        "median_ms": median,
+        "samples_ms": samples,
+        "tokens_per_s": num_tokens / median * 1e3,
+        "floor_ms": floor,
+        "share_of_floor": floor / median,
+    }
+
+
+def make_weights(library: KernelLibrary, num_layers: int) -> CudaWeights:
+    """Random weights of the medium geometry in its mixed format."""
+    config = medium_geometry(num_layers)
+    return random_weights(library, config, mixed_formats(num_layers))
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One line for a person."""
+    if row["kind"] == "decode":
+        return (
+            f"decode  batch {row['batch']:4} context {row['context']:6} {row['median_ms']:8.3f} ms "
+            f"{row['tokens_per_s']:8.1f} tok/s {row['tb_per_s']:6.3f} TB/s "
+            f"floor {row['floor_ms']:7.2f} ms share {row['share_of_floor']:6.1%}"
+        )
+    return (
+        f"prefill {row['tokens']:6} {row['mode']:5} {row['median_ms']:9.2f} ms "
+        f"{row['tokens_per_s']:8.1f} tok/s floor {row['floor_ms']:8.2f} ms "
+        f"share {row['share_of_floor']:6.1%}"
+    )

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for Hopper, compiled at run time with NVRTC and launched through the driver."""

@@ -1,0 +1,369 @@
+// What happens between the products of a decoder layer, each kernel one pass over its tensors:
+// residual + RMSNorm (+ quantize), SiLU * up (+ quantize), rotary embedding + KV store, embedding,
+// choice of the next token, bookkeeping of a step.
+//
+// They read a linear's result as `LinearResult` (primitives.cu), which also sums what was split over
+// K, round where a bf16 operation would round, and write the next linear's activations in its format.
+//
+// Set by the caller: WIDTH, NORM_BLOCKS, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS.
+
+constexpr int NORM_THREADS = 256;
+constexpr int NORM_CHUNKS = WIDTH / 8 / NORM_BLOCKS;      // 8 features each, of one block
+constexpr int NORM_ROUNDS = (NORM_CHUNKS + NORM_THREADS - 1) / NORM_THREADS;
+
+DEVICE u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+DEVICE void store_to_block(u32 address, u32 rank, float value) {
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+}
+
+// Sum over a token's NORM_BLOCKS blocks (one cluster), in the same order everywhere.
+template <bool IS_MAX>
+DEVICE float row_reduce(float value) {
+  __shared__ float warps[NORM_THREADS / 32];
+  __shared__ float blocks[16];
+  value = IS_MAX ? warp_max(value) : warp_sum(value);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < NORM_THREADS / 32; ++i) total = IS_MAX ? fmaxf(total, warps[i]) : total + warps[i];
+  if (NORM_BLOCKS > 1) {
+    if (threadIdx.x < NORM_BLOCKS) store_to_block(shared_address(&blocks[cluster_rank()]), threadIdx.x, total);
+    cluster_arrive();
+    cluster_wait();
+    total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_BLOCKS; ++i) total = IS_MAX ? fmaxf(total, blocks[i]) : total + blocks[i];
+  }
+  return total;
+}
+
+DEVICE void load_bf16(const u16* at, float (&v)[8]) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(at);
+  const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = __uint_as_float(words[i] << 16);
+    v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+  }
+}
+DEVICE void store_bf16(u16* at, const float (&v)[8]) {
+  *reinterpret_cast<uint4*>(at) = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
+                                             pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+// residual += bf16(result) (if any); normed = bf16(residual / rms * weight), stored as KIND.
+// Grid (NORM_BLOCKS, tokens). With `token_scale_out` each token is quantized by its own largest value.
+template <int KIND, bool HAS_RESULT, bool PER_TOKEN>
+DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon, u8* out,
+                 i64 chunk_stride, i64 token_stride, float scale, float* token_scale_out) {
+  const int token = blockIdx.y;
+  float gain[NORM_ROUNDS][8], x[NORM_ROUNDS][8];
+  float squares = 0.0f;
+  let_next_kernel_start();
+  if (NORM_BLOCKS > 1) cluster_arrive();   // says: this block runs, others may write to it
+#pragma unroll
+  for (int round = 0; round < NORM_ROUNDS; ++round) {
+    const int chunk = round * NORM_THREADS + threadIdx.x;
+    if (chunk < NORM_CHUNKS) load_bf16(weight + (blockIdx.x * NORM_CHUNKS + chunk) * 8, gain[round]);
+  }
+  wait_for_previous_kernels();
+#pragma unroll
+  for (int round = 0; round < NORM_ROUNDS; ++round) {
+    const int chunk = round * NORM_THREADS + threadIdx.x;
+    if (chunk < NORM_CHUNKS) {
+      const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
+      u16* at = residual + static_cast<i64>(token) * WIDTH + feature;
+      load_bf16(at, x[round]);
+      if (HAS_RESULT) {
+        float delta[8];
+        load_result(y, token, feature, delta);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[round][i] = round_to_bf16(x[round][i] + round_to_bf16(delta[i]));
+        store_bf16(at, x[round]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += x[round][i] * x[round][i];
+    }
+  }
+  if (NORM_BLOCKS > 1) cluster_wait();
+  const float inverse = rsqrtf(row_reduce<false>(squares) / WIDTH + epsilon);
+  float largest = 0.0f;
+#pragma unroll
+  for (int round = 0; round < NORM_ROUNDS; ++round) {
+    const int chunk = round * NORM_THREADS + threadIdx.x;
+    if (chunk < NORM_CHUNKS) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        x[round][i] = round_to_bf16(x[round][i] * inverse * gain[round][i]);
+        largest = fmaxf(largest, fabsf(x[round][i]));
+      }
+    }
+  }
+  if (PER_TOKEN) {
+    __syncthreads();
+    scale = fmaxf(row_reduce<true>(largest), 1e-12f) / E4M3_MAX;
+    if (blockIdx.x == 0 && threadIdx.x == 0) token_scale_out[token] = scale;
+  }
+#pragma unroll
+  for (int round = 0; round < NORM_ROUNDS; ++round) {
+    const int chunk = round * NORM_THREADS + threadIdx.x;
+    if (chunk < NORM_CHUNKS) {
+      const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
+      store_activation<KIND>(out, chunk_stride, token_stride, token, feature, x[round], scale);
+    }
+  }
+  if (NORM_BLOCKS > 1) {   // a block may not leave while others write to it
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+
+#define NORM_KERNEL(NAME, KIND, HAS_RESULT, PER_TOKEN)                                               \
+  extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                        \
+      NAME(LinearResult y, u16* residual, const u16* weight, float epsilon, u8* out,                \
+           i64 chunk_stride, i64 token_stride, float scale, float* token_scale_out) {               \
+    norm<KIND, HAS_RESULT, PER_TOKEN>(y, residual, weight, epsilon, out, chunk_stride, token_stride, \
+                                      scale, token_scale_out);                                      \
+  }
+NORM_KERNEL(norm_f16, OUT_F16, false, false)
+NORM_KERNEL(norm_e4m3, OUT_E4M3, false, false)
+NORM_KERNEL(norm_bf16, OUT_BF16, false, false)
+NORM_KERNEL(norm_e4m3_token, OUT_E4M3, false, true)
+NORM_KERNEL(add_norm_f16, OUT_F16, true, false)
+NORM_KERNEL(add_norm_e4m3, OUT_E4M3, true, false)
+NORM_KERNEL(add_norm_bf16, OUT_BF16, true, false)
+NORM_KERNEL(add_norm_e4m3_token, OUT_E4M3, true, true)
+
+// silu(gate) * up of eight features, of results rounded to bf16, rounded to bf16 itself.
+DEVICE void silu_times_up(const LinearResult& y, int token, int feature, int mlp_width, float (&v)[8]) {
+  float up[8];
+  load_result(y, token, feature, v);
+  load_result(y, token, mlp_width + feature, up);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float gate = round_to_bf16(v[i]);
+    v[i] = round_to_bf16(gate / (1.0f + __expf(-gate)) * round_to_bf16(up[i]));
+  }
+}
+
+// Grid (ceil(mlp_width / 8 / threads), tokens); `up` starts at feature mlp_width of the result.
+template <int KIND>
+DEVICE void silu_mul(const LinearResult& y, int mlp_width, u8* out, i64 chunk_stride,
+                     i64 token_stride, float scale) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  if (feature >= mlp_width) return;
+  float v[8];
+  silu_times_up(y, blockIdx.y, feature, mlp_width, v);
+  store_activation<KIND>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
+}
+#define SILU_KERNEL(NAME, KIND)                                                              \
+  extern "C" __global__ void __launch_bounds__(256)                                         \
+      NAME(LinearResult y, int mlp_width, u8* out, i64 chunk_stride, i64 token_stride,       \
+           float scale) {                                                                   \
+    silu_mul<KIND>(y, mlp_width, out, chunk_stride, token_stride, scale);                    \
+  }
+SILU_KERNEL(silu_mul_f16, OUT_F16)
+SILU_KERNEL(silu_mul_e4m3, OUT_E4M3)
+SILU_KERNEL(silu_mul_bf16, OUT_BF16)
+
+// The same with each token quantized by its own largest value: one block a token, two passes.
+extern "C" __global__ void __launch_bounds__(1024)
+    silu_mul_e4m3_token(LinearResult y, int mlp_width, u8* out, i64 chunk_stride, i64 token_stride,
+                        float* token_scale_out) {
+  extern __shared__ __align__(16) u16 row[];   // mlp_width bf16
+  __shared__ float warps[32];
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  float largest = 0.0f;
+  for (int feature = threadIdx.x * 8; feature < mlp_width; feature += blockDim.x * 8) {
+    float v[8];
+    silu_times_up(y, blockIdx.x, feature, mlp_width, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(v[i]));
+    store_bf16(row + feature, v);
+  }
+  largest = warp_max(largest);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = largest;
+  __syncthreads();
+  largest = warp_max(threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : 0.0f);
+  const float scale = fmaxf(largest, 1e-12f) / E4M3_MAX;
+  if (threadIdx.x == 0) token_scale_out[blockIdx.x] = scale;
+  for (int feature = threadIdx.x * 8; feature < mlp_width; feature += blockDim.x * 8) {
+    float v[8];
+    load_bf16(row + feature, v);
+    store_activation<OUT_E4M3>(out, chunk_stride, token_stride, blockIdx.x, feature, v, scale);
+  }
+}
+
+// Attention output (tokens, width) bf16 to e4m3 activations; `gain` is v_scale.
+extern "C" __global__ void __launch_bounds__(256)
+    quantize_e4m3(const u16* x, int width, float gain, u8* out, i64 chunk_stride, i64 token_stride,
+                  float scale) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  if (feature >= width) return;
+  float v[8];
+  load_bf16(x + static_cast<i64>(blockIdx.y) * width + feature, v);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = round_to_bf16(v[i] * gain);
+  store_activation<OUT_E4M3>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
+}
+
+// q, k, v of each token: rotate q and k, scale q, store k and v as e4m3 in their page slot.
+// Grid (tokens, ceil(heads / 32)), 8 lanes a head of 128; heads in the order q, k, v. Rotation pairs feature i
+// with i + HEAD_SIZE / 2. q leaves as bf16 (tokens, heads, size). With `dense_k` (tokens, kv heads,
+// size) the stored codes' values are also written as bf16, for attention over this chunk alone.
+extern "C" __global__ void __launch_bounds__(256)
+    rotate_and_store(LinearResult y, const float* cosines, const float* sines,
+                     const float* query_scale, u16* q_out, u8* k_cache, u8* v_cache,
+                     const i64* slots, float k_scale, float v_scale, u16* dense_k, u16* dense_v) {
+  constexpr int HALF = HEAD_SIZE / 2;
+  constexpr int LANES = HALF / 8;            // lanes that carry 8 pairs each
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int heads_per_block = blockDim.x / LANES;
+  const int head = blockIdx.y * heads_per_block + threadIdx.x / LANES;
+  if (head >= NUM_HEADS + 2 * NUM_KV_HEADS) return;
+  const int token = blockIdx.x, i0 = threadIdx.x % LANES * 8;
+  float low[8], high[8];
+  load_result(y, token, head * HEAD_SIZE + i0, low);
+  load_result(y, token, head * HEAD_SIZE + HALF + i0, high);
+  const bool is_value = head >= NUM_HEADS + NUM_KV_HEADS;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float a = round_to_bf16(low[i]), b = round_to_bf16(high[i]);
+    low[i] = a;
+    high[i] = b;
+    if (!is_value) {
+      const float c = cosines[token * HALF + i0 + i], s = sines[token * HALF + i0 + i];
+      low[i] = a * c - b * s;
+      high[i] = b * c + a * s;
+    }
+  }
+  if (head < NUM_HEADS) {
+    const float scale = query_scale == nullptr ? 1.0f : query_scale[token];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) low[i] *= scale, high[i] *= scale;
+    u16* at = q_out + (static_cast<i64>(token) * NUM_HEADS + head) * HEAD_SIZE + i0;
+    store_bf16(at, low);
+    store_bf16(at + HALF, high);
+    return;
+  }
+  const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
+  const float scale = is_value ? v_scale : k_scale;
+  u32 codes[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    codes[i] = pack_e4m3(round_to_bf16(low[2 * i]) / scale, round_to_bf16(low[2 * i + 1]) / scale);
+    codes[4 + i] = pack_e4m3(round_to_bf16(high[2 * i]) / scale, round_to_bf16(high[2 * i + 1]) / scale);
+  }
+  const i64 slot = slots[token];
+  if (slot >= 0) {
+    u8* at = (is_value ? v_cache : k_cache) + (slot * NUM_KV_HEADS + kv_head) * HEAD_SIZE + i0;
+    *reinterpret_cast<uint2*>(at) = make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
+    *reinterpret_cast<uint2*>(at + HALF) = make_uint2(codes[4] | codes[5] << 16, codes[6] | codes[7] << 16);
+  }
+  if (dense_k != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 a = e4m3_to_f16(codes[i]), b = e4m3_to_f16(codes[4 + i]);
+      low[2 * i] = f16_low(a), low[2 * i + 1] = f16_high(a);
+      high[2 * i] = f16_low(b), high[2 * i + 1] = f16_high(b);
+    }
+    u16* at = (is_value ? dense_v : dense_k) +
+              (static_cast<i64>(token) * NUM_KV_HEADS + kv_head) * HEAD_SIZE + i0;
+    store_bf16(at, low);
+    store_bf16(at + HALF, high);
+  }
+}
+
+// Rows of the embedding table become the residual stream. Grid (tokens).
+extern "C" __global__ void __launch_bounds__(256)
+    embed(const u16* table, const i64* token_ids, u16* residual) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const uint4* from = reinterpret_cast<const uint4*>(table + token_ids[blockIdx.x] * WIDTH);
+  uint4* to = reinterpret_cast<uint4*>(residual + static_cast<i64>(blockIdx.x) * WIDTH);
+  for (int i = threadIdx.x; i < WIDTH / 8; i += blockDim.x) to[i] = from[i];
+}
+
+// Larger float, larger number; ties between tokens go to the lower id.
+DEVICE u64 rank_of(float value, u32 token_id) {
+  const u32 bits = __float_as_uint(value);
+  const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<u64>(ordered) << 32 | (0xFFFFFFFFu - token_id);
+}
+DEVICE u32 mix(u32 x) {   // a finalizer with good avalanche (public domain constants of lowbias32)
+  x ^= x >> 16; x *= 0x7FEB352Du; x ^= x >> 15; x *= 0x846CA68Bu; x ^= x >> 16;
+  return x;
+}
+
+// The largest logit / temperature + Gumbel noise of each token (temperature 0: the largest logit), which
+// is a draw from the softmax. Grid (slices, tokens); `best` starts at 0. Noise depends on seed and
+// position alone, not on the batch.
+extern "C" __global__ void __launch_bounds__(256)
+    choose_token(LinearResult y, int vocabulary, const float* temperature, const i64* seeds,
+                 const i64* positions, u64* best) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int token = blockIdx.y;
+  const float heat = temperature == nullptr ? 0.0f : temperature[token];
+  const u32 key = heat > 0.0f ? mix(static_cast<u32>(seeds[token]) ^ mix(static_cast<u32>(positions[token]) + 0x9E3779B9u)) : 0;
+  u64 top = 0;
+  for (int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8; feature < vocabulary;
+       feature += gridDim.x * blockDim.x * 8) {
+    float v[8];
+    load_result(y, token, feature, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float score = v[i];
+      if (heat > 0.0f) {
+        const float uniform = (mix(key ^ mix(feature + i)) + 0.5f) * 2.3283064e-10f;  // 2^-32
+        score = score / heat - logf(-logf(fminf(uniform, 0.99999994f)));
+      }
+      const u64 rank = rank_of(score, feature + i);
+      if (feature + i < vocabulary && rank > top) top = rank;
+    }
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) {
+    const u64 other = __shfl_xor_sync(0xFFFFFFFFu, top, step);
+    if (other > top) top = other;
+  }
+  if (threadIdx.x % 32 == 0) atomicMax(best + token, top);
+}
+
+// Take the chosen tokens and move every sequence one position on. Grid 1, a thread a sequence.
+extern "C" __global__ void advance(u64* best, i64* token_ids, i64* positions, int* context_lengths,
+                                   i64* slots, const int* block_table, int table_stride,
+                                   int page_slots, i64* history, i64 history_stride, int* step,
+                                   int sequences) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int now = *step;
+  __syncthreads();
+  for (int s = threadIdx.x; s < sequences; s += blockDim.x) {
+    const i64 chosen = 0xFFFFFFFFu - static_cast<u32>(best[s]);
+    best[s] = 0;
+    token_ids[s] = chosen;
+    history[now * history_stride + s] = chosen;
+    const i64 position = positions[s] + 1;
+    positions[s] = position;
+    context_lengths[s] = static_cast<int>(position) + 1;
+    const i64 page = block_table[s * table_stride + position / page_slots];
+    slots[s] = page * page_slots + position % page_slots;
+  }
+  if (threadIdx.x == 0) *step = now + 1;
+}

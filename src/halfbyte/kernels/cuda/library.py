@@ -1,0 +1,267 @@
+"""Compiled kernels of one device: which source with which definitions, made once, in parallel.
+
+Holds no tensors of a model; `model.cuda_decoder` and `ops.py` ask it for kernels.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from halfbyte.errors import UnsupportedError
+from halfbyte.kernels.cuda.compiler import compile_kernel, wgmma_source
+from halfbyte.kernels.cuda.driver import Kernel, LinearResult, Module
+from halfbyte.kernels.repack import K_BLOCK, ROWS, UNIT_BYTES, TiledWeight, TileFormat
+
+# Columns (padded tokens) the streaming linear is compiled for.
+COLUMNS = (8, 16, 32, 64, 128)
+_FORMAT_NUMBER = {"fp8": 0, "nvfp4": 1, "bf16": 2}
+# Shared memory that a ring may take, so that the small kernel ahead still fits beside it.
+_RING_BYTES = 172 * 1024
+_RING_BYTES_ALONE = 214 * 1024
+_MAX_STAGES = 8
+
+OutKind = Literal["f16", "e4m3", "bf16"]
+OUT_KINDS: dict[OutKind, int] = {"f16": 0, "e4m3": 1, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class StreamConfig:
+    """Shape of a block of the streaming linear.
+
+    groups               warpgroups that multiply
+    tiles                64-row tiles each of them holds
+    stages               K blocks in the shared-memory ring
+    consumer_registers   a multiplying thread's registers; 0 leaves them as compiled
+    """
+
+    groups: int
+    tiles: int
+    stages: int
+    consumer_registers: int = 0
+
+    @property
+    def tile_rows(self) -> int:
+        """Output features a block works on at a time."""
+        return self.groups * self.tiles * ROWS
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block, the copying ones included."""
+        return self.groups * 128 + (128 if self.consumer_registers else 32)
+
+
+def stage_bytes(format_: TileFormat, columns: int, row_tiles: int) -> int:
+    """Shared memory of one K block: weights of `row_tiles` and activations of `columns` tokens."""
+    activation = K_BLOCK[format_] * (1 if format_ == "fp8" else 2) * columns
+    return row_tiles * UNIT_BYTES[format_] + activation
+
+
+def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
+    """The block shape that measured best; see benchmarks/notes-kernels.md."""
+    if columns < 128:
+        groups, tiles, registers, ring = 4, 1, 0, _RING_BYTES
+    else:
+        groups, tiles, registers, ring = 2, 2, 232, _RING_BYTES_ALONE
+    stages = min(_MAX_STAGES, ring // stage_bytes(format_, columns, groups * tiles))
+    return StreamConfig(groups, tiles, stages, registers)
+
+
+def columns_for(num_tokens: int) -> int:
+    """The narrowest compiled width that holds `num_tokens`."""
+    for columns in COLUMNS:
+        if num_tokens <= columns:
+            return columns
+    raise ValueError(f"{num_tokens} tokens; the streaming linear takes {COLUMNS[-1]}")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """How the units of one weight are dealt to the blocks of a grid (see linear.cu)."""
+
+    config: StreamConfig
+    out_features: int
+    k_blocks: int
+    num_blocks: int
+
+    @property
+    def num_units(self) -> int:
+        """Units of work: tiles times K blocks."""
+        return self.out_features // self.config.tile_rows * self.k_blocks
+
+    def owner(self, unit: int) -> int:
+        """Block that works on `unit`."""
+        return ((unit + 1) * self.num_blocks - 1) // self.num_units
+
+    @property
+    def num_slots(self) -> int:
+        """Most blocks that share one tile: slots that partial sums need."""
+        firsts = range(0, self.num_units, self.k_blocks)
+        return max(self.owner(u + self.k_blocks - 1) - self.owner(u) + 1 for u in firsts)
+
+    def result(
+        self, out: torch.Tensor | None, partial: torch.Tensor, num_tokens: int
+    ) -> LinearResult:
+        """What the kernel after the linear needs to read its result."""
+        return LinearResult(
+            out=None if out is None else out.data_ptr(),
+            partial=partial.data_ptr(),
+            row_scale=None,
+            token_scale=None,
+            slot_stride=num_tokens * self.out_features,
+            stride=self.out_features,
+            tile_rows=self.config.tile_rows,
+            k_blocks=self.k_blocks,
+            num_units=self.num_units,
+            num_blocks=self.num_blocks,
+        )
+
+
+def plan_stream(weight: TiledWeight, config: StreamConfig, num_blocks: int) -> StreamPlan:
+    """Deal `weight`'s units to at most `num_blocks` blocks."""
+    plan = StreamPlan(config, weight.out_features, weight.num_k_blocks, 1)
+    return StreamPlan(
+        config, weight.out_features, weight.num_k_blocks, min(num_blocks, plan.num_units)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """Attention heads as kernels are compiled for them."""
+
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+
+
+_ELEMENTWISE = (
+    "norm_f16",
+    "norm_e4m3",
+    "norm_bf16",
+    "norm_e4m3_token",
+    "add_norm_f16",
+    "add_norm_e4m3",
+    "add_norm_bf16",
+    "add_norm_e4m3_token",
+    "silu_mul_f16",
+    "silu_mul_e4m3",
+    "silu_mul_bf16",
+    "quantize_e4m3",
+    "rotate_and_store",
+    "embed",
+    "choose_token",
+    "advance",
+)
+# Query heads a kv head times (8 warps of partial outputs), see attention.cu.
+_ATTENTION_WARPS = 8
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why these kernels cannot run on a device of this type; None when they can."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"compute capability {capability[0]}.{capability[1]}; written for 9.0 (Hopper)"
+    return None
+
+
+class KernelLibrary:
+    """Kernels of one device, each compiled when first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        reason = unavailable(device.type)
+        if reason is not None:
+            raise UnsupportedError(f"CUDA kernels: {reason}")
+        self.device = device
+        self.num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._made: dict[tuple[object, ...], dict[str, Kernel]] = {}
+
+    def _make(
+        self, key: tuple[object, ...], code: Callable[[], bytes], names: dict[str, int]
+    ) -> dict[str, Kernel]:
+        if key not in self._made:
+            module = Module(code())
+            self._made[key] = {
+                name: module.kernel(name, shared_bytes=size) for name, size in names.items()
+            }
+        return self._made[key]
+
+    def linear(
+        self, format_: TileFormat, columns: int, config: StreamConfig | None = None
+    ) -> tuple[Kernel, StreamConfig]:
+        """The streaming linear for `columns` tokens, and the block shape it was compiled for."""
+        config = config or choose_config(format_, columns)
+        size = config.stages * stage_bytes(format_, columns, config.groups * config.tiles)
+        kernels = self._make(
+            ("linear", format_, columns, config),
+            lambda: linear_code(format_, columns, config),
+            {"stream_linear": size},
+        )
+        return kernels["stream_linear"], config
+
+    def elementwise(self, width: int, norm_blocks: int, heads: HeadShape) -> dict[str, Kernel]:
+        """Kernels of elementwise.cu by name, for a model width and heads."""
+        return self._make(
+            ("elementwise", width, norm_blocks, heads),
+            lambda: elementwise_code(width, norm_blocks, heads),
+            dict.fromkeys(_ELEMENTWISE, 0) | {"silu_mul_e4m3_token": 96 * 1024},
+        )
+
+    def attention(self, heads: HeadShape, page_slots: int, out: OutKind) -> Kernel:
+        """Decode attention over pages of `page_slots`, writing `out` (e4m3 or bf16)."""
+        group = heads.num_heads // heads.num_kv_heads
+        size = _ATTENTION_WARPS * group * (heads.head_dim + 2) * 4
+        return self._make(
+            ("attention", heads, page_slots, out),
+            lambda: attention_code(heads, page_slots, out),
+            {"decode_attention": size},
+        )["decode_attention"]
+
+    def layout(self) -> dict[str, Kernel]:
+        """Kernels of layout.cu by name."""
+        names = ("untile_8bit", "decode_nvfp4_bf16", "decode_nvfp4_e4m3", "fill_random")
+        code = lambda: compile_kernel("layout", {})
+        return self._make(("layout",), code, dict.fromkeys(names, 0))
+
+
+def linear_code(format_: TileFormat, columns: int, config: StreamConfig) -> bytes:
+    """Machine code of the streaming linear; fills the cache on disk."""
+    defines = {
+        "FORMAT": _FORMAT_NUMBER[format_],
+        "N": columns,
+        "GROUPS": config.groups,
+        "TILES": config.tiles,
+        "STAGES": config.stages,
+        "CONSUMER_REGISTERS": config.consumer_registers,
+    }
+    return compile_kernel("linear", defines, generated=wgmma_source(format_, columns))
+
+
+def elementwise_code(width: int, norm_blocks: int, heads: HeadShape) -> bytes:
+    """Machine code of elementwise.cu; fills the cache on disk."""
+    defines = {"WIDTH": width, "NORM_BLOCKS": norm_blocks, **_head_defines(heads)}
+    return compile_kernel("elementwise", defines)
+
+
+def attention_code(heads: HeadShape, page_slots: int, out: OutKind) -> bytes:
+    """Machine code of attention.cu; fills the cache on disk."""
+    defines = {"PAGE_SLOTS": page_slots, "OUT_KIND": OUT_KINDS[out], **_head_defines(heads)}
+    return compile_kernel("attention", defines)
+
+
+def _head_defines(heads: HeadShape) -> dict[str, int]:
+    return {
+        "HEAD_SIZE": heads.head_dim,
+        "NUM_HEADS": heads.num_heads,
+        "NUM_KV_HEADS": heads.num_kv_heads,
+    }
+
+
+def compile_together(tasks: list[Callable[[], bytes]], *, max_threads: int = 16) -> None:
+    """Run compilations in parallel, so that what follows finds them in the cache on disk."""
+    with ThreadPoolExecutor(max_threads) as pool:
+        for future in [pool.submit(task) for task in tasks]:
+            future.result()

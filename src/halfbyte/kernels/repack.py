@@ -1,0 +1,248 @@
+"""Stored weights in the order the streaming linears read them, and back.
+
+A *unit* is 64 output features of one K block, contiguous in memory, so that one bulk copy brings
+it; units follow each other along K, then along the output features. Rows of a 16-row strip are
+permuted so that a thread of the tensor-core product ends up with two neighbouring output features.
+
+    FP8    K block of 128: [chunk of 16 inputs][row][16 bytes]                        8192 bytes
+    bf16   K block of  64: [chunk of  8 inputs][row][16 bytes]                        8192 bytes
+    NVFP4  K block of 128: [half][warp][lane][16 bytes] codes, [warp][8][16 bytes] scales   4608 bytes
+
+NVFP4 codes lie in the registers' order of an m64k16 operand, eight codes a 32-bit word, four words
+(k-steps of 16 inputs) a thread and load. In each 16-bit half of a word the codes of the operand's
+four registers put sign | magnitude at bits 15|11-9, 12|8-6, 14|5-3, 13|2-0: nine integer
+operations make four fp16 pairs, each value times 2**-14. A block scale s becomes the byte of
+exponent (5 bits) and mantissa (3 bits) of fp16(s * 2**6), which holds every e4m3 value >= 0; four of
+them lie in a word so that three operations make two fp16 pairs. Code times scale is exact in fp16, 2**-8 too small; the
+weight's row scale makes up for it.
+
+Every function here runs on any device; `untile_*` is the exact inverse of `tile_*` up to padding.
+Shape legend: O, I out and in features; B 16-blocks along I; R 64-row tiles; C K blocks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import FormatError
+
+ROWS = 64  # of a unit
+# Rows are padded to this many so that one block of the grid always has whole tiles.
+TILE_ROWS = 256
+UNIT_BYTES = {"fp8": 8192, "bf16": 8192, "nvfp4": 4608}
+K_BLOCK = {"fp8": 128, "bf16": 64, "nvfp4": 128}
+# Code value 2**-14 times scale 2**6.
+NVFP4_GAIN = 2.0**8
+_SIGN_BIT = (15, 12, 14, 13)  # per operand register
+_MAGNITUDE_BIT = (9, 6, 3, 0)
+
+TileFormat = Literal["fp8", "nvfp4", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class TiledWeight:
+    """A weight in units, ready for the streaming product.
+
+    data            uint8 (R, C, unit bytes)
+    row_scale_O     f32, multiplies the sums of an output feature (weight scale, and whatever the
+                    format left out); the activations' scale is the caller's to multiply in
+    out_features    padded to whole tiles
+    in_features     as stored; units beyond it are zero
+    """
+
+    format: TileFormat
+    data: Tensor
+    row_scale_O: Tensor
+    out_features: int
+    in_features: int
+
+    @property
+    def num_k_blocks(self) -> int:
+        """K blocks a row tile has."""
+        return self.data.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes the product streams."""
+        return self.data.numel() + self.row_scale_O.numel() * 4
+
+
+def padded(size: int, multiple: int) -> int:
+    """The next multiple of `multiple` from `size` on."""
+    return (size + multiple - 1) // multiple * multiple
+
+
+def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    out, in_ = matrix.shape
+    if (out, in_) == (rows, columns):
+        return matrix
+    target = matrix.new_zeros(rows, columns)
+    target[:out, :in_] = matrix
+    return target
+
+
+def tile_bytes(rows_OI: Tensor) -> Tensor:
+    """Tile a matrix of 1- or 2-byte elements: (O, I) -> uint8 (R, C, 8192), exact inverse below.
+
+    O a multiple of 64, a row a multiple of 128 bytes.
+    """
+    rows = rows_OI.contiguous().view(torch.uint8)
+    num_rows, row_bytes = rows.shape
+    if num_rows % ROWS or row_bytes % 128:
+        raise FormatError(f"cannot tile {num_rows} rows of {row_bytes} bytes into 64 x 128 units")
+    # row = 16 strip + 2 g + p lies at 16 strip + 8 p + g.
+    parts = rows.view(num_rows // ROWS, 4, 8, 2, row_bytes // 128, 8, 16)
+    return parts.permute(0, 4, 5, 1, 3, 2, 6).reshape(num_rows // ROWS, row_bytes // 128, 8192)
+
+
+def untile_bytes(units: Tensor) -> Tensor:
+    """Undo `tile_bytes`: uint8 (R, C, 8192) -> uint8 (64 R, 128 C)."""
+    num_tiles, num_blocks, _ = units.shape
+    parts = units.view(num_tiles, num_blocks, 8, 4, 2, 8, 16)
+    return parts.permute(0, 3, 5, 4, 1, 2, 6).reshape(num_tiles * ROWS, num_blocks * 128)
+
+
+def pack_operand_words(codes_OI: Tensor) -> Tensor:
+    """Unpacked e2m1 codes (O, I) uint8 -> uint8 (R, C, 4096) in operand order."""
+    out, in_ = codes_OI.shape
+    shape = (out // ROWS, 4, 8, 2, in_ // 128, 2, 4, 2, 4, 2)  # R strip g p | C half step hi t e
+    parts = codes_OI.view(shape).permute(0, 4, 5, 1, 2, 8, 6, 9, 7, 3)  # R C half strip g t step e hi p
+    parts = parts.reshape(*parts.shape[:8], 4)  # register = p + 2 hi
+    halves = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes_OI.device)
+    for register in range(4):
+        code = parts[..., register].to(torch.int32)
+        halves |= (code >> 3) << _SIGN_BIT[register] | (code & 7) << _MAGNITUDE_BIT[register]
+    low = halves.to(torch.uint8)
+    high = (halves >> 8).to(torch.uint8)
+    return torch.stack((low, high), dim=-1).reshape(out // ROWS, in_ // 128, 4096)
+
+
+def unpack_operand_words(units: Tensor) -> Tensor:
+    """Undo `pack_operand_words`: uint8 (R, C, 4096) -> codes (64 R, 128 C) uint8."""
+    num_tiles, num_blocks, _ = units.shape
+    shape = (num_tiles, num_blocks, 2, 4, 8, 4, 4, 2, 2)  # R C half strip g t step e byte
+    pairs = units.view(shape).to(torch.int32)
+    halves = pairs[..., 0] | pairs[..., 1] << 8
+    registers = [
+        (halves >> _SIGN_BIT[r] & 1) << 3 | halves >> _MAGNITUDE_BIT[r] & 7 for r in range(4)
+    ]
+    parts = torch.stack(registers, dim=-1).to(torch.uint8)
+    parts = parts.view(num_tiles, num_blocks, 2, 4, 8, 4, 4, 2, 2, 2)  # ... step e hi p
+    parts = parts.permute(0, 3, 4, 9, 1, 2, 6, 8, 5, 7)
+    return parts.reshape(num_tiles * ROWS, num_blocks * 128)
+
+
+def encode_scales(scale_OB: Tensor) -> Tensor:
+    """Block scales e4m3 >= 0 -> their bytes: exponent and mantissa of fp16(s * 64). Exact."""
+    half = (scale_OB.to(torch.float32) * 64.0).to(torch.float16).view(torch.int16)
+    return (half >> 7).to(torch.uint8)
+
+
+def decode_scales(bytes_OB: Tensor) -> Tensor:
+    """Undo `encode_scales`, to f32."""
+    half = (bytes_OB.to(torch.int16) << 7).view(torch.float16)
+    return half.to(torch.float32) / 64.0
+
+
+def pack_scales(bytes_OB: Tensor) -> Tensor:
+    """Scale bytes (O, B) -> uint8 (R, C, 512): a word holds two k-steps of rows 2g and 2g + 1.
+
+    The even step's bytes sit at bits 14-7 and 30-23, where an fp16 has exponent and mantissa; the
+    odd step's do after a rotation to the left by 8.
+    """
+    out, blocks = bytes_OB.shape
+    parts = bytes_OB.view(out // ROWS, 4, 8, 2, blocks // 8, 4, 2)  # R strip g p | C pair odd
+    parts = parts.permute(0, 4, 1, 2, 5, 6, 3).to(torch.int64)  # R C strip g pair odd p
+    pairs = parts[..., 0] << 7 | parts[..., 1] << 23
+    even, odd = pairs[..., 0], pairs[..., 1]
+    words = even | odd >> 8 | (odd & 0xFF) << 24
+    as_bytes = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
+    return as_bytes.to(torch.uint8).reshape(out // ROWS, blocks // 8, 512)
+
+
+def unpack_scales(units: Tensor) -> Tensor:
+    """Undo `pack_scales`: uint8 (R, C, 512) -> (64 R, 8 C)."""
+    num_tiles, num_blocks, _ = units.shape
+    parts = units.view(num_tiles, num_blocks, 4, 8, 4, 4).to(torch.int64)  # R C strip g pair byte
+    words = sum(parts[..., i] << 8 * i for i in range(4))
+    assert isinstance(words, Tensor)
+    rotated = (words << 8 | words >> 24) & 0xFFFFFFFF
+    steps = torch.stack([words, rotated], dim=-1)  # R C strip g pair odd
+    rows = torch.stack([steps >> 7 & 0xFF, steps >> 23 & 0xFF], dim=-1).to(torch.uint8)
+    # R C strip g pair odd p -> R strip g p C pair odd
+    return rows.permute(0, 2, 3, 6, 1, 4, 5).reshape(num_tiles * ROWS, num_blocks * 8)
+
+
+def tile_nvfp4(
+    codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor, *, slice_rows: int = 4096
+) -> TiledWeight:
+    """Prepare an NVFP4 weight; members of a fused group are stacked.
+
+    codes_OI2       uint8, low nibble the even input; not modified
+    scale_OB        e4m3 >= 0; not modified
+    tensor_scale_O  f32, of each row
+    slice_rows      rows repacked at a time, which bounds the scratch memory to 20 bytes a code
+    """
+    out, in_ = codes_OI2.shape[0], codes_OI2.shape[1] * 2
+    if (scale_OB.view(torch.uint8) > 0x7E).any():
+        raise FormatError("NVFP4 block scales must be finite and not negative")
+    rows, columns = padded(out, TILE_ROWS), padded(in_, 128)
+    shape = (rows // ROWS, columns // 128, UNIT_BYTES["nvfp4"])
+    data = torch.zeros(shape, dtype=torch.uint8, device=codes_OI2.device)
+    for start in range(0, out, slice_rows):
+        stop = min(out, start + slice_rows)
+        packed = codes_OI2[start:stop]
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(stop - start, in_)
+        whole = padded(stop - start, ROWS)
+        tiles = slice(start // ROWS, (start + whole) // ROWS)
+        data[tiles, :, :4096] = pack_operand_words(_pad(codes, whole, columns))
+        scales = encode_scales(scale_OB[start:stop])
+        data[tiles, :, 4096:] = pack_scales(_pad(scales, whole, columns // 16))
+    gain = _padded_scales(tensor_scale_O * NVFP4_GAIN, rows)
+    return TiledWeight("nvfp4", data, gain, rows, in_)
+
+
+def untile_nvfp4(weight: TiledWeight) -> tuple[Tensor, Tensor]:
+    """Codes (O, I) unpacked uint8 and block scales (O, B) f32 of a tiled weight, padding included."""
+    codes = unpack_operand_words(weight.data[..., :4096].contiguous())
+    return codes, decode_scales(unpack_scales(weight.data[..., 4096:].contiguous()))
+
+
+def _padded_scales(scale_O: Tensor, rows: int) -> Tensor:
+    target = torch.ones(rows, dtype=torch.float32, device=scale_O.device)
+    target[: scale_O.shape[0]] = scale_O
+    return target
+
+
+def tile_rows(weight_OI: Tensor, scale_O: Tensor, format_: TileFormat) -> TiledWeight:
+    """Prepare an FP8 (e4m3) or bf16 weight; members of a fused group are stacked.
+
+    weight_OI   not modified
+    scale_O     f32, of each row
+    """
+    out, in_ = weight_OI.shape
+    rows, columns = padded(out, TILE_ROWS), padded(in_, K_BLOCK[format_])
+    as_integers = weight_OI.view(torch.int16 if format_ == "bf16" else torch.uint8)
+    data = tile_bytes(_pad(as_integers, rows, columns))
+    return TiledWeight(format_, data, _padded_scales(scale_O, rows), rows, in_)
+
+
+def untile_rows(weight: TiledWeight) -> Tensor:
+    """The (O, I) matrix of an FP8 or bf16 tiled weight, padding included, in its own dtype."""
+    dtype = torch.bfloat16 if weight.format == "bf16" else torch.float8_e4m3fn
+    return untile_bytes(weight.data).view(dtype)
+
+
+def tile_activations(x_TI: Tensor, num_columns: int) -> Tensor:
+    """Activations in the order the streaming product reads them: uint8 (chunks, columns, 16).
+
+    x_TI    rows of 1- or 2-byte elements, a row a multiple of 128 bytes; T <= num_columns
+    Twin of what the fused kernels write; chunk-major, so that a K block is one contiguous copy.
+    """
+    rows = x_TI.contiguous().view(torch.uint8)
+    tokens, row_bytes = rows.shape
+    target = torch.zeros(row_bytes // 16, num_columns, 16, dtype=torch.uint8, device=rows.device)
+    target[:, :tokens] = rows.view(tokens, row_bytes // 16, 16).permute(1, 0, 2)
+    return target
