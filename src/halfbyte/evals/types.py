@@ -44,6 +44,24 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of a prompt."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image of a prompt, as a data URI with its true media type."""
+
+    uri: str
+
+
+# One user message: text and images in reading order.
+Prompt = tuple[Text | Image, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One raw answer, as it came; written before anyone grades it.
 

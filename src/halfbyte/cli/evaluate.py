@@ -1,0 +1,126 @@
+"""`halfbyte evaluate`: run benchmarks against an endpoint or a checkpoint folder."""
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.errors import UsageError
+
+if TYPE_CHECKING:  # names only: the hall is imported when the command runs
+    from halfbyte.evals.config import RunConfig
+    from halfbyte.evals.tasks.benchmark import Benchmark
+
+EXAMPLE = """\
+  halfbyte evaluate http://127.0.0.1:8000 --suite pocket
+  halfbyte evaluate mixed/ --suite seed --data items/ --judge http://judge:8000 --judge-model qwen
+  halfbyte evaluate --plan --suite seed --throughput 8000"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", nargs="?", help="address of an OpenAI-compatible server, or a checkpoint folder")
+    add("--suite", nargs="+", default=["pocket"], metavar="NAME", help="'seed', or benchmarks")
+    add("--repeats", type=int, help="answers per item (default: each benchmark's own)")
+    add("--limit", type=int, help="at most so many items of each benchmark, evenly spread")
+    add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
+    add("--arm", help="name of this side of a comparison (default: folder or host)")
+    add("--model", help="model name, where the server has several")
+    add("--data", type=Path, help="folder with benchmark items; see docs/evaluations.md")
+    add("--temperature", type=float, default=0.7)
+    add("--top-p", type=float, default=0.95)
+    add("--reasoning-effort", default="high", help="'' sends none")
+    add("--max-tokens", type=int, default=65_536, help="output limit of one answer")
+    add("--concurrency", type=int, help="requests in flight (default: each benchmark's own)")
+    add("--retries", type=int, default=6, help="after a fault of the server")
+    add("--judge", metavar="ENDPOINT", help="server of the judge (AA-LCR)")
+    add("--judge-model", help="the judge's name as served; pin its revision with --judge-revision")
+    add("--judge-revision", default="not stated")
+    add("--code-python", metavar="PATH", help="interpreter for generated code (SciCode)")
+    add("--code-wall-s", type=float, default=1800.0, help="wall clock of one step's tests")
+    add("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
+    add("--skip-unscorable", action="store_true", help="leave out items no grader here can score")
+    add("--allow-missing", action="store_true", help="record absent benchmarks as not measured")
+    add("--partial", action="store_true", help="print scores although attempts are missing")
+    add("--plan", action="store_true", help="say what a run can detect and costs; run nothing")
+    add("--throughput", type=float, default=5_000.0, help="output tokens/s, for --plan")
+    add("--pilot", type=Path, help="a run whose measured variances and lengths --plan uses")
+
+
+def run(args: argparse.Namespace) -> int:
+    # The hall is imported when the command runs, so that --help is quick.
+    from halfbyte.evals.endpoint import connect, describe_checkpoint, serve
+    from halfbyte.evals.evaluate import default_arm, evaluate
+    from halfbyte.evals.plan import format_plan, plan_run
+    from halfbyte.evals.render import format_run
+    from halfbyte.evals.tasks.suite import find_benchmarks
+
+    benchmarks = find_benchmarks(args.suite)
+    if args.plan:
+        plan = plan_run(benchmarks, args.repeats, args.limit, args.throughput, args.pilot)
+        print(format_plan(plan))
+        return 0
+    if args.target is None:
+        raise UsageError("evaluate what? give an endpoint or a checkpoint folder (or --plan)")
+    arm = args.arm or default_arm(args.target)
+    out = args.out or Path("evals") / arm
+    key = _key(args.api_key_env)
+    folder = Path(args.target)
+    with contextlib.ExitStack() as stack:
+        checkpoint = {}
+        url, model = args.target, args.model
+        if folder.is_dir():
+            checkpoint = describe_checkpoint(folder)
+            url = stack.enter_context(serve(folder, out / "server.log"))
+        endpoint = connect(url, model, key, take_first=folder.is_dir())
+        config = _config(args, arm, out, benchmarks, key)
+        command = shlex.join(["halfbyte", *sys.argv[1:]])
+        result = evaluate(config, endpoint, checkpoint, command)
+    print(format_run(result, out))
+    return 0 if all(b.status != "incomplete" for b in result.benchmarks.values()) else 1
+
+
+def _key(variable: str | None) -> str:
+    if variable is None:
+        return "none"
+    if variable not in os.environ:
+        raise UsageError(f"--api-key-env {variable}: the environment has no such variable")
+    return os.environ[variable]
+
+
+def _config(
+    args: argparse.Namespace,
+    arm: str,
+    out: Path,
+    benchmarks: "tuple[Benchmark, ...]",
+    key: str,
+) -> "RunConfig":
+    from halfbyte.evals.config import JudgeConfig, RunConfig, Sampling
+    from halfbyte.evals.endpoint import connect
+    from halfbyte.evals.sandbox import Limits
+    from halfbyte.evals.tasks.benchmark import Options
+
+    judge = None
+    if args.judge is not None:
+        served = connect(args.judge, args.judge_model, key)
+        judge = JudgeConfig(served.url, served.model, args.judge_revision, key)
+    effort = args.reasoning_effort or None
+    return RunConfig(
+        out=out,
+        arm=arm,
+        benchmarks=benchmarks,
+        sampling=Sampling(args.temperature, args.top_p, effort, args.max_tokens),
+        options=Options(args.data, args.limit, args.skip_unscorable),
+        repeats=args.repeats,
+        concurrency=args.concurrency,
+        retries=args.retries,
+        judge=judge,
+        code_python=args.code_python,
+        code_limits=Limits(wall_s=args.code_wall_s),
+        partial=args.partial,
+        allow_missing=args.allow_missing,
+        api_key=key,
+    )

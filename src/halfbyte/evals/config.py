@@ -1,0 +1,90 @@
+"""What a run is asked to do, and what of it must not change in between."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halfbyte.evals.grading.judge import JUDGE_PROMPT_SHA256
+from halfbyte.evals.sandbox import Limits
+from halfbyte.evals.tasks.benchmark import Benchmark, Options
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling settings; the defaults are those of the published table."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    reasoning_effort: str | None = "high"
+    max_tokens: int = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeConfig:
+    """The judge of AA-LCR: where it is served, its name as served, and its revision as told."""
+
+    url: str
+    model: str
+    revision: str = "not stated"
+    api_key: str = "none"
+    max_tokens: int = 4_096
+
+    def public(self) -> dict[str, Any]:
+        """What the record keeps: everything but the key."""
+        about = {"url": self.url, "model": self.model, "revision": self.revision}
+        settings = {"temperature": 0.0, "max_tokens": self.max_tokens}
+        return {**about, **settings, "prompt_sha256": JUDGE_PROMPT_SHA256}
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """One run of some benchmarks against one endpoint.
+
+    repeats      None: each benchmark's own
+    concurrency  requests in flight; None: each benchmark's own
+    retries      further tries after a fault of the server; then the attempt is listed as missing
+    partial      print scores although attempts are missing
+    allow_missing  benchmarks whose data is not at hand are recorded as not measured
+    """
+
+    out: Path
+    arm: str
+    benchmarks: tuple[Benchmark, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    options: Options = field(default_factory=Options)
+    repeats: int | None = None
+    concurrency: int | None = None
+    retries: int = 6
+    timeout_s: float = 3_600.0
+    judge: JudgeConfig | None = None
+    code_python: str | None = None
+    code_limits: Limits = field(default_factory=Limits)
+    partial: bool = False
+    allow_missing: bool = False
+    api_key: str = "none"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the requests and must be equal for resuming and for comparing."""
+        options = asdict(self.options)
+        # Where the data lies is no setting: its hashes are in each result.
+        del options["data"]
+        return {**asdict(self.sampling), **options, "repeats": self.repeats}
+
+
+def seed_for(benchmark: str, item_id: str, repeat: int) -> int:
+    """The seed of one attempt: different for every repeat, the same in both arms.
+
+    Example: ``seed_for("pocket", "pocket-01", 0)`` is the same number on every machine.
+    """
+    digest = hashlib.sha256(f"{benchmark}/{item_id}/{repeat}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of settings that are not equal, with both values."""
+    names = sorted({*one, *other})
+    return [
+        f"{n}: {one.get(n)!r} and {other.get(n)!r}" for n in names if one.get(n) != other.get(n)
+    ]

@@ -1,0 +1,149 @@
+"""The server under test: an address, what it says of itself, and starting one for a folder."""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.evals.tasks.data import file_sha256
+
+START_LIMIT_S = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An OpenAI-compatible server.
+
+    url            base address that ends in /v1
+    model          name to send in requests
+    context_tokens longest prompt plus answer, if the server says it
+    server         what /v1/models and /health say, for the record
+    """
+
+    url: str
+    model: str
+    context_tokens: int | None
+    server: Mapping[str, Any]
+
+
+def connect(url: str, model: str | None, api_key: str, *, take_first: bool = False) -> Endpoint:
+    """Ask a server for its models. Raises UsageError with the reason if it cannot be used.
+
+    take_first  without `model`: the first name will do, all of them are one model
+    """
+    base = url.rstrip("/").removesuffix("/chat/completions")
+    if not base.startswith(("http://", "https://")):
+        base = f"http://{base}"
+    if not base.endswith("/v1"):
+        base = f"{base}/v1"
+    headers = {"Authorization": f"Bearer {api_key}"}
+    try:
+        answer = httpx.get(f"{base}/models", headers=headers, timeout=30)
+        answer.raise_for_status()
+        models = {entry["id"]: entry for entry in answer.json()["data"]}
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as failure:
+        raise UsageError(f"{base}/models: no OpenAI-compatible server: {failure}") from failure
+    if model is None:
+        if not models or (len(models) > 1 and not take_first):
+            raise UsageError(f"{base} serves {', '.join(models) or 'nothing'}; choose with --model")
+        model = next(iter(models))
+    if model not in models:
+        raise UsageError(f"{base} has no model {model!r}; it serves {', '.join(models)}")
+    entry = models[model]
+    health = _health(base.removesuffix("/v1"), headers)
+    context = entry.get("max_model_len") or entry.get("context_length")
+    return Endpoint(
+        base, model, int(context) if context else None, {"model": entry, "health": health}
+    )
+
+
+def _health(root: str, headers: Mapping[str, str]) -> Any:
+    try:
+        answer = httpx.get(f"{root}/health", headers=dict(headers), timeout=10)
+        return answer.json() if answer.is_success else None
+    except (httpx.HTTPError, ValueError):
+        return None  # other servers have none, or send no JSON
+
+
+def describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """What identifies a checkpoint folder: its configuration's and index's hashes, its formats."""
+    about: dict[str, Any] = {"folder": folder.name}
+    for name in ("config.json", "hf_quant_config.json", "model.safetensors.index.json"):
+        if (folder / name).exists():
+            about[f"{name} sha256"] = file_sha256(folder / name)
+    weights = sorted(folder.glob("*.safetensors"))
+    about["weight files"] = {path.name: path.stat().st_size for path in weights}
+    # The headers name every tensor, its type and place: a cheap fingerprint of the whole.
+    digest = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(file.read(int.from_bytes(file.read(8), "little")))
+    about["headers sha256"] = digest.hexdigest()
+    config = folder / "config.json"
+    if config.exists():
+        about["quantization_config"] = json.loads(config.read_text()).get("quantization_config")
+    return about
+
+
+@contextlib.contextmanager
+def serve(folder: Path, log: Path, extra: tuple[str, ...] = ()) -> Iterator[str]:
+    """Run `halfbyte serve FOLDER` beside us; yields its address, ends it at the end.
+
+    Raises UnsupportedError with the end of its log if it does not come up.
+    """
+    port = _free_port()
+    command = [sys.executable, "-m", "halfbyte", "serve", str(folder), "--port", str(port), *extra]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_until_ready(child, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _end(child)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_ready(child: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{url}/v1/models", timeout=5).is_success:
+                return
+        except httpx.HTTPError:
+            pass  # not listening yet
+        time.sleep(0.25)
+    tail = log.read_text(errors="replace")[-1500:]
+    raise UnsupportedError(f"`halfbyte serve` did not come up; its log ({log}) ends:\n{tail}")
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(30)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()

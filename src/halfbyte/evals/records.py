@@ -1,0 +1,255 @@
+"""Files of a run: attempts and graded samples as JSON lines, the run as one JSON object.
+
+    RUN/run.json                   what was run, how, and the numbers
+    RUN/<benchmark>/attempts.jsonl raw answers, one line each, written when they arrive
+    RUN/<benchmark>/samples.jsonl  the same joined with gold and score (section 7 of the reference)
+    RUN/<benchmark>/request.json   the rendered request of the first item
+    RUN/<benchmark>/inspect/       inspect-ai's own logs, for its viewer
+
+Grading again writes `samples.regrade-N.jsonl` and `run.regrade-N.json`; nothing is overwritten.
+Reading never needs the network.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import UsageError
+from halfbyte.evals.types import Attempt, Cause, Sample, Score
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One graded attempt: a line of `samples.jsonl`. `score` is None when missing, never 0."""
+
+    run_id: str
+    arm: str
+    benchmark: str
+    prompt_id: str
+    prompt_sha256: str
+    item_id: str
+    group: str
+    stratum: str
+    repeat: int
+    seed: int
+    answer: str
+    reasoning: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    latency_s: float
+    extracted: str | None
+    gold: str
+    score: float | None
+    cause: Cause
+    details: Mapping[str, Any]
+    error: str | None
+    retries: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkResult:
+    """The numbers of one benchmark in a run; scores in [0, 1].
+
+    status  complete; partial (asked for although attempts are missing); incomplete (attempts are
+            missing and no score is printed); not measured (nothing could be, `reason` says why)
+    score, standard_error, low, high   over items; low and high are the 95 % interval
+    causes  attempts by cause; `missing` lists (item, repeat, why) of unscored ones
+    """
+
+    name: str
+    title: str
+    status: str
+    reason: str
+    items: int
+    full_items: int
+    repeats: int
+    score: float | None
+    standard_error: float | None
+    low: float | None
+    high: float | None
+    groups: int
+    causes: Mapping[str, int]
+    missing: Sequence[Sequence[Any]]
+    by_stratum: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, float]
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    wall_s: float
+    prompt_id: str
+    prompts_sha256: str
+    scorer: str
+    source: str
+    licence: str
+    notes: Sequence[str]
+    provenance: Mapping[str, Any]
+    max_tokens: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run of a suite against one endpoint; everything needed to judge or repeat it."""
+
+    format: int
+    run_id: str
+    arm: str
+    model: str
+    endpoint: str
+    server: Mapping[str, Any]
+    checkpoint: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    judge: Mapping[str, Any] | None
+    sandbox: Mapping[str, Any] | None
+    packages: Mapping[str, str]
+    machine: str
+    command: str
+    started: str
+    finished: str
+    benchmarks: Mapping[str, BenchmarkResult]
+
+
+def make_record(
+    run_id: str, arm: str, prompt_id: str, sample: Sample, attempt: Attempt, score: Score
+) -> Record:
+    """Join a sample, its attempt and its score."""
+    return Record(
+        run_id=run_id,
+        arm=arm,
+        benchmark=attempt.benchmark,
+        prompt_id=prompt_id,
+        prompt_sha256=attempt.prompt_sha256,
+        item_id=sample.item_id,
+        group=sample.group,
+        stratum=sample.stratum,
+        repeat=attempt.repeat,
+        seed=attempt.seed,
+        answer=attempt.answer,
+        reasoning=attempt.reasoning,
+        finish_reason=attempt.finish_reason,
+        prompt_tokens=attempt.prompt_tokens,
+        completion_tokens=attempt.completion_tokens,
+        reasoning_tokens=attempt.reasoning_tokens,
+        latency_s=attempt.latency_s,
+        extracted=score.extracted,
+        gold=sample.gold,
+        score=score.value,
+        cause=score.cause,
+        details=dict(score.details),
+        error=attempt.error,
+        retries=attempt.retries,
+    )
+
+
+class Journal:
+    """An append-only file of JSON lines that a kill can tear only at its end.
+
+    One write per line, in append mode; opening cuts off a torn last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        _cut_torn_line(self._file)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one line; after this returns, a kill of the process does not lose it."""
+        data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        written = os.write(self._file, data)
+        while written < len(data):
+            written += os.write(self._file, data[written:])
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        os.fsync(self._file)
+        os.close(self._file)
+
+
+def _cut_torn_line(file: int) -> None:
+    end = size = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - 65536)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            if start + newline + 1 < size:
+                os.ftruncate(file, start + newline + 1)
+            return
+        end = start
+    if size:
+        os.ftruncate(file, 0)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a journal; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line.decode("utf-8", "surrogatepass"))
+
+
+def read_attempts(path: Path) -> Iterator[Attempt]:
+    """Raw attempts of one benchmark."""
+    return (Attempt(**row) for row in read_lines(path))
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Graded samples of one benchmark, in the order in which they finished."""
+    return (Record(**row) for row in read_lines(path))
+
+
+def latest(records: Iterator[Record]) -> dict[tuple[str, int], Record]:
+    """By (item, repeat); a resumed attempt replaces the failed one before it."""
+    return {(record.item_id, record.repeat): record for record in records}
+
+
+def record_row(record: Record) -> dict[str, Any]:
+    """A record as a JSON object."""
+    return asdict(record)
+
+
+def write_run(path: Path, run: RunRecord) -> None:
+    """Write a run's JSON, whole or not at all."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(asdict(run), indent=1, ensure_ascii=False, default=str) + "\n")
+    os.replace(draft, path)
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run from its folder or its JSON file; the newest grading unless a file is named.
+
+    Raises UsageError if there is none or it is of another format.
+    """
+    file = newest(path, "run", "json") if path.is_dir() else path
+    if file is None or not file.exists():
+        raise UsageError(f"{path}: no run.json; a run folder is what `halfbyte evaluate` writes")
+    row = json.loads(file.read_text())
+    if row.get("format") != FORMAT:
+        raise UsageError(f"{file}: format {row.get('format')!r}, this version reads {FORMAT}")
+    results = {k: BenchmarkResult(**v) for k, v in row.pop("benchmarks").items()}
+    return RunRecord(**row, benchmarks=results)
+
+
+def newest(folder: Path, stem: str, suffix: str) -> Path | None:
+    """The latest grading's file: `stem.regrade-N.suffix` with the highest N, else `stem.suffix`."""
+    numbered = {
+        int(path.name.split(".")[1].removeprefix("regrade-")): path
+        for path in folder.glob(f"{stem}.regrade-*.{suffix}")
+    }
+    plain = folder / f"{stem}.{suffix}"
+    return numbered[max(numbered)] if numbered else (plain if plain.exists() else None)
+
+
+def with_results(
+    run: RunRecord, results: Mapping[str, BenchmarkResult], finished: str
+) -> RunRecord:
+    """The same run with other numbers."""
+    return replace(run, benchmarks=dict(results), finished=finished)

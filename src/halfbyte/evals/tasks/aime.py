@@ -1,0 +1,73 @@
+"""AIME 2025: 30 contest problems, integer answers 0..999; zero-shot, boxed answer.
+
+Set: math-ai/aime25 (mirrors are marked MIT or Apache; the text is (c) Mathematical Association of
+America, so no item is part of this repository). Compared as integers, the rest by math-verify; no
+judge.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from halfbyte.evals.grading.numbers import grade_number
+from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.data import HubSet, load_rows
+from halfbyte.evals.types import Prompt, Sample, Score, Text
+
+_HUB = HubSet("math-ai/aime25", "test", revision="563bb8404243c5f09de6ec262f2db674fe5bce9b")
+
+PROMPT = """\
+Solve the following math problem step by step. Put your final answer inside \\boxed{{}}.
+
+{problem}
+
+Remember to put your final answer inside \\boxed{{}}."""
+
+
+def load(options: Options) -> Loaded:
+    rows = load_rows(
+        "AIME 2025",
+        options.data,
+        patterns=("aime2025/*.jsonl", "aime25/*.jsonl", "aime25/*.parquet"),
+        hub=_HUB,
+        how="The text is copyrighted: fetch math-ai/aime25 from the hub, or put a copy as "
+        "aime2025/problems.jsonl (problem, answer) below --data.",
+    )
+    chosen = spread(len(rows.rows), options.limit)
+    return Loaded(tuple(_sample(i, rows.rows[i]) for i in chosen), rows.provenance)
+
+
+def _sample(index: int, row: Mapping[str, Any]) -> Sample:
+    # Mirrors differ in column names and in whether the answer is text.
+    answer = row["answer"] if "answer" in row else row["expected_answer"]
+    problem = row["problem"] if "problem" in row else row["question"]
+    item_id = str(row.get("id", index))
+    half = "AIME I" if index < 15 else "AIME II"
+    return Sample(item_id, item_id, half, str(int(answer)), {"problem": problem})
+
+
+def prompt(sample: Sample, earlier: Sequence[str], options: Options) -> Prompt:
+    return (Text(PROMPT.format(problem=sample.fields["problem"])),)
+
+
+def grade(sample: Sample, text: str) -> Score:
+    return grade_number(int(sample.gold), text)
+
+
+BENCHMARK = Benchmark(
+    name="aime2025",
+    title="AIME 2025",
+    kind="answer",
+    load=load,
+    prompt=prompt,
+    grade=grade,
+    prompt_id="aime/aa/1",
+    scorer="integer equality, else math-verify",
+    source="math-ai/aime25, test",
+    licence="text (c) Mathematical Association of America",
+    full_items=30,
+    repeats=32,
+    margin=0.015,
+    plan_variance=0.047,
+    plan_prompt_tokens=200,
+    plan_output_tokens=18_000,
+)

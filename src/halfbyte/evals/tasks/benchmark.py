@@ -1,0 +1,78 @@
+"""What a benchmark is to the rest: names, defaults, and its three functions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from halfbyte.evals.tasks.data import Provenance
+from halfbyte.evals.types import Prompt, Sample, Score
+
+# answer: graded from its text alone. judged: a model grades it. code: a program is run.
+Kind = Literal["answer", "judged", "code"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Choices of a run that change prompts or items; all are part of the record.
+
+    limit   at most so many items (problems, where a problem is a trajectory), spread evenly
+    """
+
+    data: Path | None = None
+    limit: int | None = None
+    skip_unscorable: bool = False
+    code_background: bool = True
+    gpqa_seed: int = 42
+    mmlu_prompt: Literal["aa", "aa-boxed"] = "aa-boxed"
+    image_placement: Literal["inline", "append"] = "inline"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Samples in the benchmark's own order, and where they came from."""
+
+    samples: tuple[Sample, ...]
+    provenance: Provenance
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One benchmark.
+
+    load      options -> samples
+    prompt    a sample and the model's answers to the earlier samples of its group (only where
+              `is_trajectory`) -> one user message
+    grade     a sample and the final answer -> score; for `answer` kinds
+    repeats   by default; `margin` the largest loss still called no regression, in scores (0.01)
+    plan_*    planning values of ../shared/reference/evaluations.md sections 8 and 10
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    load: Callable[[Options], Loaded]
+    prompt: Callable[[Sample, Sequence[str], Options], Prompt]
+    grade: Callable[[Sample, str], Score] | None
+    prompt_id: str
+    scorer: str
+    source: str
+    licence: str
+    full_items: int
+    repeats: int
+    margin: float
+    plan_variance: float
+    plan_prompt_tokens: int
+    plan_output_tokens: int
+    has_groups: bool = False
+    is_trajectory: bool = False
+    concurrency: int = 64
+    notes: Sequence[str] = ()
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of `count` items, evenly spaced: files are sorted by subject."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [index * count // limit for index in range(limit)]

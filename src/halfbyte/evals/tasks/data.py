@@ -1,0 +1,165 @@
+"""Where benchmark items come from: a folder of the user's, an installed data package, or the hub.
+
+Looked for in that order; whichever is used is named in the run's record with its hash. Nothing is
+downloaded behind the user's back: the hub is asked only through `datasets`, at a pinned revision.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import UsageError
+
+# A document set of AA-LCR is one field of half a million characters.
+_FIELD_LIMIT = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Which data a run used.
+
+    source    hub id, package or folder name
+    revision  of the hub set or package; None where only the hashes say it
+    sha256    file name -> hash of its bytes (for the hub: of the rows, canonically)
+    """
+
+    source: str
+    revision: str | None
+    sha256: Mapping[str, str]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a data set, as it names its columns, and where they came from."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    provenance: Provenance
+    folder: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class HubSet:
+    """A data set on the hub. `revision` None: not pinned here, recorded by hash at run time."""
+
+    path: str
+    split: str
+    revision: str | None
+    config: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackageFile:
+    """A file inside an installed distribution that is used as data only, never imported."""
+
+    distribution: str
+    path: str
+
+
+def load_rows(
+    benchmark: str,
+    data: Path | None,
+    *,
+    patterns: Sequence[str],
+    package: Sequence[PackageFile] = (),
+    hub: HubSet | None = None,
+    how: str = "",
+) -> Rows:
+    """Rows of one benchmark.
+
+    data      folder of the user's, or None
+    patterns  globs below `data`, tried in order; all files of the first that matches are read
+    how       what a user must do to get the set; part of the error when it is nowhere
+    Raises UsageError with `how`.
+    """
+    if data is not None:
+        for pattern in patterns:
+            if files := sorted(data.glob(pattern)):
+                return _from_files(files, data.name, None, files[0].parent)
+    if package and (files := _package_files(package)):
+        name = package[0].distribution
+        return _from_files(files, name, distribution(name).version, files[0].parent)
+    if hub is not None and (rows := _from_hub(hub)) is not None:
+        return rows
+    looked = f"{data}/{patterns[0]}" if data is not None else "no --data folder given"
+    raise UsageError(f"{benchmark}: items not found ({looked}). {how}")
+
+
+def _package_files(wanted: Sequence[PackageFile]) -> list[Path]:
+    try:
+        found = [Path(str(distribution(f.distribution).locate_file(f.path))) for f in wanted]
+    except PackageNotFoundError:
+        return []
+    return found if all(path.exists() for path in found) else []
+
+
+def _from_files(files: Sequence[Path], source: str, revision: str | None, folder: Path) -> Rows:
+    rows: list[Mapping[str, Any]] = []
+    for file in files:
+        rows += _READERS[file.suffix](file)
+    hashes = {file.name: file_sha256(file) for file in files}
+    return Rows(tuple(rows), Provenance(source, revision, hashes), folder)
+
+
+def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_csv(file: Path) -> list[Mapping[str, Any]]:
+    previous = csv.field_size_limit(_FIELD_LIMIT)
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            return list(csv.DictReader(lines))
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _read_parquet(file: Path) -> list[Mapping[str, Any]]:
+    # Optional dependency, comes with extra `eval` through `datasets`.
+    from pyarrow import parquet
+
+    return list(parquet.read_table(file).to_pylist())
+
+
+_READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _from_hub(hub: HubSet) -> Rows | None:
+    try:
+        # Optional dependency, extra `eval`; and a second to import.
+        from datasets import load_dataset
+    except ImportError:
+        return None
+    try:
+        table = load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision)
+    except (OSError, ValueError, RuntimeError):
+        # No network, gated without a login, or gone: the caller says how to get it.
+        return None
+    rows = tuple(table)
+    name = "/".join(filter(None, (hub.path, hub.config, hub.split)))
+    provenance = Provenance(name, hub.revision, {"rows": rows_sha256(rows)})
+    return Rows(rows, provenance, None)
+
+
+def file_sha256(file: Path) -> str:
+    """Hash of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def rows_sha256(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Hash of rows as canonical JSON; what is not JSON (an image) counts by its repr."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return digest.hexdigest()
