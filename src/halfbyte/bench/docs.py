@@ -1,0 +1,138 @@
+"""Generated parts of the documents: README's demo output and speed table, benchmarks/README.md.
+
+`python -m halfbyte.bench.docs` writes them from `benchmarks/records`; with `--check` it fails if
+one is stale. A generated part of a page stands between `<!-- generated: NAME -->` and
+`<!-- end generated -->`.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from halfbyte.bench.record import read
+from halfbyte.errors import CheckpointError
+
+Record = Mapping[str, Any]
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def load_records(directory: Path) -> dict[str, Record]:
+    """Every record of the directory by its file's stem."""
+    return {path.stem: read(path) for path in sorted(directory.glob("*.json"))}
+
+
+def demo_block(records: Mapping[str, Record]) -> str:
+    """The transcript of the recorded demo run."""
+    record = records["demo"]
+    lines = "\n".join(record["results"]["transcript"])
+    return f"```\n$ halfbyte demo\n{lines}\n```\n\n{origin('demo', record)}"
+
+
+def speed_block(records: Mapping[str, Record]) -> str:
+    """One row per headline of every record that has some."""
+    rows = [
+        f"| {headline['what']} | {headline['figure']} | {headline['against']} | "
+        f"{where(record)} | [{stem}](benchmarks/records/{stem}.json) |"
+        for stem, record in records.items()
+        for headline in record["results"].get("headlines", [])
+    ]
+    head = [
+        "| what | measured | against, in the same run | machine | record |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows])
+
+
+def where(record: Record) -> str:
+    """The machine in a few words."""
+    machine = record["machine"]
+    if "gpu" in machine:
+        return str(machine["gpu"])
+    return f"{machine['processor']}, {machine['threads']} threads"
+
+
+def origin(stem: str, record: Record) -> str:
+    """Where a generated block comes from, for the reader."""
+    return (
+        f"From [benchmarks/records/{stem}.json](benchmarks/records/{stem}.json): {where(record)}, "
+        f"{record['date']}."
+    )
+
+
+BLOCKS: dict[str, Callable[[Mapping[str, Record]], str]] = {
+    "demo": demo_block,
+    "speed": speed_block,
+}
+
+
+def render(text: str, records: Mapping[str, Record]) -> str:
+    """`text` with every generated block made anew; raises CheckpointError for unknown blocks."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in BLOCKS:
+            raise CheckpointError(f"no generated block {name!r}; there are {', '.join(BLOCKS)}")
+        return f"<!-- generated: {name} -->\n{BLOCKS[name](records)}\n<!-- end generated -->"
+
+    return re.sub(
+        r"<!-- generated: ([\w-]+) -->\n.*?<!-- end generated -->", replace, text, flags=re.DOTALL
+    )
+
+
+def benchmarks_page(records: Mapping[str, Record]) -> str:
+    """benchmarks/README.md: what each record asks, its command and its headlines."""
+    parts = [
+        "# Benchmarks",
+        "Generated from `records/` by `python -m halfbyte.bench.docs`; each file there holds every sample, "
+        "the command, the machine and the versions. Comparisons are made in one run on one machine.",
+    ]
+    for stem, record in records.items():
+        lines = [
+            f"## {stem}",
+            str(record.get("question", "")),
+            f"`{record['command']}` on {where(record)}, {record['date']}: "
+            f"[records/{stem}.json](records/{stem}.json)",
+        ]
+        headlines = record["results"].get("headlines", [])
+        if headlines:
+            rows = [f"| {h['what']} | {h['figure']} | {h['against']} |" for h in headlines]
+            lines.append("\n".join(["| what | measured | against |", "|---|---|---|", *rows]))
+        parts.append("\n\n".join(line for line in lines if line))
+    return "\n\n".join(parts) + "\n"
+
+
+def stale_pages(root: Path) -> dict[Path, str]:
+    """Pages whose generated content differs from the files, with what they should hold."""
+    records = load_records(root / "benchmarks" / "records")
+    wanted = {
+        root / "README.md": render((root / "README.md").read_text(encoding="utf-8"), records),
+        root / "benchmarks" / "README.md": benchmarks_page(records),
+    }
+    return {
+        path: text
+        for path, text in wanted.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
+
+
+def main() -> int:
+    """Write or check the generated pages; 1 if `--check` finds a stale one."""
+    parser = argparse.ArgumentParser(prog="python -m halfbyte.bench.docs", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say which pages are stale")
+    args = parser.parse_args()
+    stale = stale_pages(ROOT)
+    for path, text in stale.items():
+        name = path.relative_to(ROOT)
+        if args.check:
+            print(f"{name} is stale; run python -m halfbyte.bench.docs", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {name}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
