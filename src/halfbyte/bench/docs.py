@@ -86,8 +86,9 @@ def benchmarks_page(records: Mapping[str, Record]) -> str:
     """benchmarks/README.md: what each record asks, its command and its headlines."""
     parts = [
         "# Benchmarks",
-        "Generated from `records/` by `python -m halfbyte.bench.docs`; each file there holds every sample, "
-        "the command, the machine and the versions. Comparisons are made in one run on one machine.",
+        "Generated from `records/` by `python -m halfbyte.bench.docs`; each file there holds every "
+        "sample, the command, the machine and the versions. Comparisons are made in one run on one "
+        "machine.",
     ]
     for stem, record in records.items():
         lines = [
