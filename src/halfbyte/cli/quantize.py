@@ -1,0 +1,88 @@
+"""`halfbyte quantize`: calibrate and quantize a checkpoint by a recipe."""
+
+import argparse
+import json
+from pathlib import Path
+
+EXAMPLE = "  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5"
+
+METHODS = ("max", "headroom", "mse", "none")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="checkpoint directory, bf16 or Mistral FP8")
+    parser.add_argument("output", type=Path, help="directory to make; must not exist")
+    parser.add_argument("--recipe", required=True, help="a recipe of the library, or a .yaml file")
+    parser.add_argument(
+        "--calibration-tokens",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with batch0.input_ids and so on, int64 [rows, tokens]",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        help="how scales are chosen, instead of the recipe's way; none needs no data",
+    )
+    parser.add_argument(
+        "--profile",
+        choices=("ieee", "cuda", "direct"),
+        default="ieee",
+        help="whose arithmetic: the reference's on CPUs, on GPUs, or one rounding (%(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", help="where layers run (%(default)s)")
+    parser.add_argument("--memory", type=parse_bytes, help="host memory to stay within, as 12GiB")
+    parser.add_argument(
+        "--shard-size", type=parse_bytes, default=10 * 10**9, help="largest shard (10GB)"
+    )
+    parser.add_argument("--report", type=Path, help="write errors and scales as JSON to this file")
+    parser.add_argument(
+        "--restart", action="store_true", help="drop an unfinished run instead of going on with it"
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """`12GiB`, `10GB`, `500MB`, or a number of bytes."""
+    units = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    lowered = text.strip().lower()
+    unit = next((unit for unit in units if lowered.endswith(unit)), "")
+    try:
+        value = float(lowered.removesuffix(unit)) * units.get(unit, 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 12GiB or 10GB") from None
+    if not 0 < value < 2**60:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range")
+    return int(value)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from halfbyte.quantize.pipeline import QuantizeConfig, quantize
+    from halfbyte.quantize.scales import METHODS as SCALES_OF
+    from halfbyte.recipe.schema import load_recipe
+
+    recipe = load_recipe(args.recipe)
+    if args.method is not None:
+        recipe = replace(recipe, scales=SCALES_OF[args.method])
+    result = quantize(
+        QuantizeConfig(
+            source=args.source,
+            output=args.output,
+            recipe=recipe,
+            profile=args.profile,
+            calibration_tokens=args.calibration_tokens,
+            device=args.device,
+            memory_bytes=args.memory,
+            max_shard_bytes=args.shard_size,
+            with_errors=args.report is not None,
+            restart=args.restart,
+        )
+    )
+    if args.report is not None:
+        args.report.write_text(json.dumps({"linears": result.linears}, indent=1) + "\n")
+    print(
+        f"{result.output}: {result.num_bytes / 1e9:.3f} GB from {result.num_source_bytes / 1e9:.3f}"
+        f" GB, {result.num_calibration_tokens} calibration tokens, {result.seconds:.1f} s"
+    )
+    return 0

@@ -1,0 +1,144 @@
+"""What the finished checkpoint holds, in Model Optimizer's layout: tensors, configs, other files.
+
+Shapes and names only; `staging` keeps the bytes and `pipeline` computes them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.checkpoint.inventory import expected_tensors
+from halfbyte.checkpoint.metadata import Quantization, modelopt_configs
+from halfbyte.checkpoint.names import Layout, foreign_name
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.shards import read_header
+from halfbyte.log import logger
+from halfbyte.modules import decoder_linears
+from halfbyte.recipe.plan import Plan
+
+MANIFEST_NAME = "halfbyte-manifest.json"
+
+# Files of the source that go along: tokenizer, chat template, generation and processor configs.
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+# ... and those that do not: what we write ourselves, and params.json, beside which some engines
+# would look for native weights (format reference, section 11).
+_NOT_COPIED = (
+    "config.json",
+    "hf_quant_config.json",
+    "params.json",
+    "model.safetensors.index.json",
+    "consolidated.safetensors.index.json",
+    MANIFEST_NAME,
+)
+# Small files that we copy are at most this large; a tokenizer has tens of MB.
+_MAX_FILE_BYTES = 256 << 20
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+def export_layout(checkpoint: Checkpoint) -> Layout:
+    """The spelling of the export: the source's own, or the hub's for native sources."""
+    if checkpoint.layout != "mistral":
+        return checkpoint.layout
+    return "hf" if checkpoint.config.vision is not None else "hf-text"
+
+
+def export_name(name: str, layout: Layout) -> str:
+    """The name in the export of canonical tensor `name`."""
+    return foreign_name(name, layout, "modelopt")
+
+
+def export_tensors(
+    checkpoint: Checkpoint, plan: Plan
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Canonical name -> shape and dtype of every tensor of the export, in model order."""
+    quantization = Quantization("modelopt", plan.formats, plan.kv_cache)
+    expected = expected_tensors(checkpoint.config, quantization)
+    return {name: (want.shape, want.dtypes[0]) for name, want in expected.items()}
+
+
+def passed_through(checkpoint: Checkpoint) -> list[str]:
+    """Canonical names of the tensors outside the decoder layers, which are copied bit for bit."""
+    return [name for name in checkpoint.names() if not name.startswith("decoder.")]
+
+
+def layer_norms(checkpoint: Checkpoint, layer: int) -> list[str]:
+    """Canonical names of the tensors of a decoder layer that belong to no linear."""
+    linears = {linear.name for linear in decoder_linears(checkpoint.config)}
+    prefix = f"decoder.{layer}."
+    names = [name for name in checkpoint.names() if name.startswith(prefix)]
+    scales = (f"{prefix}attention.k_scale", f"{prefix}attention.v_scale")
+    return [n for n in names if n.rpartition(".")[0] not in linears and n not in scales]
+
+
+def export_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
+    """Content of the small files of the export: both configs, and what the source carries."""
+    files: dict[str, bytes] = {}
+    for path in sorted(checkpoint.directory.iterdir()):
+        if not path.is_file() or path.name in _NOT_COPIED or path.suffix == ".safetensors":
+            continue
+        is_known = any(path.match(pattern) for pattern in _COPIED)
+        if is_known and path.stat().st_size <= _MAX_FILE_BYTES:
+            files[path.name] = path.read_bytes()
+        elif not path.name.startswith("."):
+            logger.info("not copied: %s", path.name)
+    config, older = modelopt_configs(
+        checkpoint.raw_config, plan.formats, plan.kv_cache, export_layout(checkpoint)
+    )
+    files["config.json"] = _json(config)
+    files["hf_quant_config.json"] = _json(older)
+    return files
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=4, ensure_ascii=False).encode() + b"\n"
+
+
+def source_fingerprint(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """File name -> size and SHA-256 of what identifies each file of the source.
+
+    Small files are hashed whole; of a shard its header and 64 evenly spaced pieces of 4 KB, since
+    hashing 130 GB would take as long as reading them. So a fingerprint tells checkpoints apart but
+    does not prove that a shard is undamaged; the hashes of the manifest do that for the output.
+    """
+    shards = {checkpoint.shard(name) for name in checkpoint.names()}
+    directory = checkpoint.directory
+    configs = [directory / name for name in ("config.json", "params.json")]
+    found = sorted({*shards, *(path for path in configs if path.exists())})
+    return {path.name: _fingerprint(path, is_shard=path in shards) for path in found}
+
+
+def _fingerprint(path: Path, *, is_shard: bool) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    num_bytes = path.stat().st_size
+    if is_shard:
+        read_header(path)  # a shard that was cut off is an error of its own
+        step = max(1, num_bytes // _SAMPLES)
+        with path.open("rb") as file:
+            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
+            for start in range(0, num_bytes, step):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    else:
+        digest.update(path.read_bytes())
+    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def manifest(
+    fingerprint: Mapping[str, Any], hashes: Mapping[str, str], files: Mapping[str, bytes]
+) -> bytes:
+    """The manifest: what the output was made of and the SHA-256 of every tensor and file in it.
+
+    Holds no times and no paths, so equal runs give equal bytes. `tensors` hashes a tensor's bytes
+    as stored, under its name in the files.
+    """
+    value = {
+        "made_of": fingerprint,
+        "tensors": dict(sorted(hashes.items())),
+        "files": {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)},
+    }
+    return json.dumps(value, indent=1).encode() + b"\n"

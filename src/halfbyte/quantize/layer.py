@@ -1,0 +1,191 @@
+"""One decoder layer under a plan: its linears encoded, its norms passed through.
+
+Reads each stored weight once, holds one fused group at a time. Called by `pipeline`, which writes
+what comes out.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.calibrate.stream import KEYS, VALUES, LayerStatistics
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.errors import FormatError
+from halfbyte.formats.fp8 import Profile, decode_fp8, encode_fp8, fp8_scale
+from halfbyte.formats.measure import largest_magnitude
+from halfbyte.formats.minifloat import E4M3_MAX, has_nan_codes
+from halfbyte.formats.nvfp4 import EncodedNVFP4, encode_nvfp4, nvfp4_tensor_scale
+from halfbyte.modules import WeightFormat, fused_partners
+from halfbyte.quantize.scales import (
+    cache_scale,
+    input_scale,
+    pinned_cache_scale,
+    pinned_input_scale,
+    shared_maxima,
+)
+from halfbyte.recipe.plan import Plan
+from halfbyte.recipe.schema import ActivationScales
+
+
+class QuantizedLinear(NamedTuple):
+    """What one linear became: its tensors by canonical name, and what it was."""
+
+    name: str
+    format: WeightFormat
+    tensors: dict[str, Tensor]
+    source: "SourceWeight"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceWeight:
+    """A weight as its checkpoint stores it, on the device where it will be encoded.
+
+    stored  bf16, or e4m3 codes with `scale` (f32, 0-d)
+    """
+
+    name: str
+    stored: Tensor
+    scale: Tensor | None
+
+    def amax(self) -> Tensor:
+        """Largest magnitude of the decoded weight: bf16, 0-d.
+
+        For FP8 it is that of the largest code, since decoding keeps order: no weight is decoded
+        for it. Raises FormatError for NaN, infinity and weights that are all zero.
+        """
+        if self.scale is None:
+            largest = largest_magnitude(self.stored)
+        elif bool(has_nan_codes(self.stored)):
+            largest = self.stored.new_tensor(torch.nan, dtype=torch.bfloat16)
+        else:
+            largest = decode_fp8(self.largest_code(), self.scale)
+        value = float(largest)
+        if not torch.isfinite(largest):
+            raise FormatError(f"{self.name}: the weight holds NaN or infinity")
+        if value == 0:
+            raise FormatError(
+                f"{self.name}: all weights are zero, so no scale can be computed; keep the linear "
+                "in bf16 by a recipe rule of its own"
+            )
+        return largest
+
+    def largest_code(self) -> Tensor:
+        """The largest e4m3 magnitude among the codes, as a code."""
+        return self.stored.view(torch.uint8).bitwise_and(0x7F).amax().view(torch.float8_e4m3fn)
+
+    def decoded(self) -> Tensor:
+        """The weight as bf16."""
+        return self.stored if self.scale is None else decode_fp8(self.stored, self.scale)
+
+
+def read_weight(checkpoint: Checkpoint, name: str, device: torch.device) -> SourceWeight:
+    """Read the weight of canonical linear `name` onto `device`."""
+    scale = None
+    if checkpoint.format_of(name) == "fp8":
+        scale = checkpoint.tensor(f"{name}.weight_scale").to(device, torch.float32)
+    return SourceWeight(name, checkpoint.tensor(f"{name}.weight").to(device), scale)
+
+
+def quantize_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    plan: Plan,
+    statistics: LayerStatistics | None,
+    profile: Profile,
+    device: torch.device,
+) -> Iterator[QuantizedLinear]:
+    """Encode the linears of one layer, one after another, in model order.
+
+    statistics  what calibration saw of this layer; None pins input scales (data-free)
+    Raises FormatError that names the linear.
+    """
+    prefix = f"decoder.{layer}."
+    names = [name for name in plan.formats if name.startswith(prefix)]
+    held: dict[str, SourceWeight] = {}
+    maxima: Mapping[str, Tensor] = {}
+    for name in names:
+        if name not in held:
+            held = {p: read_weight(checkpoint, p, device) for p in fused_partners(name)}
+            quantized = [p for p in held if plan.formats[p] != "bf16"]
+            maxima = shared_maxima({p: held[p].amax() for p in quantized}, plan.formats)
+        source = held[name]
+        chosen = plan.formats[name]
+        tensors = _encode(source, chosen, maxima.get(name), profile)
+        if chosen != "bf16":
+            tensors[f"{name}.input_scale"] = _input_scale(
+                checkpoint, name, chosen, statistics, profile, plan.scales.activations
+            )
+        yield QuantizedLinear(name, chosen, tensors, source)
+
+
+def _encode(
+    source: SourceWeight, chosen: WeightFormat, amax: Tensor | None, profile: Profile
+) -> dict[str, Tensor]:
+    name = source.name
+    if chosen == "bf16" or amax is None:
+        return {f"{name}.weight": source.decoded()}
+    if chosen == "nvfp4":
+        encoded = encode_nvfp4(source.decoded(), nvfp4_tensor_scale(amax, profile))
+        return nvfp4_tensors(name, encoded)
+    codes, scale = _encode_fp8(source, amax, profile)
+    return {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+
+
+def nvfp4_tensors(name: str, encoded: EncodedNVFP4) -> dict[str, Tensor]:
+    """The three tensors of an NVFP4 weight by canonical name."""
+    return {
+        f"{name}.weight": encoded.codes_OI2,
+        f"{name}.weight_scale": encoded.scale_OB,
+        f"{name}.tensor_scale": encoded.tensor_scale,
+    }
+
+
+def _encode_fp8(source: SourceWeight, amax: Tensor, profile: Profile) -> tuple[Tensor, Tensor]:
+    """Codes and scale of an FP8 linear; codes of an FP8 source are kept as they are.
+
+    A source that uses code 448, as max-scaled ones do, would encode to the same codes again (its
+    scale moves by 0.3 % at most, a code's neighbours are 6 % away); it gets the scale that
+    Model-Optimizer derives. Any other keeps its own scale, and so its exact values; so does
+    profile `direct`.
+    """
+    if source.scale is None:
+        scale = fp8_scale(amax, profile)
+        return encode_fp8(source.stored, scale, profile), scale
+    is_max_scaled = float(source.largest_code().to(torch.float32)) == E4M3_MAX
+    if is_max_scaled and profile != "direct":
+        return source.stored, fp8_scale(amax, profile)
+    return source.stored, source.scale.reshape(())
+
+
+def _input_scale(
+    checkpoint: Checkpoint,
+    name: str,
+    chosen: WeightFormat,
+    statistics: LayerStatistics | None,
+    profile: Profile,
+    rule: ActivationScales,
+) -> Tensor:
+    if statistics is not None:
+        return input_scale(name, chosen, statistics.input_of(name), profile, rule)
+    declared = f"{name}.input_scale"
+    scale = checkpoint.tensor(declared) if declared in checkpoint else None
+    return pinned_input_scale(chosen, scale, profile)
+
+
+def cache_scales(
+    layer: int,
+    statistics: LayerStatistics | None,
+    profile: Profile,
+    rule: ActivationScales,
+) -> dict[str, Tensor]:
+    """k_scale and v_scale of one layer by canonical name; 1 without statistics."""
+    names = {f"decoder.{layer}.attention.{x}_scale": tap for x, tap in (("k", KEYS), ("v", VALUES))}
+    if statistics is None:
+        return {name: pinned_cache_scale() for name in names}
+    return {
+        name: cache_scale(name, statistics.observed[tap], profile, rule)
+        for name, tap in names.items()
+    }

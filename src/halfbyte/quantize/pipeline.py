@@ -1,0 +1,367 @@
+"""From a source checkpoint to a finished quantized one: validate, calibrate, quantize, publish.
+
+Everything that can be wrong is looked for before anything heavy begins. Then decoder layers go by
+one at a time: calibration runs the layer, its linears are encoded and put in their places on disk,
+the journal notes it. A run that is killed goes on after the last noted layer (decision 0017).
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import halfbyte
+from halfbyte.calibrate.activations import Activations
+from halfbyte.calibrate.stream import LayerStatistics, stream_layers
+from halfbyte.calibrate.tokens import Rows, builtin_rows, check_rows, read_token_rows
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.writer import MAX_SHARD_BYTES, check_target
+from halfbyte.errors import CapacityError, FormatError, UsageError
+from halfbyte.formats.fp8 import Profile
+from halfbyte.log import logger
+from halfbyte.quantize import export
+from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.layer import cache_scales, quantize_layer
+from halfbyte.quantize.report import Record, linear_record
+from halfbyte.quantize.staging import (
+    ShardPlan,
+    Staging,
+    locked,
+    plan_shards,
+    work_directory,
+)
+from halfbyte.recipe.plan import Plan, make_plan
+from halfbyte.recipe.schema import Recipe
+
+_FIRST_STEP = "outside the layers"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeConfig:
+    """What to quantize, how, and where to.
+
+    calibration_tokens  recorded ids (`calibrate.tokens`); None takes the recipe's blend
+    memory_bytes        host memory that the run may take; activations go to disk beyond it. None
+                        keeps them in memory
+    with_errors         measure every linear's error against the source (about twice the time)
+    restart             drop what an earlier, unfinished run left instead of going on with it
+    """
+
+    source: Path
+    output: Path
+    recipe: Recipe
+    profile: Profile = "ieee"
+    calibration_tokens: Path | None = None
+    device: str = "cpu"
+    memory_bytes: int | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    with_errors: bool = True
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What came of it. `linears` holds one record a linear (see `report`), in model order."""
+
+    output: Path
+    num_bytes: int
+    num_source_bytes: int
+    num_calibration_tokens: int
+    seconds: float
+    linears: tuple[Record, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A validated job: nothing in it can be wrong any more, except the weights themselves."""
+
+    config: QuantizeConfig
+    checkpoint: Checkpoint
+    plan: Plan
+    rows: Rows | None
+    tensors: Mapping[str, str]  # canonical -> foreign
+    shards: ShardPlan
+    files: Mapping[str, bytes]
+    fingerprint: Mapping[str, Any]
+
+
+def quantize(
+    config: QuantizeConfig, on_layer: Callable[[int, int], None] | None = None
+) -> QuantizeResult:
+    """Quantize a checkpoint; `on_layer(done, total)` is called after each layer.
+
+    Raises UsageError, CheckpointError or CapacityError before anything heavy begins if the job
+    cannot be done, FormatError if a weight turns out to hold NaN or nothing but zeros. The output
+    directory appears when it is complete and not before. What a run leaves behind when it dies is
+    one hidden directory beside the output, with which the next run goes on; errors that would
+    come again leave nothing.
+    """
+    started = time.perf_counter()
+    check_target(config.output)
+    job = _validate(config)
+    with locked(work_directory(config.output)) as _:
+        result = _run(job, on_layer)
+    checkpoint = job.checkpoint
+    return QuantizeResult(
+        output=config.output,
+        num_bytes=job.shards.total_bytes,
+        num_source_bytes=sum(checkpoint.num_bytes(name) for name in checkpoint.names()),
+        num_calibration_tokens=sum(row.numel() for row in job.rows or ()),
+        seconds=time.perf_counter() - started,
+        linears=tuple(result),
+    )
+
+
+def _validate(config: QuantizeConfig) -> _Job:
+    checkpoint = Checkpoint.open(config.source)
+    if checkpoint.quantization.dialect == "modelopt":
+        raise UsageError(
+            f"{config.source} is already a Model Optimizer export; quantize its source instead"
+        )
+    plan = make_plan(config.recipe, checkpoint.config)
+    rows = _rows(config, checkpoint)
+    layout = export.export_layout(checkpoint)
+    shapes = export.export_tensors(checkpoint, plan)
+    names = {name: export.export_name(name, layout) for name in shapes}
+    shards = plan_shards({names[n]: shapes[n] for n in shapes}, config.max_shard_bytes)
+    return _Job(
+        config=config,
+        checkpoint=checkpoint,
+        plan=plan,
+        rows=rows,
+        tensors=names,
+        shards=shards,
+        files=export.export_files(checkpoint, plan),
+        fingerprint=_fingerprint(config, checkpoint, plan, rows),
+    )
+
+
+def _rows(config: QuantizeConfig, checkpoint: Checkpoint) -> Rows | None:
+    """The calibration rows; None if the recipe asks for no data."""
+    if config.recipe.scales.activations == "none":
+        if config.calibration_tokens is not None:
+            raise UsageError(
+                f"recipe {config.recipe.source} takes no calibration data (activations: none); "
+                "leave the tokens out"
+            )
+        return None
+    if config.calibration_tokens is not None:
+        rows, where = read_token_rows(config.calibration_tokens), str(config.calibration_tokens)
+    else:
+        wanted = config.recipe.calibration
+        if wanted.blend != "builtin":
+            raise UsageError(f"recipe {config.recipe.source}: no blend {wanted.blend!r}")
+        rows = builtin_rows(
+            config.source, samples=wanted.samples, tokens_per_sample=wanted.tokens_per_sample
+        )
+        where = "the builtin text"
+        logger.warning(
+            "calibrating with the small text of the package: good for trying things, too little "
+            "for a checkpoint that others will use"
+        )
+    check_rows(rows, checkpoint.config.text, where)
+    return rows
+
+
+def _fingerprint(
+    config: QuantizeConfig, checkpoint: Checkpoint, plan: Plan, rows: Rows | None
+) -> dict[str, Any]:
+    """Everything that the output's bytes depend on."""
+    return {
+        "source": export.source_fingerprint(checkpoint),
+        "recipe": {
+            "name": plan.recipe_name,
+            "formats": dict(plan.formats),
+            "kv_cache": plan.kv_cache,
+            "scales": asdict(plan.scales),
+        },
+        "profile": config.profile,
+        "calibration": None if rows is None else _calibration_fingerprint(rows),
+        "max_shard_bytes": config.max_shard_bytes,
+        "device": torch.device(config.device).type,
+        "versions": {"halfbyte": halfbyte.__version__, "torch": metadata.version("torch")},
+    }
+
+
+def _calibration_fingerprint(rows: Sequence[Tensor]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.numel().to_bytes(8, "little"))
+        digest.update(row.numpy().tobytes())
+    return {
+        "rows": len(rows),
+        "tokens": sum(row.numel() for row in rows),
+        "longest": max(row.numel() for row in rows),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _run(job: _Job, on_layer: Callable[[int, int], None] | None) -> list[Record]:
+    """The heavy part; keeps the work directory when going on from it makes sense."""
+    work = work_directory(job.config.output)
+    staging = Staging(work, job.config.output, job.shards)
+    journal = Journal(work / "journal")
+    entries: list[dict[str, Any]] = []
+    try:
+        if journal.exists() and not job.config.restart:
+            entries = journal.resume(job.fingerprint)
+            staging.reopen()
+            logger.info("going on after %d finished steps of an earlier run", len(entries))
+        else:
+            _begin(job, staging, journal)
+        _Progress(job, staging, journal, entries).run(on_layer)
+    except (FormatError, KeyboardInterrupt) as error:
+        # A weight that cannot be encoded will be the same next time; an interrupted run goes on.
+        if isinstance(error, FormatError):
+            staging.discard()
+        raise
+    except CapacityError:
+        if len(entries) == 0:
+            staging.discard()
+        raise
+    finally:
+        staging.close()
+        journal.close()
+    return [record for entry in entries for record in entry.get("linears", ())]
+
+
+def _begin(job: _Job, staging: Staging, journal: Journal) -> None:
+    """Empty the work directory, check the disk, allocate the output, start the journal."""
+    for path in staging.directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    needed = job.shards.total_bytes + sum(map(len, job.files.values()))
+    if job.rows is not None:
+        needed += 2 * _activation_bytes(job)
+    free = shutil.disk_usage(staging.directory).free
+    if free < needed:
+        raise CapacityError(
+            f"{job.config.output.parent}: {free / 1e9:.2f} GB free; the output and the activations "
+            f"between layers take {needed / 1e9:.2f} GB"
+        )
+    staging.create()
+    staging.sync()
+    journal.start(job.fingerprint)
+
+
+def _activation_bytes(job: _Job) -> int:
+    return sum(row.numel() for row in job.rows or ()) * job.checkpoint.config.text.width * 2
+
+
+class _Progress:
+    """Takes the steps of a run that the journal does not list yet, in order."""
+
+    def __init__(
+        self, job: _Job, staging: Staging, journal: Journal, entries: list[dict[str, Any]]
+    ) -> None:
+        self._job = job
+        self._staging = staging
+        self._journal = journal
+        self._entries = entries
+        self._device = torch.device(job.config.device)
+        self._num_layers = job.checkpoint.config.text.num_layers
+
+    def run(self, on_layer: Callable[[int, int], None] | None) -> None:
+        """All remaining steps, then publish."""
+        if not self._entries:
+            self._finish_step(_FIRST_STEP, self._copy(export.passed_through(self._job.checkpoint)))
+        for layer, statistics in self._layers(len(self._entries) - 1):
+            self._layer(layer, statistics)
+            if on_layer is not None:
+                on_layer(layer + 1, self._num_layers)
+        for name, content in self._job.files.items():
+            self._staging.write_file(name, content)
+        hashes = {k: v for entry in self._entries for k, v in entry["tensors"].items()}
+        missing = set(self._job.shards.slots) - set(hashes)
+        assert not missing, f"never written: {sorted(missing)[:3]}"
+        self._staging.write_file(
+            export.MANIFEST_NAME,
+            export.manifest(self._job.fingerprint, hashes, self._job.files),
+        )
+        self._staging.publish()
+
+    def _layers(self, first: int) -> Iterator[tuple[int, LayerStatistics | None]]:
+        """The layers that are left, each with its statistics if the job has calibration rows."""
+        if first >= self._num_layers:
+            return
+        rows = self._job.rows
+        if rows is None:
+            yield from ((layer, None) for layer in range(first, self._num_layers))
+            return
+        activations = Activations(
+            [row.numel() for row in rows],
+            self._job.checkpoint.config.text.width,
+            self._staging.directory,
+            in_memory=self._fits_in_memory(),
+        )
+        if first > 0:
+            activations.resume(first)
+        try:
+            for statistics in stream_layers(
+                self._job.checkpoint,
+                rows,
+                device=self._device,
+                activations=activations,
+                first_layer=first,
+            ):
+                yield statistics.layer, statistics
+                activations.forget(statistics.layer)
+        finally:
+            activations.close()
+
+    def _fits_in_memory(self) -> bool:
+        budget = self._job.config.memory_bytes
+        return budget is None or _activation_bytes(self._job) <= budget // 4
+
+    def _layer(self, layer: int, statistics: LayerStatistics | None) -> None:
+        job, started = self._job, time.perf_counter()
+        hashes = self._copy(export.layer_norms(job.checkpoint, layer))
+        records = []
+        linears = quantize_layer(
+            job.checkpoint, layer, job.plan, statistics, job.config.profile, self._device
+        )
+        for linear in linears:
+            for name, tensor in linear.tensors.items():
+                hashes |= self._write(name, tensor)
+            if job.config.with_errors:
+                records.append(linear_record(linear))
+        if job.plan.kv_cache == "fp8":
+            rule = job.plan.scales.activations
+            for name, scale in cache_scales(layer, statistics, job.config.profile, rule).items():
+                hashes |= self._write(name, scale)
+        observed = {} if statistics is None else statistics.observed
+        self._finish_step(
+            f"layer {layer}",
+            hashes,
+            linears=records,
+            observed={tap: float(magnitude) for tap, magnitude in observed.items()},
+        )
+        logger.info(
+            "layer %d of %d: encoded in %.1f s",
+            layer,
+            self._num_layers,
+            time.perf_counter() - started,
+        )
+
+    def _copy(self, names: Sequence[str]) -> dict[str, str]:
+        hashes: dict[str, str] = {}
+        for name in names:
+            hashes |= self._write(name, self._job.checkpoint.tensor(name))
+        return hashes
+
+    def _write(self, name: str, tensor: Tensor) -> dict[str, str]:
+        foreign = self._job.tensors[name]
+        return {foreign: self._staging.write(foreign, tensor)}
+
+    def _finish_step(self, step: str, hashes: Mapping[str, str], **facts: Any) -> None:
+        """Make the step durable, then say so."""
+        self._staging.sync()
+        entry = {"step": step, "tensors": dict(hashes), **facts}
+        self._journal.append(entry)
+        self._entries.append(entry)

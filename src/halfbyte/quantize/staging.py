@@ -1,0 +1,250 @@
+"""The output while it is being made: shards of known layout, filled in any order, resumable.
+
+Shapes are known from the plan, so every tensor has its place before the first is computed: files
+are allocated at once (a disk that is too small says so now), a killed run goes on where it was,
+and the bytes do not depend on what happened in between. `checkpoint.writer` is for tensors that
+come once and in order.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME, bytes_of
+from halfbyte.checkpoint.writer import check_target
+from halfbyte.errors import CapacityError, UsageError
+
+_PIECE_BYTES = 16 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a tensor will lie: `offset` counts from the start of the shard's data section."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shard: int
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """Slots of every tensor by foreign name, and the header of every shard, ready to write."""
+
+    slots: Mapping[str, Slot]
+    headers: tuple[bytes, ...]
+    data_bytes: tuple[int, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shard files."""
+        return sum(map(len, self.headers)) + sum(self.data_bytes)
+
+    def file_name(self, shard: int) -> str:
+        """Name of a shard in the finished checkpoint."""
+        if len(self.headers) == 1:
+            return "model.safetensors"
+        return f"model-{shard + 1:05d}-of-{len(self.headers):05d}.safetensors"
+
+    def index(self) -> dict[str, Any] | None:
+        """The content of the index file; None for a single shard, which has none."""
+        if len(self.headers) == 1:
+            return None
+        slots = self.slots.values()
+        return {
+            "metadata": {
+                "total_parameters": sum(prod(slot.shape) for slot in slots),
+                "total_size": sum(slot.num_bytes for slot in slots),
+            },
+            "weight_map": {
+                name: self.file_name(self.slots[name].shard) for name in sorted(self.slots)
+            },
+        }
+
+
+def plan_shards(
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: int
+) -> ShardPlan:
+    """Lay tensors out in the given order; a shard ends before a tensor would overfill it.
+
+    tensors  foreign name -> shape, dtype
+    """
+    slots: dict[str, Slot] = {}
+    entries: list[dict[str, Any]] = []
+    sizes: list[int] = []
+    for name, (shape, dtype) in tensors.items():
+        num_bytes = prod(shape) * dtype.itemsize
+        if not sizes or (sizes[-1] and sizes[-1] + num_bytes > max_shard_bytes):
+            entries.append({"__metadata__": {"format": "pt"}})
+            sizes.append(0)
+        slot = Slot(shape, dtype, len(sizes) - 1, sizes[-1])
+        slots[name] = slot
+        sizes[-1] += num_bytes
+        entries[-1][name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [slot.offset, sizes[-1]],
+        }
+    return ShardPlan(slots, tuple(map(_header, entries)), tuple(sizes))
+
+
+def _header(entries: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+class Staging:
+    """A work directory beside the target: `checkpoint/` becomes the target when it is whole.
+
+    Use it through `open_staging`. The journal and activations of a run lie in `directory` too.
+    """
+
+    def __init__(self, directory: Path, target: Path, plan: ShardPlan) -> None:
+        self.directory = directory
+        self._target = target
+        self._plan = plan
+        self._output = directory / "checkpoint"
+        self._files: list[BinaryIO] = []
+        self._touched: set[int] = set()
+
+    def create(self) -> None:
+        """Make the files, with headers, at their full size. Raises CapacityError if the disk is
+        too small, and leaves nothing then.
+        """
+        self._output.mkdir()
+        with self._disk_full("allocating the output"):
+            for shard, header in enumerate(self._plan.headers):
+                size = len(header) + self._plan.data_bytes[shard]
+                file = (self._output / self._plan.file_name(shard)).open("wb+")
+                self._files.append(file)
+                os.posix_fallocate(file.fileno(), 0, size)
+                os.pwrite(file.fileno(), header, 0)
+                self._touched.add(shard)
+
+    def reopen(self) -> None:
+        """Go on with files that an earlier run allocated. Raises UsageError if they are not."""
+        for shard, header in enumerate(self._plan.headers):
+            path = self._output / self._plan.file_name(shard)
+            size = len(header) + self._plan.data_bytes[shard]
+            if not path.exists() or path.stat().st_size != size:
+                raise UsageError(f"{path} is not as the last run left it; use --restart")
+            self._files.append(path.open("rb+"))
+
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Put a tensor into its slot; returns the SHA-256 of its bytes, in hexadecimal."""
+        slot = self._plan.slots[name]
+        assert tuple(tensor.shape) == slot.shape and tensor.dtype == slot.dtype, (
+            f"{name}: {tensor.dtype} {list(tensor.shape)}, planned {slot.dtype} {list(slot.shape)}"
+        )
+        digest = hashlib.sha256()
+        offset = len(self._plan.headers[slot.shard]) + slot.offset
+        content = bytes_of(tensor.detach().to("cpu").contiguous())
+        handle = self._files[slot.shard].fileno()
+        self._touched.add(slot.shard)
+        with self._disk_full(f"writing {name}"):
+            for start in range(0, len(content), _PIECE_BYTES):
+                piece = content[start : start + _PIECE_BYTES]
+                digest.update(piece)
+                written = 0
+                while written < len(piece):
+                    written += os.pwrite(handle, piece[written:], offset + start + written)
+        return digest.hexdigest()
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file of the checkpoint, durably."""
+        with self._disk_full(f"writing {name}"), (self._output / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        with self._disk_full("writing"):
+            for shard in sorted(self._touched):
+                os.fsync(self._files[shard].fileno())
+        self._touched.clear()
+
+    def publish(self) -> None:
+        """Turn the finished output into the target in one step, and drop the work directory."""
+        index = self._plan.index()
+        if index is not None:
+            self.write_file(INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
+        self.sync()
+        self.close()
+        sync_directory(self._output)
+        check_target(self._target)
+        os.rename(self._output, self._target)
+        sync_directory(self._target.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the work directory and everything in it."""
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the files; what is written stays."""
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+    @contextmanager
+    def _disk_full(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            needed = self._plan.total_bytes / 1e9
+            raise CapacityError(
+                f"{self._target}: disk full while {doing}; the output takes {needed:.2f} GB"
+            ) from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def work_directory(target: Path) -> Path:
+    """Where the output of `target` is made: hidden, beside it, so that one rename publishes it."""
+    return target.parent / f".{target.name}.halfbyte-work"
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make `directory` if need be and hold it; UsageError if another process works in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"another run is working in {directory}; wait for it") from None
+    else:
+        yield
+    finally:
+        os.close(handle)
