@@ -1,0 +1,151 @@
+"""The engine's one configuration, and how its open values are decided.
+
+`resolve` turns what the user said and what the machine has into a configuration without open
+values; that one is printed and shown.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from halfbyte.config import TextConfig
+from halfbyte.engine.cache import bytes_per_token
+from halfbyte.errors import CapacityError, UsageError
+from halfbyte.log import logger
+from halfbyte.model.linear import Mode
+from halfbyte.modules import CacheFormat
+
+# Share of the free memory of a machine without a GPU that the KV cache may take unasked.
+_CPU_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine runs a checkpoint. None and "auto" are decided when it is loaded.
+
+    max_model_len           most tokens of prompt and answer; None = the model's, or what fits
+    max_sequences           sequences that run at once
+    max_batch_tokens        tokens of one step, so the largest chunk of a prompt
+    kv_cache_tokens         tokens the KV cache holds; None = what memory allows
+    block_tokens            tokens in a block of the cache
+    prefix_cache            share the blocks of equal beginnings
+    mode                    what a quantized linear computes (decision 0004)
+    kv_cache                "auto" = as the checkpoint names
+    gpu_memory_utilization  share of the device's memory for weights and cache together
+    max_decode_slowdown     how much longer than usual running answers may wait for a token while
+                            a prompt is worked in; None = no limit, for throughput
+    """
+
+    max_model_len: int | None = None
+    max_sequences: int = 64
+    max_batch_tokens: int = 2048
+    kv_cache_tokens: int | None = None
+    block_tokens: int = 16
+    prefix_cache: bool = True
+    mode: Mode = "weight_only"
+    device: str = "cpu"
+    kv_cache: CacheFormat | Literal["auto"] = "auto"
+    gpu_memory_utilization: float = 0.9
+    max_decode_slowdown: float | None = 2.0
+
+
+def resolve(
+    config: EngineConfig, text: TextConfig, stored: CacheFormat, free_bytes: int
+) -> EngineConfig:
+    """Decide every open value.
+
+    stored      the cache format that the checkpoint names
+    free_bytes  memory that the KV cache may take
+    Raises UsageError for values that contradict each other or the model, CapacityError if the
+    cache that they need does not fit.
+    """
+    _validate(config, text)
+    format = stored if config.kv_cache == "auto" else config.kv_cache
+    block_bytes = bytes_per_token(text, format) * config.block_tokens
+    affordable = free_bytes // block_bytes * config.block_tokens
+    longest = config.max_model_len or text.max_positions
+    if affordable == 0:
+        raise CapacityError(
+            f"the KV cache needs {_mb(block_bytes)} for one block of {config.block_tokens} tokens; "
+            f"{_mb(free_bytes)} are free after the weights"
+        )
+    cache_tokens = config.kv_cache_tokens or min(affordable, longest * config.max_sequences)
+    cache_tokens = -(-cache_tokens // config.block_tokens) * config.block_tokens
+    if cache_tokens > affordable:
+        raise CapacityError(
+            f"a KV cache of {cache_tokens} tokens needs {_mb(cache_tokens, block_bytes, config)}; "
+            f"{_mb(free_bytes)} are free after the weights, enough for {affordable} tokens"
+        )
+    if config.max_model_len is not None and config.max_model_len > cache_tokens:
+        raise CapacityError(
+            f"one sequence of max_model_len {longest} tokens needs "
+            f"{_mb(longest, block_bytes, config)} of KV cache; it holds {cache_tokens} tokens "
+            f"({_mb(cache_tokens, block_bytes, config)}); lower max_model_len"
+        )
+    if longest > cache_tokens:
+        logger.warning(
+            "the KV cache holds %d tokens, so sequences are limited to them instead of the "
+            "model's %d",
+            cache_tokens,
+            longest,
+        )
+    return replace(
+        config,
+        kv_cache=format,
+        kv_cache_tokens=cache_tokens,
+        max_model_len=min(longest, cache_tokens),
+    )
+
+
+def free_cache_bytes(config: EngineConfig) -> int:
+    """Memory that the KV cache may take now, the weights being loaded."""
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(int(free - (1.0 - config.gpu_memory_utilization) * total), 0)
+    return int(_available_bytes() * _CPU_SHARE)
+
+
+def _validate(config: EngineConfig, text: TextConfig) -> None:
+    if config.max_model_len is not None and not 2 <= config.max_model_len <= text.max_positions:
+        raise UsageError(
+            f"max_model_len {config.max_model_len} must be between 2 and the model's "
+            f"{text.max_positions} positions"
+        )
+    for name in ("max_sequences", "block_tokens", "kv_cache_tokens"):
+        value: int | None = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; it must be at least 1")
+    if config.max_batch_tokens < config.max_sequences:
+        raise UsageError(
+            f"max_batch_tokens {config.max_batch_tokens} must be at least max_sequences "
+            f"{config.max_sequences}, so that every running answer gets a token in each step"
+        )
+    if not 0.0 < config.gpu_memory_utilization <= 1.0:
+        raise UsageError(f"gpu_memory_utilization {config.gpu_memory_utilization} is not in (0, 1]")
+    if config.max_decode_slowdown is not None and config.max_decode_slowdown <= 1.0:
+        raise UsageError(f"max_decode_slowdown {config.max_decode_slowdown} must be above 1")
+
+
+def _mb(amount: int, block_bytes: int | None = None, config: EngineConfig | None = None) -> str:
+    """Bytes, or the bytes of so many cached tokens, in MB."""
+    if block_bytes is not None and config is not None:
+        amount = -(-amount // config.block_tokens) * block_bytes
+    return f"{amount / 1e6:,.1f} MB"
+
+
+def _available_bytes() -> int:
+    """Free memory of the machine or of the container it runs in, whichever is less."""
+    amounts = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                amounts.append(int(line.split()[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        amounts.append(max(int(limit.read_text()) - int(used.read_text()), 0))
+    # Neither file exists outside Linux; a modest cache then.
+    return min(amounts, default=4 * 2**30)

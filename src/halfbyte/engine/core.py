@@ -1,0 +1,358 @@
+"""The engine: add, abort, step. One thread uses it; `service` is its asyncio face.
+
+A step asks the scheduler what to compute, computes it, chooses tokens and reports events.
+"""
+
+import secrets
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.engine.blocks import BlockPool
+from halfbyte.engine.config import EngineConfig as EngineConfig
+from halfbyte.engine.pacing import PrefillPacer
+from halfbyte.engine.request import (
+    Event,
+    FinishEvent,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprobs,
+    TokensEvent,
+)
+from halfbyte.engine.runner import Runner, load_runner
+from halfbyte.engine.sampler import IMPOSSIBLE, Choice, LogitsHook, Sampler, logprobs_of
+from halfbyte.engine.scheduler import Scheduler, Work
+from halfbyte.engine.sequence import Sequence
+from halfbyte.errors import CapacityError, RequestError
+from halfbyte.log import logger
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Figures of an engine: what it holds now, and totals since it was loaded.
+
+    free_blocks holds the cached_blocks, which nobody uses but whose content can be found again.
+    step_s is the time spent in steps.
+    """
+
+    running: int
+    waiting: int
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    block_tokens: int
+    weight_bytes: int
+    cache_bytes: int
+    requests: int
+    steps: int
+    step_s: float
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
+class Engine:
+    """Runs requests on one model. No state is shared between engines."""
+
+    def __init__(
+        self, runner: Runner, config: EngineConfig, *, logits_hook: LogitsHook | None = None
+    ) -> None:
+        """`config` is resolved; `logits_hook` is for tests that need a model to say certain things.
+
+        Use `Engine.load`.
+        """
+        assert config.kv_cache_tokens is not None and config.max_model_len is not None
+        text = runner.decoder.config
+        self.config = config
+        self.max_model_len = config.max_model_len
+        self.vocab_size = text.vocab_size
+        self.eos_token_ids = text.eos_token_ids
+        self._runner = runner
+        self._pool = BlockPool(config.kv_cache_tokens // config.block_tokens, config.block_tokens)
+        self._scheduler = Scheduler(
+            self._pool,
+            max_sequences=config.max_sequences,
+            max_batch_tokens=config.max_batch_tokens,
+            prefix_cache=config.prefix_cache,
+        )
+        self._sampler = Sampler(text.vocab_size, text.eos_token_ids, config.device, logits_hook)
+        self._pacer = PrefillPacer(config.max_decode_slowdown)
+        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        self._request_ids: set[str] = set()
+        # Block lists held by `score`.
+        self._scoring: list[list[int]] = []
+        self._num_added = 0
+        self._num_steps = 0
+        self._step_s = 0.0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._generated_tokens = 0
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        logits_hook: LogitsHook | None = None,
+    ) -> "Engine":
+        """Load a checkpoint. Raises CheckpointError, UsageError or CapacityError."""
+        runner, resolved = load_runner(directory, config or EngineConfig())
+        return cls(runner, resolved, logits_hook=logits_hook)
+
+    def validate(self, request: GenerationRequest) -> None:
+        """Raise RequestError if the request can never run here. Safe from any thread."""
+        request.params.validate(self.vocab_size)
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise RequestError("the prompt has no tokens", param="prompt", code="empty_prompt")
+        if len(prompt) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; at most {self.max_model_len - 1} fit, as "
+                f"the context holds {self.max_model_len} and the answer needs one",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+            raise RequestError(
+                f"the prompt has token id {min(prompt) if min(prompt) < 0 else max(prompt)}; ids "
+                f"go from 0 to {self.vocab_size - 1}",
+                param="prompt",
+                code="invalid_token_id",
+            )
+        if request.images:
+            raise RequestError(
+                "this model takes no images", param="messages", code="images_not_supported"
+            )
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises RequestError if it can never run or its id is in use."""
+        self.validate(request)
+        if request.request_id in self._request_ids:
+            raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        params = request.params
+        room = self.max_model_len - len(request.prompt_token_ids)
+        sequence = Sequence(
+            request,
+            arrival=self._num_added,
+            seed=params.seed if params.seed is not None else secrets.randbits(64),
+            max_tokens=min(params.max_tokens or room, room),
+        )
+        self._num_added += 1
+        self._request_ids.add(request.request_id)
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> FinishEvent | None:
+        """End a request in whatever state it is and free its blocks; None if it is not known."""
+        if request_id not in self._request_ids:
+            return None
+        sequence = self._scheduler.find(request_id)
+        assert sequence is not None, f"request {request_id} is known but not scheduled"
+        return self._finish(sequence, "abort")
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work()
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Compute one step; events of the tokens that it produced. Empty without work."""
+        started = time.perf_counter()
+        works = self._scheduler.plan(self._pacer.max_prefill_tokens())
+        if not works:
+            assert not self.has_work(), "requests wait but nothing can run"
+            return []
+        num_decodes = sum(work.count == 1 and work.is_last for work in works)
+        logits_RV = self._runner.run(works)
+        events = self._conclude(works, logits_RV)
+        seconds = time.perf_counter() - started
+        num_tokens = sum(work.count for work in works)
+        self._pacer.observe(seconds, num_decodes, num_tokens - num_decodes)
+        self._num_steps += 1
+        self._step_s += seconds
+        return events
+
+    @torch.inference_mode()
+    def score(self, token_ids: SequenceOf[int], chunk_tokens: int = 512) -> Iterator[Tensor]:
+        """Teacher forcing through the paged cache: logits f32 (t, V), chunk by chunk.
+
+        Row i of all chunks together is the distribution of token i + 1. Raises RequestError for a
+        text over the context, CapacityError if running requests leave too few blocks. The blocks
+        are freed when the iterator ends or is closed.
+        """
+        if not 0 < len(token_ids) <= self.max_model_len:
+            raise RequestError(
+                f"a text of {len(token_ids)} tokens cannot be scored: 1 to {self.max_model_len} "
+                "tokens fit",
+                code="context_length_exceeded",
+            )
+        request = GenerationRequest("score", tuple(token_ids), SamplingParams(prompt_logprobs=0))
+        num_blocks = self._scheduler.num_blocks_for(len(token_ids))
+        if num_blocks > self._pool.num_free:
+            raise CapacityError(
+                f"scoring {len(token_ids)} tokens needs {num_blocks} KV blocks, "
+                f"{self._pool.num_free} are free"
+            )
+        sequence = Sequence(request, arrival=-1, seed=0, max_tokens=1)
+        sequence.blocks = self._pool.allocate(num_blocks)
+        self._scoring.append(sequence.blocks)
+        try:
+            for start in range(0, len(token_ids), chunk_tokens):
+                count = min(chunk_tokens, len(token_ids) - start)
+                yield self._runner.run_alone(Work(sequence, start, count))
+        finally:
+            self._pool.release(sequence.blocks)
+            self._scoring.remove(sequence.blocks)
+
+    def stats(self) -> EngineStats:
+        """Figures now. Safe from any thread; single figures may be a step apart."""
+        scheduler, pool, runner = self._scheduler, self._pool, self._runner
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            total_blocks=pool.num_blocks,
+            free_blocks=pool.num_free,
+            cached_blocks=pool.num_cached,
+            block_tokens=pool.block_tokens,
+            weight_bytes=runner.decoder.num_weight_bytes,
+            cache_bytes=runner.cache.num_bytes,
+            requests=self._num_added,
+            steps=self._num_steps,
+            step_s=self._step_s,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
+    def clear_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self._pool.clear_cache()
+
+    def check(self) -> None:
+        """Recompute the books from scratch and assert that they agree."""
+        self._scheduler.check(self._scoring)
+        scheduled = (*self._scheduler.running, *self._scheduler.waiting)
+        known = {sequence.request.request_id for sequence in scheduled}
+        assert known == self._request_ids, f"known {self._request_ids}, scheduled {known}"
+        assert set(self._prompt_logprobs) <= known
+
+    def _conclude(self, works: SequenceOf[Work], logits_RV: Tensor) -> list[Event]:
+        """Move every sequence on and choose tokens where the last known one was computed."""
+        rows, chosen = [], []
+        row = 0
+        for work in works:
+            sequence = work.sequence
+            if sequence.wants_prompt_logprobs:
+                self._note_prompt_logprobs(work, logits_RV[row : row + work.count])
+                row += work.count
+            elif work.is_last:
+                row += 1
+            if work.is_last:
+                rows.append(row - 1)
+                chosen.append(sequence)
+            self._scheduler.advance(work)
+        assert row == logits_RV.shape[0], f"{logits_RV.shape[0]} rows of logits, {row} used"
+        if not chosen:
+            return []
+        if len(rows) < row:
+            logits_RV = logits_RV[rows]
+        events: list[Event] = []
+        for sequence, choice in zip(chosen, self._sampler.choose(logits_RV, chosen), strict=True):
+            self._accept(sequence, choice, events)
+        return events
+
+    def _accept(self, sequence: Sequence, choice: Choice, events: list[Event]) -> None:
+        """Append the chosen token, report it, and finish the sequence if it was the last."""
+        request, params = sequence.request, sequence.request.params
+        token_id, mask = choice.token_id, request.mask
+        problem = None
+        if token_id == IMPOSSIBLE:
+            problem = "no token is possible: all are banned or masked, or the logits are NaN"
+        elif mask is not None:
+            problem = _accept_mask(request, token_id)
+        prompt_logprobs = self._take_prompt_logprobs(sequence)
+        if problem is not None:
+            events.append(self._finish(sequence, "error", message=problem))
+            return
+        sequence.append(token_id)
+        self._generated_tokens += 1
+        is_end = token_id in params.stop_token_ids or (
+            not params.ignore_eos and token_id in self.eos_token_ids
+        )
+        if not is_end or prompt_logprobs is not None:
+            token_ids = () if is_end else (token_id,)
+            logprobs = None
+            if params.logprobs is not None:
+                assert choice.logprobs is not None
+                logprobs = () if is_end else (choice.logprobs,)
+            events.append(TokensEvent(request.request_id, token_ids, logprobs, prompt_logprobs))
+        if is_end:
+            events.append(self._finish(sequence, "stop", stop_token_id=token_id))
+        elif mask is not None and mask.is_finished():
+            events.append(self._finish(sequence, "stop"))
+        elif sequence.num_generated >= sequence.max_tokens:
+            events.append(self._finish(sequence, "length"))
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        stop_token_id: int | None = None,
+        message: str | None = None,
+    ) -> FinishEvent:
+        self._scheduler.remove(sequence)
+        request_id = sequence.request.request_id
+        self._request_ids.remove(request_id)
+        self._prompt_logprobs.pop(request_id, None)
+        cached_tokens = sequence.cached_tokens or 0
+        if sequence.cached_tokens is not None:
+            self._prompt_tokens += sequence.num_prompt
+            self._cached_tokens += cached_tokens
+        return FinishEvent(
+            request_id,
+            reason,
+            stop_token_id,
+            sequence.num_prompt,
+            cached_tokens,
+            sequence.num_generated,
+            message,
+        )
+
+    def _note_prompt_logprobs(self, work: Work, logits_TV: Tensor) -> None:
+        """Keep log-probs of the prompt tokens that follow the rows of this chunk."""
+        sequence = work.sequence
+        request = sequence.request
+        if work.start == 0:
+            self._prompt_logprobs[request.request_id] = []
+        following = sequence.token_ids[work.start + 1 : work.start + work.count + 1]
+        following = following[: sequence.num_prompt - 1 - work.start]
+        if following:
+            num_top = [request.params.prompt_logprobs or 0] * len(following)
+            found = logprobs_of(logits_TV[: len(following)], following, num_top)
+            self._prompt_logprobs[request.request_id] += found
+
+    def _take_prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs, ...] | None:
+        if not sequence.wants_prompt_logprobs:
+            return None
+        sequence.has_prompt_logprobs = True
+        return tuple(self._prompt_logprobs.pop(sequence.request.request_id))
+
+
+def _accept_mask(request: GenerationRequest, token_id: int) -> str | None:
+    """Advance the request's mask; what went wrong, if anything did."""
+    assert request.mask is not None
+    try:
+        request.mask.accept(token_id)
+    # A mask is foreign code; its failure ends its own request and no other.
+    except Exception as error:
+        logger.exception("the mask of request %s failed", request.request_id)
+        return f"the token mask failed: {error}"
+    return None

@@ -1,0 +1,50 @@
+"""How many prompt tokens a step may carry while others generate. No torch.
+
+A step with n prompt tokens lasts about d + n * p, d being a step that only generates. Both are
+measured as they come, so that one rule serves a laptop (p of a millisecond) and a GPU (p of a
+third of one): with `max_slowdown` 2, running answers get their tokens at half their pace or better
+while a prompt is worked in, however long the prompt.
+"""
+
+# Where nothing is measured yet, and the least that keeps a prompt moving.
+_FIRST_TOKENS = 32
+_LEAST_TOKENS = 8
+# Weight of the newest measurement.
+_GAIN = 0.2
+# Part of the allowance that is planned for; the rest is for steps that vary.
+_SHARE = 0.8
+
+
+class PrefillPacer:
+    """Learns from the steps what a prompt token costs beside running answers."""
+
+    def __init__(self, max_slowdown: float | None) -> None:
+        """`max_slowdown` above 1; None never limits."""
+        self._max_slowdown = max_slowdown
+        self._decode_s: float | None = None
+        self._prompt_token_s: float | None = None
+
+    def max_prefill_tokens(self) -> int | None:
+        """Prompt tokens for the next step if it also generates; None = as many as fit."""
+        if self._max_slowdown is None:
+            return None
+        if self._decode_s is None or not self._prompt_token_s:
+            return _FIRST_TOKENS
+        allowance_s = (self._max_slowdown - 1.0) * _SHARE * self._decode_s
+        return max(int(allowance_s / self._prompt_token_s), _LEAST_TOKENS)
+
+    def observe(self, seconds: float, num_decodes: int, num_prompt_tokens: int) -> None:
+        """Learn from a finished step."""
+        if num_prompt_tokens == 0:
+            self._decode_s = _smooth(self._decode_s, seconds)
+        elif num_decodes == 0:
+            # A pure prompt step is cheaper a token than one beside answers; a start, no more.
+            if self._prompt_token_s is None:
+                self._prompt_token_s = seconds / num_prompt_tokens
+        elif self._decode_s is not None:
+            extra_s = max(seconds - self._decode_s, 0.05 * seconds)
+            self._prompt_token_s = _smooth(self._prompt_token_s, extra_s / num_prompt_tokens)
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else old + _GAIN * (new - old)

@@ -1,0 +1,78 @@
+"""A decoder and its KV cache: runs planned work, gives logits. Loads both from a checkpoint.
+
+Shapes: T tokens of a step, R rows with logits, V vocabulary.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.engine.batch import Batch, BlockTable, lay_out
+from halfbyte.engine.cache import PagedCache
+from halfbyte.engine.config import EngineConfig, free_cache_bytes, resolve
+from halfbyte.engine.scheduler import Work
+from halfbyte.log import logger
+from halfbyte.model.decoder import Decoder, Step
+from halfbyte.model.load import load_decoder
+
+
+class Runner:
+    """Runs steps on one device."""
+
+    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
+        """`config` is resolved."""
+        assert config.kv_cache_tokens is not None and config.kv_cache != "auto"
+        num_blocks = config.kv_cache_tokens // config.block_tokens
+        self.decoder = decoder
+        self.device = config.device
+        self.cache = PagedCache(
+            decoder.config,
+            format=config.kv_cache,
+            num_pages=num_blocks,
+            block_tokens=config.block_tokens,
+            kv_scales=decoder.kv_scales,
+            device=config.device,
+        )
+        assert config.max_model_len is not None
+        blocks_per_sequence = -(-config.max_model_len // config.block_tokens)
+        self._table = BlockTable(config.max_sequences, min(num_blocks, blocks_per_sequence))
+
+    def run(self, works: SequenceOf[Work]) -> Tensor:
+        """Compute the tokens of `works`; f32 logits (R, V) of the rows that `lay_out` names."""
+        return self._run(lay_out(works, self._table.rows(works), self.cache, self.device))
+
+    def run_alone(self, work: Work) -> Tensor:
+        """As `run`, for a sequence that has blocks but no slot: it is not scheduled."""
+        pages_1P = np.array([work.sequence.blocks], dtype=np.int32)
+        return self._run(lay_out([work], pages_1P, self.cache, self.device))
+
+    def _run(self, batch: Batch) -> Tensor:
+        step = Step(batch.token_ids_T, batch.positions_T, batch.attend, batch.logit_rows_R)
+        logits_RV: Tensor = self.decoder(step)
+        return logits_RV
+
+
+def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, EngineConfig]:
+    """Load a checkpoint and make its cache; the configuration comes back resolved.
+
+    Raises CheckpointError, UsageError, CapacityError, each with what to do.
+    """
+    checkpoint = Checkpoint.open(directory)
+    decoder = load_decoder(checkpoint, device=config.device, mode=config.mode)
+    resolved = resolve(
+        config, decoder.config, checkpoint.quantization.kv_cache, free_cache_bytes(config)
+    )
+    runner = Runner(decoder, resolved)
+    logger.info(
+        "%s: %.1f MB of weights, KV cache of %d tokens (%s, %.1f MB), sequences up to %d tokens",
+        Path(directory).name,
+        decoder.num_weight_bytes / 1e6,
+        resolved.kv_cache_tokens,
+        resolved.kv_cache,
+        runner.cache.num_bytes / 1e6,
+        resolved.max_model_len,
+    )
+    return runner, resolved

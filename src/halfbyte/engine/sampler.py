@@ -1,0 +1,297 @@
+"""Logits -> the next token of each sequence, and log-probs.
+
+In this order: logit bias, penalties, banned tokens and masks, temperature, top-k, top-p, min-p, one
+draw. Log-probs are of the model's own distribution, before all of these.
+
+A draw inverts the cumulative distribution at one uniform number made of the request's seed and the
+index of the token, so a sequence's tokens do not depend on what else is in the batch.
+
+Shapes: R rows (one a sequence), V vocabulary, C candidates.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfbyte.engine.request import GenerationRequest, SamplingParams, TokenLogprobs
+from halfbyte.engine.sequence import Sequence
+from halfbyte.log import logger
+
+# Changes the logits (V,) of one request in place before anything else does, given the tokens
+# generated so far; for tests that need a model to say certain things.
+LogitsHook = Callable[[GenerationRequest, SequenceOf[int], Tensor], None]
+
+# Most filters leave fewer tokens than this; sorting the whole vocabulary costs ten times as much.
+_CANDIDATES = 256
+
+
+# Where no token is possible: all are banned or masked, or the logits are not numbers.
+IMPOSSIBLE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The token chosen for one sequence, or IMPOSSIBLE."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Sampler:
+    """Chooses tokens; remembers only index tensors of recurring lists of banned tokens."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device | str = "cpu",
+        logits_hook: LogitsHook | None = None,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._device = device
+        self._hook = logits_hook
+        self._bitmask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        # A server sends one of very few lists, again and again.
+        self._banned: dict[tuple[int, ...], Tensor] = {}
+
+    def choose(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[Choice]:
+        """Choose one token for each row; `logits_RV` (f32) is changed in place.
+
+        A mask is filled here; the caller tells it which token was accepted.
+        """
+        if self._hook is None and all(map(_is_plain, sequences)):
+            self._ban(logits_RV, sequences)
+            return [Choice(token_id) for token_id in _best(logits_RV)]
+        for row, sequence in enumerate(sequences):
+            if self._hook is not None:
+                generated = sequence.token_ids[sequence.num_prompt :]
+                self._hook(sequence.request, generated, logits_RV[row])
+        reported = [row for row, s in enumerate(sequences) if s.request.params.logprobs is not None]
+        raw_RV = logits_RV[reported] if reported else None
+        for row, sequence in enumerate(sequences):
+            self._adjust(logits_RV[row], sequence)
+        self._ban(logits_RV, sequences)
+        token_ids = self._draw(logits_RV, sequences)
+        choices = [Choice(token_id) for token_id in token_ids]
+        if raw_RV is not None:
+            num_top = [sequences[row].request.params.logprobs or 0 for row in reported]
+            chosen = [max(token_ids[row], 0) for row in reported]
+            for row, found in zip(reported, logprobs_of(raw_RV, chosen, num_top), strict=True):
+                choices[row] = Choice(token_ids[row], found)
+        return choices
+
+    def _ban(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> None:
+        lists = {sequence.request.params.banned_token_ids for sequence in sequences}
+        for banned in lists:
+            if not banned:
+                continue
+            ids = self._banned.get(banned)
+            if ids is None:
+                if len(self._banned) >= 64:
+                    self._banned.clear()
+                ids = torch.tensor(banned, dtype=torch.int64, device=self._device)
+                self._banned[banned] = ids
+            if len(lists) == 1:
+                logits_RV.index_fill_(1, ids, -torch.inf)
+                continue
+            for row, sequence in enumerate(sequences):
+                if sequence.request.params.banned_token_ids == banned:
+                    logits_RV[row].index_fill_(0, ids, -torch.inf)
+
+    def _adjust(self, logits_V: Tensor, sequence: Sequence) -> None:
+        """Bias, penalties, minimum length and mask of one sequence, in place."""
+        request, params = sequence.request, sequence.request.params
+        if params.logit_bias:
+            ids = self._ids(params.logit_bias)
+            logits_V[ids] += torch.tensor(list(params.logit_bias.values()), device=self._device)
+        if sequence.counts is not None:
+            self._penalize(logits_V, sequence, params)
+        if sequence.num_generated < params.min_tokens:
+            ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
+            if ends:
+                logits_V[self._ids(ends)] = -torch.inf
+        if request.mask is not None:
+            self._mask(logits_V, request)
+
+    def _mask(self, logits_V: Tensor, request: GenerationRequest) -> None:
+        assert request.mask is not None
+        try:
+            request.mask.fill(self._bitmask)
+        # A mask is foreign code; its failure ends its own request and no other.
+        except Exception:
+            logger.exception("the mask of request %s failed", request.request_id)
+            logits_V.fill_(-torch.inf)
+            return
+        bits = np.unpackbits(self._bitmask.view(np.uint8), bitorder="little")
+        allowed_V = torch.from_numpy(bits[: self._vocab_size].view(np.bool_))
+        logits_V.masked_fill_(~allowed_V.to(self._device), -torch.inf)
+
+    def _penalize(self, logits_V: Tensor, sequence: Sequence, params: SamplingParams) -> None:
+        counts = sequence.counts
+        assert counts is not None
+        if params.repetition_penalty != 1.0:
+            ids = self._ids(set(sequence.token_ids))
+            values = logits_V[ids]
+            factor = params.repetition_penalty
+            logits_V[ids] = torch.where(values > 0, values / factor, values * factor)
+        if counts:
+            ids = self._ids(counts)
+            occurrences = torch.tensor(list(counts.values()), device=self._device)
+            logits_V[ids] -= params.frequency_penalty * occurrences + params.presence_penalty
+
+    def _ids(self, ids: Iterable[int]) -> Tensor:
+        return torch.tensor(list(ids), dtype=torch.int64, device=self._device)
+
+    def _draw(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
+        open_, filtered = [], []
+        for row, sequence in enumerate(sequences):
+            params = sequence.request.params
+            if params.temperature == 0.0:
+                continue
+            if params.top_p == 1.0 and params.top_k == 0 and params.min_p == 0.0:
+                open_.append(row)
+            else:
+                filtered.append(row)
+        token_ids = _best(logits_RV)
+        for rows, draw in ((open_, _draw_open), (filtered, _draw_filtered)):
+            rows = [row for row in rows if token_ids[row] != IMPOSSIBLE]
+            if rows:
+                chosen = [sequences[row] for row in rows]
+                drawn = draw(_tempered(logits_RV[rows], chosen), chosen)
+                for row, token_id in zip(rows, drawn, strict=True):
+                    token_ids[row] = token_id
+        return token_ids
+
+
+def _best(logits_RV: Tensor) -> list[int]:
+    """The most likely token of each row, or IMPOSSIBLE."""
+    values_R, ids_R = logits_RV.max(dim=-1)
+    # A row of -inf has no token; NaN compares false, too.
+    return [
+        token_id if value > -math.inf else IMPOSSIBLE
+        for token_id, value in zip(ids_R.tolist(), values_R.tolist(), strict=True)
+    ]
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) that depends on nothing but the seed and the token's index."""
+    digest = hashlib.blake2b(
+        (seed % 2**64).to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8
+    ).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def logprobs_of(
+    logits_RV: Tensor, token_ids: SequenceOf[int], num_top: SequenceOf[int]
+) -> list[TokenLogprobs]:
+    """Log-probs of one token a row and of the `num_top[row]` most likely ones, best first."""
+    logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
+    ids_R1 = torch.tensor(token_ids, dtype=torch.int64, device=logits_RV.device)[:, None]
+    own = logprobs_RV.gather(1, ids_R1)[:, 0].tolist()
+    most = max(num_top)
+    if most == 0:
+        return [TokenLogprobs(i, value) for i, value in zip(token_ids, own, strict=True)]
+    values_RC, top_RC = logprobs_RV.topk(most, dim=-1)
+    return [
+        TokenLogprobs(token_id, value, tuple(zip(top[:wanted], values[:wanted], strict=True)))
+        for token_id, value, wanted, top, values in zip(
+            token_ids, own, num_top, top_RC.tolist(), values_RC.tolist(), strict=True
+        )
+    ]
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Greedy and nothing else asked: one argmax serves all such rows."""
+    params = sequence.request.params
+    return (
+        params.temperature == 0.0
+        and params.logprobs is None
+        and sequence.counts is None
+        and sequence.request.mask is None
+        and not params.logit_bias
+        and sequence.num_generated >= params.min_tokens
+    )
+
+
+def _tempered(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+    temperatures = [sequence.request.params.temperature for sequence in sequences]
+    scale_R1 = torch.tensor(temperatures, device=logits_RV.device)[:, None]
+    # Shifted first: a tiny temperature must not overflow to inf - inf.
+    return (logits_RV - logits_RV.amax(-1, keepdim=True)) / scale_R1
+
+
+def _uniforms(sequences: SequenceOf[Sequence], device: torch.device) -> Tensor:
+    values = [uniform(sequence.seed, sequence.num_generated) for sequence in sequences]
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def _invert(weights_RC: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+    """Index in each row, drawn by weights that need not sum to one: int64 (R, 1).
+
+    The first index whose cumulative weight exceeds the target has a weight above zero.
+    """
+    cumulative_RC = weights_RC.double().cumsum(-1)
+    target_R1 = _uniforms(sequences, weights_RC.device) * cumulative_RC[:, -1:]
+    return torch.searchsorted(cumulative_RC, target_R1, right=True)
+
+
+def _draw_open(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
+    drawn: list[int] = _invert(logits_RV.exp(), sequences)[:, 0].tolist()
+    return drawn
+
+
+def _draw_filtered(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
+    """Draw from the tokens that top-k, top-p and min-p leave.
+
+    Only the most likely candidates are looked at, unless those filters may reach past them.
+    """
+    params = [sequence.request.params for sequence in sequences]
+    vocab_size = logits_RV.shape[-1]
+    total_R1 = logits_RV.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    num_candidates = min(max(_CANDIDATES, *(p.top_k for p in params)), vocab_size)
+    weights_RC, ids_RC = _most_likely(logits_RV, num_candidates)
+    if num_candidates < vocab_size and not _covers(weights_RC, total_R1, params):
+        weights_RC, ids_RC = _most_likely(logits_RV, vocab_size)
+    kept_RC = _filter(weights_RC, total_R1, params)
+    drawn: list[int] = ids_RC.gather(1, _invert(kept_RC, sequences))[:, 0].tolist()
+    return drawn
+
+
+def _most_likely(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values_RC, ids_RC = logits_RV.topk(count, dim=-1)
+    return values_RC.double().exp(), ids_RC
+
+
+def _covers(weights_RC: Tensor, total_R1: Tensor, params: SequenceOf[SamplingParams]) -> bool:
+    """Whether no filter keeps a token beyond the candidates."""
+    share_R = (weights_RC.sum(-1) / total_R1[:, 0]).tolist()
+    last_R = (weights_RC[:, -1] / weights_RC[:, 0]).tolist()
+    return all(
+        p.top_k > 0 or (p.top_p < 1.0 and share >= p.top_p) or last < p.min_p or last == 0.0
+        for p, share, last in zip(params, share_R, last_R, strict=True)
+    )
+
+
+def _filter(weights_RC: Tensor, total_R1: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
+    """Zero the weights that top-k, then top-p, then min-p drop; the best token always stays."""
+    num_candidates = weights_RC.shape[1]
+    device = weights_RC.device
+    rank_C = torch.arange(num_candidates, device=device)
+    top_k = [p.top_k or num_candidates for p in params]
+    kept_RC = weights_RC * (rank_C < torch.tensor(top_k, device=device)[:, None])
+    # What top-p refers to: everything, or what top-k left.
+    has_top_k = torch.tensor([p.top_k > 0 for p in params], device=device)[:, None]
+    whole_R1 = torch.where(has_top_k, kept_RC.sum(-1, keepdim=True), total_R1)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
+    before_RC = kept_RC.cumsum(-1) - kept_RC
+    # 1.0 keeps all; its product with a rounded sum might not.
+    kept_RC = kept_RC * ((before_RC < top_p * whole_R1) | (top_p == 1.0))
+    min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)[:, None]
+    return kept_RC * (weights_RC >= min_p * weights_RC[:, :1])
