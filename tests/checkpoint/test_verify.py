@@ -297,10 +297,12 @@ def test_tokenizers_that_do_not_match(copy: Path) -> None:
 
 def test_a_file_changed_after_publishing(copy: Path) -> None:
     (copy / "signed/tokenizer.json").write_text('{"model": {}}')
-    assert "error: tokenizer.json: was changed after halfbyte.json" in texts(copy / "signed")
+    assert "error: tokenizer.json: was changed after halfbyte-manifest.json" in texts(
+        copy / "signed"
+    )
     (copy / "signed/tokenizer.json").unlink()
-    assert "halfbyte.json names it, but it is not there" in texts(copy / "signed")
-    (copy / "signed/halfbyte.json").write_text("[]")
+    assert "halfbyte-manifest.json names it, but it is not there" in texts(copy / "signed")
+    (copy / "signed/halfbyte-manifest.json").write_text("[]")
     assert "a JSON object was expected" in texts(copy / "signed")
 
 

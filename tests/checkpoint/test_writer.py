@@ -235,7 +235,7 @@ def test_the_manifest_holds_origin_and_hashes(tmp_path: Path) -> None:
         writer.finish({"source": "test"})
     manifest = read_manifest(tmp_path / "out")
     assert manifest is not None
-    assert manifest.origin == {"source": "test"}
+    assert manifest.made_of == {"source": "test"}
     found = scan(tmp_path / "out")
     assert set(manifest.tensors) == set(found)
     for name, stored in found.items():
@@ -246,7 +246,7 @@ def test_the_manifest_holds_origin_and_hashes(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
 
 
-@pytest.mark.parametrize("content", ["{", '{"version": 2}', '{"version": 1, "origin": 3}'])
+@pytest.mark.parametrize("content", ["{", '{"made_of": {}}', '{"made_of": {}, "tensors": 3}'])
 def test_a_damaged_manifest_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST_NAME).write_text(content)
     with pytest.raises(CheckpointError, match=MANIFEST_NAME):

@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-import halfbyte
 from halfbyte.checkpoint.shards import (
     StoredTensor,
     bytes_of,
@@ -22,33 +21,30 @@ from halfbyte.checkpoint.shards import (
 )
 from halfbyte.errors import CheckpointError
 
-MANIFEST_NAME = "halfbyte.json"
-_VERSION = 1
+MANIFEST_NAME = "halfbyte-manifest.json"
 _CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `halfbyte.json` says.
+    """What the file says. It holds no times and no paths: equal runs give equal bytes.
 
-    origin    free facts about how the checkpoint was made (source, recipe, calibration)
+    made_of   free facts about what the checkpoint was made of (source, recipe, calibration)
     tensors   foreign name -> sha256 of the tensor's bytes
     files     name of a file beside the shards -> sha256 of its content
     """
 
-    origin: Mapping[str, Any]
+    made_of: Mapping[str, Any]
     tensors: Mapping[str, str]
     files: Mapping[str, str]
 
 
 def manifest_json(
-    origin: Mapping[str, Any], tensors: Mapping[str, str], files: Mapping[str, str]
+    made_of: Mapping[str, Any], tensors: Mapping[str, str], files: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The content of the file; the version of the package is added."""
+    """The content of the file."""
     return {
-        "version": _VERSION,
-        "halfbyte": halfbyte.__version__,
-        "origin": dict(origin),
+        "made_of": dict(made_of),
         "tensors": dict(sorted(tensors.items())),
         "files": dict(sorted(files.items())),
     }
@@ -60,12 +56,10 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not path.exists():
         return None
     raw = parse_json(path.read_bytes(), MANIFEST_NAME)
-    if raw.get("version") != _VERSION:
-        raise CheckpointError(f"{MANIFEST_NAME}: version {raw.get('version')!r}, not {_VERSION}")
-    for key in ("origin", "tensors", "files"):
+    for key in ("made_of", "tensors", "files"):
         if not isinstance(raw.get(key), dict):
             raise CheckpointError(f"{MANIFEST_NAME}: {key} must be an object")
-    return Manifest(raw["origin"], raw["tensors"], raw["files"])
+    return Manifest(raw["made_of"], raw["tensors"], raw["files"])
 
 
 def hash_stored(stored: StoredTensor) -> str:

@@ -119,10 +119,10 @@ class ShardWriter:
         """Copy a file of the source (tokenizer, chat template) into the directory."""
         self.write_file(name or source.name, source.read_bytes())
 
-    def finish(self, origin: Mapping[str, Any] | None = None) -> Path:
+    def finish(self, made_of: Mapping[str, Any] | None = None) -> Path:
         """Close the last shard, write index and manifest, publish; returns the target.
 
-        origin   facts for the manifest: what the checkpoint was made from, and how
+        made_of   facts for the manifest: what the checkpoint was made of, and how
         """
         if self._file is not None:
             self._close_shard()
@@ -131,7 +131,7 @@ class ShardWriter:
             os.rename(self._shard_path(0), self._partial / "model.safetensors")
         else:
             self._write_index(count)
-        manifest = manifest_json(origin or {}, self._hashes, self._file_hashes)
+        manifest = manifest_json(made_of or {}, self._hashes, self._file_hashes)
         self.write_file(MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
         _sync_directory(self._partial)
         check_target(self.directory)
