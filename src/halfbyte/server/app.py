@@ -1,0 +1,273 @@
+"""The FastAPI application: routes, lifespan, error handlers. The work is in the other files."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import halfbyte
+from halfbyte.chat.tokens import ChatFormat
+from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
+from halfbyte.server import wire
+from halfbyte.server.backend import Backend, Service
+from halfbyte.server.chat_api import chat_frames, chat_response
+from halfbyte.server.config import ServerConfig
+from halfbyte.server.gate import Gate, Keys
+from halfbyte.server.openapi import describe, request_body
+from halfbyte.server.prepare import check_token_ids, encode_messages
+from halfbyte.server.problems import error_body, response_of
+from halfbyte.server.stream import EventStream, read_body, until_disconnect
+from halfbyte.server.text_api import text_frames, text_response
+
+
+def create_app(
+    service: Service, chat: ChatFormat, config: ServerConfig, *, access_log: bool = True
+) -> FastAPI:
+    """The application over a running or startable engine.
+
+    The lifespan starts the service and, at the end, drains it. `app.state.backend` holds the parts.
+    Raises CheckpointError if the tokenizer knows more tokens than the model has rows for.
+    """
+    if chat.vocabulary.size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {chat.vocabulary.size} tokens, the model only {config.vocab_size}"
+        )
+    backend = Backend(service, chat, config)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            backend.admission.is_draining = True
+            await service.stop(drain_s=config.limits.drain_s)
+
+    app = FastAPI(
+        title="halfbyte",
+        version=halfbyte.__version__,
+        lifespan=lifespan,
+        # FastAPI's documentation pages load their scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.backend = backend
+    _add_completions(app, backend)
+    _add_tokens(app, backend)
+    _add_state(app, backend)
+    _add_error_handlers(app, backend)
+    app.add_middleware(
+        Gate, keys=Keys(config.api_keys), metrics=backend.metrics, access_log=access_log
+    )
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    return app
+
+
+async def read(backend: Backend, request: Request, kind: type[wire.Request]) -> wire.Request:
+    """The validated body of a request."""
+    body = await read_body(request, backend.config.limits.body_bytes)
+    return wire.parse(kind, wire.parse_json(body))
+
+
+async def respond(
+    backend: Backend,
+    request: Request,
+    work: Callable[[dict[str, str]], Awaitable[dict[str, Any]]],
+) -> Response:
+    """The JSON that `work` makes, unless the client leaves first. `work` may add headers."""
+    headers: dict[str, str] = {}
+
+    async def run() -> dict[str, Any]:
+        return await work(headers)
+
+    try:
+        body = await until_disconnect(
+            request,
+            run(),
+            deadline_s=backend.config.limits.request_s,
+            on_disconnect=lambda: count_disconnect(backend),
+        )
+    except ClientDisconnect:
+        # Nobody reads this; 499 is what access logs call a client that left.
+        return Response(status_code=499)
+    return JSONResponse(body, headers=headers)
+
+
+def count_disconnect(backend: Backend) -> None:
+    """One client left."""
+    backend.metrics.disconnects += 1
+
+
+def _add_completions(app: FastAPI, backend: Backend) -> None:
+    deadline_s = backend.config.limits.request_s
+
+    @app.post("/v1/chat/completions", **request_body(wire.ChatRequest, "chat.completion"))
+    async def chat_completions(request: Request) -> Response:
+        """Continue a conversation."""
+        asked = await read(backend, request, wire.ChatRequest)
+        key = request.state.key
+        if not asked.stream:
+            return await respond(
+                backend, request, lambda headers: chat_response(backend, asked, key, headers)
+            )
+        headers: dict[str, str] = {}
+        frames = chat_frames(backend, asked, key, headers)
+        return _stream(frames, headers)
+
+    @app.post("/v1/completions", **request_body(wire.CompletionRequest, "text_completion"))
+    async def completions(request: Request) -> Response:
+        """Continue plain prompts."""
+        asked = await read(backend, request, wire.CompletionRequest)
+        key = request.state.key
+        if not asked.stream:
+            return await respond(
+                backend, request, lambda headers: text_response(backend, asked, key, headers)
+            )
+        headers: dict[str, str] = {}
+        frames = text_frames(backend, asked, key, headers)
+        return _stream(frames, headers)
+
+    def _stream(frames: AsyncGenerator[bytes, None], headers: dict[str, str]) -> Response:
+        return EventStream(
+            frames,
+            deadline_s=deadline_s,
+            headers=headers,
+            on_disconnect=lambda: count_disconnect(backend),
+        )
+
+
+def _add_tokens(app: FastAPI, backend: Backend) -> None:
+    vocabulary = backend.chat.vocabulary
+
+    @app.post("/tokenize", **request_body(wire.TokenizeRequest, "tokenize"))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a plain prompt, or of a conversation as the model would see it."""
+        asked = await read(backend, request, wire.TokenizeRequest)
+        backend.check_model(asked.model)
+        if asked.messages is not None:
+            encoded = await encode_messages(
+                backend,
+                asked.messages,
+                tools=[tool.model_dump() for tool in asked.tools or ()],
+                reasoning_effort=asked.reasoning_effort,
+                continue_final=asked.continue_final_message,
+            )
+            token_ids = list(encoded.token_ids)
+        elif asked.add_special_tokens:
+            token_ids = list(backend.chat.encode_prompt(asked.prompt or "").token_ids)
+        else:
+            token_ids = vocabulary.encode_text(asked.prompt or "")
+        body: dict[str, Any] = {
+            "tokens": token_ids,
+            "count": len(token_ids),
+            "max_model_len": backend.config.max_model_len,
+            "token_strs": None,
+        }
+        if asked.return_token_strs:
+            body["token_strs"] = [vocabulary.piece(token_id) for token_id in token_ids]
+        return JSONResponse(body)
+
+    @app.post("/detokenize", **request_body(wire.DetokenizeRequest, "detokenize"))
+    async def detokenize(request: Request) -> Response:
+        """Text of token ids, control tokens by name."""
+        asked = await read(backend, request, wire.DetokenizeRequest)
+        backend.check_model(asked.model)
+        check_token_ids(backend, asked.tokens, "tokens")
+        return JSONResponse({"prompt": vocabulary.decode(asked.tokens, keep_control=True)})
+
+
+def _add_state(app: FastAPI, backend: Backend) -> None:
+    config = backend.config
+    started = int(time.time())
+
+    def model_card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": started,
+            "owned_by": "halfbyte",
+            "max_model_len": config.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The names this server answers to."""
+        return JSONResponse(
+            {"object": "list", "data": [model_card(name) for name in config.model_names]}
+        )
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """One of them."""
+        backend.check_model(name)
+        return JSONResponse(model_card(name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Liveness, and what this server is: limits, capacity, formats."""
+        alive = backend.service.is_alive
+        body = {
+            "status": "ok" if alive else "dead",
+            "ready": alive and not backend.admission.is_draining,
+            "version": halfbyte.__version__,
+            "models": list(config.model_names),
+            "max_model_len": config.max_model_len,
+            "reasoning_efforts": list(backend.chat.reasoning_efforts),
+            "tools": backend.chat.control.has_tools,
+            "images": backend.chat.image_layout is not None,
+            "limits": dataclasses.asdict(config.limits),
+            "image_url_hosts": list(config.image_fetch.hosts),
+            "engine": backend.engine_figures() if alive else {},
+            **dict(config.facts),
+        }
+        return JSONResponse(body, status_code=200 if alive else 503)
+
+    @app.get("/ready")
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        """Whether new requests are welcome; 503 while draining or after the engine died."""
+        is_ready = backend.service.is_alive and not backend.admission.is_draining
+        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text."""
+        alive = backend.service.is_alive
+        figures = {**(backend.engine_figures() if alive else {}), "alive": int(alive)}
+        text = backend.metrics.text(
+            figures, config.model_names[0], vllm_names=config.vllm_metric_names
+        )
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_error_handlers(app: FastAPI, backend: Backend) -> None:
+    async def known(request: Request, error: Exception) -> Response:
+        return response_of(error, backend.config.limits.retry_after_s)
+
+    async def http(request: Request, error: Exception) -> Response:
+        """Starlette's own: no such path, no such method."""
+        assert isinstance(error, HTTPException)
+        message = {
+            404: f"no such path: {request.url.path}",
+            405: f"{request.method} is not allowed on {request.url.path}",
+        }.get(error.status_code, str(error.detail))
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        body = error_body(message, error.status_code, code=code)
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    async def left(request: Request, error: Exception) -> Response:
+        """The client left while its body was being read."""
+        count_disconnect(backend)
+        return Response(status_code=499)
+
+    app.add_exception_handler(HalfbyteError, known)
+    app.add_exception_handler(RequestError, known)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientDisconnect, left)
+    app.add_exception_handler(Exception, known)

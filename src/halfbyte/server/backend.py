@@ -1,0 +1,125 @@
+"""What every route needs, in one place: engine, chat format, limits, counters, admission."""
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, Protocol
+
+from halfbyte.chat.grammar import GrammarCompiler, GrammarLimits
+from halfbyte.chat.prompt import banned_control_ids
+from halfbyte.chat.tokens import ChatFormat
+from halfbyte.engine.request import Event, GenerationRequest
+from halfbyte.errors import RequestError
+from halfbyte.server.config import ServerConfig
+from halfbyte.server.metrics import Metrics
+
+
+class Service(Protocol):
+    """The engine as the server sees it (engine.service; decision 0006)."""
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine has died; every further request fails."""
+
+    async def start(self) -> None:
+        """Begin to run; called once."""
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Let running answers finish for this long, then end them."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Events of one answer. Closing the generator aborts it and frees its blocks."""
+
+    def stats(self) -> Any:
+        """A dataclass of figures."""
+
+
+class Admission:
+    """Counts admitted answers, in all and by key; refuses above the limits with 429."""
+
+    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+        self._limits = config.limits
+        self._metrics = metrics
+        self._by_key: dict[str, int] = {}
+        self.is_draining = False
+
+    @contextlib.contextmanager
+    def admit(self, key: str, num_answers: int) -> Iterator[None]:
+        """Hold room for some answers of one key while the body runs."""
+        limits, metrics = self._limits, self._metrics
+        if self.is_draining:
+            raise RequestError("the server is shutting down", code="shutting_down", status=503)
+        if metrics.running + num_answers > limits.queued_requests:
+            message = f"the server has {metrics.running} answers in work or queued; try again later"
+            raise RequestError(message, code="queue_full", status=429)
+        held = self._by_key.get(key, 0)
+        if held + num_answers > limits.requests_per_key:
+            message = f"this key has {held} answers in work; {num_answers} more exceed its limit"
+            raise RequestError(message, code="rate_limit_exceeded", status=429)
+        metrics.running += num_answers
+        self._by_key[key] = self._by_key.get(key, 0) + num_answers
+        try:
+            yield
+        finally:
+            metrics.running -= num_answers
+            self._by_key[key] -= num_answers
+            if not self._by_key[key]:
+                del self._by_key[key]
+
+
+class Backend:
+    """One server's parts. Immutable but for its counters."""
+
+    def __init__(self, service: Service, chat: ChatFormat, config: ServerConfig) -> None:
+        self.service = service
+        self.chat = chat
+        self.config = config
+        self.metrics = Metrics()
+        self.admission = Admission(config, self.metrics)
+        limits = config.limits
+        self.compiler = GrammarCompiler(
+            chat.vocabulary,
+            GrammarLimits(max_source_bytes=limits.schema_bytes, max_depth=limits.schema_depth),
+        )
+        padding = tuple(range(chat.vocabulary.size, config.vocab_size))
+        self._padding = padding
+        self._banned = {
+            (thinking, tools): padding
+            + banned_control_ids(chat.vocabulary, chat.control, thinking=thinking, tools=tools)
+            for thinking in (False, True)
+            for tools in (False, True)
+        }
+
+    def banned_in_chat(self, *, thinking: bool, tools: bool) -> tuple[int, ...]:
+        """Ids that an answer of a conversation may not contain."""
+        return self._banned[thinking, tools]
+
+    def banned_in_text(self) -> tuple[int, ...]:
+        """Ids that a plain continuation may not contain: rows of the head without a token."""
+        layout = self.chat.image_layout
+        if layout is None:
+            return self._padding
+        return (*self._padding, layout.image_token_id, layout.break_token_id, layout.end_token_id)
+
+    def check_model(self, name: str | None) -> None:
+        """404 for a model that is not served here."""
+        if name is not None and name not in self.config.model_names:
+            known = ", ".join(self.config.model_names)
+            raise RequestError(
+                f"the model {name!r} does not exist; this server has: {known}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    def engine_figures(self) -> dict[str, float]:
+        """Numbers of the engine's stats, by name."""
+        stats = self.service.stats()
+        if not dataclasses.is_dataclass(stats):
+            return {}
+        values = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
+        return {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }

@@ -1,0 +1,285 @@
+"""Engine events to pieces of an answer, and pieces to one response or to chunks.
+
+Both forms are made of the same pieces: a response that is not streamed is the sum of its chunks.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning, Router
+from halfbyte.chat.vocabulary import Vocabulary
+from halfbyte.engine.request import (
+    FinishEvent,
+    GenerationRequest,
+    TokenLogprobs,
+    TokensEvent,
+)
+from halfbyte.errors import RequestError
+from halfbyte.server.backend import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """One token of the content with its log-probability, for `logprobs`."""
+
+    logprobs: TokenLogprobs
+    offset_chars: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Something new in one choice: a delta, log-probs of its tokens, or its end."""
+
+    index: int
+    delta: Delta | None = None
+    entries: tuple[TokenEntry, ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of a request; the same whether streamed or not."""
+
+    prompt_tokens: int
+    image_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def chat_body(self) -> dict[str, Any]:
+        """OpenAI's `usage` object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {
+                "cached_tokens": self.cached_tokens,
+                "image_tokens": self.image_tokens,
+            },
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
+        }
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer on its way: its router, and what its tokens were."""
+
+    index: int
+    request: GenerationRequest
+    router: Router
+    want_entries: bool = False
+    shown_chars: int = 0
+    num_tokens: int = 0
+    finish: FinishEvent | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    _entries: list[TokenEntry] = field(default_factory=list)
+
+    def feed(self, event: TokensEvent) -> list[Piece]:
+        """Pieces of new tokens; nothing after a stop string."""
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        deltas: list[Delta] = []
+        for position, token_id in enumerate(event.token_ids):
+            self.num_tokens += 1
+            is_wanted = self.want_entries and self.router.is_content(token_id)
+            if is_wanted and event.logprobs is not None:
+                self._entries.append(TokenEntry(event.logprobs[position], self.shown_chars))
+            deltas += self._count(self.router.feed(token_id))
+            if self.router.stopped_by is not None:
+                break
+        return self._pieces(deltas)
+
+    def end(self, reason: str) -> list[Piece]:
+        """The last pieces, with the finish reason."""
+        pieces = self._pieces(self._count(self.router.finish()))
+        if self.router.num_calls and reason == "stop":
+            reason = "tool_calls"
+        return [*pieces, Piece(self.index, None, self._take_entries(), reason)]
+
+    def _count(self, deltas: list[Delta]) -> list[Delta]:
+        self.shown_chars += sum(len(delta.text) for delta in deltas if isinstance(delta, Content))
+        return deltas
+
+    def _pieces(self, deltas: list[Delta]) -> list[Piece]:
+        return [
+            Piece(self.index, delta, self._take_entries() if isinstance(delta, Content) else ())
+            for delta in _joined(deltas)
+        ]
+
+    def _take_entries(self) -> tuple[TokenEntry, ...]:
+        entries, self._entries = tuple(self._entries), []
+        return entries
+
+
+@dataclass(slots=True)
+class Job:
+    """A validated request, ready to run: its choices and what its answer will be called."""
+
+    answer_id: str
+    created: int
+    choices: list[Choice]
+    usage: Usage
+    warnings: tuple[str, ...] = ()
+
+
+async def run(backend: Backend, job: Job) -> AsyncGenerator[list[Piece], None]:
+    """Pieces of all choices as they come. Closing it aborts what still runs."""
+    if len(job.choices) == 1:
+        pieces = _run_choice(backend, job, job.choices[0])
+        async with contextlib.aclosing(pieces):
+            async for batch in pieces:
+                yield batch
+        return
+    queue: asyncio.Queue[list[Piece] | BaseException | None] = asyncio.Queue()
+
+    async def feed_queue(choice: Choice) -> None:
+        try:
+            async with contextlib.aclosing(_run_choice(backend, job, choice)) as pieces:
+                async for batch in pieces:
+                    queue.put_nowait(batch)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(feed_queue(choice)) for choice in job.choices]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run_choice(
+    backend: Backend, job: Job, choice: Choice
+) -> AsyncGenerator[list[Piece], None]:
+    metrics = backend.metrics
+    start = previous = time.perf_counter()
+    reason = "abort"
+    try:
+        async with contextlib.aclosing(backend.service.generate(choice.request)) as events:
+            async for event in events:
+                if isinstance(event, FinishEvent):
+                    choice.finish = event
+                    reason = _finish_reason(event)
+                    break
+                if event.token_ids:
+                    now = time.perf_counter()
+                    if choice.num_tokens:
+                        metrics.token_seconds.observe(now - previous)
+                    else:
+                        metrics.first_token_seconds.observe(now - start)
+                    previous = now
+                pieces = choice.feed(event)
+                if choice.router.stopped_by is not None:
+                    yield pieces
+                    reason = "stop"
+                    break
+                if pieces:
+                    yield pieces
+            else:
+                raise RequestError("the engine has stopped", code="engine_dead", status=503)
+        _count_usage(job.usage, choice)
+        yield choice.end(reason)
+    finally:
+        metrics.request_seconds.observe(time.perf_counter() - start)
+        metrics.count_finish(reason)
+        _count_metrics(backend, choice)
+
+
+def _finish_reason(event: FinishEvent) -> str:
+    """ "stop" or "length"; an answer that ended otherwise is an error."""
+    if event.reason in ("stop", "length"):
+        return event.reason
+    message = event.message or "the answer was aborted"
+    raise RequestError(message, code="engine_error", status=503 if event.reason == "abort" else 500)
+
+
+def _count_usage(usage: Usage, choice: Choice) -> None:
+    finish = choice.finish
+    usage.completion_tokens += choice.num_tokens if finish is None else finish.completion_tokens
+    usage.reasoning_tokens += choice.router.num_reasoning_tokens
+    if finish is not None and choice.index == 0:
+        usage.cached_tokens = finish.cached_tokens
+
+
+def _count_metrics(backend: Backend, choice: Choice) -> None:
+    metrics, finish = backend.metrics, choice.finish
+    num_prompt = len(choice.request.prompt_token_ids)
+    num_answer = choice.num_tokens if finish is None else finish.completion_tokens
+    metrics.prompt_tokens += num_prompt
+    metrics.completion_tokens += num_answer
+    metrics.reasoning_tokens += choice.router.num_reasoning_tokens
+    metrics.cached_prompt_tokens += finish.cached_tokens if finish is not None else 0
+    metrics.prompt_size_tokens.observe(num_prompt)
+    metrics.answer_size_tokens.observe(num_answer)
+
+
+def _joined(deltas: Sequence[Delta]) -> list[Delta]:
+    """Neighbouring text of the same kind becomes one delta."""
+    joined: list[Delta] = []
+    for delta in deltas:
+        last = joined[-1] if joined else None
+        if isinstance(delta, Content) and isinstance(last, Content):
+            joined[-1] = Content(last.text + delta.text)
+        elif isinstance(delta, Reasoning) and isinstance(last, Reasoning):
+            joined[-1] = Reasoning(last.text + delta.text)
+        elif isinstance(delta, CallArguments) and isinstance(last, CallArguments):
+            joined[-1] = CallArguments(last.index, last.text + delta.text)
+        else:
+            joined.append(delta)
+    return joined
+
+
+@dataclass(slots=True)
+class Message:
+    """The sum of one choice's pieces."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[TokenEntry] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        """One more piece."""
+        delta = piece.delta
+        self.entries += piece.entries
+        if piece.finish_reason is not None:
+            self.finish_reason = piece.finish_reason
+        if isinstance(delta, Content):
+            self.content += delta.text
+        elif isinstance(delta, Reasoning):
+            self.reasoning += delta.text
+        elif isinstance(delta, CallStart):
+            function = {"name": delta.name, "arguments": ""}
+            self.calls.append({"id": delta.call_id, "type": "function", "function": function})
+        elif isinstance(delta, CallArguments):
+            self.calls[delta.index]["function"]["arguments"] += delta.text
+
+
+async def collect(backend: Backend, job: Job) -> list[Message]:
+    """Run a job to its end: one message a choice."""
+    messages = [Message() for _ in job.choices]
+    async with contextlib.aclosing(run(backend, job)) as pieces:
+        async for batch in pieces:
+            for piece in batch:
+                messages[piece.index].add(piece)
+    return messages
+
+
+def token_text(vocabulary: Vocabulary, token_id: int) -> str:
+    """A token as `logprobs` shows it."""
+    return vocabulary.piece(token_id) if token_id < vocabulary.size else f"<{token_id}>"

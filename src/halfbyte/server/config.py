@@ -1,0 +1,69 @@
+"""What a server is configured with; built once by the command, never written to.
+
+Every limit is on by default and shown at /health.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request, one key and the whole server may ask for.
+
+    queued_requests    answers admitted at once, running ones included; more get 429
+    requests_per_key   answers admitted at once for one API key
+    request_s          wall clock of one request, from its admission
+    drain_s            how long running answers may go on after SIGTERM
+    """
+
+    body_bytes: int = 64_000_000
+    messages: int = 4096
+    choices: int = 16
+    stops: int = 16
+    stop_chars: int = 1000
+    prompts: int = 128
+    tools: int = 256
+    images: int = 32
+    image_bytes: int = 20_000_000
+    image_pixels: int = 40_000_000
+    schema_bytes: int = 262_144
+    schema_depth: int = 64
+    compile_s: float = 10.0
+    queued_requests: int = 512
+    requests_per_key: int = 256
+    request_s: float = 3600.0
+    drain_s: float = 30.0
+    retry_after_s: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFetch:
+    """Whether http(s) image URLs are fetched (decision 0011); `data:` URLs always work.
+
+    hosts          exact names, or ".example.com" for a domain and what is below it; "*" for any
+    """
+
+    hosts: tuple[str, ...] = ()
+    max_redirects: int = 3
+    deadline_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """One server.
+
+    model_names     names that requests may use; responses carry the first
+    max_model_len   most tokens of a prompt and its answer together
+    vocab_size      rows of the model's head, padding included
+    api_keys        empty = no key is asked for
+    facts           further lines for /health: resolved engine configuration, fallbacks
+    """
+
+    model_names: tuple[str, ...]
+    max_model_len: int
+    vocab_size: int
+    api_keys: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    image_fetch: ImageFetch = field(default_factory=ImageFetch)
+    vllm_metric_names: bool = False
+    facts: tuple[tuple[str, object], ...] = ()

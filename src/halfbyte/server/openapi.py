@@ -1,0 +1,83 @@
+"""The OpenAPI document: bodies are read by `wire` itself, so they are described here."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from halfbyte.server import wire
+from halfbyte.server.wire import Wire
+
+_ERROR = {
+    "description": "An error, always of this form",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+BODIES: tuple[type[Wire], ...] = (
+    wire.ChatRequest,
+    wire.CompletionRequest,
+    wire.TokenizeRequest,
+    wire.DetokenizeRequest,
+)
+STATUSES = (400, 401, 404, 405, 413, 429, 500, 503, 504)
+
+
+def request_body(kind: type[Wire], returns: str) -> dict[str, Any]:
+    """Keyword arguments of a POST route that takes `kind`; `returns` names its answer."""
+    reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    success = {"application/json": {"schema": {"type": "object", "title": returns}}}
+    if "stream" in kind.model_fields:
+        success["text/event-stream"] = {"schema": {"type": "string"}}
+    return {
+        "openapi_extra": {
+            "x-body": kind.__name__,
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": reference}},
+            },
+        },
+        "responses": {200: {"description": returns, "content": success}},
+    }
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The document, made once: routes, the bodies they take, the one error they give."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas.clear()
+    schemas["Error"] = _ERROR_SCHEMA
+    bodies = {kind.__name__: kind for kind in BODIES}
+    for path in document["paths"].values():
+        for operation in path.values():
+            name = operation.pop("x-body", None)
+            if name is not None:
+                kind = bodies[name]
+                schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas |= schema.pop("$defs", {})
+                schemas[kind.__name__] = schema
+            operation["responses"].pop("422", None)
+            for status in STATUSES:
+                operation["responses"].setdefault(str(status), _ERROR)
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    app.openapi_schema = document
+    return document

@@ -1,0 +1,419 @@
+"""Validated requests to jobs: images, tokens, limits, grammars, sampling parameters.
+
+Whatever takes long - decoding images, encoding, compiling grammars - runs in threads.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from halfbyte.chat import grammar
+from halfbyte.chat.grammar import CompiledGrammar, Mask, ThoughtMask
+from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_image
+from halfbyte.chat.prompt import ControlTokens, EncodedPrompt
+from halfbyte.chat.router import Router
+from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
+from halfbyte.errors import RequestError
+from halfbyte.server import wire
+from halfbyte.server.backend import Backend
+from halfbyte.server.completion import Choice, Job, Usage
+from halfbyte.server.fetch import fetch_image
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds an answer: a compiled grammar, and the tools that may be called."""
+
+    compiled: CompiledGrammar | None = None
+    tool_names: frozenset[str] = frozenset()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.compiled.warnings if self.compiled is not None else ()
+
+
+async def chat_job(backend: Backend, request: wire.ChatRequest) -> Job:
+    """A job from a chat request that has passed `check_sampling`.
+
+    Raises RequestError for everything that is the client's.
+    """
+    limits = backend.config.limits
+    check_count(len(request.messages), limits.messages, "messages")
+    check_count(len(request.tools or ()), limits.tools, "tools")
+    rules = await _chat_rules(backend, request)
+    thinking = _may_think(backend, request)
+    prompt = await encode_messages(
+        backend,
+        request.messages,
+        tools=[tool.model_dump() for tool in request.tools or ()],
+        reasoning_effort=request.reasoning_effort,
+        json_schema=_shown_schema(request.response_format),
+        continue_final=request.continue_final_message,
+    )
+    max_tokens = resolve_max_tokens(
+        backend, len(prompt.token_ids), request.max_completion_tokens or request.max_tokens
+    )
+    banned = backend.banned_in_chat(thinking=thinking, tools=bool(rules.tool_names))
+    answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+    images = await asyncio.to_thread(_image_inputs, prompt)
+    choices = []
+    for index in range(request.n):
+        params = sampling_params(
+            backend,
+            request,
+            index,
+            max_tokens=max_tokens,
+            banned=banned,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        )
+        mask = _mask(backend, rules, banned, thinking, request.max_reasoning_tokens)
+        generation = GenerationRequest(
+            f"{answer_id}-{index}", prompt.token_ids, params, mask, images
+        )
+        router = Router(
+            backend.chat.vocabulary,
+            backend.chat.control,
+            stops=request.stops,
+            tool_names=rules.tool_names,
+        )
+        choices.append(Choice(index, generation, router, want_entries=request.logprobs))
+    usage = Usage(
+        len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
+    )
+    return Job(answer_id, int(time.time()), choices, usage, rules.warnings)
+
+
+async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
+    """A job from a plain completion request: `n` choices of each prompt, in order."""
+    prompts = request.prompts
+    rules = Rules(await _compile_format(backend, request.response_format))
+    banned = backend.banned_in_text()
+    answer_id = f"cmpl-{uuid.uuid4().hex}"
+    choices: list[Choice] = []
+    num_prompt_tokens = 0
+    for prompt in prompts:
+        token_ids = await _prompt_ids(backend, prompt)
+        num_prompt_tokens += len(token_ids)
+        # Zero tokens only score the prompt; the engine generates one, which is not shown.
+        max_tokens = resolve_max_tokens(backend, len(token_ids), max(request.max_tokens, 1))
+        for _ in range(request.n):
+            index = len(choices)
+            params = sampling_params(
+                backend,
+                request,
+                index,
+                max_tokens=max_tokens,
+                banned=banned,
+                logprobs=request.logprobs,
+                prompt_logprobs=request.logprobs if request.echo else None,
+            )
+            mask = _mask(backend, rules, banned, False, None)
+            generation = GenerationRequest(f"{answer_id}-{index}", token_ids, params, mask)
+            router = Router(backend.chat.vocabulary, ControlTokens(), stops=request.stops)
+            want_entries = request.logprobs is not None
+            choices.append(Choice(index, generation, router, want_entries=want_entries))
+    return Job(answer_id, int(time.time()), choices, Usage(num_prompt_tokens), rules.warnings)
+
+
+# --- prompts --------------------------------------------------------------------------------
+
+
+async def encode_messages(
+    backend: Backend,
+    messages: Sequence[wire.Message],
+    *,
+    tools: Sequence[Mapping[str, Any]],
+    reasoning_effort: str | None,
+    json_schema: Mapping[str, Any] | None = None,
+    continue_final: bool,
+) -> EncodedPrompt:
+    """Token ids of a conversation, its images fetched and decoded."""
+    plain = [message.model_dump(exclude_none=True) for message in messages]
+    await _resolve_images(backend, plain)
+
+    def encode() -> EncodedPrompt:
+        return backend.chat.encode(
+            plain,
+            tools=tools,
+            reasoning_effort=reasoning_effort,
+            json_schema=json_schema,
+            continue_final=continue_final,
+        )
+
+    return await asyncio.to_thread(encode)
+
+
+async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> None:
+    """Replace image URLs by decoded images, and thoughts in parts by their text, in place."""
+    limits = backend.config.limits
+    image_limits = ImageLimits(limits.image_bytes, limits.image_pixels)
+    num_images = 0
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, list):
+            continue
+        for number, part in enumerate(content):
+            if part["type"] == "thinking" and isinstance(part["thinking"], list):
+                part["thinking"] = "".join(text["text"] for text in part["thinking"])
+            if part["type"] != "image_url":
+                continue
+            path = f"messages[{index}].content[{number}].image_url"
+            num_images += 1
+            check_count(num_images, limits.images, "messages", what="images")
+            if backend.chat.image_layout is None:
+                raise RequestError(
+                    f"{path}: this model takes text only", param=path, code="unsupported_content"
+                )
+            value = part["image_url"]
+            url = value if isinstance(value, str) else value["url"]
+            content[number] = {
+                "type": "image",
+                "image": await _load_image(backend, url, path, image_limits),
+            }
+
+
+async def _load_image(backend: Backend, url: str, path: str, limits: ImageLimits) -> Image.Image:
+    if url[:5].lower() == "data:":
+
+        def decode() -> Image.Image:
+            return decode_image(data_url_bytes("data:" + url[5:], path, limits), path, limits)
+
+        return await asyncio.to_thread(decode)
+    data = await fetch_image(url, path, backend.config.image_fetch, limits.max_bytes)
+    return await asyncio.to_thread(decode_image, data, path, limits)
+
+
+def _image_inputs(prompt: EncodedPrompt) -> tuple[ImageInput, ...]:
+    return tuple(
+        ImageInput.of(image.pixels, image.offset, image.num_tokens) for image in prompt.images
+    )
+
+
+async def _prompt_ids(backend: Backend, prompt: str | list[int]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        encoded = await asyncio.to_thread(backend.chat.encode_prompt, prompt)
+        if not encoded.token_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        return encoded.token_ids
+    check_token_ids(backend, prompt, "prompt")
+    return tuple(prompt)
+
+
+def check_token_ids(backend: Backend, token_ids: Sequence[int], param: str) -> None:
+    """400 for ids that are no tokens; image tokens without an image included."""
+    size = backend.chat.vocabulary.size
+    layout = backend.chat.image_layout
+    for token_id in token_ids:
+        if not 0 <= token_id < size:
+            raise RequestError(
+                f"{param}: token id {token_id} is outside the {size} known ones", param=param
+            )
+        if layout is not None and token_id == layout.image_token_id and param == "prompt":
+            raise RequestError(f"{param}: an image token without an image", param=param)
+
+
+# --- limits and parameters ------------------------------------------------------------------
+
+
+def check_count(count: int, limit: int, param: str, *, what: str | None = None) -> None:
+    """400 for more of something than the limit."""
+    if count > limit:
+        raise RequestError(
+            f"{param}: {count} {what or 'entries'}; the limit is {limit}",
+            param=param,
+            code="limit_exceeded",
+        )
+
+
+def check_sampling(backend: Backend, request: wire.Sampling) -> None:
+    """Model name and the limits of what every completion has; cheap, done before admission."""
+    backend.check_model(request.model)
+    limits = backend.config.limits
+    check_count(request.n, limits.choices, "n", what="choices")
+    check_count(len(request.stops), limits.stops, "stop", what="stop strings")
+    for stop in request.stops:
+        check_count(len(stop), limits.stop_chars, "stop", what="characters in one stop string")
+    if isinstance(request, wire.CompletionRequest):
+        check_count(len(request.prompts) * request.n, limits.prompts, "prompt", what="answers")
+    check_token_ids(backend, [int(key) for key in request.logit_bias or ()], "logit_bias")
+    check_token_ids(backend, request.stop_token_ids or (), "stop_token_ids")
+
+
+def resolve_max_tokens(backend: Backend, num_prompt_tokens: int, asked: int | None) -> int:
+    """Tokens that an answer may have; 400 if prompt and answer do not fit the context."""
+    context = backend.config.max_model_len
+    if num_prompt_tokens + (asked or 1) > context:
+        answer = f" and {asked} for the answer" if asked else " and room for an answer"
+        raise RequestError(
+            f"this model's context is {context} tokens; the request needs {num_prompt_tokens} for "
+            f"the prompt{answer}",
+            param="messages" if asked is None else "max_tokens",
+            code="context_length_exceeded",
+        )
+    return asked or context - num_prompt_tokens
+
+
+def sampling_params(
+    backend: Backend,
+    request: wire.Sampling,
+    index: int,
+    *,
+    max_tokens: int,
+    banned: tuple[int, ...],
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """Parameters of one choice; choices of one seed get consecutive seeds."""
+    ends = () if request.ignore_eos else backend.chat.vocabulary.eos_token_ids
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(request.top_k, 0),
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        seed=None if request.seed is None else request.seed + index,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        logit_bias={int(key): bias for key, bias in (request.logit_bias or {}).items()},
+        banned_token_ids=banned,
+        stop_token_ids=(*ends, *(request.stop_token_ids or ())),
+        ignore_eos=request.ignore_eos,
+        min_tokens=request.min_tokens,
+    )
+    params.validate(backend.config.vocab_size)
+    return params
+
+
+# --- rules of an answer ---------------------------------------------------------------------
+
+
+def _may_think(backend: Backend, request: wire.ChatRequest) -> bool:
+    """Whether the answer may hold a thought: the effort says so, where the model knows efforts."""
+    chat = backend.chat
+    effort = request.reasoning_effort or chat.default_effort
+    thinking = chat.control.has_thinking and (not chat.reasoning_efforts or effort != "none")
+    if request.max_reasoning_tokens is not None and not chat.control.has_thinking:
+        raise RequestError(
+            "max_reasoning_tokens: this model has no thoughts",
+            param="max_reasoning_tokens",
+            code="unsupported_parameter",
+        )
+    return thinking
+
+
+def _tool_choice(backend: Backend, request: wire.ChatRequest) -> str:
+    """ "none", "auto", "required" or the name of one tool."""
+    tools = [tool.function.name for tool in request.tools or ()]
+    choice = request.tool_choice
+    if choice is None:
+        choice = "auto" if tools else "none"
+    if choice in ("none", "auto") and not tools:
+        return "none"
+    if len(set(tools)) < len(tools):
+        raise RequestError("tools: two tools have the same name", param="tools")
+    name = choice.function.name if isinstance(choice, wire.NamedTool) else choice
+    if isinstance(choice, wire.NamedTool) and name not in tools:
+        raise RequestError(f"tool_choice: no tool is called {name!r}", param="tool_choice")
+    if not tools:
+        raise RequestError(f"tool_choice {name!r} needs tools", param="tool_choice")
+    if name != "none" and not backend.chat.control.has_tools:
+        raise RequestError(
+            "tools: this model's format has no tool calls; tool_choice 'none' or a json_schema "
+            "response_format works",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    return name
+
+
+async def _chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
+    choice = _tool_choice(backend, request)
+    if choice == "none":
+        return Rules(await _compile_format(backend, request.response_format))
+    tools = [tool.model_dump() for tool in request.tools or ()]
+    for index, tool in enumerate(tools):
+        backend.compiler.check_depth(
+            tool["function"]["parameters"], f"tools[{index}].function.parameters"
+        )
+    answer = None
+    if request.response_format is not None and request.response_format.type != "text":
+        answer = _format_grammar(backend, request.response_format)
+        if not request.response_format.type.startswith("json") or choice != "auto":
+            raise RequestError(
+                "response_format: together with tools only json_object and json_schema work, and "
+                "only with tool_choice 'auto'",
+                param="response_format",
+            )
+    lark = grammar.tools_grammar(
+        tools,
+        backend.chat.control,
+        choice=choice,
+        parallel=request.parallel_tool_calls,
+        answer=answer,
+    )
+    compiled = await _compile(backend, lark, "tools")
+    return Rules(compiled, frozenset(tool["function"]["name"] for tool in tools))
+
+
+async def _compile_format(
+    backend: Backend, response_format: wire.ResponseFormat | None
+) -> CompiledGrammar | None:
+    if response_format is None or response_format.type == "text":
+        return None
+    return await _compile(backend, _format_grammar(backend, response_format), "response_format")
+
+
+def _format_grammar(backend: Backend, form: wire.ResponseFormat) -> str:
+    """The grammar of a response format, its schema checked for depth."""
+    if isinstance(form, wire.JsonSchemaFormat):
+        schema = form.json_schema.schema_ or {"type": "object"}
+        backend.compiler.check_depth(schema, "response_format.json_schema.schema")
+        return grammar.json_schema_grammar(schema, lenient=not form.json_schema.strict)
+    if isinstance(form, wire.JsonObjectFormat):
+        return grammar.json_schema_grammar({"type": "object"}, lenient=False)
+    if isinstance(form, wire.RegexFormat):
+        return grammar.regex_grammar(form.regex)
+    if isinstance(form, wire.ChoiceFormat):
+        return grammar.choice_grammar(form.choices)
+    assert isinstance(form, wire.GrammarFormat)
+    return form.grammar
+
+
+async def _compile(backend: Backend, lark: str, param: str) -> CompiledGrammar:
+    """Compile in a thread. One over the time limit goes on there, bounded by its own fuel."""
+    try:
+        async with asyncio.timeout(backend.config.limits.compile_s):
+            return await asyncio.to_thread(backend.compiler.compile, lark, param)
+    except TimeoutError as error:
+        message = f"{param}: compiling took longer than {backend.config.limits.compile_s:g} s"
+        raise RequestError(message, param=param, code="schema_too_complex") from error
+
+
+def _mask(
+    backend: Backend,
+    rules: Rules,
+    banned: tuple[int, ...],
+    thinking: bool,
+    budget: int | None,
+) -> Mask | None:
+    inner = backend.compiler.mask(rules.compiled, banned) if rules.compiled is not None else None
+    if not thinking or (inner is None and budget is None):
+        return inner
+    return ThoughtMask(backend.chat.vocabulary, backend.chat.control, inner, budget)
+
+
+def _shown_schema(form: wire.ResponseFormat | None) -> Mapping[str, Any] | None:
+    """The schema that models with a place for it are told about."""
+    if isinstance(form, wire.JsonSchemaFormat):
+        return form.json_schema.schema_
+    if isinstance(form, wire.JsonObjectFormat):
+        return {"type": "object"}
+    return None

@@ -1,0 +1,56 @@
+"""Exceptions to OpenAI error bodies and statuses: the one file that knows both."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from halfbyte.errors import CapacityError, HalfbyteError, RequestError
+from halfbyte.log import logger
+
+# OpenAI's `type` by status; clients of other servers switch on it.
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+def error_body(
+    message: str, status: int, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The one error object of every route, streams included."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def status_and_body(error: Exception) -> tuple[int, dict[str, Any]]:
+    """What a client is told about an exception; internals stay inside."""
+    if isinstance(error, RequestError):
+        body = error_body(str(error), error.status, param=error.param, code=error.code)
+        return error.status, body
+    if isinstance(error, CapacityError):
+        return 503, error_body(str(error), 503, code="over_capacity")
+    if isinstance(error, HalfbyteError):
+        logger.error("request failed: %s", error)
+        return 500, error_body(str(error), 500, code="internal_error")
+    logger.exception("request failed", exc_info=error)
+    return 500, error_body("the server failed on this request", 500, code="internal_error")
+
+
+def response_of(error: Exception, retry_after_s: int = 2) -> JSONResponse:
+    """An error response; 429 and 503 say when to come back, 401 how to identify."""
+    status, body = status_and_body(error)
+    headers = {}
+    if status in (429, 503):
+        headers["Retry-After"] = str(retry_after_s)
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="halfbyte", charset="UTF-8"'
+    return JSONResponse(body, status_code=status, headers=headers)

@@ -1,0 +1,150 @@
+"""/v1/completions: plain continuations, with echo and the older form of log-probs."""
+
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from halfbyte.engine.request import TokenLogprobs
+from halfbyte.server import wire
+from halfbyte.server.backend import Backend
+from halfbyte.server.chat_api import warning_headers
+from halfbyte.server.completion import Choice, Job, Message, TokenEntry, collect, run, token_text
+from halfbyte.server.prepare import check_sampling, text_job
+from halfbyte.server.stream import DONE, frame
+
+
+async def text_response(
+    backend: Backend, request: wire.CompletionRequest, key: str, headers: dict[str, str]
+) -> dict[str, Any]:
+    """All choices in one piece."""
+    check_sampling(backend, request)
+    with backend.admission.admit(key, request.n * len(request.prompts)):
+        job = await text_job(backend, request)
+        headers |= warning_headers(job)
+        messages = await collect(backend, job)
+    choices = []
+    for choice, message in zip(job.choices, messages, strict=True):
+        echo = _echo(backend, request, choice)
+        answer = _answer(backend, request, message, len(echo["text"]))
+        choices.append(_body(choice.index, _sum(echo, answer), message.finish_reason))
+    return {**_head(backend, job), "choices": choices, "usage": _usage(request, job)}
+
+
+async def text_frames(
+    backend: Backend, request: wire.CompletionRequest, key: str, headers: dict[str, str]
+) -> AsyncGenerator[bytes, None]:
+    """All choices as server-sent events."""
+    options = request.stream_options or wire.StreamOptions()
+    check_sampling(backend, request)
+    with backend.admission.admit(key, request.n * len(request.prompts)):
+        job = await text_job(backend, request)
+        headers |= warning_headers(job)
+        head = _head(backend, job)
+        lengths: dict[int, int] = {}
+        async with contextlib.aclosing(run(backend, job)) as batches:
+            async for batch in batches:
+                frames = []
+                for piece in batch:
+                    message = Message()
+                    message.add(piece)
+                    part = _answer(backend, request, message, lengths.get(piece.index, 0))
+                    if piece.index not in lengths:
+                        echo = _echo(backend, request, job.choices[piece.index])
+                        lengths[piece.index] = len(echo["text"])
+                        part = _sum(echo, _answer(backend, request, message, lengths[piece.index]))
+                    frames.append(
+                        frame({**head, "choices": [_body(piece.index, part, piece.finish_reason)]})
+                    )
+                yield b"".join(frames)
+        if options.include_usage:
+            yield frame({**head, "choices": [], "usage": _usage(request, job)})
+        yield DONE
+
+
+def _head(backend: Backend, job: Job) -> dict[str, Any]:
+    return {
+        "id": job.answer_id,
+        "object": "text_completion",
+        "created": job.created,
+        "model": backend.config.model_names[0],
+    }
+
+
+def _body(index: int, part: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": part["text"],
+        "logprobs": part["logprobs"],
+        "finish_reason": reason,
+    }
+
+
+def _usage(request: wire.CompletionRequest, job: Job) -> dict[str, Any]:
+    usage = job.usage.chat_body()
+    if request.max_tokens == 0:
+        usage["completion_tokens"] = 0
+        usage["total_tokens"] = usage["prompt_tokens"]
+    return usage
+
+
+def _answer(
+    backend: Backend, request: wire.CompletionRequest, message: Message, offset: int
+) -> dict[str, Any]:
+    """Text and log-probs of generated tokens; nothing when only the prompt was to be scored."""
+    hide = request.max_tokens == 0
+    entries = [] if hide else message.entries
+    return {
+        "text": "" if hide else message.content,
+        "logprobs": _logprobs(backend, request, entries, offset),
+    }
+
+
+def _echo(backend: Backend, request: wire.CompletionRequest, choice: Choice) -> dict[str, Any]:
+    """Text and log-probs of the prompt, if they were asked for. The first token has none."""
+    if not request.echo:
+        return {"text": "", "logprobs": _logprobs(backend, request, [], 0)}
+    vocabulary = backend.chat.vocabulary
+    token_ids = choice.request.prompt_token_ids
+    text = vocabulary.decode(token_ids)
+    if request.logprobs is None:
+        return {"text": text, "logprobs": None}
+    entries: list[TokenEntry] = []
+    position = 0
+    scored = [None, *choice.prompt_logprobs]
+    for token_id, logprobs in zip(token_ids, scored, strict=True):
+        one = logprobs or TokenLogprobs(token_id, float("nan"))
+        entries.append(TokenEntry(one, position))
+        position += len(vocabulary.decode((token_id,)))
+    return {"text": text, "logprobs": _logprobs(backend, request, entries, 0)}
+
+
+def _logprobs(
+    backend: Backend, request: wire.CompletionRequest, entries: list[TokenEntry], offset: int
+) -> dict[str, Any] | None:
+    if request.logprobs is None:
+        return None
+    vocabulary = backend.chat.vocabulary
+
+    def text(token_id: int) -> str:
+        return token_text(vocabulary, token_id)
+
+    def finite(logprob: float) -> float | None:
+        return None if logprob != logprob else max(logprob, -9999.0)
+
+    return {
+        "tokens": [text(entry.logprobs.token_id) for entry in entries],
+        "token_logprobs": [finite(entry.logprobs.logprob) for entry in entries],
+        "top_logprobs": [
+            {text(token_id): finite(value) for token_id, value in entry.logprobs.top} or None
+            for entry in entries
+        ],
+        "text_offset": [offset + entry.offset_chars for entry in entries],
+    }
+
+
+def _sum(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two neighbouring parts of one choice."""
+    logprobs = first["logprobs"]
+    if logprobs is not None:
+        logprobs = {key: values + second["logprobs"][key] for key, values in logprobs.items()}
+    return {"text": first["text"] + second["text"], "logprobs": logprobs}

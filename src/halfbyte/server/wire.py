@@ -1,0 +1,492 @@
+"""OpenAI request types, read strictly.
+
+Types and ranges are checked, nothing is converted. A field we do not know is refused by name: its
+sender expects it to change something. Fields known to change nothing here are listed in IGNORED,
+with their reason in docs/api.md. A null means absent.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import pydantic_core
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from halfbyte.errors import RequestError
+
+
+class Wire(BaseModel):
+    """Base of everything a client sends: strict, closed, finite."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, hide_input_in_errors=True
+    )
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_absent(cls, value: Any) -> Any:
+        """Nulls are absent; fields that change nothing are taken out by name."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: item for key, item in value.items() if item is not None and key not in cls.IGNORED
+        }
+
+
+# --- messages -------------------------------------------------------------------------------
+
+
+class TextPart(Wire):
+    IGNORED = frozenset({"cache_control", "annotations"})
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Wire):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+def _url_form(value: Any) -> str:
+    return "string" if isinstance(value, str) else "object"
+
+
+class ImagePart(Wire):
+    IGNORED = frozenset({"cache_control"})
+    type: Literal["image_url"]
+    image_url: Annotated[
+        Annotated[str, Tag("string")] | Annotated[ImageUrl, Tag("object")],
+        Discriminator(_url_form),
+    ]
+
+    @property
+    def url(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+
+class RefusalPart(Wire):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ThinkingText(Wire):
+    type: Literal["text"]
+    text: str
+
+
+def _thinking_form(value: Any) -> str:
+    return "string" if isinstance(value, str) else "list"
+
+
+class ThinkingPart(Wire):
+    IGNORED = frozenset({"closed", "signature"})
+    type: Literal["thinking"]
+    thinking: Annotated[
+        Annotated[str, Tag("string")] | Annotated[list[ThinkingText], Tag("list")],
+        Discriminator(_thinking_form),
+    ]
+
+
+def _content_form(value: Any) -> str:
+    return "parts" if isinstance(value, list) else "string"
+
+
+_TextParts = Annotated[
+    Annotated[str, Tag("string")] | Annotated[list[TextPart], Tag("parts")],
+    Discriminator(_content_form),
+]
+_UserParts = Annotated[
+    Annotated[str, Tag("string")]
+    | Annotated[
+        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+        Tag("parts"),
+        Field(min_length=1),
+    ],
+    Discriminator(_content_form),
+]
+_AssistantParts = Annotated[
+    Annotated[str, Tag("string")]
+    | Annotated[
+        list[Annotated[TextPart | RefusalPart | ThinkingPart, Field(discriminator="type")]],
+        Tag("parts"),
+    ],
+    Discriminator(_content_form),
+]
+
+# Fields that answers and other servers put into messages; none of them reaches a prompt.
+_MESSAGE_IGNORED = frozenset(
+    {"name", "cache_control", "annotations", "audio", "refusal", "id", "status", "metadata"}
+)
+
+
+class SystemMessage(Wire):
+    IGNORED = _MESSAGE_IGNORED
+    role: Literal["system", "developer"]
+    content: _TextParts
+
+
+class UserMessage(Wire):
+    IGNORED = _MESSAGE_IGNORED
+    role: Literal["user"]
+    content: _UserParts
+
+
+class CalledFunction(Wire):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    arguments: str
+
+
+class ToolCall(Wire):
+    IGNORED = frozenset({"index", "extra_content"})
+    id: str = Field(min_length=1, max_length=512)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class AssistantMessage(Wire):
+    IGNORED = _MESSAGE_IGNORED | {
+        "reasoning_details",
+        "provider_specific_fields",
+        "thinking_blocks",
+        "function_call",
+    }
+    role: Literal["assistant"]
+    content: _AssistantParts | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=256)
+
+    @model_validator(mode="after")
+    def _one_thought(self) -> "AssistantMessage":
+        both = self.reasoning is not None and self.reasoning_content is not None
+        if both and self.reasoning != self.reasoning_content:
+            raise ValueError("reasoning and reasoning_content differ; send one of them")
+        return self
+
+
+class ToolMessage(Wire):
+    IGNORED = _MESSAGE_IGNORED
+    role: Literal["tool"]
+    tool_call_id: str = Field(min_length=1, max_length=512)
+    content: _TextParts
+
+
+Message = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]
+
+
+# --- tools and formats ----------------------------------------------------------------------
+
+
+class Function(Wire):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
+class Tool(Wire):
+    IGNORED = frozenset({"cache_control"})
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Wire):
+    name: str
+
+
+class NamedTool(Wire):
+    type: Literal["function"]
+    function: FunctionName
+
+
+def _choice_form(value: Any) -> str:
+    return "object" if isinstance(value, dict) else "string"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("string")]
+    | Annotated[NamedTool, Tag("object")],
+    Discriminator(_choice_form),
+]
+
+
+class TextFormat(Wire):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Wire):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Wire):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str = ""
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool = False
+
+
+class JsonSchemaFormat(Wire):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class RegexFormat(Wire):
+    type: Literal["regex"]
+    regex: str = Field(min_length=1)
+
+
+class ChoiceFormat(Wire):
+    type: Literal["choice"]
+    choices: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=10_000)
+
+
+class GrammarFormat(Wire):
+    type: Literal["grammar"]
+    grammar: str = Field(min_length=1)
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat | GrammarFormat,
+    Field(discriminator="type"),
+]
+
+
+# --- requests -------------------------------------------------------------------------------
+
+
+class StreamOptions(Wire):
+    IGNORED = frozenset({"include_obfuscation"})
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+def _stop_form(value: Any) -> str:
+    return "list" if isinstance(value, list) else "string"
+
+
+Stop = Annotated[
+    Annotated[str, Tag("string"), Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Tag("list")],
+    Discriminator(_stop_form),
+]
+
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class Sampling(Wire):
+    """Fields that chat and plain completions share."""
+
+    model: str
+    n: int = Field(default=1, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, gt=0.01, le=100)
+    seed: Int64 | None = None
+    stop: Stop | None = None
+    stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int = Field(default=0, ge=0)
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings, however they were sent."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _bias_of_tokens(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key, bias in (value or {}).items():
+            if not key.isascii() or not key.isdigit() or len(key) > 9:
+                raise ValueError(f"{key!r} is not a token id")
+            if not -100 <= bias <= 100:
+                raise ValueError(f"the bias of token {key} must be in [-100, 100]")
+        return value
+
+    @model_validator(mode="after")
+    def _options_of_streams(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+
+# Accounting, routing and storage of a hosted service; none of them changes an answer.
+_REQUEST_IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
+)
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    IGNORED = _REQUEST_IGNORED
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
+    max_reasoning_tokens: int | None = Field(default=None, ge=0)
+    continue_final_message: bool = False
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        both = self.max_tokens is not None and self.max_completion_tokens is not None
+        if both and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
+        return self
+
+
+def _prompt_form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "string"
+    first = value[0] if value else 0
+    if isinstance(first, str):
+        return "strings"
+    return "lists of tokens" if isinstance(first, list) else "tokens"
+
+
+_Tokens = Annotated[list[int], Field(min_length=1)]
+Prompt = Annotated[
+    Annotated[str, Tag("string")]
+    | Annotated[list[str], Tag("strings")]
+    | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[list[_Tokens], Tag("lists of tokens")],
+    Discriminator(_prompt_form),
+]
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    IGNORED = _REQUEST_IGNORED
+    prompt: Prompt
+    max_tokens: int = Field(default=16, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool = False
+    best_of: int | None = Field(default=None, ge=1)
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != self.n:
+            raise ValueError("best_of is supported only when it equals n")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens may be 0 only together with echo")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, however they were sent."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [item for item in self.prompt if not isinstance(item, int)]
+
+
+class TokenizeRequest(Wire):
+    """POST /tokenize: a plain prompt, or a conversation as the model would see it."""
+
+    IGNORED = frozenset({"add_generation_prompt"})
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    tools: list[Tool] | None = None
+    reasoning_effort: str | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Wire):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+# --- reading --------------------------------------------------------------------------------
+
+Request = TypeVar("Request", bound=Wire)
+
+
+def parse_json(body: bytes) -> Any:
+    """JSON of a body. RequestError for what is not: NaN, lone surrogates, endless nesting."""
+    try:
+        return pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+
+
+def parse(kind: type[Request], value: Any) -> Request:
+    """Validate a decoded body; the first problem becomes a RequestError with its path."""
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_json")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        path = _path(problem["loc"], value)
+        text = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown field: {path}"
+            raise RequestError(message, param=path, code="unknown_parameter") from error
+        code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
+        message = f"{path}: {text}" if path else text
+        raise RequestError(message, param=path or None, code=code) from error
+
+
+def _path(location: tuple[str | int, ...], value: Any) -> str:
+    """`messages[0].content` from pydantic's location, without the names of union members.
+
+    What steps into the value is a key or an index; a last step that does not is a missing field.
+    """
+    path = ""
+    for position, step in enumerate(location):
+        is_last = position == len(location) - 1
+        if isinstance(step, int) and isinstance(value, list) and step < len(value):
+            path, value = f"{path}[{step}]", value[step]
+        elif isinstance(step, str) and isinstance(value, dict) and (step in value or is_last):
+            path, value = f"{path}.{step}" if path else step, value.get(step)
+    return path

@@ -1,0 +1,101 @@
+from typing import Any
+
+import pytest
+
+from server.conftest import Bench, MakeBench
+
+EOS = 2
+
+
+async def both(bench: Bench, **request: Any) -> dict[str, Any]:
+    """Streamed and not, which must agree; the choices as plain data."""
+    client = bench.openai()
+    whole = await client.completions.create(model="m", **request)
+    stream = await client.completions.create(
+        model="m", **request, stream=True, stream_options={"include_usage": True}
+    )
+    texts: dict[int, str] = {}
+    logprobs: dict[int, dict[str, list[Any]]] = {}
+    usage = None
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            if choice.logprobs is not None:
+                mine = logprobs.setdefault(choice.index, {})
+                for key, values in choice.logprobs.model_dump().items():
+                    mine[key] = mine.get(key, []) + values
+    assert usage == whole.usage
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text
+        if choice.logprobs is not None:
+            assert logprobs[choice.index] == choice.logprobs.model_dump()
+    return {"texts": texts, "logprobs": logprobs.get(0), "usage": whole.usage}
+
+
+async def test_prompts_in_every_form(make_bench: MakeBench) -> None:
+    bench = make_bench(" world", EOS)
+    ids = bench.ids("Hello")
+    for prompt in ("Hello", ["Hello"], [1, *ids], [[1, *ids]]):
+        assert (await both(bench, prompt=prompt))["texts"] == {0: " world"}
+        assert bench.service.requests[-1].prompt_token_ids == (1, *ids)
+
+
+async def test_several_prompts_and_choices_are_in_order(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.service.script = lambda r: bench.ids(f"answer {r.request_id[-1]}", EOS)
+    answer = await both(bench, prompt=["a", "b"], n=2)
+    assert answer["texts"] == {i: f"answer {i}" for i in range(4)}
+    assert answer["usage"].prompt_tokens == 4
+
+
+async def test_echo_with_logprobs_scores_the_prompt(make_bench: MakeBench) -> None:
+    bench = make_bench(" éx", EOS)
+    answer = await both(bench, prompt="Hello é", echo=True, logprobs=1)
+    assert answer["texts"] == {0: "Hello é éx"}
+    found = answer["logprobs"]
+    prompt, text = bench.ids("Hello é"), bench.ids(" éx")
+    assert found["token_logprobs"] == [None, *[-i / 1000 for i in (*prompt, *text)]]
+    assert len(found["tokens"]) == len(found["text_offset"]) == 1 + len(prompt) + len(text)
+    assert found["text_offset"] == sorted(found["text_offset"])
+    assert found["top_logprobs"][0] is None and found["top_logprobs"][1]
+
+
+async def test_zero_tokens_score_the_prompt_only(make_bench: MakeBench) -> None:
+    bench = make_bench("never shown", EOS)
+    answer = await both(bench, prompt="Hello", echo=True, logprobs=0, max_tokens=0)
+    assert answer["texts"] == {0: "Hello"}
+    assert len(answer["logprobs"]["tokens"]) == 1 + len(bench.ids("Hello"))
+    assert answer["usage"].completion_tokens == 0
+
+
+async def test_default_is_sixteen_tokens(make_bench: MakeBench) -> None:
+    bench = make_bench("a b c d e f g h i j k l m n o p q r s t", EOS)
+    assert (await both(bench, prompt="x"))["usage"].completion_tokens == 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": []},
+        {"prompt": [[]]},
+        {"prompt": [99999]},
+        {"prompt": [-1]},
+        {"prompt": [1, 10]},
+        {"prompt": ["a", 1]},
+        {"prompt": ["a"] * 500},
+        {"prompt": 5},
+        {"suffix": "x"},
+        {"best_of": 3},
+        {"max_tokens": 0},
+        {"max_tokens": 10_000},
+        {"logprobs": 21},
+    ],
+)
+async def test_bad_requests(make_bench: MakeBench, change: dict[str, Any]) -> None:
+    bench = make_bench("x", EOS)
+    async with bench.http() as client:
+        answer = await client.post("/v1/completions", json={"model": "m", "prompt": "a", **change})
+        assert answer.status_code == 400, answer.text
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert not bench.service.requests
