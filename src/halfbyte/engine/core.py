@@ -157,6 +157,10 @@ class Engine:
         assert sequence is not None, f"request {request_id} is known but not scheduled"
         return self._finish(sequence, "abort")
 
+    def request_ids(self) -> tuple[str, ...]:
+        """Requests that run or wait."""
+        return tuple(self._request_ids)
+
     def has_work(self) -> bool:
         return self._scheduler.has_work()
 
