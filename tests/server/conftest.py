@@ -53,8 +53,10 @@ class Bench:
         return httpx.AsyncClient(transport=transport, base_url="http://test", **options)
 
     def openai(self, key: str = "none") -> openai.AsyncOpenAI:
+        # The client may bring its own copy of httpx; the same methods are what it needs.
+        http: Any = self.http()
         return openai.AsyncOpenAI(
-            api_key=key, base_url="http://test/v1", http_client=self.http(), max_retries=0
+            api_key=key, base_url="http://test/v1", http_client=http, max_retries=0
         )
 
 

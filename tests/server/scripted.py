@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from halfbyte.engine.request import (
     Event,
     FinishEvent,
+    FinishReason,
     GenerationRequest,
     TokenLogprobs,
     TokensEvent,
@@ -38,6 +39,7 @@ class ScriptedService:
     requests: list[GenerationRequest] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
+    told_to_abort: set[str] = field(default_factory=set)
     calls: list[str] = field(default_factory=list)
 
     async def start(self) -> None:
@@ -45,6 +47,9 @@ class ScriptedService:
 
     async def stop(self, drain_s: float = 0.0) -> None:
         self.calls.append("stop")
+
+    def abort(self, request_id: str) -> None:
+        self.told_to_abort.add(request_id)
 
     def stats(self) -> Stats:
         return Stats(len(self.running), 100 - len(self.running))
@@ -73,6 +78,9 @@ class ScriptedService:
             prompt = tuple(self._logprobs(i, 1) for i in request.prompt_token_ids[1:])
             yield TokensEvent(request.request_id, (), None, prompt)
         for start in range(0, len(text), self.tokens_per_event):
+            if request.request_id in self.told_to_abort:
+                yield self._finish(request, "abort", None, start)
+                return
             if self.fail_at is not None and start >= self.fail_at:
                 yield self._finish(request, "error", None, start, "the engine lost its mind")
                 return
@@ -92,7 +100,7 @@ class ScriptedService:
     def _finish(
         self,
         request: GenerationRequest,
-        reason: str,
+        reason: FinishReason,
         stop: int | None,
         completion: int,
         message: str | None = None,
@@ -105,7 +113,7 @@ class ScriptedService:
             prompt,
             3,
             completion,
-            message,  # type: ignore[arg-type]
+            message,
         )
 
     def _logprobs(self, token_id: int, num_top: int) -> TokenLogprobs:

@@ -52,7 +52,7 @@ async def both(bench: Bench, **request: Any) -> dict[str, Any]:
         assert mine["content"] == (message.content or "")
         assert mine["reasoning"] == (getattr(message, "reasoning_content", None) or "")
         assert getattr(message, "reasoning", None) == getattr(message, "reasoning_content", None)
-        calls = [[c.function.name, c.function.arguments] for c in message.tool_calls or ()]  # type: ignore[union-attr]
+        calls = [[c.function.name, c.function.arguments] for c in message.tool_calls or ()]
         assert mine["calls"] == calls
         assert mine["finish"] == choice.finish_reason
         if choice.logprobs is not None:
@@ -88,8 +88,8 @@ async def test_thought_and_calls(make_bench: MakeBench) -> None:
 
 async def test_calls_alone_have_null_content(make_bench: MakeBench) -> None:
     bench = make_bench(CALLS, "f", ARGS, "{}", EOS)
-    client = bench.openai()
-    answer = await client.chat.completions.create(model="m", messages=HELLO, tools=[TOOL])  # type: ignore[call-overload]
+    client: Any = bench.openai()
+    answer = await client.chat.completions.create(model="m", messages=HELLO, tools=[TOOL])
     assert answer.choices[0].message.content is None
 
 
@@ -107,7 +107,10 @@ async def test_stop_strings_end_the_answer_and_the_engines_work(make_bench: Make
     bench = make_bench("one two three", EOS)
     answer = await both(bench, stop=[" tw", "x"])
     assert answer["content"] == "one" and answer["finish"] == "stop"
-    assert len(bench.service.aborted) == 2
+    assert len(bench.service.told_to_abort) == 2 and not bench.service.aborted
+    # Counted up to the token that completed the stop string; the prompt's share is still known.
+    assert answer["usage"].completion_tokens < len(bench.ids("one two three"))
+    assert answer["usage"].prompt_tokens_details.cached_tokens == 3
 
 
 async def test_several_choices_share_one_prompt(make_bench: MakeBench) -> None:
@@ -158,15 +161,15 @@ async def test_parameters_reach_the_engine(make_bench: MakeBench) -> None:
 async def test_schema_holds_the_answer(make_bench: MakeBench) -> None:
     bench = make_bench('{"a": 1}', EOS)
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "not": {}}
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    form: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     async with bench.http() as client:
-        body = {"model": "m", "messages": HELLO, "response_format": form}
+        body: dict[str, Any] = {"model": "m", "messages": HELLO, "response_format": form}
         answer = await client.post("/v1/chat/completions", json=body)
         assert "not" in answer.headers["x-halfbyte-warning"]
         body["stream"] = True
         streamed = await client.post("/v1/chat/completions", json=body)
         assert "not" in streamed.headers["x-halfbyte-warning"]
-        form["json_schema"]["strict"] = True  # type: ignore[index]
+        form["json_schema"]["strict"] = True
         refused = await client.post("/v1/chat/completions", json={**body, "stream": False})
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "response_format"

@@ -30,6 +30,9 @@ class Service(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Events of one answer. Closing the generator aborts it and frees its blocks."""
 
+    def abort(self, request_id: str) -> None:
+        """End an answer; its events go on to a FinishEvent with its counts."""
+
     def stats(self) -> Any:
         """A dataclass of figures."""
 

@@ -78,6 +78,13 @@ class Choice:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     _entries: list[TokenEntry] = field(default_factory=list)
 
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens of the answer: the engine's count, or up to the stop string that ended it."""
+        if self.finish is None or self.router.stopped_by is not None:
+            return self.num_tokens
+        return self.finish.completion_tokens
+
     def feed(self, event: TokensEvent) -> list[Piece]:
         """Pieces of new tokens; nothing after a stop string."""
         if event.prompt_logprobs is not None:
@@ -173,7 +180,7 @@ async def _run_choice(
             async for event in events:
                 if isinstance(event, FinishEvent):
                     choice.finish = event
-                    reason = _finish_reason(event)
+                    reason = _finish_reason(backend, choice, event)
                     break
                 if event.token_ids:
                     now = time.perf_counter()
@@ -182,11 +189,12 @@ async def _run_choice(
                     else:
                         metrics.first_token_seconds.observe(now - start)
                     previous = now
+                if choice.router.stopped_by is not None:
+                    continue
                 pieces = choice.feed(event)
                 if choice.router.stopped_by is not None:
-                    yield pieces
-                    reason = "stop"
-                    break
+                    # Its last event still says what the prompt cost.
+                    backend.service.abort(choice.request.request_id)
                 if pieces:
                     yield pieces
             else:
@@ -199,17 +207,20 @@ async def _run_choice(
         _count_metrics(backend, choice)
 
 
-def _finish_reason(event: FinishEvent) -> str:
+def _finish_reason(backend: Backend, choice: Choice, event: FinishEvent) -> str:
     """ "stop" or "length"; an answer that ended otherwise is an error."""
+    if choice.router.stopped_by is not None:
+        return "stop"
     if event.reason in ("stop", "length"):
         return event.reason
     message = event.message or "the answer was aborted"
-    raise RequestError(message, code="engine_error", status=503 if event.reason == "abort" else 500)
+    is_passing = event.reason == "abort" or not backend.service.is_alive
+    raise RequestError(message, code="engine_error", status=503 if is_passing else 500)
 
 
 def _count_usage(usage: Usage, choice: Choice) -> None:
     finish = choice.finish
-    usage.completion_tokens += choice.num_tokens if finish is None else finish.completion_tokens
+    usage.completion_tokens += choice.num_completion_tokens
     usage.reasoning_tokens += choice.router.num_reasoning_tokens
     if finish is not None and choice.index == 0:
         usage.cached_tokens = finish.cached_tokens
@@ -218,7 +229,7 @@ def _count_usage(usage: Usage, choice: Choice) -> None:
 def _count_metrics(backend: Backend, choice: Choice) -> None:
     metrics, finish = backend.metrics, choice.finish
     num_prompt = len(choice.request.prompt_token_ids)
-    num_answer = choice.num_tokens if finish is None else finish.completion_tokens
+    num_answer = choice.num_completion_tokens
     metrics.prompt_tokens += num_prompt
     metrics.completion_tokens += num_answer
     metrics.reasoning_tokens += choice.router.num_reasoning_tokens

@@ -1,0 +1,60 @@
+"""`halfbyte chat`: talk to a checkpoint, or to a server, in the terminal."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from halfbyte.cli.serve import add_engine_arguments
+from halfbyte.errors import UsageError
+
+EXAMPLE = """\
+  halfbyte chat build/demo/mixed
+  halfbyte chat http://127.0.0.1:8000 --once "What is the capital of France?" """
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", help="checkpoint directory, or URL of a server")
+    parser.add_argument(
+        "--once", metavar="PROMPT", help="print one answer and leave; - reads stdin"
+    )
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--model", help="model name (the server's first)")
+    parser.add_argument("--api-key", help="for servers that ask for one")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--reasoning-effort", help="none, high: what the model knows")
+    parser.add_argument("--seed", type=int)
+    add_engine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte.log import logger
+    from halfbyte.server.client import ChatClient
+    from halfbyte.server.launch import engine_config, launch
+    from halfbyte.server.run import serving
+    from halfbyte.server.terminal import Terminal
+
+    names = ("temperature", "max_tokens", "reasoning_effort", "seed")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    with contextlib.ExitStack() as stack:
+        url = args.target
+        if not url.startswith(("http://", "https://")):
+            directory = Path(url)
+            if not directory.is_dir():
+                raise UsageError(f"{url} is neither a directory nor an http:// or https:// URL")
+            if args.once is not None:
+                logger.setLevel("WARNING")
+            names_served = (directory.resolve().name,)
+            app = launch(directory, engine_config(args), names=names_served, access_log=False)
+            url = stack.enter_context(serving(app))
+        client = ChatClient(url, args.api_key)
+        stack.callback(client.close)
+        model = args.model or client.first_model()
+        terminal = Terminal(client, model, settings, args.system)
+        if args.once is None:
+            terminal.loop()
+            return 0
+        prompt = sys.stdin.read() if args.once == "-" else args.once
+        answer = terminal.ask(prompt, with_speed=False)
+        return 0 if answer.finish_reason is not None else 130

@@ -1,0 +1,97 @@
+"""`halfbyte serve`: a checkpoint behind an OpenAI-compatible API."""
+
+import argparse
+from pathlib import Path
+
+from halfbyte.errors import UsageError
+
+EXAMPLE = """\
+  halfbyte serve build/demo/mixed --port 8000 --served-model-name demo
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}'"""
+
+# Flags of other servers' commands that say what is found out here anyway: name, takes a value.
+_UNNECESSARY = (
+    ("--config-format", True),
+    ("--load-format", True),
+    ("--tokenizer-mode", True),
+    ("--tool-call-parser", True),
+    ("--reasoning-parser", True),
+    ("--enable-auto-tool-choice", False),
+    ("--trust-remote-code", False),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="checkpoint directory")
+    network = parser.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    network.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    network.add_argument(
+        "--api-key", action="append", default=[], help="may be given several times"
+    )
+    network.add_argument("--api-key-file", type=Path, help="one key a line, # begins a comment")
+    network.add_argument(
+        "--served-model-name", nargs="+", help="names to answer to (the directory's name)"
+    )
+    network.add_argument(
+        "--image-url-host",
+        action="append",
+        default=[],
+        help="fetch http(s) images from this host; .example.com for all below; off without",
+    )
+    network.add_argument("--drain-seconds", type=float, default=30.0, help="(%(default)s)")
+    network.add_argument(
+        "--vllm-metric-names", action="store_true", help="also write metrics as vLLM names them"
+    )
+    add_engine_arguments(parser)
+    ignored = parser.add_argument_group("accepted and not needed")
+    for name, has_value in _UNNECESSARY:
+        if has_value:
+            ignored.add_argument(name, help=argparse.SUPPRESS)
+        else:
+            ignored.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+    ignored.description = " ".join(name for name, _ in _UNNECESSARY)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the engine, shared with `halfbyte chat`."""
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 (a GPU if there is one)"
+    )
+    engine.add_argument("--max-model-len", type=int, help="most tokens of prompt and answer")
+    engine.add_argument("--max-sequences", "--max-num-seqs", type=int, default=64, help="at once")
+    engine.add_argument("--kv-cache-tokens", type=int, help="what memory allows, if not given")
+    engine.add_argument("--dtype", default="auto", choices=["auto", "bfloat16"])
+    engine.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="(%(default)s)")
+    engine.add_argument(
+        "--mode",
+        default="weight_only",
+        choices=["weight_only", "declared"],
+        help="what NVFP4 linears compute without FP4 hardware (%(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte.server.launch import engine_config, launch, read_keys
+    from halfbyte.server.run import listen, serve
+
+    for name, _ in _UNNECESSARY:
+        if getattr(args, name[2:].replace("-", "_")):
+            print(f"{name} is not needed; the checkpoint says it", flush=True)
+    if not 0 <= args.port < 65536:
+        raise UsageError(f"--port {args.port} is not a port")
+    keys = read_keys(args.api_key, args.api_key_file)
+    listener = listen(args.host, args.port)
+    app = launch(
+        args.directory,
+        engine_config(args),
+        names=tuple(args.served_model_name or (args.directory.resolve().name,)),
+        keys=keys,
+        image_hosts=tuple(args.image_url_host),
+        drain_s=args.drain_seconds,
+        vllm_metric_names=args.vllm_metric_names,
+    )
+    return 0 if serve(app, listener, app.state.announce) else 1

@@ -1,0 +1,125 @@
+"""Runs an application on a socket: in the foreground until a signal, or behind a caller.
+
+Uvicorn does HTTP. What is ours: the moment of readiness, and an orderly end - on SIGTERM or SIGINT
+the server stops accepting, lets running answers finish for the drain time, and returns normally.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from halfbyte.errors import UsageError
+from halfbyte.log import logger
+from halfbyte.server.backend import Backend
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, with our start, our signals and our end."""
+
+    def __init__(
+        self, config: uvicorn.Config, backend: Backend, on_ready: Callable[[str], None]
+    ) -> None:
+        super().__init__(config)
+        self._backend = backend
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            self._on_ready(address(sockets[0]))
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Our handlers while serving. Uvicorn would raise the signal again at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: now."""
+        if not self.should_exit:
+            num_running = self._backend.metrics.running
+            logger.info("stopping: %d answers may finish", num_running)
+        self._backend.admission.is_draining = True
+        super().handle_exit(signal.SIGINT if self.should_exit else sig, frame)
+
+
+def address(listener: socket.socket) -> str:
+    """The URL of a listening socket; a wildcard address is shown as the local host's."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. UsageError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def serve(app: FastAPI, listener: socket.socket, on_ready: Callable[[str], None]) -> bool:
+    """Serve until a signal; False if the application did not start or its engine died."""
+    server = _server(app, on_ready)
+    asyncio.run(server.serve(sockets=[listener]))
+    return server.started
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve on a free local port from a thread while the body runs; gives the URL."""
+    listener = listen("127.0.0.1", 0)
+    ready = threading.Event()
+    server = _server(app, lambda url: ready.set())
+
+    def work() -> None:
+        asyncio.run(server.serve(sockets=[listener]))
+        ready.set()
+
+    thread = threading.Thread(target=work, name="halfbyte-server")
+    thread.start()
+    try:
+        ready.wait()
+        if not server.started:
+            raise UsageError("the server did not start; see the log")
+        yield address(listener)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _server(app: FastAPI, on_ready: Callable[[str], None]) -> _Server:
+    backend: Backend = app.state.backend
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(int(backend.config.limits.drain_s), 1),
+    )
+    return _Server(config, backend, on_ready)
