@@ -1,5 +1,6 @@
 """Strict reading of config.json and params.json."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from halfbyte.checkpoint.fields import (
     attention_factor,
@@ -233,3 +236,51 @@ def test_native_yarn_follows_apply_scale() -> None:
 def test_native_fields_are_read_as_strictly(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         native_config({**NATIVE, **change}, has_head=True)
+
+
+def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    keys = (
+        list(value)
+        if isinstance(value, dict)
+        else range(len(value))
+        if isinstance(value, list)
+        else []
+    )
+    return [p for key in keys for p in ((*prefix, key), *paths(value[key], (*prefix, key)))]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@given(data=st.data(), junk=JUNK)
+def test_junk_anywhere_gives_a_config_or_a_clear_error(data: st.DataObject, junk: Any) -> None:
+    raw = golden()
+    *parents, last = data.draw(st.sampled_from(paths(raw)))
+    here = raw
+    for parent in parents:
+        here = here[parent]
+    here[last] = junk
+    try:
+        config = model_config(raw, has_head=data.draw(st.sampled_from([None, True, False])))
+    except CheckpointError:
+        return
+    assert config.text.num_layers <= 4096
+
+
+@given(data=st.data(), junk=JUNK)
+def test_junk_in_params_json(data: st.DataObject, junk: Any) -> None:
+    raw = json.loads(json.dumps(NATIVE))
+    *parents, last = data.draw(st.sampled_from(paths(raw)))
+    here = raw
+    for parent in parents:
+        here = here[parent]
+    here[last] = junk
+    with contextlib.suppress(CheckpointError):
+        native_config(raw, has_head=True)

@@ -1,12 +1,18 @@
+import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from halfbyte.checkpoint.fields import model_config
 from halfbyte.checkpoint.metadata import (
     PRODUCER,
+    Quantization,
+    describe,
     hub_config,
     mistral_fp8_config,
     modelopt_configs,
@@ -20,6 +26,15 @@ from halfbyte.modules import WeightFormat, decoder_linears
 
 DATA = Path(__file__).parents[1] / "data/checkpoint"
 GOLDEN = ("modelopt-tiny", "modelopt-tiny-fp8")
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
 
 
 def formats_of(config: ModelConfig, group: str, chosen: WeightFormat) -> dict[str, WeightFormat]:
@@ -43,8 +58,6 @@ def test_both_files_equal_the_references_byte_for_byte(make: Any, model: str) ->
 def test_what_is_written_is_read_back(
     make: Any, tmp_path: Path, layout: Layout, kind: str, kv_cache: Any
 ) -> None:
-    from halfbyte.checkpoint.metadata import Quantization
-
     config = make.text_only if layout == "hf-text" else make.full
     formats = {
         "mixed": make.mixed_formats(config),
@@ -110,8 +123,6 @@ def test_names_follow_the_layout_of_the_tensors(make: Any) -> None:
 
 
 def test_layer_10_sorts_before_layer_2_among_targets_only(make: Any) -> None:
-    from dataclasses import replace
-
     config = ModelConfig(replace(make.text, num_layers=12), None)
     written, _ = modelopt_configs(hub_config(config), make.mixed_formats(config), "fp8", "hf-text")
     stated = written["quantization_config"]
@@ -212,8 +223,6 @@ def test_fp8_sources_of_another_scheme_are_refused(
 
 
 def test_fp8_source_may_leave_decoder_modules_alone(make: Any, tmp_path: Path) -> None:
-    from halfbyte.checkpoint.metadata import Quantization
-
     formats = formats_of(make.full, "mlp", "fp8")
     make.write(tmp_path, make.full, Quantization("mistral-fp8", formats, "bf16"))
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -237,3 +246,24 @@ def test_a_model_can_be_described_before_its_weights_are_there(make: Any, tmp_pa
     assert raw["model_type"] == "mistral3"
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         read_config(tmp_path / "..")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data(), junk=JUNK)
+def test_junk_about_quantization_is_a_clear_error(
+    make: Any, tmp_path: Path, data: st.DataObject, junk: Any
+) -> None:
+    """Wherever junk stands, the answer is another reading or a CheckpointError, never a crash."""
+    config = make.text_only
+    raw, older = modelopt_configs(hub_config(config), make.mixed_formats(config), "fp8", "hf-text")
+    target = data.draw(st.sampled_from([raw["quantization_config"], older["quantization"]]))
+    key = data.draw(st.sampled_from(sorted(target)))
+    inner = target[key]
+    if isinstance(inner, dict) and data.draw(st.booleans()):
+        inner[data.draw(st.sampled_from(sorted(inner)))] = junk
+    else:
+        target[key] = junk
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(older))
+    with contextlib.suppress(CheckpointError):
+        describe(tmp_path, "hf-text", has_head=True)

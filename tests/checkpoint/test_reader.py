@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.names import LAYOUTS, Dialect, Layout
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.modules import decoder_linears, linears
 
@@ -170,10 +172,6 @@ def test_ignored_tensors_are_listed_with_the_reason(make: Any, tmp_path: Path) -
 
 
 def test_a_tied_model_has_no_head(make: Any, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from halfbyte.config import ModelConfig
-
     tied = ModelConfig(replace(make.text, tied_head=True), None)
     make.checkpoint(tmp_path, "modelopt", "hf-text", config=tied)
     checkpoint = Checkpoint.open(tmp_path)

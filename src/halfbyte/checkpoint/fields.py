@@ -74,6 +74,10 @@ IGNORED_PARAMS = {
 _VISION_NORM_EPS = 1e-5
 _TEXT_TYPES = ("ministral3", "mistral")
 
+# No size of a model comes near these; a file that says more wants to exhaust memory.
+_MAX_INTEGER = 2**31 - 1
+_MAX_LAYERS = 4096
+
 
 class Reader:
     """Takes fields out of one JSON object; `finish` proves that none was overlooked.
@@ -92,7 +96,7 @@ class Reader:
         value = self._take(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value <= _MAX_INTEGER:
             raise CheckpointError(f"{self._where}.{name}: a whole number was expected: {value!r}")
         return value
 
@@ -186,8 +190,9 @@ def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
 
 def _tied(said: dict[str, Any], default: bool, has_head: bool | None) -> bool:
     """Whether the head is the embedding, from what the files say and what they store."""
-    values = {value for value in said.values() if value is not None}
-    if not values <= {True, False}:
+    stated = [value for value in said.values() if value is not None]
+    values = {value for value in stated if isinstance(value, bool)}
+    if not all(isinstance(value, bool) for value in stated):
         raise CheckpointError(f"tie_word_embeddings must be true or false: {said}")
     if has_head is not None and values != {not has_head}:
         if values == {True}:
@@ -217,7 +222,7 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
     fields.must_be("partial_rotary_factor", 1.0, default=1.0)
     fields.optional("tie_word_embeddings")
     layer_types = fields.optional("layer_types")
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
+    if layer_types is not None and not _all_full(layer_types):
         raise CheckpointError(f"{where}.layer_types: only full_attention is implemented")
     window = fields.optional("sliding_window")
     if window is not None:
@@ -246,11 +251,17 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
     return config
 
 
+def _all_full(layer_types: Any) -> bool:
+    return isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+
+
 def _first(ids: tuple[int, ...]) -> int | None:
     return ids[0] if ids else None
 
 
 def _check_heads(text: TextConfig, where: str) -> None:
+    if text.num_layers > _MAX_LAYERS:
+        raise CheckpointError(f"{where}: {text.num_layers} layers")
     if type(text.head_dim) is not int or text.head_dim < 2 or text.head_dim % 2:
         raise CheckpointError(f"{where}.head_dim = {text.head_dim!r}: must be even")
     if text.num_heads % text.num_kv_heads:
@@ -266,6 +277,8 @@ def _rope(fields: Reader, where: str) -> RopeConfig:
     if parameters is None:
         if theta is None:
             raise CheckpointError(f"{where}: lacks rope_parameters (or rope_theta)")
+        if not isinstance(scaling, dict | None):
+            raise CheckpointError(f"{where}.rope_scaling: an object was expected")
         parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
     elif scaling not in (None, parameters):
         raise CheckpointError(f"{where}: rope_parameters and rope_scaling disagree")
@@ -322,9 +335,9 @@ def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
         mscale_all_dim=all_dim,
         llama_4_scaling_beta=beta,
     )
-    stated = fields.optional("attention_factor")
     expected = attention_factor(rope)
-    if stated is not None and not math.isclose(stated, expected, rel_tol=1e-6):
+    stated = fields.number("attention_factor", expected)
+    if not math.isclose(stated, expected, rel_tol=1e-6):
         raise CheckpointError(
             f"{where}.attention_factor = {stated!r}, but factor, mscale and mscale_all_dim give "
             f"{expected:.6g}; only the latter is implemented"

@@ -84,12 +84,15 @@ def verify(
     few copies of the largest tensor in float32.
     """
     directory = Path(path)
+    source = None if against is None else Checkpoint.open(against)
     try:
-        checkpoint = Checkpoint.open(directory)
-        manifest = read_manifest(directory)
+        return _report(Checkpoint.open(directory), source, progress)
     except CheckpointError as error:
         return Report(0, 0, (Problem("error", str(directory), str(error)),))
-    source = None if against is None else Checkpoint.open(against)
+
+
+def _report(checkpoint: Checkpoint, source: Checkpoint | None, progress: Progress | None) -> Report:
+    manifest = read_manifest(checkpoint.directory)
     problems = [
         *check_files(checkpoint),
         *check_metadata(checkpoint),
@@ -97,16 +100,13 @@ def verify(
         *check_scales(checkpoint),
         *check_tokenizer(checkpoint, source),
     ]
-    names = checkpoint.names()
-    sqnr_db: dict[str, float] = {}
     if source is not None:
         problems += _check_geometry(checkpoint, source)
-    comparable = source is not None and checkpoint.config.text.num_layers == (
-        source.config.text.num_layers
-    )
+    sqnr_db: dict[str, float] = {}
+    names = checkpoint.names()
     for number, name in enumerate(names):
         found = list(check_values(checkpoint, name))
-        if source is not None and comparable and not found:
+        if source is not None and not found:
             compared = check_against(checkpoint, source, name)
             if compared is not None:
                 found += compared.problems
@@ -132,8 +132,8 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Problem]:
     total = sum(map(checkpoint.num_bytes, checkpoint.names()))
     index = directory / INDEX_NAME
     if index.exists():
-        metadata = parse_json(index.read_bytes(), INDEX_NAME).get("metadata") or {}
-        stated = metadata.get("total_size")
+        metadata = parse_json(index.read_bytes(), INDEX_NAME).get("metadata")
+        stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         if stated != total:
             yield Problem(
                 "error", INDEX_NAME, f"total_size is {stated}, the tensors have {total}; stale"
