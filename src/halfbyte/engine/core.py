@@ -5,7 +5,7 @@ A step asks the scheduler what to compute, computes it, chooses tokens and repor
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,9 @@ class Engine:
         return events
 
     @torch.inference_mode()
-    def score(self, token_ids: SequenceOf[int], chunk_tokens: int = 512) -> Iterator[Tensor]:
+    def score(
+        self, token_ids: SequenceOf[int], chunk_tokens: int = 512
+    ) -> Generator[Tensor, None, None]:
         """Teacher forcing through the paged cache: logits f32 (t, V), chunk by chunk.
 
         Row i of all chunks together is the distribution of token i + 1. Raises RequestError for a

@@ -156,6 +156,10 @@ class EngineService:
             if not is_finished:
                 self._commands.put(_Abort(request_id))
 
+    def abort(self, request_id: str) -> None:
+        """End a request; its stream still gets the FinishEvent, reason "abort", with its counts."""
+        self._commands.put(_Abort(request_id))
+
     def stats(self) -> EngineStats:
         """The engine's figures."""
         return self.engine.stats()

@@ -1,0 +1,93 @@
+"""`halfbyte compare BASE CANDIDATE --text F`, with either side from an earlier run."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from halfbyte.errors import UsageError
+
+EXAMPLE = """  halfbyte compare build/demo/bf16 build/demo/mixed --text held_out.txt
+  halfbyte compare big-fp8/ --text held_out.txt --save-baseline fp8.safetensors
+  halfbyte compare big-mixed/ --baseline fp8.safetensors"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", nargs="+", type=Path, metavar="DIR", help="BASE CANDIDATE, or one with a baseline"
+    )
+    parser.add_argument("--text", type=Path, help="held-out text, UTF-8")
+    parser.add_argument(
+        "--mode",
+        choices=["weight_only", "declared"],
+        default="weight_only",
+        help="what the candidate's quantized linears compute: declared also rounds activations",
+    )
+    parser.add_argument(
+        "--save-baseline", type=Path, metavar="FILE", help="keep BASE's distributions for later"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="compare with a kept base instead of BASE"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--tokens", type=int, help="use only so many tokens of the text")
+    parser.add_argument(
+        "--window-tokens", type=int, default=512, help="tokens scored in one go (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    # Imported here so that --help needs no torch.
+    from halfbyte.bench import fidelity
+    from halfbyte.bench.baseline import load_baseline, save_baseline
+
+    options = {
+        "max_tokens": args.tokens,
+        "window_tokens": args.window_tokens,
+        "progress": _progress,
+    }
+    if args.save_baseline is not None:
+        kept = fidelity.make_baseline(args.models[0], args.text, **options)
+        save_baseline(args.save_baseline, kept)
+        print(f"kept {len(kept.windows)} windows of {kept.name} in {args.save_baseline}")
+        if len(args.models) == 1:
+            return 0
+    if args.baseline is not None:
+        candidate = (args.models[0].name, args.models[0], args.mode)
+        comparison = fidelity.compare_with_baseline(
+            load_baseline(args.baseline), candidate, progress=_progress
+        )
+    else:
+        base, other = args.models
+        candidates = [(other.name, other, args.mode)]
+        comparison = fidelity.compare_models(base, candidates, args.text, **options)
+    print(comparison.table())
+    if args.json is not None:
+        args.json.write_text(json.dumps(comparison.as_dict(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.baseline is not None and args.save_baseline is not None:
+        raise UsageError("--baseline and --save-baseline exclude each other")
+    if args.baseline is not None and len(args.models) != 1:
+        raise UsageError("with --baseline name the candidate alone")
+    if args.baseline is None and args.text is None:
+        raise UsageError("which text? --text FILE")
+    if args.baseline is not None and args.text is not None:
+        raise UsageError("--baseline holds its own tokens; leave out --text")
+    wanted = (1, 2) if args.save_baseline is not None else (2,)
+    if args.baseline is None and len(args.models) not in wanted:
+        raise UsageError("say `compare BASE CANDIDATE --text FILE`")
+    if args.window_tokens < 2:
+        raise UsageError(f"--window-tokens {args.window_tokens} must be at least 2")
+    for name in ("json", "save_baseline"):
+        path = getattr(args, name)
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path.parent} is not a directory")
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} windows", end="" if done < total else "\n", file=sys.stderr)
