@@ -75,7 +75,7 @@ def builtin_rows(directory: Path, *, samples: int, tokens_per_sample: int) -> Ro
     """Up to `samples` rows of the builtin text in the checkpoint's own tokens.
 
     A document longer than `tokens_per_sample` goes on in the next row, each row after a bos where
-    the tokenizer has one. The text has about 15,000 tokens in all: enough to try things, too
+    the tokenizer has one. The text has about 11,000 tokens in all: enough to try things, too
     little for a model that others will use. Raises CheckpointError if the directory has no
     tokenizer.
     """

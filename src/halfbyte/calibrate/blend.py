@@ -1,0 +1,204 @@
+"""What to calibrate on: a YAML blend of sources, and the public data sets known by name.
+
+A blend says which rows and how many; `draw` reads them and makes tokens. Needs no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from halfbyte.errors import UsageError
+
+Mode = Literal["plain", "template", "packed"]
+Select = Literal["first", "reservoir"]
+
+_STRICT = ConfigDict(extra="forbid")
+_Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Dataset:
+    """A public data set: `id` on the hub, and which of its splits are of use.
+
+    revision  a commit or its beginning; None takes the newest and records it
+    skipped   splits we know and leave out -> why
+    """
+
+    id: str
+    splits: list[str]
+    revision: str | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    rows: int | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Source:
+    """One member of a blend. Exactly one of dataset, path and builtin is set.
+
+    dataset    a name of `datasets.yaml`, or a hub id, which then needs `splits`
+    path       a file, a folder, or a pattern such as `rows/math__*.jsonl`; relative to the blend's
+               own file. Each file is a split
+    weight     share of the samples, relative to the other sources
+    recombine  replace the rows by this many made of their pieces; for tests of volume only
+    """
+
+    dataset: str | None = None
+    path: str | None = None
+    builtin: Annotated[bool, Field(strict=True)] = False
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    splits: list[str] | None = None
+    revision: str | None = None
+    recombine: _Count | None = None
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What messages and records call it."""
+        return self.name or self.dataset or self.path or "builtin"
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Blend:
+    """Sources, how many rows of which length, and how they become text.
+
+    mode     plain: contents joined by newlines; template: the model's chat template; packed: as
+             template, documents joined by the end token and cut into full rows
+    select   the first rows of a split, or a seeded sample of its first `window` rows
+    folder   where relative paths start
+    """
+
+    name: str
+    sources: Annotated[list[Source], Field(min_length=1)]
+    samples: _Count = 1024
+    tokens_per_sample: Annotated[int, Field(ge=2, strict=True)] = 512
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    mode: Mode = "template"
+    select: Select = "reservoir"
+    window: _Count = 10_000
+    folder: Path = field(default=Path(), kw_only=True)
+
+
+_BLEND = TypeAdapter(Blend)
+_DATASETS = TypeAdapter(dict[str, Dataset])
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that occurs twice; plain YAML readers let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} occurs twice", None)
+        return super().construct_mapping(node, deep)
+
+
+def library_blends() -> tuple[str, ...]:
+    """Names of the blends that come with the package."""
+    folder = resources.files("halfbyte.calibrate") / "library"
+    names = (entry.name for entry in folder.iterdir())
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+
+
+def known_datasets() -> Mapping[str, Dataset]:
+    """Data sets that a blend may name without saying their splits."""
+    text = (resources.files("halfbyte.calibrate") / "datasets.yaml").read_text("utf-8")
+    return _DATASETS.validate_python(yaml.load(text, Loader=_UniqueKeys))
+
+
+def load_blend(name_or_path: str | Path) -> Blend:
+    """A blend of the library by name, or a YAML file by path.
+
+    Raises UsageError naming the file and the key at fault.
+    """
+    name = str(name_or_path)
+    if name in library_blends():
+        library = resources.files("halfbyte.calibrate") / "library"
+        return parse_blend((library / f"{name}.yaml").read_text("utf-8"), name)
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        known = ", ".join(library_blends())
+        raise UsageError(f"no blend {name!r}; there are {known}, or give a .yaml file")
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"blend {path}: cannot be read ({error})") from error
+    return parse_blend(text, path.name, folder=path.parent)
+
+
+def parse_blend(text: str, where: str, *, folder: Path = Path()) -> Blend:
+    """A blend from YAML text; `where` names it in messages. Raises UsageError."""
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"blend {where}: no YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(raw, dict) or "folder" in raw:
+        raise UsageError(f"blend {where}: a mapping with name and sources was expected")
+    try:
+        blend = _BLEND.validate_python({**raw, "folder": folder})
+    except ValidationError as error:
+        raise UsageError(f"blend {where}: {_said(error)}") from error
+    for number, source in enumerate(blend.sources, start=1):
+        _check_source(source, f"blend {where}, source {number}")
+    labels = [source.label for source in blend.sources]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise UsageError(f"blend {where}: two sources are called {twice[0]}; give one a name")
+    return blend
+
+
+def _said(error: ValidationError) -> str:
+    """The first of pydantic's findings in one line."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']} (it is {str(first['input'])[:60]!r})"
+
+
+def _check_source(source: Source, where: str) -> None:
+    kinds = [source.dataset is not None, source.path is not None, source.builtin]
+    if sum(kinds) != 1:
+        raise UsageError(f"{where}: say exactly one of dataset, path and builtin: true")
+    if source.dataset is None:
+        if source.splits is not None or source.revision is not None:
+            raise UsageError(f"{where}: splits and revision belong to a dataset")
+        return
+    resolve_dataset(source, where)
+
+
+def resolve_dataset(source: Source, where: str) -> Dataset:
+    """The data set that a source names, its splits and revision overridden where the source says.
+
+    Raises UsageError for an unknown name and for a split that is not there or was left out.
+    """
+    assert source.dataset is not None
+    known = known_datasets()
+    if source.dataset in known:
+        base = known[source.dataset]
+        for split in source.splits or ():
+            if split in base.skipped:
+                raise UsageError(
+                    f"{where}: split {split} is left out on purpose: {base.skipped[split]}"
+                )
+            if split not in base.splits:
+                raise UsageError(f"{where}: no split {split}; there are {', '.join(base.splits)}")
+        return Dataset(
+            id=base.id,
+            splits=source.splits or base.splits,
+            revision=source.revision or base.revision,
+            skipped=base.skipped,
+            rows=base.rows,
+            licence=base.licence,
+        )
+    if source.dataset.count("/") != 1 or not source.splits:
+        raise UsageError(
+            f"{where}: {source.dataset!r} is not one of {', '.join(known)}; a hub id (owner/name) "
+            "also needs its splits"
+        )
+    return Dataset(id=source.dataset, splits=source.splits, revision=source.revision)

@@ -1,0 +1,128 @@
+"""A conversation as the token ids that calibration runs: plain, or through the chat template.
+
+The template is the model's own, by way of `chat`, so that the ids are those that serving sees:
+tools and calls included, thoughts in the model's thinking form, a closing end token.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.calibrate.blend import Mode
+from halfbyte.calibrate.rows import Conversation
+from halfbyte.chat.tokens import ChatFormat, load_chat
+from halfbyte.errors import CheckpointError, RequestError
+
+_TOKENIZER_FILES = ("tekken.json", "tokenizer.json")
+
+
+class RefusedRowError(Exception):
+    """The model's template cannot express this conversation; counted by the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatText:
+    """Turns conversations into ids for one checkpoint, and says what with."""
+
+    chat: ChatFormat
+    mode: Mode
+    tokenizer_sha256: str
+    template_sha256: str
+
+    def encode(self, conversation: Conversation) -> list[int]:
+        """Ids of a whole row, not cut; empty if it has no text. Raises RefusedRowError."""
+        if conversation.text or self.mode == "plain":
+            return self._plain(conversation)
+        if not any(message["content"].strip() for message in conversation.messages):
+            return []
+        try:
+            return self._template(conversation)
+        except RequestError as error:
+            raise RefusedRowError(str(error)) from error
+
+    def closed(self, ids: list[int]) -> list[int]:
+        """`ids` with the end token behind them, once: how documents are packed."""
+        ends = self.chat.vocabulary.eos_token_ids
+        return ids if ids and ids[-1] in ends else [*ids, ends[0]]
+
+    def _plain(self, conversation: Conversation) -> list[int]:
+        contents = [str(message["content"]) for message in conversation.messages]
+        text = conversation.text or "\n".join(contents)
+        return list(self.chat.encode_prompt(text).token_ids) if text.strip() else []
+
+    def _template(self, conversation: Conversation) -> list[int]:
+        messages = list(conversation.messages)
+        options: dict[str, Any] = {
+            "tools": conversation.tools,
+            "reasoning_effort": self._effort(conversation),
+        }
+        last = messages[-1]
+        if last["role"] != "assistant":
+            return list(self.chat.encode(messages, **options).token_ids)
+        if last.get("tool_calls"):
+            return self._open_calls(messages, options)
+        # Formats for serving know an assistant's last message only as one to be continued.
+        prompt = self.chat.encode(messages, continue_final=True, **options)
+        return self.closed(list(prompt.token_ids))
+
+    def _open_calls(
+        self, messages: list[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> list[int]:
+        """A row that ends with tool calls, which formats for serving take only with results.
+
+        It is encoded with two kinds of made-up results; what both encodings begin with, up to its
+        last end token, is the row.
+        """
+        one, other = (
+            self.chat.encode([*messages, *_results(messages[-1], text)], **options).token_ids
+            for text in ("0", "x")
+        )
+        shared = next(
+            (n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0
+        )
+        ends = self.chat.vocabulary.eos_token_ids
+        last_end = max((n for n in range(shared) if one[n] in ends), default=shared - 1)
+        return list(one[: last_end + 1])
+
+    def _effort(self, conversation: Conversation) -> str | None:
+        """High when the row has a thought, none otherwise; None for a model without efforts."""
+        wanted = "high" if conversation.has_reasoning else "none"
+        return wanted if wanted in self.chat.reasoning_efforts else None
+
+
+def _results(message: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
+    return [
+        {"role": "tool", "tool_call_id": call["id"], "content": text}
+        for call in message["tool_calls"]
+    ]
+
+
+def load_chat_text(directory: Path, mode: Mode) -> ChatText:
+    """The chat format of a checkpoint directory, with hashes of the files it came from.
+
+    Raises CheckpointError if there is none, or no chat template where the mode needs one.
+    """
+    chat = load_chat(directory)
+    tokenizer = next(directory / name for name in _TOKENIZER_FILES if (directory / name).exists())
+    # tekken.json holds the template's facts itself; mistral-common writes it out.
+    template = None if tokenizer.name == "tekken.json" else _template_file(directory)
+    if mode != "plain" and tokenizer.name != "tekken.json" and template is None:
+        raise CheckpointError(f"{directory}: has no chat template; only mode plain can do without")
+    return ChatText(chat, mode, file_sha256(tokenizer), file_sha256(template or tokenizer))
+
+
+def _template_file(directory: Path) -> Path | None:
+    """Where the chat template stands, by the order in which `chat` looks for it."""
+    jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if jinja.exists():
+        return jinja
+    has_template = config.exists() and "chat_template" in config.read_text("utf-8")
+    return config if has_template else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,280 @@
+"""One row of a post-training data set: read from a file, then understood as a conversation.
+
+Files are read line by line, because columns differ between the shards of one data set and no table
+schema fits them all. What a row may look like, odd cases included, is `parse_row`'s business.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from halfbyte.errors import UnsupportedError
+
+# A longer line is damage, not a conversation; reading it would exhaust the memory.
+MAX_LINE_BYTES = 64 << 20
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
+# Names of the same three roles in older collections.
+_OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function": "tool"}
+
+
+class BadRowError(Exception):
+    """A line or row that cannot be understood; counted and named by the caller, never hidden."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row as stored: its bytes, or why they could not be had. `number` counts from 1."""
+
+    number: int
+    data: bytes
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row understood: messages and tools in the form that `chat` encodes.
+
+    messages  role and content (a string); `reasoning_content` where there is some; `tool_calls`
+              with string arguments; `tool_call_id` on tool messages
+    text      a row that is a plain document has this and no messages
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    text: str = ""
+    uuid: str | None = field(default=None, compare=False)
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether any assistant turn carries its thought."""
+        return any("reasoning_content" in message for message in self.messages)
+
+    def strings(self) -> Iterator[str]:
+        """Everything a person or model wrote in it, for comparison with other texts."""
+        if self.text:
+            yield self.text
+        for message in self.messages:
+            yield from (message[key] for key in ("content", "reasoning_content") if key in message)
+
+
+def read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
+    """The rows of one open file by the suffix of its name; blank lines are no rows.
+
+    A compressed file that ends too early gives its rows and then one with a problem. A row of a
+    parquet file comes as one line of JSON. Raises UnsupportedError if pyarrow is needed and absent.
+    """
+    if name.endswith(".parquet"):
+        yield from _parquet_lines(file, name)
+    elif name.endswith(".gz"):
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield from _text_lines(unpacked)
+    else:
+        yield from _text_lines(file)
+
+
+def _text_lines(file: BinaryIO | gzip.GzipFile) -> Iterator[Line]:
+    number = 0
+    while True:
+        number += 1
+        try:
+            data = file.readline(MAX_LINE_BYTES)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield Line(number, b"", f"the compressed data is damaged or cut off ({error})")
+            return
+        if not data:
+            return
+        if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
+            yield Line(number, b"", f"no end of line within {MAX_LINE_BYTES >> 20} MiB")
+            return
+        if data.strip():
+            yield Line(number, data)
+
+
+def _parquet_lines(file: BinaryIO, name: str) -> Iterator[Line]:
+    try:
+        from pyarrow import ArrowException, parquet  # optional: only for parquet files
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{name}: parquet files need pyarrow (pip install pyarrow)"
+        ) from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=32):
+            for row in batch.to_pylist():
+                number += 1
+                yield Line(number, json.dumps(row, ensure_ascii=False, default=str).encode())
+    except (ArrowException, OSError) as error:
+        yield Line(number + 1, b"", f"the parquet data is damaged ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def parse_line(line: Line) -> dict[str, Any]:
+    """The JSON object of a line. Raises BadRowError saying what is wrong with it."""
+    if line.problem is not None:
+        raise BadRowError(line.problem)
+    try:
+        value = json.loads(line.data)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"not JSON ({_first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise BadRowError(f"a JSON object was expected, not {type(value).__name__}")
+    return value
+
+
+def parse_row(raw: Mapping[str, Any]) -> Conversation:
+    """Understand a row with `messages`, or with `text` for a plain document.
+
+    Survived: messages, tool_calls and tools as JSON strings; null content; calls whose arguments
+    are an object or a string; calls and results without ids; tools not wrapped in a `function`;
+    empty system turns (dropped: they say nothing); columns we have no use for. Raises BadRowError.
+    """
+    uuid = raw.get("uuid")
+    uuid = uuid if isinstance(uuid, str) else None
+    messages = _unstringed(raw.get("messages", raw.get("conversations")), "messages")
+    if messages is None:
+        text = raw.get("text")
+        if not isinstance(text, str):
+            raise BadRowError("neither messages nor text")
+        return Conversation((), text=text, uuid=uuid)
+    if not isinstance(messages, list):
+        raise BadRowError(f"messages: a list was expected, not {type(messages).__name__}")
+    calls: list[str] = []
+    parsed = [_message(item, f"messages[{n}]", calls) for n, item in enumerate(messages)]
+    kept = tuple(m for m in parsed if m["role"] != "system" or m["content"].strip())
+    return Conversation(kept, _tools(raw.get("tools")), uuid=uuid)
+
+
+def _unstringed(value: Any, where: str) -> Any:
+    """Some shards hold a list or an object as JSON text."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{where}: a string that is not JSON") from error
+
+
+def _message(raw: Any, where: str, calls: list[str]) -> dict[str, Any]:
+    """One message; `calls` are the ids of calls that still wait for their result."""
+    raw = _unstringed(raw, where)
+    if not isinstance(raw, Mapping):
+        raise BadRowError(f"{where}: an object was expected, not {type(raw).__name__}")
+    role = raw.get("role", raw.get("from"))
+    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in _ROLES:
+        raise BadRowError(f"{where}: role {role!r}")
+    role = "system" if role == "developer" else role
+    message: dict[str, Any] = {
+        "role": role,
+        "content": _content(raw.get("content", raw.get("value")), where),
+    }
+    if role == "assistant":
+        thought = raw.get("reasoning_content") or raw.get("reasoning")
+        if isinstance(thought, str) and thought.strip():
+            message["reasoning_content"] = thought
+        made = _calls(raw.get("tool_calls"), f"{where}.tool_calls", len(calls))
+        if made:
+            message["tool_calls"] = made
+            calls[:] = [call["id"] for call in made]
+    if role == "tool":
+        stated = raw.get("tool_call_id")
+        if stated in calls:
+            calls.remove(stated)
+        elif calls:
+            stated = calls.pop(0)
+        message["tool_call_id"] = str(stated or "call-0")
+    return message
+
+
+def _content(value: Any, where: str) -> str:
+    """Content as one string: null is empty, parts are joined, other JSON is written out."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+        parts = [part.get("text") for part in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise BadRowError(f"{where}: content with parts other than text")
+        return "\n".join(str(part) for part in parts)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _calls(value: Any, where: str, number: int) -> list[dict[str, Any]]:
+    value = _unstringed(value, where)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BadRowError(f"{where}: a list was expected, not {type(value).__name__}")
+    made = []
+    for offset, item in enumerate(value):
+        function = _function(item, f"{where}[{offset}]")
+        call = _unstringed(item, where)
+        made.append(
+            {
+                "id": str(call.get("id") or f"call-{number + offset}"),
+                "type": "function",
+                "function": {
+                    "name": function["name"],
+                    "arguments": _arguments(function.get("arguments"), f"{where}[{offset}]"),
+                },
+            }
+        )
+    return made
+
+
+def _function(value: Any, where: str) -> Mapping[str, Any]:
+    """The named function of a call or a tool, whether wrapped in `function` or not."""
+    outer = _unstringed(value, where)
+    inner = outer.get("function", outer) if isinstance(outer, Mapping) else None
+    function = _unstringed(inner, where)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRowError(f"{where}: no function name")
+    return function
+
+
+def _arguments(value: Any, where: str) -> str:
+    """Arguments as the JSON text of an object, which is what chat formats take."""
+    parsed = _unstringed(value, where)
+    if parsed is None:
+        return "{}"
+    if not isinstance(parsed, Mapping):
+        raise BadRowError(f"{where}: arguments are no object")
+    return json.dumps(parsed, ensure_ascii=False)
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    value = _unstringed(value, "tools")
+    if not value:
+        return ()
+    if not isinstance(value, list):
+        raise BadRowError(f"tools: a list was expected, not {type(value).__name__}")
+    return tuple(
+        {"type": "function", "function": _plain_function(_function(item, f"tools[{number}]"))}
+        for number, item in enumerate(value)
+    )
+
+
+def _plain_function(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Name, description and parameters; parquet fills columns a tool does not have with null."""
+    plain = {"name": function["name"], "description": function.get("description") or ""}
+    parameters = _unstringed(function.get("parameters"), "tools")
+    return {**plain, "parameters": _without_nulls(parameters or {})}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
