@@ -18,7 +18,11 @@ from halfbyte.log import logger
 
 _SOURCES = Path(__file__).parent / "cpu"
 _COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-pthread")
+# No contraction: see `fused` in vectors.h.
+_FLAGS = (
+    *("-O3", "-march=native", "-ffp-contract=off"),
+    *("-std=gnu11", "-fPIC", "-shared", "-pthread"),
+)
 _LIBRARIES = ("-lm",)
 _COMPILE_TIMEOUT_S = 120
 

@@ -66,43 +66,101 @@ static void read_unit(const attention *job, int index, unit *u) {
         }
 }
 
-INLINE long long offset_of(const attention *job, const unit *u, int token) {
-    const int32_t *pages = job->block_table + u->sequence * job->table_stride;
-    return pages[token / job->page_tokens] * job->page_stride +
-           token % job->page_tokens * job->slot_stride + u->kv_head * job->head_stride;
+// Element offsets of up to 16 tokens in the caches; one division for all of them.
+INLINE void find_tokens(const attention *job, const unit *u, int first, int count,
+                        long long offsets[TILE]) {
+    const int32_t *page = job->block_table + u->sequence * job->table_stride + first / job->page_tokens;
+    int slot = first % job->page_tokens;
+    for (int t = 0; t < count; t++, slot++) {
+        if (slot == job->page_tokens) slot = 0, page++;
+        offsets[t] = *page * job->page_stride + slot * job->slot_stride + u->kv_head * job->head_stride;
+    }
 }
+
+// The same 64 bytes of 16 tokens -> word i of all tokens in vector i.
+#if HB_AVX512
+INLINE void transpose_words(const uint8_t *const row[TILE], int at, u8x64 words[TILE]) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(row[i] + at);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int n = 0; n < 2; n++) {
+            a[i + 2 * n] = _mm512_unpacklo_epi64(b[i + n], b[i + n + 2]);
+            a[i + 2 * n + 1] = _mm512_unpackhi_epi64(b[i + n], b[i + n + 2]);
+        }
+    // a[4 g + w], 128-bit lane q: word 4 q + w of tokens 4 g .. 4 g + 3
+    for (int w = 0; w < 4; w++) {
+        __m512i low = _mm512_shuffle_i32x4(a[w], a[4 + w], 0x88);
+        __m512i low_odd = _mm512_shuffle_i32x4(a[w], a[4 + w], 0xdd);
+        __m512i high = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0x88);
+        __m512i high_odd = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0xdd);
+        words[w] = (u8x64)_mm512_shuffle_i32x4(low, high, 0x88);
+        words[8 + w] = (u8x64)_mm512_shuffle_i32x4(low, high, 0xdd);
+        words[4 + w] = (u8x64)_mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        words[12 + w] = (u8x64)_mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+}
+
+// Four codes of each token -> in each 16-byte lane the first two codes of its tokens, then the others.
+INLINE u8x64 split_pairs(u8x64 words) {
+    __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    return (u8x64)_mm512_shuffle_epi8((__m512i)words, _mm512_broadcast_i32x4(order));
+}
+#else
+INLINE void transpose_words(const uint8_t *const row[TILE], int at, u8x64 words[TILE]) {
+    for (int i = 0; i < TILE; i++)
+        for (int t = 0; t < TILE; t++) memcpy((uint8_t *)&words[i] + 4 * t, row[t] + at + 4 * i, 4);
+}
+
+INLINE u8x64 split_pairs(u8x64 words) {
+    uint8_t from[64], to[64];
+    memcpy(from, &words, sizeof from);
+    for (int t = 0; t < TILE; t++)
+        for (int n = 0; n < 4; n++)
+            to[(t / 4) * 16 + (n / 2) * 8 + (t % 4) * 2 + n % 2] = from[4 * t + n];
+    memcpy(&words, to, sizeof words);
+    return words;
+}
+#endif
 
 // Keys of 16 tokens as pairs of neighbouring features, tokens in the lanes: (head_dim / 2) vectors.
 INLINE void load_keys(const attention *job, const unit *u, int head_dim, int first, int count,
                       u16x32 *keys) {
     const uint8_t *row[TILE];
-    int width = job->is_fp8 ? 1 : 2;
+    long long offsets[TILE];
+    int width = job->is_fp8 ? 1 : 2, row_bytes = head_dim * width;
+    find_tokens(job, u, first, count, offsets);
     for (int t = 0; t < TILE; t++)  // lanes without a token repeat the last one; nobody reads them
-        row[t] = job->k_cache + offset_of(job, u, first + (t < count ? t : count - 1)) * width;
-    for (int i = 0; i < head_dim * width / 4; i++) {
-        uint32_t word[TILE];
-        for (int t = 0; t < TILE; t++) memcpy(&word[t], row[t] + 4 * i, 4);
-        if (!job->is_fp8) {
-            memcpy(&keys[i], word, 64);
-            continue;
+        row[t] = job->k_cache + offsets[t < count ? t : count - 1] * width;
+    for (int at = 0; at < row_bytes; at += 64) {
+        u8x64 words[TILE];
+        int num_words = TILE;
+        if (row_bytes - at >= 64) {
+            transpose_words(row, at, words);
+        } else {
+            num_words = (row_bytes - at) / 4;
+            for (int i = 0; i < num_words; i++)
+                for (int t = 0; t < TILE; t++)
+                    memcpy((uint8_t *)&words[i] + 4 * t, row[t] + at + 4 * i, 4);
         }
-        // Four codes of each token: the first pairs of a lane's four tokens, then the second ones.
-        uint16_t half[32];
-        for (int t = 0; t < TILE; t++) {
-            half[(t / 4) * 8 + t % 4] = (uint16_t)word[t];
-            half[(t / 4) * 8 + 4 + t % 4] = (uint16_t)(word[t] >> 16);
-        }
-        u8x64 codes;
-        memcpy(&codes, half, 64);
-        decode_e4m3_64(codes, &keys[2 * i], &keys[2 * i + 1]);
+        for (int i = 0; i < num_words; i++)
+            if (job->is_fp8)
+                decode_e4m3_64(split_pairs(words[i]), &keys[at / 2 + 2 * i], &keys[at / 2 + 2 * i + 1]);
+            else
+                memcpy(&keys[at / 4 + i], &words[i], 64);
     }
 }
 
 // Values of up to 16 tokens widened to f32: values[token][head_dim].
 INLINE void load_values(const attention *job, const unit *u, int head_dim, int first, int count,
                         float *values) {
+    long long offsets[TILE];
+    find_tokens(job, u, first, count, offsets);
     for (int t = 0; t < count; t++) {
-        long long at = offset_of(job, u, first + t);
+        long long at = offsets[t];
         float *to = values + t * head_dim;
         int i = 0;
         if (job->is_fp8) {
@@ -127,13 +185,15 @@ INLINE void load_values(const attention *job, const unit *u, int head_dim, int f
 INLINE void score_tile(const attention *job, const unit *u, int head_dim, const u16x32 *keys,
                        float scores[MAX_ROWS][SPLIT], int at) {
     for (int r = 0; r < u->num_rows; r++) {
-        f32x16 sum = {0};
-        for (int i = 0; i < head_dim / 2; i++) {
-            uint32_t pair;
-            memcpy(&pair, u->q[r] + 2 * i, 4);
-            sum = dot_pair(sum, keys[i], pair);
+        const bf16 *q = u->q[r];
+        f32x16 a = {0}, b = {0}, c = {0}, d = {0};  // four chains hide the product's latency
+        int i = 0;
+        for (; i + 4 <= head_dim / 2; i += 4) {
+            a = dot_pair(a, keys[i], q + 2 * i), b = dot_pair(b, keys[i + 1], q + 2 * i + 2);
+            c = dot_pair(c, keys[i + 2], q + 2 * i + 4), d = dot_pair(d, keys[i + 3], q + 2 * i + 6);
         }
-        store_f32(&scores[r][at], sum * job->score_scale);
+        for (; i < head_dim / 2; i++) a = dot_pair(a, keys[i], q + 2 * i);
+        store_f32(&scores[r][at], ((a + b) + (c + d)) * job->score_scale);
     }
 }
 
@@ -164,8 +224,9 @@ INLINE void add_values(const float *weights, const float *values, int count, int
         f32x16 c = load_f32(sums + i + 32), d = load_f32(sums + i + 48);
         for (int t = 0; t < count; t++) {
             const float *from = values + t * head_dim + i;
-            a += load_f32(from) * weights[t], b += load_f32(from + 16) * weights[t];
-            c += load_f32(from + 32) * weights[t], d += load_f32(from + 48) * weights[t];
+            f32x16 weight = splat(weights[t]);
+            a = fused(load_f32(from), weight, a), b = fused(load_f32(from + 16), weight, b);
+            c = fused(load_f32(from + 32), weight, c), d = fused(load_f32(from + 48), weight, d);
         }
         store_f32(sums + i, a), store_f32(sums + i + 16, b);
         store_f32(sums + i + 32, c), store_f32(sums + i + 48, d);

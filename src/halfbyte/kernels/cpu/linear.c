@@ -4,21 +4,22 @@
 // block is eight vectors, each of two neighbouring inputs for all 16 outputs, so that one bf16 pair
 // of x, broadcast, multiplies it: no sums across lanes. Ragged last panels are padded with zeros.
 //
-//   for each panel                      (items of the thread pool)
-//     for each group of up to 16 rows
-//       for each block: decode 8 vectors once; for each row: 8 products, then acc += part * scale
+//   for each two panels                   (items of the thread pool)
+//     for each group of up to 48 rows
+//       for each block: decode 2 x 8 vectors once
+//         for each 8 rows: 8 products a row and panel, then sum += part * scale
 //
 // The sum of a row has one fixed order, so it does not depend on which rows run beside it or on the
 // number of threads. Codes and codes times block scale are exact; row scales multiply the sum.
 //
-// Bytes: O*I*{2, 1, 0.5625} read once a group of 16 rows; FLOPs: 2*T*O*I. At one row it is bound by
+// Bytes: O*I*{2, 1, 0.5625} read once a group of 48 rows; FLOPs: 2*T*O*I. At one row it is bound by
 // memory and decoding, from some 4 rows on by the products.
 
 #include "pool.h"
 #include "vectors.h"
 
 enum { FORMAT_BF16 = 0, FORMAT_FP8 = 1, FORMAT_NVFP4 = 2 };
-enum { LANES = 16, GROUP = 16, BLOCK = 16, PAIRS = 8 };
+enum { LANES = 16, BLOCK = 16, PAIRS = 8, PANELS = 2, ROWS = 8, GROUP = 48 };
 
 static const int BLOCK_BYTES[] = {512, 256, 128};
 
@@ -40,7 +41,12 @@ enum { SCALE_BIAS = 15 };
 INLINE f32x16 decode_scales(const uint8_t *from) {
     u8x16 bytes;
     memcpy(&bytes, from, sizeof bytes);
-    return (f32x16)((__builtin_convertvector(bytes, u32x16) << 20) + ((127u - SCALE_BIAS) << 23));
+#if HB_AVX512
+    u32x16 wide = (u32x16)_mm512_cvtepu8_epi32((__m128i)bytes);
+#else
+    u32x16 wide = __builtin_convertvector(bytes, u32x16);
+#endif
+    return (f32x16)((wide << 20) + ((127u - SCALE_BIAS) << 23));
 }
 
 INLINE void decode_block(int format, const uint8_t *from, u16x32 w[PAIRS]) {
@@ -72,63 +78,86 @@ INLINE void store_row(const product *job, int row, int panel, f32x16 sum) {
     }
 }
 
-// One panel times `num_rows` rows; format and num_rows are constants after inlining.
-INLINE void panel_rows(const product *job, int format, int num_rows, int panel, int first_row) {
-    int num_blocks = job->in / BLOCK;
-    const uint8_t *codes = job->codes + (size_t)panel * num_blocks * BLOCK_BYTES[format];
-    const uint8_t *scales = job->scales + (size_t)panel * num_blocks * LANES;
-    const bf16 *x = (num_rows == 1 && job->rows == 1 ? job->x : job->packed_x) +
-                    (size_t)first_row * (size_t)job->in;
-    f32x16 sum[GROUP];
-    for (int r = 0; r < num_rows; r++) sum[r] = (f32x16){0};
-    for (int b = 0; b < num_blocks; b++) {
-        u16x32 w[PAIRS];
-        decode_block(format, codes + (size_t)b * BLOCK_BYTES[format], w);
-        f32x16 scale = format == FORMAT_NVFP4 ? decode_scales(scales + (size_t)b * LANES) : splat(1);
-        const bf16 *at = x + (size_t)b * (size_t)(num_rows * BLOCK);
-        for (int r = 0; r < num_rows; r++) {
-            uint32_t pair[PAIRS];
-            memcpy(pair, at + r * BLOCK, sizeof pair);
-            f32x16 part = {0};
+// One block of `num_panels` panels times `num_rows` rows; all three sizes are constants after
+// inlining, so that the parts stay in registers: 16 sums, two weights, one pair of x.
+INLINE void multiply_block(int format, int num_panels, int num_rows, const u16x32 *w,
+                           const f32x16 *scale, const bf16 *x, f32x16 *sums) {
+    f32x16 part[ROWS][PANELS];
+    for (int r = 0; r < num_rows; r++)
+        for (int p = 0; p < num_panels; p++) part[r][p] = (f32x16){0};
 #pragma GCC unroll 8
-            for (int j = 0; j < PAIRS; j++) part = dot_pair(part, w[j], pair[j]);
-            sum[r] = format == FORMAT_NVFP4 ? sum[r] + part * scale : sum[r] + part;
+    for (int j = 0; j < PAIRS; j++)
+#pragma GCC unroll 8
+        for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 2
+            for (int p = 0; p < num_panels; p++)
+                part[r][p] = dot_pair(part[r][p], w[p * PAIRS + j], x + r * BLOCK + 2 * j);
+    for (int r = 0; r < num_rows; r++)
+        for (int p = 0; p < num_panels; p++) {
+            f32x16 *sum = &sums[r * PANELS + p];
+            *sum = format == FORMAT_NVFP4 ? fused(part[r][p], scale[p], *sum) : *sum + part[r][p];
         }
+}
+
+#define ROWS_CASE(n)                                                              \
+    case n: multiply_block(format, num_panels, n, w, scale, at, at_sums); break;
+
+INLINE void multiply_group(const product *job, int format, int num_panels, int panel,
+                           int first_row, int num_rows) {
+    int num_blocks = job->in / BLOCK;
+    size_t panel_bytes = (size_t)num_blocks * BLOCK_BYTES[format];
+    const uint8_t *codes = job->codes + (size_t)panel * panel_bytes;
+    const uint8_t *scales = job->scales + (size_t)panel * num_blocks * LANES;
+    const bf16 *x = (job->rows == 1 ? job->x : job->packed_x) + (size_t)first_row * (size_t)job->in;
+    f32x16 sums[GROUP * PANELS], scale[PANELS];
+    memset(sums, 0, sizeof(f32x16) * PANELS * (size_t)num_rows);
+    for (int b = 0; b < num_blocks; b++) {
+        u16x32 w[PANELS * PAIRS];
+        for (int p = 0; p < num_panels; p++) {
+            decode_block(format, codes + p * panel_bytes + (size_t)b * BLOCK_BYTES[format],
+                         w + p * PAIRS);
+            if (format == FORMAT_NVFP4)
+                scale[p] = decode_scales(scales + ((size_t)p * num_blocks + (size_t)b) * LANES);
+        }
+        const bf16 *at = x + (size_t)b * (size_t)(num_rows * BLOCK);
+        f32x16 *at_sums = sums;
+        for (int left = num_rows; left > 0; left -= ROWS, at += ROWS * BLOCK, at_sums += ROWS * PANELS)
+            switch (left) {
+                ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4)
+                ROWS_CASE(5) ROWS_CASE(6) ROWS_CASE(7)
+                default: multiply_block(format, num_panels, ROWS, w, scale, at, at_sums);
+            }
     }
-    for (int r = 0; r < num_rows; r++) store_row(job, first_row + r, panel, sum[r]);
+    for (int r = 0; r < num_rows; r++)
+        for (int p = 0; p < num_panels; p++)
+            store_row(job, first_row + r, panel + p, sums[r * PANELS + p]);
 }
 
-#define ROWS_CASE(n) \
-    case n: panel_rows(job, format, n, panel, first_row); break;
-
-INLINE void panel_group(const product *job, int format, int panel, int first_row, int num_rows) {
-    switch (num_rows) {
-        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6)
-        ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10) ROWS_CASE(11) ROWS_CASE(12)
-        ROWS_CASE(13) ROWS_CASE(14) ROWS_CASE(15) ROWS_CASE(16)
+#define GROUP_FUNCTION(name, format, num_panels)                                            \
+    static void name(const product *job, int panel, int first_row, int num_rows) {          \
+        multiply_group(job, format, num_panels, panel, first_row, num_rows);                \
     }
-}
-
-static void group_bf16(const product *job, int panel, int first_row, int num_rows) {
-    panel_group(job, FORMAT_BF16, panel, first_row, num_rows);
-}
-static void group_fp8(const product *job, int panel, int first_row, int num_rows) {
-    panel_group(job, FORMAT_FP8, panel, first_row, num_rows);
-}
-static void group_nvfp4(const product *job, int panel, int first_row, int num_rows) {
-    panel_group(job, FORMAT_NVFP4, panel, first_row, num_rows);
-}
+GROUP_FUNCTION(one_bf16, FORMAT_BF16, 1)
+GROUP_FUNCTION(two_bf16, FORMAT_BF16, 2)
+GROUP_FUNCTION(one_fp8, FORMAT_FP8, 1)
+GROUP_FUNCTION(two_fp8, FORMAT_FP8, 2)
+GROUP_FUNCTION(one_nvfp4, FORMAT_NVFP4, 1)
+GROUP_FUNCTION(two_nvfp4, FORMAT_NVFP4, 2)
 
 static void multiply_panels(const void *context, int item) {
-    static void (*const run[])(const product *, int, int, int) = {group_bf16, group_fp8,
-                                                                  group_nvfp4};
+    static void (*const run[3][PANELS])(const product *, int, int, int) = {
+        {one_bf16, two_bf16}, {one_fp8, two_fp8}, {one_nvfp4, two_nvfp4}};
     const product *job = context;
     int first = item * job->panels_per_item;
     int last = first + job->panels_per_item;
     if (last > job->num_panels) last = job->num_panels;
-    for (int panel = first; panel < last; panel++)
-        for (int row = 0; row < job->rows; row += GROUP)
-            run[job->format](job, panel, row, job->rows - row < GROUP ? job->rows - row : GROUP);
+    for (int panel = first; panel < last; panel += PANELS) {
+        int num_panels = last - panel < PANELS ? last - panel : PANELS;
+        for (int row = 0; row < job->rows; row += GROUP) {
+            int num_rows = job->rows - row < GROUP ? job->rows - row : GROUP;
+            run[job->format][num_panels - 1](job, panel, row, num_rows);
+        }
+    }
 }
 
 // Rows of a group side by side, block by block: the order in which panel_rows reads them.
@@ -153,7 +182,7 @@ void hb_linear(int format, const bf16 *x, bf16 *scratch, const uint8_t *codes,
                    .format = format, .is_f32 = is_f32, .num_panels = (out + LANES - 1) / LANES};
     if ((double)rows * in * out < WORTH_SHARING) num_threads = 1;
     // Some four items a thread even out unequal cores; neighbouring panels stay together.
-    job.panels_per_item = job.num_panels / (4 * num_threads) + 1;
+    job.panels_per_item = PANELS * (job.num_panels / (4 * num_threads * PANELS) + 1);
     int num_items = (job.num_panels + job.panels_per_item - 1) / job.panels_per_item;
     hb_phase phases[2] = {{pack_rows, rows > 1 ? (rows + GROUP - 1) / GROUP : 0},
                           {multiply_panels, num_items}};

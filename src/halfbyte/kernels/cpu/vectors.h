@@ -32,6 +32,17 @@ typedef uint16_t bf16;
 
 INLINE f32x16 splat(float value) { return value - (f32x16){0}; }
 
+// a * b + c, fused where the machine has it. The compiler itself may not fuse (-ffp-contract=off): it
+// would do so in one inlined copy of a loop and not in another, and results would depend on which
+// copy a batch happened to use.
+INLINE f32x16 fused(f32x16 a, f32x16 b, f32x16 c) {
+#if HB_AVX512
+    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE f32x16 load_f32(const float *from) {
     f32x16 v;
     memcpy(&v, from, sizeof v);
@@ -47,9 +58,24 @@ INLINE f32x16 load_f32_part(const float *from, int count) {
 
 INLINE void store_f32(float *to, f32x16 v) { memcpy(to, &v, sizeof v); }
 
-INLINE f32x16 widen(u16x16 words) {
-    return (f32x16)(__builtin_convertvector(words, u32x16) << 16);
+// The compiler splits these two conversions in halves where one instruction would do.
+INLINE u32x16 to_u32(u16x16 words) {
+#if HB_AVX512
+    return (u32x16)_mm512_cvtepu16_epi32((__m256i)words);
+#else
+    return __builtin_convertvector(words, u32x16);
+#endif
 }
+
+INLINE u16x16 to_u16(u32x16 words) {
+#if HB_AVX512
+    return (u16x16)_mm512_cvtepi32_epi16((__m512i)words);
+#else
+    return __builtin_convertvector(words, u16x16);
+#endif
+}
+
+INLINE f32x16 widen(u16x16 words) { return (f32x16)(to_u32(words) << 16); }
 
 INLINE f32x16 load_bf16(const bf16 *from) {
     u16x16 words;
@@ -63,7 +89,7 @@ INLINE u16x16 narrow(f32x16 v) {
     u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     u32x16 is_nan = (u32x16)(v != v);
     rounded = (is_nan & 0x7fc0) | (~is_nan & rounded);
-    return __builtin_convertvector(rounded, u16x16);
+    return to_u16(rounded);
 }
 
 INLINE void store_bf16(bf16 *to, f32x16 v) {
@@ -129,16 +155,16 @@ INLINE f32x16 exp_f32(f32x16 x) {
     i32x16 is_tiny = x < splat(-87.3f);
     x = select_f32(is_tiny, splat(-87.3f), x);
     x = select_f32(x > splat(88.0f), splat(88.0f), x);
-    f32x16 shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
+    f32x16 shifted = fused(x, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: rounds to a whole number
     f32x16 n = shifted - 12582912.0f;
-    f32x16 r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    f32x16 p = r * 1.3888889e-3f + 8.3333333e-3f;
-    p = p * r + 4.1666667e-2f;
-    p = p * r + 1.6666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    f32x16 r = fused(n, splat(-0.693359375f), x);
+    r = fused(n, splat(2.12194440e-4f), r);
+    f32x16 p = fused(r, splat(1.3888889e-3f), splat(8.3333333e-3f));
+    p = fused(p, r, splat(4.1666667e-2f));
+    p = fused(p, r, splat(1.6666667e-1f));
+    p = fused(p, r, splat(0.5f));
+    p = fused(p, r, splat(1.0f));
+    p = fused(p, r, splat(1.0f));
     i32x16 power = ((i32x16)shifted - (i32x16)splat(12582912.0f)) << 23;
     return select_f32(is_tiny, splat(0.0f), (f32x16)((i32x16)p + power));
 }
@@ -159,10 +185,12 @@ extern bf16 hb_e2m1_words[32];
 
 #if HB_AVX512
 
-// Sum of products of bf16 pairs: lane i gains w[2i] x[0] + w[2i + 1] x[1], f32.
-INLINE f32x16 dot_pair(f32x16 sum, u16x32 w, uint32_t x_pair) {
-    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w,
-                                    (__m512bh)_mm512_set1_epi32((int)x_pair));
+// Sum of products of bf16 pairs: lane i gains w[2i] x[0] + w[2i + 1] x[1], f32. The pair is read as
+// one f32 so that it is broadcast on its way from memory, not through an integer register.
+INLINE f32x16 dot_pair(f32x16 sum, u16x32 w, const bf16 *x) {
+    float pair;
+    memcpy(&pair, x, sizeof pair);
+    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_ps(pair));
 }
 
 // 64 e4m3 codes -> two vectors of bf16 words. Within each 16-byte lane the first gets bytes 0-7, the
@@ -192,11 +220,11 @@ INLINE u16x32 decode_e2m1_words(u16x32 words) {
 
 #else
 
-INLINE f32x16 dot_pair(f32x16 sum, u16x32 w, uint32_t x_pair) {
+INLINE f32x16 dot_pair(f32x16 sum, u16x32 w, const bf16 *x) {
     u32x16 words = (u32x16)w;
     f32x16 even = (f32x16)(words << 16), odd = (f32x16)(words & 0xffff0000u);
-    sum += even * bf16_to_float((bf16)x_pair);
-    return sum + odd * bf16_to_float((bf16)(x_pair >> 16));
+    sum += even * bf16_to_float(x[0]);
+    return sum + odd * bf16_to_float(x[1]);
 }
 
 INLINE void decode_e4m3_64(u8x64 codes, u16x32 *first, u16x32 *second) {
