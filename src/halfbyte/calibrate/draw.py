@@ -117,8 +117,18 @@ def draw(
     files and for sources without a usable row, CheckpointError for more than 1 % of broken rows,
     UnsupportedError if an optional package or the hub is needed.
     """
-    directory = Path(checkpoint)
-    text = load_chat_text(directory, blend.mode)
+    text = load_chat_text(Path(checkpoint), blend.mode)
+    return draw_rows(blend, text, access=access, evaluation_prompts=evaluation_prompts)
+
+
+def draw_rows(
+    blend: Blend,
+    text: ChatText,
+    *,
+    access: DataAccess | None = None,
+    evaluation_prompts: Iterable[str] = (),
+) -> CalibrationData:
+    """As `draw`, with a chat format that is already loaded for the blend's mode."""
     overlap = OverlapIndex(evaluation_prompts)
     members = [
         _Member(source, open_source(source, blend, access or DataAccess()), blend, text, overlap)
