@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from halfbyte.cli.serve import add_engine_arguments
@@ -29,10 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.log import logger
     from halfbyte.server.client import ChatClient
-    from halfbyte.server.launch import engine_config, launch
-    from halfbyte.server.run import serving
     from halfbyte.server.terminal import Terminal
 
     names = ("temperature", "max_tokens", "reasoning_effort", "seed")
@@ -40,14 +38,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         url = args.target
         if not url.startswith(("http://", "https://")):
-            directory = Path(url)
-            if not directory.is_dir():
-                raise UsageError(f"{url} is neither a directory nor an http:// or https:// URL")
-            if args.once is not None:
-                logger.setLevel("WARNING")
-            names_served = (directory.resolve().name,)
-            app = launch(directory, engine_config(args), names=names_served, access_log=False)
-            url = stack.enter_context(serving(app))
+            url = stack.enter_context(_local_server(args))
         client = ChatClient(url, args.api_key)
         stack.callback(client.close)
         model = args.model or client.first_model()
@@ -58,3 +49,20 @@ def run(args: argparse.Namespace) -> int:
         prompt = sys.stdin.read() if args.once == "-" else args.once
         answer = terminal.ask(prompt, with_speed=False)
         return 0 if answer.finish_reason is not None else 130
+
+
+@contextlib.contextmanager
+def _local_server(args: argparse.Namespace) -> Iterator[str]:
+    """A server of this process over the directory; gives its URL."""
+    directory = Path(args.target)
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is neither a directory nor an http:// or https:// URL")
+    from halfbyte.log import logger
+    from halfbyte.server.launch import engine_config, launch
+    from halfbyte.server.run import serving
+
+    if args.once is not None:
+        logger.setLevel("WARNING")
+    names = (directory.resolve().name,)
+    with serving(launch(directory, engine_config(args), names=names, access_log=False)) as url:
+        yield url

@@ -75,14 +75,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.directory.is_dir():
+        raise UsageError(f"{args.directory} is not a directory")
+    if not 0 <= args.port < 65536:
+        raise UsageError(f"--port {args.port} is not a port")
     from halfbyte.server.launch import engine_config, launch, read_keys
     from halfbyte.server.run import listen, serve
 
     for name, _ in _UNNECESSARY:
         if getattr(args, name[2:].replace("-", "_")):
             print(f"{name} is not needed; the checkpoint says it", flush=True)
-    if not 0 <= args.port < 65536:
-        raise UsageError(f"--port {args.port} is not a port")
     keys = read_keys(args.api_key, args.api_key_file)
     listener = listen(args.host, args.port)
     app = launch(

@@ -63,8 +63,6 @@ def launch(
 
     Raises CheckpointError, UsageError or CapacityError.
     """
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory")
     chat = load_chat(directory)
     engine = Engine.load(directory, config)
     limits = Limits(drain_s=drain_s)

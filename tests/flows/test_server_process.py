@@ -1,0 +1,158 @@
+"""`halfbyte serve` and `halfbyte chat` as processes: greeting, draining, refusals."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from halfbyte.cli.main import main
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
+
+DATA = Path(__file__).parent.parent / "data" / "chat"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    config = tiny_config(layers=1)
+    text = dataclasses.replace(config.text, vocab_size=448)
+    write_tiny_checkpoint(path, config=dataclasses.replace(config, text=text))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DATA / "chatml" / name, path)
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "halfbyte", *map(str, arguments)]
+
+
+def halfbyte(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=50, env=ENVIRONMENT, **options
+    )
+
+
+@contextlib.contextmanager
+def served(directory: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A server on a free port; gives the process, its URL and its greeting."""
+    flags = ("--port", 0, "--max-model-len", 2048, "--kv-cache-tokens", 4096, *arguments)
+    process = subprocess.Popen(
+        command("serve", directory, *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout is not None
+    try:
+        greeting = ""
+        while "Ctrl-C" not in greeting:
+            line = process.stdout.readline()
+            assert line, f"the server ended: {greeting}"
+            greeting += line
+        url = next(word for word in greeting.split() if word.startswith("http")).removesuffix("/v1")
+        yield process, url, greeting
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_drains_on_sigterm_and_ends_well(directory: Path) -> None:
+    with served(directory, "--served-model-name", "tiny", "alias") as (process, url, greeting):
+        assert "tiny is ready at" in greeting and "2048" in greeting and "4096" in greeting
+        body = {
+            "model": "alias",
+            "prompt": "Hello",
+            "max_tokens": 300,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=40) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line.startswith("data: ")]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert process.wait(timeout=10) == 0
+
+
+def test_idle_server_stops_quickly_and_frees_its_port(directory: Path) -> None:
+    with served(directory) as (process, url, _):
+        assert httpx.get(f"{url}/health").status_code == 200
+        started = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+        assert time.perf_counter() - started < 5
+        port = int(url.rsplit(":", 1)[1])
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_chat_once_speaks_to_a_server_with_a_key(directory: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# the team's\nsesame\n")
+    with served(directory, "--api-key-file", keys, "--trust-remote-code") as (_, url, greeting):
+        assert "--trust-remote-code is not needed" in greeting and "API key required" in greeting
+        asked = ("chat", url, "--once", "Hello", "--max-tokens", 5)
+        refused = halfbyte(*asked)
+        assert refused.returncode == 2 and "no API key" in refused.stderr
+        answered = halfbyte(*asked, "--api-key", "sesame")
+        assert answered.returncode == 0, answered.stderr
+        assert answered.stdout.strip()
+        piped = halfbyte("chat", url, "--api-key", "sesame", "--max-tokens", 5, input="Hi\n/new\n")
+        assert piped.returncode == 0 and "tokens, first after" in piped.stdout
+
+
+def test_chat_once_with_a_directory(directory: Path) -> None:
+    answered = halfbyte("chat", directory, "--once", "-", "--max-tokens", 5, input="Hello")
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "/nowhere"), "/nowhere is not a directory"),
+        (("serve", "DIR", "--port", 70000), "70000 is not a port"),
+        (("serve", "DIR", "--tensor-parallel-size", 3, "--port", 0), "tensor"),
+        (("serve", "DIR", "--max-model-len", 10**9, "--port", 0), "max_model_len"),
+        (("serve", "DIR", "--api-key-file", "/nowhere", "--port", 0), "cannot read keys"),
+        (("chat", "/nowhere"), "neither a directory nor"),
+        (("chat", "http://127.0.0.1:9", "--once", "x"), "no answer from"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    directory: Path,
+    arguments: tuple[object, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(directory if part == "DIR" else part) for part in arguments]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_port_in_use_is_said_before_anything_is_loaded(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["serve", str(directory), "--port", str(taken.getsockname()[1])]) == 2
+    error = capsys.readouterr().err
+    assert "cannot listen" in error and "weights" not in error

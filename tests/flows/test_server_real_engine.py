@@ -1,0 +1,331 @@
+"""The server over the real engine, on small random models: wire, chat, engine, kernels, blocks.
+
+A random model says nothing sensible. Where an answer must have a certain shape, a hook on the
+logits forces its tokens; everything else - masks, sampling, cache, scheduling - is as it is for
+users. A model that really thinks and calls tools is not part of these tests.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import openai
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.chat.tokens import ChatFormat, load_chat
+from halfbyte.engine.config import EngineConfig
+from halfbyte.engine.core import Engine
+from halfbyte.engine.request import GenerationRequest
+from halfbyte.engine.service import EngineService
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
+from halfbyte.server.app import create_app
+from halfbyte.server.config import ServerConfig
+
+DATA = Path(__file__).parent.parent / "data" / "chat"
+THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
+HELLO = [{"role": "user", "content": "Hello"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 8}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Script:
+    """The hook: tokens that an answer must have, by position; None leaves the model its choice."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] | None = None
+        self.dies = False
+
+    def __call__(
+        self, request: GenerationRequest, generated: Sequence[int], logits_V: Tensor
+    ) -> None:
+        if self.dies:
+            raise RuntimeError("the card has fallen off the bus")
+        if self.ids is not None and len(generated) < len(self.ids):
+            logits_V[self.ids[len(generated)]] = 1e4
+
+
+@dataclasses.dataclass
+class Stand:
+    """A running application."""
+
+    http: httpx.AsyncClient
+    client: Any
+    engine: Engine
+    service: EngineService
+    chat: ChatFormat
+    script: Script
+
+    def force(self, *parts: str | int) -> None:
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self.chat.vocabulary.encode_text(part)
+        self.script.ids = ids
+
+    async def idle(self) -> None:
+        """Nothing runs and every block is back."""
+        async with asyncio.timeout(5):
+            while self.engine.stats().running or self.engine.stats().waiting:
+                await asyncio.sleep(0.005)
+        stats = self.engine.stats()
+        assert stats.free_blocks == stats.total_blocks
+        self.engine.check()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(2)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    config = tiny_config(layers=2)
+    text = dataclasses.replace(config.text, vocab_size=800)
+    write_tiny_checkpoint(path, config=dataclasses.replace(config, text=text))
+    shutil.copy(DATA / "tekken" / "tekken.json", path)
+    return path
+
+
+@pytest.fixture
+async def stand(directory: Path) -> AsyncIterator[Stand]:
+    script = Script()
+    config = EngineConfig(max_model_len=512, kv_cache_tokens=4096, max_sequences=16)
+    engine = Engine.load(directory, config, logits_hook=script)
+    service = EngineService(engine)
+    chat = load_chat(directory)
+    settings = ServerConfig(("tiny",), engine.max_model_len, engine.vocab_size)
+    app = create_app(service, chat, settings, access_log=False)
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        http: Any = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=50)
+        client = openai.AsyncOpenAI(
+            api_key="none", base_url="http://test/v1", http_client=http, max_retries=0
+        )
+        yield Stand(http, client, engine, service, chat, script)
+
+
+async def ask(stand: Stand, **options: Any) -> Any:
+    request = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 24, **options}
+    return await stand.client.chat.completions.create(**request)
+
+
+async def streamed_text(stand: Stand, **options: Any) -> str:
+    stream = await ask(stand, stream=True, **options)
+    return "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+
+
+async def test_streamed_equals_whole_and_the_prefix_is_found_again(stand: Stand) -> None:
+    messages = [{"role": "user", "content": "Hello " * 40}]
+    first = await ask(stand, messages=messages)
+    text = first.choices[0].message.content
+    assert text and first.usage.prompt_tokens_details.cached_tokens == 0
+    assert await streamed_text(stand, messages=messages) == text
+    again = await ask(stand, messages=messages)
+    assert again.choices[0].message.content == text
+    assert again.usage.prompt_tokens_details.cached_tokens >= 128
+    await stand.idle()
+
+
+async def test_sixteen_at_once_answer_as_alone(stand: Stand) -> None:
+    def options(i: int) -> dict[str, Any]:
+        content = f"Question {i} " * (i + 1)
+        return {"messages": [{"role": "user", "content": content}], "max_tokens": 8 + i}
+
+    alone = [await streamed_text(stand, **options(i)) for i in range(16)]
+    together = await asyncio.gather(*(streamed_text(stand, **options(i)) for i in range(16)))
+    assert together == alone
+    await stand.idle()
+
+
+async def test_a_seed_repeats_and_choices_differ(stand: Stand) -> None:
+    options = {"temperature": 1.0, "seed": 5, "n": 3}
+    one, two = await asyncio.gather(ask(stand, **options), ask(stand, **options))
+    texts = [choice.message.content for choice in one.choices]
+    assert texts == [choice.message.content for choice in two.choices]
+    assert len(set(texts)) == 3
+
+
+async def test_bias_and_stop_reach_the_sampler(stand: Stand) -> None:
+    x = stand.chat.vocabulary.encode_text("x")[0]
+    biased = await ask(stand, logit_bias={str(x): 100}, max_tokens=5)
+    assert biased.choices[0].message.content == "xxxxx"
+    stopped = await ask(stand, logit_bias={str(x): 100}, stop="xx")
+    assert stopped.choices[0].message.content == "" and stopped.usage.completion_tokens == 2
+    await stand.idle()
+
+
+async def test_logprobs_are_of_the_chosen_tokens(stand: Stand) -> None:
+    answer = await ask(stand, logprobs=True, top_logprobs=5, max_tokens=6)
+    for entry in answer.choices[0].logprobs.content:
+        assert len(entry.top_logprobs) == 5
+        # Greedy: nothing is likelier, unless it was banned (a control token).
+        text = [a for a in entry.top_logprobs if not a.token.startswith(("<SPECIAL", "["))]
+        assert entry.logprob >= max([a.logprob for a in text], default=-99.0) - 1e-6
+
+
+async def test_echo_scores_as_generation_did(stand: Stand) -> None:
+    """Text generated with log-probs and then scored as a prompt: the figures agree."""
+    request = {"model": "tiny", "temperature": 0, "logprobs": 0}
+    # Log-probs are the model's own; the bias only keeps the answer to letters, one token each.
+    letters = {character: 64 + ord(character) for character in "abcdefgh"}
+    bias = {str(token_id): 50 for token_id in letters.values()}
+    made = await stand.client.completions.create(
+        **request, prompt="Hello", max_tokens=8, logit_bias=bias
+    )
+    ids = [1, *stand.chat.vocabulary.encode_text("Hello")]
+    answer_ids = [letters[character] for character in made.choices[0].text]
+    scored = await stand.client.completions.create(
+        **request, prompt=[*ids, *answer_ids], echo=True, max_tokens=0
+    )
+    logprobs = scored.choices[0].logprobs.token_logprobs[len(ids) :]
+    assert logprobs == pytest.approx(made.choices[0].logprobs.token_logprobs, abs=0.05)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "kind": {"enum": ["a", "b"]},
+        "sizes": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "sizes"],
+    "additionalProperties": False,
+}
+
+
+async def test_even_a_random_model_writes_valid_json(stand: Stand) -> None:
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
+    }
+    options = {"response_format": form, "max_tokens": 400, "temperature": 1.0}
+    answers = await asyncio.gather(*(ask(stand, **options, seed=seed) for seed in range(8)))
+    num_whole = 0
+    for answer in answers:
+        choice = answer.choices[0]
+        if choice.finish_reason == "stop":
+            num_whole += 1
+            jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    assert num_whole >= 4
+    await stand.idle()
+
+
+async def test_choice_and_regex(stand: Stand) -> None:
+    form: dict[str, Any] = {"type": "choice", "choices": ["Yes", "No"]}
+    choice = await ask(stand, extra_body={"response_format": form})
+    assert choice.choices[0].message.content in ("Yes", "No")
+    form = {"type": "regex", "regex": "[0-9]{3}-[a-f]{2}"}
+    text = (await ask(stand, extra_body={"response_format": form})).choices[0].message.content
+    assert re.fullmatch("[0-9]{3}-[a-f]{2}", text)
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
+)
+async def test_even_a_random_model_calls_a_tool_when_it_must(stand: Stand, choice: Any) -> None:
+    answer = await ask(
+        stand, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False, max_tokens=200
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "get_weather" and answer.choices[0].finish_reason == "tool_calls"
+    parameters: Any = WEATHER["function"]["parameters"]  # type: ignore[index]
+    jsonschema.validate(json.loads(call.function.arguments), parameters)
+
+
+async def test_forced_thought_text_and_calls_pass_the_whole_pipe(stand: Stand) -> None:
+    stand.force(
+        THINK, "two é", END_THINK, "See.", CALLS, "get_weather", ARGS, '{"city": "Rome"}',
+        CALLS, "get_weather", ARGS, '{"city": "Bari"}', EOS,
+    )  # fmt: skip
+    options = {"tools": [WEATHER], "reasoning_effort": "high", "max_tokens": 200}
+    message = (await ask(stand, **options)).choices[0].message
+    assert message.reasoning_content == message.reasoning == "two é"
+    assert message.content == "See."
+    arguments = [call.function.arguments for call in message.tool_calls]
+    assert arguments == ['{"city": "Rome"}', '{"city": "Bari"}']
+    # The answer goes back as it came, with results, and the next turn runs.
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "21"} for call in message.tool_calls
+    ]
+    stand.force("Warm.", EOS)
+    turns = [*HELLO, message.model_dump(exclude_none=True), *results]
+    after = await ask(stand, messages=turns, tools=[WEATHER])
+    assert after.choices[0].message.content == "Warm."
+    await stand.idle()
+
+
+async def test_effort_none_leaves_no_way_into_a_thought(stand: Stand) -> None:
+    stand.force(THINK, "x", END_THINK, "y", EOS)
+    message = (await ask(stand, reasoning_effort="none", max_tokens=30)).choices[0].message
+    assert getattr(message, "reasoning_content", None) is None
+
+
+async def test_schema_begins_after_the_thought(stand: Stand) -> None:
+    stand.force(THINK, "not json", END_THINK)
+    form = {"type": "choice", "choices": ["Yes", "No"]}
+    answer = await ask(stand, reasoning_effort="high", extra_body={"response_format": form})
+    assert answer.choices[0].message.reasoning_content == "not json"
+    assert answer.choices[0].message.content in ("Yes", "No")
+
+
+async def test_budget_closes_the_thought(stand: Stand) -> None:
+    stand.force(THINK, "a" * 50)
+    answer = await ask(
+        stand, reasoning_effort="high", max_tokens=40, extra_body={"max_reasoning_tokens": 10}
+    )
+    assert answer.choices[0].message.reasoning_content == "a" * 10
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 12
+    assert answer.choices[0].message.content
+
+
+async def test_prompt_over_the_context_is_400_and_the_next_request_works(stand: Stand) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ask(stand, messages=[{"role": "user", "content": "1" * 600}])
+    assert caught.value.code == "context_length_exceeded"
+    assert (await ask(stand)).choices[0].message.content
+    await stand.idle()
+
+
+async def test_leaving_frees_blocks_at_every_stage(stand: Stand) -> None:
+    """Cancelled while queued, prefilling and generating, one choice and several."""
+    long = [{"role": "user", "content": "word " * 150}]
+    for delay_s in (0.0, 0.01, 0.05, 0.15):
+        tasks = [
+            asyncio.create_task(ask(stand, messages=long, max_tokens=200, n=n))
+            for n in (1, 2, 1, 3)
+        ]
+        await asyncio.sleep(delay_s)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await stand.idle()
+    health = (await stand.http.get("/health")).json()
+    assert health["status"] == "ok" and health["engine"]["running"] == 0
+
+
+async def test_death_of_the_engine_is_503_not_a_hang(stand: Stand) -> None:
+    stand.script.dies = True
+    with pytest.raises(openai.InternalServerError) as caught:
+        await ask(stand)
+    assert caught.value.status_code == 503
+    assert (await stand.http.get("/health")).status_code == 503
+    with pytest.raises(openai.InternalServerError) as caught:
+        await ask(stand)
+    assert caught.value.status_code == 503
