@@ -1,0 +1,61 @@
+"""Activations between layers: what is written is what is read, also after a crash."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.calibrate.activations import Activations
+from halfbyte.errors import CheckpointError
+
+ROWS = (3, 1, 5)
+
+
+def rows_of(layer: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(layer)
+    return [torch.randn(tokens, 4, generator=generator).bfloat16() for tokens in ROWS]
+
+
+def run(activations: Activations, layer: int) -> None:
+    for number, row in enumerate(rows_of(layer)):
+        activations.write(number, row)
+    activations.advance(layer)
+
+
+@pytest.mark.parametrize("in_memory, on_disk", [(True, False), (True, True), (False, True)])
+def test_rows_come_back(tmp_path: Path, in_memory: bool, on_disk: bool) -> None:
+    activations = Activations(ROWS, 4, tmp_path if on_disk else None, in_memory=in_memory)
+    for layer in range(3):
+        run(activations, layer)
+        for number, row in enumerate(rows_of(layer)):
+            assert torch.equal(activations.read(number), row)
+        activations.forget(layer - 1)
+    activations.close()
+    assert [path.name for path in tmp_path.iterdir()] == (["activations-2"] if on_disk else [])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_killed_run_goes_on_with_whole_rows(tmp_path: Path, in_memory: bool) -> None:
+    killed = Activations(ROWS, 4, tmp_path)
+    run(killed, 0)
+    run(killed, 1)
+    killed.write(0, rows_of(2)[0])  # killed in the middle of a layer
+    killed.close()
+    again = Activations(ROWS, 4, tmp_path, in_memory=in_memory)
+    again.resume(1)
+    for number, row in enumerate(rows_of(1)):
+        assert torch.equal(again.read(number), row)
+    run(again, 2)
+    assert torch.equal(again.read(2), rows_of(2)[2])
+    again.close()
+
+
+def test_stored_rows_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "activations-1").write_bytes(b"short")
+    for layer in (0, 1):
+        with pytest.raises(CheckpointError, match=f"inputs of layer {layer}"):
+            Activations(ROWS, 4, tmp_path).resume(layer)
+
+
+def test_size_is_that_of_the_tensors() -> None:
+    assert Activations(ROWS, 4).num_bytes == sum(ROWS) * 4 * 2

@@ -1,0 +1,139 @@
+"""Layer-by-layer runs: the same as the whole decoder, in any order of rows."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.calibrate.activations import Activations
+from halfbyte.calibrate.observers import PercentileObserver
+from halfbyte.calibrate.stream import TAPS, input_maxima, stream_layers
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.errors import FormatError
+from halfbyte.formats.measure import relative_error
+from halfbyte.model.attention import DenseAttend
+from halfbyte.model.decoder import Step
+from halfbyte.model.load import load_decoder
+from halfbyte.model.tiny import write_tiny_checkpoint
+from tolerances import STREAMED_LAYERS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from more threads, and machines are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    write_tiny_checkpoint(directory, layers=3, dialect="mistral-fp8")
+    return Checkpoint.open(directory)
+
+
+def some_rows(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 512, (n,), generator=generator) for n in (7, 1, 40, 16, 7)]
+
+
+def collect(
+    checkpoint: Checkpoint, rows: list[torch.Tensor], *, prefetch: bool = False
+) -> list[dict[str, float]]:
+    return [
+        {tap: float(magnitude) for tap, magnitude in statistics.observed.items()}
+        for statistics in stream_layers(checkpoint, rows, prefetch=prefetch)
+    ]
+
+
+def test_row_order_does_not_change_a_bit(tiny: Checkpoint) -> None:
+    rows = some_rows()
+    straight = collect(tiny, rows)
+    for seed in range(3):
+        shuffled = rows.copy()
+        random.Random(seed).shuffle(shuffled)
+        assert collect(tiny, shuffled) == straight
+    assert [set(layer) for layer in straight] == [set(TAPS)] * 3
+
+
+def test_more_rows_only_raise_maxima_and_repeats_change_nothing(tiny: Checkpoint) -> None:
+    rows = some_rows()
+    few, all_of_them = collect(tiny, rows[:2]), collect(tiny, rows)
+    for fewer, more in zip(few, all_of_them, strict=True):
+        assert all(fewer[tap] <= more[tap] for tap in TAPS)
+    assert collect(tiny, rows + rows) == all_of_them
+
+
+def test_prefetching_changes_nothing(tiny: Checkpoint) -> None:
+    assert collect(tiny, some_rows(), prefetch=True) == collect(tiny, some_rows())
+
+
+def test_streamed_layers_compute_what_the_decoder_computes(tiny: Checkpoint) -> None:
+    row = some_rows()[2]
+    activations = Activations([row.numel()], tiny.config.text.width)
+    for _ in stream_layers(tiny, [row], activations=activations):
+        pass
+    decoder = load_decoder(tiny)
+    step = Step(row, torch.arange(row.numel()), DenseAttend([0, row.numel()]))
+    streamed = activations.read(0)
+    normed = torch.nn.functional.rms_norm(
+        streamed.float(), (streamed.shape[1],), decoder.norm_D.float(), tiny.config.text.norm_eps
+    )
+    logits = normed @ tiny.tensor("head.weight").float().T
+    assert relative_error(decoder(step), logits) < STREAMED_LAYERS
+
+
+def test_a_resumed_run_sees_the_same_statistics(tiny: Checkpoint, tmp_path: Path) -> None:
+    rows = some_rows()
+    tokens, width = [row.numel() for row in rows], tiny.config.text.width
+    whole = list(stream_layers(tiny, rows))
+    killed = Activations(tokens, width, tmp_path)
+    next(stream_layers(tiny, rows, activations=killed))  # the first layer is done
+    killed.close()
+    stored = Activations(tokens, width, tmp_path, in_memory=False)
+    stored.resume(1)
+    for before, after in zip(
+        whole[1:], stream_layers(tiny, rows, activations=stored, first_layer=1), strict=True
+    ):
+        assert after.layer == before.layer
+        assert {k: float(v) for k, v in after.observed.items()} == {
+            k: float(v) for k, v in before.observed.items()
+        }
+    stored.close()
+
+
+def test_any_observer_can_look(tiny: Checkpoint) -> None:
+    highest = collect(tiny, some_rows())
+    layers = stream_layers(tiny, some_rows(), make_observer=lambda: PercentileObserver(0.99))
+    for statistics, amax in zip(layers, highest, strict=True):
+        assert all(0 < float(statistics.observed[tap]) <= amax[tap] for tap in TAPS)
+
+
+def test_siblings_read_one_input(tiny: Checkpoint) -> None:
+    maxima = input_maxima(tiny, some_rows())
+    assert list(maxima)[:2] == ["decoder.0.attention.q", "decoder.0.attention.k"]
+    assert len(maxima) == 21
+    for layer in range(3):
+        q, k, v = (maxima[f"decoder.{layer}.attention.{x}"] for x in "qkv")
+        assert q == k == v
+        assert maxima[f"decoder.{layer}.mlp.gate"] == maxima[f"decoder.{layer}.mlp.up"]
+
+
+def test_broken_weights_are_named_by_their_layer(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "whole", layers=2)
+    whole = Checkpoint.open(tmp_path / "whole")
+    with ShardWriter(tmp_path / "broken") as writer:
+        for name in whole.names():
+            tensor = whole.tensor(name)
+            if name == "decoder.1.attention.o.weight":
+                tensor[0, 0] = torch.nan
+            writer.add(whole.foreign(name), tensor)
+        writer.copy_file(tmp_path / "whole" / "config.json")
+        writer.finish()
+    with pytest.raises(FormatError, match=r"decoder\.1: .* holds NaN"):
+        list(stream_layers(Checkpoint.open(tmp_path / "broken"), some_rows()))
