@@ -86,14 +86,15 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name[2:].replace("-", "_")):
             print(f"{name} is not needed; the checkpoint says it", flush=True)
     keys = read_keys(args.api_key, args.api_key_file)
-    listener = listen(args.host, args.port)
-    app = launch(
-        args.directory,
-        engine_config(args),
-        names=tuple(args.served_model_name or (args.directory.resolve().name,)),
-        keys=keys,
-        image_hosts=tuple(args.image_url_host),
-        drain_s=args.drain_seconds,
-        vllm_metric_names=args.vllm_metric_names,
-    )
-    return 0 if serve(app, listener, app.state.announce) else 1
+    # Listening first: a port in use is said before minutes of loading.
+    with listen(args.host, args.port) as listener:
+        app = launch(
+            args.directory,
+            engine_config(args),
+            names=tuple(args.served_model_name or (args.directory.resolve().name,)),
+            keys=keys,
+            image_hosts=tuple(args.image_url_host),
+            drain_s=args.drain_seconds,
+            vllm_metric_names=args.vllm_metric_names,
+        )
+        return 0 if serve(app, listener, app.state.announce) else 1
