@@ -222,7 +222,11 @@ def read_text(path: Path) -> str:
 def load_model(name: str, directory: Path, mode: Mode, window_tokens: int) -> Loaded:
     """A model with a cache for one window."""
     config = EngineConfig(
-        mode=mode, max_sequences=1, kv_cache_tokens=window_tokens, prefix_cache=False
+        mode=mode,
+        max_sequences=1,
+        max_model_len=window_tokens,
+        kv_cache_tokens=window_tokens,
+        prefix_cache=False,
     )
     num_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     return Loaded(name, mode, num_bytes, Engine.load(directory, config))

@@ -1,0 +1,201 @@
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfbyte.engine.request import GenerationRequest, SamplingParams
+from halfbyte.engine.sampler import IMPOSSIBLE, Sampler, logprobs_of, uniform
+from halfbyte.engine.sequence import Sequence
+from tolerances import CHI_SQUARE_P
+
+VOCAB = 1000
+# A distribution over the first tokens whose order is not that of the ids; the rest is a thin tail.
+PROBS = torch.full((VOCAB,), 0.1 / (VOCAB - 6))
+PROBS[:6] = torch.tensor([0.05, 0.30, 0.20, 0.25, 0.02, 0.08])
+LOGITS = PROBS.log()
+
+
+def sequence(
+    params: SamplingParams, seed: int = 0, prompt: tuple[int, ...] = (1,), generated: int = 0
+) -> Sequence:
+    made = Sequence(GenerationRequest("a", prompt, params), arrival=0, seed=seed, max_tokens=99)
+    for _ in range(generated):
+        made.append(2)
+    return made
+
+
+def choose(params: SamplingParams, logits: torch.Tensor = LOGITS, **more: Any) -> int:
+    sampler = Sampler(logits.shape[-1], (0,))
+    return sampler.choose(logits[None].clone(), [sequence(params, **more)])[0].token_id
+
+
+def draw_many(params: SamplingParams, count: int = 4000) -> Counter[int]:
+    """One batch of as many sequences with other seeds each."""
+    sampler = Sampler(VOCAB, (0,))
+    sequences = [sequence(params, seed=seed) for seed in range(count)]
+    return Counter(c.token_id for c in sampler.choose(LOGITS.repeat(count, 1), sequences))
+
+
+def chi_square_p(observed: Counter[int], probs: dict[int, float]) -> float:
+    """P of a deviation this large, by the Wilson-Hilferty approximation."""
+    total = observed.total()
+    statistic = sum((observed[i] - total * p) ** 2 / (total * p) for i, p in probs.items())
+    degrees = len(probs) - 1
+    spread = 2 / (9 * degrees)
+    z = ((statistic / degrees) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+def normalized(kept: dict[int, float]) -> dict[int, float]:
+    total = sum(kept.values())
+    return {token_id: p / total for token_id, p in kept.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, {**{i: float(PROBS[i]) for i in range(6)}, -1: 0.1}),
+        ({"temperature": 0.5}, None),
+        ({"top_k": 3}, normalized({1: 0.30, 3: 0.25, 2: 0.20})),
+        # The first tokens that together reach 0.5: the one that crosses stays.
+        ({"top_p": 0.5}, normalized({1: 0.30, 3: 0.25})),
+        ({"top_p": 0.56}, normalized({1: 0.30, 3: 0.25, 2: 0.20})),
+        # Of what top-k leaves (0.75), not of everything.
+        ({"top_k": 3, "top_p": 0.72}, normalized({1: 0.30, 3: 0.25})),
+        ({"min_p": 0.25}, normalized({1: 0.30, 3: 0.25, 2: 0.20, 5: 0.08})),
+        # Reaches past the candidates: the thin tail is most of the last tenth.
+        ({"top_p": 0.95}, None),
+    ],
+)
+def test_draws_follow_the_distribution(
+    changes: dict[str, Any], wanted: dict[int, float] | None
+) -> None:
+    observed = draw_many(replace(SamplingParams(), **changes))
+    if changes.get("temperature"):
+        wanted = normalized({i: float(PROBS[i]) ** 2 for i in range(VOCAB)})
+        wanted = {i: wanted[i] for i in range(6)}
+        wanted[-1] = 1 - sum(wanted.values())
+    if changes.get("top_p") == 0.95:
+        wanted = normalized({**{i: float(PROBS[i]) for i in range(6)}, -1: 0.05})
+    assert wanted is not None
+    if -1 in wanted:
+        observed = Counter({i: observed[i] for i in range(6)}) + Counter(
+            {-1: sum(count for i, count in observed.items() if i >= 6)}
+        )
+    assert set(observed) <= set(wanted)
+    assert chi_square_p(observed, wanted) > CHI_SQUARE_P
+
+
+def test_uniform_numbers_are_uniform_and_repeatable() -> None:
+    values = [uniform(seed, index) for seed in range(40) for index in range(100)]
+    assert all(0 <= value < 1 for value in values)
+    bins = Counter(int(value * 10) for value in values)
+    assert chi_square_p(bins, dict.fromkeys(range(10), 0.1)) > CHI_SQUARE_P
+    assert uniform(3, 4) == uniform(3, 4) != uniform(4, 3)
+    assert uniform(-1, 0) == uniform(2**64 - 1, 0)
+
+
+def test_chi_square_sees_a_wrong_distribution() -> None:
+    observed = draw_many(SamplingParams(top_k=2))
+    assert chi_square_p(observed, {1: 0.5, 3: 0.5}) < CHI_SQUARE_P
+
+
+def test_tiny_temperature_is_greedy_not_nan() -> None:
+    assert choose(SamplingParams(temperature=1e-6), LOGITS * 100) == 1
+
+
+def test_greedy_takes_the_best() -> None:
+    assert choose(SamplingParams(temperature=0.0)) == 1
+
+
+def test_bias_penalties_and_bans_move_the_choice() -> None:
+    greedy = SamplingParams(temperature=0.0)
+    assert choose(replace(greedy, logit_bias={5: 5.0})) == 5
+    assert choose(replace(greedy, banned_token_ids=(1,))) == 3
+    # Token 2 has been generated three times; its logit lies 0.4 below the best.
+    raised = LOGITS.clone()
+    raised[2] += 1.0
+    assert choose(greedy, raised, generated=3) == 2
+    assert choose(replace(greedy, presence_penalty=0.7), raised, generated=3) == 1
+    assert choose(replace(greedy, presence_penalty=0.5), raised, generated=3) == 2
+    assert choose(replace(greedy, frequency_penalty=0.25), raised, generated=3) == 1
+    assert choose(replace(greedy, frequency_penalty=0.25), raised, generated=1) == 2
+
+
+def test_repetition_penalty_counts_the_prompt_and_lowers_both_signs() -> None:
+    greedy = SamplingParams(temperature=0.0, repetition_penalty=2.0)
+    logits = torch.zeros(VOCAB) - 10
+    logits[1], logits[2] = 3.0, 2.0
+    assert choose(greedy, logits, prompt=(1,)) == 2
+    assert choose(greedy, logits, prompt=(1, 2)) == 1
+    logits[1], logits[2] = -3.0, -4.0
+    assert choose(greedy, logits, prompt=(1,)) == 2
+
+
+def test_minimum_length_bans_every_end() -> None:
+    logits = LOGITS.clone()
+    logits[0], logits[7] = 50.0, 40.0
+    params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(7,))
+    assert choose(params, logits, generated=1) == 1
+    assert choose(params, logits, generated=2) == 0
+    assert choose(replace(params, ignore_eos=True), logits, generated=1) == 0
+
+
+def test_nothing_allowed_is_said() -> None:
+    everything = tuple(range(VOCAB))
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, banned_token_ids=everything)
+        assert choose(params) == IMPOSSIBLE
+
+
+def test_different_bans_stay_in_their_rows() -> None:
+    sampler = Sampler(VOCAB, ())
+    greedy = SamplingParams(temperature=0.0)
+    lists: list[tuple[int, ...]] = [(1,), (), (1, 3), (1,)]
+    sequences = [sequence(replace(greedy, banned_token_ids=banned)) for banned in lists]
+    chosen = sampler.choose(LOGITS.repeat(4, 1), sequences)
+    assert [choice.token_id for choice in chosen] == [3, 1, 2, 3]
+
+
+def test_logprobs_are_of_the_model_not_of_the_sampler() -> None:
+    params = SamplingParams(temperature=0.3, top_k=1, logprobs=2, logit_bias={5: 50.0})
+    sampler = Sampler(VOCAB, ())
+    (choice,) = sampler.choose(LOGITS[None].clone(), [sequence(params)])
+    assert choice.token_id == 5 and choice.logprobs is not None
+    assert choice.logprobs.logprob == pytest.approx(math.log(0.08), abs=1e-5)
+    assert [token_id for token_id, _ in choice.logprobs.top] == [1, 3]
+
+
+def test_each_row_gets_as_many_alternatives_as_it_asked_for() -> None:
+    found = logprobs_of(LOGITS.repeat(3, 1), [1, 2, 999], [0, 2, 3])
+    assert [len(item.top) for item in found] == [0, 2, 3]
+    assert found[2].logprob == pytest.approx(float(LOGITS[999]), abs=1e-5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    top_k=st.integers(0, 20),
+    top_p=st.floats(0.01, 1.0),
+    min_p=st.floats(0.0, 1.0),
+    seed=st.integers(0, 10_000),
+    scale=st.floats(0.1, 30.0),
+)
+def test_filters_never_draw_what_they_exclude(
+    top_k: int, top_p: float, min_p: float, seed: int, scale: float
+) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    token_id = choose(params, logits, seed=seed)
+    probs = logits.double().softmax(-1)
+    rank = int((probs > probs[token_id]).sum())
+    assert top_k == 0 or rank < top_k
+    assert probs[token_id] >= min_p * probs.max() * (1 - 1e-6)
+    kept = probs.sort(descending=True).values[: top_k or VOCAB]
+    whole = kept.sum() if top_k else torch.tensor(1.0)
+    # Everything better than the token is short of top_p, or the token would not be needed.
+    assert kept[:rank].sum() <= top_p * whole * (1 + 1e-6)
