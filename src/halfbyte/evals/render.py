@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from halfbyte.evals.compare import BenchmarkComparison, Comparison
 from halfbyte.evals.records import BenchmarkResult, RunRecord
 
 
@@ -47,3 +48,52 @@ def format_run(run: RunRecord, folder: Path) -> str:
     reasons = [f"{r.title}: {r.reason}" for r in run.benchmarks.values() if r.reason]
     end = f"record: {folder / 'run.json'} ({run.run_id})"
     return "\n".join([f"{run.arm} ({run.model})", table(rows), *reasons, end])
+
+
+def points(value: float, digits: int = 2) -> str:
+    """A difference in points, signed."""
+    return "-" if value != value else f"{100 * value:+.{digits}f}"
+
+
+def what_would_decide(row: BenchmarkComparison) -> str:
+    """How many items or repeats would settle an inconclusive comparison."""
+    if row.verdict != "INCONCLUSIVE":
+        return ""
+    if row.blockers:
+        return "; ".join(row.blockers)
+    ways = []
+    if row.items_to_decide is not None:
+        ways.append(f"{row.items_to_decide:,} items")
+    if row.repeats_to_decide is not None:
+        ways.append(f"{row.repeats_to_decide:,} repeats")
+    if not ways:
+        return "no number of items would: the difference lies at the margin"
+    return " or ".join(ways) + " would decide"
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The table of a comparison, in points."""
+    rows = [["benchmark", "baseline", "candidate", "D [95 %]", "SE", "lost/won", "p (Holm)",
+             "margin", "verdict"]]  # fmt: skip
+    for row in comparison.benchmarks.values():
+        d = row.difference
+        rows.append(
+            [
+                row.title, percent(row.baseline), percent(row.candidate),
+                f"{points(d.mean)} [{points(d.low, 1)}, {points(d.high, 1)}]",
+                percent(d.standard_error), f"{row.lost}/{row.won}", f"{row.p_value_holm:.3f}",
+                percent(row.margin, 1), row.verdict,
+            ]
+        )  # fmt: skip
+    m = comparison.macro
+    macro = f"{points(m.mean)} [{points(m.low, 1)}, {points(m.high, 1)}]"
+    error, margin = percent(m.standard_error), percent(comparison.macro_margin, 1)
+    rows.append(["macro mean", "", "", macro, error, "", "", margin, comparison.macro_verdict])
+    lines = [f"{comparison.candidate} against {comparison.baseline} (points)", table(rows)]
+    for row in comparison.benchmarks.values():
+        notes = [note for note in (what_would_decide(row), *row.remarks) if note]
+        lines += [f"{row.title}: {note}" for note in notes]
+    lines += [f"{name} left out: {why}" for name, why in comparison.left_out.items()]
+    lines += list(comparison.remarks)
+    lines.append(f"verdict: {comparison.verdict}")
+    return "\n".join(lines)

@@ -208,8 +208,8 @@ def _carry(
     task = Task(
         name=room.benchmark.name,
         dataset=dataset,
-        solver=_ask_unit(room, units, model),
-        scorer=_grade_unit(room, units),
+        solver=_solver(room, units, model),
+        scorer=_scorer(room, units),
     )
     logs = inspect_eval(
         task,
@@ -221,6 +221,8 @@ def _carry(
         max_samples=concurrency,
         fail_on_error=False,
         score_display=False,
+        ctl_server=False,  # no listening socket, and a second less to start
+        acp_server=False,
     )
     error = logs[0].error
     if logs[0].status != "success" and error is not None and room.fault is None:
@@ -253,14 +255,15 @@ def _write_first_request(room: Room, units: dict[str, list[Sample]], folder: Pat
     (folder / "request.json").write_text(json.dumps(request, indent=1, ensure_ascii=False) + "\n")
 
 
-@solver
-def _ask_unit(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
-    """Solver: answer every sample of a trajectory in order, from the journal where it can."""
+def _solver(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
+    """Answer every sample of a trajectory in order, from the journal where it can.
 
-    async def solve(state: Any, generate: Any) -> Any:
-        repeat = state.metadata["repeat"]
+    Built as a closure: inspect-ai writes the arguments of a solver into its log with every sample.
+    """
+
+    async def answer(name: str, repeat: int) -> None:
         earlier: list[str] = []
-        for sample in units[state.metadata["unit"]]:
+        for sample in units[name]:
             key = (sample.item_id, repeat)
             attempt = room.answered.get(key)
             if attempt is None:
@@ -270,18 +273,23 @@ def _ask_unit(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
                 room.attempts.append(asdict(attempt))
                 room.answered[key] = attempt
             earlier.append(attempt.answer)
-        return state
 
-    return solve
+    @solver
+    def answer_trajectory() -> Any:
+        async def solve(state: Any, generate: Any) -> Any:
+            await answer(state.metadata["unit"], state.metadata["repeat"])
+            return state
+
+        return solve
+
+    return answer_trajectory()
 
 
-@scorer(metrics=[mean()])
-def _grade_unit(room: Room, units: dict[str, list[Sample]]) -> Any:
-    """Scorer: grade a trajectory, write its records, forget its answers."""
+def _scorer(room: Room, units: dict[str, list[Sample]]) -> Any:
+    """Grade a trajectory, write its records, forget its answers."""
 
-    async def score(state: Any, target: Any) -> InspectScore:
-        repeat = state.metadata["repeat"]
-        members = units[state.metadata["unit"]]
+    async def grade(name: str, repeat: int) -> list[dict[str, Any]]:
+        members = units[name]
         rows: list[dict[str, Any]] = []
         earlier: list[Attempt] = []
         for sample in members:
@@ -294,11 +302,19 @@ def _grade_unit(room: Room, units: dict[str, list[Sample]]) -> Any:
             earlier.append(attempt)
         for sample in members:
             room.answered.pop((sample.item_id, repeat), None)
-        scored = [row["score"] for row in rows if row["score"] is not None]
-        value = sum(scored) / len(scored) if scored else float("nan")
-        return InspectScore(value=value, metadata={"records": rows})
+        return rows
 
-    return score
+    @scorer(metrics=[mean()])
+    def records_of_trajectory() -> Any:
+        async def score(state: Any, target: Any) -> InspectScore:
+            rows = await grade(state.metadata["unit"], state.metadata["repeat"])
+            scored = [row["score"] for row in rows if row["score"] is not None]
+            value = sum(scored) / len(scored) if scored else float("nan")
+            return InspectScore(value=value, metadata={"records": rows})
+
+        return score
+
+    return records_of_trajectory()
 
 
 async def _grade(

@@ -1,0 +1,348 @@
+"""Runs against a scripted server: what is asked, what is recorded, what faults and kills do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
+
+from evals_stub import Reply, completion, refusal, serving
+from halfbyte.cli.main import main
+from halfbyte.evals.records import read_attempts, read_records, read_run
+from halfbyte.evals.run import records_of_log
+
+DATA = Path(__file__).parents[1] / "data" / "evals"
+
+
+def pocket_answers() -> dict[str, str]:
+    """Question text -> the right answer's text, so that the stub can know everything."""
+    from halfbyte.evals.tasks.benchmark import Options
+    from halfbyte.evals.tasks.pocket import load
+
+    return {
+        s.fields["question"]: (
+            f"Answer: {s.gold}" if "options" in s.fields else f"\\boxed{{{s.gold}}}"
+        )
+        for s in load(Options()).samples
+    }
+
+
+ANSWERS = pocket_answers()
+
+
+def question_of(request: dict[str, Any]) -> str:
+    text = request["messages"][0]["content"]
+    return next(question for question in ANSWERS if question in text)
+
+
+def all_right(request: dict[str, Any]) -> Reply:
+    return completion(ANSWERS[question_of(request)], reasoning="of course")
+
+
+def evaluate(url: str, out: Path, *more: str) -> int:
+    return main(["evaluate", url, "--suite", "pocket", "--out", str(out), *more])
+
+
+def test_every_attempt_has_its_own_seed_and_both_arms_the_same(tmp_path: Path) -> None:
+    seeds = []
+    for arm in ("fp8", "mixed"):
+        with serving(all_right) as stub:
+            assert evaluate(stub.url, tmp_path / arm, "--arm", arm, "--repeats", "2") == 0
+        sent = {(question_of(r), r["seed"]) for r in stub.requests}
+        assert len(stub.requests) == 80
+        assert len({seed for _, seed in sent}) == 80
+        seeds.append(sent)
+        request = stub.requests[0]
+        assert (request["temperature"], request["top_p"]) == (0.7, 0.95)
+        assert (request["reasoning_effort"], request["max_tokens"]) == ("high", 65_536)
+        assert [m["role"] for m in request["messages"]] == ["user"]
+    assert seeds[0] == seeds[1]
+
+
+def test_record_holds_what_was_run_and_the_log_holds_the_same_records(tmp_path: Path) -> None:
+    with serving(all_right) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", "10") == 0
+    run = read_run(tmp_path)
+    result = run.benchmarks["pocket"]
+    assert (result.status, result.score, result.items) == ("complete", 1.0, 10)
+    assert result.low is not None and result.low < 0.8  # ten right answers prove little
+    assert run.settings["temperature"] == 0.7
+    assert run.packages["inspect-ai"]
+    records = list(read_records(tmp_path / "pocket" / "samples.jsonl"))
+    assert {r.reasoning for r in records} == {"of course"}
+    (log,) = (tmp_path / "pocket" / "inspect").glob("*.eval")
+    by_key = {(r.item_id, r.repeat): r for r in records_of_log(log)}
+    assert by_key == {(r.item_id, r.repeat): r for r in records}
+
+
+def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
+    with serving(all_right) as stub:
+        evaluate(stub.url, tmp_path, "--limit", "5")
+        assert evaluate(stub.url, tmp_path, "--limit", "5") == 0
+        assert len(stub.requests) == 5
+
+
+def test_other_settings_are_not_mixed_into_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(all_right) as stub:
+        evaluate(stub.url, tmp_path, "--limit", "5")
+        assert evaluate(stub.url, tmp_path, "--limit", "5", "--temperature", "0") == 2
+    assert "temperature" in capsys.readouterr().err
+    assert len(stub.requests) == 5
+
+
+def test_causes_are_told_apart_and_only_faults_are_missing(tmp_path: Path) -> None:
+    kinds = dict(zip(ANSWERS, range(len(ANSWERS)), strict=True))
+
+    def script(request: dict[str, Any]) -> Reply:
+        kind = kinds[question_of(request)] % 8
+        right = ANSWERS[question_of(request)]
+        return {
+            0: completion(right),
+            1: completion("Answer: Z \\boxed{-1}"),
+            2: completion("I would not know."),
+            3: completion(""),
+            4: completion(right, finish_reason="length"),
+            5: completion(f"<think>{right}"),
+            6: refusal(400, "prompt too long", "context_length_exceeded"),
+            7: completion(f"<think>{right}</think> I would rather not say."),
+        }[kind]
+
+    with serving(script) as stub:
+        assert evaluate(stub.url, tmp_path) == 0
+    result = read_run(tmp_path).benchmarks["pocket"]
+    counted = Counter(result.causes)
+    assert sum(counted.values()) == 40
+    assert (counted["ok"], counted["length"], counted["refused"]) == (5, 5, 5)
+    assert counted["empty"] == 10  # nothing, or only unfinished reasoning
+    assert counted["wrong"] + counted["unparsed"] == 15
+    # All of them stay in the denominator.
+    assert result.score == pytest.approx(5 / 40)
+    assert result.metrics["length_share"] == pytest.approx(5 / 40)
+
+
+def test_faults_of_the_server_are_retried_then_listed_and_never_scored(tmp_path: Path) -> None:
+    failing, flaky = list(ANSWERS)[:2]
+    asked: Counter[str] = Counter()
+
+    def script(request: dict[str, Any]) -> Reply:
+        question = question_of(request)
+        asked[question] += 1
+        if question == failing or (question == flaky and asked[question] < 2):
+            return refusal(503, "overloaded")
+        return all_right(request)
+
+    with serving(script) as stub:
+        assert evaluate(stub.url, tmp_path, "--retries", "1") == 1
+        result = read_run(tmp_path).benchmarks["pocket"]
+        assert (result.status, result.score) == ("incomplete", None)
+        assert asked[failing] == asked[flaky] == 2
+        assert [row[:2] for row in result.missing] == [["pocket-01", 0]]
+        assert result.metrics["retried_attempts"] == 2
+        # Asked for in so many words, the score is that of what is there.
+        assert evaluate(stub.url, tmp_path, "--retries", "0", "--partial") == 0
+        assert read_run(tmp_path).benchmarks["pocket"].score == 1.0
+    # The server recovers: the missing attempt alone is asked again.
+    with serving(all_right) as stub:
+        assert evaluate(stub.url, tmp_path) == 0
+        assert len(stub.requests) == 1
+    assert read_run(tmp_path).benchmarks["pocket"].status == "complete"
+
+
+def test_a_wrong_key_stops_the_run_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(lambda request: refusal(401, "no such key")) as stub:
+        assert evaluate(stub.url, tmp_path, "--concurrency", "4", "--repeats", "5") == 2
+        assert len(stub.requests) < 20
+    assert "401" in capsys.readouterr().err
+
+
+def test_output_limit_leaves_room_for_the_prompt(tmp_path: Path) -> None:
+    with serving(all_right, context_tokens=2048) as stub:
+        evaluate(stub.url, tmp_path, "--limit", "5")
+    assert all(1500 < request["max_tokens"] < 2048 - 256 for request in stub.requests)
+
+
+def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(tmp_path: Path) -> None:
+    concurrency = 8
+    command = [
+        sys.executable, "-m", "halfbyte", "evaluate", "URL", "--suite", "pocket", "--repeats", "5",
+        "--concurrency", str(concurrency), "--out", str(tmp_path),
+    ]  # fmt: skip
+    journal = tmp_path / "pocket" / "attempts.jsonl"
+    with serving(all_right, delay_s=0.05) as stub:
+        command[4] = stub.url
+        kills = 0
+        for wanted in (20, 60, 110):
+            child = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+            while child.poll() is None:
+                if journal.exists() and journal.read_bytes().count(b"\n") >= wanted:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    kills += 1
+                time.sleep(0.01)
+        assert kills == 3
+        # A torn line, as a crash of the machine would leave it.
+        with journal.open("ab") as file:
+            file.write(b'{"item_id": "pocket-')
+        done = subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0
+    assert read_run(tmp_path).benchmarks["pocket"].causes == {"ok": 200}
+    assert len(stub.requests) <= 200 + kills * concurrency
+    attempts = Counter((a.item_id, a.repeat) for a in read_attempts(journal))
+    assert set(attempts.values()) == {1}
+
+
+def test_regrading_needs_no_server_and_keeps_the_old_grades(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(all_right) as stub:
+        evaluate(stub.url, tmp_path)
+    before = (tmp_path / "pocket" / "samples.jsonl").read_bytes()
+    assert main(["grade", str(tmp_path)]) == 0
+    assert "0 grades changed" in capsys.readouterr().out
+    # A rule changes: letters are no longer accepted.
+    monkeypatch.setattr("halfbyte.evals.grading.letters.extract_letter", lambda *_: None)
+    assert main(["grade", str(tmp_path)]) == 0
+    assert "20 grades changed" in capsys.readouterr().out
+    assert (tmp_path / "pocket" / "samples.jsonl").read_bytes() == before
+    assert read_run(tmp_path).benchmarks["pocket"].score == 0.5
+    assert read_run(tmp_path / "run.json").benchmarks["pocket"].score == 1.0
+
+
+def test_answers_of_a_judged_benchmark_are_judged_and_judgements_stored(tmp_path: Path) -> None:
+    lcr = tmp_path / "data" / "aa_lcr"
+    lcr.mkdir(parents=True)
+    rows = [
+        {"question": f"q{i}?", "answer": f"a{i}", "context": f"BEGIN DOCUMENT 1:\nset {i // 2}"}
+        for i in range(6)
+    ]
+    (lcr / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verdicts = iter(["CORRECT", "INCORRECT", "hm", "hm", "hm", "CORRECT", "CORRECT", "CORRECT"])
+    with (
+        serving(lambda request: completion("my answer")) as model,
+        serving(lambda request: completion(next(verdicts))) as judge,
+    ):
+        arguments = [
+            "evaluate", model.url, "--suite", "aa_lcr", "--data", str(tmp_path / "data"),
+            "--repeats", "1", "--out", str(tmp_path / "run"), "--concurrency", "1",
+        ]  # fmt: skip
+        assert main(arguments) == 2  # without a judge nothing is asked
+        assert not model.requests
+        arguments += ["--judge", judge.url, "--judge-model", "stub", "--judge-revision", "r1"]
+        # One verdict stays unreadable after being asked once more: ungraded, hence incomplete.
+        assert main(arguments) == 1
+        result = read_run(tmp_path / "run").benchmarks["aa_lcr"]
+        assert result.causes["ungraded"] == 1
+        assert result.score is None
+        assert judge.requests[0]["temperature"] == 0.0
+        # Resuming asks the judge again, not the model.
+        assert len(model.requests) == 6
+        assert main(arguments) == 0
+        assert len(model.requests) == 6
+    run = read_run(tmp_path / "run")
+    assert run.judge is not None and run.judge["revision"] == "r1"
+    assert run.benchmarks["aa_lcr"].groups == 3
+    assert run.benchmarks["aa_lcr"].score == pytest.approx(5 / 6)
+    records = list(read_records(tmp_path / "run" / "aa_lcr" / "samples.jsonl"))
+    assert records[0].details["judgement"] == "CORRECT"
+    assert main(["grade", str(tmp_path / "run"), "--data", str(tmp_path / "data")]) == 0
+    assert read_run(tmp_path / "run").benchmarks["aa_lcr"].score == pytest.approx(5 / 6)
+
+
+def test_code_steps_see_their_own_repeat_and_are_run(tmp_path: Path) -> None:
+    pytest.importorskip("h5py", reason="the interpreter of generated code needs h5py")
+    from halfbyte.errors import UnsupportedError
+    from halfbyte.evals.sandbox import isolation
+
+    try:
+        isolation()
+    except UnsupportedError as reason:
+        pytest.skip(f"no sandbox on this machine: {reason}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "scicode").symlink_to(DATA / "scicode")
+    problems = (DATA / "scicode" / "problems_dev_subset.jsonl").read_text().splitlines()
+    steps = [step for p in map(json.loads, problems) for step in p["sub_steps"]]
+
+    def script(request: dict[str, Any]) -> Reply:
+        text = request["messages"][0]["content"]
+        step = next(s for s in steps if s["function_header"] in text.split("NEXT STEP:")[1])
+        code = f"# seed {request['seed']}\n{step['ground_truth_code']}"
+        return completion(f"```python\nimport os\n{code}\n```")
+
+    with serving(script) as stub:
+        status = main(
+            ["evaluate", stub.url, "--suite", "scicode", "--data", str(tmp_path / "data"),
+             "--repeats", "2", "--limit", "2", "--out", str(tmp_path / "run"),
+             "--code-python", sys.executable, "--code-wall-s", "30"]
+        )  # fmt: skip
+    assert status == 0
+    result = read_run(tmp_path / "run").benchmarks["scicode"]
+    assert result.score == 1.0
+    assert result.metrics["main_problem_accuracy"] == 1.0
+    seeds = {a.seed: (a.item_id, a.repeat) for a in read_attempts(
+        tmp_path / "run" / "scicode" / "attempts.jsonl")}  # fmt: skip
+    for request in stub.requests:
+        earlier = request["messages"][0]["content"].split("NEXT STEP:")[0]
+        own = seeds[request["seed"]]
+        mentioned = {seeds[s] for s in seeds if f"# seed {s}\n" in earlier}
+        assert all(repeat == own[1] for _, repeat in mentioned)
+
+
+def test_images_travel_as_png_in_reading_order(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "data" / "mmmu_pro" / "images"
+    folder.mkdir(parents=True)
+    for name, mode, colour in (("a", "RGBA", (255, 0, 0, 0)), ("b", "P", 3), ("page", "L", 9)):
+        Image.new(mode, (8, 8), colour).save(folder / f"{name}.png")
+    row = {
+        "question": "Is <image 2> like <image 1>?", "options": ["yes", "no <image 2>", "maybe"],
+        "answer": "B", "image_1": "a.png", "image_2": "b.png", "vision_image": "page.png",
+    }  # fmt: skip
+    (folder / "items.jsonl").write_text(json.dumps(row) + "\n")
+    common = ["--data", str(tmp_path / "data"), "--repeats", "1"]
+    with serving(lambda request: completion("Answer: B")) as stub:
+        names = ["mmmu_pro_standard", "mmmu_pro_vision", "mmmu_pro"]
+        arguments = ["evaluate", stub.url, "--suite", *names, "--out", str(tmp_path / "run")]
+        assert main([*arguments, *common]) == 0
+    standard, vision, both = (request["messages"][0]["content"] for request in stub.requests)
+    assert [part["type"] for part in standard] == [
+        "text", "image_url", "text", "image_url", "text", "image_url", "text"
+    ]  # fmt: skip
+    images = [part["image_url"]["url"] for part in standard if part["type"] == "image_url"]
+    assert images[0] == images[2] != images[1]
+    assert all(uri.startswith("data:image/png;base64,iVBOR") for uri in images)
+    assert "A, B, C" in standard[-1]["text"]
+    assert [part["type"] for part in vision] == ["image_url", "text"]
+    assert "A. yes" not in vision[1]["text"]
+    assert "A. yes" in both[1]["text"]
+    assert read_run(tmp_path / "run").benchmarks["mmmu_pro"].score == 1.0
+
+
+def test_a_server_without_vision_is_not_measured_rather_than_zero(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "data" / "mmmu_pro" / "images"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "page.png")
+    row = {"question": "?", "options": ["x", "y"], "answer": "B", "vision_image": "page.png"}
+    (folder / "items.jsonl").write_text(json.dumps(row) + "\n")
+    with serving(lambda request: refusal(400, "this model takes no images")) as stub:
+        status = main(
+            ["evaluate", stub.url, "--suite", "mmmu_pro", "--data", str(tmp_path / "data"),
+             "--out", str(tmp_path / "run")]
+        )  # fmt: skip
+    assert status == 0
+    result = read_run(tmp_path / "run").benchmarks["mmmu_pro"]
+    assert (result.status, result.score) == ("not measured", None)
+    assert "takes no images" in result.reason
