@@ -11,7 +11,6 @@ P pages, Z slots in a page, S1 = S + 1.
 """
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
@@ -85,32 +84,21 @@ class PreparedWeight(Protocol):
 
 @cache
 def _module(name: str) -> ModuleType:
-    if name not in _MODULES:
-        raise UsageError(f"HALFBYTE_KERNELS={name}: expected one of {', '.join(_MODULES)}")
     return importlib.import_module(_MODULES[name])
 
 
 def _reason_against(name: str, device_type: str) -> str | None:
     """Why implementation `name` cannot serve tensors on this device; None when it can."""
-    if importlib.util.find_spec(_MODULES[name].rpartition(".")[0]) is None:
-        return "not part of this installation"
-    if importlib.util.find_spec(_MODULES[name]) is None:
-        return "not part of this installation"
-    reason: str | None = _module(name).unavailable(device_type)
-    return reason
+    return _module(name).unavailable(device_type)  # type: ignore[no-any-return]
 
 
 @cache
-def _chosen(device_type: str, wanted: str | None) -> str:
-    if wanted is not None:
-        if wanted not in _MODULES:
-            raise UsageError(f"HALFBYTE_KERNELS={wanted}: expected one of {', '.join(_MODULES)}")
-        reason = _reason_against(wanted, device_type)
-        if reason is None:
-            return wanted
-        logger.warning("kernels %s not used on %s: %s", wanted, device_type, reason)
-        return "reference"
-    for name in _CANDIDATES.get(device_type, ("reference",)):
+def _chosen(device_type: str) -> str:
+    wanted = os.environ.get("HALFBYTE_KERNELS")
+    if wanted is not None and wanted not in _MODULES:
+        raise UsageError(f"HALFBYTE_KERNELS={wanted}: expected one of {', '.join(_MODULES)}")
+    candidates = _CANDIDATES.get(device_type, ("reference",)) if wanted is None else (wanted,)
+    for name in candidates:
         reason = _reason_against(name, device_type)
         if reason is None:
             logger.info("kernels on %s: %s", device_type, name)
@@ -120,8 +108,12 @@ def _chosen(device_type: str, wanted: str | None) -> str:
 
 
 def chosen(device: torch.device) -> str:
-    """Name of the implementation that serves `device`; HALFBYTE_KERNELS overrides the choice."""
-    return _chosen(device.type, os.environ.get("HALFBYTE_KERNELS"))
+    """Name of the implementation that serves `device`.
+
+    Decided once per process and device, logged with the reason where a faster one is passed over.
+    The environment variable HALFBYTE_KERNELS (an implementation's name) overrides the choice.
+    """
+    return _chosen(device.type)
 
 
 @cache
@@ -141,8 +133,13 @@ def implementations(op: str, device_type: str = "cpu") -> dict[str, Callable[...
     }
 
 
+@cache
+def _on(op: str, device_type: str) -> Callable[..., Any]:
+    return _function(op, _chosen(device_type))
+
+
 def _for(op: str, x: Tensor) -> Callable[..., Any]:
-    return _function(op, chosen(x.device))
+    return _on(op, x.device.type)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -49,7 +49,7 @@ class _Source:
         In f32 (used to check against other implementations) weights are decoded first.
         """
         names = [f"{group}.{short}" for short in shorts]
-        if self.dtype == torch.float32 and self.mode == "weight_only":
+        if self.dtype == torch.float32:
             return self.decoded(names)
         return make_linear([self.stored(name) for name in names], self.mode)
 
@@ -115,10 +115,12 @@ def load_decoder(
     """Build the text model of a checkpoint on `device`.
 
     mode   decision 0004; "declared" needs an input scale for every quantized linear
-    dtype  what activations are computed in: bf16, or f32 for checking against others
+    dtype  what activations are computed in: bf16, or f32 (weight_only, decoded weights) to check
+           against other implementations
     Raises CheckpointError for a missing tensor and for one that nothing reads. The vision part is
     not read here (`vision.load_vision`).
     """
+    assert dtype == torch.bfloat16 or mode == "weight_only", "declared computes in bf16"
     source = _Source(checkpoint, torch.device(device), mode, dtype)
     text = checkpoint.config.text
     embedding_VD = source.dense("embedding.weight")

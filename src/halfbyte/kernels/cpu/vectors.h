@@ -149,12 +149,11 @@ INLINE f32x16 select_f32(i32x16 mask, f32x16 a, f32x16 b) {
     return (f32x16)((mask & (i32x16)a) | (~mask & (i32x16)b));
 }
 
-// e^x to within 2 ulp; 0 below -87.3, where the result would be subnormal, and large but finite
-// above 88. Cody-Waite reduction, Taylor terms to the sixth: |r| <= ln(2) / 2 leaves 1.2e-7 relative.
+// e^x to within 2 ulp; 0 below -87.3, where the result would be subnormal, infinity above 88.
+// Cody-Waite reduction, Taylor terms to the sixth: |r| <= ln(2) / 2 leaves 1.2e-7 relative.
 INLINE f32x16 exp_f32(f32x16 x) {
-    i32x16 is_tiny = x < splat(-87.3f);
-    x = select_f32(is_tiny, splat(-87.3f), x);
-    x = select_f32(x > splat(88.0f), splat(88.0f), x);
+    i32x16 is_tiny = x < splat(-87.3f), is_huge = x > splat(88.0f);
+    x = select_f32(is_tiny | is_huge, splat(0.0f), x);
     f32x16 shifted = fused(x, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: rounds to a whole number
     f32x16 n = shifted - 12582912.0f;
     f32x16 r = fused(n, splat(-0.693359375f), x);
@@ -166,7 +165,8 @@ INLINE f32x16 exp_f32(f32x16 x) {
     p = fused(p, r, splat(1.0f));
     p = fused(p, r, splat(1.0f));
     i32x16 power = ((i32x16)shifted - (i32x16)splat(12582912.0f)) << 23;
-    return select_f32(is_tiny, splat(0.0f), (f32x16)((i32x16)p + power));
+    f32x16 result = select_f32(is_tiny, splat(0.0f), (f32x16)((i32x16)p + power));
+    return select_f32(is_huge, splat(INFINITY), result);
 }
 
 // ---- codes -> bf16 -------------------------------------------------------------------------
