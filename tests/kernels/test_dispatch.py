@@ -1,0 +1,53 @@
+"""The choice of an implementation, and that every op has its definition."""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from halfbyte.kernels import dispatch, reference
+
+
+def test_every_op_has_a_reference_with_its_signature() -> None:
+    for op in dispatch.OPS:
+        public = inspect.signature(getattr(dispatch, op))
+        twin = inspect.signature(getattr(reference, op))
+        assert list(public.parameters) == list(twin.parameters), op
+
+
+def test_implementations_include_the_definition() -> None:
+    for op in dispatch.OPS:
+        assert dispatch.implementations(op)["reference"] is getattr(reference, op)
+    with pytest.raises(KeyError, match="not one of"):
+        dispatch.implementations("softmax")
+
+
+def choose(wanted: str) -> subprocess.CompletedProcess[str]:
+    """What a fresh process chooses: the choice is made once."""
+    code = (
+        "import torch; from halfbyte.kernels import dispatch; "
+        "print(dispatch.chosen(torch.device('cpu')))"
+    )
+    environment = {**os.environ, "HALFBYTE_KERNELS": wanted}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_environment_overrides_the_choice() -> None:
+    assert choose("reference").stdout.strip() == "reference"
+    refused = choose("fastest")
+    assert refused.returncode != 0
+    assert "HALFBYTE_KERNELS=fastest: expected one of" in refused.stderr
+
+
+def test_prepared_weights_stay_with_their_implementation() -> None:
+    """A weight made by one implementation is multiplied by it, whatever is chosen now."""
+    w_OI = torch.randn(16, 16).to(torch.bfloat16)
+    x_TI = torch.randn(2, 16).to(torch.bfloat16)
+    weight = reference.prepare_bf16(w_OI)
+    expected = reference.linear_bf16(x_TI, weight)
+    assert torch.equal(dispatch.linear_bf16(x_TI, weight), expected)

@@ -1,0 +1,205 @@
+"""The decoder against transformers with the same weights, against golden logits, and itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, Ministral3ForCausalLM
+
+import tolerances
+from bounded import relative
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.model.attention import DenseAttend
+from halfbyte.model.decoder import Decoder, Step
+from halfbyte.model.linear import Mode
+from halfbyte.model.load import load_decoder, load_layer
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+TAPS = ["attention.input", "attention.k", "attention.v", "attention.o.input", "mlp.input"]
+
+
+def run(decoder: Decoder, ids_SJ: Tensor, *, stored_kv: bool = False) -> Tensor:
+    """Logits of equally long sequences in one flat batch: (S, J, V)."""
+    sequences, length = ids_SJ.shape
+    bounds = [index * length for index in range(sequences + 1)]
+    attend = DenseAttend(bounds, decoder.kv_scales if stored_kv else None)
+    positions = torch.arange(length).repeat(sequences)
+    logits: Tensor = decoder(Step(ids_SJ.flatten(), positions, attend))
+    return logits.view(sequences, length, -1)
+
+
+@torch.no_grad()
+def independent(directory: Path, dtype: torch.dtype, ids_SJ: Tensor) -> Tensor:
+    """Logits of transformers' class with the same files."""
+    model: Any = Ministral3ForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    logits: Tensor = model(ids_SJ).logits
+    return logits
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_logits_are_as_exact_as_transformers(directory: Path, tied_head: bool) -> None:
+    """YaRN, query scale (positions past the original 64), grouped heads, odd head_dim."""
+    write_tiny_checkpoint(directory, layers=4, tied_head=tied_head)
+    ids = torch.randint(0, 512, (2, 150))
+    exact = independent(directory, torch.float64, ids)
+    theirs = independent(directory, torch.bfloat16, ids)
+    ours = run(load_decoder(Checkpoint.open(directory)), ids)
+    assert relative(ours, exact) <= tolerances.TIMES_PLAIN * relative(theirs, exact)
+
+
+def test_f32_logits_equal_transformers(directory: Path) -> None:
+    write_tiny_checkpoint(directory, layers=4)
+    ids = torch.randint(0, 512, (1, 100))
+    theirs = independent(directory, torch.float32, ids)
+    ours = run(load_decoder(Checkpoint.open(directory), dtype=torch.float32), ids)
+    assert relative(ours, theirs) <= tolerances.GOLDEN_FP32
+
+
+def test_a_plain_llama_geometry(directory: Path) -> None:
+    """The demo model's kind: default rope, no query scale, width = heads x head_dim."""
+    fields = {
+        "architectures": ["Ministral3ForCausalLM"],
+        "model_type": "ministral3",
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 128,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100000.0,
+            "llama_4_scaling_beta": 0.0,
+            "original_max_position_embeddings": 512,
+        },
+    }
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(fields))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(directory), dtype=torch.bfloat16
+    )
+    model.save_pretrained(directory)
+    ids = torch.randint(0, 128, (1, 40))
+    exact = independent(directory, torch.float64, ids)
+    theirs = independent(directory, torch.bfloat16, ids)
+    ours = run(load_decoder(Checkpoint.open(directory)), ids)
+    assert relative(ours, exact) <= tolerances.TIMES_PLAIN * relative(theirs, exact)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["modelopt-tiny", "modelopt-tiny-fp8"])
+@pytest.mark.parametrize(
+    ("part", "kind", "mode", "dtype", "bound"),
+    [
+        ("source", "source_fp32", "weight_only", torch.float32, tolerances.GOLDEN_FP32),
+        ("source", "source_bf16", "weight_only", torch.bfloat16, tolerances.GOLDEN_BF16),
+        ("export", "dequant_fp32", "weight_only", torch.float32, tolerances.GOLDEN_FP32),
+        ("export", "dequant_bf16", "weight_only", torch.bfloat16, tolerances.GOLDEN_BF16),
+        ("export", "qdq_bf16", "declared", torch.bfloat16, tolerances.GOLDEN_ROUNDED),
+        ("export", "fakequant_fused_bf16", "declared", torch.bfloat16, tolerances.GOLDEN_ROUNDED),
+    ],
+)
+def test_golden_logits(
+    name: str, part: str, kind: str, mode: Mode, dtype: torch.dtype, bound: float
+) -> None:
+    if not GOLDEN.is_dir():
+        pytest.skip("golden data is kept beside the repository")
+    golden = load_file(GOLDEN / name / "golden-forward.safetensors")
+    expected = golden[f"logits.{kind}.text"].float()
+    decoder = load_decoder(Checkpoint.open(GOLDEN / name / part), mode=mode, dtype=dtype)
+    logits = run(decoder, golden["eval_input_ids"], stored_kv=mode == "declared")
+    assert relative(logits, expected) <= bound
+    log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)
+    assert (log_p.exp() * (log_p - log_q)).sum(-1).mean() <= tolerances.GOLDEN_ROUNDED_KL
+
+
+def test_only_the_wanted_rows(directory: Path) -> None:
+    write_tiny_checkpoint(directory, layers=2)
+    decoder = load_decoder(Checkpoint.open(directory))
+    ids, positions = torch.randint(0, 512, (9,)), torch.arange(9)
+    attend = DenseAttend([0, 9])
+    rows = torch.tensor([8, 3])
+    everything = decoder(Step(ids, positions, attend))
+    assert everything.dtype == torch.float32
+    assert torch.equal(decoder(Step(ids, positions, attend, rows)), everything[rows])
+
+
+def test_sequences_of_a_flat_batch_do_not_see_each_other(directory: Path) -> None:
+    write_tiny_checkpoint(directory, layers=2)
+    decoder = load_decoder(Checkpoint.open(directory))
+    ids = torch.randint(0, 512, (12,))
+    positions = torch.cat((torch.arange(5), torch.arange(7)))
+    both = decoder(Step(ids, positions, DenseAttend([0, 5, 12])))
+    first = decoder(Step(ids[:5], positions[:5], DenseAttend([0, 5])))
+    second = decoder(Step(ids[5:], positions[5:], DenseAttend([0, 7])))
+    assert torch.equal(both, torch.cat((first, second)))
+
+
+def test_image_vectors_replace_embeddings(directory: Path) -> None:
+    """Putting a token's own embedding in its place changes nothing; another vector does."""
+    write_tiny_checkpoint(directory, layers=2)
+    decoder = load_decoder(Checkpoint.open(directory))
+    ids, positions, attend = torch.tensor([5, 10, 10, 7]), torch.arange(4), DenseAttend([0, 4])
+    other = torch.tensor([5, 20, 30, 7])
+    rows = torch.tensor([1, 2])
+    vectors = decoder.embedding_VD[torch.tensor([20, 30])]
+    expected = decoder(Step(other, positions, attend))
+    replaced = decoder(Step(ids, positions, attend, None, rows, vectors))
+    assert torch.equal(replaced, expected)
+    assert not torch.equal(decoder(Step(ids, positions, attend)), expected)
+
+
+def test_layers_one_by_one_are_the_decoder(directory: Path) -> None:
+    """What calibration runs is what serving runs; taps see every input, in order."""
+    config = write_tiny_checkpoint(directory, layers=3, dialect="mistral-fp8")
+    checkpoint = Checkpoint.open(directory)
+    decoder = load_decoder(checkpoint)
+    ids, positions, attend = torch.randint(0, 512, (20,)), torch.arange(20), DenseAttend([0, 20])
+    seen: dict[str, Tensor] = {}
+    x_TD = decoder.embed(Step(ids, positions, attend))
+    rotation = decoder.rotary.at(positions)
+    for index in range(config.text.num_layers):
+        before = x_TD.clone()
+        layer = load_layer(checkpoint, index)
+        tapped = layer(x_TD, index, attend, rotation, seen.__setitem__)
+        assert torch.equal(layer(x_TD, index, attend, rotation), tapped)
+        assert torch.equal(x_TD, before)
+        x_TD = tapped
+    assert list(seen) == [*TAPS, "mlp.down.input"]
+    text = config.text
+    assert seen["attention.k"].shape == (20, text.num_kv_heads, text.head_dim)
+    assert seen["mlp.down.input"].shape == (20, text.mlp_width)
+    logits = decoder.head(
+        torch.nn.functional.rms_norm(
+            x_TD.float(), x_TD.shape[-1:], decoder.norm_D.float(), text.norm_eps
+        ).to(torch.bfloat16),
+        torch.float32,
+    )
+    # Decoded weights are rounded to bf16 there, not here.
+    assert relative(logits, decoder(Step(ids, positions, attend))) <= tolerances.GOLDEN_BF16
+
+
+def test_two_models_in_one_process(directory: Path) -> None:
+    write_tiny_checkpoint(directory / "a", layers=2, seed=1)
+    write_tiny_checkpoint(directory / "b", layers=2, seed=2)
+    ids = torch.randint(0, 512, (1, 10))
+    alone = run(load_decoder(Checkpoint.open(directory / "a")), ids)
+    one = load_decoder(Checkpoint.open(directory / "a"))
+    two = load_decoder(Checkpoint.open(directory / "b"))
+    assert not torch.equal(run(two, ids), alone)
+    assert torch.equal(run(one, ids), alone)
+
+
+def test_config_is_the_text_part() -> None:
+    assert tiny_config(vision=True).text == tiny_config().text
