@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.calibrate.tokens import builtin_texts, check_rows, read_token_rows
+from halfbyte.calibrate.sources import builtin_documents
+from halfbyte.calibrate.tokens import check_rows, read_token_rows
 from halfbyte.errors import UsageError
 from halfbyte.model.tiny import tiny_config
 
@@ -75,7 +76,7 @@ def test_rows_that_the_model_cannot_take_are_refused(
 
 
 def test_builtin_text_covers_seven_domains_in_turn() -> None:
-    texts = builtin_texts()
+    texts = [text for _, text in builtin_documents()]
     assert len(texts) > 40 and 30_000 < sum(map(len, texts)) < 60_000
     assert all(len(text) > 100 for text in texts)
     assert texts[0].startswith("Question: My sourdough")

@@ -17,8 +17,9 @@ from halfbyte.calibrate.stream import KEYS, READERS, VALUES, LayerStatistics
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.formats.fp8 import Profile
 from halfbyte.modules import decoder_linears
+from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.layer import cache_scales, quantize_layer
-from halfbyte.quantize.pipeline import QuantizeConfig, quantize
+from halfbyte.quantize.pipeline import quantize
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 from tolerances import OWN_FORWARD_SCALE, OWN_FORWARD_SCALE_MOST

@@ -29,7 +29,8 @@ from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.errors import CapacityError, UnsupportedError, UsageError
 from halfbyte.log import logger
 from halfbyte.quantize.fp8_source import make_fp8_source
-from halfbyte.quantize.pipeline import QuantizeConfig, quantize
+from halfbyte.quantize.job import QuantizeConfig
+from halfbyte.quantize.pipeline import quantize
 from halfbyte.recipe.schema import load_recipe
 
 MARKER = ".halfbyte-demo"

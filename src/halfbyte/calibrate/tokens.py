@@ -1,19 +1,19 @@
 """Calibration rows: token ids to run through the model, ragged, without padding.
 
-From a file of recorded ids (the golden data's layout) or from the small text in the package.
-Larger blends are `blend`'s.
+From a file of recorded ids (the golden data's layout) or drawn from a blend.
 """
 
 import re
 from collections.abc import Sequence
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halfbyte.chat.tokens import load_chat
+from halfbyte.calibrate.blend import load_blend
+from halfbyte.calibrate.draw import CalibrationData, draw
 from halfbyte.config import TextConfig
 from halfbyte.errors import UsageError
 
@@ -57,40 +57,20 @@ def _batch_rows(batch: dict[str, Tensor], where: str) -> list[Tensor]:
     return [row for row in rows if row.numel()]
 
 
-def builtin_texts() -> tuple[str, ...]:
-    """The documents that come with the package (CC0), seven domains in turn."""
-    folder = resources.files("halfbyte.calibrate") / "data"
-    texts: list[list[str]] = []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".txt"):
-            documents = entry.read_text("utf-8").split("\n=====\n")
-            texts.append([document.strip() for document in documents if document.strip()])
-    longest = max(map(len, texts))
-    return tuple(
-        texts[d][i] for i in range(longest) for d in range(len(texts)) if i < len(texts[d])
-    )
-
-
 def builtin_rows(directory: Path, *, samples: int, tokens_per_sample: int) -> Rows:
-    """Up to `samples` rows of the builtin text in the checkpoint's own tokens.
+    """Up to `samples` rows of the text in the package, in the tokens of the checkpoint.
 
-    A document longer than `tokens_per_sample` goes on in the next row, each row after a bos where
-    the tokenizer has one. The text has about 11,000 tokens in all: enough to try things, too
-    little for a model that others will use. Raises CheckpointError if the directory has no
-    tokenizer.
+    About 11,000 tokens in all: enough to try things. Raises CheckpointError if the directory has
+    no tokenizer.
     """
-    chat = load_chat(directory)
-    queues = [list(chat.encode_prompt(text).token_ids) for text in builtin_texts()]
-    bos = chat.encode_prompt("").token_ids
-    rows: list[Tensor] = []
-    while queues and len(rows) < samples:
-        rest = []
-        for ids in queues:
-            rows.append(torch.tensor(ids[:tokens_per_sample], dtype=torch.int64))
-            if len(ids) - tokens_per_sample > 16:  # a shorter tail teaches nothing
-                rest.append([*bos, *ids[tokens_per_sample:]])
-        queues = rest
-    return tuple(rows[:samples])
+    blend = load_blend("builtin")
+    wanted = replace(blend, samples=samples, tokens_per_sample=tokens_per_sample)
+    return as_rows(draw(wanted, directory))
+
+
+def as_rows(data: CalibrationData) -> Rows:
+    """Drawn rows as tensors."""
+    return tuple(torch.tensor(row, dtype=torch.int64) for row in data.rows)
 
 
 def check_rows(rows: Sequence[Tensor], config: TextConfig, where: str) -> None:

@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="safetensors file with batch0.input_ids and so on, int64 [rows, tokens]",
     )
+    parser.add_argument("--blend", help="calibration blend, name or .yaml, not the recipe's")
+    parser.add_argument("--data", type=Path, help="folder with data sets, laid out as on the hub")
+    parser.add_argument("--hub", action="store_true", help="fetch what the folder lacks")
     parser.add_argument(
         "--method",
         choices=METHODS,
@@ -58,7 +61,8 @@ def parse_bytes(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from halfbyte.quantize.pipeline import QuantizeConfig, quantize
+    from halfbyte.quantize.job import QuantizeConfig
+    from halfbyte.quantize.pipeline import quantize
     from halfbyte.quantize.scales import METHODS as SCALES_OF
     from halfbyte.recipe.schema import load_recipe
 
@@ -72,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
             recipe=recipe,
             profile=args.profile,
             calibration_tokens=args.calibration_tokens,
+            blend=args.blend,
+            data_folder=args.data,
+            allow_hub=args.hub,
             device=args.device,
             memory_bytes=args.memory,
             max_shard_bytes=args.shard_size,

@@ -125,6 +125,28 @@ def encode_nvfp4_with(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> E
     return EncodedNVFP4(packed.view(rows, columns // 2), scale_OB, scale)
 
 
+def block_errors(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Sum of squared errors of every 16-block under given block scales: f32 (O, B).
+
+    What `encode_nvfp4_with` would lose, without its codes; in units of w squared.
+    """
+    values = w_OI.reshape(-1)
+    divisors = decode_e4m3(scale_OB).mul_(tensor_scale.to(torch.float32)).view(-1, 1)
+    errors = torch.empty(divisors.shape[0], device=w_OI.device)
+    buffers = e2m1_buffers(min(values.numel(), CHUNK_VALUES), w_OI.device)
+    for start in range(0, values.numel(), CHUNK_VALUES):
+        stop = min(start + CHUNK_VALUES, values.numel())
+        blocks = slice(start // BLOCK, stop // BLOCK)
+        used = buffers.first(stop - start)
+        used.quotient.copy_(values[start:stop]).view(-1, BLOCK).div_(divisors[blocks])
+        code = encode_e2m1_words(used).bitwise_and_(7).to(torch.float32)
+        # The magnitudes 0 .5 1 1.5 2 3 4 6 are three straight lines over the code, joined.
+        value = torch.maximum(torch.maximum(code * 0.5, code - 2), code * 2 - 8)
+        lost = value.sub_(used.magnitude).square_().view(-1, BLOCK).sum(dim=1)
+        errors[blocks] = lost.mul_(divisors[blocks, 0].square())
+    return errors.view(scale_OB.shape)
+
+
 def _encode_chunk(values: Tensor, divisors: Tensor, buffers: E2M1Buffers) -> Tensor:
     """Packed codes of some whole blocks; `divisors` is (blocks, 1)."""
     used = buffers.first(values.numel())

@@ -17,17 +17,18 @@ from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import Profile, decode_fp8, encode_fp8, fp8_scale
 from halfbyte.formats.measure import largest_magnitude
 from halfbyte.formats.minifloat import E4M3_MAX, has_nan_codes
-from halfbyte.formats.nvfp4 import EncodedNVFP4, encode_nvfp4, nvfp4_tensor_scale
+from halfbyte.formats.nvfp4 import EncodedNVFP4, nvfp4_tensor_scale
 from halfbyte.modules import WeightFormat, fused_partners
 from halfbyte.quantize.scales import (
     cache_scale,
+    encode_weight_nvfp4,
     input_scale,
     pinned_cache_scale,
     pinned_input_scale,
     shared_maxima,
 )
 from halfbyte.recipe.plan import Plan
-from halfbyte.recipe.schema import ActivationScales
+from halfbyte.recipe.schema import ActivationScales, WeightScales
 
 
 class QuantizedLinear(NamedTuple):
@@ -113,7 +114,7 @@ def quantize_layer(
             maxima = shared_maxima({p: held[p].amax() for p in quantized}, plan.formats)
         source = held[name]
         chosen = plan.formats[name]
-        tensors = _encode(source, chosen, maxima.get(name), profile)
+        tensors = _encode(source, chosen, maxima.get(name), profile, plan.scales.weights)
         if chosen != "bf16":
             tensors[f"{name}.input_scale"] = _input_scale(
                 checkpoint, name, chosen, statistics, profile, plan.scales.activations
@@ -122,14 +123,18 @@ def quantize_layer(
 
 
 def _encode(
-    source: SourceWeight, chosen: WeightFormat, amax: Tensor | None, profile: Profile
+    source: SourceWeight,
+    chosen: WeightFormat,
+    amax: Tensor | None,
+    profile: Profile,
+    rule: WeightScales,
 ) -> dict[str, Tensor]:
     name = source.name
     if chosen == "bf16" or amax is None:
         return {f"{name}.weight": source.decoded()}
     if chosen == "nvfp4":
-        encoded = encode_nvfp4(source.decoded(), nvfp4_tensor_scale(amax, profile))
-        return nvfp4_tensors(name, encoded)
+        tensor_scale = nvfp4_tensor_scale(amax, profile)
+        return nvfp4_tensors(name, encode_weight_nvfp4(source.decoded(), tensor_scale, rule))
     codes, scale = _encode_fp8(source, amax, profile)
     return {f"{name}.weight": codes, f"{name}.weight_scale": scale}
 

@@ -1,69 +1,34 @@
 """From a source checkpoint to a finished quantized one: validate, calibrate, quantize, publish.
 
-Everything that can be wrong is looked for before anything heavy begins. Then decoder layers go by
-one at a time: calibration runs the layer, its linears are encoded and put in their places on disk,
-the journal notes it. A run that is killed goes on after the last noted layer (decision 0017).
+Everything that can be wrong is looked for before anything heavy begins (`job`). Then decoder
+layers go by one at a time: calibration runs the layer, its linears are encoded and put in their
+places on disk, the journal notes it. A run that is killed goes on after the last noted layer
+(decision 0017).
 """
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import halfbyte
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.stream import LayerStatistics, stream_layers
-from halfbyte.calibrate.tokens import Rows, builtin_rows, check_rows, read_token_rows
-from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.checkpoint.writer import MAX_SHARD_BYTES, check_target
-from halfbyte.errors import CapacityError, FormatError, UsageError
-from halfbyte.formats.fp8 import Profile
+from halfbyte.checkpoint.writer import check_target
+from halfbyte.errors import CapacityError, FormatError
 from halfbyte.log import logger
 from halfbyte.quantize import export
+from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validate
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import cache_scales, quantize_layer
 from halfbyte.quantize.report import Record, linear_record
-from halfbyte.quantize.staging import (
-    ShardPlan,
-    Staging,
-    locked,
-    plan_shards,
-    work_directory,
-)
-from halfbyte.recipe.plan import Plan, make_plan
-from halfbyte.recipe.schema import Recipe
+from halfbyte.quantize.staging import Staging, locked, work_directory
 
 _FIRST_STEP = "outside the layers"
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeConfig:
-    """What to quantize, how, and where to.
-
-    calibration_tokens  recorded ids (`calibrate.tokens`); None takes the recipe's blend
-    memory_bytes        host memory that the run may take; activations go to disk beyond it. None
-                        keeps them in memory
-    with_errors         measure every linear's error against the source (about twice the time)
-    restart             drop what an earlier, unfinished run left instead of going on with it
-    """
-
-    source: Path
-    output: Path
-    recipe: Recipe
-    profile: Profile = "ieee"
-    calibration_tokens: Path | None = None
-    device: str = "cpu"
-    memory_bytes: int | None = None
-    max_shard_bytes: int = MAX_SHARD_BYTES
-    with_errors: bool = True
-    restart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +41,6 @@ class QuantizeResult:
     num_calibration_tokens: int
     seconds: float
     linears: tuple[Record, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A validated job: nothing in it can be wrong any more, except the weights themselves."""
-
-    config: QuantizeConfig
-    checkpoint: Checkpoint
-    plan: Plan
-    rows: Rows | None
-    tensors: Mapping[str, str]  # canonical -> foreign
-    shards: ShardPlan
-    files: Mapping[str, bytes]
-    fingerprint: Mapping[str, Any]
 
 
 def quantize(
@@ -105,7 +56,7 @@ def quantize(
     """
     started = time.perf_counter()
     check_target(config.output)
-    job = _validate(config)
+    job = validate(config)
     with locked(work_directory(config.output)) as _:
         result = _run(job, on_layer)
     checkpoint = job.checkpoint
@@ -119,91 +70,7 @@ def quantize(
     )
 
 
-def _validate(config: QuantizeConfig) -> _Job:
-    checkpoint = Checkpoint.open(config.source)
-    if checkpoint.quantization.dialect == "modelopt":
-        raise UsageError(
-            f"{config.source} is already a Model Optimizer export; quantize its source instead"
-        )
-    plan = make_plan(config.recipe, checkpoint.config)
-    rows = _rows(config, checkpoint)
-    layout = export.export_layout(checkpoint)
-    shapes = export.export_tensors(checkpoint, plan)
-    names = {name: export.export_name(name, layout) for name in shapes}
-    shards = plan_shards({names[n]: shapes[n] for n in shapes}, config.max_shard_bytes)
-    return _Job(
-        config=config,
-        checkpoint=checkpoint,
-        plan=plan,
-        rows=rows,
-        tensors=names,
-        shards=shards,
-        files=export.export_files(checkpoint, plan),
-        fingerprint=_fingerprint(config, checkpoint, plan, rows),
-    )
-
-
-def _rows(config: QuantizeConfig, checkpoint: Checkpoint) -> Rows | None:
-    """The calibration rows; None if the recipe asks for no data."""
-    if config.recipe.scales.activations == "none":
-        if config.calibration_tokens is not None:
-            raise UsageError(
-                f"recipe {config.recipe.source} takes no calibration data (activations: none); "
-                "leave the tokens out"
-            )
-        return None
-    if config.calibration_tokens is not None:
-        rows, where = read_token_rows(config.calibration_tokens), str(config.calibration_tokens)
-    else:
-        wanted = config.recipe.calibration
-        if wanted.blend != "builtin":
-            raise UsageError(f"recipe {config.recipe.source}: no blend {wanted.blend!r}")
-        rows = builtin_rows(
-            config.source, samples=wanted.samples, tokens_per_sample=wanted.tokens_per_sample
-        )
-        where = "the builtin text"
-        logger.warning(
-            "calibrating with the small text of the package: good for trying things, too little "
-            "for a checkpoint that others will use"
-        )
-    check_rows(rows, checkpoint.config.text, where)
-    return rows
-
-
-def _fingerprint(
-    config: QuantizeConfig, checkpoint: Checkpoint, plan: Plan, rows: Rows | None
-) -> dict[str, Any]:
-    """Everything that the output's bytes depend on."""
-    return {
-        "source": export.source_fingerprint(checkpoint),
-        "recipe": {
-            "name": plan.recipe_name,
-            "formats": dict(plan.formats),
-            "kv_cache": plan.kv_cache,
-            "scales": asdict(plan.scales),
-        },
-        "profile": config.profile,
-        "calibration": None if rows is None else _calibration_fingerprint(rows),
-        "max_shard_bytes": config.max_shard_bytes,
-        "device": torch.device(config.device).type,
-        "versions": {"halfbyte": halfbyte.__version__, "torch": metadata.version("torch")},
-    }
-
-
-def _calibration_fingerprint(rows: Sequence[Tensor]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row.numel().to_bytes(8, "little"))
-        digest.update(row.numpy().tobytes())
-    return {
-        "rows": len(rows),
-        "tokens": sum(row.numel() for row in rows),
-        "longest": max(row.numel() for row in rows),
-        "sha256": digest.hexdigest(),
-    }
-
-
-def _run(job: _Job, on_layer: Callable[[int, int], None] | None) -> list[Record]:
+def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[Record]:
     """The heavy part; keeps the work directory when going on from it makes sense."""
     work = work_directory(job.config.output)
     staging = Staging(work, job.config.output, job.shards)
@@ -232,13 +99,13 @@ def _run(job: _Job, on_layer: Callable[[int, int], None] | None) -> list[Record]
     return [record for entry in entries for record in entry.get("linears", ())]
 
 
-def _begin(job: _Job, staging: Staging, journal: Journal) -> None:
+def _begin(job: Job, staging: Staging, journal: Journal) -> None:
     """Empty the work directory, check the disk, allocate the output, start the journal."""
     for path in staging.directory.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     needed = job.shards.total_bytes + sum(map(len, job.files.values()))
     if job.rows is not None:
-        needed += 2 * _activation_bytes(job)
+        needed += 2 * activation_bytes(job.rows, job.checkpoint)
     free = shutil.disk_usage(staging.directory).free
     if free < needed:
         raise CapacityError(
@@ -250,15 +117,11 @@ def _begin(job: _Job, staging: Staging, journal: Journal) -> None:
     journal.start(job.fingerprint)
 
 
-def _activation_bytes(job: _Job) -> int:
-    return sum(row.numel() for row in job.rows or ()) * job.checkpoint.config.text.width * 2
-
-
 class _Progress:
     """Takes the steps of a run that the journal does not list yet, in order."""
 
     def __init__(
-        self, job: _Job, staging: Staging, journal: Journal, entries: list[dict[str, Any]]
+        self, job: Job, staging: Staging, journal: Journal, entries: list[dict[str, Any]]
     ) -> None:
         self._job = job
         self._staging = staging
@@ -298,7 +161,7 @@ class _Progress:
             [row.numel() for row in rows],
             self._job.checkpoint.config.text.width,
             self._staging.directory,
-            in_memory=self._fits_in_memory(),
+            in_memory=self._job.memory.activations_in_memory,
         )
         if first > 0:
             activations.resume(first)
@@ -309,15 +172,12 @@ class _Progress:
                 device=self._device,
                 activations=activations,
                 first_layer=first,
+                prefetch=self._job.memory.prefetch,
             ):
                 yield statistics.layer, statistics
                 activations.forget(statistics.layer)
         finally:
             activations.close()
-
-    def _fits_in_memory(self) -> bool:
-        budget = self._job.config.memory_bytes
-        return budget is None or _activation_bytes(self._job) <= budget // 4
 
     def _layer(self, layer: int, statistics: LayerStatistics | None) -> None:
         job, started = self._job, time.perf_counter()

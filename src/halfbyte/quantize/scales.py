@@ -11,10 +11,18 @@ from torch import Tensor
 from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import Profile, fp8_scale
 from halfbyte.formats.minifloat import E2M1_MAX, E4M3_MAX
-from halfbyte.formats.nvfp4 import nvfp4_input_scale
+from halfbyte.formats.nvfp4 import (
+    EncodedNVFP4,
+    block_errors,
+    block_maxima,
+    block_scales,
+    encode_nvfp4,
+    encode_nvfp4_with,
+    nvfp4_input_scale,
+)
 from halfbyte.log import say_once
 from halfbyte.modules import WeightFormat, fused_partners
-from halfbyte.recipe.schema import ActivationScales, Scales
+from halfbyte.recipe.schema import ActivationScales, Scales, WeightScales
 
 # The calibration methods by name: max mirrors the reference, none needs no data.
 METHODS: Mapping[str, Scales] = {
@@ -51,6 +59,39 @@ def shared_maxima(
         if formats[name] == "nvfp4":
             shared[name] = torch.stack([maxima[p] for p in fused_partners(name)]).amax()
     return shared
+
+
+# e4m3 block scales tried around the one that maps the block's maximum to 6, in steps of the e4m3
+# grid (8 an octave): from clipping the maximum by a fifth to mapping it to 4 and a little below.
+# The first of equal errors wins.
+_SEARCHED_STEPS = (0, 1, -1, 2, -2, 3, 4, 5, 6)
+_LARGEST_E4M3 = 0x7E
+
+
+def encode_weight_nvfp4(w_OI: Tensor, tensor_scale: Tensor, rule: WeightScales) -> EncodedNVFP4:
+    """Encode a weight with block scales from block maxima, or those of least squared error."""
+    if rule == "amax":
+        return encode_nvfp4(w_OI, tensor_scale)
+    return encode_nvfp4_with(w_OI, least_squares_scales(w_OI, tensor_scale), tensor_scale)
+
+
+def least_squares_scales(w_OI: Tensor, tensor_scale: Tensor) -> Tensor:
+    """For every 16-block the e4m3 scale, of those around amax / 6, with the least squared error.
+
+    Never worse than amax scales on any block. Blocks of zeros keep scale 1. Costs one encoding for
+    each of nine candidates. Idea: block-scale sweeps of NVIDIA Model-Optimizer and "four over
+    six" (Cook et al. 2025), here over e4m3 neighbours only.
+    """
+    first = block_scales(block_maxima(w_OI), tensor_scale).view(torch.uint8)
+    best = first.clone()
+    least = torch.full(first.shape, torch.inf, device=w_OI.device)
+    for step in _SEARCHED_STEPS:
+        tried = (first.to(torch.int16) + step).clamp_(1, _LARGEST_E4M3).to(torch.uint8)
+        errors = block_errors(w_OI, tried.view(torch.float8_e4m3fn), tensor_scale)
+        is_better = errors < least
+        best[is_better] = tried[is_better]
+        least = torch.minimum(least, errors)
+    return best.view(torch.float8_e4m3fn)
 
 
 def input_scale(

@@ -1,0 +1,188 @@
+"""A quantization job: what is asked, and the proof that it can be done.
+
+`validate` looks at everything that can be wrong before anything heavy begins: the source and its
+tensors, the recipe, calibration rows, memory. Called by `pipeline`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import halfbyte
+from halfbyte.calibrate.blend import load_blend
+from halfbyte.calibrate.draw import draw
+from halfbyte.calibrate.sources import DataAccess
+from halfbyte.calibrate.tokens import Rows, as_rows, check_rows, read_token_rows
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.shards import parse_json
+from halfbyte.checkpoint.writer import MAX_SHARD_BYTES
+from halfbyte.errors import UsageError
+from halfbyte.formats.fp8 import Profile
+from halfbyte.quantize import export
+from halfbyte.quantize.memory import MemoryPlan, plan_memory
+from halfbyte.quantize.staging import ShardPlan, plan_shards
+from halfbyte.recipe.plan import Plan, make_plan
+from halfbyte.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeConfig:
+    """What to quantize, how, and where to.
+
+    calibration_tokens  recorded ids (`calibrate.tokens`); None takes the recipe's blend
+    blend               a blend by name or path, instead of the recipe's
+    data_folder         where the blend's data sets lie, laid out as on the hub
+    allow_hub           fetch what the folder lacks
+    memory_bytes        host memory that the run stays within; activations go to disk beyond it.
+                        None takes most of what the machine has available
+    with_errors         measure every linear's error against the source (about twice the time)
+    restart             drop what an earlier, unfinished run left instead of going on with it
+    """
+
+    source: Path
+    output: Path
+    recipe: Recipe
+    profile: Profile = "ieee"
+    calibration_tokens: Path | None = None
+    blend: str | None = None
+    data_folder: Path | None = None
+    allow_hub: bool = False
+    device: str = "cpu"
+    memory_bytes: int | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    with_errors: bool = True
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A validated job: nothing in it can be wrong any more, except the weights themselves."""
+
+    config: QuantizeConfig
+    checkpoint: Checkpoint
+    plan: Plan
+    rows: Rows | None
+    memory: MemoryPlan
+    tensors: Mapping[str, str]  # canonical -> foreign
+    shards: ShardPlan
+    files: Mapping[str, bytes]
+    fingerprint: Mapping[str, Any]
+
+
+def validate(config: QuantizeConfig) -> Job:
+    """Raises UsageError, CheckpointError, FormatError or CapacityError saying why not."""
+    checkpoint = Checkpoint.open(config.source)
+    if checkpoint.quantization.dialect == "modelopt":
+        raise UsageError(
+            f"{config.source} is already a Model Optimizer export; quantize its source instead"
+        )
+    plan = make_plan(config.recipe, checkpoint.config)
+    rows, provenance = _calibration(config, checkpoint)
+    layout = export.export_layout(checkpoint)
+    shapes = export.export_tensors(checkpoint, plan)
+    names = {name: export.export_name(name, layout) for name in shapes}
+    shards = plan_shards({names[n]: shapes[n] for n in shapes}, config.max_shard_bytes)
+    return Job(
+        config=config,
+        checkpoint=checkpoint,
+        plan=plan,
+        rows=rows,
+        memory=plan_memory(
+            checkpoint.config.text,
+            longest_row_tokens=max((row.numel() for row in rows or ()), default=0),
+            activation_bytes=activation_bytes(rows, checkpoint),
+            budget_bytes=config.memory_bytes,
+        ),
+        tensors=names,
+        shards=shards,
+        files=export.export_files(checkpoint, plan),
+        fingerprint=_fingerprint(config, checkpoint, plan, provenance),
+    )
+
+
+def _calibration(
+    config: QuantizeConfig, checkpoint: Checkpoint
+) -> tuple[Rows | None, Mapping[str, Any] | None]:
+    """The calibration rows and where they come from; None and None if the recipe asks for none."""
+    recipe, tokens = config.recipe, config.calibration_tokens
+    if recipe.scales.activations == "none":
+        if tokens is not None or config.blend is not None:
+            raise UsageError(
+                "data-free quantization (activations: none) takes no calibration data; leave it out"
+            )
+        return None, None
+    if tokens is not None:
+        if config.blend is not None:
+            raise UsageError("give recorded tokens or a blend, not both")
+        rows, where, provenance = read_token_rows(tokens), str(tokens), _recorded(tokens)
+    else:
+        wanted = recipe.calibration
+        blend = load_blend(config.blend or wanted.blend)
+        if config.blend is None:
+            blend = replace(
+                blend,
+                samples=wanted.samples,
+                tokens_per_sample=wanted.tokens_per_sample,
+                seed=wanted.seed,
+            )
+        access = DataAccess(folder=config.data_folder, allow_hub=config.allow_hub)
+        data = draw(blend, config.source, access=access)
+        rows, where, provenance = as_rows(data), f"blend {blend.name}", data.provenance
+    check_rows(rows, checkpoint.config.text, where)
+    return rows, {**_summary(rows), "provenance": provenance}
+
+
+def _recorded(tokens: Path) -> Mapping[str, Any] | None:
+    """The record that `halfbyte blend` wrote beside a file of tokens, if it did."""
+    path = tokens.with_name(f"{tokens.name}.json")
+    if not path.exists():
+        return None
+    record: Mapping[str, Any] = parse_json(path.read_bytes(), path.name)
+    return record
+
+
+def _fingerprint(
+    config: QuantizeConfig,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    calibration: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything that the output's bytes depend on."""
+    return {
+        "source": export.source_fingerprint(checkpoint),
+        "recipe": {
+            "name": plan.recipe_name,
+            "formats": dict(plan.formats),
+            "kv_cache": plan.kv_cache,
+            "scales": asdict(plan.scales),
+        },
+        "profile": config.profile,
+        "calibration": calibration,
+        "max_shard_bytes": config.max_shard_bytes,
+        "device": torch.device(config.device).type,
+        "versions": {"halfbyte": halfbyte.__version__, "torch": metadata.version("torch")},
+    }
+
+
+def _summary(rows: Sequence[Tensor]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.numel().to_bytes(8, "little"))
+        digest.update(row.numpy().tobytes())
+    return {
+        "rows": len(rows),
+        "tokens": sum(row.numel() for row in rows),
+        "longest": max(row.numel() for row in rows),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def activation_bytes(rows: Rows | None, checkpoint: Checkpoint) -> int:
+    """Bytes of all rows at one layer boundary."""
+    return sum(row.numel() for row in rows or ()) * checkpoint.config.text.width * 2
