@@ -1,0 +1,42 @@
+"""`halfbyte bench cpu DIR --base BF16DIR`."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the checkpoint to measure")
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="DIR", help="the bf16 one, for transformers too"
+    )
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="measure llama.cpp on this file")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="wait so long for an idle machine"
+    )
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", default=Path("benchmarks/records/cpu_decode.json")
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    # Imported here so that --help needs no torch.
+    from halfbyte.bench.cpu_decode import measure, write_record
+
+    report = measure(
+        args.directory,
+        args.base,
+        gguf=args.gguf,
+        threads=args.threads,
+        repeats=args.repeats,
+        wait_s=args.wait,
+        force=args.force,
+    )
+    print(report.table())
+    write_record(report, args.record, shlex.join(["halfbyte", *sys.argv[1:]]))
+    print(f"recorded in {args.record}")
+    return 0
