@@ -5,6 +5,7 @@ The reader knows files and dialects; here the canonical tensors of a linear beco
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,12 @@ from halfbyte.errors import CheckpointError
 from halfbyte.kernels import dispatch
 from halfbyte.model.decoder import Decoder, DecoderLayer
 from halfbyte.model.linear import FusedLinear, Linear, Mode, StoredLinear, make_linear
+from halfbyte.model.vision import (
+    EncoderLayerWeights,
+    ProjectorWeights,
+    VisionModel,
+    num_layers_used,
+)
 
 _ATTENTION = ("q", "k", "v")
 _GATED = ("gate", "up")
@@ -94,15 +101,26 @@ class _Source:
             return 1.0, 1.0
         return self.scalar(f"{prefix}.k_scale"), self.scalar(f"{prefix}.v_scale")
 
-    def check_all_taken(self) -> None:
-        """Raise CheckpointError naming tensors of the text part that nothing reads."""
+    def check_all_taken(self, part: Literal["text", "vision"]) -> None:
+        """Raise CheckpointError naming tensors of this part that nothing reads."""
         left = sorted(
             name
             for name in self._names - self._taken
-            if not name.startswith(("encoder.", "projector."))
+            if name.startswith(("encoder.", "projector.")) == (part == "vision")
         )
         if left:
             raise CheckpointError(f"{len(left)} tensors are not used by the model: {left[:3]}")
+
+    def skip(self, prefix: str) -> None:
+        """Count tensors as accounted for without reading them."""
+        self._taken.update(name for name in self._names if name.startswith(prefix))
+
+    def optional(self, name: str) -> torch.Tensor | None:
+        return self.dense(name) if name in self._names else None
+
+    def stacked(self, group: str, shorts: Iterable[str]) -> torch.Tensor:
+        """The unquantized weights of linears that read one input, one below the other."""
+        return torch.cat([self.dense(f"{group}.{short}.weight") for short in shorts])
 
 
 def load_decoder(
@@ -118,7 +136,7 @@ def load_decoder(
     dtype  what activations are computed in: bf16, or f32 (weight_only, decoded weights) to check
            against other implementations
     Raises CheckpointError for a missing tensor and for one that nothing reads. The vision part is
-    not read here (`vision.load_vision`).
+    not read here (`load_vision`).
     """
     assert dtype == torch.bfloat16 or mode == "weight_only", "declared computes in bf16"
     source = _Source(checkpoint, torch.device(device), mode, dtype)
@@ -134,7 +152,7 @@ def load_decoder(
         head=make_linear([StoredLinear("head", "bf16", head_VD)], mode),
         kv_scales=[source.kv_scales(layer) for layer in range(text.num_layers)],
     )
-    source.check_all_taken()
+    source.check_all_taken("text")
     return decoder
 
 
@@ -153,6 +171,54 @@ def load_layer(
         o=source.decoded([f"{attention}.o"]),
         gate_up=source.decoded([f"{mlp}.{short}" for short in _GATED]),
         down=source.decoded([f"{mlp}.down"]),
+    )
+
+
+def load_vision(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> VisionModel | None:
+    """Build the vision part of a checkpoint on `device`; None for a text-only model.
+
+    Encoder layers behind the feature layer are not read. Raises CheckpointError as `load_decoder`.
+    """
+    config = checkpoint.config.vision
+    if config is None:
+        return None
+    source = _Source(checkpoint, torch.device(device), "weight_only", dtype)
+    used = num_layers_used(config)
+    for layer in range(used, config.num_layers):
+        source.skip(f"encoder.{layer}.")
+    vision = VisionModel(
+        config,
+        patch=source.dense("encoder.patch.weight"),
+        norm_D=source.dense("encoder.norm.weight"),
+        layers=[_encoder_layer(source, layer) for layer in range(used)],
+        projector=ProjectorWeights(
+            norm_D=source.dense("projector.norm.weight"),
+            merge=source.dense("projector.merge.weight"),
+            into=source.dense("projector.in.weight"),
+            into_bias=source.optional("projector.in.bias"),
+            out=source.dense("projector.out.weight"),
+            out_bias=source.optional("projector.out.bias"),
+        ),
+        projector_eps=checkpoint.config.text.norm_eps,
+    )
+    source.check_all_taken("vision")
+    return vision
+
+
+def _encoder_layer(source: _Source, layer: int) -> EncoderLayerWeights:
+    prefix = f"encoder.{layer}"
+    return EncoderLayerWeights(
+        attention_norm_D=source.dense(f"{prefix}.attention_norm.weight"),
+        qkv=source.stacked(f"{prefix}.attention", _ATTENTION),
+        o=source.dense(f"{prefix}.attention.o.weight"),
+        mlp_norm_D=source.dense(f"{prefix}.mlp_norm.weight"),
+        gate_up=source.stacked(f"{prefix}.mlp", _GATED),
+        down=source.dense(f"{prefix}.mlp.down.weight"),
     )
 
 
