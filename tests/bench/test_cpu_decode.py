@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+
+from halfbyte.bench import cpu_decode
+from halfbyte.bench.cpu_decode import Ours, Report, headlines, measure, write_record
+from halfbyte.bench.idle import Usage
+from halfbyte.bench.record import read
+from halfbyte.errors import UnsupportedError
+
+MODEL = "halfbyte mixed"
+
+
+@pytest.fixture
+def report() -> Report:
+    figures = {"prefill": 500.0, "decode": 60.0, "decode of 16": 150.0}
+    medians = {"transformers": {"prefill": 400.0, "decode": 20.0}, MODEL: figures}
+    return Report(medians, {f"{MODEL}.decode": [59.0, 60.0, 61.0]}, Usage(0.01, 0.0))
+
+
+def test_headlines_compare_with_the_peer_of_the_same_run(report: Report) -> None:
+    rows = headlines(report)
+    assert [row["what"] for row in rows] == [
+        f"{MODEL}, {what}" for what in ("prefill", "decode", "decode of 16")
+    ]
+    assert rows[0]["against"].startswith("1.25x transformers")
+    # Many at once against one stream of the peer.
+    assert rows[2]["against"].startswith("7.50x transformers")
+    assert "7.50x" in report.table() and "1.0%" in report.table()
+
+
+def test_record_keeps_every_sample(report: Report, tmp_path: Path) -> None:
+    write_record(report, tmp_path / "r.json", "halfbyte bench cpu")
+    record = read(tmp_path / "r.json")
+    assert record["samples"] == {f"{MODEL}.decode, tokens/s": [59.0, 60.0, 61.0]}
+    assert record["results"]["tokens_per_s"][MODEL]["decode"] == 60.0
+
+
+def test_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decode, "wait_until_quiet", lambda _: Usage(0.5, 0.1))
+    with pytest.raises(UnsupportedError, match="others use 50% and the host withholds 10%"):
+        measure(Path("a"), Path("b"))
+
+
+def test_engine_times_one_and_many(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decode, "PROMPT_TOKENS", 40)
+    ours = Ours(models / "fp8")
+    timing = ours.answer((5,) * 40, 8)
+    assert timing.prefill_s > 0 and timing.decode_s > 0
+    steady, total = ours.answer_together([(5 + i,) * 40 for i in range(4)], 8)
+    assert steady > 0 and total > 0
+    stats = ours.engine.stats()
+    assert stats.generated_tokens == 8 + 4 * 8
+    assert stats.cached_tokens == 0

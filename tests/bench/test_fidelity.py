@@ -1,0 +1,170 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from halfbyte.bench.baseline import load_baseline
+from halfbyte.bench.fidelity import (
+    Candidate,
+    bootstrap,
+    compare_models,
+    compare_with_baseline,
+    cut_windows,
+    make_baseline,
+)
+from halfbyte.chat.tokens import load_chat
+from halfbyte.cli.main import main
+from halfbyte.engine.core import Engine
+from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
+from halfbyte.errors import CheckpointError, UsageError
+
+WINDOW = 64
+
+
+def candidates(models: Path) -> list[Candidate]:
+    return [
+        ("same", models / "bf16", "weight_only"),
+        ("fp8", models / "fp8", "weight_only"),
+        ("fp8d", models / "fp8", "declared"),
+    ]
+
+
+def test_same_model_is_equal_and_worse_formats_are_worse(models: Path) -> None:
+    text = models / "text.txt"
+    found = compare_models(models / "bf16", candidates(models), text, window_tokens=WINDOW)
+    same, fp8, declared = found.candidates
+    assert (same.kl_mean, same.kl_max, same.top1_agreement) == (0.0, 0.0, 1.0)
+    assert same.perplexity == found.base.perplexity
+    assert fp8.kl_mean is not None and fp8.kl_p99 is not None and fp8.kl_max is not None
+    assert declared.kl_mean is not None
+    assert 0 < fp8.kl_mean < declared.kl_mean
+    assert fp8.kl_mean < fp8.kl_p99 <= fp8.kl_max
+    assert fp8.kl_interval is not None
+    assert fp8.kl_interval.low < fp8.kl_mean < fp8.kl_interval.high
+    assert fp8.top1_agreement is not None and 0 < fp8.top1_agreement < 1
+    assert fp8.bytes == (models / "fp8" / "model.safetensors").stat().st_size
+    assert fp8.bytes < same.bytes
+    # The last window is shorter.
+    assert found.num_windows == 15
+    assert 14 * (WINDOW - 1) + WINDOW // 2 <= found.num_tokens < 15 * (WINDOW - 1)
+
+
+def test_perplexity_is_that_of_the_prompts_logprobs(models: Path) -> None:
+    """The same figure through requests instead of teacher forcing."""
+    text = models / "text.txt"
+    found = compare_models(models / "bf16", [], text, window_tokens=WINDOW)
+    engine = Engine.load(models / "bf16")
+    windows = cut_windows(models / "bf16", text.read_text(), WINDOW, None)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    total = 0.0
+    for index, window in enumerate(windows):
+        engine.add(GenerationRequest(str(index), window, params))
+    while engine.has_work():
+        for event in engine.step():
+            if isinstance(event, TokensEvent) and event.prompt_logprobs is not None:
+                total += sum(item.logprob for item in event.prompt_logprobs)
+    assert found.base.perplexity == pytest.approx(math.exp(-total / found.num_tokens), rel=1e-3)
+
+
+def test_stored_baseline_tells_the_same_within_its_error(models: Path) -> None:
+    text = models / "text.txt"
+    fp8: Candidate = ("fp8", models / "fp8", "weight_only")
+    full = compare_models(models / "bf16", [fp8], text, window_tokens=WINDOW).candidates[0]
+    baseline = make_baseline(models / "bf16", text, window_tokens=WINDOW)
+    found = compare_with_baseline(baseline, fp8)
+    row = found.candidates[0]
+    assert row.kl_mean is not None and full.kl_mean is not None
+    assert row.kl_tail_error is not None and row.kl_lower_mean is not None
+    # Four standard errors of the tail, and the f16 of log-probs (2**-12 of at most log(512)).
+    assert abs(row.kl_mean - full.kl_mean) <= 4 * row.kl_tail_error + 6.3 * 2**-12
+    assert row.kl_lower_mean <= full.kl_mean + 6.3 * 2**-12
+    assert row.perplexity == pytest.approx(full.perplexity, rel=1e-9)
+    assert row.top1_agreement == pytest.approx(full.top1_agreement, abs=0.01)
+    assert "compact baseline" in found.table()
+
+
+def test_windows_open_with_bos_and_leave_out_a_short_end(models: Path) -> None:
+    text = (models / "text.txt").read_text()
+    vocabulary = load_chat(models / "bf16").vocabulary
+    windows = cut_windows(models / "bf16", text, WINDOW, 3 * WINDOW + 10)
+    assert [len(window) for window in windows] == [WINDOW] * 3
+    if vocabulary.bos_token_id is not None:
+        assert {window[0] for window in windows} == {vocabulary.bos_token_id}
+    joined = [token for window in windows for token in window]
+    if vocabulary.bos_token_id is None:
+        assert joined == list(vocabulary.encode_text(text))[: 3 * WINDOW]
+
+
+def test_short_text_is_refused(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("two words")
+    with pytest.raises(UsageError, match="needs at least half"):
+        compare_models(models / "bf16", [], tmp_path / "short.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="UTF-8"):
+        compare_models(models / "bf16", [], tmp_path / "bytes.txt")
+
+
+def test_interval_covers_the_mean_of_clustered_positions() -> None:
+    """Windows with means of their own: an interval over positions alone would be far too short."""
+    generator = np.random.default_rng(5)
+    covered = 0
+    for _ in range(60):
+        means = 1.0 + 0.3 * generator.standard_normal(24)
+        windows = [mean + generator.standard_normal(50) for mean in means]
+        interval = bootstrap(windows)
+        assert interval is not None
+        covered += interval.low <= 1.0 <= interval.high
+    # 95 % of 60 is 57; the bootstrap of 24 windows is a little short, and 60 trials spread by 2.
+    assert covered >= 50
+
+
+def test_one_window_has_no_interval() -> None:
+    assert bootstrap([np.ones(5)]) is None
+
+
+def test_commands(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, fp8 = str(models / "bf16"), str(models / "fp8")
+    text = ["--text", str(models / "text.txt"), "--window-tokens", str(WINDOW), "--tokens", "200"]
+    kept, figures = tmp_path / "b.safetensors", tmp_path / "figures.json"
+    assert main(["compare", base, fp8, *text, "--json", str(figures)]) == 0
+    assert "top-1 same" in capsys.readouterr().out
+    full = json.loads(figures.read_text())
+    assert full["method"] == "full" and full["num_windows"] == 3
+    assert main(["compare", base, *text, "--save-baseline", str(kept)]) == 0
+    assert len(load_baseline(kept).windows) == 3
+    arguments = ["--baseline", str(kept), "--json", str(figures), "--mode", "declared"]
+    assert main(["compare", fp8, *arguments]) == 0
+    found = json.loads(figures.read_text())
+    assert found["method"] == "compact"
+    assert found["candidates"][0]["mode"] == "declared"
+    assert found["base"]["perplexity"] == pytest.approx(full["base"]["perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "b"], "--text FILE"),
+        (["a", "--text", "t"], "BASE CANDIDATE"),
+        (["a", "b", "--baseline", "f"], "name the candidate alone"),
+        (["a", "--baseline", "f", "--text", "t"], "leave out --text"),
+        (["a", "--baseline", "f", "--save-baseline", "g"], "exclude each other"),
+        (["a", "b", "--text", "t", "--window-tokens", "1"], "at least 2"),
+        (["a", "b", "--text", "t", "--json", "/nowhere/x.json"], "/nowhere is not a directory"),
+    ],
+)
+def test_contradictory_arguments_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_baseline_of_another_vocabulary_is_refused(models: Path) -> None:
+    baseline = make_baseline(models / "bf16", models / "text.txt", window_tokens=WINDOW)
+    wrong = type(baseline)(
+        "x", "weight_only", 1, 99, "0", baseline.windows[:1], baseline.of_window(0)
+    )
+    with pytest.raises(CheckpointError, match="a vocabulary of 512; the base has 99"):
+        compare_with_baseline(wrong, ("fp8", models / "fp8", "weight_only"))
