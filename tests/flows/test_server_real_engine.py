@@ -30,6 +30,7 @@ from halfbyte.engine.service import EngineService
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.server.app import create_app
 from halfbyte.server.config import ServerConfig
+from halfbyte.server.supervise import Supervisor
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -71,7 +72,7 @@ class Stand:
     http: httpx.AsyncClient
     client: Any
     engine: Engine
-    service: EngineService
+    service: Supervisor
     chat: ChatFormat
     script: Script
 
@@ -107,7 +108,11 @@ async def stand(directory: Path) -> AsyncIterator[Stand]:
     script = Script()
     config = EngineConfig(max_model_len=512, kv_cache_tokens=4096, max_sequences=16)
     engine = Engine.load(directory, config, logits_hook=script)
-    service = EngineService(engine)
+
+    def load() -> EngineService:
+        return EngineService(Engine.load(directory, config, logits_hook=script))
+
+    service = Supervisor(EngineService(engine), load)
     chat = load_chat(directory)
     settings = ServerConfig(("tiny",), engine.max_model_len, engine.vocab_size)
     app = create_app(service, chat, settings, access_log=False)
@@ -320,12 +325,19 @@ async def test_leaving_frees_blocks_at_every_stage(stand: Stand) -> None:
     assert health["status"] == "ok" and health["engine"]["running"] == 0
 
 
-async def test_death_of_the_engine_is_503_not_a_hang(stand: Stand) -> None:
+async def test_death_of_the_engine_is_503_and_a_restart_not_a_hang(stand: Stand) -> None:
     stand.script.dies = True
     with pytest.raises(openai.InternalServerError) as caught:
         await ask(stand)
     assert caught.value.status_code == 503
-    assert (await stand.http.get("/health")).status_code == 503
+    assert (await stand.http.get("/ready")).status_code == 503
+    assert (await stand.http.get("/health")).json()["ready"] is False
     with pytest.raises(openai.InternalServerError) as caught:
         await ask(stand)
-    assert caught.value.status_code == 503
+    assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"]
+    stand.script.dies = False
+    async with asyncio.timeout(20):
+        while (await stand.http.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.05)
+    assert (await ask(stand)).choices[0].message.content
+    assert (await stand.http.get("/health")).json()["engine_restarts"] == 1

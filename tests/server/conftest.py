@@ -15,6 +15,7 @@ from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.server.app import create_app
 from halfbyte.server.config import ServerConfig
+from halfbyte.server.supervise import Supervisor
 from server.scripted import ScriptedService
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
@@ -73,7 +74,9 @@ def make_bench(mistral: MistralFormat) -> MakeBench:
     ) -> Bench:
         scripted = ScriptedService(lambda request: (), **(service or {}))
         settings = {"model_names": ("m",), "max_model_len": 4096, "vocab_size": 800, **config}
-        app = create_app(scripted, chat, ServerConfig(**settings), access_log=False)
+        app = create_app(
+            Supervisor(scripted, lambda: scripted), chat, ServerConfig(**settings), access_log=False
+        )
         bench = Bench(app, scripted, chat)
         ids: Sequence[int] = bench.ids(*script)
         scripted.script = lambda request: ids

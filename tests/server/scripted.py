@@ -20,8 +20,9 @@ from halfbyte.engine.request import (
 
 @dataclass(frozen=True)
 class Stats:
-    num_running: int
+    running: int
     free_blocks: int
+    total_blocks: int = 100
     is_fast: bool = True
 
 

@@ -8,6 +8,7 @@ from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.errors import CheckpointError
 from halfbyte.server.app import create_app
 from halfbyte.server.config import Limits, ServerConfig
+from halfbyte.server.supervise import Supervisor
 from server.conftest import MakeBench
 from server.scripted import ScriptedService
 
@@ -120,6 +121,7 @@ async def test_metrics_count_what_happened(make_bench: MakeBench) -> None:
         await client.get("/secret/path")
         text = (await client.get("/metrics")).text
     lines = set(text.splitlines())
+    assert 'vllm:kv_cache_usage_perc{model_name="m"} 0.0' in lines
     assert 'halfbyte_answers_total{reason="stop"} 1' in lines
     assert 'halfbyte_answers_total{reason="length"} 1' in lines
     assert 'halfbyte_http_requests_total{route="/v1/chat/completions",status="200"} 2' in lines
@@ -169,4 +171,4 @@ async def test_two_apps_do_not_share_anything(make_bench: MakeBench) -> None:
 def test_tokenizer_larger_than_the_model_is_refused(chatml: TemplateFormat) -> None:
     service = ScriptedService(lambda request: ())
     with pytest.raises(CheckpointError, match="435 tokens, the model only 400"):
-        create_app(service, chatml, ServerConfig(("m",), 100, 400))
+        create_app(Supervisor(service, lambda: service), chatml, ServerConfig(("m",), 100, 400))

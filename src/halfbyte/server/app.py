@@ -15,19 +15,22 @@ import halfbyte
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
 from halfbyte.server import wire
-from halfbyte.server.backend import Backend, Service
+from halfbyte.server.backend import Backend
 from halfbyte.server.chat_api import chat_frames, chat_response
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.gate import Gate, Keys
 from halfbyte.server.openapi import describe, request_body
 from halfbyte.server.prepare import check_token_ids, encode_messages
 from halfbyte.server.problems import error_body, response_of
-from halfbyte.server.stream import EventStream, read_body, until_disconnect
+from halfbyte.server.responses_api import responses_frames, responses_response
+from halfbyte.server.responses_wire import ResponsesRequest
+from halfbyte.server.stream import DONE, EventStream, read_body, until_disconnect
+from halfbyte.server.supervise import Supervisor
 from halfbyte.server.text_api import text_frames, text_response
 
 
 def create_app(
-    service: Service, chat: ChatFormat, config: ServerConfig, *, access_log: bool = True
+    service: Supervisor, chat: ChatFormat, config: ServerConfig, *, access_log: bool = True
 ) -> FastAPI:
     """The application over a running or startable engine.
 
@@ -133,12 +136,28 @@ def _add_completions(app: FastAPI, backend: Backend) -> None:
         frames = text_frames(backend, asked, key, headers)
         return _stream(frames, headers)
 
-    def _stream(frames: AsyncGenerator[bytes, None], headers: dict[str, str]) -> Response:
+    @app.post("/v1/responses", **request_body(ResponsesRequest, "response"))
+    async def responses(request: Request) -> Response:
+        """Answer with output items; nothing is stored."""
+        asked = await read(backend, request, ResponsesRequest)
+        key = request.state.key
+        if not asked.stream:
+            return await respond(
+                backend, request, lambda headers: responses_response(backend, asked, key, headers)
+            )
+        headers: dict[str, str] = {}
+        frames = responses_frames(backend, asked, key, headers)
+        return _stream(frames, headers, error_tail=b"")
+
+    def _stream(
+        frames: AsyncGenerator[bytes, None], headers: dict[str, str], error_tail: bytes = DONE
+    ) -> Response:
         return EventStream(
             frames,
             deadline_s=deadline_s,
             headers=headers,
             on_disconnect=lambda: count_disconnect(backend),
+            error_tail=error_tail,
         )
 
 
@@ -214,7 +233,7 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
         alive = backend.service.is_alive
         body = {
             "status": "ok" if alive else "dead",
-            "ready": alive and not backend.admission.is_draining,
+            "ready": backend.service.is_ready and not backend.admission.is_draining,
             "version": halfbyte.__version__,
             "models": list(config.model_names),
             "max_model_len": config.max_model_len,
@@ -223,7 +242,8 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
             "images": backend.chat.image_layout is not None,
             "limits": dataclasses.asdict(config.limits),
             "image_url_hosts": list(config.image_fetch.hosts),
-            "engine": backend.engine_figures() if alive else {},
+            "engine": backend.engine_figures(),
+            "engine_restarts": backend.service.num_restarts,
             **dict(config.facts),
         }
         return JSONResponse(body, status_code=200 if alive else 503)
@@ -232,14 +252,13 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
     @app.get("/health/ready")
     async def ready() -> Response:
         """Whether new requests are welcome; 503 while draining or after the engine died."""
-        is_ready = backend.service.is_alive and not backend.admission.is_draining
+        is_ready = backend.service.is_ready and not backend.admission.is_draining
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus text."""
-        alive = backend.service.is_alive
-        figures = {**(backend.engine_figures() if alive else {}), "alive": int(alive)}
+        figures = {**backend.engine_figures(), "alive": int(backend.service.is_ready)}
         text = backend.metrics.text(
             figures, config.model_names[0], vllm_names=config.vllm_metric_names
         )

@@ -2,39 +2,15 @@
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 from halfbyte.chat.grammar import GrammarCompiler, GrammarLimits
 from halfbyte.chat.prompt import banned_control_ids
 from halfbyte.chat.tokens import ChatFormat
-from halfbyte.engine.request import Event, GenerationRequest
 from halfbyte.errors import RequestError
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.metrics import Metrics
-
-
-class Service(Protocol):
-    """The engine as the server sees it (engine.service; decision 0006)."""
-
-    @property
-    def is_alive(self) -> bool:
-        """False once the engine has died; every further request fails."""
-
-    async def start(self) -> None:
-        """Begin to run; called once."""
-
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Let running answers finish for this long, then end them."""
-
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Events of one answer. Closing the generator aborts it and frees its blocks."""
-
-    def abort(self, request_id: str) -> None:
-        """End an answer; its events go on to a FinishEvent with its counts."""
-
-    def stats(self) -> Any:
-        """A dataclass of figures."""
+from halfbyte.server.supervise import Supervisor
 
 
 class Admission:
@@ -73,7 +49,7 @@ class Admission:
 class Backend:
     """One server's parts. Immutable but for its counters."""
 
-    def __init__(self, service: Service, chat: ChatFormat, config: ServerConfig) -> None:
+    def __init__(self, service: Supervisor, chat: ChatFormat, config: ServerConfig) -> None:
         self.service = service
         self.chat = chat
         self.config = config

@@ -214,7 +214,7 @@ def _finish_reason(backend: Backend, choice: Choice, event: FinishEvent) -> str:
     if event.reason in ("stop", "length"):
         return event.reason
     message = event.message or "the answer was aborted"
-    is_passing = event.reason == "abort" or not backend.service.is_alive
+    is_passing = event.reason == "abort" or not backend.service.is_ready
     raise RequestError(message, code="engine_error", status=503 if is_passing else 500)
 
 

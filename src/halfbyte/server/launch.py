@@ -14,6 +14,7 @@ from halfbyte.engine.service import EngineService
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.server.app import create_app
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
+from halfbyte.server.supervise import Supervisor
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -66,11 +67,17 @@ def launch(
     chat = load_chat(directory)
     engine = Engine.load(directory, config)
     limits = Limits(drain_s=drain_s)
-    # The server's own limit answers first, with a time to come back.
-    service = EngineService(engine, max_requests=limits.queued_requests * 2)
-    resolved = {f"engine_{key}": value for key, value in dataclasses.asdict(engine.config).items()}
+
+    def service_of(engine: Engine) -> EngineService:
+        # The server's own limit answers first, with a time to come back.
+        return EngineService(engine, max_requests=limits.queued_requests * 2)
+
+    def load_again() -> EngineService:
+        return service_of(Engine.load(directory, config))
+
+    resolved = engine.config
     app = create_app(
-        service,
+        Supervisor(service_of(engine), load_again),
         chat,
         ServerConfig(
             model_names=names,
@@ -80,17 +87,19 @@ def launch(
             limits=limits,
             image_fetch=ImageFetch(hosts=image_hosts),
             vllm_metric_names=vllm_metric_names,
-            facts=tuple(resolved.items()),
+            facts=tuple(
+                (f"engine_{key}", value) for key, value in dataclasses.asdict(resolved).items()
+            ),
         ),
         access_log=access_log,
     )
 
     def announce(url: str) -> None:
-        cache_tokens = engine.config.kv_cache_tokens or 0
         print(
             f"{names[0]} is ready at {url}/v1 (chat page: {url}/)\n"
-            f"  context {engine.max_model_len} tokens, {config.max_sequences} answers at once, "
-            f"KV cache {cache_tokens} tokens in {engine.config.kv_cache} on {config.device}\n"
+            f"  context {resolved.max_model_len} tokens, {resolved.max_sequences} answers at once\n"
+            f"  KV cache {resolved.kv_cache_tokens} tokens in {resolved.kv_cache} "
+            f"on {resolved.device}\n"
             f"  {'API key required' if keys else 'no API key is asked for'}; "
             f"limits: {url}/health; stop with Ctrl-C",
             flush=True,

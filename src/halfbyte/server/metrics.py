@@ -109,10 +109,12 @@ class Metrics:
 
     def _vllm_lines(self, engine: Mapping[str, float], model: str) -> Iterator[str]:
         label = f'model_name="{model}"'
+        total = engine.get("total_blocks", 0)
+        used = (total - engine.get("free_blocks", 0)) / total if total else 0.0
         gauges = (
-            ("num_requests_running", engine.get("num_running", self.running)),
-            ("num_requests_waiting", engine.get("num_waiting", 0)),
-            ("kv_cache_usage_perc", engine.get("kv_cache_usage", 0.0)),
+            ("num_requests_running", engine.get("running", 0)),
+            ("num_requests_waiting", engine.get("waiting", 0)),
+            ("kv_cache_usage_perc", used),
         )
         for name, value in gauges:
             yield from _head(f"vllm:{name}", "gauge", f"As vLLM's {name}.")

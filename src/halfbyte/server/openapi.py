@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from halfbyte.server import wire
+from halfbyte.server.responses_wire import ResponsesRequest
 from halfbyte.server.wire import Wire
 
 _ERROR = {
@@ -35,6 +36,7 @@ BODIES: tuple[type[Wire], ...] = (
     wire.CompletionRequest,
     wire.TokenizeRequest,
     wire.DetokenizeRequest,
+    ResponsesRequest,
 )
 STATUSES = (400, 401, 404, 405, 413, 429, 500, 503, 504)
 

@@ -1,0 +1,139 @@
+"""Keeps an engine running: one that died is loaded again while requests get 503.
+
+Three deaths within ten minutes are no accident; then the server stays dead and /health says so, for
+whatever started the process to decide.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Protocol
+
+from halfbyte.engine.request import Event, GenerationRequest
+from halfbyte.errors import CapacityError
+from halfbyte.log import logger
+
+_POLL_S = 0.25
+
+
+class Engine(Protocol):
+    """What is supervised: engine.service.EngineService, or a scripted one in tests."""
+
+    @property
+    def is_alive(self) -> bool:
+        """False once it has died."""
+
+    async def start(self) -> None:
+        """Begin to run; called once."""
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Let running answers finish for this long, then end them."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Events of one answer. Closing the generator aborts it and frees its blocks."""
+
+    def abort(self, request_id: str) -> None:
+        """End an answer; its events go on to a FinishEvent with its counts."""
+
+    def stats(self) -> Any:
+        """A dataclass of figures."""
+
+
+class Supervisor:
+    """The engine as the server sees it: the same face, whichever engine is behind it now."""
+
+    def __init__(
+        self,
+        first: Engine,
+        load: Callable[[], Engine],
+        *,
+        max_deaths: int = 3,
+        window_s: float = 600.0,
+    ) -> None:
+        """`load` makes another engine like `first`; it runs in a thread."""
+        self._engine: Engine | None = first
+        self._load = load
+        self._max_deaths = max_deaths
+        self._window_s = window_s
+        self._deaths: deque[float] = deque()
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can run now."""
+        return self._engine is not None and self._engine.is_alive
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can run now, or soon: an engine is there or on its way."""
+        return self.is_ready or (self._watch is not None and not self._watch.done())
+
+    @property
+    def num_restarts(self) -> int:
+        """Deaths within the window so far."""
+        return len(self._deaths)
+
+    async def start(self) -> None:
+        """Start the engine and watch it."""
+        assert self._engine is not None
+        await self._engine.start()
+        self._watch = asyncio.create_task(self._keep_running(), name="engine supervisor")
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Stop watching, then stop the engine."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        if self._engine is not None:
+            await self._engine.stop(drain_s=drain_s)
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Events of one answer. CapacityError while there is no engine."""
+        return self._present().generate(request)
+
+    def abort(self, request_id: str) -> None:
+        """End an answer; its events go on to a FinishEvent with its counts."""
+        if self._engine is not None:
+            self._engine.abort(request_id)
+
+    def stats(self) -> Any:
+        """A dataclass of figures, or None while there is no engine."""
+        return self._engine.stats() if self._engine is not None else None
+
+    def _present(self) -> Engine:
+        if self._engine is None or not self._engine.is_alive:
+            raise CapacityError("the engine has failed and is being restarted; try again")
+        return self._engine
+
+    async def _keep_running(self) -> None:
+        while True:
+            await asyncio.sleep(_POLL_S)
+            if self._engine is not None and self._engine.is_alive:
+                continue
+            now = time.monotonic()
+            self._deaths.append(now)
+            while now - self._deaths[0] > self._window_s:
+                self._deaths.popleft()
+            if len(self._deaths) >= self._max_deaths:
+                logger.error("the engine died %d times; giving up", len(self._deaths))
+                return
+            await self._replace()
+
+    async def _replace(self) -> None:
+        logger.warning("the engine has died; loading another")
+        dead, self._engine = self._engine, None
+        if dead is not None:
+            await dead.stop()
+        # Two sets of weights may not fit: the dead engine goes before the new one comes.
+        del dead
+        try:
+            engine = await asyncio.to_thread(self._load)
+        except Exception:
+            logger.exception("the engine could not be loaded again")
+            return
+        await engine.start()
+        self._engine = engine
+        logger.info("the engine runs again")

@@ -1,0 +1,135 @@
+import json
+from typing import Any
+
+import pytest
+
+from server.conftest import Bench, MakeBench
+
+THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}
+
+
+async def both(bench: Bench, **request: Any) -> Any:
+    """Streamed and not; the events must build the response that the last one carries."""
+    client: Any = bench.openai()
+    whole = await client.responses.create(model="m", **request)
+    stream = await client.responses.create(model="m", stream=True, **request)
+    items: dict[int, dict[str, Any]] = {}
+    texts: dict[int, str] = {}
+    numbers = []
+    kinds = []
+    last: Any = None
+    async for event in stream:
+        numbers.append(event.sequence_number)
+        kinds.append(event.type)
+        if event.type == "response.output_item.added":
+            assert event.output_index == len(items)
+            items[event.output_index], texts[event.output_index] = event.item.model_dump(), ""
+        elif event.type.endswith(".delta"):
+            assert event.item_id == items[event.output_index]["id"]
+            texts[event.output_index] += event.delta
+        elif event.type in ("response.output_text.done", "response.reasoning_text.done"):
+            assert event.text == texts[event.output_index]
+        elif event.type == "response.function_call_arguments.done":
+            assert event.arguments == texts[event.output_index]
+        elif event.type == "response.output_item.done":
+            items[event.output_index] = event.item.model_dump()
+        last = event
+    assert numbers == list(range(len(numbers)))
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    final = last.response
+    assert last.type == f"response.{final.status}"
+    assert [item.model_dump() for item in final.output] == list(items.values())
+    assert final.usage == whole.usage
+
+    def plain(response: Any) -> list[dict[str, Any]]:
+        return [item.model_dump(exclude={"id", "call_id"}) for item in response.output]
+
+    assert plain(final) == plain(whole) and final.status == whole.status
+    return whole
+
+
+async def test_text_and_thought(make_bench: MakeBench) -> None:
+    bench = make_bench(THINK, "hm", END_THINK, "Hello é", EOS)
+    answer = await both(bench, input="Hi", instructions="Be kind.", reasoning={"effort": "high"})
+    assert answer.output_text == "Hello é" and answer.status == "completed"
+    assert [item.type for item in answer.output] == ["reasoning", "message"]
+    assert answer.output[0].content[0].text == "hm"
+    assert answer.usage.output_tokens_details.reasoning_tokens == len(bench.ids("hm")) + 2
+    prompt = bench.chat.vocabulary.decode(
+        bench.service.requests[0].prompt_token_ids, keep_control=True
+    )
+    assert prompt.startswith("<s>[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT]")
+    assert '"high"' in prompt
+
+
+async def test_calls_and_their_results(make_bench: MakeBench) -> None:
+    bench = make_bench("See.", CALLS, "f", ARGS, '{"a": 1}', CALLS, "f", ARGS, "{}", EOS)
+    answer = await both(bench, input="Hi", tools=[TOOL])
+    assert [item.type for item in answer.output] == ["message", "function_call", "function_call"]
+    assert answer.output[1].arguments == '{"a": 1}'
+    history = [
+        {"role": "user", "content": "Hi"},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        *[item.model_dump() for item in answer.output],
+        *[
+            {"type": "function_call_output", "call_id": item.call_id, "output": str(number)}
+            for number, item in enumerate(answer.output[1:])
+        ],
+    ]
+    client: Any = bench.openai()
+    await client.responses.create(model="m", input=history, tools=[TOOL])
+    prompt = bench.chat.vocabulary.decode(
+        bench.service.requests[-1].prompt_token_ids, keep_control=True
+    )
+    assert prompt.endswith(
+        '[INST]Hi[/INST][THINK]hm[/THINK]See.[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]f[ARGS]{}</s>'
+        "[TOOL_RESULTS]0[/TOOL_RESULTS][TOOL_RESULTS]1[/TOOL_RESULTS]"
+    )
+
+
+async def test_cut_is_incomplete(make_bench: MakeBench) -> None:
+    answer = await both(make_bench("Hello you", EOS), input="Hi", max_output_tokens=2)
+    assert answer.status == "incomplete"
+    assert answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.output[0].status == "incomplete"
+
+
+async def test_schema_holds_the_answer(make_bench: MakeBench) -> None:
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
+    bench = make_bench('{"a": 1}', EOS)
+    answer = await both(bench, input="Hi", text={"format": form})
+    assert json.loads(answer.output_text) == {"a": 1}
+    assert bench.service.requests[0].mask is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"type": "computer_call"}]}, "input[0]"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"reasoning": {"effort": "medium"}}, "reasoning_effort"),
+        ({"input": [{"role": "assistant", "content": "x"}]}, "input"),
+    ],
+)
+async def test_bad_requests(make_bench: MakeBench, change: dict[str, Any], param: str) -> None:
+    bench = make_bench("x", EOS)
+    async with bench.http() as client:
+        for stream in (False, True):
+            body = {"model": "m", "input": "Hi", "stream": stream, **change}
+            answer = await client.post("/v1/responses", json=body)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"] == param
+
+
+async def test_failure_after_the_start_is_an_event(make_bench: MakeBench) -> None:
+    bench = make_bench("Hello", EOS, service={"fail_at": 1})
+    client: Any = bench.openai()
+    stream = await client.responses.create(model="m", input="Hi", stream=True)
+    events = [event async for event in stream]
+    assert events[-1].type == "response.failed"
+    assert "lost its mind" in events[-1].response.error.message
