@@ -22,9 +22,9 @@ from halfbyte.kernels.reference import DecodedWeight
 from halfbyte.log import logger
 
 _FORMATS: dict[str, int] = {"bf16": 0, "fp8": 1, "nvfp4": 2}
-_LANES = 16  # output features of a panel
+_PANEL = 32  # output features of a panel
 _BLOCK = 16  # input features of a block
-_BLOCK_BYTES = {"bf16": 512, "fp8": 256, "nvfp4": 128}
+_BLOCK_BYTES = {"bf16": 1024, "fp8": 512, "nvfp4": 256}  # of a panel, without scales
 _MAX_HEAD = 256
 _MAX_GROUP = 32
 _NAN_SCALE = 0x7F
@@ -54,7 +54,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PanelWeight:
-    """A weight in panels of 16 output features; the layout is described in `cpu/linear.c`."""
+    """A weight in panels of 32 output features; the layout is described in `cpu/linear.c`."""
 
     format: Literal["bf16", "fp8", "nvfp4"]
     out_features: int
@@ -110,12 +110,12 @@ def _pack(
     row_scale_O: Tensor | None = None,
 ) -> PanelWeight:
     rows = weight.shape[0]
-    panels, blocks = -(-rows // _LANES), in_features // _BLOCK
+    panels, blocks = -(-rows // _PANEL), in_features // _BLOCK
     codes = torch.empty(panels * blocks * _BLOCK_BYTES[format], dtype=torch.uint8)
     scales = None
     if scale_OB is not None:
         scale_OB = scale_OB.contiguous()
-        scales = torch.empty(panels * blocks * _LANES, dtype=torch.uint8)
+        scales = torch.empty(panels * blocks * _PANEL, dtype=torch.uint8)
     weight = weight.contiguous()
     _library().hb_pack(
         _FORMATS[format],
@@ -129,7 +129,7 @@ def _pack(
     )
     row_scale = None
     if row_scale_O is not None:
-        row_scale = torch.zeros(panels * _LANES)
+        row_scale = torch.zeros(panels * _PANEL)
         row_scale[:rows] = row_scale_O
     return PanelWeight(format, rows, in_features, codes, scales, row_scale)
 
