@@ -1,5 +1,6 @@
 """Runs against a scripted server: what is asked, what is recorded, what faults and kills do."""
 
+import gc
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,20 @@ from halfbyte.cli.main import main
 from halfbyte.evals.records import read_attempts, read_records, read_run
 from halfbyte.evals.run import records_of_log
 
+# Both are inspect-ai's affair: a deprecated argument, and one stream per sample left to the
+# collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The 'initial' parameter:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 DATA = Path(__file__).parents[1] / "data" / "evals"
+
+
+@pytest.fixture(autouse=True)
+def _collect_while_its_warnings_are_filtered() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 def pocket_answers() -> dict[str, str]:
@@ -188,6 +203,7 @@ def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(tmp_path: Pat
             while child.poll() is None:
                 if journal.exists() and journal.read_bytes().count(b"\n") >= wanted:
                     os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
                     kills += 1
                 time.sleep(0.01)
         assert kills == 3
@@ -227,7 +243,8 @@ def test_answers_of_a_judged_benchmark_are_judged_and_judgements_stored(tmp_path
         for i in range(6)
     ]
     (lcr / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    verdicts = iter(["CORRECT", "INCORRECT", "hm", "hm", "hm", "CORRECT", "CORRECT", "CORRECT"])
+    replies = ["CORRECT", "INCORRECT", "hm", "hm", "hm", "CORRECT", "CORRECT", "CORRECT", "CORRECT"]
+    verdicts = iter(replies)
     with (
         serving(lambda request: completion("my answer")) as model,
         serving(lambda request: completion(next(verdicts))) as judge,

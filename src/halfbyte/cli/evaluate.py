@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, help="answers per item (default: each benchmark's own)")
     add("--limit", type=int, help="at most so many items of each benchmark, evenly spread")
     add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
-    add("--arm", help="name of this side of a comparison (default: folder or host)")
+    add("--arm", help="name of this side of a comparison (default: that of --out)")
     add("--model", help="model name, where the server has several")
     add("--data", type=Path, help="folder with benchmark items; see docs/evaluations.md")
     add("--temperature", type=float, default=0.7)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.target is None:
         raise UsageError("evaluate what? give an endpoint or a checkpoint folder (or --plan)")
-    arm = args.arm or default_arm(args.target)
+    arm = args.arm or (args.out.name if args.out else default_arm(args.target))
     out = args.out or Path("evals") / arm
     key = _key(args.api_key_env)
     folder = Path(args.target)

@@ -81,6 +81,8 @@ class Room:
     graders: Graders
     answered: dict[Key, Attempt] = field(default_factory=dict)
     graded: set[Key] = field(default_factory=set)
+    clients: list[Model] = field(default_factory=list)
+    open_units: int = 0
     fault: str | None = None
 
 
@@ -148,8 +150,10 @@ def run_benchmark(
         attempts=Journal(folder / "attempts.jsonl"),
         samples=Journal(folder / "samples.jsonl"),
         progress=Progress(benchmark.title, total),
-        graders=Graders(_judge(config.judge, config), code),
+        graders=Graders(None, code),
     )
+    if config.judge is not None:
+        room.graders = Graders(_judge(config.judge, config, room), code)
     try:
         _take_up(room, folder)
         open_units = [
@@ -195,6 +199,8 @@ def _carry(
     config = room.config
     concurrency = config.concurrency or room.benchmark.concurrency
     model = _model(room.endpoint.url, room.endpoint.model, config.api_key, concurrency, config)
+    room.clients.append(model)
+    room.open_units = len(open_units)
     _write_first_request(room, units, folder)
     dataset = MemoryDataset(
         [
@@ -308,6 +314,11 @@ def _scorer(room: Room, units: dict[str, list[Sample]]) -> Any:
     def records_of_trajectory() -> Any:
         async def score(state: Any, target: Any) -> InspectScore:
             rows = await grade(state.metadata["unit"], state.metadata["repeat"])
+            room.open_units -= 1
+            if room.open_units == 0:
+                # Connections belong to this loop and must be closed in it.
+                for client in room.clients:
+                    await client.api.aclose()
             scored = [row["score"] for row in rows if row["score"] is not None]
             value = sum(scored) / len(scored) if scored else float("nan")
             return InspectScore(value=value, metadata={"records": rows})
@@ -381,7 +392,7 @@ async def _try(room: Room, model: Model, prompt: Prompt, settings: GenerateConfi
         # The client raises a dozen unrelated types; all of them are this attempt's failure.
         except Exception as failure:
             status = _status_of(failure)
-            message = f"{type(failure).__name__}: {failure}"[:500]
+            message = _explain(failure)
             if status in _REFUSALS:
                 return _Reply(None, message, refused=True, retries=retry)
             if status in _SETUP_FAULTS:
@@ -405,6 +416,17 @@ def _status_of(failure: BaseException) -> int | None:
             return status
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _explain(failure: BaseException) -> str:
+    """What went wrong, by the server's own words; never the prompt, which some messages repeat."""
+    seen: BaseException | None = failure
+    while seen is not None:
+        said = getattr(seen, "provider_message", None)
+        if said:
+            return str(said)[:500]
+        last, seen = seen, seen.__cause__ or seen.__context__
+    return f"{type(last).__name__}: {last}"[:500]
 
 
 def _read_output(output: ModelOutput, retries: int) -> _Reply:
@@ -448,11 +470,10 @@ def _with_output(blank: Attempt, output: ModelOutput) -> Attempt:
     return Attempt(**row)
 
 
-def _judge(judge: JudgeConfig | None, config: RunConfig) -> Judge | None:
+def _judge(judge: JudgeConfig, config: RunConfig, room: Room) -> Judge:
     """A function that asks the judge, through the same client and retries as the model."""
-    if judge is None:
-        return None
     model = _model(judge.url, judge.model, judge.api_key, config.concurrency or 16, config)
+    room.clients.append(model)
     settings = GenerateConfig(temperature=0.0, max_tokens=judge.max_tokens, seed=0)
 
     async def ask(prompt: str) -> str:

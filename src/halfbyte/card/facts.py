@@ -1,0 +1,157 @@
+"""Collects what report and card say: runs, their comparison, the checkpoint, speed records.
+
+Every figure leaves here with the file it came from (`Source`); what is absent stays None, and the
+page says "not measured". No figure is computed here that is not in a record.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.manifest import read_manifest
+from halfbyte.checkpoint.metadata import Quantization, read_config
+from halfbyte.config import ModelConfig
+from halfbyte.errors import UsageError
+from halfbyte.evals.compare import Comparison, compare_runs
+from halfbyte.evals.records import BenchmarkResult, RunRecord, newest, read_records, read_run
+from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES
+from halfbyte.modules import decoder_linears
+
+# Items whose authors ask that they never stand in plain text online.
+PRIVATE = ("gpqa_diamond",)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens and time of one arm on one benchmark; latencies in seconds, medians over attempts."""
+
+    attempts: int
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    mean_completion_tokens: float
+    wall_s: float
+    tokens_per_s: float
+    median_latency_s: float
+    p90_latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One run: its record, where it lies, and the use of each benchmark."""
+
+    run: RunRecord
+    folder: Path
+    usage: Mapping[str, Usage]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """What a checkpoint folder says of itself; `formats` counts linears by format and group."""
+
+    folder: str
+    config: ModelConfig
+    quantization: Quantization
+    formats: Mapping[str, Mapping[str, int]]
+    layers_by_format: Mapping[str, str]
+    weight_bytes: int
+    made_of: Mapping[str, Any]
+
+
+def read_arm(folder: Path) -> Arm:
+    """A run folder with its use of tokens and time."""
+    run = read_run(folder)
+    usage = {name: _usage(folder / name, result) for name, result in run.benchmarks.items()}
+    return Arm(run, folder, {name: found for name, found in usage.items() if found is not None})
+
+
+def _usage(folder: Path, result: BenchmarkResult) -> Usage | None:
+    file = newest(folder, "samples", "jsonl")
+    if file is None:
+        return None
+    records = [r for r in read_records(file) if r.error is None]
+    if not records:
+        return None
+    latencies = sorted(r.latency_s for r in records)
+    return Usage(
+        attempts=len(records),
+        prompt_tokens=result.prompt_tokens,
+        completion_tokens=result.completion_tokens,
+        reasoning_tokens=result.reasoning_tokens,
+        mean_completion_tokens=result.completion_tokens / len(records),
+        wall_s=result.wall_s,
+        tokens_per_s=result.completion_tokens / result.wall_s if result.wall_s else 0.0,
+        median_latency_s=statistics.median(latencies),
+        p90_latency_s=latencies[min(len(latencies) - 1, int(0.9 * len(latencies)))],
+    )
+
+
+def compare_arms(arms: Sequence[Arm]) -> Comparison | None:
+    """The comparison of two arms, baseline first; None for a single run."""
+    if len(arms) == 1:
+        return None
+    if len(arms) != 2:
+        raise UsageError(f"{len(arms)} runs given; a report has one, or a baseline and a candidate")
+    return compare_runs(arms[0].folder, arms[1].folder)
+
+
+def columns(arms: Sequence[Arm]) -> list[str]:
+    """Benchmarks to show, in the published order first; the seven stay even if not run."""
+    names = list(SUITES["seed"])
+    names += [n for arm in arms for n in arm.run.benchmarks if n not in names]
+    return list(dict.fromkeys(names))
+
+
+def title_of(name: str) -> str:
+    """A benchmark's printed name."""
+    return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def read_checkpoint(folder: Path) -> CheckpointFacts:
+    """What the card says of the weights, from the folder's own metadata."""
+    config, quantization, _ = read_config(folder)
+    counts: dict[str, dict[str, int]] = {}
+    layers: dict[str, set[int]] = {}
+    for linear in decoder_linears(config):
+        chosen = quantization.formats[linear.name]
+        group = linear.name.split(".")[2]
+        row = counts.setdefault(group, {})
+        row[chosen] = row.get(chosen, 0) + 1
+        layers.setdefault(f"{group} {chosen}", set()).add(int(linear.name.split(".")[1]))
+    manifest = read_manifest(folder)
+    return CheckpointFacts(
+        folder=folder.resolve().name,
+        config=config,
+        quantization=quantization,
+        formats=counts,
+        layers_by_format={name: spans(sorted(found)) for name, found in layers.items()},
+        weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        made_of=manifest.made_of if manifest is not None else {},
+    )
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers as ranges: 0, 1, 2, 7 -> "0-2, 7"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def read_figures(files: Sequence[Path]) -> dict[str, Any]:
+    """Benchmark records (speed, fidelity) by file name. Raises UsageError for what is no record."""
+    found: dict[str, Any] = {}
+    for file in files:
+        try:
+            found[file.name] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as failure:
+            raise UsageError(f"{file}: no record: {failure}") from failure
+        if "results" not in found[file.name]:
+            raise UsageError(f"{file}: a record of `halfbyte bench` has 'results', this has none")
+    return found
