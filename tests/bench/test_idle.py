@@ -31,7 +31,8 @@ def test_readings_are_divided_between_us_others_and_the_host(
     monkeypatch.setattr(idle, "_read", lambda: next(readings))
     usage = Watch().usage()
     # Ten processor seconds: six of work, four of them ours, one stolen.
-    assert (usage.foreign, usage.steal) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert usage.foreign == pytest.approx(0.2)
+    assert usage.steal == pytest.approx(0.1)
     assert not usage.is_quiet
 
 

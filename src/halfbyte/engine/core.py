@@ -128,9 +128,11 @@ class Engine:
                 code="invalid_token_id",
             )
         if request.images:
-            raise RequestError(
-                "this model takes no images", param="messages", code="images_not_supported"
-            )
+            if self._runner.images is None:
+                raise RequestError(
+                    "this model takes no images", param="messages", code="images_not_supported"
+                )
+            self._runner.images.validate(request)
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises RequestError if it can never run or its id is in use."""

@@ -13,20 +13,25 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.batch import Batch, BlockTable, lay_out
 from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.config import EngineConfig, free_cache_bytes, resolve
+from halfbyte.engine.images import ImageEncoder, Placement
 from halfbyte.engine.scheduler import Work
 from halfbyte.log import logger
 from halfbyte.model.decoder import Decoder, Step
-from halfbyte.model.load import load_decoder
+from halfbyte.model.load import load_decoder, load_vision
+from halfbyte.model.vision import VisionModel
 
 
 class Runner:
     """Runs steps on one device."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
-        """`config` is resolved."""
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, vision: VisionModel | None = None
+    ) -> None:
+        """`config` is resolved; without `vision` requests have no images."""
         assert config.kv_cache_tokens is not None and config.kv_cache != "auto"
         num_blocks = config.kv_cache_tokens // config.block_tokens
         self.decoder = decoder
+        self.images = None if vision is None else ImageEncoder(vision)
         self.device = config.device
         self.cache = PagedCache(
             decoder.config,
@@ -42,15 +47,24 @@ class Runner:
 
     def run(self, works: SequenceOf[Work]) -> Tensor:
         """Compute the tokens of `works`; f32 logits (R, V) of the rows that `lay_out` names."""
-        return self._run(lay_out(works, self._table.rows(works), self.cache, self.device))
+        batch = lay_out(works, self._table.rows(works), self.cache, self.device)
+        placement = None if self.images is None else self.images.place(works)
+        return self._run(batch, placement)
 
     def run_alone(self, work: Work) -> Tensor:
         """As `run`, for a sequence that has blocks but no slot: it is not scheduled."""
         pages_1P = np.array([work.sequence.blocks], dtype=np.int32)
         return self._run(lay_out([work], pages_1P, self.cache, self.device))
 
-    def _run(self, batch: Batch) -> Tensor:
-        step = Step(batch.token_ids_T, batch.positions_T, batch.attend, batch.logit_rows_R)
+    def _run(self, batch: Batch, placement: Placement | None = None) -> Tensor:
+        step = Step(
+            batch.token_ids_T,
+            batch.positions_T,
+            batch.attend,
+            batch.logit_rows_R,
+            None if placement is None else placement.rows_I,
+            None if placement is None else placement.vectors_ID,
+        )
         logits_RV: Tensor = self.decoder(step)
         return logits_RV
 
@@ -62,10 +76,11 @@ def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, En
     """
     checkpoint = Checkpoint.open(directory)
     decoder = load_decoder(checkpoint, device=config.device, mode=config.mode)
+    vision = load_vision(checkpoint, device=config.device)
     resolved = resolve(
         config, decoder.config, checkpoint.quantization.kv_cache, free_cache_bytes(config)
     )
-    runner = Runner(decoder, resolved)
+    runner = Runner(decoder, resolved, vision)
     logger.info(
         "%s: %.1f MB of weights, KV cache of %d tokens (%s, %.1f MB), sequences up to %d tokens",
         Path(directory).name,
