@@ -54,11 +54,13 @@ class Narrator:
     lines: list[str] = field(default_factory=list)
 
     def say(self, text: str = "") -> None:
+        """Print and keep."""
         print(text, flush=True)
         self.lines.extend(text.splitlines() or [""])
 
     @contextmanager
     def step(self, number: int, what: str) -> Iterator[None]:
+        """Announce a step, and say afterwards how long it took."""
         self.say(f"\n[{number}/5] {what}")
         started = time.perf_counter()
         yield
@@ -92,7 +94,7 @@ def run_demo(out: Path, *, record: Path | None = None, threads: int | None = Non
         comparison = compare(out, narrator)
     with narrator.step(5, "Serving the mixed model and asking three questions."):
         answers = ask_questions(out / "mixed", narrator)
-    summary = summarize(out, comparison, answers)
+    summary = summarize(comparison, answers)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     plot(summary, out / "comparison.png")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -200,7 +202,7 @@ def compare(out: Path, narrator: Narrator) -> Comparison:
     return comparison
 
 
-def summarize(out: Path, comparison: Comparison, answers: list[Answer]) -> dict[str, Any]:
+def summarize(comparison: Comparison, answers: list[Answer]) -> dict[str, Any]:
     """The content of summary.json: each figure by variant, where it applies."""
     rows = dict(zip(VARIANTS, comparison.rows, strict=True))
     against_base = {name: row for name, row in rows.items() if name != "bf16"}
