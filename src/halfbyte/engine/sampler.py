@@ -172,11 +172,18 @@ class Sampler:
 
 def _best(logits_RV: Tensor) -> list[int]:
     """The most likely token of each row, or IMPOSSIBLE."""
-    values_R, ids_R = logits_RV.max(dim=-1)
+    if logits_RV.device.type == "cpu":
+        # Ten times as fast as torch's, which also wakes its threads for it.
+        values_RV = logits_RV.numpy()
+        ids = values_RV.argmax(-1)
+        best, token_ids = values_RV[np.arange(len(ids)), ids].tolist(), ids.tolist()
+    else:
+        values_R, ids_R = logits_RV.max(dim=-1)
+        best, token_ids = values_R.tolist(), ids_R.tolist()
     # A row of -inf has no token; NaN compares false, too.
     return [
         token_id if value > -math.inf else IMPOSSIBLE
-        for token_id, value in zip(ids_R.tolist(), values_R.tolist(), strict=True)
+        for token_id, value in zip(token_ids, best, strict=True)
     ]
 
 
