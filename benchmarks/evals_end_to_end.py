@@ -95,13 +95,24 @@ def main() -> None:
         arms = {args.baseline.name: args.baseline, args.candidate.name: args.candidate}
         for arm, folder in arms.items():
             begun = time.monotonic()
-            status = run(
-                "evaluate", str(folder), "--suite", "seed", "--limit", args.limit, "--repeats", "1",
-                "--max-tokens", args.max_tokens, "--reasoning-effort", "", "--data", items, "--out", str(args.out / arm),
-                "--arm", arm, "--judge", f"http://127.0.0.1:{judge.server_port}",
-                "--judge-revision", "benchmarks/evals_end_to_end.py", "--code-python",
-                sys.executable, "--code-wall-s", "60", "--concurrency", "16", "--skip-unscorable",
-            )  # fmt: skip
+            arguments = {
+                "--suite": "seed",
+                "--limit": args.limit,
+                "--repeats": "1",
+                "--max-tokens": args.max_tokens,
+                # The demo model has none, and our server refuses what a model does not know.
+                "--reasoning-effort": "",
+                "--data": items,
+                "--out": str(args.out / arm),
+                "--arm": arm,
+                "--judge": f"http://127.0.0.1:{judge.server_port}",
+                "--judge-revision": "benchmarks/evals_end_to_end.py",
+                "--code-python": sys.executable,
+                "--code-wall-s": "60",
+                "--concurrency": "16",
+            }
+            flat = [word for pair in arguments.items() for word in pair]
+            status = run("evaluate", str(folder), *flat, "--skip-unscorable")
             assert status == 0, status
             steps[f"evaluate {arm}"] = round(time.monotonic() - begun, 1)
     runs = [str(args.out / arm) for arm in arms]

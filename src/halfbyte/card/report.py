@@ -120,10 +120,15 @@ def _scores(arms: Sequence[Arm]) -> str:
         ["precision", *(escape(title_of(name)) for name in names)],
         [*rows, counted],
     )
-    notes = sorted({
-        f"{escape(r.title)}: {escape(note)}"
-        for arm in arms for r in arm.run.benchmarks.values() for note in (*r.notes, r.reason) if note
-    })  # fmt: skip
+    results = [result for arm in arms for result in arm.run.benchmarks.values()]
+    notes = sorted(
+        {
+            f"{escape(result.title)}: {escape(note)}"
+            for result in results
+            for note in (*result.notes, result.reason)
+            if note
+        }
+    )
     listed = "".join(f"<li>{note}</li>" for note in notes)
     return f"<section><h2>Accuracy</h2>{table}<ul class='soft'>{listed}</ul></section>\n"
 
