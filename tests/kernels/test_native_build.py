@@ -1,7 +1,10 @@
 """Compiling the C: caching, a missing or failing compiler, an unwritable cache, forks, threads."""
 
 import os
+import platform
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -100,3 +103,53 @@ def test_a_forked_child_computes_on() -> None:
     if child == 0:
         os._exit(0 if torch.equal(native.linear_bf16(x_TI, weight), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+PORTABLE = """
+import sys, torch
+from halfbyte.kernels import native, native_build, reference
+from halfbyte.kernels.dispatch import Rotation
+native_build._FLAGS = ("-O0", "-march=x86-64", *native_build._FLAGS[2:])
+sys.path.insert(0, {tests!r})
+from bounded import assert_bounded
+assert native.unavailable("cpu") is None
+torch.manual_seed(0)
+bf16, e4m3 = torch.bfloat16, torch.float8_e4m3fn
+x = torch.randn(19, 64).to(bf16)
+for name, arguments in (
+    ("bf16", (torch.randn(37, 64).to(bf16),)),
+    ("fp8", ((torch.randn(37, 64) * 50).to(e4m3), torch.rand(37))),
+    ("nvfp4", (torch.randint(0, 256, (37, 32), dtype=torch.uint8),
+               (torch.rand(37, 4) * 400).to(e4m3), torch.rand(37))),
+):
+    decoded = getattr(reference, "prepare_" + name)(*arguments).w_OI
+    weight = getattr(native, "prepare_" + name)(*arguments)
+    result = native.linear_bf16(x, weight)
+    assert_bounded(result, x @ decoded.T, x.double() @ decoded.double().T)
+    assert torch.equal(native.linear_bf16(x[4:5], weight), result[4:5])
+cache = torch.zeros(20, 16, 2, 32).to(e4m3)
+values = torch.randn(300, 2, 32).to(bf16)
+native.store_kv(values, values, cache, cache, torch.arange(300), 0.01, 0.01)
+twin = torch.zeros_like(cache)
+reference.store_kv(values, values, twin, twin, torch.arange(300), 0.01, 0.01)
+assert torch.equal(cache.view(torch.uint8), twin.view(torch.uint8))
+rest = (cache, cache, 0.01, 0.01, torch.arange(20).int()[None], torch.tensor([300]).int())
+q = torch.randn(5, 6, 32).to(bf16)
+starts = torch.tensor([0, 5]).int()
+exact = reference.paged_attention(q.float(), *rest, starts, 0.2)
+assert_bounded(native.paged_attention(q, *rest, starts, 0.2), exact.to(bf16), exact)
+gate_up = torch.randn(3, 48).to(bf16)
+exact = reference.silu_mul(gate_up.float())
+assert_bounded(native.silu_mul(gate_up), exact.to(bf16), exact)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere it is the only path")
+def test_the_portable_path_computes_the_same(tmp_path: Path) -> None:
+    """Compiled for the oldest 64-bit x86, where neither AVX-512 nor AVX is used."""
+    code = PORTABLE.format(tests=str(Path(__file__).parents[1]))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

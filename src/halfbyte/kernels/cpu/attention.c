@@ -66,14 +66,26 @@ static void read_unit(const attention *job, int index, unit *u) {
         }
 }
 
-// Element offsets of up to 16 tokens in the caches; one division for all of them.
+// Element offsets in the caches of the tokens of a split; one division for all of them.
 INLINE void find_tokens(const attention *job, const unit *u, int first, int count,
-                        long long offsets[TILE]) {
+                        long long offsets[SPLIT]) {
     const int32_t *page = job->block_table + u->sequence * job->table_stride + first / job->page_tokens;
     int slot = first % job->page_tokens;
     for (int t = 0; t < count; t++, slot++) {
         if (slot == job->page_tokens) slot = 0, page++;
         offsets[t] = *page * job->page_stride + slot * job->slot_stride + u->kv_head * job->head_stride;
+    }
+}
+
+// Rows of a page lie apart by the other heads' bytes, which the hardware's prefetching does not
+// follow well: ask for the next tile's keys and, as they come later, this tile's values.
+INLINE void prefetch_tile(const attention *job, int row_bytes, const long long *offsets, int count,
+                          int num_next) {
+    int width = job->is_fp8 ? 1 : 2;
+    for (int at = 0; at < row_bytes; at += 64) {
+        for (int t = 0; t < num_next; t++)
+            __builtin_prefetch(job->k_cache + offsets[TILE + t] * width + at);
+        for (int t = 0; t < count; t++) __builtin_prefetch(job->v_cache + offsets[t] * width + at);
     }
 }
 
@@ -127,12 +139,10 @@ INLINE u8x64 split_pairs(u8x64 words) {
 #endif
 
 // Keys of 16 tokens as pairs of neighbouring features, tokens in the lanes: (head_dim / 2) vectors.
-INLINE void load_keys(const attention *job, const unit *u, int head_dim, int first, int count,
+INLINE void load_keys(const attention *job, int head_dim, const long long *offsets, int count,
                       u16x32 *keys) {
     const uint8_t *row[TILE];
-    long long offsets[TILE];
     int width = job->is_fp8 ? 1 : 2, row_bytes = head_dim * width;
-    find_tokens(job, u, first, count, offsets);
     for (int t = 0; t < TILE; t++)  // lanes without a token repeat the last one; nobody reads them
         row[t] = job->k_cache + offsets[t < count ? t : count - 1] * width;
     for (int at = 0; at < row_bytes; at += 64) {
@@ -154,28 +164,31 @@ INLINE void load_keys(const attention *job, const unit *u, int head_dim, int fir
     }
 }
 
-// Values of up to 16 tokens widened to f32: values[token][head_dim].
-INLINE void load_values(const attention *job, const unit *u, int head_dim, int first, int count,
+// Widened values lie in groups of 64 in the order of decode_e4m3_64_f32 where whole groups are
+// decoded, else as stored: the place in the result of what stands at `i`.
+INLINE int place_of(const attention *job, int i) {
+    if (!job->is_fp8 || i >= job->head_dim / 64 * 64) return i;
+    return i / 64 * 64 + i / 4 % 4 * 16 + i / 16 % 4 * 4 + i % 4;
+}
+
+// Values of up to 16 tokens widened to f32: values[token][head_dim], see place_of.
+INLINE void load_values(const attention *job, int head_dim, const long long *offsets, int count,
                         float *values) {
-    long long offsets[TILE];
-    find_tokens(job, u, first, count, offsets);
     for (int t = 0; t < count; t++) {
-        long long at = offsets[t];
         float *to = values + t * head_dim;
         int i = 0;
         if (job->is_fp8) {
+            const uint8_t *from = job->v_cache + offsets[t];
             for (; i + 64 <= head_dim; i += 64) {
                 u8x64 codes;
-                u16x32 words[2];
-                u16x16 quarter[4];
-                memcpy(&codes, job->v_cache + at + i, 64);
-                decode_e4m3_64_in_order(codes, &words[0], &words[1]);
-                memcpy(quarter, words, sizeof quarter);
-                for (int n = 0; n < 4; n++) store_f32(to + i + 16 * n, widen(quarter[n]));
+                f32x16 wide[4];
+                memcpy(&codes, from + i, 64);
+                decode_e4m3_64_f32(codes, wide);
+                for (int n = 0; n < 4; n++) store_f32(to + i + 16 * n, wide[n]);
             }
-            for (; i < head_dim; i++) to[i] = bf16_to_float(hb_e4m3_words[job->v_cache[at + i]]);
+            for (; i < head_dim; i++) to[i] = bf16_to_float(hb_e4m3_words[from[i]]);
         } else {
-            const bf16 *from = (const bf16 *)job->v_cache + at;
+            const bf16 *from = (const bf16 *)job->v_cache + offsets[t];
             for (; i + LANES <= head_dim; i += LANES) store_f32(to + i, load_bf16(from + i));
             for (; i < head_dim; i++) to[i] = bf16_to_float(from[i]);
         }
@@ -235,35 +248,73 @@ INLINE void add_values(const float *weights, const float *values, int count, int
         for (int t = 0; t < count; t++) sums[i] += values[t * head_dim + i] * weights[t];
 }
 
+// Values of a split added up for a few rows that see all of it alike (decoding), 64 features at a
+// time, sums in registers; num_rows is a constant after inlining. Adds in the order of add_values.
+INLINE void add_values_of_few(const attention *job, int num_rows, int head_dim,
+                              const long long *offsets, int count, float scores[MAX_ROWS][SPLIT],
+                              state *results) {
+    for (int i = 0; i < head_dim; i += 64) {
+        f32x16 sum[4][4];
+        for (int r = 0; r < num_rows; r++)
+            for (int n = 0; n < 4; n++) sum[r][n] = (f32x16){0};
+        for (int t = 0; t < count; t++) {
+            u8x64 codes;
+            f32x16 wide[4];
+            memcpy(&codes, job->v_cache + offsets[t] + i, 64);
+            decode_e4m3_64_f32(codes, wide);
+            for (int r = 0; r < num_rows; r++)
+                for (int n = 0; n < 4; n++) sum[r][n] = fused(wide[n], splat(scores[r][t]), sum[r][n]);
+        }
+        for (int r = 0; r < num_rows; r++)
+            for (int n = 0; n < 4; n++) store_f32(results[r].values + i + 16 * n, sum[r][n]);
+    }
+}
+
+INLINE void add_values_of_many(const attention *job, const unit *u, int head_dim,
+                               const long long *offsets, int longest, const int *limit,
+                               float scores[MAX_ROWS][SPLIT], state *results) {
+    float values[TILE * MAX_HEAD] __attribute__((aligned(64)));
+    for (int r = 0; r < u->num_rows; r++)
+        if (limit[r] > 0) memset(results[r].values, 0, (size_t)head_dim * sizeof(float));
+    for (int t = 0; t < longest; t += TILE) {
+        int count = longest - t < TILE ? longest - t : TILE;
+        load_values(job, head_dim, offsets + t, count, values);
+        for (int r = 0; r < u->num_rows; r++) {
+            int seen = limit[r] - t < count ? limit[r] - t : count;
+            if (seen > 0) add_values(&scores[r][t], values, seen, head_dim, results[r].values);
+        }
+    }
+}
+
 // All rows of a unit over one split. Rows whose query stands before the split are left untouched.
 INLINE void attend_split_of(const attention *job, const unit *u, int head_dim, int split,
                             state *results) {
     float scores[MAX_ROWS][SPLIT] __attribute__((aligned(64)));
     u16x32 keys[MAX_HEAD / 2];
-    float values[TILE * MAX_HEAD] __attribute__((aligned(64)));
-    int start = split * SPLIT, limit[MAX_ROWS], longest = 0;
+    long long offsets[SPLIT];
+    int start = split * SPLIT, limit[MAX_ROWS], longest = 0, is_even = job->is_fp8 && head_dim % 64 == 0;
     for (int r = 0; r < u->num_rows; r++) {
         int seen = u->position[r] + 1 - start;
         limit[r] = seen < 0 ? 0 : seen > SPLIT ? SPLIT : seen;
         if (limit[r] > longest) longest = limit[r];
+        if (limit[r] != limit[0]) is_even = 0;
     }
+    find_tokens(job, u, start, longest, offsets);
     for (int t = 0; t < longest; t += TILE) {
-        int count = longest - t < TILE ? longest - t : TILE;
-        load_keys(job, u, head_dim, start + t, count, keys);
+        int left = longest - t, next = left - TILE;
+        int count = left < TILE ? left : TILE, num_next = next < 0 ? 0 : next < TILE ? next : TILE;
+        prefetch_tile(job, head_dim * (job->is_fp8 ? 1 : 2), offsets + t, count, num_next);
+        load_keys(job, head_dim, offsets + t, count, keys);
         score_tile(job, u, head_dim, keys, scores, t);
     }
-    for (int r = 0; r < u->num_rows; r++) {
-        if (limit[r] == 0) continue;
-        soften(scores[r], limit[r], &results[r]);
-        memset(results[r].values, 0, (size_t)head_dim * sizeof(float));
-    }
-    for (int t = 0; t < longest; t += TILE) {
-        int count = longest - t < TILE ? longest - t : TILE;
-        load_values(job, u, head_dim, start + t, count, values);
-        for (int r = 0; r < u->num_rows; r++) {
-            int seen = limit[r] - t < count ? limit[r] - t : count;
-            if (seen > 0) add_values(&scores[r][t], values, seen, head_dim, results[r].values);
-        }
+    for (int r = 0; r < u->num_rows; r++)
+        if (limit[r] > 0) soften(scores[r], limit[r], &results[r]);
+    switch (is_even ? u->num_rows : 0) {
+        case 1: add_values_of_few(job, 1, head_dim, offsets, longest, scores, results); break;
+        case 2: add_values_of_few(job, 2, head_dim, offsets, longest, scores, results); break;
+        case 3: add_values_of_few(job, 3, head_dim, offsets, longest, scores, results); break;
+        case 4: add_values_of_few(job, 4, head_dim, offsets, longest, scores, results); break;
+        default: add_values_of_many(job, u, head_dim, offsets, longest, limit, scores, results);
     }
 }
 
@@ -289,7 +340,8 @@ INLINE void merge(float *max, float *sum, float *values, const state *later, int
 
 INLINE void finish(const attention *job, bf16 *out, float sum, const float *values) {
     float scale = job->v_scale / sum;
-    for (int i = 0; i < job->head_dim; i++) out[i] = float_to_bf16(values[i] * scale);
+    for (int i = 0; i < job->head_dim; i++)
+        out[place_of(job, i)] = float_to_bf16(values[i] * scale);
 }
 
 // Phase of whole units: the splits one after the other.

@@ -20,7 +20,8 @@
 #include "vectors.h"
 
 enum { FORMAT_BF16 = 0, FORMAT_FP8 = 1, FORMAT_NVFP4 = 2 };
-enum { LANES = 16, HALVES = 2, PANEL = 32, BLOCK = 16, PAIRS = 8, ROWS = 8, GROUP = 48 };
+enum { LANES = 16, HALVES = 2, PANEL = 32, BLOCK = 16, PAIRS = 8, GROUP = 48 };
+enum { ROWS = HB_AVX512 ? 8 : 2 };  // at once: as many as sums fit the registers
 enum { AHEAD_BYTES = 4096 };  // prefetched: what memory delivers in some 300 ns to one core
 
 static const int HALF_BYTES[] = {512, 256, 128};  // of a block
@@ -102,8 +103,10 @@ INLINE void multiply_block(int format, int num_rows, const u16x32 *w, const f32x
         }
 }
 
-#define ROWS_CASE(n) \
-    case n: multiply_block(format, n, w, scale, at, at_sums); break;
+#define ROWS_CASE(n)                                                        \
+    case n:                                                                 \
+        if (n <= ROWS) multiply_block(format, n, w, scale, at, at_sums);    \
+        break;
 
 INLINE void multiply_group(const product *job, int format, int panel, int first_row, int num_rows) {
     int num_blocks = job->in / BLOCK, block_bytes = HALVES * HALF_BYTES[format];
@@ -123,7 +126,7 @@ INLINE void multiply_group(const product *job, int format, int panel, int first_
         const bf16 *at = x + (size_t)b * (size_t)(num_rows * BLOCK);
         f32x16 *at_sums = sums;
         for (int left = num_rows; left > 0; left -= ROWS, at += ROWS * BLOCK, at_sums += ROWS * HALVES)
-            switch (left) {
+            switch (left < ROWS ? left : ROWS) {
                 ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4)
                 ROWS_CASE(5) ROWS_CASE(6) ROWS_CASE(7)
                 default: multiply_block(format, ROWS, w, scale, at, at_sums);
