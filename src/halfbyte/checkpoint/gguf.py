@@ -28,6 +28,7 @@ from halfbyte.checkpoint.names import foreign_name, native_to_hub_rows, rotary_h
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import CheckpointError, UnsupportedError, UsageError
+from halfbyte.formats.measure import largest_magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,7 @@ def _weight(stored: Any, name: str, shape: tuple[int, ...], config: ModelConfig)
     except NotImplementedError:
         raise CheckpointError(f"{stored.name}: cannot decode {stored.tensor_type.name}") from None
     weight = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16)
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(torch.isfinite(largest_magnitude(weight))):
         raise CheckpointError(f"{stored.name}: holds NaN or infinity")
     heads = rotary_heads(name, config)
     return weight if heads is None else native_to_hub_rows(weight, heads)
