@@ -1,9 +1,10 @@
 """The public operations, their contracts, and the choice of implementation.
 
 An implementation is a module with functions named as the ops below: `reference` (plain torch, the
-definition, complete), `native` (C for CPUs, compiled at first use) and `cuda` (NVIDIA GPUs). An op
-that a module lacks runs in `reference`. The model and the engine call the functions of this file;
-tests walk `implementations(op)`.
+definition, complete, on any device) and `native` (C for CPUs, compiled at first use). An op that a
+module lacks runs in `reference`. The model and the engine call the functions of this file; tests
+walk `implementations(op)`. The kernels of `kernels/cuda` serve whole steps, not single ops, and are
+called by `model.cuda_decoder`.
 
 Shapes: T tokens (flat over sequences), S sequences, D model width, F MLP width, N query heads,
 K key/value heads, H head size (H2 = H / 2), O, I out and in features, B 16-blocks along I,
@@ -41,12 +42,10 @@ OPS = (
 # Fastest first, by device; each module states in `unavailable(device)` why it cannot run, or None.
 _CANDIDATES = {
     "cpu": ("native", "reference"),
-    "cuda": ("cuda", "reference"),
 }
 _MODULES = {
     "reference": "halfbyte.kernels.reference",
     "native": "halfbyte.kernels.native",
-    "cuda": "halfbyte.kernels.cuda.ops",
 }
 
 
