@@ -192,6 +192,7 @@ def run_prefill(
     *,
     repeats: int = 3,
     fast_accumulation: bool = True,
+    overlaps: bool = True,
 ) -> dict[str, Any]:
     """One row: tokens a second of one prompt from an empty cache to its last token's logits."""
     device, config = library.device, weights.config
@@ -204,6 +205,7 @@ def run_prefill(
         rotary=Rotary(config, device),
         mode=mode,
         fast_accumulation=fast_accumulation,
+        overlaps=overlaps,
     )
     token_ids = torch.randint(0, config.vocab_size, (num_tokens,), device=device)
     slots = torch.arange(num_tokens, device=device)

@@ -88,16 +88,21 @@ def time_linear(
 
 
 def variants(format_: TileFormat, columns: int) -> list[StreamConfig]:
-    """Block shapes worth a comparison at this width."""
-    shapes = {8: ((4, 1, 0), (2, 2, 0), (3, 1, 0)), 128: ((2, 2, 232), (2, 1, 0))}
-    choices = shapes.get(columns, ((4, 1, 0), (2, 2, 0)))
-    if format_ == "fp8" and columns == 128:
-        choices = ((2, 1, 0),)
+    """Block shapes worth a comparison at this width: (groups, tiles, registers, steps, ring KiB)."""
+    if format_ != "nvfp4":
+        choices: tuple[tuple[int, int, int, int, int], ...] = ((4, 1, 0, 4, 172), (4, 1, 0, 4, 104))
+        if columns == 128:
+            choices = ((2, 1, 0, 4, 214), (2, 1, 0, 4, 172))
+    elif columns <= 16:
+        choices = ((4, 1, 0, 4, 172), (4, 1, 0, 4, 104), (2, 2, 0, 4, 172), (2, 2, 0, 4, 104))
+    elif columns <= 64:
+        choices = ((4, 1, 0, 4, 172), (4, 1, 0, 8, 172), (2, 2, 0, 4, 172), (2, 2, 0, 8, 214))
+    else:
+        choices = ((2, 2, 232, 4, 214), (2, 2, 232, 8, 214), (2, 2, 232, 4, 172))
     made = []
-    for groups, tiles, registers in choices:
-        for ring in (172, 200):
-            size = stage_bytes(format_, columns, groups * tiles)
-            made.append(StreamConfig(groups, tiles, min(8, ring * 1024 // size), registers))
+    for groups, tiles, registers, steps, ring in choices:
+        stages = min(8, ring * 1024 // stage_bytes(format_, columns, groups * tiles))
+        made.append(StreamConfig(groups, tiles, stages, registers, steps))
     return list(dict.fromkeys(made))
 
 
@@ -119,7 +124,7 @@ def run_kernels(
                     continue
                 row = time_linear(library, weights, num_tokens, config)
                 used = config or library.linear(format_, columns_for(num_tokens))[1]
-                shape = f"{used.groups}x{used.tiles} stages {used.stages}"
+                shape = f"{used.groups}x{used.tiles}x{used.group_steps} stages {used.stages}"
                 rows.append({"linear": name, "format": format_, "block": shape, **row})
         del weights
         torch.cuda.empty_cache()

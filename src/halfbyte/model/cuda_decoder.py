@@ -486,6 +486,7 @@ class Prefill:
         rotary: RotaryFunction,
         mode: PrefillMode = "exact",
         fast_accumulation: bool = False,
+        overlaps: bool = True,
     ) -> None:
         self._library = library
         self._weights = weights
@@ -504,7 +505,12 @@ class Prefill:
             for layer in weights.layers
             for la in _linears(layer)
         ]
-        self._scratch = torch.empty(max(sizes), dtype=torch.uint8, device=device)
+        # Two, so that the next weight is decoded while this one is multiplied.
+        self._scratch = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
+        self._order = [li for layer in weights.layers for li in _linears(layer)]
+        self._side = torch.cuda.Stream(priority=-1) if overlaps else None
+        self._decoded_events = [torch.cuda.Event() for _ in range(2)]
+        self._free_events = [torch.cuda.Event() for _ in range(2)]
         self._token_scale_T = torch.ones(max_tokens, device=device)
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
         self._row_scales = {
@@ -523,9 +529,10 @@ class Prefill:
         stream = torch.cuda.current_stream().cuda_stream
         Launch(kernel, grid, num_threads, arguments, overlaps=False).run(stream)
 
-    def _decoded(self, linear: CudaLinear) -> Tensor:
-        """The weight as the library wants it, in the scratch buffer: (O, I) e4m3 or bf16."""
-        weight = linear.weight
+    def _decode(self, index: int) -> Tensor:
+        """Decode linear `index` into its scratch buffer: (O, I) e4m3 or bf16, as the library wants."""
+        weight = self._order[index].weight
+        scratch = self._scratch[index % 2]
         row_tiles, k_blocks = weight.data.shape[:2]
         if weight.format == "nvfp4":
             exact = self._mode == "exact"
@@ -535,10 +542,27 @@ class Prefill:
         else:
             name, row_bytes, gain = "untile_8bit", k_blocks * 128, ()
             exact = False
-        arguments = (weight.data, self._scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
+        arguments = (weight.data, scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
         self._launch(self._layout[name], (k_blocks, row_tiles, 1), 128, *arguments)
-        rows = self._scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
+        rows = scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
         return rows.view(torch.bfloat16 if exact else torch.float8_e4m3fn)
+
+    def _decode_ahead(self, index: int) -> None:
+        """Decode linear `index` on the side stream once the product before last has let go."""
+        if index >= len(self._order):
+            return
+        if self._side is None:
+            self._ready[index % 2] = self._decode(index)
+            return
+        self._side.wait_event(self._free_events[index % 2])
+        with torch.cuda.stream(self._side):
+            self._ready[index % 2] = self._decode(index)
+            self._decoded_events[index % 2].record()
+
+    def _take_decoded(self, index: int) -> Tensor:
+        if self._side is not None:
+            torch.cuda.current_stream().wait_event(self._decoded_events[index % 2])
+        return self._ready[index % 2]
 
     def _kind(self, linear: CudaLinear) -> str:
         """Suffix of the kernel that writes this linear's input."""
@@ -553,7 +577,14 @@ class Prefill:
 
     def _product(self, linear: CudaLinear, x_TI: Tensor) -> LinearResult:
         """Raw product in bf16 and the scales that the kernel after it applies."""
-        w_OI = self._decoded(linear)
+        index = self._next
+        self._next += 1
+        assert self._order[index] is linear
+        if self._side is not None:
+            self._decode_ahead(index + 1)
+        else:
+            self._decode_ahead(index)
+        w_OI = self._take_decoded(index)
         if x_TI.dtype == torch.bfloat16:
             y_TO = torch.mm(x_TI, w_OI.t())
         else:
@@ -565,6 +596,7 @@ class Prefill:
                 out_dtype=torch.bfloat16,
                 use_fast_accum=self._fast_accumulation,
             )
+        self._free_events[index % 2].record()
         self._last = y_TO  # alive until the kernel that reads it is enqueued
         per_token = self._kind(linear) == "e4m3_token"
         return LinearResult(
@@ -588,7 +620,7 @@ class Prefill:
         self._launch(
             self._kernels[name],
             (1, num_tokens, 1),
-            256,
+            512,
             LinearResult() if result is None else result,
             residual_TD,
             weight_D,
@@ -666,6 +698,11 @@ class Prefill:
         device = self._library.device
         self._angles = self._rotary(torch.arange(num_tokens, device=device))
         residual_TD = weights.embedding_VD[token_ids_T]
+        self._next = 0
+        self._ready: list[Tensor] = [self._scratch[0], self._scratch[1]]
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream())
+            self._decode_ahead(0)
         result: LinearResult | None = None
         for index, layer in enumerate(weights.layers):
             x = self._norm(result, residual_TD, layer.attention_norm_D, layer.qkv)

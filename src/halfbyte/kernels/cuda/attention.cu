@@ -1,10 +1,10 @@
 // One query token a sequence against its paged FP8 keys and values (decode).
 //
-// Walk: grid (splits, kv heads, sequences). A block takes an equal share of the context, its warps take
-//   16 keys at a time: scores and outputs are tensor-core products whose 16 rows are the query heads
-//   of one kv head, so that every cached byte is loaded once, 16 bytes a thread, straight into operand
-//   registers. Warps merge in shared memory, splits through memory: the last block to finish adds the
-//   others up in order, so that two runs give the same bits.
+// Walk: grid (splits, kv heads, sequences). A block takes an equal share of the context, each warp 16
+//   keys at a time through a ring of its own in shared memory, filled by asynchronous copies: scores
+//   and outputs are tensor-core products whose 16 rows are the query heads of one kv head, so that
+//   every cached byte is loaded once. Warps merge in shared memory, splits through memory: the last
+//   block to finish adds the others up in order, so that two runs give the same bits.
 // Bytes: 2 * context * kv heads * HEAD_SIZE. FLOP: 4 * context * heads * HEAD_SIZE.
 // Limits: at most 16 query heads a kv head, HEAD_SIZE 64 or 128, pages of a multiple of 16 slots.
 //
@@ -12,6 +12,9 @@
 
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
 constexpr int WARPS = 8;
+constexpr int STAGES = 3;                    // 16-key blocks a warp has in its ring
+constexpr int CHUNKS = HEAD_SIZE / 16;       // 16-byte pieces of a row
+constexpr int STAGE_BYTES = 2 * 16 * HEAD_SIZE;
 constexpr int WORDS = HEAD_SIZE / 16;        // 32-bit words of a key a thread holds
 constexpr int VALUE_WORDS = HEAD_SIZE / 32;  // of a value
 constexpr int TILES = HEAD_SIZE / 8;         // output tiles of 8 features
@@ -50,53 +53,82 @@ DEVICE void load_queries(const u16* q, int g, int t, u32 (&a)[WORDS][4]) {
   }
 }
 
-template <int COUNT>
-DEVICE void load_words(const u8* at, u32* words) {
-  if (COUNT == 4) {
-    const uint4 v = *reinterpret_cast<const uint4*>(at);
-    words[0] = v.x; words[1] = v.y; words[2] = v.z; words[3] = v.w;
-  } else {
-    const uint2 v = *reinterpret_cast<const uint2*>(at);
-    words[0] = v.x; words[1] = v.y;
+DEVICE void copy_16(u32 destination, const u8* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+DEVICE uint2 load_shared_8(u32 address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
+// Where piece `chunk` of row `key` lies: permuted so that eight lanes that read pieces t of two
+// neighbouring keys, or pieces g of four keys two apart, touch all banks once.
+DEVICE u32 place(int key, int chunk) {
+  const int permuted = CHUNKS == 8 ? chunk ^ (key & 6) ^ (key & 1) * 4 : chunk;
+  return key * HEAD_SIZE + permuted * 16;
+}
+
+// Start copying 16 keys and values. Slots past the context repeat its last one, so that nothing
+// unwritten is read.
+DEVICE void start_block(u32 stage, const u8* keys, const u8* values, i64 first_slot, int num_valid,
+                        int lane) {
+  constexpr i64 STRIDE = NUM_KV_HEADS * HEAD_SIZE;
+#pragma unroll
+  for (int i = 0; i < CHUNKS / 2; ++i) {
+    const int row = (i * 32 + lane) / CHUNKS, chunk = lane % CHUNKS;
+    const i64 at = (first_slot + min(row, num_valid - 1)) * STRIDE + chunk * 16;
+    copy_16(stage + place(row, chunk), keys + at);
+    copy_16(stage + 16 * HEAD_SIZE + place(row, chunk), values + at);
   }
 }
 
-struct Block16 {   // 16 keys and values as one thread of a warp holds them
-  u32 keys[2][WORDS];
-  u32 values[2][2][VALUE_WORDS];
-};
+// Key 8 * tile + g, features {chunk * 64 + 16 t ...}.
+DEVICE void load_key(u32 stage, int tile, int g, int t, u32 (&words)[WORDS]) {
+#pragma unroll
+  for (int chunk = 0; chunk < WORDS / 4; ++chunk) {
+    const uint4 v = load_shared_16(stage + place(tile * 8 + g, chunk * 4 + t));
+    words[chunk * 4] = v.x;
+    words[chunk * 4 + 1] = v.y;
+    words[chunk * 4 + 2] = v.z;
+    words[chunk * 4 + 3] = v.w;
+  }
+}
 
-// Keys 8 * tile + g, features {chunk * 64 + 16 t ...}; values 8 * tile + 2 t + odd, an eighth g.
-// Slots past the context repeat its last one, so that nothing unwritten is read.
-DEVICE void load_block(const u8* k_cache, const u8* v_cache, i64 first_slot, int num_valid, int g,
-                       int t, Block16& block) {
-  constexpr i64 STRIDE = NUM_KV_HEADS * HEAD_SIZE;
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
-    const u8* key = k_cache + (first_slot + min(tile * 8 + g, num_valid - 1)) * STRIDE + t * 16;
-#pragma unroll
-    for (int chunk = 0; chunk < WORDS / 4; ++chunk)
-      load_words<4>(key + chunk * 64, &block.keys[tile][chunk * 4]);
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      const int at = min(tile * 8 + t * 2 + odd, num_valid - 1);
-      load_words<VALUE_WORDS>(v_cache + (first_slot + at) * STRIDE + g * (HEAD_SIZE / 8),
-                              block.values[tile][odd]);
-    }
+// An eighth g of value `key`.
+DEVICE void load_value(u32 stage, int key, int g, u32 (&words)[VALUE_WORDS]) {
+  const u32 rows = stage + 16 * HEAD_SIZE;
+  if (VALUE_WORDS == 4) {
+    const uint4 v = load_shared_16(rows + place(key, g));
+    words[0] = v.x;
+    words[1] = v.y;
+    words[VALUE_WORDS - 2] = v.z;
+    words[VALUE_WORDS - 1] = v.w;
+  } else {
+    const uint2 v = load_shared_8(rows + place(key, g / 2) + (g & 1) * 8);
+    words[0] = v.x;
+    words[1] = v.y;
   }
 }
 
 // Adds 16 keys to the running softmax and output. `scale` includes log2(e).
-DEVICE void attend_block(const u32 (&q)[WORDS][4], const Block16& block, int num_valid, float scale,
-                         int t, Weights& w, float (&out)[TILES][4]) {
+DEVICE void attend_block(const u32 (&q)[WORDS][4], u32 stage, int num_valid, float scale, int g, int t,
+                         Weights& w, float (&out)[TILES][4]) {
   float scores[2][4];
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
+    u32 key[WORDS];
+    load_key(stage, tile, g, t, key);
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[tile][i] = 0.0f;
 #pragma unroll
     for (int s = 0; s < WORDS; ++s)
-      multiply(scores[tile], q[s], e4m3_to_f16(block.keys[tile][s]), e4m3_to_f16(block.keys[tile][s] >> 16));
+      multiply(scores[tile], q[s], e4m3_to_f16(key[s]), e4m3_to_f16(key[s] >> 16));
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       scores[tile][i] = tile * 8 + t * 2 + (i & 1) < num_valid ? scores[tile][i] * scale : NOTHING;
@@ -125,13 +157,16 @@ DEVICE void attend_block(const u32 (&q)[WORDS][4], const Block16& block, int num
       for (int i = 0; i < TILES; ++i) out[i][2 * row] *= shrink, out[i][2 * row + 1] *= shrink;
     }
   }
+  u32 values[2][2][VALUE_WORDS];
+#pragma unroll
+  for (int key = 0; key < 4; ++key) load_value(stage, key / 2 * 8 + t * 2 + key % 2, g, values[key / 2][key % 2]);
 #pragma unroll
   for (int word = 0; word < VALUE_WORDS; ++word) {
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       const u32 pick = pair == 0 ? 0x5140u : 0x7362u;   // bytes (x0 y0 x1 y1) or (x2 y2 x3 y3)
-      const u32 first = __byte_perm(block.values[0][0][word], block.values[0][1][word], pick);
-      const u32 second = __byte_perm(block.values[1][0][word], block.values[1][1][word], pick);
+      const u32 first = __byte_perm(values[0][0][word], values[0][1][word], pick);
+      const u32 second = __byte_perm(values[1][0][word], values[1][1][word], pick);
       multiply(out[word * 4 + pair * 2], p, e4m3_to_f16(first), e4m3_to_f16(second));
       multiply(out[word * 4 + pair * 2 + 1], p, e4m3_to_f16(first >> 16), e4m3_to_f16(second >> 16));
     }
@@ -174,7 +209,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                      int table_stride, const int* context_lengths, float scale, float v_scale,
                      float* workspace, u32* counters, u8* out, i64 chunk_stride, i64 token_stride,
                      float out_scale) {
-  extern __shared__ float merged[];   // (WARPS, GROUP, PARTIAL)
+  // The warps' rings; after the last key their partial outputs (WARPS, GROUP, PARTIAL).
+  extern __shared__ __align__(128) float merged[];
   __shared__ u32 arrived;
   const int split = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -197,13 +233,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
   const int* pages = block_table + static_cast<i64>(sequence) * table_stride;
   const u8* keys = k_cache + kv_head * HEAD_SIZE;
   const u8* values = v_cache + kv_head * HEAD_SIZE;
-  for (int b = split * share + warp; b < end; b += WARPS) {
-    const i64 slot = static_cast<i64>(pages[b * 16 / PAGE_SLOTS]) * PAGE_SLOTS + b * 16 % PAGE_SLOTS;
-    const int num_valid = min(16, context - b * 16);
-    Block16 block;
-    load_block(keys, values, slot, num_valid, g, t, block);
-    attend_block(queries, block, num_valid, scale, t, w, sums);
+  const u32 ring = shared_address(merged) + warp * STAGES * STAGE_BYTES;
+  auto slot_of = [&](int b) {
+    return static_cast<i64>(pages[b * 16 / PAGE_SLOTS]) * PAGE_SLOTS + b * 16 % PAGE_SLOTS;
+  };
+  const int first = split * share + warp;
+  int ahead = first;   // next block to copy
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; ++i, ahead += WARPS) {
+    if (ahead < end)
+      start_block(ring + i * STAGE_BYTES, keys, values, slot_of(ahead), min(16, context - ahead * 16), lane);
+    commit_copies();
   }
+  i64 slot_ahead = ahead < end ? slot_of(ahead) : 0;   // looked up one round early
+  int stage = 0;
+  for (int b = first; b < end; b += WARPS) {
+    wait_copies<STAGES - 2>();
+    __syncwarp();
+    const int free_stage = stage == 0 ? STAGES - 1 : stage - 1;
+    if (ahead < end)
+      start_block(ring + free_stage * STAGE_BYTES, keys, values, slot_ahead, min(16, context - ahead * 16), lane);
+    commit_copies();
+    ahead += WARPS;
+    if (ahead < end) slot_ahead = slot_of(ahead);
+    attend_block(queries, ring + stage * STAGE_BYTES, min(16, context - b * 16), scale, g, t, w, sums);
+    if (++stage == STAGES) stage = 0;
+  }
+  wait_copies<0>();
+  __syncthreads();
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     w.total[row] += __shfl_xor_sync(0xFFFFFFFFu, w.total[row], 1);

@@ -7,7 +7,7 @@
 //
 // Set by the caller: WIDTH, NORM_BLOCKS, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS.
 
-constexpr int NORM_THREADS = 256;
+constexpr int NORM_THREADS = NORM_BLOCKS == 1 ? 512 : 256;
 constexpr int NORM_CHUNKS = WIDTH / 8 / NORM_BLOCKS;      // 8 features each, of one block
 constexpr int NORM_ROUNDS = (NORM_CHUNKS + NORM_THREADS - 1) / NORM_THREADS;
 
@@ -76,19 +76,27 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
     if (chunk < NORM_CHUNKS) load_bf16(weight + (blockIdx.x * NORM_CHUNKS + chunk) * 8, gain[round]);
   }
   wait_for_previous_kernels();
+  // All loads before the first store, so that they are in flight together.
+  float delta[NORM_ROUNDS][8];
 #pragma unroll
   for (int round = 0; round < NORM_ROUNDS; ++round) {
     const int chunk = round * NORM_THREADS + threadIdx.x;
     if (chunk < NORM_CHUNKS) {
       const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
-      u16* at = residual + static_cast<i64>(token) * WIDTH + feature;
-      load_bf16(at, x[round]);
-      if (HAS_RESULT) {
-        float delta[8];
-        load_result(y, token, feature, delta);
+      load_bf16(residual + static_cast<i64>(token) * WIDTH + feature, x[round]);
+      if (HAS_RESULT) load_result(y, token, feature, delta[round]);
+    }
+  }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[round][i] = round_to_bf16(x[round][i] + round_to_bf16(delta[i]));
-        store_bf16(at, x[round]);
+  for (int round = 0; round < NORM_ROUNDS; ++round) {
+    const int chunk = round * NORM_THREADS + threadIdx.x;
+    if (chunk < NORM_CHUNKS) {
+      const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
+      if (HAS_RESULT) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          x[round][i] = round_to_bf16(x[round][i] + round_to_bf16(delta[round][i]));
+        store_bf16(residual + static_cast<i64>(token) * WIDTH + feature, x[round]);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) squares += x[round][i] * x[round][i];

@@ -35,12 +35,14 @@ class StreamConfig:
     tiles                64-row tiles each of them holds
     stages               K blocks in the shared-memory ring
     consumer_registers   a multiplying thread's registers; 0 leaves them as compiled
+    group_steps          k-steps of NVFP4 decoded before they are multiplied, 4 or 8
     """
 
     groups: int
     tiles: int
     stages: int
     consumer_registers: int = 0
+    group_steps: int = 4
 
     @property
     def tile_rows(self) -> int:
@@ -61,7 +63,10 @@ def stage_bytes(format_: TileFormat, columns: int, row_tiles: int) -> int:
 
 def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
     """The block shape that measured best; see benchmarks/notes-kernels.md."""
-    if columns < 128:
+    if format_ == "fp8" and columns == 128:
+        # Two sets of sums a thread (see linear.cu): a smaller tile, or they would spill.
+        groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
+    elif columns < 128:
         groups, tiles, registers, ring = 4, 1, 0, _RING_BYTES
     else:
         groups, tiles, registers, ring = 2, 2, 232, _RING_BYTES_ALONE
@@ -154,8 +159,9 @@ _ELEMENTWISE = (
     "choose_token",
     "advance",
 )
-# Query heads a kv head times (8 warps of partial outputs), see attention.cu.
+# As in attention.cu.
 _ATTENTION_WARPS = 8
+_ATTENTION_STAGES = 3
 
 
 def unavailable(device_type: str) -> str | None:
@@ -213,11 +219,12 @@ class KernelLibrary:
     def attention(self, heads: HeadShape, page_slots: int, out: OutKind) -> Kernel:
         """Decode attention over pages of `page_slots`, writing `out` (e4m3 or bf16)."""
         group = heads.num_heads // heads.num_kv_heads
-        size = _ATTENTION_WARPS * group * (heads.head_dim + 2) * 4
+        merged = _ATTENTION_WARPS * group * (heads.head_dim + 2) * 4
+        ring = _ATTENTION_WARPS * _ATTENTION_STAGES * 2 * 16 * heads.head_dim
         return self._make(
             ("attention", heads, page_slots, out),
             lambda: attention_code(heads, page_slots, out),
-            {"decode_attention": size},
+            {"decode_attention": max(merged, ring)},
         )["decode_attention"]
 
     def layout(self) -> dict[str, Kernel]:
@@ -235,6 +242,7 @@ def linear_code(format_: TileFormat, columns: int, config: StreamConfig) -> byte
         "GROUPS": config.groups,
         "TILES": config.tiles,
         "STAGES": config.stages,
+        "GROUP_STEPS": config.group_steps,
         "CONSUMER_REGISTERS": config.consumer_registers,
     }
     return compile_kernel("linear", defines, generated=wgmma_source(format_, columns))

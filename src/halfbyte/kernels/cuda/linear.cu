@@ -8,7 +8,8 @@
 // Bytes: weights once (FP8 1, NVFP4 0.5625, bf16 2 a weight), activations once a block. FLOP: 2 T O I.
 // Limits: output features a multiple of 64 * ROW_TILES, K whole blocks (the preparer pads), T <= N.
 //
-// Set by the compiler's caller: FORMAT, N, GROUPS, TILES, STAGES, CONSUMER_REGISTERS (0: no register
+// Set by the compiler's caller: FORMAT, N, GROUPS, TILES, STAGES, GROUP_STEPS (k-steps of NVFP4 decoded
+// before they are multiplied: 4 overlaps within a warpgroup, 8 among them), CONSUMER_REGISTERS (0: no register
 // trade between the roles; else the copying role is a whole warpgroup); wgmma_* are generated for N.
 
 #define FP8 0
@@ -147,17 +148,101 @@ struct Cursor {
   }
 };
 
+#if N <= 16
+
+// Few tokens: the warp's own tensor-core instruction, which needs no agreement among four warps. The
+// weights bind it to the memory, not to the tensor core's rate.
+DEVICE void multiply(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Four 8 x 16-byte core matrices, one row's address a lane: the tokens of two k-steps.
+DEVICE void load_matrices(u32 address, u32 (&b)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(address));
+}
+
+DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full, u32 empty) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const u32 weights = ring + group * TILES * UNIT_BYTES;
+  const u32 rows = lane / 8 * (N * 16) + lane % 8 * 16;
+  Cursor at = {weights + warp * 512 + lane * 16, weights + 4096 + (warp * 8 + (lane >> 2)) * 16,
+               0, full, empty, 0, STAGES};
+  u32 tokens = ring + ROW_TILES * UNIT_BYTES + rows - at.codes;   // from the codes, which step
+  for (int unit = work.begin; unit < work.end;) {
+    const int tile = unit / y.k_blocks;
+    const int tile_end = min((tile + 1) * y.k_blocks, work.end);
+    // Even and odd k-steps apart: two chains of dependent products.
+    float sums[TILES][NUM_SUMS], odd_sums[TILES][NUM_SUMS];
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < NUM_SUMS; ++j) sums[r][j] = odd_sums[r][j] = 0.0f;
+    for (; unit < tile_end; ++unit) {
+      barrier_wait(at.full, at.parity);
+#pragma unroll
+      for (int r = 0; r < TILES; ++r) {
+        const uint4 scales = load_shared_16(at.scales + r * UNIT_BYTES);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4 codes = load_shared_16(at.codes + r * UNIT_BYTES + half * 2048);
+          u32 b[N / 8][2][4], a[4][4];
+#pragma unroll
+          for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair)
+              load_matrices(at.codes + tokens + (half * 8 + pair * 4) * (N * 16) + j * 128, b[j][pair]);
+          if (r == TILES - 1 && half == 1) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(at.empty);
+          }
+          decode_half(codes, scales, half, a);
+#pragma unroll
+          for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+            for (int j = 0; j < N / 8; ++j) {
+              multiply(&sums[r][4 * j], a[pair * 2], b[j][pair][0], b[j][pair][1]);
+              multiply(&odd_sums[r][4 * j], a[pair * 2 + 1], b[j][pair][2], b[j][pair][3]);
+            }
+        }
+      }
+      at.step();
+    }
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < NUM_SUMS; ++j) sums[r][j] += odd_sums[r][j];
+    store_tile(y, tile, group, sums);
+  }
+}
+
+#else
+
 // One K block: decode half a row tile, multiply it while the next half is decoded.
 DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (&sums)[TILES][NUM_SUMS]) {
   u32 a[2][4][4];
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     const uint4 scales = load_shared_16(at.scales + r * UNIT_BYTES);
-    const uint4 codes[2] = {load_shared_16(at.codes + r * UNIT_BYTES),
-                            load_shared_16(at.codes + r * UNIT_BYTES + 2048)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      decode_half(codes[half], scales, half, a[half]);
+      const uint4 codes = load_shared_16(at.codes + r * UNIT_BYTES + half * 2048);
+      decode_half(codes, scales, half, a[half]);
+#if GROUP_STEPS == 8
+      if (half == 0) continue;
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 8; ++step) {
+        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + step * 2 * N);
+        wgmma_rs(sums[r], a[step / 4][step % 4], tokens, !(is_fresh && step == 0));
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+#else
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
@@ -168,6 +253,7 @@ DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (
       // One group may stay in flight: it reads this half's registers, the next decodes the other.
       wgmma_wait<1>();
       if (r == 0 && half == 0 && release != 0) barrier_arrive(release);
+#endif
     }
   }
 }
@@ -186,7 +272,11 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
     for (; unit < tile_end; ++unit) {
       barrier_wait(at.full, at.parity);
       multiply_stage(at, is_fresh, release, sums);
+#if GROUP_STEPS == 8
+      if (lane == 0) barrier_arrive(at.empty);
+#else
       release = lane == 0 ? at.empty : 0;
+#endif
       is_fresh = false;
       at.step();
     }
@@ -194,6 +284,8 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
     store_tile(y, tile, group, sums);
   }
 }
+
+#endif
 
 #else
 
