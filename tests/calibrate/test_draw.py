@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from halfbyte.calibrate.blend import Blend, Source, load_blend
 from halfbyte.calibrate.chat_text import load_chat_text
-from halfbyte.calibrate.draw import CalibrationData, draw, draw_rows, share_out, share_splits
+from halfbyte.calibrate.draw import (
+    CalibrationData,
+    draw,
+    draw_rows,
+    share_out,
+    share_splits,
+    write_rows,
+)
+from halfbyte.calibrate.overlap import read_prompts
 from halfbyte.calibrate.sources import DataAccess
 from halfbyte.chat.tokens import load_chat
 from halfbyte.errors import CheckpointError, UsageError
@@ -336,3 +344,25 @@ def test_a_model_without_a_template_takes_plain_text_only(
 def test_drawing_needs_no_torch() -> None:
     code = "import halfbyte.calibrate.draw, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- files
+
+
+def test_rows_written_are_the_rows_that_calibration_reads(tmp_path: Path, tekken: Path) -> None:
+    tokens = pytest.importorskip("halfbyte.calibrate.tokens")
+    data = draw(_blend(ROWS, "math*", samples=3), tekken)
+    write_rows(data, tmp_path / "rows.safetensors")
+    read = tokens.read_token_rows(tmp_path / "rows.safetensors")
+    assert tuple(tuple(row.tolist()) for row in read) == data.rows
+    record = json.loads((tmp_path / "rows.safetensors.json").read_text("utf-8"))
+    assert record == data.provenance
+
+
+def test_strings_of_evaluation_files_are_found_at_any_depth(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"a": "one", "b": [{"c": "two"}], "n": 3}\n\n"three"\n')
+    assert list(read_prompts(path)) == ["one", "two", "three"]
+    path.write_text("{")
+    with pytest.raises(UsageError, match=r"items\.jsonl:1"):
+        list(read_prompts(path))

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 import halfbyte
 from halfbyte.calibrate.blend import Blend, Source, known_datasets
 from halfbyte.calibrate.chat_text import ChatText, RefusedRowError, load_chat_text
@@ -156,6 +159,21 @@ def draw_rows(
     return CalibrationData(
         tuple(map(tuple, rows)), _provenance(blend, text, overlap, members, rows)
     )
+
+
+def write_rows(data: CalibrationData, path: Path) -> None:
+    """Rows as `batch{i}.input_ids`, int64 (1, tokens), in one safetensors file; the record beside.
+
+    What `tokens.read_token_rows` reads; the record's name is the path with `.json` added. A file
+    that is there is replaced.
+    """
+    rows = {
+        f"batch{number}.input_ids": np.array([row], dtype=np.int64)
+        for number, row in enumerate(data.rows)
+    }
+    save_file(rows, path, metadata={"rows_sha256": data.provenance["rows_sha256"]})
+    record = json.dumps(dict(data.provenance), ensure_ascii=False, indent=1)
+    path.with_name(f"{path.name}.json").write_text(record + "\n", "utf-8")
 
 
 def _redistribute(members: Sequence["_Member"], wanted: int) -> None:

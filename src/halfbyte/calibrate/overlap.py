@@ -7,8 +7,13 @@ Source: the 13-gram rule is the one language-model reports have used since GPT-3
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import UsageError
 
 NUM_WORDS = 13
 
@@ -45,3 +50,31 @@ def _runs(text: str) -> Iterator[bytes]:
     for start in range(len(words) - NUM_WORDS + 1):
         joined = " ".join(words[start : start + NUM_WORDS])
         yield hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def read_prompts(path: Path) -> Iterator[str]:
+    """Every string in a file of JSON lines, at any depth: whatever of an evaluation item is text.
+
+    Raises UsageError naming file and line.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as evaluation prompts ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield from _strings(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}:{number}: not JSON ({error})") from error
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))

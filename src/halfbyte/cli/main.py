@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "import, quantize, compare and serve a small real model, start to end"),
     "import": ("import_model", "make a checkpoint in our layout from a GGUF file or package"),
     "inspect": ("inspect", "say what a checkpoint is, or print the plan of a recipe"),
+    "plan": ("plan", "what quantizing will need and give: bytes, memory, time, serving"),
+    "blend": ("blend", "what a calibration blend is, or its rows as tokens in a file"),
     "quantize": ("quantize", "calibrate and quantize a checkpoint by a recipe"),
     "verify": ("verify", "prove that a checkpoint is whole and consistent"),
     "compare": ("compare", "perplexity, KL divergence and agreement of two checkpoints"),
