@@ -13,10 +13,7 @@ Last record: benchmarks/records/evals_end_to_end.json
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,9 +22,13 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from halfbyte.bench import record
+
 REPOSITORY = Path(__file__).parents[1]
 MADE_UP = REPOSITORY / "tests" / "data" / "evals"
 FOLDERS = ("mmlu_pro", "gpqa_diamond", "aa_lcr", "scicode", "aime2025", "ifbench", "mmmu_pro")
+# Kept data has no GPQA, of AA-LCR no documents, of MMMU-Pro three items.
+MADE_UP_FOR = ("gpqa_diamond", "aa_lcr", "mmmu_pro")
 JUDGE = "stand-in-substring-judge"
 
 
@@ -64,8 +65,7 @@ class Judge(BaseHTTPRequestHandler):
 
 def gather_items(target: Path, data: Path | None) -> None:
     for name in FOLDERS:
-        # AA-LCR's questions without documents and GPQA's absence are made up for.
-        own = data / name if data is not None and name not in ("aa_lcr", "gpqa_diamond") else None
+        own = data / name if data is not None and name not in MADE_UP_FOR else None
         choices = [own, MADE_UP / name, MADE_UP / "made_up" / name]
         source = next(p for p in choices if p is not None and p.is_dir())
         (target / name).symlink_to(source.resolve())
@@ -122,26 +122,21 @@ def main() -> None:
     assert run(*card, "--runs", *runs, "--base-model", "HuggingFaceTB/SmolLM2-135M-Instruct") == 0
     wall_s = round(time.monotonic() - started, 1)
     comparison = json.loads((args.out / "comparison.json").read_text())
-    record = {
-        "benchmark": "evals_end_to_end",
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    results = {
         "wall_s": wall_s,
-        "steps_s": steps,
+        **{f"{step}_s": seconds for step, seconds in steps.items()},
         "verdict": comparison["verdict"],
-        "left_out": comparison["left_out"],
-        "benchmarks": {
-            name: {key: row[key] for key in ("baseline", "candidate", "items", "verdict")}
-            for name, row in comparison["benchmarks"].items()
-        },
+        "benchmarks_compared": len(comparison["benchmarks"]),
+        "macro_difference": comparison["macro"]["mean"],
+        "macro_low": comparison["macro"]["low"],
+        "macro_high": comparison["macro"]["high"],
     }
     if args.record:
-        args.record.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+        question = "do two checkpoints become a report and a card, and how long does it take?"
+        command = " ".join(["python", *sys.argv])
+        record.write(args.record, name="evals_end_to_end", question=question, command=command,
+                     results=results)  # fmt: skip
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,8 @@ Last record: benchmarks/records/evals_overhead.json
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from halfbyte.bench import record
 
 STUB = """
 import asyncio, json
@@ -134,23 +134,18 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--record", type=Path, help="write the record here")
     args = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    record = {
-        "benchmark": "evals_overhead",
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load_before": os.getloadavg()[0],
-        "packages": {name: version(name) for name in ("inspect-ai", "openai")},
-        **measure(args.items, args.concurrency),
-    }
+    results = measure(args.items, args.concurrency)
+    samples = {"resident_bytes": [size for _, size in results.pop("samples_s_bytes")]}
+    question = "what does the evaluation harness cost: items/s and memory over 12,000 items?"
+    command = " ".join(["python", *sys.argv])
     if args.record:
-        args.record.write_text(json.dumps(record, indent=1) + "\n")
-    shown = {key: value for key, value in record.items() if key != "samples_s_bytes"}
-    print(json.dumps(shown, indent=1))
+        record.write(args.record, name="evals_overhead", question=question, command=command,
+                     results={**results, **versions()}, samples=samples)  # fmt: skip
+    print(json.dumps(results, indent=1))
+
+
+def versions() -> dict[str, str]:
+    return {f"{name} version": version(name) for name in ("inspect-ai", "openai")}
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def test_the_forecast_would_decide() -> None:
 def test_identical_arms_on_few_items_prove_little() -> None:
     same = paired_difference([1, 0] * 5, [1, 0] * 5)
     assert decide(same, 0.01).verdict == "INCONCLUSIVE"
+    assert same.low < -0.3 < 0.3 < same.high
+    assert macro_difference([same, same]).standard_error > 0.1
     many = paired_difference([1, 0] * 500, [1, 0] * 500)
     assert decide(many, 0.01).verdict == "GO"
 

@@ -137,7 +137,9 @@ def _metadata(given: CardInput, title: str) -> str:
 def _model_index(arm: Arm) -> list[dict[str, Any]]:
     found = []
     for name, result in arm.run.benchmarks.items():
-        if result.score is None or result.status != "complete":
+        # A part of a set, or items that are not the set's, are no result of that set.
+        is_whole = result.items == result.full_items and not result.provenance.get("note")
+        if result.score is None or result.status != "complete" or not is_whole:
             continue
         known = BENCHMARKS.get(name)
         source = (known.source if known else result.source).split(",")[0]
@@ -255,8 +257,10 @@ def _evaluation_data(given: CardInput) -> str:
             continue
         origin = r.provenance.get("source", "")
         revision = r.provenance.get("revision") or "by hash, see the record"
+        note = r.provenance.get("note")
+        warning = f"; **{note}**" if note else ""
         lines.append(
-            f"| {r.title} | {r.source} (read from {origin}) | {r.licence} | "
+            f"| {r.title} | {r.source} (read from {origin}){warning} | {r.licence} | "
             f"[{r.items} of {r.full_items}]({_link(arm)}) | {revision} |"
         )
     return "\n".join(lines)
@@ -402,6 +406,12 @@ def _limitations(given: CardInput) -> str:
             for r in arm.run.benchmarks.values()
             if r.score is not None and r.items < r.full_items
         ]
+        noted = [
+            f"{r.title}: {r.provenance['note']}."
+            for r in arm.run.benchmarks.values()
+            if r.score is not None and r.provenance.get("note")
+        ]
+        lines += noted
         if small:
             lines.append(f"Measured on a part only: {', '.join(small)}.")
     return "\n\n".join(lines)

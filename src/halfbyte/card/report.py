@@ -53,7 +53,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         for row in rows
     )
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr>{top}</tr></thead>'
+        f'<p class="caption">{caption}</p><div class="scroll"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>\n{body}</tbody></table></div>\n"
     )
 

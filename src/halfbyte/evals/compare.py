@@ -177,7 +177,7 @@ def _check_comparable(b: RunRecord, c: RunRecord) -> None:
 
     changed = differing(asked(b), asked(c))
     if b.judge != c.judge:
-        changed += differing(b.judge or {}, c.judge or {}) or ["judge"]
+        changed += [f"judge {text}" for text in differing(b.judge or {}, c.judge or {})]
     if changed:
         raise UsageError(f"the runs differ in {'; '.join(changed)}: not compared")
 

@@ -9,7 +9,7 @@ power); ../shared/reference/evaluations.md section 8.
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ DECISION_Z = 2.487
 
 SMALL_GROUPS = 20  # below this many groups the t interval gets a bootstrap beside it
 _NO_ERROR = 1e-12  # a standard error below this is rounding
+# A rate that n trials have not shown once lies below this over n: -ln(0.05), and -ln(0.025).
+_UNSEEN_ONE_SIDED, _UNSEEN_TWO_SIDED = 3.0, 3.69
 _BOOTSTRAP_DRAWS = 10_000
 _PERMUTATIONS = 20_000
 
@@ -155,7 +157,13 @@ def paired_difference(
     b, c = np.asarray(baseline, np.float64), np.asarray(candidate, np.float64)
     if b.shape != c.shape:
         raise ValueError(f"{len(b)} baseline items, {len(c)} candidate items")
-    return estimate(c - b, groups)
+    e = estimate(c - b, groups)
+    if e.num_groups < 2 or e.standard_error > _NO_ERROR:
+        return e
+    # All differences are equal: the sample shows no spread, which n groups make likely for any
+    # rate of change below ln(40)/n (two-sided 95 %).
+    reach = _UNSEEN_TWO_SIDED / e.num_groups
+    return replace(e, low=e.mean - reach, high=e.mean + reach)
 
 
 def bootstrap_interval(
@@ -227,12 +235,19 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def macro_difference(differences: Sequence[Estimate]) -> Estimate:
-    """Plain mean of the benchmarks' differences; ``SE = sqrt(sum SE_b^2) / count``, normal."""
+    """Plain mean of the benchmarks' differences; ``SE = sqrt(sum SE_b^2) / count``, normal.
+
+    A benchmark without spread counts with the error that its interval stands for, not with none.
+    """
     count = len(differences)
     if count == 0:
         return Estimate(math.nan, math.nan, math.nan, math.nan, 0, 0)
     mean = sum(d.mean for d in differences) / count
-    error = math.sqrt(sum(d.standard_error**2 for d in differences)) / count
+    errors = [
+        d.standard_error if d.standard_error > _NO_ERROR else (d.high - d.low) / (2 * 1.959964)
+        for d in differences
+    ]
+    error = math.sqrt(sum(e**2 for e in errors)) / count
     reach = 1.959964 * error
     items = sum(d.num_items for d in differences)
     groups = sum(d.num_groups for d in differences)
@@ -257,7 +272,7 @@ def decide(
     lower = difference.mean - quantile * error
     # Identical arms have no measured error; equality on n items still leaves a rate below 3/n.
     if error < _NO_ERROR:
-        lower = difference.mean - 3.0 / difference.num_groups
+        lower = difference.mean - _UNSEEN_ONE_SIDED / difference.num_groups
     if lower > -margin:
         return Decision("GO", margin, lower, None, None)
     if difference.high < -margin:
@@ -279,7 +294,7 @@ def _needed_error(difference: Estimate, margin: float) -> float:
 
 def _items_to_decide(difference: Estimate, margin: float) -> int | None:
     if difference.standard_error < _NO_ERROR:
-        return math.ceil(3.0 / margin) + 1 if margin > 0 else None
+        return math.ceil(_UNSEEN_ONE_SIDED / margin) + 1 if margin > 0 else None
     needed = _needed_error(difference, margin)
     if needed <= 0:
         return None

@@ -46,7 +46,12 @@ def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+NOTE = "made-up items in this set's layout, not the benchmark's own: the score measures nothing"
+
+
 def main() -> None:
+    HERE.mkdir(exist_ok=True)
+    (HERE / "NOTE.txt").write_text(NOTE + "\n")
     gpqa = HERE / "gpqa_diamond" / "gpqa_diamond.csv"
     gpqa.parent.mkdir(parents=True, exist_ok=True)
     with gpqa.open("w", newline="") as file:
@@ -85,6 +90,7 @@ def main() -> None:
     write_lines(HERE / "aa_lcr" / "documents.jsonl", lcr)
     images = HERE / "mmmu_pro" / "images"
     images.mkdir(parents=True, exist_ok=True)
+    (images.parent / "NOTE.txt").write_text(NOTE + "\n")
     rows: list[dict[str, object]] = []
     for index in range(10):
         colour = rng.choice(["red", "green", "blue"])

@@ -24,6 +24,7 @@ class Provenance:
     """Which data a run used.
 
     source    hub id, package or folder name
+    note      what a NOTE.txt beside the files says of them; printed wherever the score is
     revision  of the hub set or package; None where only the hashes say it
     sha256    file name -> hash of its bytes (for the hub: of the rows, canonically)
     """
@@ -80,7 +81,8 @@ def load_rows(
     if data is not None:
         for pattern in patterns:
             if files := sorted(data.glob(pattern)):
-                return _from_files(files, data.name, None, files[0].parent)
+                place = files[0].resolve().parent
+                return _from_files(files, f"{place.parent.name}/{place.name}", None, place)
     if package and (files := _package_files(package)):
         name = package[0].distribution
         return _from_files(files, name, distribution(name).version, files[0].parent)
@@ -103,7 +105,14 @@ def _from_files(files: Sequence[Path], source: str, revision: str | None, folder
     for file in files:
         rows += _READERS[file.suffix](file)
     hashes = {file.name: file_sha256(file) for file in files}
-    return Rows(tuple(rows), Provenance(source, revision, hashes), folder)
+    note = _note(folder)
+    return Rows(tuple(rows), Provenance(source, revision, hashes, note), folder)
+
+
+def _note(folder: Path) -> str:
+    """What whoever made the files says about them (NOTE.txt), such as that they are made up."""
+    notes = [path for path in (folder / "NOTE.txt", folder.parent / "NOTE.txt") if path.exists()]
+    return notes[0].read_text(encoding="utf-8").strip() if notes else ""
 
 
 def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:

@@ -40,8 +40,9 @@ def load(options: Options) -> Loaded:
     for index in spread(len(rows.rows), options.limit):
         samples += _samples(rows.rows[index], given, targets)
     digest = file_sha256(targets)
-    note = "" if digest == TARGETS_SHA256 else "expected values are not the authors' test_data.h5"
     p = rows.provenance
+    own = "" if digest == TARGETS_SHA256 else "expected values are not the authors' test_data.h5"
+    note = "; ".join(filter(None, (p.note, own)))
     hashes = {**p.sha256, targets.name: digest}
     return Loaded(tuple(samples), Provenance(p.source, p.revision, hashes, note))
 

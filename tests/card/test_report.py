@@ -1,0 +1,148 @@
+"""The report: whole, self-contained, and honest about what is absent."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from halfbyte.card.facts import compare_arms, read_arm, spans
+from halfbyte.card.plots import Interval, intervals, shares
+from halfbyte.card.report import render_report
+from halfbyte.errors import UsageError
+from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
+from halfbyte.evals.summary import summarise
+
+VOID = {"meta", "br"}
+
+
+class Balance(HTMLParser):
+    """Fails on tags that are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.open)
+
+
+def write_arm(folder: Path, arm: str, right: int, name: str = "ifbench") -> Path:
+    """Twenty answers, the first `right` of them right, one truncated."""
+    records = [
+        Record(
+            f"{arm}-run", arm, name, "p", "h", f"i{i}", f"i{i}", "<b>&law" if i % 2 else "math",
+            0, 1, f"<script>alert({i})</script> answer of {arm}", "", "stop", 5, 7, 2, 0.5, "A",
+            "B", float(i < right), "ok" if i < right else ("length" if i == 19 else "wrong"), {},
+            None, 0,
+        )
+        for i in range(20)
+    ]  # fmt: skip
+    journal = Journal(folder / arm / name / "samples.jsonl")
+    for one in records:
+        journal.append(record_row(one))
+    journal.close()
+    identity = {
+        "name": name, "title": "IFBench", "full_items": 300, "prompt_id": "p",
+        "prompts_sha256": "h", "scorer": "s", "source": "allenai/IFBench_test", "licence": "ODC",
+        "notes": ["20 of 300 items"], "max_tokens": 9,
+        "provenance": {"source": "kept", "revision": None, "sha256": {"f": "ab" * 32}, "note": ""},
+    }  # fmt: skip
+    expected = [(r.item_id, 0) for r in records]
+    result = summarise(
+        identity, records, expected=expected, partial=False, has_groups=False, wall_s=2.0
+    )
+    settings = {
+        "temperature": 0.7, "top_p": 0.95, "reasoning_effort": "high", "max_tokens": 9,
+    }  # fmt: skip
+    run = RunRecord(
+        FORMAT, f"{arm}-run", arm, "model<>", "u", {}, {}, settings, None, None, {}, "x86",
+        "halfbyte evaluate", "then", "now", {name: result},
+    )  # fmt: skip
+    write_run(folder / arm / "run.json", run)
+    return folder / arm
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    arms = [read_arm(write_arm(tmp_path, name, n)) for name, n in (("fp8", 12), ("mixed", 9))]
+    return render_report(arms, compare_arms(arms))
+
+
+def test_page_is_well_formed_and_loads_nothing(page: str) -> None:
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    assert not re.search(r"""(src|href)\s*=|@import|url\(|<script""", page)
+
+
+def test_answers_cannot_inject_markup(page: str) -> None:
+    assert "&lt;script&gt;alert(9)&lt;/script&gt;" in page
+    assert "&lt;b&gt;&amp;law" in page
+    assert "model&lt;&gt;" in page
+
+
+def test_page_says_what_was_not_measured_and_what_cannot_be_concluded(page: str) -> None:
+    assert page.count("not measured") >= 12  # six of the seven benchmarks, both arms
+    assert "neither equality nor a loss has been shown" in page
+    assert "would decide" in page
+    for number in ("60.00", "45.00", "-15.00", "20 of 300"):
+        assert number in page
+
+
+def test_truncated_answers_are_shown_beside_accuracy(page: str) -> None:
+    assert "truncated" in page and "unextracted" in page
+    assert re.search(r'class="share length"[^>]*><title>length 5.0 %', page)
+
+
+def test_answers_of_gated_items_are_not_shown(tmp_path: Path) -> None:
+    arms = [
+        read_arm(write_arm(tmp_path, name, n, name="gpqa_diamond"))
+        for name, n in (("fp8", 12), ("mixed", 9))
+    ]
+    page = render_report(arms, compare_arms(arms))
+    assert "answer of" not in page
+    assert "the authors ask" in page
+
+
+def test_one_run_alone_makes_a_report_and_three_do_not(tmp_path: Path) -> None:
+    arms = [read_arm(write_arm(tmp_path, name, 5)) for name in "abc"]
+    assert "Difference</h2>" not in render_report(arms[:1], compare_arms(arms[:1]))
+    with pytest.raises(UsageError, match="3 runs"):
+        compare_arms(arms)
+
+
+def test_plots_survive_missing_ends_and_equal_values() -> None:
+    nan = float("nan")
+    text = intervals(
+        [Interval("a", nan, 1.0, nan, ""), Interval("b", 1.0, 1.0, 1.0, "")], title="t", unit="u"
+    )
+    assert "nan" not in text
+    assert intervals([], title="t", unit="u") == ""
+    assert "nan" not in shares([("x", [("ok", 0.0)])], title="t")
+
+
+def test_spans() -> None:
+    assert spans([0, 1, 2, 7, 9, 10]) == "0-2, 7, 9-10"
+    assert spans([]) == ""
+
+
+def test_incomplete_arm_is_named_as_such(tmp_path: Path) -> None:
+    folder = write_arm(tmp_path, "fp8", 12)
+    arm = read_arm(folder)
+    result = replace(
+        arm.run.benchmarks["ifbench"], status="incomplete", score=None, reason="2 are missing"
+    )
+    run = replace(arm.run, benchmarks={"ifbench": result})
+    page = render_report([replace(arm, run=run)], None)
+    assert "incomplete" in page and "2 are missing" in page
+    json.dumps(page)
