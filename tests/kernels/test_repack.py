@@ -23,7 +23,9 @@ def _random_nvfp4(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, tor
     columns=st.integers(1, 24).map(lambda n: n * 16),
     slice_rows=st.sampled_from([64, 128, 4096]),
 )
-def test_nvfp4_tiles_are_undone_whatever_the_shape(rows: int, columns: int, slice_rows: int) -> None:
+def test_nvfp4_tiles_are_undone_whatever_the_shape(
+    rows: int, columns: int, slice_rows: int
+) -> None:
     codes, scales = _random_nvfp4(rows, columns, seed=rows * 1000 + columns)
     weight = repack.tile_nvfp4(codes, scales, torch.full((rows,), 0.25), slice_rows=slice_rows)
     back, back_scales = repack.untile_nvfp4(weight)

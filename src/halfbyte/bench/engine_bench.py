@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.bench.gpu import Ceilings, time_ms
+from halfbyte.bench.gpu import Ceilings, measure_ceilings, time_ms
 from halfbyte.bench.synthetic import medium_geometry, mixed_formats, random_weights
 from halfbyte.kernels.cuda.library import (
     COLUMNS,
@@ -77,7 +77,7 @@ def compile_all(num_layers: int) -> None:
         for columns in COLUMNS
     ]
     tasks += [lambda b=blocks: elementwise_code(config.width, b, heads) for blocks in (1, 2, 8)]
-    tasks.append(lambda: attention_code(heads, PAGE_SLOTS, "e4m3"))
+    tasks += [lambda n=warps: attention_code(heads, PAGE_SLOTS, "e4m3", n) for warps in (2, 4, 8)]
     compile_together(tasks)
 
 
@@ -105,7 +105,10 @@ def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> f
         "bf16": ceilings.bf16_tflop_per_s,
     }
     by_flop = by_parts = 0.0
-    for linear in [weights.head, *(li for la in weights.layers for li in (la.qkv, la.o, la.gate_up, la.down))]:
+    for linear in [
+        weights.head,
+        *(li for la in weights.layers for li in (la.qkv, la.o, la.gate_up, la.down)),
+    ]:
         weight = linear.weight
         flop = 2.0 * point.batch * weight.out_features * weight.in_features
         flop_ms = flop / rate[weight.format] / 1e9
@@ -129,7 +132,9 @@ def run_decode(
     pages = point.batch * -(-max_context // PAGE_SLOTS)
     cache = make_cache(config, pages, PAGE_SLOTS, device)
     for tensor in (*cache.keys, *cache.values):
-        tensor.random_(0, 0x70)  # finite codes of either half; the sign bit comes with the next line
+        tensor.random_(
+            0, 0x70
+        )  # finite codes of either half; the sign bit comes with the next line
         tensor.bitwise_xor_(torch.randint(0, 2, (1,), dtype=torch.uint8, device=device) << 7)
     before = torch.cuda.memory_allocated()
     step = DecodeStep(
@@ -192,7 +197,6 @@ def run_prefill(
     *,
     repeats: int = 3,
     fast_accumulation: bool = True,
-    overlaps: bool = True,
 ) -> dict[str, Any]:
     """One row: tokens a second of one prompt from an empty cache to its last token's logits."""
     device, config = library.device, weights.config
@@ -205,7 +209,6 @@ def run_prefill(
         rotary=Rotary(config, device),
         mode=mode,
         fast_accumulation=fast_accumulation,
-        overlaps=overlaps,
     )
     token_ids = torch.randint(0, config.vocab_size, (num_tokens,), device=device)
     slots = torch.arange(num_tokens, device=device)
@@ -247,3 +250,55 @@ def format_row(row: dict[str, Any]) -> str:
         f"{row['tokens_per_s']:8.1f} tok/s floor {row['floor_ms']:8.2f} ms "
         f"share {row['share_of_floor']:6.1%}"
     )
+
+
+def run_start(num_layers: int, device: torch.device) -> dict[str, Any]:
+    """Seconds from nothing on the device to a first token: kernels, weights, cache, graph, one step."""
+    start = time.perf_counter()
+    compile_all(num_layers)
+    compiled_s = time.perf_counter() - start
+    library = KernelLibrary(device)
+    weights = make_weights(library, num_layers)
+    torch.cuda.synchronize()
+    weights_s = time.perf_counter() - start
+    cache = make_cache(weights.config, 64, PAGE_SLOTS, device)
+    rotary = Rotary(weights.config, device)
+    step = DecodeStep(library, weights, cache, 1, rotary=rotary, max_context_tokens=512)
+    _fill_state(step, cache, Point(1, 128))
+    step.capture()
+    step.replay()
+    torch.cuda.synchronize()
+    return {
+        "kind": "start",
+        "kernels_s": compiled_s,
+        "weights_s": weights_s,
+        "first_token_s": time.perf_counter() - start,
+        "weights_bytes": weights.num_bytes,
+        "allocated_bytes": torch.cuda.memory_allocated(),
+    }
+
+
+def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
+    """Every row of the table, printed as it comes."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    torch.zeros(1, device=device)
+    rows = [run_start(num_layers, device)]
+    print(rows[0], flush=True)
+    torch.cuda.empty_cache()
+    ceilings = measure_ceilings(device)
+    print(ceilings, flush=True)
+    torch.cuda.empty_cache()
+    library = KernelLibrary(device)
+    weights = make_weights(library, num_layers)
+    for point in POINTS:
+        rows.append(run_decode(library, weights, point, ceilings))
+        print(format_row(rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+    modes: tuple[PrefillMode, ...] = ("exact", "fast")
+    for mode in modes:
+        for num_tokens in PROMPTS:
+            rows.append(run_prefill(library, weights, num_tokens, mode, ceilings))
+            print(format_row(rows[-1]), flush=True)
+            torch.cuda.empty_cache()
+    return ceilings, rows

@@ -26,6 +26,7 @@ from halfbyte.kernels.cuda.library import (
 from halfbyte.kernels.cuda.ops import stream_launch
 from halfbyte.kernels.repack import K_BLOCK, TiledWeight, TileFormat
 
+TOKENS = (1, 4, 16, 64, 128)
 SHAPES: tuple[tuple[str, TileFormat, int, int], ...] = (
     ("qkv", "fp8", 14336, 12288),
     ("o", "fp8", 12288, 12288),

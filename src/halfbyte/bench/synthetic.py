@@ -158,7 +158,9 @@ def random_weights(
             CudaLinear(weight(attention_format, width, query, 1), gain[attention_format] / 2),
             norm(),
             CudaLinear(weight(mlp, 2 * config.mlp_width, width, 2), gain[mlp]),
-            CudaLinear(weight(mlp, width, config.mlp_width, 3), gain[mlp] * (2 if mlp == "fp8" else 1)),
+            CudaLinear(
+                weight(mlp, width, config.mlp_width, 3), gain[mlp] * (2 if mlp == "fp8" else 1)
+            ),
             k_scale=8.0 / 448.0,
             v_scale=8.0 / 448.0,
         )

@@ -6,6 +6,8 @@ import importlib
 # name -> (module in halfbyte.cli, what it measures)
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "cpu": ("bench_cpu", "decode and prefill on this machine's processors"),
+    "engine": ("bench_engine", "decode and prefill of a whole geometry on a Hopper GPU"),
+    "kernels": ("bench_kernels", "each product of a decoder layer on a Hopper GPU"),
 }
 
 EXAMPLE = "  halfbyte bench cpu build/demo/mixed --base build/demo/bf16"

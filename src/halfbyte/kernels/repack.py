@@ -108,7 +108,9 @@ def pack_operand_words(codes_OI: Tensor) -> Tensor:
     """Unpacked e2m1 codes (O, I) uint8 -> uint8 (R, C, 4096) in operand order."""
     out, in_ = codes_OI.shape
     shape = (out // ROWS, 4, 8, 2, in_ // 128, 2, 4, 2, 4, 2)  # R strip g p | C half step hi t e
-    parts = codes_OI.view(shape).permute(0, 4, 5, 1, 2, 8, 6, 9, 7, 3)  # R C half strip g t step e hi p
+    parts = codes_OI.view(shape).permute(
+        0, 4, 5, 1, 2, 8, 6, 9, 7, 3
+    )  # R C half strip g t step e hi p
     parts = parts.reshape(*parts.shape[:8], 4)  # register = p + 2 hi
     halves = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes_OI.device)
     for register in range(4):

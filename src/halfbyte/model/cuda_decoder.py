@@ -30,6 +30,7 @@ from halfbyte.kernels.cuda.library import (
     OutKind,
     StreamConfig,
     StreamPlan,
+    attention_warps,
     columns_for,
     plan_stream,
 )
@@ -82,7 +83,10 @@ class CudaWeights:
     def num_bytes(self) -> int:
         """Bytes of all weights."""
         linears = [self.head, *(li for la in self.layers for li in _linears(la))]
-        norms = [self.norm_D, *(n for la in self.layers for n in (la.attention_norm_D, la.mlp_norm_D))]
+        norms = [
+            self.norm_D,
+            *(n for la in self.layers for n in (la.attention_norm_D, la.mlp_norm_D)),
+        ]
         return sum(li.weight.num_bytes for li in linears) + sum(
             t.numel() * t.element_size() for t in (self.embedding_VD, *norms)
         )
@@ -109,7 +113,9 @@ class KvCache(NamedTuple):
         return self.keys[0].shape[1]
 
 
-def make_cache(config: TextConfig, num_pages: int, page_slots: int, device: torch.device) -> KvCache:
+def make_cache(
+    config: TextConfig, num_pages: int, page_slots: int, device: torch.device
+) -> KvCache:
     """An empty cache."""
     shape = (num_pages, page_slots, config.num_kv_heads, config.head_dim)
 
@@ -216,7 +222,9 @@ class DecodeStep:
         self.history = integers(max_steps, num_tokens)
         self.step_count = integers(1, dtype=torch.int32)
         self._best_T = integers(num_tokens)
-        self.residual_TD = torch.zeros(num_tokens, config.width, dtype=torch.bfloat16, device=device)
+        self.residual_TD = torch.zeros(
+            num_tokens, config.width, dtype=torch.bfloat16, device=device
+        )
         half = config.head_dim // 2
         self._cosines = torch.zeros(num_tokens, half, device=device)
         self._sines = torch.zeros(num_tokens, half, device=device)
@@ -236,7 +244,9 @@ class DecodeStep:
         device, config = self._library.device, self._weights.config
         plans = [self._plan(linear) for linear in self._all_linears()]
         self._out = torch.zeros(
-            self.num_tokens * max(p.out_features for p in plans), dtype=torch.bfloat16, device=device
+            self.num_tokens * max(p.out_features for p in plans),
+            dtype=torch.bfloat16,
+            device=device,
         )
         self._partial = torch.zeros(
             self.num_tokens * max(p.num_slots * p.out_features for p in plans), device=device
@@ -283,7 +293,9 @@ class DecodeStep:
         )
         self._launches.append(launch)
 
-    def _add_linear(self, linear: CudaLinear, x: _Activation, *, rounds: bool = True) -> LinearResult:
+    def _add_linear(
+        self, linear: CudaLinear, x: _Activation, *, rounds: bool = True
+    ) -> LinearResult:
         weight = linear.weight
         kernel, config = self._library.linear(
             weight.format, self._columns, self._configs.get(weight.format)
@@ -319,7 +331,9 @@ class DecodeStep:
         )
         self._add(kernels[name], (blocks, self.num_tokens, 1), 256, arguments, cluster=blocks)
 
-    def _add_attention(self, index: int, layer: CudaLayer, qkv: LinearResult, x: _Activation) -> None:
+    def _add_attention(
+        self, index: int, layer: CudaLayer, qkv: LinearResult, x: _Activation
+    ) -> None:
         config, heads = self._weights.config, _heads(self._weights.config)
         kernels = self._library.elementwise(config.width, 8, heads)
         heads_per_block = 256 // (config.head_dim // 16)
@@ -341,7 +355,10 @@ class DecodeStep:
         )
         grid = (self.num_tokens, -(-all_heads // heads_per_block), 1)
         self._add(kernels["rotate_and_store"], grid, 256, arguments)
-        attention = self._library.attention(heads, self._cache.page_slots, x.kind)
+        num_warps = attention_warps(
+            self.num_tokens * config.num_kv_heads, self._library.num_multiprocessors
+        )
+        attention = self._library.attention(heads, self._cache.page_slots, x.kind, num_warps)
         arguments = (
             self._queries,
             keys,
@@ -356,7 +373,7 @@ class DecodeStep:
             *x.arguments(),
         )
         grid = (self._num_splits, config.num_kv_heads, self.num_tokens)
-        self._add(attention, grid, 256, arguments)
+        self._add(attention, grid, num_warps * 32, arguments)
 
     def _add_silu(self, gate_up: LinearResult, x: _Activation) -> None:
         config = self._weights.config
@@ -486,7 +503,6 @@ class Prefill:
         rotary: RotaryFunction,
         mode: PrefillMode = "exact",
         fast_accumulation: bool = False,
-        overlaps: bool = True,
     ) -> None:
         self._library = library
         self._weights = weights
@@ -500,17 +516,15 @@ class Prefill:
         self._one = torch.ones((), device=device)
         element = 2 if mode == "exact" else 1
         sizes = [
-            la.weight.data.shape[0] * 64 * la.weight.num_k_blocks * K_BLOCK[la.weight.format]
+            la.weight.data.shape[0]
+            * 64
+            * la.weight.num_k_blocks
+            * K_BLOCK[la.weight.format]
             * (element if la.weight.format == "nvfp4" else 1)
             for layer in weights.layers
             for la in _linears(layer)
         ]
-        # Two, so that the next weight is decoded while this one is multiplied.
-        self._scratch = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
-        self._order = [li for layer in weights.layers for li in _linears(layer)]
-        self._side = torch.cuda.Stream(priority=-1) if overlaps else None
-        self._decoded_events = [torch.cuda.Event() for _ in range(2)]
-        self._free_events = [torch.cuda.Event() for _ in range(2)]
+        self._scratch = torch.empty(max(sizes), dtype=torch.uint8, device=device)
         self._token_scale_T = torch.ones(max_tokens, device=device)
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
         self._row_scales = {
@@ -529,10 +543,9 @@ class Prefill:
         stream = torch.cuda.current_stream().cuda_stream
         Launch(kernel, grid, num_threads, arguments, overlaps=False).run(stream)
 
-    def _decode(self, index: int) -> Tensor:
-        """Decode linear `index` into its scratch buffer: (O, I) e4m3 or bf16, as the library wants."""
-        weight = self._order[index].weight
-        scratch = self._scratch[index % 2]
+    def _decoded(self, linear: CudaLinear) -> Tensor:
+        """The weight as the library wants it, in the scratch buffer: (O, I) e4m3 or bf16."""
+        weight = linear.weight
         row_tiles, k_blocks = weight.data.shape[:2]
         if weight.format == "nvfp4":
             exact = self._mode == "exact"
@@ -542,27 +555,10 @@ class Prefill:
         else:
             name, row_bytes, gain = "untile_8bit", k_blocks * 128, ()
             exact = False
-        arguments = (weight.data, scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
+        arguments = (weight.data, self._scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
         self._launch(self._layout[name], (k_blocks, row_tiles, 1), 128, *arguments)
-        rows = scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
+        rows = self._scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
         return rows.view(torch.bfloat16 if exact else torch.float8_e4m3fn)
-
-    def _decode_ahead(self, index: int) -> None:
-        """Decode linear `index` on the side stream once the product before last has let go."""
-        if index >= len(self._order):
-            return
-        if self._side is None:
-            self._ready[index % 2] = self._decode(index)
-            return
-        self._side.wait_event(self._free_events[index % 2])
-        with torch.cuda.stream(self._side):
-            self._ready[index % 2] = self._decode(index)
-            self._decoded_events[index % 2].record()
-
-    def _take_decoded(self, index: int) -> Tensor:
-        if self._side is not None:
-            torch.cuda.current_stream().wait_event(self._decoded_events[index % 2])
-        return self._ready[index % 2]
 
     def _kind(self, linear: CudaLinear) -> str:
         """Suffix of the kernel that writes this linear's input."""
@@ -577,14 +573,7 @@ class Prefill:
 
     def _product(self, linear: CudaLinear, x_TI: Tensor) -> LinearResult:
         """Raw product in bf16 and the scales that the kernel after it applies."""
-        index = self._next
-        self._next += 1
-        assert self._order[index] is linear
-        if self._side is not None:
-            self._decode_ahead(index + 1)
-        else:
-            self._decode_ahead(index)
-        w_OI = self._take_decoded(index)
+        w_OI = self._decoded(linear)
         if x_TI.dtype == torch.bfloat16:
             y_TO = torch.mm(x_TI, w_OI.t())
         else:
@@ -596,7 +585,6 @@ class Prefill:
                 out_dtype=torch.bfloat16,
                 use_fast_accum=self._fast_accumulation,
             )
-        self._free_events[index % 2].record()
         self._last = y_TO  # alive until the kernel that reads it is enqueued
         per_token = self._kind(linear) == "e4m3_token"
         return LinearResult(
@@ -698,11 +686,6 @@ class Prefill:
         device = self._library.device
         self._angles = self._rotary(torch.arange(num_tokens, device=device))
         residual_TD = weights.embedding_VD[token_ids_T]
-        self._next = 0
-        self._ready: list[Tensor] = [self._scratch[0], self._scratch[1]]
-        if self._side is not None:
-            self._side.wait_stream(torch.cuda.current_stream())
-            self._decode_ahead(0)
         result: LinearResult | None = None
         for index, layer in enumerate(weights.layers):
             x = self._norm(result, residual_TD, layer.attention_norm_D, layer.qkv)

@@ -8,10 +8,10 @@
 // Bytes: 2 * context * kv heads * HEAD_SIZE. FLOP: 4 * context * heads * HEAD_SIZE.
 // Limits: at most 16 query heads a kv head, HEAD_SIZE 64 or 128, pages of a multiple of 16 slots.
 //
-// Set by the caller: HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, PAGE_SLOTS, OUT_KIND.
+// Set by the caller: HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, PAGE_SLOTS, OUT_KIND, WARPS (of a block: fewer
+// when there are many sequences, which then fill the device by themselves).
 
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
-constexpr int WARPS = 8;
 constexpr int STAGES = 3;                    // 16-key blocks a warp has in its ring
 constexpr int CHUNKS = HEAD_SIZE / 16;       // 16-byte pieces of a row
 constexpr int STAGE_BYTES = 2 * 16 * HEAD_SIZE;
@@ -177,10 +177,12 @@ DEVICE void attend_block(const u32 (&q)[WORDS][4], u32 stage, int num_valid, flo
 DEVICE void merge(const float* partials, int count, i64 stride, int row, int feature, float (&v)[4],
                   float& largest, float& total) {
   largest = NOTHING;
+#pragma unroll 8
   for (int i = 0; i < count; ++i)
     largest = fmaxf(largest, partials[i * stride + row * PARTIAL + HEAD_SIZE]);
   total = 0.0f;
   v[0] = v[1] = v[2] = v[3] = 0.0f;
+#pragma unroll 8
   for (int i = 0; i < count; ++i) {
     const float* p = partials + i * stride + row * PARTIAL;
     const float share = exp2f(p[HEAD_SIZE] - largest);
@@ -204,7 +206,7 @@ DEVICE void store_output(u8* out, i64 chunk_stride, i64 token_stride, int token,
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
     decode_attention(const u16* q, const u8* k_cache, const u8* v_cache, const int* block_table,
                      int table_stride, const int* context_lengths, float scale, float v_scale,
                      float* workspace, u32* counters, u8* out, i64 chunk_stride, i64 token_stride,
@@ -218,14 +220,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
   wait_for_previous_kernels();
   const int context = context_lengths[sequence];
   const int num_blocks = (context + 15) / 16;
-  // Whole rounds of the block's warps, so that short contexts use few splits.
-  const int share = ((num_blocks + gridDim.x - 1) / gridDim.x + WARPS - 1) / WARPS * WARPS;
+  // Whole rounds of the block's warps, two at least: a round costs less than merging splits.
+  const int rounds = ((num_blocks + gridDim.x - 1) / gridDim.x + WARPS - 1) / WARPS;
+  const int share = max(2, rounds) * WARPS;
   const int num_splits = (num_blocks + share - 1) / share;
   if (split >= num_splits) return;
   const int end = min(num_blocks, (split + 1) * share);
-
-  u32 queries[WORDS][4];
-  load_queries(q + (static_cast<i64>(sequence) * NUM_HEADS + kv_head * GROUP) * HEAD_SIZE, g, t, queries);
   Weights w = {{NOTHING, NOTHING}, {0.0f, 0.0f}};
   float sums[TILES][4];
 #pragma unroll
@@ -245,6 +245,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
       start_block(ring + i * STAGE_BYTES, keys, values, slot_of(ahead), min(16, context - ahead * 16), lane);
     commit_copies();
   }
+  u32 queries[WORDS][4];   // while the first copies are under way
+  load_queries(q + (static_cast<i64>(sequence) * NUM_HEADS + kv_head * GROUP) * HEAD_SIZE, g, t, queries);
   i64 slot_ahead = ahead < end ? slot_of(ahead) : 0;   // looked up one round early
   int stage = 0;
   for (int b = first; b < end; b += WARPS) {

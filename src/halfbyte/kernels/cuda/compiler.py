@@ -59,7 +59,9 @@ def wgmma_source(format_: str, num_columns: int) -> str:
         signature = f"wgmma_rs(float (&d)[{count}], const u32 (&a)[4], u64 tokens, int adds)"
         next_operand = count + 4
     else:
-        types, tail = ("f32.e4m3.e4m3", "1, 1") if format_ == "fp8" else ("f32.bf16.bf16", "1, 1, 0, 0")
+        types, tail = (
+            ("f32.e4m3.e4m3", "1, 1") if format_ == "fp8" else ("f32.bf16.bf16", "1, 1, 0, 0")
+        )
         left = f"%{count}"
         inputs = '"l"(weights), "l"(tokens), "r"(adds)'
         signature = f"wgmma_ss(float (&d)[{count}], u64 weights, u64 tokens, int adds)"

@@ -165,7 +165,5 @@ class Kernel:
 
     def enqueue(self, config: _Config, pointers: ctypes.Array[ctypes.c_void_p]) -> None:
         """Launch with a prepared configuration."""
-        status = self._driver.cuLaunchKernelEx(
-            ctypes.byref(config), self._function, pointers, None
-        )
+        status = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(status, f"launch {self.name}")

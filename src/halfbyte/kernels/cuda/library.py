@@ -20,6 +20,7 @@ COLUMNS = (8, 16, 32, 64, 128)
 _FORMAT_NUMBER = {"fp8": 0, "nvfp4": 1, "bf16": 2}
 # Shared memory that a ring may take, so that the small kernel ahead still fits beside it.
 _RING_BYTES = 172 * 1024
+_RING_BYTES_PAIRED = 104 * 1024
 _RING_BYTES_ALONE = 214 * 1024
 _MAX_STAGES = 8
 
@@ -66,6 +67,9 @@ def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
     if format_ == "fp8" and columns == 128:
         # Two sets of sums a thread (see linear.cu): a smaller tile, or they would spill.
         groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
+    elif format_ == "nvfp4" and columns <= 16:
+        # Two rings fit a multiprocessor: the next linear fills its own while this one drains.
+        groups, tiles, registers, ring = 2, 2, 0, _RING_BYTES_PAIRED
     elif columns < 128:
         groups, tiles, registers, ring = 4, 1, 0, _RING_BYTES
     else:
@@ -159,9 +163,7 @@ _ELEMENTWISE = (
     "choose_token",
     "advance",
 )
-# As in attention.cu.
-_ATTENTION_WARPS = 8
-_ATTENTION_STAGES = 3
+_ATTENTION_STAGES = 3  # as in attention.cu
 
 
 def unavailable(device_type: str) -> str | None:
@@ -216,14 +218,16 @@ class KernelLibrary:
             dict.fromkeys(_ELEMENTWISE, 0) | {"silu_mul_e4m3_token": 96 * 1024},
         )
 
-    def attention(self, heads: HeadShape, page_slots: int, out: OutKind) -> Kernel:
-        """Decode attention over pages of `page_slots`, writing `out` (e4m3 or bf16)."""
+    def attention(
+        self, heads: HeadShape, page_slots: int, out: OutKind, num_warps: int = 8
+    ) -> Kernel:
+        """Decode attention over pages of `page_slots`, writing `out`, `num_warps` a block."""
         group = heads.num_heads // heads.num_kv_heads
-        merged = _ATTENTION_WARPS * group * (heads.head_dim + 2) * 4
-        ring = _ATTENTION_WARPS * _ATTENTION_STAGES * 2 * 16 * heads.head_dim
+        merged = num_warps * group * (heads.head_dim + 2) * 4
+        ring = num_warps * _ATTENTION_STAGES * 2 * 16 * heads.head_dim
         return self._make(
-            ("attention", heads, page_slots, out),
-            lambda: attention_code(heads, page_slots, out),
+            ("attention", heads, page_slots, out, num_warps),
+            lambda: attention_code(heads, page_slots, out, num_warps),
             {"decode_attention": max(merged, ring)},
         )["decode_attention"]
 
@@ -254,9 +258,22 @@ def elementwise_code(width: int, norm_blocks: int, heads: HeadShape) -> bytes:
     return compile_kernel("elementwise", defines)
 
 
-def attention_code(heads: HeadShape, page_slots: int, out: OutKind) -> bytes:
+def attention_warps(num_pairs: int, num_multiprocessors: int) -> int:
+    """Warps a block of decode attention, so that the pairs (sequence, kv head) fill the device."""
+    for num_warps in (2, 4):
+        if num_pairs * num_warps >= 14 * num_multiprocessors:
+            return num_warps
+    return 8
+
+
+def attention_code(heads: HeadShape, page_slots: int, out: OutKind, num_warps: int) -> bytes:
     """Machine code of attention.cu; fills the cache on disk."""
-    defines = {"PAGE_SLOTS": page_slots, "OUT_KIND": OUT_KINDS[out], **_head_defines(heads)}
+    defines = {
+        "PAGE_SLOTS": page_slots,
+        "OUT_KIND": OUT_KINDS[out],
+        "WARPS": num_warps,
+        **_head_defines(heads),
+    }
     return compile_kernel("attention", defines)
 
 

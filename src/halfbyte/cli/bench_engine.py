@@ -1,0 +1,28 @@
+"""`halfbyte bench engine`: the whole decoder on one GPU, synthetic weights, one record."""
+
+import argparse
+from pathlib import Path
+
+from halfbyte.errors import UsageError
+
+EXAMPLE = "  halfbyte bench engine --geometry medium-3.5 --layers 88 --weights synthetic"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--geometry", choices=["medium-3.5"], default="medium-3.5")
+    parser.add_argument("--layers", type=int, default=88, help="decoder layers to build")
+    parser.add_argument("--weights", choices=["synthetic"], default="synthetic")
+    parser.add_argument("--record", type=Path, help="JSON file to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte.bench.engine_bench import run_engine
+    from halfbyte.bench.gpu import make_record, write_record
+
+    if args.layers < 6:
+        raise UsageError(f"--layers {args.layers}: the mixed format needs at least 6")
+    ceilings, rows = run_engine(args.layers)
+    if args.record is not None:
+        config = {"geometry": args.geometry, "layers": args.layers, "weights": args.weights}
+        write_record(args.record, make_record("engine", ceilings, config, rows))
+    return 0

@@ -1,0 +1,29 @@
+"""`halfbyte bench kernels`: each product of a decoder layer on one GPU, one record."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "  halfbyte bench kernels --record benchmarks/records/kernels-h200.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compare", action="store_true", help="also time other block shapes")
+    parser.add_argument("--record", type=Path, help="JSON file to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from halfbyte.bench.gpu import make_record, measure_ceilings, write_record
+    from halfbyte.bench.kernels_bench import TOKENS, format_rows, run_kernels
+    from halfbyte.kernels.cuda.library import KernelLibrary
+
+    device = torch.device("cuda")
+    library = KernelLibrary(device)
+    ceilings = measure_ceilings(device)
+    rows = run_kernels(library, TOKENS, compares=args.compare)
+    print(ceilings)
+    print(format_rows(rows, ceilings.copy_tb_per_s))
+    if args.record is not None:
+        write_record(args.record, make_record("kernels", ceilings, {"tokens": TOKENS}, rows))
+    return 0
