@@ -68,7 +68,10 @@ def plan_memory(
     activation_bytes: int,
     budget_bytes: int | None,
 ) -> MemoryPlan:
-    """Spend a budget: first the layer, then activations, then a prefetched layer.
+    """Spend a budget: first the layer, then a prefetched one, then activations.
+
+    Activations are written to disk in any case, so that a killed run can go on; keeping them in
+    memory too saves reading them back, prefetching hides reading and decoding a whole layer.
 
     budget_bytes  None takes three quarters of what the machine has available
     Raises CapacityError if an explicit budget cannot hold one layer.
@@ -84,7 +87,7 @@ def plan_memory(
         raise CapacityError(
             f"--memory {budget / 2**30:.2f} GiB: one decoder layer takes {least / 2**30:.2f} GiB"
         )
-    in_memory = least + activation_bytes <= budget
-    peak = least + (activation_bytes if in_memory else 0)
-    prefetch = peak + layer <= budget
-    return MemoryPlan(peak + (layer if prefetch else 0), in_memory, prefetch)
+    prefetch = least + layer <= budget
+    peak = least + (layer if prefetch else 0)
+    in_memory = peak + activation_bytes <= budget
+    return MemoryPlan(peak + (activation_bytes if in_memory else 0), in_memory, prefetch)

@@ -26,7 +26,7 @@ from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validat
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import cache_scales, quantize_layer
 from halfbyte.quantize.report import Record, linear_record
-from halfbyte.quantize.staging import Staging, locked, work_directory
+from halfbyte.quantize.staging import FULL, Staging, locked, work_directory
 
 _FIRST_STEP = "outside the layers"
 
@@ -84,19 +84,29 @@ def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[Record]:
         else:
             _begin(job, staging, journal)
         _Progress(job, staging, journal, entries).run(on_layer)
-    except (FormatError, KeyboardInterrupt) as error:
-        # A weight that cannot be encoded will be the same next time; an interrupted run goes on.
-        if isinstance(error, FormatError):
-            staging.discard()
+    except FormatError:
+        # A weight that cannot be encoded will be the same next time.
+        staging.discard()
         raise
-    except CapacityError:
-        if len(entries) == 0:
+    except (CapacityError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
+        if not entries:
             staging.discard()
-        raise
+            raise CapacityError(_full(job, error, "nothing was left behind")) from error
+        kept = f"{len(entries)} finished steps are kept in {work}: make room and run again"
+        raise CapacityError(_full(job, error, kept)) from error
     finally:
         staging.close()
         journal.close()
     return [record for entry in entries for record in entry.get("linears", ())]
+
+
+def _full(job: Job, error: Exception, what_is_left: str) -> str:
+    said = str(error)
+    if isinstance(error, OSError):
+        said = f"{job.config.output}: disk full while writing activations or the journal"
+    return f"{said}; {what_is_left}"
 
 
 def _begin(job: Job, staging: Staging, journal: Journal) -> None:

@@ -28,7 +28,8 @@ from halfbyte.checkpoint.writer import check_target
 from halfbyte.errors import CapacityError, UsageError
 
 _PIECE_BYTES = 16 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the system says when a disk, a quota or a file size limit is reached.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ class Staging:
         try:
             yield
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise
             needed = self._plan.total_bytes / 1e9
             raise CapacityError(

@@ -1,0 +1,56 @@
+"""The budget: first the layer, then the next one, then activations; refused if too small."""
+
+from dataclasses import replace
+
+import pytest
+
+from halfbyte.errors import CapacityError
+from halfbyte.model.tiny import tiny_config
+from halfbyte.quantize.memory import layer_peak_bytes, plan_memory
+
+GIB = 1 << 30
+# Mistral Medium 3.5: the real widths.
+MEDIUM = replace(
+    tiny_config().text,
+    num_layers=88,
+    width=12288,
+    num_heads=96,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_width=28672,
+    vocab_size=131072,
+)
+
+
+def test_twelve_gib_hold_a_layer_of_the_real_model_and_the_next_one() -> None:
+    plan = plan_memory(
+        MEDIUM,
+        longest_row_tokens=2048,
+        activation_bytes=128 * 2048 * 12288 * 2,
+        budget_bytes=12 * GIB,
+    )
+    assert plan.peak_bytes <= 12 * GIB
+    assert plan.prefetch and not plan.activations_in_memory
+
+
+def test_the_number_of_layers_costs_no_memory() -> None:
+    assert layer_peak_bytes(MEDIUM, 2048) == layer_peak_bytes(replace(MEDIUM, num_layers=3), 2048)
+
+
+def test_prefetching_comes_before_activations() -> None:
+    plans = [
+        plan_memory(
+            MEDIUM, longest_row_tokens=512, activation_bytes=3 * GIB, budget_bytes=gib * GIB
+        )
+        for gib in (6, 11, 16)
+    ]
+    spent = [(plan.prefetch, plan.activations_in_memory) for plan in plans]
+    assert spent == [(False, False), (True, False), (True, True)]
+    assert [plan.peak_bytes <= gib * GIB for plan, gib in zip(plans, (6, 11, 16), strict=True)]
+
+
+def test_a_budget_below_one_layer_is_refused_with_the_need() -> None:
+    with pytest.raises(CapacityError, match=r"one decoder layer takes \d"):
+        plan_memory(MEDIUM, longest_row_tokens=512, activation_bytes=0, budget_bytes=2 * GIB)
+    free = plan_memory(MEDIUM, longest_row_tokens=512, activation_bytes=0, budget_bytes=None)
+    assert free.peak_bytes > 2 * GIB

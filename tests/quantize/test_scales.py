@@ -1,0 +1,106 @@
+"""Scales: shared in NVFP4 groups only, never zero, never worse when searched."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfbyte.errors import FormatError
+from halfbyte.formats.measure import largest_magnitude
+from halfbyte.formats.nvfp4 import (
+    block_errors,
+    block_maxima,
+    block_scales,
+    decode_nvfp4,
+    encode_nvfp4,
+    nvfp4_tensor_scale,
+)
+from halfbyte.modules import WeightFormat
+from halfbyte.quantize.scales import (
+    cache_scale,
+    encode_weight_nvfp4,
+    input_scale,
+    least_squares_scales,
+    pinned_input_scale,
+    shared_maxima,
+)
+
+
+def test_only_nvfp4_groups_share_their_maximum() -> None:
+    formats: dict[str, WeightFormat] = {
+        "decoder.0.attention.q": "fp8",
+        "decoder.0.attention.k": "fp8",
+        "decoder.0.mlp.gate": "nvfp4",
+        "decoder.0.mlp.up": "nvfp4",
+        "decoder.0.mlp.down": "nvfp4",
+    }
+    maxima = {name: torch.tensor(float(n + 1)) for n, name in enumerate(formats)}
+    shared = {name: float(amax) for name, amax in shared_maxima(maxima, formats).items()}
+    assert list(shared.values()) == [1, 2, 4, 4, 5]
+
+
+@pytest.mark.parametrize("chosen, constant", [("fp8", 448), ("nvfp4", 2688)])
+def test_input_scale_is_amax_over_the_largest_value(chosen: WeightFormat, constant: int) -> None:
+    scale = input_scale("x", chosen, torch.tensor(3.5).bfloat16(), "ieee")
+    assert scale.dtype == torch.float32 and scale.shape == ()
+    assert float(scale) == float(torch.tensor(3.5) / constant)
+    doubled = input_scale("x", chosen, torch.tensor(3.5).bfloat16(), "ieee", "headroom")
+    assert float(doubled) == 2 * float(scale)
+
+
+@pytest.mark.parametrize("chosen, expected", [("fp8", 1.0), ("nvfp4", 1 / 448)])
+def test_unreached_input_gets_the_reference_stand_in(chosen: WeightFormat, expected: float) -> None:
+    scale = input_scale("nobody", chosen, torch.tensor(0.0).bfloat16(), "ieee")
+    assert float(scale) == pytest.approx(expected)
+
+
+def test_declared_scales_keep_their_meaning_without_data() -> None:
+    declared = torch.tensor(0.03).bfloat16()
+    assert float(pinned_input_scale("fp8", declared, "ieee")) == float(declared)
+    assert float(pinned_input_scale("nvfp4", declared, "ieee")) == pytest.approx(
+        float(declared) / 6
+    )
+    assert float(pinned_input_scale("fp8", None, "ieee")) == 1.0
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_cache_scale_of_nothing_is_refused_by_name(bad: float) -> None:
+    with pytest.raises(FormatError, match=r"decoder\.3\.attention\.k_scale"):
+        cache_scale("decoder.3.attention.k_scale", torch.tensor(bad), "ieee")
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.sampled_from([torch.bfloat16, torch.float32]))
+def test_searched_scales_are_never_worse_on_any_block(seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w = (torch.randn(6, 64, generator=generator) ** 3).to(dtype)
+    w[2, 16:32] = 0
+    scale = nvfp4_tensor_scale(largest_magnitude(w))
+    plain = block_scales(block_maxima(w), scale)
+    searched = least_squares_scales(w, scale)
+    assert bool((block_errors(w, searched, scale) <= block_errors(w, plain, scale)).all())
+    assert float(searched[2, 1].float()) == 1.0
+
+
+def test_block_errors_are_those_of_the_decoded_weight() -> None:
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    encoded = encode_nvfp4(w, nvfp4_tensor_scale(largest_magnitude(w)))
+    lost = (w.double() - decode_nvfp4(encoded, torch.float32).double()).square()
+    expected = lost.view(8, 4, 16).sum(dim=2)
+    errors = block_errors(w, encoded.scale_OB, encoded.tensor_scale).double()
+    assert torch.allclose(errors, expected, rtol=1e-5, atol=0)
+
+
+def test_searched_weights_lose_less_and_amax_is_the_plain_encoder() -> None:
+    w = torch.randn(32, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
+    scale = nvfp4_tensor_scale(largest_magnitude(w))
+    plain = encode_weight_nvfp4(w, scale, "amax")
+    assert torch.equal(plain.codes_OI2, encode_nvfp4(w, scale).codes_OI2)
+    searched = encode_weight_nvfp4(w, scale, "mse")
+    lost = [
+        float((w.float() - decode_nvfp4(e, torch.float32)).square().sum())
+        for e in (plain, searched)
+    ]
+    assert lost[1] < 0.85 * lost[0]
