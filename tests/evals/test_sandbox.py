@@ -55,7 +55,7 @@ HOSTILE: dict[str, tuple[str, str, str]] = {
     ),
     "memory hog": ("x = bytearray(1 << 40)", "exited", "MemoryError"),
     "slow memory hog": (
-        "x = []\nwhile True: x.append(bytearray(1 << 26))",
+        "x = []\nwhile True: x.append(bytearray(1 << 27))",
         "exited",
         "MemoryError",
     ),

@@ -6,6 +6,7 @@ output are bounded. `sandbox_init` builds that world; here is what stays outside
 watching it, and the verdict. If the machine cannot give the isolation, nothing is run.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -25,7 +26,9 @@ from halfbyte.evals import sandbox_init
 
 Ending = Literal["exited", "signal", "wall", "cpu", "memory", "output"]
 
-# The order of the words is the order in which the reference lists what must hold.
+_END_LIMIT_S = 10.0  # for the kernel to end a killed world; far more than it takes
+
+# Without any of these nothing is run.
 REQUIRED = ("network", "pid", "mount", "seccomp")
 
 # All that the program finds in its environment; one thread, or libraries hit the process limit.
@@ -161,13 +164,14 @@ def run_program(
         start_new_session=True,
     )
     os.close(report_write)
+    watch = _Watch()
     try:
         assert child.stdin is not None
         child.stdin.write(json.dumps(config).encode())
         child.stdin.close()
-        watch = _watch(child, report_read, limits, started)
+        _watch(watch, child, report_read, limits, started)
     finally:
-        _end(child)
+        _end(child, watch.facts.get("init"))
         os.close(report_read)
     return _outcome(watch, time.monotonic() - started)
 
@@ -182,10 +186,15 @@ class _Watch:
         self.facts: dict[str, Any] = {}
 
 
-def _watch(child: "subprocess.Popen[bytes]", report: int, limits: Limits, started: float) -> _Watch:
+def _watch(
+    watch: _Watch,
+    child: "subprocess.Popen[bytes]",
+    report: int,
+    limits: Limits,
+    started: float,
+) -> None:
     """Read output and reports until the program ends or a limit is passed; then kill it."""
     assert child.stdout is not None and child.stderr is not None
-    watch = _Watch()
     streams = (child.stdout.fileno(), child.stderr.fileno())
     watch.streams = {stream: bytearray() for stream in streams}
     waiting = {*streams, report}
@@ -211,7 +220,6 @@ def _watch(child: "subprocess.Popen[bytes]", report: int, limits: Limits, starte
             break
     for line in bytes(watch.report).splitlines():
         watch.facts.update(json.loads(line))
-    return watch
 
 
 def _outcome(watch: _Watch, wall_s: float) -> Outcome:
@@ -235,11 +243,21 @@ def _outcome(watch: _Watch, wall_s: float) -> Outcome:
     return Outcome("exited", os.WEXITSTATUS(status), 0, out, err, wall_s, active)
 
 
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    """Kill the launcher; its death ends init, and the end of init ends everything inside."""
+def _end(child: "subprocess.Popen[bytes]", init: int | None) -> None:
+    """Kill what is left, and wait until all of it is gone.
+
+    The end of init ends everything inside, and the kernel lets the launcher reap it only after
+    that; so init is killed and the launcher waited for. As long as the launcher lives, init's
+    number cannot have been given to another process.
+    """
     for stream in (child.stdout, child.stderr):
         if stream is not None:
             stream.close()
+    if child.poll() is None and init is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(init, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_END_LIMIT_S)
     if child.poll() is None:
         child.kill()
     child.wait()
