@@ -100,10 +100,9 @@ class Router:
         self.num_reasoning_tokens = 0
         self.stopped_by: str | None = None
 
-    @property
-    def in_content(self) -> bool:
-        """Whether the next text token belongs to the content."""
-        return self._state is _State.CONTENT
+    def is_content(self, token_id: int) -> bool:
+        """Whether this token, if it comes next, is part of the content."""
+        return self._state is _State.CONTENT and not self._vocabulary.is_control(token_id)
 
     def feed(self, token_id: int) -> list[Delta]:
         """What became certain with this token. After `stopped_by` is set, feed nothing more."""
