@@ -133,7 +133,7 @@ def main() -> None:
     }
     if args.record:
         question = "do two checkpoints become a report and a card, and how long does it take?"
-        command = " ".join(["python", *sys.argv])
+        command = "python benchmarks/evals_end_to_end.py FP8 MIXED OUT --data ITEMS"
         record.write(args.record, name="evals_end_to_end", question=question, command=command,
                      results=results)  # fmt: skip
     print(json.dumps(results, indent=1))

@@ -1,0 +1,70 @@
+"""Journals and the small texts around a run."""
+
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import UsageError
+from halfbyte.evals.plan import format_plan, plan_run
+from halfbyte.evals.reasoning import split_reasoning
+from halfbyte.evals.records import Journal, newest, read_lines, read_run
+from halfbyte.evals.tasks.suite import find_benchmarks
+
+
+@pytest.mark.parametrize("torn", [b'{"b": 2', b"{", b'{"b": "\xc3'])
+def test_torn_line_is_cut_off_and_writing_goes_on(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path)
+    journal.append({"a": "é" * 100_000})
+    journal.close()
+    with path.open("ab") as file:
+        file.write(torn)
+    assert len(list(read_lines(path))) == 1
+    journal = Journal(path)
+    journal.append({"c": "\ud800"})  # a lone surrogate, as broken servers send
+    journal.close()
+    assert [next(iter(row)) for row in read_lines(path)] == ["a", "c"]
+
+
+def test_a_file_without_any_whole_line_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(b'{"a": ' + b"1" * 200_000)
+    Journal(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_newest_grading_is_read(tmp_path: Path) -> None:
+    for name in ("samples", "samples.regrade-2", "samples.regrade-10"):
+        (tmp_path / f"{name}.jsonl").touch()
+    found = newest(tmp_path, "samples", "jsonl")
+    assert found is not None and found.name == "samples.regrade-10.jsonl"
+    with pytest.raises(UsageError, match=r"run\.json"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, sent, answer, reasoning",
+    [
+        ("B", "because", "B", "because"),
+        ("<think>because</think>\nB", "", "B", "because"),
+        ("[THINK]because[/THINK]B", "", "B", "because"),
+        ("because</think>B", "", "B", "because"),
+        ("<think>because it", "", "", "because it"),
+        ("Answer: A <think>or B", "", "", "or B"),
+        ("<think>a</think>B<think>c</think>", "", "B", "a\nc"),
+        ("", "", "", ""),
+    ],
+)
+def test_reasoning_is_split_off_in_every_form(
+    content: str, sent: str, answer: str, reasoning: str
+) -> None:
+    assert split_reasoning(content, sent) == (answer, reasoning)
+
+
+def test_plan_names_cost_and_what_can_be_seen() -> None:
+    lines = plan_run(find_benchmarks(["gpqa_diamond"]), 16, None, 5_000.0, None)
+    (line,) = lines
+    assert line.output_tokens == 198 * 16 * 9_000
+    assert line.hours == pytest.approx(198 * 16 * 9_000 / 5_000 / 3600)
+    assert line.detectable == pytest.approx(0.0174, abs=1e-4)
+    assert "planning" in format_plan(lines)
