@@ -252,7 +252,9 @@ def format_row(row: dict[str, Any]) -> str:
     )
 
 
-def run_start(num_layers: int, device: torch.device) -> dict[str, Any]:
+def run_start(
+    num_layers: int, device: torch.device
+) -> tuple[dict[str, Any], KernelLibrary, CudaWeights]:
     """Seconds from nothing on the device to a first token: kernels, weights, cache, graph, one step."""
     start = time.perf_counter()
     compile_all(num_layers)
@@ -268,7 +270,7 @@ def run_start(num_layers: int, device: torch.device) -> dict[str, Any]:
     step.capture()
     step.replay()
     torch.cuda.synchronize()
-    return {
+    row = {
         "kind": "start",
         "kernels_s": compiled_s,
         "weights_s": weights_s,
@@ -276,6 +278,7 @@ def run_start(num_layers: int, device: torch.device) -> dict[str, Any]:
         "weights_bytes": weights.num_bytes,
         "allocated_bytes": torch.cuda.memory_allocated(),
     }
+    return row, library, weights
 
 
 def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
@@ -283,14 +286,12 @@ def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
     device = torch.device("cuda")
     torch.manual_seed(0)
     torch.zeros(1, device=device)
-    rows = [run_start(num_layers, device)]
-    print(rows[0], flush=True)
-    torch.cuda.empty_cache()
     ceilings = measure_ceilings(device)
     print(ceilings, flush=True)
     torch.cuda.empty_cache()
-    library = KernelLibrary(device)
-    weights = make_weights(library, num_layers)
+    start, library, weights = run_start(num_layers, device)
+    rows = [start]
+    print(start, flush=True)
     for point in POINTS:
         rows.append(run_decode(library, weights, point, ceilings))
         print(format_row(rows[-1]), flush=True)

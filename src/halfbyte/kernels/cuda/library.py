@@ -18,9 +18,10 @@ from halfbyte.kernels.repack import K_BLOCK, ROWS, UNIT_BYTES, TiledWeight, Tile
 # Columns (padded tokens) the streaming linear is compiled for.
 COLUMNS = (8, 16, 32, 64, 128)
 _FORMAT_NUMBER = {"fp8": 0, "nvfp4": 1, "bf16": 2}
-# Shared memory that a ring may take, so that the small kernel ahead still fits beside it.
+# Shared memory that a ring may take, so that the small kernel ahead still fits beside it. More than
+# half of a multiprocessor's: were there room for two, the blocks of the next linear would settle in
+# pairs where this one ends first, and the step would take a third longer (measured).
 _RING_BYTES = 172 * 1024
-_RING_BYTES_PAIRED = 104 * 1024
 _RING_BYTES_ALONE = 214 * 1024
 _MAX_STAGES = 8
 
@@ -68,8 +69,7 @@ def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
         # Two sets of sums a thread (see linear.cu): a smaller tile, or they would spill.
         groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
     elif format_ == "nvfp4" and columns <= 16:
-        # Two rings fit a multiprocessor: the next linear fills its own while this one drains.
-        groups, tiles, registers, ring = 2, 2, 0, _RING_BYTES_PAIRED
+        groups, tiles, registers, ring = 2, 2, 0, _RING_BYTES
     elif columns < 128:
         groups, tiles, registers, ring = 4, 1, 0, _RING_BYTES
     else:
