@@ -20,6 +20,7 @@ from halfbyte.server.chat_api import chat_frames, chat_response
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.gate import Gate, Keys
 from halfbyte.server.openapi import describe, request_body
+from halfbyte.server.pages import add_pages
 from halfbyte.server.prepare import check_token_ids, encode_messages
 from halfbyte.server.problems import error_body, response_of
 from halfbyte.server.responses_api import responses_frames, responses_response
@@ -64,6 +65,7 @@ def create_app(
     _add_completions(app, backend)
     _add_tokens(app, backend)
     _add_state(app, backend)
+    add_pages(app)
     _add_error_handlers(app, backend)
     app.add_middleware(
         Gate, keys=Keys(config.api_keys), metrics=backend.metrics, access_log=access_log
