@@ -1,21 +1,23 @@
 """The whole decoder on one GPU: decode steps and prefill, in the shipped mixed format.
 
-Question: how many milliseconds does a decode step take at each batch size and context, how many tokens
-    a second does prefill reach, and what share of the floor is that?
-Method: random weights of the geometry on the device (`synthetic`), paged FP8 cache with random content.
-    Decode: one captured graph a batch size, which also chooses the tokens and moves the sequences on;
-    5 warm-up steps, then `steps` steps each timed by events. Prefill: eager, one sequence from its
-    start, 1 warm-up, `repeats` runs timed by events.
-Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = all linears once plus the
-    context's keys and values; prefill floor = FLOP of each linear / the rate of its format.
-Reading the result: share of the floor, against ceilings measured in the same run. The product rate of
-    NVFP4 layers is bf16's in "exact", FP8's in "fast".
+Question: how many milliseconds does a decode step take at each batch size and context, how many
+    tokens a second does prefill reach, and what share of the floor is that?
+Method: random weights of the geometry on the device (`synthetic`), paged FP8 cache with random
+    content. Decode: one captured graph a batch size, which also chooses the tokens and moves the
+    sequences on; 5 warm-up steps, then `steps` steps each timed by events. Prefill: eager, one
+    sequence from its start, 1 warm-up, `repeats` runs timed by events.
+Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = all linears once plus
+    the context's keys and values; prefill floor = FLOP of each linear / the rate of its format.
+Reading the result: share of the floor, against ceilings measured in the same run. The product rate
+    of NVFP4 layers is bf16's in "exact", FP8's in "fast". Ceilings are those of short bursts; under
+    seconds of products the board's power limit lowers them (benchmarks/notes-kernels.md).
 Last record: benchmarks/records/engine-h200.json
 """
 
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,12 +74,12 @@ def compile_all(num_layers: int) -> None:
     config = medium_geometry(num_layers)
     heads = HeadShape(config.head_dim, config.num_heads, config.num_kv_heads)
     tasks = [
-        lambda f=format_, c=columns: linear_code(f, c, choose_config(f, c))
+        partial(linear_code, format_, columns, choose_config(format_, columns))
         for format_ in _FORMATS
         for columns in COLUMNS
     ]
-    tasks += [lambda b=blocks: elementwise_code(config.width, b, heads) for blocks in (1, 2, 8)]
-    tasks += [lambda n=warps: attention_code(heads, PAGE_SLOTS, "e4m3", n) for warps in (2, 4, 8)]
+    tasks += [partial(elementwise_code, config.width, blocks, heads) for blocks in (1, 2, 8)]
+    tasks += [partial(attention_code, heads, PAGE_SLOTS, "e4m3", warps) for warps in (2, 4, 8)]
     compile_together(tasks)
 
 
@@ -170,7 +172,7 @@ def run_decode(
         "launches": step.num_launches,
         "capture_s": capture_s,
         "buffers_bytes": torch.cuda.memory_allocated() - before,
-        "distinct_tokens": int(chosen.unique().numel()),
+        "distinct_tokens": int(torch.unique(chosen).numel()),
     }
 
 
@@ -255,7 +257,7 @@ def format_row(row: dict[str, Any]) -> str:
 def run_start(
     num_layers: int, device: torch.device
 ) -> tuple[dict[str, Any], KernelLibrary, CudaWeights]:
-    """Seconds from nothing on the device to a first token: kernels, weights, cache, graph, one step."""
+    """Seconds to a first token: kernels, weights, cache, graph, one step."""
     start = time.perf_counter()
     compile_all(num_layers)
     compiled_s = time.perf_counter() - start

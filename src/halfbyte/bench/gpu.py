@@ -1,21 +1,18 @@
-"""Timing on one GPU: events, graph replays, the ceilings of the device, and the record's frame.
+"""Timing on one GPU: events, graph replays, the ceilings of the device, rows for the record.
 
 A share of a ceiling means something only against ceilings measured on the same device in the same
 run, so every record carries both.
 """
 
-import json
-import platform
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
+
+# What tells one row from another, in the order of its label.
+LABEL_KEYS = ("kind", "linear", "format", "block", "batch", "context", "tokens", "mode")
 
 
 def time_ms(work: Callable[[], object], *, warmups: int = 3, repeats: int = 10) -> list[float]:
@@ -23,7 +20,7 @@ def time_ms(work: Callable[[], object], *, warmups: int = 3, repeats: int = 10) 
     for _ in range(warmups):
         work()
     events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         for _ in range(repeats)
     ]
     for start, end in events:
@@ -38,7 +35,7 @@ def time_graph_ms(
     work: Callable[[], object], *, inner: int = 1, warmups: int = 3, repeats: int = 10
 ) -> list[float]:
     """Milliseconds of one `work`, captured `inner` times into a graph and replayed."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
@@ -77,7 +74,6 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     copy = statistics.median(time_ms(lambda: target.copy_(source)))
     wide = source.view(torch.float32)
     read = statistics.median(time_ms(lambda: torch.amax(wide)))
-    del source, target, wide
     side = 8192
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     b = torch.randn(side, side, device=device, dtype=torch.bfloat16)
@@ -102,42 +98,31 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     )
 
 
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def make_record(
-    name: str, ceilings: Ceilings, config: Mapping[str, Any], results: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The JSON of one run: what ran, on what, every sample."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "benchmark": name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["halfbyte", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": _git("status", "--porcelain", "--untracked-files=no") != "",
-        "device": {
-            "name": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-        },
-        "software": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-        },
+def results_and_samples(
+    ceilings: Ceilings, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Rows of a GPU benchmark as `record.write` takes them: figures here, every sample there."""
+    samples, kept = {}, []
+    for row in rows:
+        label = " ".join(str(row[key]) for key in LABEL_KEYS if key in row)
+        if "samples_ms" in row:
+            samples[f"{label}, ms"] = list(row["samples_ms"])
+        kept.append({"label": label, **{k: v for k, v in row.items() if k != "samples_ms"}})
+    headlines = [headline(row) for row in kept if "share_of_floor" in row]
+    results = {
         "ceilings": asdict(ceilings),
         "config": dict(config),
-        "results": results,
+        "headlines": headlines,
+        "rows": kept,
     }
+    return results, samples
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, creating its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def headline(row: Mapping[str, Any]) -> dict[str, str]:
+    """What, figure and comparison of a decode or prefill row, for the generated tables."""
+    floor = f"floor {row['floor_ms']:.1f} ms ({row['share_of_floor']:.0%} of its speed)"
+    if row["kind"] == "decode":
+        what = f"decode, batch {row['batch']}, context {row['context']}"
+        return {"what": what, "figure": f"{row['median_ms']:.2f} ms a step", "against": floor}
+    what = f"prefill, {row['tokens']} tokens, {row['mode']}"
+    return {"what": what, "figure": f"{row['tokens_per_s']:.0f} tok/s", "against": floor}

@@ -1,7 +1,7 @@
 """Each product of a decoder layer at each batch size, alone.
 
-Question: what share of the device's copy rate does the streaming linear reach for each weight format,
-    shape and number of tokens, and where does it stop being bound by memory?
+Question: what share of the device's copy rate does the streaming linear reach for each weight
+    format, shape and number of tokens, and where does it stop being bound by memory?
 Method: several different weights of one shape in turn (no cache holds them), captured into a graph,
     three warm-up replays, ten timed by events; activations and weights random as in `synthetic`.
 Cost model: bytes = weight bytes (FP8 1, NVFP4 0.5625, bf16 2 a weight); FLOP = 2 T O I.
@@ -89,7 +89,7 @@ def time_linear(
 
 
 def variants(format_: TileFormat, columns: int) -> list[StreamConfig]:
-    """Block shapes worth a comparison at this width: (groups, tiles, registers, steps, ring KiB)."""
+    """Block shapes worth a comparison: (groups, tiles, registers, steps, ring KiB)."""
     if format_ != "nvfp4":
         choices: tuple[tuple[int, int, int, int, int], ...] = ((4, 1, 0, 4, 172), (4, 1, 0, 4, 104))
         if columns == 128:
@@ -138,7 +138,8 @@ def format_rows(rows: list[dict[str, Any]], copy_tb_per_s: float) -> str:
     for row in rows:
         lines.append(
             f"{row['linear']:8} {row['format']:6} {row['tokens']:6}  {row['block']:15} "
-            f"{row['median_ms']:7.4f} {row['tb_per_s']:7.3f} {row['tb_per_s'] / copy_tb_per_s:6.1%} "
+            f"{row['median_ms']:7.4f} {row['tb_per_s']:7.3f} "
+            f"{row['tb_per_s'] / copy_tb_per_s:6.1%} "
             f"{row['tflop_per_s']:8.1f}"
         )
     return "\n".join(lines)

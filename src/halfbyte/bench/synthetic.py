@@ -1,7 +1,7 @@
 """A decoder of any geometry with random weights, made on the device in streaming order.
 
-Codes and scales follow the distributions that quantizing normally distributed weights gives, because
-products run faster on zeros and on few distinct values. Nothing is read; 90 GB take under a second.
+Codes and scales follow the distributions that quantizing normally distributed weights gives,
+because products run faster on zeros and on few distinct values. Nothing is read; 90 GB take under a second.
 Used by the speed benchmarks, which need the model's bytes but not its knowledge.
 """
 
@@ -55,7 +55,7 @@ def medium_geometry(num_layers: int = 88) -> TextConfig:
 
 
 def mixed_formats(num_layers: int) -> tuple[WeightFormat, ...]:
-    """Format of each layer's MLP in the shipped recipe: NVFP4 but for the first four and the last."""
+    """Format of each layer's MLP as shipped: NVFP4 but for the first four and the last."""
     return tuple(
         "fp8" if layer < 4 or layer == num_layers - 1 else "nvfp4" for layer in range(num_layers)
     )
@@ -105,7 +105,7 @@ def random_weight(
     if format_ == "bf16":
         data = torch.empty(shape, dtype=torch.uint8, device=device)
         values = data.view(torch.bfloat16)
-        for part in values.split(512):
+        for part in torch.split(values, 512):
             part.normal_(0.0, deviation)
         return TiledWeight(format_, data, torch.ones(rows, device=device), rows, in_features)
     data = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -166,7 +166,7 @@ def random_weights(
         )
 
     embedding = torch.empty(config.vocab_size, width, dtype=torch.bfloat16, device=device)
-    for part in embedding.split(4096):
+    for part in torch.split(embedding, 4096):
         part.normal_()
     head = random_weight(library, tables, "bf16", config.vocab_size, width, seed)
     layers = tuple(layer(index, mlp) for index, mlp in enumerate(mlp_formats))

@@ -17,12 +17,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.bench.engine_bench import run_engine
-    from halfbyte.bench.gpu import make_record, write_record
+    from halfbyte.bench.gpu import results_and_samples
+    from halfbyte.bench.record import write
 
     if args.layers < 6:
         raise UsageError(f"--layers {args.layers}: the mixed format needs at least 6")
     ceilings, rows = run_engine(args.layers)
     if args.record is not None:
         config = {"geometry": args.geometry, "layers": args.layers, "weights": args.weights}
-        write_record(args.record, make_record("engine", ceilings, config, rows))
+        results, samples = results_and_samples(ceilings, config, rows)
+        write(
+            args.record,
+            name="engine-h200",
+            question="How fast does the whole decoder run on one GPU, "
+            "and what share of its floor is that?",
+            command=EXAMPLE.strip(),
+            results=results,
+            samples=samples,
+        )
     return 0

@@ -14,8 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from halfbyte.bench.gpu import make_record, measure_ceilings, write_record
+    from halfbyte.bench.gpu import measure_ceilings, results_and_samples
     from halfbyte.bench.kernels_bench import TOKENS, format_rows, run_kernels
+    from halfbyte.bench.record import write
     from halfbyte.kernels.cuda.library import KernelLibrary
 
     device = torch.device("cuda")
@@ -25,5 +26,15 @@ def run(args: argparse.Namespace) -> int:
     print(ceilings)
     print(format_rows(rows, ceilings.copy_tb_per_s))
     if args.record is not None:
-        write_record(args.record, make_record("kernels", ceilings, {"tokens": TOKENS}, rows))
+        config = {"tokens": list(TOKENS)}
+        results, samples = results_and_samples(ceilings, config, rows)
+        write(
+            args.record,
+            name="kernels-h200",
+            question="What share of the copy rate does the streaming linear reach "
+            "at each shape and batch?",
+            command=EXAMPLE.strip(),
+            results=results,
+            samples=samples,
+        )
     return 0

@@ -4,9 +4,9 @@ A *unit* is 64 output features of one K block, contiguous in memory, so that one
 it; units follow each other along K, then along the output features. Rows of a 16-row strip are
 permuted so that a thread of the tensor-core product ends up with two neighbouring output features.
 
-    FP8    K block of 128: [chunk of 16 inputs][row][16 bytes]                        8192 bytes
-    bf16   K block of  64: [chunk of  8 inputs][row][16 bytes]                        8192 bytes
-    NVFP4  K block of 128: [half][warp][lane][16 bytes] codes, [warp][8][16 bytes] scales   4608 bytes
+    FP8    K block of 128, 8192 bytes: [chunk of 16 inputs][row][16 bytes]
+    bf16   K block of  64, 8192 bytes: [chunk of  8 inputs][row][16 bytes]
+    NVFP4  K block of 128, 4608 bytes: [half][warp][lane][16 bytes] codes, [warp][8][16] scales
 
 NVFP4 codes lie in the registers' order of an m64k16 operand, eight codes a 32-bit word, four words
 (k-steps of 16 inputs) a thread and load. In each 16-bit half of a word the codes of the operand's
@@ -207,7 +207,7 @@ def tile_nvfp4(
 
 
 def untile_nvfp4(weight: TiledWeight) -> tuple[Tensor, Tensor]:
-    """Codes (O, I) unpacked uint8 and block scales (O, B) f32 of a tiled weight, padding included."""
+    """Codes (O, I) unpacked uint8 and scales (O, B) f32 of a tiled weight, padding included."""
     codes = unpack_operand_words(weight.data[..., :4096].contiguous())
     return codes, decode_scales(unpack_scales(weight.data[..., 4096:].contiguous()))
 

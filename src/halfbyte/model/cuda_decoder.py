@@ -150,7 +150,7 @@ class Choice(NamedTuple):
 
 
 class _Activation(NamedTuple):
-    """Where a linear's input lies: chunks of 16 bytes, chunk-major (see repack.tile_activations)."""
+    """Where a linear's input lies: 16-byte chunks, chunk-major (repack.tile_activations)."""
 
     data: Tensor
     kind: OutKind
@@ -181,8 +181,8 @@ class DecodeStep:
 
     Fill `token_ids_T`, `positions_T`, `context_lengths_T` (positions + 1), `slots_T` and
     `block_table_TP`, then `run` or `replay`; each leaves the next step's values in them and the
-    chosen tokens in `history` (row `step_count`). Two steps in one process share nothing but weights,
-    cache and compiled kernels.
+    chosen tokens in `history` (row `step_count`). Two steps in one process share nothing but
+    weights, cache and compiled kernels.
     """
 
     def __init__(
@@ -467,7 +467,7 @@ class DecodeStep:
             self.step_count,
         )
         before = [tensor.clone() for tensor in moved]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.run()

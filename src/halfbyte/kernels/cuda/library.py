@@ -3,7 +3,7 @@
 Holds no tensors of a model; `model.cuda_decoder` and `ops.py` ask it for kernels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -285,7 +285,7 @@ def _head_defines(heads: HeadShape) -> dict[str, int]:
     }
 
 
-def compile_together(tasks: list[Callable[[], bytes]], *, max_threads: int = 16) -> None:
+def compile_together(tasks: Sequence[Callable[[], bytes]], *, max_threads: int = 16) -> None:
     """Run compilations in parallel, so that what follows finds them in the cache on disk."""
     with ThreadPoolExecutor(max_threads) as pool:
         for future in [pool.submit(task) for task in tasks]:

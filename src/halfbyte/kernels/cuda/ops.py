@@ -62,7 +62,7 @@ def stream_product(
     *,
     config: StreamConfig | None = None,
 ) -> Tensor:
-    """x @ w^T as f32 (T, O padded): activations already in the format's dtype, scales applied.
+    """X @ w^T as f32 (T, O padded): activations already in the format's dtype, scales applied.
 
     x_TI    e4m3 (FP8), fp16 (NVFP4) or bf16; T <= 128; its own scale is the caller's to apply
     """
