@@ -76,7 +76,7 @@ def main() -> None:
         ],
     )
     rng = random.Random(0)
-    lcr = []
+    lcr: list[dict[str, object]] = []
     for index in range(10):
         place = ROOMS[index // 2]
         filler = " ".join(f"Room {k} is empty." for k in range(40))
