@@ -10,7 +10,8 @@ from halfbyte.config import RopeConfig, TextConfig
 from halfbyte.kernels.repack import TiledWeight, untile_nvfp4, untile_rows
 
 # Untyped: fixtures and cases come from parameters; needs a device to run at all.
-# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="arg-type"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="arg-type"
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,8 +6,9 @@ Method: random weights of the geometry on the device (`synthetic`), paged FP8 ca
     content. Decode: one captured graph a batch size, which also chooses the tokens and moves the
     sequences on; 5 warm-up steps, then `steps` steps each timed by events. Prefill: eager, one
     sequence from its start, 1 warm-up, `repeats` runs timed by events.
-Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = all linears once plus
-    the context's keys and values; prefill floor = FLOP of each linear / the rate of its format.
+Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = all linears once
+    plus the context's keys and values; prefill floor = FLOP of each linear / the rate of its
+    format.
 Reading the result: share of the floor, against ceilings measured in the same run. The product rate
     of NVFP4 layers is bf16's in "exact", FP8's in "fast". Ceilings are those of short bursts; under
     seconds of products the board's power limit lowers them (benchmarks/notes-kernels.md).

@@ -1,8 +1,8 @@
 """A decoder of any geometry with random weights, made on the device in streaming order.
 
-Codes and scales follow the distributions that quantizing normally distributed weights gives,
-because products run faster on zeros and on few distinct values. Nothing is read; 90 GB take under a second.
-Used by the speed benchmarks, which need the model's bytes but not its knowledge.
+Codes and scales are distributed as quantizing normal weights leaves them, because products run
+faster on zeros and on few distinct values. Nothing is read; 90 GB take under a second. Used by the
+speed benchmarks, which need the model's bytes but not its knowledge.
 """
 
 import ctypes

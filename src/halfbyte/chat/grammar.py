@@ -281,9 +281,9 @@ def regex_grammar(regex: str) -> str:
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """One of some texts."""
-    return "start: " + " | ".join(
-        json.dumps(choice, ensure_ascii=False) for choice in choices
-    ) + "\n"
+    return (
+        "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices) + "\n"
+    )
 
 
 def tools_grammar(

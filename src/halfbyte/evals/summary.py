@@ -103,7 +103,7 @@ def _metrics(records: Sequence[Record], scored: Mapping[str, Sequence[float]]) -
     count = len(records)
     if count == 0:
         return {}
-    shares = Counter(record.cause for record in records)
+    shares: Counter[str] = Counter(record.cause for record in records)
     metrics = {
         f"{cause}_share": shares[cause] / count
         for cause in ("length", "unparsed", "empty", "refused")

@@ -12,9 +12,9 @@ NVFP4 codes lie in the registers' order of an m64k16 operand, eight codes a 32-b
 (k-steps of 16 inputs) a thread and load. In each 16-bit half of a word the codes of the operand's
 four registers put sign | magnitude at bits 15|11-9, 12|8-6, 14|5-3, 13|2-0: nine integer
 operations make four fp16 pairs, each value times 2**-14. A block scale s becomes the byte of
-exponent (5 bits) and mantissa (3 bits) of fp16(s * 2**6), which holds every e4m3 value >= 0; four of
-them lie in a word so that three operations make two fp16 pairs. Code times scale is exact in fp16, 2**-8 too small; the
-weight's row scale makes up for it.
+exponent (5 bits) and mantissa (3 bits) of fp16(s * 2**6), which holds every e4m3 value >= 0; four
+of them lie in a word so that three operations make two fp16 pairs. Code times scale is exact in
+fp16, 2**-8 too small; the weight's row scale makes up for it.
 
 Every function here runs on any device; `untile_*` is the exact inverse of `tile_*` up to padding.
 Shape legend: O, I out and in features; B 16-blocks along I; R 64-row tiles; C K blocks.

@@ -6,10 +6,12 @@ Run: python tests/data/golden/make_subset.py ../shared/golden
 """
 
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 ROWS = 24
 MODULES = {
@@ -29,7 +31,7 @@ MODULES = {
 }
 
 
-def tensors_of(paths, wanted):
+def tensors_of(paths: Iterable[Path], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Tensors of the files whose name satisfies `wanted`, cut to ROWS rows."""
     found = {}
     for path in sorted(paths):
@@ -46,7 +48,7 @@ def main(golden: Path) -> None:
     for model, modules in MODULES.items():
         source = golden / model
 
-        def belongs(name, modules=modules):
+        def belongs(name: str, modules: tuple[str, ...] = modules) -> bool:
             return any(f".{module}." in name for module in modules)
 
         subset = {}

@@ -206,7 +206,7 @@ class _Resources:
 def _nltk() -> ModuleType:
     try:
         # Optional dependency, extra `eval`.
-        import nltk  # type: ignore[import-untyped]
+        import nltk
     except ImportError as missing:
         raise UnsupportedError(
             "scoring instruction-following needs if-verifiable and nltk; "

@@ -42,6 +42,13 @@ def load_nvrtc(candidates: list[str] | None = None) -> ctypes.CDLL:
     raise UnsupportedError(f"no CUDA run-time compiler (NVRTC) found; tried {', '.join(tried)}")
 
 
+# Types and trailing immediates of the products whose operands both lie in shared memory.
+_SHARED_TYPES = {
+    "fp8": ("f32.e4m3.e4m3", "1, 1"),
+    "bf16": ("f32.bf16.bf16", "1, 1, 0, 0"),
+}
+
+
 def wgmma_source(format_: str, num_columns: int) -> str:
     """The device function that issues one 64 x num_columns product of `format_`.
 
@@ -59,9 +66,7 @@ def wgmma_source(format_: str, num_columns: int) -> str:
         signature = f"wgmma_rs(float (&d)[{count}], const u32 (&a)[4], u64 tokens, int adds)"
         next_operand = count + 4
     else:
-        types, tail = (
-            ("f32.e4m3.e4m3", "1, 1") if format_ == "fp8" else ("f32.bf16.bf16", "1, 1, 0, 0")
-        )
+        types, tail = _SHARED_TYPES[format_]
         left = f"%{count}"
         inputs = '"l"(weights), "l"(tokens), "r"(adds)'
         signature = f"wgmma_ss(float (&d)[{count}], u64 weights, u64 tokens, int adds)"
@@ -70,7 +75,8 @@ def wgmma_source(format_: str, num_columns: int) -> str:
 DEVICE void {signature} {{
   asm volatile(
       "{{.reg .pred p; setp.ne.b32 p, %{next_operand + 1}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.{shape}.{types} {{{sums}}}, {left}, %{next_operand}, p, {tail};}}"
+      "wgmma.mma_async.sync.aligned.{shape}.{types} "
+      "{{{sums}}}, {left}, %{next_operand}, p, {tail};}}"
       : {outputs}
       : {inputs});
 }}

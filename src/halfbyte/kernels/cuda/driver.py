@@ -6,6 +6,7 @@ decode step is a list of them: run once for capture into a graph, or again and a
 
 import ctypes
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ _MAX_DYNAMIC_SHARED_SIZE = 8  # CUfunction_attribute
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [
+    _fields_: ClassVar = [
         ("id", ctypes.c_int),
         ("pad", ctypes.c_int),
         ("value", ctypes.c_uint * 16),
@@ -26,7 +27,7 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [
+    _fields_: ClassVar = [
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint),
@@ -39,7 +40,7 @@ class _Config(ctypes.Structure):
 class LinearResult(ctypes.Structure):
     """A linear's result as kernels read it; mirrors `LinearResult` in primitives.cu."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("out", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
         ("row_scale", ctypes.c_void_p),
