@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,15 @@ def test_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixtu
         main([name, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "example" in text
-    assert f"halfbyte {name}" in text.split("example")[1]
+    assert f"halfbyte {name}" in text.partition("\nexample:\n")[2]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_parse(name: str) -> None:
     module = importlib.import_module(f"halfbyte.cli.{COMMANDS[name][0]}")
     parser = build_parser(name, module)
-    for line in module.EXAMPLE.splitlines():
-        words = line.split("#")[0].split()
+    for line in module.EXAMPLE.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
         if words[:2] == ["halfbyte", name]:
             assert isinstance(parser.parse_args(words[2:]), argparse.Namespace)
 
