@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from halfbyte.calibrate.stream import TAPS
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, FormatError, HalfbyteError, UsageError
@@ -109,6 +110,27 @@ def test_the_manifest_proves_every_tensor(source: Path, tokens: Path, tmp_path: 
     assert made_of["calibration"]["tokens"] == 88
     assert made_of["recipe"]["name"] == "medium-3.5"
     assert str(source) not in json.dumps(manifest)
+
+
+def test_the_record_holds_times_memory_and_ranges_of_every_layer(
+    source: Path, tokens: Path, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(source, tmp_path / "out", RECIPE, calibration_tokens=tokens)
+    killed_run(config, 3)
+    record = quantize(config).record
+    assert json.loads(json.dumps(record)) == record
+    assert [layer["layer"] for layer in record["layers"]] == list(range(LAYERS))
+    for layer in record["layers"]:
+        assert layer["observed"].keys() == set(TAPS) and min(layer["observed"].values()) > 0
+        assert min(layer["seconds"].values()) >= 0 < layer["peak_memory_bytes"]["host"]
+    assert [linear["name"] for linear in record["linears"]] == [
+        linear.name for linear in decoder_linears(Checkpoint.open(source).config)
+    ]
+    # Block scales rounded down to e4m3 cut some of their largest weights.
+    clipped = {linear["name"]: linear["clipped"] for linear in record["linears"]}
+    assert 0 < clipped["decoder.4.mlp.up"] < 0.1 and clipped["decoder.4.attention.q"] == 0
+    assert record["calibration"]["tokens"] == 88 and record["output"]["bytes"] > 0
+    assert str(tmp_path) not in json.dumps(record)
 
 
 def test_equal_runs_give_equal_bytes_whatever_the_budget(

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=parse_bytes, default=10 * 10**9, help="largest shard (10GB)"
     )
-    parser.add_argument("--report", type=Path, help="write errors and scales as JSON to this file")
+    parser.add_argument(
+        "--report", type=Path, help="write errors, scales, times and memory as JSON to this file"
+    )
     parser.add_argument(
         "--restart", action="store_true", help="drop an unfinished run instead of going on with it"
     )
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     if args.report is not None:
-        args.report.write_text(json.dumps({"linears": result.linears}, indent=1) + "\n")
+        args.report.write_text(json.dumps(result.record, indent=1) + "\n")
     print(
         f"{result.output}: {result.num_bytes / 1e9:.3f} GB from {result.num_source_bytes / 1e9:.3f}"
         f" GB, {result.num_calibration_tokens} calibration tokens, {result.seconds:.1f} s"

@@ -25,6 +25,7 @@ from halfbyte.quantize import export
 from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validate
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import cache_scales, quantize_layer
+from halfbyte.quantize.record import peak_memory_bytes, run_record
 from halfbyte.quantize.report import Record, linear_record
 from halfbyte.quantize.staging import FULL, Staging, locked, work_directory
 
@@ -33,7 +34,10 @@ _FIRST_STEP = "outside the layers"
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What came of it. `linears` holds one record a linear (see `report`), in model order."""
+    """What came of it. `linears` holds one record a linear (see `report`), in model order.
+
+    record  everything that the report shows (see `record`), as JSON values
+    """
 
     output: Path
     num_bytes: int
@@ -41,6 +45,7 @@ class QuantizeResult:
     num_calibration_tokens: int
     seconds: float
     linears: tuple[Record, ...]
+    record: Record
 
 
 def quantize(
@@ -58,20 +63,25 @@ def quantize(
     check_target(config.output)
     job = validate(config)
     with locked(work_directory(config.output)) as _:
-        result = _run(job, on_layer)
+        entries = _run(job, on_layer)
     checkpoint = job.checkpoint
+    record = run_record(job, entries)
     return QuantizeResult(
         output=config.output,
         num_bytes=job.shards.total_bytes,
         num_source_bytes=sum(checkpoint.num_bytes(name) for name in checkpoint.names()),
         num_calibration_tokens=sum(row.numel() for row in job.rows or ()),
         seconds=time.perf_counter() - started,
-        linears=tuple(result),
+        linears=tuple(record["linears"]),
+        record=record,
     )
 
 
-def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[Record]:
-    """The heavy part; keeps the work directory when going on from it makes sense."""
+def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[dict[str, Any]]:
+    """The heavy part; keeps the work directory when going on from it makes sense.
+
+    Returns the journal's entries, those of earlier runs included.
+    """
     work = work_directory(job.config.output)
     staging = Staging(work, job.config.output, job.shards)
     journal = Journal(work / "journal")
@@ -99,7 +109,7 @@ def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[Record]:
     finally:
         staging.close()
         journal.close()
-    return [record for entry in entries for record in entry.get("linears", ())]
+    return entries
 
 
 def _full(job: Job, error: Exception, what_is_left: str) -> str:
@@ -144,8 +154,10 @@ class _Progress:
         """All remaining steps, then publish."""
         if not self._entries:
             self._finish_step(_FIRST_STEP, self._copy(export.passed_through(self._job.checkpoint)))
+        mark = time.perf_counter()
         for layer, statistics in self._layers(len(self._entries) - 1):
-            self._layer(layer, statistics)
+            self._layer(layer, statistics, time.perf_counter() - mark)
+            mark = time.perf_counter()
             if on_layer is not None:
                 on_layer(layer + 1, self._num_layers)
         for name, content in self._job.files.items():
@@ -189,7 +201,7 @@ class _Progress:
         finally:
             activations.close()
 
-    def _layer(self, layer: int, statistics: LayerStatistics | None) -> None:
+    def _layer(self, layer: int, statistics: LayerStatistics | None, calibrated_s: float) -> None:
         job, started = self._job, time.perf_counter()
         hashes = self._copy(export.layer_norms(job.checkpoint, layer))
         records = []
@@ -211,6 +223,11 @@ class _Progress:
             hashes,
             linears=records,
             observed={tap: float(magnitude) for tap, magnitude in observed.items()},
+            seconds={
+                "calibrating": round(calibrated_s, 3),
+                "encoding": round(time.perf_counter() - started, 3),
+            },
+            peak_memory_bytes=peak_memory_bytes(self._device),
         )
         logger.info(
             "layer %d of %d: encoded in %.1f s",

@@ -1,0 +1,70 @@
+"""A whole quantization as one JSON record: what `page` shows and what programs read.
+
+Holds no paths. Times and memory are those of the steps, whichever run took them.
+"""
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from halfbyte.quantize.job import Job
+from halfbyte.recipe.plan import plan_sizes
+
+VERSION = 1
+
+
+def peak_memory_bytes(device: torch.device) -> dict[str, int]:
+    """The most that this process has held so far: on the host, and on a GPU if it uses one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peaks["gpu"] = torch.cuda.max_memory_allocated(device)
+    return peaks
+
+
+def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The record of a finished run.
+
+    entries  the journal's, one a step; those of the layers hold `linears`, `observed` (tap point ->
+             largest magnitude), `seconds` and `peak_memory_bytes`
+    """
+    config, checkpoint, fingerprint = job.config, job.checkpoint, job.fingerprint
+    layers = [entry for entry in entries if "observed" in entry]
+    sizes = plan_sizes(job.plan, checkpoint.config)
+    return {
+        "halfbyte_quantization_record": VERSION,
+        "source": {
+            "name": checkpoint.directory.resolve().name,
+            "dialect": checkpoint.quantization.dialect,
+            "bytes": sum(map(checkpoint.num_bytes, checkpoint.names())),
+            "files": fingerprint["source"],
+        },
+        "output": {
+            "name": config.output.name,
+            "bytes": job.shards.total_bytes,
+            "parts": {part: size.num_bytes for part, size in sizes.items() if size.num_tensors},
+        },
+        "recipe": {
+            "name": job.plan.recipe_name,
+            "scales": fingerprint["recipe"]["scales"],
+            "kv_cache": job.plan.kv_cache,
+        },
+        "profile": config.profile,
+        "device": fingerprint["device"],
+        "versions": fingerprint["versions"],
+        "calibration": fingerprint["calibration"],
+        "planned_memory_bytes": job.memory.peak_bytes,
+        "layers": [
+            {
+                "layer": number,
+                "seconds": entry.get("seconds", {}),
+                "peak_memory_bytes": entry.get("peak_memory_bytes", {}),
+                "observed": entry["observed"],
+            }
+            for number, entry in enumerate(layers)
+        ],
+        "linears": [record for entry in layers for record in entry.get("linears", ())],
+    }
