@@ -9,7 +9,7 @@ Source: checkpoint-format reference, sections 3, 4, 7 and 11.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from halfbyte.checkpoint.shards import INDEX_NAME, parse_json
 from halfbyte.checkpoint.verify_values import check_against, check_values
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.log import logger
 from halfbyte.modules import decoder_linears, fused_partners
 
 Severity = Literal["error", "warning"]
@@ -225,6 +226,27 @@ def check_rope(config: ModelConfig) -> Iterator[Problem]:
             f"is {text.max_positions}, YaRN stretches {rope.original_max_positions} positions by "
             f"{rope.factor:g} to {reach:g} only",
         )
+
+
+# What `--accept` may name: settings that are refused because they are known to ruin a model.
+ACCEPTABLE = ("mscale_all_dim",)
+
+
+def require_trusted(config: ModelConfig, accepted: Collection[str] = ()) -> None:
+    """Raise CheckpointError with the reason for a setting known to ruin the model.
+
+    accepted   names of fields (`ACCEPTABLE`) whose owner knows better
+
+    For whoever computes with a checkpoint: serving and quantizing.
+    """
+    for problem in check_rope(config):
+        name = problem.where.rpartition(".")[2]
+        if problem.severity == "error" and name not in accepted:
+            raise CheckpointError(
+                f"{problem.where} {problem.what}. If this model really was trained so: "
+                f"--accept {name} (serve, chat and quantize)"
+            )
+        logger.warning("%s %s", problem.where, problem.what)
 
 
 # --- scales

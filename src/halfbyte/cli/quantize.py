@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from halfbyte.cli.serve import add_accept
+
 EXAMPLE = "  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5"
 
 METHODS = ("max", "headroom", "mse", "none")
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="drop an unfinished run instead of going on with it"
     )
+    add_accept(parser)
 
 
 def parse_bytes(text: str) -> int:
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             max_shard_bytes=args.shard_size,
             with_errors=args.report is not None,
             restart=args.restart,
+            accept=tuple(args.accept),
         )
     )
     if args.report is not None:

@@ -72,6 +72,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["weight_only", "declared"],
         help="what NVFP4 linears compute without FP4 hardware (%(default)s)",
     )
+    add_accept(engine)
+
+
+def add_accept(parser: argparse._ActionsContainer) -> None:
+    """`--accept NAME`, shared with `halfbyte quantize`."""
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        choices=["mscale_all_dim"],
+        help="compute with this setting of the checkpoint although it is known to ruin the model",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

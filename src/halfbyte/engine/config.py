@@ -36,6 +36,8 @@ class EngineConfig:
     gpu_memory_utilization  share of the device's memory for weights and cache together
     max_decode_slowdown     how much longer than usual running answers may wait for a token while
                             a prompt is worked in; None = no limit, for throughput
+    accept                  settings of the checkpoint to compute with although they are known to
+                            ruin a model (`checkpoint.verify.ACCEPTABLE`)
     """
 
     max_model_len: int | None = None
@@ -49,6 +51,7 @@ class EngineConfig:
     kv_cache: CacheFormat | Literal["auto"] = "auto"
     gpu_memory_utilization: float = 0.9
     max_decode_slowdown: float | None = 2.0
+    accept: tuple[str, ...] = ()
 
 
 def resolve(

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.verify import require_trusted
 from halfbyte.engine.batch import Batch, BlockTable, lay_out
 from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.config import EngineConfig, free_cache_bytes, resolve
@@ -75,6 +76,7 @@ def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, En
     Raises CheckpointError, UsageError, CapacityError, each with what to do.
     """
     checkpoint = Checkpoint.open(directory)
+    require_trusted(checkpoint.config, config.accept)
     decoder = load_decoder(checkpoint, device=config.device, mode=config.mode)
     vision = load_vision(checkpoint, device=config.device)
     resolved = resolve(

@@ -21,6 +21,7 @@ from halfbyte.calibrate.sources import DataAccess
 from halfbyte.calibrate.tokens import Rows, as_rows, check_rows, read_token_rows
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shards import parse_json
+from halfbyte.checkpoint.verify import require_trusted
 from halfbyte.checkpoint.writer import MAX_SHARD_BYTES
 from halfbyte.errors import UsageError
 from halfbyte.formats.fp8 import Profile
@@ -43,6 +44,7 @@ class QuantizeConfig:
                         None takes most of what the machine has available
     with_errors         measure every linear's error against the source (about twice the time)
     restart             drop what an earlier, unfinished run left instead of going on with it
+    accept              settings of the source to go on with although they are known to ruin a model
     """
 
     source: Path
@@ -58,6 +60,7 @@ class QuantizeConfig:
     max_shard_bytes: int = MAX_SHARD_BYTES
     with_errors: bool = True
     restart: bool = False
+    accept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ def validate(config: QuantizeConfig) -> Job:
         raise UsageError(
             f"{config.source} is already a Model Optimizer export; quantize its source instead"
         )
+    require_trusted(checkpoint.config, config.accept)
     plan = make_plan(config.recipe, checkpoint.config)
     rows, provenance = _calibration(config, checkpoint)
     layout = export.export_layout(checkpoint)

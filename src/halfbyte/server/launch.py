@@ -31,6 +31,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         mode=args.mode,
         device=device,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        accept=tuple(args.accept),
     )
 
 
