@@ -186,6 +186,8 @@ def _image_layout(tekken: Tekkenizer) -> ImageLayout | None:
 def _convert_messages(
     messages: Sequence[Mapping[str, Any]], *, continue_final: bool
 ) -> list[ChatMessage]:
+    if all(message["role"] in ("system", "developer") for message in messages):
+        raise RequestError("messages: a user message is missing", param="messages")
     call_ids = tool_calls.CallIds()
     converted: list[ChatMessage] = []
     for index, message in enumerate(messages):
