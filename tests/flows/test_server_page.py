@@ -1,7 +1,9 @@
 """The chat page in a real browser, over the real server, chat format and a scripted engine."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,10 @@ from halfbyte.server.run import serving
 from halfbyte.server.supervise import Supervisor
 from server.scripted import ScriptedService
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="needs Chromium (apt-get install chromium); make check has no way to it",
+)
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -92,6 +97,76 @@ def test_answer_is_shown_safely_with_counts(browser: Browser, say: Say) -> None:
     assert browser.run(f"{LAST}.querySelector('pre').textContent") == "x < 1\n"
     meta = browser.run(f"{LAST}.querySelector('.meta').textContent")
     assert "cached" in meta and "tokens/s" in meta
+
+
+MARKDOWN = """# Title
+
+Text with `a<b`, **bold `code`**, *emphasis* and 2 * 3 * 4, [link](https://example.com/a?b=1),
+[trap](javascript:alert(1)) and <script>alert(1)</script>.
+
+1. one
+   - inner
+
+   more of one
+2. two
+
+- [ ] other list
+> quote
+> - in a quote
+
+| a | b |
+|---|:-:|
+| 1 | 2 |
+
+---
+```py
+x < 1
+
+```
+"""
+
+
+def test_markdown_is_drawn_and_nothing_in_it_runs(browser: Browser, say: Say) -> None:
+    say("x", EOS)
+    source = json.dumps(MARKDOWN)
+    browser.run(f"""(async () => {{
+      const {{ markdown }} = await import("/web/markdown.js");
+      window.drawn = document.createElement("div");
+      drawn.append(...markdown({source}));
+    }})()""")
+
+    def texts(selector: str) -> Any:
+        return browser.run(f"[...drawn.querySelectorAll('{selector}')].map((n) => n.textContent)")
+
+    assert texts("h3") == ["Title"] and texts("em") == ["emphasis"]
+    assert texts("strong") == ["bold code"] and texts("p code") == ["a<b", "code"]
+    assert texts("a") == ["link"] and texts("script, input") == []
+    trap = "[trap](javascript:alert(1)) and <script>alert(1)</script>."
+    assert trap in browser.run("drawn.textContent") and "2 * 3 * 4" in texts("p")[0]
+    assert len(texts("ol > li")) == 2 and texts("ol > li ul > li") == ["inner"]
+    assert texts("blockquote li") == ["in a quote"] and texts("td") == ["1", "2"]
+    assert texts("pre") == ["x < 1\n\n"] and len(texts("hr")) == 1
+    assert browser.run("drawn.querySelector('a').rel") == "noopener noreferrer"
+
+
+def test_unfinished_and_hostile_markdown_is_drawn_at_once(browser: Browser, say: Say) -> None:
+    """What streams in is cut anywhere; what a model writes may be built to take long."""
+    say("x", EOS)
+    hostile = ["*" * 5000, "`" * 5000, "> " * 3000, "[" * 5000, "|" * 5000 + "\n" + "|-" * 2000]
+    hostile += ["- " * 2000, "\n".join(" " * i + "- x" for i in range(400)), "**a" * 3000]
+    hostile += ["- - - - -x", "a\n" * 5000, "```\n" * 2001, "1. a\n\n" * 1500]
+    texts = json.dumps([MARKDOWN[:i] for i in range(len(MARKDOWN))] + hostile)
+    slowest = browser.run(f"""(async () => {{
+      const {{ markdown }} = await import("/web/markdown.js");
+      let slowest = 0;
+      for (const text of {texts}) {{
+        const begun = performance.now();
+        markdown(text);
+        slowest = Math.max(slowest, performance.now() - begun);
+      }}
+      return slowest;
+    }})()""")
+    assert slowest < 1000
 
 
 def test_thought_is_folded_and_effort_is_sent(

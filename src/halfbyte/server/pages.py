@@ -1,4 +1,4 @@
-"""The chat page at /: three files of this package, nothing from elsewhere."""
+"""The chat page at /: files of this package, nothing from elsewhere."""
 
 from importlib.resources import files
 
@@ -10,6 +10,7 @@ from halfbyte.errors import RequestError
 _TYPES = {
     "index.html": "text/html; charset=utf-8",
     "app.js": "text/javascript; charset=utf-8",
+    "markdown.js": "text/javascript; charset=utf-8",
     "style.css": "text/css; charset=utf-8",
 }
 

@@ -1,19 +1,14 @@
 // The chat page: one conversation, streamed. Text from the model or the user is only ever put into
 // text nodes, never parsed as HTML.
 
+import { element, markdown } from "./markdown.js";
+
 const $ = (id) => document.getElementById(id);
 const log = $("log");
 let turns = []; // messages as the API wants them
 let images = []; // data URLs waiting to be sent
 let running = null; // AbortController of the answer in progress
 let model = "";
-
-function element(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
 
 // --- setup ------------------------------------------------------------------------------------
 
@@ -132,6 +127,7 @@ async function answer() {
     if (error.name === "AbortError") reason = "stopped";
     else view.fail(error.message);
   }
+  view.flush();
   running = null;
   setRunning(false);
   $("input").focus();
@@ -178,17 +174,32 @@ function answerView() {
   const meta = element("div", "meta");
   article.append(body, callBox, meta);
   log.append(article);
+  let frame = 0;
+  let latest = [{ content: "" }, []];
+  let drawn = "";
+  function draw() {
+    frame = 0;
+    const [message, calls] = latest;
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    if (message.reasoning_content) {
+      if (!thought.isConnected) article.prepend(thought);
+      thoughtText.textContent = message.reasoning_content;
+      if (message.content || calls.length) summary.textContent = "Thought";
+    }
+    if (message.content !== drawn) body.replaceChildren(...markdown(message.content));
+    drawn = message.content;
+    callBox.replaceChildren(...calls.map(callView));
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  }
   return {
+    // Once a frame of the screen, however many chunks have come.
     show(message, calls) {
-      const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-      if (message.reasoning_content) {
-        if (!thought.isConnected) article.prepend(thought);
-        thoughtText.textContent = message.reasoning_content;
-        if (message.content || calls.length) summary.textContent = "Thought";
-      }
-      render(body, message.content);
-      callBox.replaceChildren(...calls.map(callView));
-      if (atEnd) log.scrollTop = log.scrollHeight;
+      latest = [message, calls];
+      frame ||= requestAnimationFrame(draw);
+    },
+    flush() {
+      if (frame) cancelAnimationFrame(frame);
+      draw();
     },
     fail(text) {
       article.append(element("p", "error", text));
@@ -199,7 +210,8 @@ function answerView() {
       if (usage) {
         const { completion_tokens: made, prompt_tokens: read } = usage;
         const cached = usage.prompt_tokens_details.cached_tokens;
-        parts.push(`${read} in (${cached} cached), ${made} out`);
+        const thought = usage.completion_tokens_details.reasoning_tokens;
+        parts.push(`${read} in (${cached} cached), ${made} out${thought ? ` (${thought} thought)` : ""}`);
         if (made > 1 && restMs > 0) parts.push(`first after ${(firstMs / 1000).toFixed(2)} s`, `${((made - 1) / (restMs / 1000)).toFixed(1)} tokens/s`);
       }
       if (reason && reason !== "stop") parts.push(reason.replace("_", " "));
@@ -210,7 +222,7 @@ function answerView() {
       again.onclick = regenerate;
       const copy = element("button", "", "Copy");
       copy.type = "button";
-      copy.onclick = () => navigator.clipboard.writeText(body.dataset.source ?? "");
+      copy.onclick = () => navigator.clipboard.writeText(drawn);
       for (const old of log.querySelectorAll("button.again")) old.remove();
       meta.append(again, copy);
     },
@@ -232,6 +244,7 @@ function answerView() {
       };
       callBox.append(form);
       inputs[0].focus();
+      log.scrollTop = log.scrollHeight;
     },
   };
 }
@@ -248,27 +261,6 @@ function pretty(json) {
   } catch {
     return json;
   }
-}
-
-// Code blocks, inline code and bold; the rest is shown as it was written.
-function render(target, text) {
-  if (target.dataset.source === text) return;
-  target.dataset.source = text;
-  const nodes = [];
-  text.split(/^```/m).forEach((part, index) => {
-    if (index % 2) {
-      const pre = element("pre");
-      pre.append(element("code", "", part.replace(/^[^\n]*\n?/, "")));
-      nodes.push(pre);
-      return;
-    }
-    for (const piece of part.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/)) {
-      if (/^`.+`$/.test(piece)) nodes.push(element("code", "", piece.slice(1, -1)));
-      else if (/^\*\*.+\*\*$/.test(piece)) nodes.push(element("strong", "", piece.slice(2, -2)));
-      else if (piece) nodes.push(document.createTextNode(piece));
-    }
-  });
-  target.replaceChildren(...nodes);
 }
 
 // --- actions ----------------------------------------------------------------------------------
