@@ -37,3 +37,8 @@ GOLDEN_ROUNDED_KL = 0.01
 
 # An f32 cosine of a float64 angle: one rounding, and the attention factor's product before it.
 ANGLE = 2.0**-23
+
+# Logits of ranks against one process, relative norm. Partial sums are f32 and rounded once, so only
+# the order of sums differs; a result near the middle of two bf16 values may then round to the other
+# one (2**-8 relative), in a few places of each of a layer's products, and layers pass that on.
+SPLIT_SUMS = 2.0**-7

@@ -42,6 +42,8 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 INDEX_NAME = "model.safetensors.index.json"
 # One read moves at most this much at a time, so that a slice of columns needs little memory.
 _CHUNK_BYTES = 64 << 20
+# Holes in a row that are smaller than this are read too: a disk delivers whole pages anyway.
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +234,20 @@ def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
 
 
 def read_columns(stored: StoredTensor, start: int, stop: int) -> Tensor:
-    """Columns [start, stop) of the second axis; at most a chunk of other columns in memory."""
+    """Columns [start, stop) of the second axis.
+
+    Reads only their bytes, except where a row's other columns fill less than a page; of those at
+    most a chunk is in memory.
+    """
     _check_range(stored, 1, start, stop)
     rows = stored.shape[0]
     out = torch.empty((rows, stop - start, *stored.shape[2:]), dtype=stored.dtype)
-    step = max(1, _CHUNK_BYTES // max(1, stored.num_bytes // max(rows, 1)))
+    row_bytes = stored.num_bytes // max(rows, 1)
+    column_bytes = row_bytes // max(stored.shape[1], 1)
+    if row_bytes - (stop - start) * column_bytes >= _PAGE_BYTES:
+        _fill_strided(stored, out, stored.offset + start * column_bytes, row_bytes)
+        return out
+    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
     for row in range(0, rows, step):
         last = min(row + step, rows)
         out[row:last] = read_rows(stored, row, last)[:, start:stop]
@@ -259,24 +270,35 @@ def read_bytes(stored: StoredTensor, start: int, stop: int) -> memoryview:
 
 def _fill(stored: StoredTensor, out: Tensor, offset: int) -> None:
     """Read bytes from `offset` on into all of `out`, which is contiguous."""
+    _fill_strided(stored, out.view(1, out.numel()), offset, 0)
+
+
+def _fill_strided(stored: StoredTensor, out: Tensor, offset: int, stride_bytes: int) -> None:
+    """Read row i of contiguous `out` from byte `offset + i * stride_bytes` on."""
     if out.numel() == 0:
         return
     buffer = bytes_of(out)
-    done = 0
+    row_bytes = len(buffer) // out.shape[0]
     try:
         with stored.path.open("rb", buffering=0) as file:
-            while done < len(buffer):
-                piece = buffer[done : done + _CHUNK_BYTES]
-                got = os.preadv(file.fileno(), [piece], offset + done)
-                if got == 0:
-                    raise CheckpointError(
-                        f"{stored.path.name}: ended within {stored.name}; changed while being read?"
-                    )
-                done += got
+            for row in range(out.shape[0]):
+                part = buffer[row * row_bytes : (row + 1) * row_bytes]
+                _read_at(file.fileno(), part, offset + row * stride_bytes, stored)
     except OSError as error:
         raise CheckpointError(
             f"{stored.path.name}: {stored.name} cannot be read ({error.strerror})"
         ) from error
+
+
+def _read_at(descriptor: int, buffer: memoryview, offset: int, stored: StoredTensor) -> None:
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(descriptor, [buffer[done : done + _CHUNK_BYTES]], offset + done)
+        if got == 0:
+            raise CheckpointError(
+                f"{stored.path.name}: ended within {stored.name}; changed while being read?"
+            )
+        done += got
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

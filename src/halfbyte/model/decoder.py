@@ -16,6 +16,7 @@ from halfbyte.config import TextConfig
 from halfbyte.kernels import dispatch
 from halfbyte.model.attention import Attend
 from halfbyte.model.linear import Linear
+from halfbyte.model.parallel import Communicator, Solo, split
 from halfbyte.model.rope import RotaryTable, Rotation
 
 Tap = Callable[[str, Tensor], None]
@@ -29,7 +30,7 @@ class Step:
     attend            remembers keys and values; knows which tokens belong together
     logit_rows_R      int64 rows whose logits are wanted; None means all
     image_rows_I      int64 rows whose embedding is replaced ...
-    image_vectors_ID  ... by these vectors, in this order
+    image_vectors_ID  ... by these vectors, in this order; only rank 0 of several has them
 
     Example: sequence A prefills tokens 5 6 7 from position 0, B decodes token 9 at position 4:
       token_ids [5 6 7 9], positions [0 1 2 4], logit_rows [2 3].
@@ -135,7 +136,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and head; `forward` maps a Step to logits."""
+    """Embedding, layers, final norm and head; `forward` maps a Step to logits.
+
+    One rank of several has a share of the layers' heads and features, which `config` counts, and of
+    the vocabulary's rows. All ranks take the same steps; rank 0 alone gets logits.
+    """
 
     def __init__(
         self,
@@ -146,9 +151,15 @@ class Decoder(nn.Module):
         norm_D: Tensor,
         head: Linear,
         kv_scales: Sequence[tuple[float, float]],
+        communicator: Communicator | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.communicator = communicator or Solo()
+        size = self.communicator.size
+        shares = [split(config.vocab_size, rank, size) for rank in range(size)]
+        self._vocab = shares[self.communicator.rank]
+        self._vocab_widths = tuple(len(share) for share in shares)
         self.kv_scales = tuple(kv_scales)
         self.embedding_VD = nn.Buffer(embedding_VD, persistent=False)
         self.layers = nn.ModuleList(layers)
@@ -167,7 +178,7 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
-        """Logits of the wanted rows, f32 (R, V)."""
+        """Logits of the wanted rows, f32 (R, V); on ranks above 0 no rows."""
         residual_TD = self.embed(step)
         rotation = self.rotary.at(step.positions_T)
         delta_TD: Tensor | None = None
@@ -180,11 +191,25 @@ class Decoder(nn.Module):
         if step.logit_rows_R is not None:
             residual_TD = residual_TD[step.logit_rows_R]
         normed_RD = dispatch.rms_norm(residual_TD, self.norm_D, self.config.norm_eps)
-        return self.head(normed_RD, torch.float32)
+        return self.communicator.gather(self.head(normed_RD, torch.float32), self._vocab_widths)
 
     def embed(self, step: Step) -> Tensor:
         """Embeddings of the step's tokens, image vectors in their places: x_TD."""
+        if self.communicator.size > 1:
+            return self._embed_share(step)
         x_TD = self.embedding_VD[step.token_ids_T]
         if step.image_rows_I is not None and step.image_vectors_ID is not None:
             x_TD[step.image_rows_I] = step.image_vectors_ID.to(x_TD.dtype)
         return x_TD
+
+    def _embed_share(self, step: Step) -> Tensor:
+        """Each row comes from the rank that holds it, zeros from all others: the sum is exact."""
+        row_T = step.token_ids_T - self._vocab.start
+        is_other_T = (row_T < 0) | (row_T >= len(self._vocab))
+        x_TD = self.embedding_VD[row_T.masked_fill(is_other_T, 0)]
+        x_TD.masked_fill_(is_other_T[:, None], 0)
+        if step.image_rows_I is not None:
+            x_TD[step.image_rows_I] = 0
+            if step.image_vectors_ID is not None:
+                x_TD[step.image_rows_I] = step.image_vectors_ID.to(x_TD.dtype)
+        return self.communicator.all_reduce(x_TD)

@@ -1,7 +1,7 @@
 """Checkpoint -> modules, layer by layer, every tensor accounted for.
 
 The reader knows files and dialects; here the canonical tensors of a linear become what
-`model.linear` takes, on the device where they run.
+`model.linear` takes, on the device where they run. A tensor-parallel rank reads its slices only.
 """
 
 from collections.abc import Iterable
@@ -10,10 +10,14 @@ from typing import Literal
 import torch
 
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.config import TextConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.formats.fp8 import decode_fp8
+from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, decode_nvfp4
 from halfbyte.kernels import dispatch
 from halfbyte.model.decoder import Decoder, DecoderLayer
 from halfbyte.model.linear import FusedLinear, Linear, Mode, StoredLinear, make_linear
+from halfbyte.model.parallel import Communicator, Shard, Solo, SummedLinear, shard_of
 from halfbyte.model.vision import (
     EncoderLayerWeights,
     ProjectorWeights,
@@ -25,12 +29,51 @@ _ATTENTION = ("q", "k", "v")
 _GATED = ("gate", "up")
 
 
+class _Slices:
+    """Which rows or columns of each decoder linear a rank holds. Whole linears for one process."""
+
+    def __init__(self, text: TextConfig, shard: Shard) -> None:
+        heads = _times(shard.heads, text.head_dim)
+        kv_heads = _times(shard.kv_heads, text.head_dim)
+        self._rows = {"q": heads, "k": kv_heads, "v": kv_heads, "gate": shard.mlp, "up": shard.mlp}
+        self._columns = {"o": heads, "down": shard.mlp}
+
+    def read(self, checkpoint: Checkpoint, name: str, role: str) -> torch.Tensor:
+        """The rank's part of `name`.`role`, a tensor that has a row for each output feature."""
+        tensor, short = f"{name}.{role}", name.rsplit(".", 1)[-1]
+        shape = checkpoint.shape(tensor)
+        rows = self._rows.get(short)
+        if rows is not None:
+            if len(rows) == shape[0]:
+                return checkpoint.tensor(tensor)
+            return checkpoint.rows(tensor, rows.start, rows.stop)
+        columns = self._columns[short]
+        inputs_per_column = 1
+        if checkpoint.format_of(name) == "nvfp4":
+            inputs_per_column = 2 if role == "weight" else BLOCK
+        start, stop = columns.start // inputs_per_column, columns.stop // inputs_per_column
+        if stop - start == shape[1]:
+            return checkpoint.tensor(tensor)
+        return checkpoint.columns(tensor, start, stop)
+
+
+def _times(units: range, width: int) -> range:
+    return range(units.start * width, units.stop * width)
+
+
 class _Source:
     """A checkpoint that remembers which tensors were taken. Lives for one load."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, mode: Mode, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        mode: Mode,
+        dtype: torch.dtype,
+        shard: Shard | None = None,
     ) -> None:
+        text = checkpoint.config.text
+        self._slices = _Slices(text, shard or shard_of(text, 0, 1))
         self._checkpoint = checkpoint
         self._names = frozenset(checkpoint.names())
         self._taken: set[str] = set()
@@ -62,20 +105,21 @@ class _Source:
 
     def decoded(self, names: Iterable[str]) -> FusedLinear:
         """A group with its weights decoded to bf16, widened to the compute dtype."""
-        weights = []
-        for name in names:
-            weights.append(self._checkpoint.decoded(name).to(self.device, self.dtype))
-            self._taken.update(self.roles(name))
+        weights = [_decode(self.stored(name)).to(self.dtype) for name in names]
         return FusedLinear(dispatch.prepare_bf16(torch.cat(weights)), "bf16", None)
 
-    def roles(self, linear: str) -> list[str]:
-        """The tensors that this checkpoint holds of a linear."""
-        roles = ("weight", "weight_scale", "tensor_scale", "input_scale")
-        return [name for role in roles if (name := f"{linear}.{role}") in self._names]
+    def rows(self, name: str, rows: range) -> torch.Tensor:
+        """Rows of an unquantized tensor in the compute dtype."""
+        if len(rows) == self._checkpoint.shape(name)[0]:
+            return self.dense(name)
+        self._taken.add(name)
+        part = self._checkpoint.rows(name, rows.start, rows.stop)
+        return part.to(self.device).to(self.dtype)
 
     def stored(self, name: str) -> StoredLinear:
+        """A decoder linear as stored, or the rank's part of it."""
         format = self._checkpoint.format_of(name)
-        weight = self.tensor(f"{name}.weight")
+        weight = self._part(name, "weight")
         if format == "bf16":
             return StoredLinear(name, format, weight.to(self.dtype))
         has_input_scale = f"{name}.input_scale" in self._names
@@ -87,10 +131,14 @@ class _Source:
             name,
             format,
             weight,
-            self.tensor(f"{name}.weight_scale"),
+            self._part(name, "weight_scale"),
             self._scalar_tensor(f"{name}.tensor_scale"),
             input_scale,
         )
+
+    def _part(self, name: str, role: str) -> torch.Tensor:
+        self._taken.add(f"{name}.{role}")
+        return self._slices.read(self._checkpoint, name, role).to(self.device)
 
     def _scalar_tensor(self, name: str) -> torch.Tensor:
         return torch.tensor(self.scalar(name), dtype=torch.float32, device=self.device)
@@ -129,28 +177,32 @@ def load_decoder(
     device: torch.device | str = "cpu",
     mode: Mode = "weight_only",
     dtype: torch.dtype = torch.bfloat16,
+    communicator: Communicator | None = None,
 ) -> Decoder:
-    """Build the text model of a checkpoint on `device`.
+    """Build the text model of a checkpoint on `device`, or a tensor-parallel rank's part of it.
 
     mode   decision 0004; "declared" needs an input scale for every quantized linear
     dtype  what activations are computed in: bf16, or f32 (weight_only, decoded weights) to check
            against other implementations
-    Raises CheckpointError for a missing tensor and for one that nothing reads. The vision part is
-    not read here (`load_vision`).
+    Raises CheckpointError for a missing tensor and for one that nothing reads, UsageError if the
+    ranks cannot share the heads. The vision part is not read here (`load_vision`).
     """
     assert dtype == torch.bfloat16 or mode == "weight_only", "declared computes in bf16"
-    source = _Source(checkpoint, torch.device(device), mode, dtype)
+    communicator = communicator or Solo()
     text = checkpoint.config.text
-    embedding_VD = source.dense("embedding.weight")
-    layers = [_layer(source, checkpoint, layer) for layer in range(text.num_layers)]
-    head_VD = embedding_VD if text.tied_head else source.dense("head.weight")
+    shard = shard_of(text, communicator.rank, communicator.size)
+    source = _Source(checkpoint, torch.device(device), mode, dtype, shard)
+    embedding_VD = source.rows("embedding.weight", shard.vocab)
+    layers = [_layer(source, shard.local(text), layer, communicator) for layer in _layers(text)]
+    head_VD = embedding_VD if text.tied_head else source.rows("head.weight", shard.vocab)
     decoder = Decoder(
-        text,
+        shard.local(text),
         embedding_VD=embedding_VD,
         layers=layers,
         norm_D=source.dense("norm.weight"),
         head=make_linear([StoredLinear("head", "bf16", head_VD)], mode),
-        kv_scales=[source.kv_scales(layer) for layer in range(text.num_layers)],
+        kv_scales=[source.kv_scales(layer) for layer in _layers(text)],
+        communicator=communicator,
     )
     source.check_all_taken("text")
     return decoder
@@ -222,14 +274,36 @@ def _encoder_layer(source: _Source, layer: int) -> EncoderLayerWeights:
     )
 
 
-def _layer(source: _Source, checkpoint: Checkpoint, layer: int) -> DecoderLayer:
+def _layers(text: TextConfig) -> range:
+    return range(text.num_layers)
+
+
+def _layer(
+    source: _Source, local: TextConfig, layer: int, communicator: Communicator
+) -> DecoderLayer:
     prefix = f"decoder.{layer}"
+    o = source.linear(f"{prefix}.attention", ("o",))
+    down = source.linear(f"{prefix}.mlp", ("down",))
+    if communicator.size > 1:
+        o, down = SummedLinear(o, communicator), SummedLinear(down, communicator)
     return DecoderLayer(
-        checkpoint.config.text,
+        local,
         source.dense(f"{prefix}.attention_norm.weight"),
         source.dense(f"{prefix}.mlp_norm.weight"),
         qkv=source.linear(f"{prefix}.attention", _ATTENTION),
-        o=source.linear(f"{prefix}.attention", ("o",)),
+        o=o,
         gate_up=source.linear(f"{prefix}.mlp", _GATED),
-        down=source.linear(f"{prefix}.mlp", ("down",)),
+        down=down,
     )
+
+
+def _decode(linear: StoredLinear) -> torch.Tensor:
+    """The weight as numbers in bf16; see `Checkpoint.decoded`."""
+    if linear.format == "bf16":
+        return linear.weight
+    assert linear.weight_scale is not None
+    if linear.format == "fp8":
+        return decode_fp8(linear.weight, linear.weight_scale, torch.bfloat16)
+    assert linear.tensor_scale is not None
+    encoded = EncodedNVFP4(linear.weight, linear.weight_scale, linear.tensor_scale)
+    return decode_nvfp4(encoded, torch.bfloat16)

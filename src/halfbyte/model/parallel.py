@@ -1,0 +1,244 @@
+"""Tensor parallelism: which part of the model a rank holds, and how ranks add and collect.
+
+Every rank runs every layer on all tokens, with its share of the heads and of the MLP's features;
+what `o` and `down` give are partial sums, added over the ranks. Embedding and head are split by
+rows of the vocabulary (decision 0010). `load` reads a rank's slices, `engine.workers` starts the
+processes.
+
+Shapes: T tokens, R rows with logits, V vocabulary, I, O features.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from halfbyte.config import TextConfig
+from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.formats.nvfp4 import BLOCK
+from halfbyte.model.linear import Linear
+
+
+class Communicator(Protocol):
+    """The ranks that run one model together. Every rank makes the same calls in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This process's place, 0 to size - 1."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of every rank's `x`, the same bits on all; `x` (dense) is overwritten with it."""
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """The largest of every rank's `x`, element by element; `x` is overwritten with it."""
+
+    def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
+        """The ranks' columns side by side, on rank 0 alone; the others get no rows.
+
+        widths  columns of each rank; `x_RO` has this rank's
+        """
+
+    def close(self) -> None:
+        """Leave the group; another call of anything else is an error."""
+
+
+class Solo:
+    """One process that holds everything."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
+        del widths
+        return x_RO
+
+    def close(self) -> None:
+        pass
+
+
+class ProcessGroup:
+    """Ranks in processes of one machine: gloo over the loopback device on CPUs, NCCL on GPUs.
+
+    The group is an object of its own, not torch's global one: two engines in one process work. A
+    call raises RuntimeError when a rank is gone, or has not come within `timeout_s`.
+    """
+
+    def __init__(
+        self, rank: int, size: int, meeting_place: Path, device: torch.device, timeout_s: float
+    ) -> None:
+        """`meeting_place` is a file that does not exist yet, the same for all ranks."""
+        self.rank = rank
+        self.size = size
+        self._store = dist.FileStore(str(meeting_place), size)  # type: ignore[attr-defined]
+        self._store.set_timeout(timedelta(seconds=timeout_s))
+        make = _nccl if device.type == "cuda" else _gloo
+        # torch's classes, whose stubs differ from build to build.
+        self._group: Any = make(self._store, rank, size, timeout_s)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
+        options = dist.AllreduceOptions()
+        options.reduceOp = operation
+        self._running().allreduce([x], options).wait()
+        return x
+
+    def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
+        assert x_RO.shape[1] == widths[self.rank], f"{x_RO.shape[1]} columns, widths {widths}"
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        # All ranks send the same shape: the last columns of a narrow one mean nothing.
+        padded_RO = x_RO.new_empty(x_RO.shape[0], max(widths))
+        padded_RO[:, : widths[self.rank]] = x_RO
+        received = [torch.empty_like(padded_RO) for _ in widths] if self.rank == 0 else []
+        self._running().gather([received] if received else [], [padded_RO], options).wait()
+        if not received:
+            return x_RO[:0]
+        return torch.cat([p[:, :w] for p, w in zip(received, widths, strict=True)], dim=-1)
+
+    def _running(self) -> Any:
+        assert self._group is not None, "the group was closed"
+        return self._group
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            # Ends what still waits for a rank that is gone.
+            group.abort()
+
+
+def _gloo(store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    return gloo(store, rank, size, options)
+
+
+def _nccl(store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    if not dist.is_nccl_available():
+        raise UnsupportedError("tensor parallelism on GPUs needs a build of torch with NCCL")
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return nccl(store, rank, size, options)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank holds of a decoder, as ranges of the whole.
+
+    heads, kv_heads  attention heads; with more ranks than key/value heads, several ranks hold the
+                     same one
+    mlp              features of the MLP, whole 16-blocks where the width is made of them
+    vocab            rows of embedding and head
+
+    Example: 6 heads, 2 key/value heads, MLP of 304 (19 blocks), 512 tokens, rank 1 of 2:
+      heads 3-5, kv_heads 1, mlp 160-303 (9 blocks), vocab 256-511.
+    """
+
+    rank: int
+    size: int
+    heads: range
+    kv_heads: range
+    mlp: range
+    vocab: range
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size == 1
+
+    def local(self, text: TextConfig) -> TextConfig:
+        """The architecture as this rank's layers and cache see it; `vocab_size` stays whole."""
+        return replace(
+            text,
+            num_heads=len(self.heads),
+            num_kv_heads=len(self.kv_heads),
+            mlp_width=len(self.mlp),
+        )
+
+
+def shard_of(text: TextConfig, rank: int, size: int) -> Shard:
+    """The part of rank `rank` among `size`; UsageError, naming sizes that work, if none is fair."""
+    check_size(text, size)
+    heads_per_rank = text.num_heads // size
+    if size <= text.num_kv_heads:
+        kv_per_rank = text.num_kv_heads // size
+        kv_heads = range(rank * kv_per_rank, (rank + 1) * kv_per_rank)
+    else:
+        kv_head = rank * text.num_kv_heads // size
+        kv_heads = range(kv_head, kv_head + 1)
+    unit = BLOCK if text.mlp_width % BLOCK == 0 else 1
+    return Shard(
+        rank,
+        size,
+        heads=range(rank * heads_per_rank, (rank + 1) * heads_per_rank),
+        kv_heads=kv_heads,
+        mlp=split(text.mlp_width, rank, size, unit),
+        vocab=split(text.vocab_size, rank, size),
+    )
+
+
+def split(count: int, rank: int, size: int, unit: int = 1) -> range:
+    """The rank's share of `count` in whole units, the first ranks having one more where it is odd.
+
+    Example: 304 in units of 16 over 2 ranks: 0-159 and 160-303.
+    """
+    each, more = divmod(count // unit, size)
+    start = rank * each + min(rank, more)
+    return range(start * unit, (start + each + (rank < more)) * unit)
+
+
+def check_size(text: TextConfig, size: int) -> None:
+    """Raise UsageError if the model cannot be split over `size` ranks."""
+    if _divides(text, size):
+        return
+    working = [n for n in range(1, text.num_heads + 1) if _divides(text, n)]
+    raise UsageError(
+        f"tensor-parallel size {size}: {text.num_heads} heads with {text.num_kv_heads} key/value "
+        f"heads cannot be shared out evenly; sizes that work: {', '.join(map(str, working))}"
+    )
+
+
+def _divides(text: TextConfig, size: int) -> bool:
+    """Whole heads for every rank, whose queries need no more key/value heads than the rank has."""
+    if size == 1:
+        return True
+    if size < 1 or text.num_heads % size or size > text.mlp_width // BLOCK:
+        return False
+    if text.num_kv_heads % size and size % text.num_kv_heads:
+        return False
+    # An NVFP4 `o` is cut between heads, which must not cut a 16-block.
+    return text.num_heads // size * text.head_dim % BLOCK == 0
+
+
+class SummedLinear:
+    """A linear whose input features are spread over the ranks: partial sums, added in f32."""
+
+    def __init__(self, linear: Linear, communicator: Communicator) -> None:
+        self._linear = linear
+        self._communicator = communicator
+        self.num_bytes = linear.num_bytes
+
+    def __call__(self, x_TI: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """As `Linear`: rounded once, after the sum, like the product of one process."""
+        partial_TO = self._linear(x_TI, torch.float32)
+        return self._communicator.all_reduce(partial_TO).to(out_dtype or x_TI.dtype)
