@@ -15,14 +15,16 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from halfbyte.config import TextConfig
+from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch, LinearResult
 from halfbyte.kernels.cuda.library import (
     HeadShape,
@@ -149,6 +151,53 @@ class Choice(NamedTuple):
     seeds_T: Tensor
 
 
+class SharedBuffers:
+    """Scratch memory of steps that never run at the same time; make the largest step first."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`count` elements under this name; what they hold is undefined."""
+        held = self._buffers.get(name)
+        if held is None or held.numel() < count:
+            # Zeros: whatever reads more than was written must find numbers.
+            held = torch.zeros(count, dtype=dtype, device=device)
+            self._buffers[name] = held
+        return held[:count]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers taken last under each name."""
+        return sum(t.numel() * t.element_size() for t in self._buffers.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What makes a step one of a serving engine: it ends with logits and chooses nothing.
+
+    prepare     enqueued before everything else of a step; fills the step's inputs
+    logits_TV   f32, where the logits go; as wide as the head's padded output
+    all_reduce  adds up o's and down's outputs over the ranks, in place; None on one device
+    """
+
+    prepare: Callable[["DecodeStep"], None]
+    logits_TV: Tensor
+    shared: SharedBuffers
+    all_reduce: Callable[[Tensor], None] | None = None
+
+
+class _Collective(NamedTuple):
+    """A sum over ranks in the list of launches; it runs on torch's current stream."""
+
+    function: Callable[[Tensor], None]
+    tensor: Tensor
+
+    def run(self, stream: int) -> None:
+        del stream
+        self.function(self.tensor)
+
+
 class _Activation(NamedTuple):
     """Where a linear's input lies: 16-byte chunks, chunk-major (repack.tile_activations)."""
 
@@ -198,12 +247,15 @@ class DecodeStep:
         choice: Choice | None = None,
         configs: dict[TileFormat, StreamConfig] | None = None,
         overlaps: bool = True,
+        serving: Serving | None = None,
     ) -> None:
         self._library = library
         self._weights = weights
         self._cache = cache
         self._rotary = rotary
         self._choice = choice
+        self._serving = serving
+        self._shared = SharedBuffers() if serving is None else serving.shared
         self._overlaps = overlaps
         self._configs = configs or {}
         self.num_tokens = num_tokens
@@ -219,7 +271,7 @@ class DecodeStep:
         self.context_lengths_T = integers(num_tokens, dtype=torch.int32)
         self.slots_T = integers(num_tokens)
         self.block_table_TP = integers(num_tokens, max_pages, dtype=torch.int32)
-        self.history = integers(max_steps, num_tokens)
+        self.history = integers(max_steps if serving is None else 0, num_tokens)
         self.step_count = integers(1, dtype=torch.int32)
         self._best_T = integers(num_tokens)
         self.residual_TD = torch.zeros(
@@ -233,7 +285,7 @@ class DecodeStep:
             num_tokens, config.num_heads * config.head_dim, dtype=torch.bfloat16, device=device
         )
         self._make_buffers()
-        self._launches: list[Launch] = []
+        self._launches: list[Launch | _Collective] = []
         self._build()
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -243,20 +295,15 @@ class DecodeStep:
     def _make_buffers(self) -> None:
         device, config = self._library.device, self._weights.config
         plans = [self._plan(linear) for linear in self._all_linears()]
-        self._out = torch.zeros(
-            self.num_tokens * max(p.out_features for p in plans),
-            dtype=torch.bfloat16,
-            device=device,
-        )
-        self._partial = torch.zeros(
-            self.num_tokens * max(p.num_slots * p.out_features for p in plans), device=device
-        )
+        num_out = self.num_tokens * max(p.out_features for p in plans)
+        self._out = self._shared.take("out", num_out, torch.bfloat16, device)
+        num_partial = self.num_tokens * max(p.num_slots * p.out_features for p in plans)
+        self._partial = self._shared.take("partial", num_partial, torch.float32, device)
         pairs = self.num_tokens * config.num_kv_heads
         self._num_splits = min(32, max(1, -(-2 * self._library.num_multiprocessors // pairs)))
         group = config.num_heads // config.num_kv_heads
-        self._workspace = torch.zeros(
-            pairs * self._num_splits * group * (config.head_dim + 2), device=device
-        )
+        num_workspace = pairs * self._num_splits * group * (config.head_dim + 2)
+        self._workspace = self._shared.take("attention", num_workspace, torch.float32, device)
         self._counters = torch.zeros(pairs, dtype=torch.int32, device=device)
         self._activations: dict[tuple[str, int], Tensor] = {}
 
@@ -315,6 +362,26 @@ class DecodeStep:
         )
         self._add(kernel, (plan.num_blocks, 1, 1), config.num_threads, arguments)
         return plan.result(out, self._partial, self.num_tokens)
+
+    def _gathered(self, linear: CudaLinear, result: LinearResult, dense_TO: Tensor) -> None:
+        """Launch that makes `result` dense in `dense_TO`."""
+        features = linear.weight.out_features
+        slices = min(64, -(-features // (8 * 256)))
+        arguments = (result, features, dense_TO, ctypes.c_int64(dense_TO.stride(0)))
+        self._add(self._library.gather(), (slices, self.num_tokens, 1), 256, arguments)
+
+    def _reduced(self, linear: CudaLinear, result: LinearResult) -> LinearResult:
+        """`result` added up over the ranks: where tensor parallelism meets, after o and down."""
+        serving = self._serving
+        if serving is None or serving.all_reduce is None:
+            return result
+        features = linear.weight.out_features
+        dense = self._shared.take(
+            "reduced", self.num_tokens * features, torch.float32, self._library.device
+        ).view(self.num_tokens, features)
+        self._gathered(linear, result, dense)
+        self._launches.append(_Collective(serving.all_reduce, dense))
+        return LinearResult(partial=dense.data_ptr(), stride=features)
 
     def _add_norm(self, result: LinearResult | None, weight_D: Tensor, x: _Activation) -> None:
         config = self._weights.config
@@ -394,17 +461,20 @@ class DecodeStep:
             qkv = self._add_linear(layer.qkv, x)
             x = self._activation("o", layer.o)
             self._add_attention(index, layer, qkv, x)
-            result = self._add_linear(layer.o, x)
+            result = self._reduced(layer.o, self._add_linear(layer.o, x))
             x = self._activation("gate_up", layer.gate_up)
             self._add_norm(result, layer.mlp_norm_D, x)
             gate_up = self._add_linear(layer.gate_up, x)
             x = self._activation("down", layer.down)
             self._add_silu(gate_up, x)
-            result = self._add_linear(layer.down, x)
+            result = self._reduced(layer.down, self._add_linear(layer.down, x))
         x = self._activation("head", weights.head)
         self._add_norm(result, weights.norm_D, x)
         self.logits = self._add_linear(weights.head, x, rounds=False)
-        self._add_choice(kernels)
+        if self._serving is None:
+            self._add_choice(kernels)
+        else:
+            self._gathered(weights.head, self.logits, self._serving.logits_TV)
 
     def _add_choice(self, kernels: dict[str, Kernel]) -> None:
         config, choice = self._weights.config, self._choice
@@ -448,6 +518,8 @@ class DecodeStep:
 
     def run(self) -> None:
         """Enqueue one step on the current stream, without a graph."""
+        if self._serving is not None:
+            self._serving.prepare(self)
         cosines, sines, query_scale = self._rotary(self.positions_T)
         self._cosines.copy_(cosines)
         self._sines.copy_(sines)
@@ -457,8 +529,11 @@ class DecodeStep:
         for launch in self._launches:
             launch.run(stream)
 
-    def capture(self) -> None:
-        """Record a step as a graph; the state the step moves on is left as it was."""
+    def capture(self, pool: Any = None) -> None:
+        """Record a step as a graph; the state the step moves on is left as it was.
+
+        pool    torch's graph memory pool, shared by graphs that never run at the same time
+        """
         moved = (
             self.token_ids_T,
             self.positions_T,
@@ -472,7 +547,7 @@ class DecodeStep:
         with torch.cuda.stream(stream):
             self.run()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self.run()
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(moved, before, strict=True):
@@ -485,8 +560,61 @@ class DecodeStep:
         self._graph.replay()
 
 
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence among a prefill's rows.
+
+    start       tokens of the sequence that are stored already
+    pages_P     int64, the sequence's pages as far as this chunk reaches; unused if start is 0
+    """
+
+    first_row: int
+    num_rows: int
+    start: int
+    pages_P: Tensor
+
+
+class Singles(NamedTuple):
+    """The leading rows of a prefill that are one token each of a sequence.
+
+    block_table_SP, context_lengths_S  int32, as for a decode step
+    """
+
+    block_table_SP: Tensor
+    context_lengths_S: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """A ragged batch: first single tokens of sequences, then chunks of prompts.
+
+    image_rows_I   rows whose embedding is replaced by `image_vectors_ID`
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    chunks: tuple[Chunk, ...]
+    singles: Singles | None = None
+    image_rows_I: Tensor | None = None
+    image_vectors_ID: Tensor | None = None
+
+
+def attend_to_end(q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last T of C tokens over all of them: (T, N, H)."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    num_queries, num_keys = q_TNH.shape[0], k_CKH.shape[0]
+    is_whole = num_queries == num_keys
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_TNH, k_CKH, v_CKH))
+    mask: Any = None if is_whole else causal_lower_right(num_queries, num_keys)
+    with sdpa_kernel(order, set_priority=True):
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_whole, scale=scale, enable_gqa=True
+        )
+    return out[0].transpose(0, 1)
+
+
 class Prefill:
-    """Prompt tokens of one sequence, from its start, through decoded layers and library products.
+    """Many tokens at once through decoded layers and library products.
 
     "exact" multiplies NVFP4 layers in bf16 (every value is exact there), "fast" in FP8: values
     rounded to e4m3, activations rounded by each token's largest value. FP8 layers are the same in
@@ -503,6 +631,7 @@ class Prefill:
         rotary: RotaryFunction,
         mode: PrefillMode = "exact",
         fast_accumulation: bool = False,
+        all_reduce: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._library = library
         self._weights = weights
@@ -510,17 +639,21 @@ class Prefill:
         self._rotary = rotary
         self._mode = mode
         self._fast_accumulation = fast_accumulation
+        self._all_reduce = all_reduce
         config, device = weights.config, library.device
         self._kernels = library.elementwise(config.width, 1, _heads(config))
         self._layout = library.layout()
         self._one = torch.ones((), device=device)
-        element = 2 if mode == "exact" else 1
+        self._epsilon = config.norm_eps
+        self._workspace = torch.zeros(0, device=device)
+        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+        element = {"fp8": 1, "nvfp4": 2 if mode == "exact" else 1, "bf16": 2}
         sizes = [
             la.weight.data.shape[0]
             * 64
             * la.weight.num_k_blocks
             * K_BLOCK[la.weight.format]
-            * (element if la.weight.format == "nvfp4" else 1)
+            * element[la.weight.format]
             for layer in weights.layers
             for la in _linears(layer)
         ]
@@ -554,7 +687,7 @@ class Prefill:
             gain: tuple[Argument, ...] = (1.0 if exact else _FAST_GAIN,)
         else:
             name, row_bytes, gain = "untile_8bit", k_blocks * 128, ()
-            exact = False
+            exact = weight.format == "bf16"
         arguments = (weight.data, self._scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
         self._launch(self._layout[name], (k_blocks, row_tiles, 1), 128, *arguments)
         rows = self._scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
@@ -567,9 +700,13 @@ class Prefill:
         return ACTIVATION_KIND[linear.weight.format]
 
     def _input(self, linear: CudaLinear, num_tokens: int) -> Tensor:
-        columns = linear.weight.num_k_blocks * K_BLOCK[linear.weight.format]
+        weight = linear.weight
+        columns = weight.num_k_blocks * K_BLOCK[weight.format]
         dtype = torch.bfloat16 if self._kind(linear) == "bf16" else torch.float8_e4m3fn
-        return torch.empty(num_tokens, columns, dtype=dtype, device=self._library.device)
+        x_TI = torch.empty(num_tokens, columns, dtype=dtype, device=self._library.device)
+        if columns > weight.in_features:  # their weights are zero, but 0 * NaN is NaN
+            x_TI.view(torch.uint8)[:, weight.in_features * x_TI.element_size() :] = 0
+        return x_TI
 
     def _product(self, linear: CudaLinear, x_TI: Tensor) -> LinearResult:
         """Raw product in bf16 and the scales that the kernel after it applies."""
@@ -619,9 +756,10 @@ class Prefill:
         return x_TI
 
     def _attend(
-        self, index: int, layer: CudaLayer, qkv: LinearResult, num_tokens: int, slots_T: Tensor
+        self, index: int, layer: CudaLayer, qkv: LinearResult, batch: PrefillBatch
     ) -> Tensor:
         config, device = self._weights.config, self._library.device
+        num_tokens = batch.token_ids_T.shape[0]
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
         q = torch.empty(num_tokens, heads, size, dtype=torch.bfloat16, device=device)
         k = torch.empty(num_tokens, kv_heads, size, dtype=torch.bfloat16, device=device)
@@ -638,27 +776,79 @@ class Prefill:
             q,
             self._cache.keys[index],
             self._cache.values[index],
-            slots_T,
+            batch.slots_T,
             layer.k_scale,
             layer.v_scale,
             k,
             v,
         )
-        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(order, set_priority=True):
-            out = scaled_dot_product_attention(
-                q.transpose(0, 1)[None],
-                k.transpose(0, 1)[None],
-                v.transpose(0, 1)[None],
-                is_causal=True,
-                scale=layer.k_scale / math.sqrt(size),
-                enable_gqa=True,
-            )
-        out_TO = out[0].transpose(0, 1).reshape(num_tokens, heads * size)
+        out = torch.empty_like(q) if batch.singles is not None or len(batch.chunks) > 1 else None
+        if batch.singles is not None and out is not None:
+            self._attend_singles(index, layer, q, out, batch.singles)
+        for chunk in batch.chunks:
+            rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
+            keys, values = k[rows], v[rows]
+            if chunk.start > 0:
+                stored = chunk.start + chunk.num_rows
+                keys = self._stored(self._cache.keys[index], chunk.pages_P, stored)
+                values = self._stored(self._cache.values[index], chunk.pages_P, stored)
+            attended = attend_to_end(q[rows], keys, values, layer.k_scale / math.sqrt(size))
+            if out is None:
+                out = attended
+            else:
+                out[rows] = attended
+        assert out is not None
+        return self._attention_output(layer, out.reshape(num_tokens, heads * size))
+
+    def _stored(self, cache_PZKH: Tensor, pages_P: Tensor, num_tokens: int) -> Tensor:
+        """The first tokens of a sequence as its pages hold them, in bf16 (exact): (C, K, H)."""
+        codes = cache_PZKH[pages_P].flatten(0, 1)[:num_tokens]
+        return codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
+
+    def _attend_singles(
+        self, index: int, layer: CudaLayer, q: Tensor, out: Tensor, singles: Singles
+    ) -> None:
+        config, library = self._weights.config, self._library
+        size, kv_heads = config.head_dim, config.num_kv_heads
+        num_sequences = singles.context_lengths_S.shape[0]
+        pairs = num_sequences * kv_heads
+        num_splits = min(32, max(1, -(-2 * library.num_multiprocessors // pairs)))
+        group = config.num_heads // kv_heads
+        num_workspace = pairs * num_splits * group * (size + 2)
+        if self._workspace.numel() < num_workspace or self._counters.numel() < pairs:
+            self._workspace = torch.zeros(num_workspace, device=library.device)
+            self._counters = torch.zeros(pairs, dtype=torch.int32, device=library.device)
+        num_warps = attention_warps(pairs, library.num_multiprocessors)
+        heads = _heads(config)
+        self._launch(
+            library.attention(heads, self._cache.page_slots, "bf16", num_warps),
+            (num_splits, kv_heads, num_sequences),
+            num_warps * 32,
+            q,
+            self._cache.keys[index],
+            self._cache.values[index],
+            singles.block_table_SP,
+            singles.block_table_SP.stride(0),
+            singles.context_lengths_S,
+            layer.k_scale * math.log2(math.e) / math.sqrt(size),
+            1.0,  # v_scale comes with what the other rows' attention gives
+            self._workspace,
+            self._counters,
+            out,
+            ctypes.c_int64(16),
+            ctypes.c_int64(config.num_heads * size * 2),
+            1.0,
+        )
+
+    def _attention_output(self, layer: CudaLayer, out_TO: Tensor) -> Tensor:
+        """Attention's output times v_scale, as the output product reads it."""
+        num_tokens, width = out_TO.shape
         x_TI = self._input(layer.o, num_tokens)
+        if self._kind(layer.o) == "bf16":
+            x_TI[:, :width] = out_TO * layer.v_scale
+            return x_TI
         if layer.o.weight.format != "fp8":
-            return (out_TO * layer.v_scale).to(x_TI.dtype)
-        width = heads * size
+            raise UnsupportedError("prefill in mode fast needs o projections in FP8 or bf16")
         grid = (-(-width // (8 * 256)), num_tokens, 1)
         strides = self._strides(x_TI, layer.o)
         self._launch(
@@ -680,34 +870,60 @@ class Prefill:
         return x_TI
 
     def run(self, token_ids_T: Tensor, slots_T: Tensor) -> Tensor:
-        """Logits (V,) f32 of the last token; keys and values of all tokens go to `slots_T`."""
-        weights, config = self._weights, self._weights.config
-        num_tokens = token_ids_T.shape[0]
-        device = self._library.device
-        self._angles = self._rotary(torch.arange(num_tokens, device=device))
-        residual_TD = weights.embedding_VD[token_ids_T]
+        """Logits (V,) f32 of the last token of one sequence, from its start.
+
+        Keys and values of all tokens go to `slots_T`.
+        """
+        num_tokens, device = token_ids_T.shape[0], self._library.device
+        positions_T = torch.arange(num_tokens, device=device)
+        chunk = Chunk(0, num_tokens, 0, positions_T[:0])
+        x_TD = self.forward(PrefillBatch(token_ids_T, positions_T, slots_T, (chunk,)))
+        x_1D = self.normed(x_TD[-1:])
+        logits_1V = stream_product(self._library, self._weights.head.weight, x_1D)
+        return logits_1V[0, : self._weights.config.vocab_size]
+
+    def forward(self, batch: PrefillBatch) -> Tensor:
+        """The residual stream after the last layer, (T, D) bf16; keys and values are stored."""
+        weights = self._weights
+        self._angles = self._rotary(batch.positions_T)
+        residual_TD = weights.embedding_VD[batch.token_ids_T]
+        if batch.image_rows_I is not None and batch.image_vectors_ID is not None:
+            residual_TD[batch.image_rows_I] = batch.image_vectors_ID.to(torch.bfloat16)
+        num_tokens = residual_TD.shape[0]
         result: LinearResult | None = None
         for index, layer in enumerate(weights.layers):
             x = self._norm(result, residual_TD, layer.attention_norm_D, layer.qkv)
             qkv = self._product(layer.qkv, x)
-            x = self._attend(index, layer, qkv, num_tokens, slots_T)
-            result = self._product(layer.o, x)
+            x = self._attend(index, layer, qkv, batch)
+            result = self._reduced(layer.o, self._product(layer.o, x))
             x = self._norm(result, residual_TD, layer.mlp_norm_D, layer.gate_up)
             gate_up = self._product(layer.gate_up, x)
             x = self._silu(gate_up, layer.down, num_tokens)
-            result = self._product(layer.down, x)
+            result = self._reduced(layer.down, self._product(layer.down, x))
         assert result is not None
-        return self._last_logits(result, residual_TD[-1:], config)
+        return residual_TD + self._scaled(weights.layers[-1].down, result)
 
-    def _last_logits(self, result: LinearResult, residual_1D: Tensor, config: TextConfig) -> Tensor:
-        """The head on one row, by the streaming product."""
-        del result
-        y_1O = self._last[-1:, : config.width].float()
-        row_scale = self._row_scales[id(self._weights.layers[-1].down)][: config.width]
-        delta = y_1O * row_scale
-        if self._kind(self._weights.layers[-1].down) == "e4m3_token":
-            delta = delta * self._token_scale_T[self._last.shape[0] - 1]
-        x = (residual_1D + delta.to(torch.bfloat16)).float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps)
-        x = (x * self._weights.norm_D.float()).to(torch.bfloat16)
-        return stream_product(self._library, self._weights.head.weight, x)[0, : config.vocab_size]
+    def _scaled(self, linear: CudaLinear, result: LinearResult) -> Tensor:
+        """The last product with its scales applied, rounded to bf16: (T, D)."""
+        width = self._weights.config.width
+        y_TD = self._last[:, :width].float()
+        if result.row_scale is not None:
+            y_TD = y_TD * self._row_scales[id(linear)][:width]
+        if result.token_scale is not None:
+            y_TD = y_TD * self._token_scale_T[: y_TD.shape[0], None]
+        return y_TD.to(torch.bfloat16)
+
+    def _reduced(self, linear: CudaLinear, result: LinearResult) -> LinearResult:
+        """The last product added up over the ranks, scales applied; as it is on one device."""
+        if self._all_reduce is None:
+            return result
+        y_TO = self._scaled(linear, result)
+        self._all_reduce(y_TO)
+        self._last = y_TO
+        return LinearResult(out=y_TO.data_ptr(), stride=y_TO.shape[1])
+
+    def normed(self, residual_RD: Tensor) -> Tensor:
+        """Rows of `forward`'s result as the head reads them, bf16."""
+        x_RD = residual_RD.float()
+        x_RD = x_RD * torch.rsqrt(x_RD.square().mean(-1, keepdim=True) + self._epsilon)
+        return (x_RD * self._weights.norm_D.float()).to(torch.bfloat16)

@@ -231,6 +231,11 @@ class KernelLibrary:
             {"decode_attention": max(merged, ring)},
         )["decode_attention"]
 
+    def gather(self) -> Kernel:
+        """The kernel that makes a linear's result one dense f32 matrix."""
+        code = lambda: compile_kernel("gather", {})
+        return self._make(("gather",), code, {"gather_f32": 0})["gather_f32"]
+
     def layout(self) -> dict[str, Kernel]:
         """Kernels of layout.cu by name."""
         names = ("untile_8bit", "decode_nvfp4_bf16", "decode_nvfp4_e4m3", "fill_random")

@@ -1,0 +1,98 @@
+"""Small checkpoints in a geometry that the CUDA kernels take: bf16, FP8 source, mixed, native."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from halfbyte.checkpoint.names import foreign_name, hub_to_native_rows, rotary_heads
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.config import ModelConfig, RopeConfig, TextConfig
+from halfbyte.model.tiny import write_tiny_checkpoint
+from halfbyte.quantize.job import QuantizeConfig
+from halfbyte.quantize.pipeline import quantize
+from halfbyte.recipe.schema import load_recipe
+
+
+def hopper_config(layers: int = 6, *, tied_head: bool = False) -> ModelConfig:
+    """YaRN with a query scale, grouped queries, odd widths (no multiples of a K block)."""
+    text = TextConfig(
+        num_layers=layers,
+        width=192,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_width=304,
+        vocab_size=515,
+        norm_eps=1e-5,
+        max_positions=4096,
+        rope=RopeConfig(
+            theta=1e6,
+            kind="yarn",
+            factor=64.0,
+            original_max_positions=64,
+            beta_fast=4.0,
+            beta_slow=1.0,
+            llama_4_scaling_beta=0.1,
+        ),
+        tied_head=tied_head,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        pad_token_id=None,
+    )
+    return ModelConfig(text, None)
+
+
+def write_fp8(directory: Path, config: ModelConfig) -> Path:
+    """The dialect in which Mistral publishes, random weights."""
+    write_tiny_checkpoint(directory, config=config, dialect="mistral-fp8")
+    return directory
+
+
+def write_mixed(directory: Path, fp8: Path, scratch: Path) -> Path:
+    """`fp8` through the recipe of the big model: interior MLPs in NVFP4, FP8 keys and values."""
+    vocabulary = Checkpoint.open(fp8).config.text.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (4, 64), generator=generator)
+    save_file({"batch0.input_ids": ids}, scratch / "tokens.safetensors")
+    quantize(
+        QuantizeConfig(
+            source=fp8,
+            output=directory,
+            recipe=load_recipe("medium-3.5"),
+            calibration_tokens=scratch / "tokens.safetensors",
+            with_errors=False,
+        )
+    )
+    return directory
+
+
+def write_native(directory: Path, hub: Path) -> Path:
+    """A bf16 checkpoint of ours in Mistral's own layout, q and k rows in pairs."""
+    checkpoint = Checkpoint.open(hub)
+    directory.mkdir()
+    foreign = {}
+    for name in checkpoint.names():
+        tensor = checkpoint.tensor(name)
+        heads = rotary_heads(name, checkpoint.config) if tensor.ndim > 1 else None
+        stored = tensor if heads is None else hub_to_native_rows(tensor, heads)
+        foreign[foreign_name(name, "mistral", "none")] = stored.contiguous()
+    save_file(foreign, directory / "consolidated.safetensors", {"format": "pt"})
+    text = checkpoint.config.text
+    params = {
+        "dim": text.width,
+        "n_layers": text.num_layers,
+        "head_dim": text.head_dim,
+        "hidden_dim": text.mlp_width,
+        "n_heads": text.num_heads,
+        "n_kv_heads": text.num_kv_heads,
+        "rope_theta": text.rope.theta,
+        "norm_eps": text.norm_eps,
+        "vocab_size": text.vocab_size,
+        "tied_embeddings": text.tied_head,
+        "max_position_embeddings": text.max_positions,
+        "model_type": "transformer",
+    }
+    (directory / "params.json").write_text(json.dumps(params))
+    return directory

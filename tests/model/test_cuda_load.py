@@ -1,0 +1,130 @@
+"""The loader for the CUDA decoder, on the CPU: every tensor comes back from its units as stored."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.errors import CheckpointError
+from halfbyte.formats.minifloat import decode_e2m1
+from halfbyte.kernels.repack import untile_nvfp4, untile_rows
+from halfbyte.model.cuda_decoder import CudaLinear
+from halfbyte.model.cuda_load import (
+    TensorReader,
+    f16_divisor,
+    load_cuda_weights,
+    reason_against,
+)
+from halfbyte.model.tiny import write_tiny_checkpoint
+from hopper import hopper_config, write_fp8, write_mixed, write_native
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("hopper")
+    config = hopper_config()
+    write_tiny_checkpoint(folder / "bf16", config=config)
+    return {
+        "bf16": folder / "bf16",
+        "native": write_native(folder / "native", folder / "bf16"),
+        "fp8": write_fp8(folder / "fp8", config),
+        "mixed": write_mixed(folder / "mixed", folder / "fp8", folder),
+    }
+
+
+def decoded(linear: CudaLinear) -> torch.Tensor:
+    """The numbers of a tiled weight, padding included."""
+    weight = linear.weight
+    if weight.format == "nvfp4":
+        codes, scales = untile_nvfp4(weight)
+        values = decode_e2m1(codes).double() * scales.double().repeat_interleave(16, 1) / 256.0
+    else:
+        values = untile_rows(weight).double()
+    return values * weight.row_scale_O.double()[:, None]
+
+
+def check_linear(checkpoint: Checkpoint, linear: CudaLinear, group: list[str]) -> None:
+    wanted = torch.cat([checkpoint.decoded(name, torch.float32) for name in group]).double()
+    found = decoded(linear)
+    rows, columns = wanted.shape
+    assert torch.allclose(found[:rows, :columns], wanted, rtol=3e-7, atol=0.0)
+    assert not found[rows:].any() and not found[:, columns:].any()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "native", "fp8", "mixed"])
+def test_every_weight_survives_the_way_to_the_device(kind: str, variants: dict[str, Path]) -> None:
+    checkpoint = Checkpoint.open(variants[kind])
+    weights = load_cuda_weights(checkpoint, CPU, num_threads=3, num_spare_embeddings=5)
+    text = checkpoint.config.text
+    for index, layer in enumerate(weights.layers):
+        attention, mlp = f"decoder.{index}.attention", f"decoder.{index}.mlp"
+        check_linear(checkpoint, layer.qkv, [f"{attention}.{n}" for n in "qkv"])
+        check_linear(checkpoint, layer.o, [f"{attention}.o"])
+        check_linear(checkpoint, layer.gate_up, [f"{mlp}.gate", f"{mlp}.up"])
+        check_linear(checkpoint, layer.down, [f"{mlp}.down"])
+        norm = checkpoint.tensor(f"decoder.{index}.mlp_norm.weight")
+        assert torch.equal(layer.mlp_norm_D, norm.bfloat16())
+        if f"{attention}.k_scale" in checkpoint:
+            assert layer.k_scale == checkpoint.scalar(f"{attention}.k_scale")
+        if layer.qkv.weight.format == "fp8":
+            declared = [checkpoint.scalar(f"{attention}.{n}.input_scale") for n in "qkv"]
+            assert layer.qkv.input_scale == max(declared)
+    embedding = checkpoint.tensor("embedding.weight")
+    assert torch.equal(weights.embedding_VD[: text.vocab_size], embedding)
+    assert not weights.embedding_VD[text.vocab_size :].any()
+    assert len(weights.embedding_VD) == text.vocab_size + 5
+    assert torch.equal(
+        decoded(weights.head)[: text.vocab_size, : text.width],
+        checkpoint.tensor("head.weight").double(),
+    )
+
+
+def test_pieces_of_any_size_make_the_same_tensor(variants: dict[str, Path]) -> None:
+    checkpoint = Checkpoint.open(variants["bf16"])
+    wanted = checkpoint.tensor("embedding.weight")
+    for piece_bytes in (1, 999, 1 << 20):
+        if piece_bytes == 1:
+            stored = checkpoint.stored("norm.weight")
+        else:
+            stored = checkpoint.stored("embedding.weight")
+        target = torch.empty(stored.shape, dtype=stored.dtype)
+        with TensorReader(CPU, num_threads=4, piece_bytes=piece_bytes) as reader:
+            reader.wait(reader.read_into(stored, target))
+            assert reader.num_bytes == stored.num_bytes
+        if piece_bytes > 1:
+            assert torch.equal(target, wanted)
+        else:
+            assert torch.equal(target, checkpoint.tensor("norm.weight"))
+
+
+def test_a_file_that_shrank_is_named(variants: dict[str, Path], tmp_path: Path) -> None:
+    source = variants["bf16"]
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    checkpoint = Checkpoint.open(tmp_path)
+    last = checkpoint.stored(max(checkpoint.names(), key=lambda n: checkpoint.stored(n).offset))
+    os.truncate(last.path, last.offset + last.num_bytes // 2)
+    with pytest.raises(CheckpointError, match="changed while being read"):
+        load_cuda_weights(checkpoint, CPU)
+
+
+def test_what_the_kernels_cannot_run_is_said(variants: dict[str, Path], tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "tiny", layers=1)
+    mixed = Checkpoint.open(variants["mixed"])
+    assert reason_against(mixed, "fp8", 16) is None
+    assert "KV cache is bf16" in (reason_against(mixed, "bf16", 16) or "")
+    assert "multiple of 16" in (reason_against(mixed, "fp8", 24) or "")
+    assert "heads of 32" in (reason_against(Checkpoint.open(tmp_path / "tiny"), "fp8", 16) or "")
+
+
+@pytest.mark.parametrize("largest", [1.0, 1000.0, 16000.0, 17000.0, 1e6])
+def test_activations_stay_inside_fp16(largest: float) -> None:
+    divisor = f16_divisor(largest / (6.0 * 448.0))
+    assert math.log2(divisor).is_integer() and divisor >= 1.0
+    assert largest * 4.0 / divisor <= 65504.0 * 1.0001
+    assert divisor == 1.0 or largest * 4.0 / (divisor / 2) > 65504.0
