@@ -1,5 +1,6 @@
 """Runs an engine in tests: load with small defaults, run requests, collect their answers."""
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +18,21 @@ from halfbyte.engine.request import (
     TokensEvent,
 )
 from halfbyte.engine.sampler import LogitsHook
+from halfbyte.engine.sequence import Sequence as EngineSequence
+from halfbyte.engine.speculate import Guesser
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)
 
 
-def load(directory: Path, hook: LogitsHook | None = None, **options: Any) -> Engine:
+def load(
+    directory: Path,
+    hook: LogitsHook | None = None,
+    guesser: Guesser | None = None,
+    **options: Any,
+) -> Engine:
     defaults: dict[str, Any] = {"max_model_len": 160, "kv_cache_tokens": 640, "kv_cache": "fp8"}
     config = replace(EngineConfig(), **(defaults | options))
-    return Engine.load(directory, config, logits_hook=hook)
+    return Engine.load(directory, config, logits_hook=hook, guesser=guesser)
 
 
 @dataclass
@@ -83,3 +91,51 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     token_ids: list[int] = torch.randint(3, 512, (length,), generator=generator).tolist()
     return token_ids
+
+
+class Mixed:
+    """Guesses the known answers of requests, each token wrong with a chance of one in four."""
+
+    def __init__(self, answers: dict[str, Sequence[int]], seed: int = 0) -> None:
+        self.answers = answers
+        self.random = random.Random(seed)
+        self.forgotten: list[int] = []
+
+    def confidence(self, sequence: EngineSequence) -> int | None:
+        return 0 if sequence.request.request_id in self.answers else None
+
+    def guess(self, wanted: Sequence[tuple[EngineSequence, int]]) -> list[list[int]]:
+        return [self.guess_one(sequence, count) for sequence, count in wanted]
+
+    def guess_one(self, sequence: EngineSequence, count: int) -> list[int]:
+        answer = self.answers[sequence.request.request_id]
+        known = sequence.num_generated
+        right = [*answer[known : known + count], *[5] * count][:count]
+        return [
+            self.random.randrange(3, 512) if self.random.random() < 0.25 else token_id
+            for token_id in right
+        ]
+
+    def forget(self, sequence: EngineSequence) -> None:
+        self.forgotten.append(sequence.arrival)
+
+
+def speculating(directory: Path, guesser: Any, *, most: int = 4, **options: Any) -> Engine:
+    return load(
+        directory,
+        guesser=guesser,
+        speculative="ngram",
+        num_speculative_tokens=most,
+        adaptive_speculation=False,
+        **options,
+    )
+
+
+def assert_equal(found: Answer, wanted: Answer) -> None:
+    """The same in everything a client can see, to the last bit of a log-prob."""
+    assert found.token_ids == wanted.token_ids
+    assert found.logprobs == wanted.logprobs
+    assert found.prompt_logprobs == wanted.prompt_logprobs
+    assert found.finish is not None and wanted.finish is not None
+    ours = replace(found.finish, request_id="", cached_tokens=0)
+    assert ours == replace(wanted.finish, request_id="", cached_tokens=0)

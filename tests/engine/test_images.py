@@ -7,11 +7,23 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from engine_driver import GREEDY, Answer, load, prompt_of, request, run, run_alone
+from engine_driver import (
+    GREEDY,
+    Answer,
+    Mixed,
+    assert_equal,
+    load,
+    prompt_of,
+    request,
+    run,
+    run_alone,
+    speculating,
+)
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine import images as engine_images
 from halfbyte.engine.images import ImageEncoder
 from halfbyte.engine.request import ImageInput
+from halfbyte.engine.sequence import Sequence as EngineSequence
 from halfbyte.errors import RequestError
 from halfbyte.model.load import load_vision
 from halfbyte.model.tiny import write_tiny_checkpoint
@@ -168,3 +180,20 @@ def test_text_model_refuses_images(tiny: Path) -> None:
     prompt, pictures = two_pictures(0)
     with pytest.raises(RequestError, match="takes no images"):
         load(tiny).add(request("a", prompt, images=pictures))
+
+
+def test_guesses_of_image_tokens_show_no_image(seeing: Path) -> None:
+    """Guesses behind pictures are checked as they are elsewhere, image tokens among them."""
+    prompt, pictures = two_pictures(0)
+    params = replace(GREEDY, max_tokens=16)
+    wanted = run_alone(load(seeing), prompt, params, images=pictures)
+
+    class Spoilt(Mixed):
+        def guess_one(self, sequence: EngineSequence, count: int) -> list[int]:
+            right = super().guess_one(sequence, count)
+            return [*right[:-1], IMAGE]
+
+    engine = speculating(seeing, Spoilt({"alone": wanted.token_ids}))
+    found = run_alone(engine, prompt, params, images=pictures)
+    assert_equal(found, wanted)
+    assert engine.stats().accepted_tokens > 0

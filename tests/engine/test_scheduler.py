@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ class Machine:
         self.answers: dict[str, list[int]] = {}
         self.num_added = 0
         self.num_computed_tokens = 0
+        self.num_confirmed = 0
 
     def add(
         self,
@@ -55,8 +57,13 @@ class Machine:
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self, max_prefill_tokens: int | None = None) -> list[Work]:
-        works = self.scheduler.plan(max_prefill_tokens)
+    def step(
+        self, max_prefill_tokens: int | None = None, guesses: SequenceOf[bool] = ()
+    ) -> list[Work]:
+        """Run what is planned. `guesses` are made behind every generating sequence, True a right
+        one, as many as blocks allow.
+        """
+        works = [self.propose(work, guesses) for work in self.scheduler.plan(max_prefill_tokens)]
         lasts = [work.is_last for work in works]
         for work in works:
             self.write(work)
@@ -64,16 +71,38 @@ class Machine:
             self.scheduler.advance(work)
             if is_last:
                 self.grow(work.sequence)
+                self.confirm(work)
         return works
 
+    def propose(self, work: Work, guesses: SequenceOf[bool]) -> Work:
+        if not (work.is_last and work.count == 1 and work.sequence.num_generated and guesses):
+            return work
+        granted = self.scheduler.reserve(work.sequence, len(guesses))
+        assert 0 <= granted <= len(guesses)
+        tokens = list(work.sequence.token_ids)
+        for is_right in guesses[:granted]:
+            tokens.append((next_token(tokens) + (not is_right)) % VOCAB)
+        return replace(work, proposals=tuple(tokens[len(work.sequence.token_ids) :]))
+
+    def confirm(self, work: Work) -> None:
+        """Go on while the proposals are what was chosen, as the engine does."""
+        sequence = work.sequence
+        for proposal in work.proposals:
+            if sequence.slot is None or sequence.token_ids[-1] != proposal:
+                break
+            self.scheduler.advance(Work(sequence, sequence.num_computed, 1))
+            self.num_confirmed += 1
+            self.grow(sequence)
+        self.scheduler.trim(sequence)
+
     def write(self, work: Work) -> None:
-        sequence, tokens = work.sequence, tuple(work.sequence.token_ids)
-        self.num_computed_tokens += work.count
-        for position in range(work.start, work.start + work.count):
+        sequence, tokens = work.sequence, (*work.sequence.token_ids, *work.proposals)
+        self.num_computed_tokens += work.num_rows
+        for position in range(work.start, work.start + work.num_rows):
             block = sequence.blocks[position // 2]
             self.memory[block, position % 2] = tokens[: position + 1]
         # What attention would read for the last token of the work.
-        for position in range(work.start + work.count):
+        for position in range(work.start + work.num_rows):
             stored = self.memory[sequence.blocks[position // 2], position % 2]
             assert stored == tokens[: position + 1], f"position {position} holds {stored}"
 
@@ -197,6 +226,45 @@ def test_check_sees_a_leaked_slot() -> None:
         machine.scheduler.check()
 
 
+def test_confirmed_guesses_save_steps_and_fallen_ones_cost_no_block() -> None:
+    machine = Machine(num_blocks=10, max_batch_tokens=8)
+    sequence = machine.add([0, 1], 12)
+    machine.step()
+    machine.step(guesses=[True, True, True])
+    assert (sequence.num_generated, len(sequence.blocks)) == (5, 3)
+    machine.step(guesses=[True, False, True])
+    assert (sequence.num_generated, len(sequence.blocks)) == (7, 5)
+    machine.step(guesses=[False] * 9)
+    assert (sequence.num_generated, len(sequence.blocks)) == (8, 5)
+    machine.scheduler.check()
+    machine.run()
+    assert machine.answers == {"0": expected([0, 1], 12)}
+
+
+def test_guesses_get_only_the_blocks_that_are_left() -> None:
+    machine = Machine(num_blocks=4, max_batch_tokens=8)
+    sequence = machine.add([0, 1], 6)
+    machine.step()
+    machine.scheduler.plan()
+    assert machine.scheduler.reserve(sequence, 9) == 5
+    assert machine.pool.num_free == 0
+    machine.scheduler.trim(sequence)
+    assert machine.pool.num_free == 2
+    machine.scheduler.check()
+
+
+def test_end_of_a_found_prefix_is_built_again_where_a_draft_model_needs_it() -> None:
+    machine = Machine(num_blocks=40, max_batch_tokens=8)
+    machine.scheduler.num_rebuilt_blocks = 1
+    prompt = [0, 1, 2, 0, 1, 2, 2, 1, 0]
+    sequences = [machine.add(prompt, 1)]
+    machine.run()
+    sequences += [machine.add(prompt, 1), machine.add([0, 1, 2], 1)]
+    machine.run()
+    assert [sequence.cached_tokens for sequence in sequences] == [0, 6, 0]
+    machine.scheduler.check()
+
+
 class Requests(RuleBasedStateMachine):
     """Any mixture of arrivals, steps and aborts gives each request its solo answer."""
 
@@ -217,7 +285,14 @@ class Requests(RuleBasedStateMachine):
 
     @rule(max_prefill_tokens=st.sampled_from([None, 1, 3]))
     def step(self, max_prefill_tokens: int | None) -> None:
-        works = self.machine.step(max_prefill_tokens)
+        self.check_step(self.machine.step(max_prefill_tokens))
+
+    @rule(guesses=st.lists(st.booleans(), min_size=1, max_size=5))
+    def step_with_guesses(self, guesses: list[bool]) -> None:
+        """Blocks that fallen guesses filled are given back, and nobody ever reads them."""
+        self.check_step(self.machine.step(None, guesses))
+
+    def check_step(self, works: list[Work]) -> None:
         assert works or not self.machine.scheduler.has_work()
         assert sum(work.count for work in works) <= 5
         arrivals = [work.sequence.arrival for work in works]

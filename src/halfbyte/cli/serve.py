@@ -72,6 +72,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["weight_only", "declared"],
         help="what NVFP4 linears compute without FP4 hardware (%(default)s)",
     )
+    engine.add_argument(
+        "--speculative",
+        metavar="ngram|DIR",
+        help="guess tokens ahead from the text itself, or with an EAGLE head; same answers",
+    )
+    engine.add_argument(
+        "--num-speculative-tokens", type=int, help="most guesses a step (8 for ngram, 3 for EAGLE)"
+    )
     add_accept(engine)
 
 

@@ -57,40 +57,52 @@ def lay_out(
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Index tensors of a step. Logits: of the last known token of each sequence that the step
-    reaches, and of every token of a sequence that wants prompt log-probs.
+    reaches and of the proposals behind it, and of every token of a sequence that wants prompt
+    log-probs.
+
+    Example: A prefills 3 of 9 tokens, B decodes its sixth with two proposals p, q: rows
+    [A0 A1 A2 B5 p q] at positions [0 1 2 5 6 7], logits of rows [3 4 5].
     """
-    block_tokens = cache.block_tokens
     token_ids: list[int] = []
-    positions: list[int] = []
     logit_rows: list[int] = []
-    query_starts = [0]
     for work in works:
-        start, stop = work.start, work.start + work.count
         first_row = len(token_ids)
-        token_ids += work.sequence.token_ids[start:stop]
-        positions += range(start, stop)
-        query_starts.append(len(token_ids))
+        token_ids += work.sequence.token_ids[work.start : work.start + work.count]
         if work.sequence.wants_prompt_logprobs:
             logit_rows += range(first_row, len(token_ids))
         elif work.is_last:
             logit_rows.append(len(token_ids) - 1)
-    positions_T = np.array(positions, dtype=np.int64)
-    counts_S = [work.count for work in works]
-    sequence_T = np.repeat(np.arange(len(works)), counts_S)
+        logit_rows += range(len(token_ids), len(token_ids) + len(work.proposals))
+        token_ids += work.proposals
+    spans = [(work.start, work.start + work.num_rows) for work in works]
+    positions_T, attend = attend_over(spans, pages_SP, cache, device)
+    all_rows = len(logit_rows) == len(token_ids)
+    return Batch(
+        torch.tensor(token_ids, dtype=torch.int64, device=device),
+        positions_T,
+        attend,
+        None if all_rows else torch.tensor(logit_rows, dtype=torch.int64, device=device),
+    )
+
+
+def attend_over(
+    spans: SequenceOf[tuple[int, int]],
+    pages_SP: NDArray[np.int32],
+    cache: PagedCache,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, PagedAttend]:
+    """Positions (T,) of some sequences' spans [start, stop), and attention that writes them."""
+    block_tokens = cache.block_tokens
+    counts_S = [stop - start for start, stop in spans]
+    positions_T = np.concatenate([np.arange(start, stop) for start, stop in spans])
+    sequence_T = np.repeat(np.arange(len(spans)), counts_S)
     slots_T = pages_SP[sequence_T, positions_T // block_tokens].astype(np.int64) * block_tokens
     slots_T += positions_T % block_tokens
-    context_lengths_S = [work.start + work.count for work in works]
     attend = PagedAttend(
         cache,
         torch.from_numpy(slots_T).to(device),
         torch.from_numpy(pages_SP).to(device),
-        torch.tensor(context_lengths_S, dtype=torch.int32, device=device),
-        torch.tensor(query_starts, dtype=torch.int32, device=device),
+        torch.tensor([stop for _, stop in spans], dtype=torch.int32, device=device),
+        torch.tensor([0, *np.cumsum(counts_S)], dtype=torch.int32, device=device),
     )
-    all_rows = len(logit_rows) == len(token_ids)
-    return Batch(
-        torch.tensor(token_ids, dtype=torch.int64, device=device),
-        torch.from_numpy(positions_T).to(device),
-        attend,
-        None if all_rows else torch.tensor(logit_rows, dtype=torch.int64, device=device),
-    )
+    return torch.from_numpy(positions_T).to(device), attend

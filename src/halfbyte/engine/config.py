@@ -19,6 +19,10 @@ from halfbyte.modules import CacheFormat
 
 # Share of the free memory of a machine without a GPU that the KV cache may take unasked.
 _CPU_SHARE = 0.25
+# `speculative` that needs no draft model.
+NGRAM = "ngram"
+# More guesses a step than this are worth it for no text.
+_MOST_SPECULATIVE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,10 @@ class EngineConfig:
                             a prompt is worked in; None = no limit, for throughput
     accept                  settings of the checkpoint to compute with although they are known to
                             ruin a model (`checkpoint.verify.ACCEPTABLE`)
+    speculative             "ngram", the directory of an EAGLE head, or None: who guesses tokens
+                            ahead; answers stay what they are (decision 0042)
+    num_speculative_tokens  most guesses a step and sequence; None = by kind
+    adaptive_speculation    fewer guesses, down to none, where they cost more than they bring
     """
 
     max_model_len: int | None = None
@@ -52,6 +60,9 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_decode_slowdown: float | None = 2.0
     accept: tuple[str, ...] = ()
+    speculative: str | None = None
+    num_speculative_tokens: int | None = None
+    adaptive_speculation: bool = True
 
 
 def resolve(
@@ -99,6 +110,7 @@ def resolve(
         kv_cache=format,
         kv_cache_tokens=cache_tokens,
         max_model_len=min(longest, cache_tokens),
+        num_speculative_tokens=_num_speculative_tokens(config),
     )
 
 
@@ -130,6 +142,24 @@ def _validate(config: EngineConfig, text: TextConfig) -> None:
         raise UsageError(f"gpu_memory_utilization {config.gpu_memory_utilization} is not in (0, 1]")
     if config.max_decode_slowdown is not None and config.max_decode_slowdown <= 1.0:
         raise UsageError(f"max_decode_slowdown {config.max_decode_slowdown} must be above 1")
+    guesses = config.num_speculative_tokens
+    if guesses is not None and config.speculative is None:
+        raise UsageError(
+            f"num_speculative_tokens {guesses} without speculative; give ngram or the directory of "
+            "an EAGLE head"
+        )
+    if guesses is not None and not 1 <= guesses <= _MOST_SPECULATIVE_TOKENS:
+        raise UsageError(
+            f"num_speculative_tokens {guesses} must be between 1 and {_MOST_SPECULATIVE_TOKENS}; "
+            "leave speculative out for none"
+        )
+
+
+def _num_speculative_tokens(config: EngineConfig) -> int | None:
+    """Guesses a step: texts repeat themselves for long, a draft model is sure of a few tokens."""
+    if config.speculative is None:
+        return None
+    return config.num_speculative_tokens or (8 if config.speculative == NGRAM else 3)
 
 
 def _mb(amount: int, block_bytes: int | None = None, config: EngineConfig | None = None) -> str:

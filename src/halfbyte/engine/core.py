@@ -29,6 +29,7 @@ from halfbyte.engine.runner import Runner, load_runner
 from halfbyte.engine.sampler import IMPOSSIBLE, Choice, LogitsHook, Sampler, logprobs_of
 from halfbyte.engine.scheduler import Scheduler, Work
 from halfbyte.engine.sequence import Sequence
+from halfbyte.engine.speculate import Guesser, Lookup, Pace, Speculator
 from halfbyte.errors import CapacityError, RequestError
 from halfbyte.log import logger
 
@@ -38,7 +39,8 @@ class EngineStats:
     """Figures of an engine: what it holds now, and totals since it was loaded.
 
     free_blocks holds the cached_blocks, which nobody uses but whose content can be found again.
-    step_s is the time spent in steps.
+    step_s is the time spent in steps. proposed_tokens were guessed and checked (speculation),
+    accepted_tokens of them stood; both are 0 without speculation.
     """
 
     running: int
@@ -56,17 +58,23 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    proposed_tokens: int
+    accepted_tokens: int
 
 
 class Engine:
     """Runs requests on one model. No state is shared between engines."""
 
     def __init__(
-        self, runner: Runner, config: EngineConfig, *, logits_hook: LogitsHook | None = None
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        *,
+        logits_hook: LogitsHook | None = None,
+        guesser: Guesser | None = None,
     ) -> None:
-        """`config` is resolved; `logits_hook` is for tests that need a model to say certain things.
-
-        Use `Engine.load`.
+        """`config` is resolved; use `Engine.load`. For tests: `logits_hook` makes a model say
+        certain things, `guesser` replaces the one that `config.speculative` names.
         """
         assert config.kv_cache_tokens is not None and config.max_model_len is not None
         text = runner.decoder.config
@@ -84,6 +92,7 @@ class Engine:
         )
         self._sampler = Sampler(text.vocab_size, text.eos_token_ids, config.device, logits_hook)
         self._pacer = PrefillPacer(config.max_decode_slowdown)
+        self._speculator = _make_speculator(config, guesser)
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self._request_ids: set[str] = set()
         # Block lists held by `score`.
@@ -102,10 +111,11 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         logits_hook: LogitsHook | None = None,
+        guesser: Guesser | None = None,
     ) -> "Engine":
         """Load a checkpoint. Raises CheckpointError, UsageError or CapacityError."""
         runner, resolved = load_runner(directory, config or EngineConfig())
-        return cls(runner, resolved, logits_hook=logits_hook)
+        return cls(runner, resolved, logits_hook=logits_hook, guesser=guesser)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raise RequestError if the request can never run here. Safe from any thread."""
@@ -175,9 +185,13 @@ class Engine:
             assert not self.has_work(), "requests wait but nothing can run"
             return []
         num_decodes = sum(work.count == 1 and work.is_last for work in works)
+        if self._speculator is not None:
+            works = self._speculator.propose(works, self._scheduler)
         logits_RV = self._runner.run(works)
         events = self._conclude(works, logits_RV)
         seconds = time.perf_counter() - started
+        if self._speculator is not None:
+            self._speculator.observe(seconds, works)
         num_tokens = sum(work.count for work in works)
         self._pacer.observe(seconds, num_decodes, num_tokens - num_decodes)
         self._num_steps += 1
@@ -221,6 +235,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures now. Safe from any thread; single figures may be a step apart."""
         scheduler, pool, runner = self._scheduler, self._pool, self._runner
+        speculator = self._speculator
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -237,6 +252,8 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
+            proposed_tokens=0 if speculator is None else speculator.num_proposed,
+            accepted_tokens=0 if speculator is None else speculator.num_accepted,
         )
 
     def clear_prefix_cache(self) -> None:
@@ -253,7 +270,7 @@ class Engine:
 
     def _conclude(self, works: SequenceOf[Work], logits_RV: Tensor) -> list[Event]:
         """Move every sequence on and choose tokens where the last known one was computed."""
-        rows, chosen = [], []
+        chosen: list[tuple[Work, int]] = []
         row = 0
         for work in works:
             sequence = work.sequence
@@ -263,21 +280,55 @@ class Engine:
             elif work.is_last:
                 row += 1
             if work.is_last:
-                rows.append(row - 1)
-                chosen.append(sequence)
+                chosen.append((work, row - 1))
+                row += len(work.proposals)
             self._scheduler.advance(work)
         assert row == logits_RV.shape[0], f"{logits_RV.shape[0]} rows of logits, {row} used"
-        if not chosen:
-            return []
-        if len(rows) < row:
-            logits_RV = logits_RV[rows]
         events: list[Event] = []
-        for sequence, choice in zip(chosen, self._sampler.choose(logits_RV, chosen), strict=True):
-            self._accept(sequence, choice, events)
+        num_checked = 0
+        while chosen:
+            chosen = self._choose(chosen, num_checked, logits_RV, events)
+            num_checked += 1
         return events
 
-    def _accept(self, sequence: Sequence, choice: Choice, events: list[Event]) -> None:
-        """Append the chosen token, report it, and finish the sequence if it was the last."""
+    def _choose(
+        self,
+        works: SequenceOf[tuple[Work, int]],
+        num_checked: int,
+        logits_RV: Tensor,
+        events: list[Event],
+    ) -> list[tuple[Work, int]]:
+        """Choose one token for each work; those whose next proposal it confirms.
+
+        works        with the row of logits to choose from
+        num_checked  proposals of each that are confirmed and appended already
+        returns      works and rows to go on with: the sequence is as if the token had been computed
+                     in a step of its own
+        """
+        rows = [row for _, row in works]
+        sequences = [work.sequence for work, _ in works]
+        if rows != list(range(len(logits_RV))):
+            logits_RV = logits_RV[rows]
+        confirmed = []
+        choices = self._sampler.choose(logits_RV, sequences)
+        for (work, row), choice in zip(works, choices, strict=True):
+            sequence = work.sequence
+            goes_on = self._accept(sequence, choice, events)
+            proposals = work.proposals
+            is_right = num_checked < len(proposals) and proposals[num_checked] == choice.token_id
+            if goes_on and is_right:
+                self._scheduler.advance(Work(sequence, sequence.num_computed, 1))
+                confirmed.append((work, row + 1))
+            elif proposals and self._speculator is not None:
+                self._scheduler.trim(sequence)
+                self._speculator.settle(work, num_checked + is_right)
+        return confirmed
+
+    def _accept(self, sequence: Sequence, choice: Choice, events: list[Event]) -> bool:
+        """Append the chosen token, report it, and finish the sequence if it was the last.
+
+        returns  whether the sequence goes on
+        """
         request, params = sequence.request, sequence.request.params
         token_id, mask = choice.token_id, request.mask
         problem = None
@@ -288,7 +339,7 @@ class Engine:
         prompt_logprobs = self._take_prompt_logprobs(sequence)
         if problem is not None:
             events.append(self._finish(sequence, "error", message=problem))
-            return
+            return False
         sequence.append(token_id)
         self._generated_tokens += 1
         is_end = token_id in params.stop_token_ids or (
@@ -307,6 +358,7 @@ class Engine:
             events.append(self._finish(sequence, "stop"))
         elif sequence.num_generated >= sequence.max_tokens:
             events.append(self._finish(sequence, "length"))
+        return sequence.slot is not None
 
     def _finish(
         self,
@@ -317,6 +369,8 @@ class Engine:
         message: str | None = None,
     ) -> FinishEvent:
         self._scheduler.remove(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
         request_id = sequence.request.request_id
         self._request_ids.remove(request_id)
         self._prompt_logprobs.pop(request_id, None)
@@ -352,6 +406,14 @@ class Engine:
             return None
         sequence.has_prompt_logprobs = True
         return tuple(self._prompt_logprobs.pop(sequence.request.request_id))
+
+
+def _make_speculator(config: EngineConfig, guesser: Guesser | None) -> Speculator | None:
+    if config.speculative is None:
+        return None
+    assert config.num_speculative_tokens is not None
+    pace = Pace(config.num_speculative_tokens, is_adaptive=config.adaptive_speculation)
+    return Speculator(guesser or Lookup(), pace)
 
 
 def _accept_mask(request: GenerationRequest, token_id: int) -> str | None:

@@ -84,7 +84,7 @@ class ImageEncoder:
                 skipped = token_ids[image.offset : start].count(self._image_token_id)
                 rows += [first_row + position - work.start for position in positions]
                 vectors.append(self._of(image)[skipped : skipped + len(positions)])
-            first_row += work.count
+            first_row += work.num_rows
         if not rows:
             return None
         vectors_ID = torch.cat(vectors)

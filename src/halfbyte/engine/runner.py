@@ -47,7 +47,14 @@ class Runner:
         self._table = BlockTable(config.max_sequences, min(num_blocks, blocks_per_sequence))
 
     def run(self, works: SequenceOf[Work]) -> Tensor:
-        """Compute the tokens of `works`; f32 logits (R, V) of the rows that `lay_out` names."""
+        """Compute the tokens of `works`; f32 logits (R, V) of the rows that `lay_out` names.
+
+        What any runner must do with `work.proposals`, k of them behind the last known token:
+        compute them as the next k tokens of a prompt would be - positions, K and V included, all
+        k + 1 rows causal - and give logits for each of the k + 1 rows, in order. Blocks for them
+        are there. The caller may drop the last of them: their K and V are then overwritten by a
+        later step, before anything reads them.
+        """
         batch = lay_out(works, self._table.rows(works), self.cache, self.device)
         placement = None if self.images is None else self.images.place(works)
         return self._run(batch, placement)

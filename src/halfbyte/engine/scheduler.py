@@ -11,6 +11,10 @@ model. The rules, in order:
 3. New sequences are admitted in order of arrival, as long as blocks for all of their known tokens
    are free, plus one for each running sequence to grow into. Nobody overtakes a sequence that waits
    for blocks; one that waits for a prefix which another is just computing may be overtaken.
+
+Proposals (`speculate`) take nothing from anybody: `reserve` gives them what is left after `plan`,
+`trim` takes back what they did not earn, so between two steps a sequence holds blocks for its known
+tokens and no more.
 """
 
 import heapq
@@ -27,11 +31,21 @@ _ARRIVAL = attrgetter("arrival")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """Tokens [start, start + count) of one sequence, to be computed in the next step."""
+    """Tokens [start, start + count) of one sequence, to be computed in the next step.
+
+    proposals  guesses of the tokens behind the last known one; computed in the same step, so that
+               the model can say whether it would have chosen them. Only where `is_last`
+    """
 
     sequence: Sequence
     start: int
     count: int
+    proposals: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the step computes for it."""
+        return self.count + len(self.proposals)
 
     @property
     def is_last(self) -> bool:
@@ -49,7 +63,11 @@ class Scheduler:
         max_sequences: int,
         max_batch_tokens: int,
         prefix_cache: bool = True,
+        num_rebuilt_blocks: int = 0,
     ) -> None:
+        """`num_rebuilt_blocks` at the end of a found prefix are computed again nevertheless, for a
+        draft model that needs the hidden states behind them.
+        """
         assert max_batch_tokens >= max_sequences, (
             f"{max_batch_tokens} tokens a step for {max_sequences} sequences"
         )
@@ -57,6 +75,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_batch_tokens = max_batch_tokens
         self.prefix_cache = prefix_cache
+        self.num_rebuilt_blocks = num_rebuilt_blocks
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -121,6 +140,27 @@ class Scheduler:
             if self._promises.get(digest) is sequence:
                 del self._promises[digest]
 
+    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks for up to `num_tokens` behind the known ones; for how many they suffice.
+
+        Call between `plan` and `trim`, for a sequence that `plan` chose.
+        """
+        known, block_tokens = len(sequence.token_ids), self.pool.block_tokens
+        missing = self.num_blocks_for(known + num_tokens) - len(sequence.blocks)
+        missing = min(missing, self.pool.num_free)
+        if missing > 0:
+            sequence.blocks.extend(self.pool.allocate(missing))
+        return min(num_tokens, len(sequence.blocks) * block_tokens - known)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back the blocks behind the known tokens, where no proposal was accepted."""
+        kept = self.num_blocks_for(len(sequence.token_ids))
+        if sequence.slot is None or len(sequence.blocks) <= kept:
+            return
+        self.pool.release(sequence.blocks[kept:])
+        del sequence.blocks[kept:]
+        sequence.num_tabled = min(sequence.num_tabled, kept)
+
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, finished or given up, in whatever state it is."""
         if sequence.slot is None:
@@ -174,6 +214,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         digests = self._reusable_digests(sequence)
         found = self.pool.find(digests)
+        found = found[: max(len(found) - self.num_rebuilt_blocks, 0)]
         num_new = self.num_blocks_for(len(sequence.token_ids)) - len(found)
         # Without room to grow, the newcomer would be the next to be preempted.
         if not self.pool.can_hold(found, num_new + len(self.running)):

@@ -32,6 +32,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         device=device,
         gpu_memory_utilization=args.gpu_memory_utilization,
         accept=tuple(args.accept),
+        speculative=args.speculative,
+        num_speculative_tokens=args.num_speculative_tokens,
     )
 
 
@@ -95,12 +97,20 @@ def launch(
         access_log=access_log,
     )
 
+    speculation = ""
+    if resolved.speculative is not None:
+        speculation = (
+            f"  speculation: {resolved.speculative}, up to "
+            f"{resolved.num_speculative_tokens} tokens ahead\n"
+        )
+
     def announce(url: str) -> None:
         print(
             f"{names[0]} is ready at {url}/v1 (chat page: {url}/)\n"
             f"  context {resolved.max_model_len} tokens, {resolved.max_sequences} answers at once\n"
             f"  KV cache {resolved.kv_cache_tokens} tokens in {resolved.kv_cache} "
             f"on {resolved.device}\n"
+            f"{speculation}"
             f"  {'API key required' if keys else 'no API key is asked for'}; "
             f"limits: {url}/health; stop with Ctrl-C",
             flush=True,

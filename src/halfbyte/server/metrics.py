@@ -124,6 +124,8 @@ class Metrics:
             ("generation_tokens_total", self.completion_tokens),
             ("prefix_cache_queries_total", self.prompt_tokens),
             ("prefix_cache_hits_total", self.cached_prompt_tokens),
+            ("spec_decode_num_draft_tokens_total", engine.get("proposed_tokens", 0)),
+            ("spec_decode_num_accepted_tokens_total", engine.get("accepted_tokens", 0)),
         )
         for name, value in counters:
             yield from _head(f"vllm:{name}", "counter", f"As vLLM's {name}.")
