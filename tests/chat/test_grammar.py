@@ -150,6 +150,55 @@ def test_hostile_regex_costs_little(compiler: GrammarCompiler, regex: str) -> No
     assert time.perf_counter() - start < 3
 
 
+AMBIGUOUS = 'start: a\na: a a | "x" | a a a\n'
+
+
+def test_ambiguous_grammar_gives_up_and_says_so_before_it_holds_up_a_step(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    x = 64 + ord("x")
+    mask = compiler.mask(compiler.compile(AMBIGUOUS, "p", is_free=True))
+    assert accepts(mask, mistral, "xxxx") and mask.problem is None
+    slowest, count = 0.0, 0
+    while x in allowed(mask) and count < 400:
+        start = time.perf_counter()
+        mask.fill(np.zeros(24, dtype=np.uint32))
+        mask.accept(x)
+        slowest, count = max(slowest, time.perf_counter() - start), count + 1
+    assert count < 400 and slowest < 1
+    assert mask.problem is not None and "items" in mask.problem
+    # What is left is to end; who asks whether it is finished hears that it is.
+    assert allowed(mask) == {EOS} and mask.is_finished()
+    thoughtful = ThoughtMask(mistral.vocabulary, mistral.control, mask, None)
+    assert thoughtful.problem == mask.problem
+
+
+def test_many_optional_properties_are_not_taken_for_ambiguity(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    properties = {f"key{i}": {"type": "integer"} for i in range(1500)}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    mask = compiler.mask(compiler.compile(json_schema_grammar(schema, lenient=False), "p"))
+    assert accepts(mask, mistral, '{"key1499": 1}') and mask.problem is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": [[]] * 3_000_000},
+        {"description": "x" * 300_000},
+        {"properties": {"x" * 300_000: {}}},
+        {f"{i}": {} for i in range(100_000)},
+    ],
+    ids=["wide", "text", "key", "keys"],
+)
+def test_large_schemas_are_refused_at_a_glance(compiler: GrammarCompiler, schema: Any) -> None:
+    start = time.perf_counter()
+    with pytest.raises(RequestError, match="262,144 bytes"):
+        compiler.check_schema(schema, "p")
+    assert time.perf_counter() - start < 1
+
+
 def test_limits_name_themselves(mistral: MistralFormat) -> None:
     compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(max_source_bytes=100, max_depth=3))
     with pytest.raises(RequestError, match="100 bytes"):
@@ -158,7 +207,8 @@ def test_limits_name_themselves(mistral: MistralFormat) -> None:
     for _ in range(5):
         deep = {"items": deep}
     with pytest.raises(RequestError, match="deeper than 3"):
-        compiler.check_depth(deep, "p")
+        compiler.check_schema(deep, "p")
+    compiler.check_schema({"a": [{"b": "c"}]}, "p")
 
 
 def test_compiled_grammars_are_kept_and_masks_are_independent(

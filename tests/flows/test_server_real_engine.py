@@ -1,40 +1,31 @@
-"""The server over the real engine, on small random models: wire, chat, engine, kernels, blocks.
-
-A random model says nothing sensible. Where an answer must have a certain shape, a hook on the
-logits forces its tokens; everything else - masks, sampling, cache, scheduling - is as it is for
-users. A model that really thinks and calls tools is not part of these tests.
-"""
+"""The server over the real engine, on small random models: wire, chat, engine, kernels, blocks."""
 
 import asyncio
-import contextlib
-import dataclasses
 import json
 import re
-import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import jsonschema
 import openai
 import pytest
 import torch
-from torch import Tensor
 
-from halfbyte.chat.tokens import ChatFormat, load_chat
-from halfbyte.engine.config import EngineConfig
-from halfbyte.engine.core import Engine
-from halfbyte.engine.request import GenerationRequest
-from halfbyte.engine.service import EngineService
-from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
-from halfbyte.server.app import create_app
-from halfbyte.server.config import ServerConfig
-from halfbyte.server.supervise import Supervisor
+from flows.stand import (
+    ARGS,
+    CALLS,
+    END_THINK,
+    EOS,
+    HELLO,
+    THINK,
+    Stand,
+    ask,
+    standing,
+    streamed_text,
+    write_model,
+)
 
-DATA = Path(__file__).parent.parent / "data" / "chat"
-THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
-HELLO = [{"role": "user", "content": "Hello"}]
 WEATHER = {
     "type": "function",
     "function": {
@@ -49,91 +40,20 @@ WEATHER = {
 }
 
 
-class Script:
-    """The hook: tokens that an answer must have, by position; None leaves the model its choice."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] | None = None
-        self.dies = False
-
-    def __call__(
-        self, request: GenerationRequest, generated: Sequence[int], logits_V: Tensor
-    ) -> None:
-        if self.dies:
-            raise RuntimeError("the card has fallen off the bus")
-        if self.ids is not None and len(generated) < len(self.ids):
-            logits_V[self.ids[len(generated)]] = 1e4
-
-
-@dataclasses.dataclass
-class Stand:
-    """A running application."""
-
-    http: httpx.AsyncClient
-    client: Any
-    engine: Engine
-    service: Supervisor
-    chat: ChatFormat
-    script: Script
-
-    def force(self, *parts: str | int) -> None:
-        ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self.chat.vocabulary.encode_text(part)
-        self.script.ids = ids
-
-    async def idle(self) -> None:
-        """Nothing runs and every block is back."""
-        async with asyncio.timeout(5):
-            while self.engine.stats().running or self.engine.stats().waiting:
-                await asyncio.sleep(0.005)
-        stats = self.engine.stats()
-        assert stats.free_blocks == stats.total_blocks
-        self.engine.check()
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(2)
     path = tmp_path_factory.mktemp("models") / "tiny"
-    config = tiny_config(layers=2)
-    text = dataclasses.replace(config.text, vocab_size=800)
-    write_tiny_checkpoint(path, config=dataclasses.replace(config, text=text))
-    shutil.copy(DATA / "tekken" / "tekken.json", path)
+    write_model(path)
     return path
 
 
 @pytest.fixture
 async def stand(directory: Path) -> AsyncIterator[Stand]:
-    script = Script()
-    config = EngineConfig(max_model_len=512, kv_cache_tokens=4096, max_sequences=16)
-    engine = Engine.load(directory, config, logits_hook=script)
-
-    def load() -> EngineService:
-        return EngineService(Engine.load(directory, config, logits_hook=script))
-
-    service = Supervisor(EngineService(engine), load)
-    chat = load_chat(directory)
-    settings = ServerConfig(("tiny",), engine.max_model_len, engine.vocab_size)
-    app = create_app(service, chat, settings, access_log=False)
-    async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(app.router.lifespan_context(app))
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        http: Any = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=50)
-        client = openai.AsyncOpenAI(
-            api_key="none", base_url="http://test/v1", http_client=http, max_retries=0
-        )
-        yield Stand(http, client, engine, service, chat, script)
-
-
-async def ask(stand: Stand, **options: Any) -> Any:
-    request = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 24, **options}
-    return await stand.client.chat.completions.create(**request)
-
-
-async def streamed_text(stand: Stand, **options: Any) -> str:
-    stream = await ask(stand, stream=True, **options)
-    return "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+    async with standing(
+        directory, max_model_len=512, kv_cache_tokens=4096, max_sequences=16
+    ) as stand:
+        yield stand
 
 
 async def test_streamed_equals_whole_and_the_prefix_is_found_again(stand: Stand) -> None:
@@ -239,6 +159,21 @@ async def test_choice_and_regex(stand: Stand) -> None:
     form = {"type": "regex", "regex": "[0-9]{3}-[a-f]{2}"}
     text = (await ask(stand, extra_body={"response_format": form})).choices[0].message.content
     assert re.fullmatch("[0-9]{3}-[a-f]{2}", text)
+
+
+async def test_grammar_that_gives_up_is_an_error_not_an_answer(stand: Stand) -> None:
+    """Nine tenths of an answer with reason "stop" would pass for a whole one."""
+    form = {"type": "grammar", "grammar": 'start: a\na: a a | "x" | a a a\n'}
+    options = {"extra_body": {"response_format": form}, "max_tokens": 300}
+    stand.script.ids = [64 + ord("x")] * 300
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ask(stand, **options)
+    assert caught.value.code == "grammar_failed" and "items" in caught.value.message
+    with pytest.raises(openai.APIError, match="could not be held"):
+        await streamed_text(stand, **options)
+    stand.script.ids = [*stand.script.ids[:20], EOS]
+    assert (await ask(stand, **options)).choices[0].message.content == "x" * 20
+    await stand.idle()
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,18 @@ class GrammarLimits:
 
     lexer_fuel     about 50,000 a millisecond while compiling
     grammar_size   symbols
+    row_items      places where an answer may stand in the grammar at once, before the mask gives
+                   up; an object of n optional properties has 4 n, each looked at once
+    free_row_items the same for grammars that a client wrote: ambiguous rules look at pairs, so
+                   2,000 would hold up everybody's step for a tenth of a second
     """
 
     max_source_bytes: int = 262_144
     max_depth: int = 64
     lexer_fuel: int = 4_000_000
     grammar_size: int = 500_000
+    row_items: int = 20_000
+    free_row_items: int = 400
     cache_entries: int = 256
 
 
@@ -62,6 +68,10 @@ class Mask(Protocol):
     def is_finished(self) -> bool:
         """Nothing but an end of answer may follow."""
 
+    @property
+    def problem(self) -> str | None:
+        """Why the grammar could not be followed to its end; None if it could."""
+
 
 class GrammarCompiler:
     """Checks grammars and makes masks from them. Safe to use from several threads."""
@@ -73,33 +83,26 @@ class GrammarCompiler:
             llguidance.TokenizerWrapper(_WrappedVocabulary(vocabulary)),
             eos_token=list(vocabulary.eos_token_ids),
         )
-        self._parser_limits = llguidance.LLParserLimits(
-            initial_lexer_fuel=self._limits.lexer_fuel,
-            max_grammar_size=self._limits.grammar_size,
-            verbose_errors=False,
-        )
-        self._cache: OrderedDict[str, CompiledGrammar] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, bool], CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
 
-    def compile(self, lark: str, param: str) -> CompiledGrammar:
+    def compile(self, lark: str, param: str, *, is_free: bool = False) -> CompiledGrammar:
         """Check a Lark grammar, or take it from the cache.
+
+        is_free   a client wrote the rules themselves, not a schema or a regex
 
         Raises RequestError(param) with llguidance's message for what it cannot express.
         """
-        if len(lark.encode()) > self._limits.max_source_bytes:
-            raise RequestError(
-                f"{param}: larger than {self._limits.max_source_bytes:,} bytes",
-                param=param,
-                code="schema_too_large",
-            )
+        self.check_size(len(lark.encode()), param)
+        key = (lark, is_free)
         with self._lock:
-            known = self._cache.get(lark)
+            known = self._cache.get(key)
             if known is not None:
-                self._cache.move_to_end(lark)
+                self._cache.move_to_end(key)
                 return known
-        compiled = self._compile(lark, param)
+        compiled = self._compile(lark, param, is_free)
         with self._lock:
-            self._cache[lark] = compiled
+            self._cache[key] = compiled
             while len(self._cache) > self._limits.cache_entries:
                 self._cache.popitem(last=False)
         return compiled
@@ -108,29 +111,60 @@ class GrammarCompiler:
         """A fresh mask for one sequence; the banned ids are never allowed, whatever it says."""
         return GrammarMask(grammar, self._vocabulary, banned_token_ids)
 
-    def check_depth(self, value: Any, param: str, depth: int = 0) -> None:
-        """Refuse schemas nested beyond the limit, before anything recursive reads them."""
-        if depth > self._limits.max_depth:
+    def check_size(self, num_bytes: int, param: str) -> None:
+        """Refuse sources over the limit; a character counts as one byte at least."""
+        if num_bytes > self._limits.max_source_bytes:
             raise RequestError(
-                f"{param}: nested deeper than {self._limits.max_depth}",
+                f"{param}: larger than {self._limits.max_source_bytes:,} bytes",
                 param=param,
-                code="schema_too_deep",
+                code="schema_too_large",
             )
-        if isinstance(value, Mapping):
-            value = list(value.values())
-        if isinstance(value, list):
-            for item in value:
-                self.check_depth(item, param, depth + 1)
 
-    def _compile(self, lark: str, param: str) -> CompiledGrammar:
+    def check_schema(self, schema: Any, param: str) -> None:
+        """Refuse schemas that are too deep or too large, before anything recursive reads them.
+
+        Level by level, and given up as soon as the limit is passed: a value takes two bytes at
+        least, one of its own and one that parts it from the next.
+        """
+        level, num_bytes = [schema], 0
+        for _ in range(self._limits.max_depth + 1):
+            below: list[Any] = []
+            for value in level:
+                if isinstance(value, Mapping | list):
+                    num_bytes += 2 * len(value)
+                    self.check_size(num_bytes, param)
+                    below += value.values() if isinstance(value, Mapping) else value
+                if isinstance(value, Mapping):
+                    num_bytes += sum(map(len, value))
+                elif isinstance(value, str):
+                    num_bytes += len(value)
+                self.check_size(num_bytes, param)
+            if not below:
+                return
+            level = below
+        raise RequestError(
+            f"{param}: nested deeper than {self._limits.max_depth}",
+            param=param,
+            code="schema_too_deep",
+        )
+
+    def _parser_limits(self, is_free: bool) -> Any:
+        limits = self._limits
+        return llguidance.LLParserLimits(
+            initial_lexer_fuel=limits.lexer_fuel,
+            max_grammar_size=limits.grammar_size,
+            max_items_in_row=limits.free_row_items if is_free else limits.row_items,
+            verbose_errors=False,
+        )
+
+    def _compile(self, lark: str, param: str, is_free: bool) -> CompiledGrammar:
         grammar = llguidance.LLMatcher.grammar_from_lark(lark)
+        limits = self._parser_limits(is_free)
         is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
-            grammar, self._tokenizer, limits=self._parser_limits
+            grammar, self._tokenizer, limits=limits
         )
         if not is_error:
-            matcher = llguidance.LLMatcher(
-                self._tokenizer, grammar, log_level=0, limits=self._parser_limits
-            )
+            matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
             is_error, messages = (
                 (True, [matcher.get_error()]) if matcher.is_error() else (False, messages)
             )
@@ -173,6 +207,11 @@ class GrammarMask:
     def is_finished(self) -> bool:
         """Nothing but an end of answer may follow."""
         return bool(self._matcher.is_stopped())
+
+    @property
+    def problem(self) -> str | None:
+        """What llguidance says if it gave up, as over its limits in an ambiguous grammar."""
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
 
 class ThoughtMask:
@@ -234,6 +273,11 @@ class ThoughtMask:
     def is_finished(self) -> bool:
         """Nothing but an end of answer may follow."""
         return self._state != "thought" and self._inner is not None and self._inner.is_finished()
+
+    @property
+    def problem(self) -> str | None:
+        """That of the rules after the thought."""
+        return None if self._inner is None else self._inner.problem
 
     def _accept_thought(self, token_id: int) -> None:
         if token_id == self._end_think:

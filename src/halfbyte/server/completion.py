@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.chat.grammar import Mask
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning, Router
 from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.engine.request import (
@@ -72,6 +73,7 @@ class Choice:
     request: GenerationRequest
     router: Router
     want_entries: bool = False
+    mask: Mask | None = None
     shown_chars: int = 0
     num_tokens: int = 0
     finish: FinishEvent | None = None
@@ -211,6 +213,13 @@ def _finish_reason(backend: Backend, choice: Choice, event: FinishEvent) -> str:
     """ "stop" or "length"; an answer that ended otherwise is an error."""
     if choice.router.stopped_by is not None:
         return "stop"
+    if choice.mask is not None and choice.mask.problem is not None:
+        # It ended because the grammar did, not because it was complete: never pass for an answer.
+        raise RequestError(
+            f"after {event.completion_tokens} tokens the answer could not be held to the request's "
+            f"grammar any longer: {choice.mask.problem}",
+            code="grammar_failed",
+        )
     if event.reason in ("stop", "length"):
         return event.reason
     message = event.message or "the answer was aborted"

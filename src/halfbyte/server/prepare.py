@@ -6,7 +6,7 @@ Whatever takes long - decoding images, encoding, compiling grammars - runs in th
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ async def chat_job(backend: Backend, request: wire.ChatRequest) -> Job:
             stops=request.stops,
             tool_names=rules.tool_names,
         )
-        choices.append(Choice(index, generation, router, want_entries=request.logprobs))
+        choices.append(Choice(index, generation, router, want_entries=request.logprobs, mask=mask))
     usage = Usage(
         len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
     )
@@ -116,7 +116,7 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
             generation = GenerationRequest(f"{answer_id}-{index}", token_ids, params, mask)
             router = Router(backend.chat.vocabulary, ControlTokens(), stops=request.stops)
             want_entries = request.logprobs is not None
-            choices.append(Choice(index, generation, router, want_entries=want_entries))
+            choices.append(Choice(index, generation, router, want_entries=want_entries, mask=mask))
     return Job(answer_id, int(time.time()), choices, Usage(num_prompt_tokens), rules.warnings)
 
 
@@ -338,60 +338,75 @@ async def _chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
     choice = _tool_choice(backend, request)
     if choice == "none":
         return Rules(await _compile_format(backend, request.response_format))
-    tools = [tool.model_dump() for tool in request.tools or ()]
-    for index, tool in enumerate(tools):
-        backend.compiler.check_depth(
-            tool["function"]["parameters"], f"tools[{index}].function.parameters"
+    form = request.response_format
+    if form is not None and form.type == "text":
+        form = None
+    if form is not None and (not form.type.startswith("json") or choice != "auto"):
+        raise RequestError(
+            "response_format: together with tools only json_object and json_schema work, and "
+            "only with tool_choice 'auto'",
+            param="response_format",
         )
-    answer = None
-    if request.response_format is not None and request.response_format.type != "text":
-        answer = _format_grammar(backend, request.response_format)
-        if not request.response_format.type.startswith("json") or choice != "auto":
-            raise RequestError(
-                "response_format: together with tools only json_object and json_schema work, and "
-                "only with tool_choice 'auto'",
-                param="response_format",
+
+    def compile_tools() -> CompiledGrammar:
+        tools = [tool.model_dump() for tool in request.tools or ()]
+        for index, tool in enumerate(tools):
+            backend.compiler.check_schema(
+                tool["function"]["parameters"], f"tools[{index}].function.parameters"
             )
-    lark = grammar.tools_grammar(
-        tools,
-        backend.chat.control,
-        choice=choice,
-        parallel=request.parallel_tool_calls,
-        answer=answer,
-    )
-    compiled = await _compile(backend, lark, "tools")
-    return Rules(compiled, frozenset(tool["function"]["name"] for tool in tools))
+        lark = grammar.tools_grammar(
+            tools,
+            backend.chat.control,
+            choice=choice,
+            parallel=request.parallel_tool_calls,
+            answer=None if form is None else _format_grammar(backend, form),
+        )
+        return backend.compiler.compile(lark, "tools")
+
+    compiled = await _in_time(backend, compile_tools, "tools")
+    return Rules(compiled, frozenset(tool.function.name for tool in request.tools or ()))
 
 
 async def _compile_format(
     backend: Backend, response_format: wire.ResponseFormat | None
 ) -> CompiledGrammar | None:
-    if response_format is None or response_format.type == "text":
+    form = response_format
+    if form is None or form.type == "text":
         return None
-    return await _compile(backend, _format_grammar(backend, response_format), "response_format")
+
+    def compile_format() -> CompiledGrammar:
+        lark = _format_grammar(backend, form)
+        return backend.compiler.compile(lark, "response_format", is_free=form.type == "grammar")
+
+    return await _in_time(backend, compile_format, "response_format")
 
 
 def _format_grammar(backend: Backend, form: wire.ResponseFormat) -> str:
-    """The grammar of a response format, its schema checked for depth."""
+    """The grammar of a response format, after a look at its size and depth."""
+    compiler = backend.compiler
     if isinstance(form, wire.JsonSchemaFormat):
         schema = form.json_schema.schema_ or {"type": "object"}
-        backend.compiler.check_depth(schema, "response_format.json_schema.schema")
+        compiler.check_schema(schema, "response_format.json_schema.schema")
         return grammar.json_schema_grammar(schema, lenient=not form.json_schema.strict)
     if isinstance(form, wire.JsonObjectFormat):
         return grammar.json_schema_grammar({"type": "object"}, lenient=False)
     if isinstance(form, wire.RegexFormat):
+        compiler.check_size(len(form.regex), "response_format.regex")
         return grammar.regex_grammar(form.regex)
     if isinstance(form, wire.ChoiceFormat):
+        compiler.check_size(sum(map(len, form.choices)), "response_format.choices")
         return grammar.choice_grammar(form.choices)
     assert isinstance(form, wire.GrammarFormat)
     return form.grammar
 
 
-async def _compile(backend: Backend, lark: str, param: str) -> CompiledGrammar:
-    """Compile in a thread. One over the time limit goes on there, bounded by its own fuel."""
+async def _in_time(
+    backend: Backend, compile_rules: Callable[[], CompiledGrammar], param: str
+) -> CompiledGrammar:
+    """Compile in a thread. What is over the time limit goes on there, bounded by its own fuel."""
     try:
         async with asyncio.timeout(backend.config.limits.compile_s):
-            return await asyncio.to_thread(backend.compiler.compile, lark, param)
+            return await asyncio.to_thread(compile_rules)
     except TimeoutError as error:
         message = f"{param}: compiling took longer than {backend.config.limits.compile_s:g} s"
         raise RequestError(message, param=param, code="schema_too_complex") from error
