@@ -134,6 +134,6 @@ def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     scale = fp8_scale(largest_magnitude(w))
     whole = encode_fp8(w, scale)
     decoded = decode_fp8(whole, scale)
-    monkeypatch.setattr("halfbyte.formats.fp8.CHUNK_VALUES", 32)
+    monkeypatch.setattr("halfbyte.formats.measure.CHUNK_VALUES", 32)
     assert torch.equal(encode_fp8(w, scale).view(torch.uint8), whole.view(torch.uint8))
     assert torch.equal(decode_fp8(whole, scale), decoded)

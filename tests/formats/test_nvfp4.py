@@ -186,7 +186,7 @@ def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     scale = nvfp4_tensor_scale(largest_magnitude(w))
     whole = encode_nvfp4(w, scale)
     decoded = decode_nvfp4(whole)
-    monkeypatch.setattr("halfbyte.formats.nvfp4.CHUNK_VALUES", 32)
+    monkeypatch.setattr("halfbyte.formats.measure.CHUNK_VALUES", 32)
     parts = encode_nvfp4(w, scale)
     assert same_bytes(parts.codes_OI2, whole.codes_OI2)
     assert same_bytes(parts.scale_OB, whole.scale_OB)

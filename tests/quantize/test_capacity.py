@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from halfbyte.cli.main import main
-from halfbyte.config import ModelConfig
 from halfbyte.errors import CapacityError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.quantize.capacity import (
@@ -18,9 +17,9 @@ from halfbyte.quantize.capacity import (
     durations,
     estimate,
     format_estimate,
-    gpu_bytes,
     measure,
     output_bytes,
+    run_memory,
 )
 from halfbyte.quantize.survey import Survey, survey
 from halfbyte.recipe.plan import Plan, make_plan
@@ -60,10 +59,18 @@ def test_disk_counts_the_output_and_two_layer_boundaries(source: Survey, plan: P
 
 def test_a_full_width_layer_fits_the_gpus_it_is_said_to_fit() -> None:
     text = replace(tiny_config(layers=88).text, width=12288, mlp_width=28672, num_heads=96)
-    wide = ModelConfig(replace(text, num_kv_heads=8, head_dim=128), None)
+    wide = replace(text, num_kv_heads=8, head_dim=128)
     layer = 2 * (2 * 12288 * 12288 + 2 * 1024 * 12288 + 3 * 12288 * 28672)
-    needed = gpu_bytes(wide, Text(128, 2048))
-    assert layer < needed < 3 * layer
+    rows, gib = Text(128, 2048), 1 << 30
+    free = run_memory(wide, rows, budget_bytes=64 * gib, device="cuda")
+    assert free.prefetch and free.gpu_peak_bytes is not None
+    assert 2 * layer < free.gpu_peak_bytes < 5 * layer
+    tight = run_memory(wide, rows, budget_bytes=64 * gib, device="cuda", gpu_budget_bytes=8 * gib)
+    assert not tight.prefetch and tight.gpu_peak_bytes is not None
+    assert layer < tight.gpu_peak_bytes <= 8 * gib
+    with pytest.raises(CapacityError, match=r"--gpu-memory 4\.00 GiB: one decoder layer"):
+        run_memory(wide, rows, budget_bytes=64 * gib, device="cuda", gpu_budget_bytes=4 * gib)
+    assert run_memory(wide, rows, budget_bytes=64 * gib).gpu_peak_bytes is None
 
 
 def test_twice_the_text_takes_longer_and_no_text_needs_no_run(source: Survey, plan: Plan) -> None:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from halfbyte.calibrate import stream
 from halfbyte.calibrate.stream import TAPS
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
@@ -178,6 +180,8 @@ def test_searched_scales_lose_less_than_maxima(source: Path, tokens: Path, tmp_p
         ({"blend": "nothing", "calibration_tokens": None}, "no blend 'nothing'"),
         ({"recipe": replace(RECIPE, scales=METHODS["none"])}, "takes no calibration data"),
         ({"memory_bytes": 1 << 20}, "one decoder layer takes"),
+        ({"gpu_memory_bytes": 1 << 30}, "--gpu-memory needs --device cuda"),
+        ({"device": "abacus"}, "device 'abacus'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(
@@ -186,7 +190,8 @@ def test_what_cannot_work_is_refused_before_any_work(
     (tmp_path / "exists").mkdir()
     (tmp_path / "exists" / "something").touch()
     paths = {
-        k: tmp_path / v if isinstance(v, str) and k != "blend" else v for k, v in change.items()
+        k: tmp_path / v if isinstance(v, str) and k not in ("blend", "device") else v
+        for k, v in change.items()
     }
     config = QuantizeConfig(source, tmp_path / "out", RECIPE, calibration_tokens=tokens)
     with pytest.raises(HalfbyteError, match=said):
@@ -271,6 +276,25 @@ def test_a_disk_that_fills_up_costs_the_layer_in_work(
     assert 0 < len(done) < LAYERS
     assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
     assert left_behind(tmp_path / "out") == ["out", "straight"]
+
+
+def test_a_full_gpu_keeps_what_is_done_and_says_what_was_planned(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = QuantizeConfig(source, tmp_path / "out", RECIPE, calibration_tokens=tokens)
+    load, calls = stream.load_layer, iter(range(1000))
+
+    def full_later(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(stream, "load_layer", full_later)
+    with pytest.raises(CapacityError, match=r"the GPU is full.*finished layers are kept"):
+        quantize(replace(config, memory_bytes=1 << 40))
+    done: list[int] = []
+    quantize(config, lambda layer, _: done.append(layer))
+    assert len(done) == LAYERS - 2
 
 
 class _KilledError(BaseException):

@@ -1,10 +1,13 @@
 """The activations between two layers: kept in memory, or on disk when they are too large.
 
 On disk they also outlive the process: a run that was killed goes on with the layer it was in.
+Files are written by threads of their own, beside the computation.
 """
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +16,10 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shards import bytes_of
 from halfbyte.errors import CheckpointError
+
+# Rows that may wait for the disk; each is held in memory until it is written.
+MOST_PENDING = 4
+_WRITERS = 2
 
 
 class Activations:
@@ -23,8 +30,9 @@ class Activations:
                 None keeps everything in memory only
     in_memory   with a directory: also keep rows in memory, so that files are written, never read
 
-    `advance(L)` makes the inputs of layer L durable; `forget(L)` drops them. Between the two calls
-    for consecutive layers one complete file always exists.
+    `advance(L)` turns what was written into the inputs of layer L, `settle()` returns when they are
+    durable, `forget(L)` drops them. Between `settle` for one layer and `forget` after the next one
+    complete file always exists. An error of the disk is raised by whichever call comes next.
     """
 
     def __init__(
@@ -37,7 +45,7 @@ class Activations:
     ) -> None:
         assert in_memory or directory is not None, "nowhere to keep activations"
         self.row_tokens = tuple(row_tokens)
-        self._width = width
+        self.width = width
         self._directory = directory
         self._offsets = [0]
         for tokens in self.row_tokens:
@@ -45,6 +53,9 @@ class Activations:
         self._memory: dict[int, Tensor] | None = {} if in_memory else None
         self._reading: BinaryIO | None = None
         self._writing: BinaryIO | None = None
+        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="activations")
+        self._pending: deque[Future[None]] = deque()
+        self._settling: Future[None] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -56,30 +67,47 @@ class Activations:
         return self._load(row) if self._memory is None else self._memory[row]
 
     def write(self, row: int, x_TD: Tensor) -> None:
-        """Keep the layer's output for one row, which is the next layer's input.
+        """Keep the layer's output for one row, which is the next layer's input; x is not copied.
 
         In memory it replaces the row's input at once, so a row must be read before it is written.
         """
-        assert x_TD.shape == (self.row_tokens[row], self._width), f"row {row}: {x_TD.shape}"
-        if self._directory is not None:
-            if self._writing is None:
-                self._writing = (self._directory / "activations.partial").open("wb")
-            self._writing.seek(self._offsets[row])
-            self._writing.write(bytes_of(x_TD))
+        self._check(row, x_TD)
         if self._memory is not None:
             self._memory[row] = x_TD
+        if self._directory is not None:
+            self._submit(row, x_TD, None, None)
+
+    def write_lent(
+        self,
+        row: int,
+        x_TD: Tensor,
+        *,
+        ready: Callable[[], object],
+        done: Callable[[], object],
+    ) -> None:
+        """As `write`, for a buffer that will be used again: `ready()` returns when it is filled,
+        `done()` says that it is free. Both are called on another thread.
+        """
+        self._check(row, x_TD)
+        self._submit(row, x_TD, ready, done)
 
     def advance(self, layer: int) -> None:
-        """All rows are written: they are the inputs of `layer` from now on, durably if on disk."""
+        """All rows are written: they are the inputs of `layer` from now on, durable in a while."""
+        self._wait_for_rows(0)
         if self._directory is None:
             return
         assert self._writing is not None, "no row was written"
-        self._writing.flush()
-        os.fsync(self._writing.fileno())
-        self.close()
-        os.rename(self._directory / "activations.partial", self._path(layer))
+        file, self._writing = self._writing, None
+        self._close_reading()
         if self._memory is None:
-            self._reading = self._path(layer).open("rb")
+            self._reading = self._partial().open("rb")
+        self._settling = self._pool.submit(_make_durable, file, self._partial(), self._path(layer))
+
+    def settle(self) -> None:
+        """Wait until what the last `advance` named is durable; raises OSError if it cannot be."""
+        if self._settling is not None:
+            settling, self._settling = self._settling, None
+            settling.result()
 
     def resume(self, layer: int) -> None:
         """Go on from the stored inputs of `layer`. Raises CheckpointError if they are not whole."""
@@ -97,11 +125,73 @@ class Activations:
             self._path(layer).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the files; what is stored stays."""
-        for file in (self._reading, self._writing):
+        """Wait for the threads and close the files; what is stored stays."""
+        self._pool.shutdown()
+        self._pending.clear()
+        self._settling = None
+        self._close_reading()
+        if self._writing is not None:
+            self._writing.close()
+            self._writing = None
+
+    def _check(self, row: int, x_TD: Tensor) -> None:
+        assert x_TD.shape == (self.row_tokens[row], self.width), f"row {row}: {x_TD.shape}"
+
+    def _submit(
+        self,
+        row: int,
+        x_TD: Tensor,
+        ready: Callable[[], object] | None,
+        done: Callable[[], object] | None,
+    ) -> None:
+        if self._directory is not None and self._writing is None:
+            self.settle()
+            self._writing = self._partial().open("wb")
+        self._pending.append(self._pool.submit(self._store, self._writing, row, x_TD, ready, done))
+        self._wait_for_rows(MOST_PENDING)
+
+    @torch.inference_mode()
+    def _store(
+        self,
+        file: BinaryIO | None,
+        row: int,
+        x_TD: Tensor,
+        ready: Callable[[], object] | None,
+        done: Callable[[], object] | None,
+    ) -> None:
+        try:
+            if ready is not None:
+                ready()
+                self._remember(row, x_TD)
             if file is not None:
-                file.close()
-        self._reading = self._writing = None
+                content, offset, written = bytes_of(x_TD), self._offsets[row], 0
+                while written < len(content):
+                    written += os.pwrite(file.fileno(), content[written:], offset + written)
+        finally:
+            if done is not None:
+                done()
+
+    def _remember(self, row: int, lent_TD: Tensor) -> None:
+        if self._memory is None:
+            return
+        kept = self._memory.get(row)
+        if kept is None:
+            self._memory[row] = lent_TD.clone()
+        else:
+            kept.copy_(lent_TD)
+
+    def _wait_for_rows(self, most: int) -> None:
+        while len(self._pending) > most:
+            self._pending.popleft().result()
+
+    def _close_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+
+    def _partial(self) -> Path:
+        assert self._directory is not None
+        return self._directory / "activations.partial"
 
     def _path(self, layer: int) -> Path:
         assert self._directory is not None
@@ -109,6 +199,18 @@ class Activations:
 
     def _load(self, row: int) -> Tensor:
         assert self._reading is not None, "nothing has been written yet"
-        self._reading.seek(self._offsets[row])
-        stored = self._reading.read(self._offsets[row + 1] - self._offsets[row])
-        return torch.frombuffer(bytearray(stored), dtype=torch.bfloat16).view(-1, self._width)
+        x_TD = torch.empty((self.row_tokens[row], self.width), dtype=torch.bfloat16)
+        content, offset, done = bytes_of(x_TD), self._offsets[row], 0
+        while done < len(content):
+            got = os.preadv(self._reading.fileno(), [content[done:]], offset + done)
+            assert got > 0, f"row {row}: the file ends after {offset + done} bytes"
+            done += got
+        return x_TD
+
+
+def _make_durable(file: BinaryIO, partial: Path, target: Path) -> None:
+    try:
+        os.fsync(file.fileno())
+    finally:
+        file.close()
+    os.rename(partial, target)

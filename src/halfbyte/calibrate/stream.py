@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
+from halfbyte.calibrate.lanes import make_lane
 from halfbyte.calibrate.observers import AmaxObserver, MakeObserver, Observer
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
@@ -20,7 +21,7 @@ from halfbyte.log import say_once
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.decoder import DecoderLayer
 from halfbyte.model.load import load_layer
-from halfbyte.model.rope import RotaryTable
+from halfbyte.model.rope import RotaryTable, Rotation
 from halfbyte.modules import decoder_linears
 
 # Tap point -> linears of the layer that read it.
@@ -80,20 +81,39 @@ def stream_layers(
         _embed(checkpoint, rows, activations)
     runner = _Runner(checkpoint, place, activations, make_observer, progress)
     layers = range(first_layer, checkpoint.config.text.num_layers)
+    load = _Loader(checkpoint, place)
     with ThreadPoolExecutor(1, thread_name_prefix="next-layer") as pool:
         loading: Future[DecoderLayer] | None = None
         for layer in layers:
-            loaded = load_layer(checkpoint, layer, device=place) if loading is None else None
-            if loaded is None:
-                assert loading is not None
-                loaded = loading.result()
-            is_last = layer == layers[-1]
+            loaded = load(layer) if loading is None else loading.result()
             loading = None
-            if prefetch and not is_last:
-                loading = pool.submit(load_layer, checkpoint, layer + 1, device=place)
+            if prefetch and layer != layers[-1]:
+                loading = pool.submit(load, layer + 1)
             observed = runner.run(layer, loaded)
             del loaded
             yield LayerStatistics(layer, observed)
+
+
+class _Loader:
+    """Loads layers; on a GPU beside the layer at work, on one stream of its own.
+
+    One stream, because memory that a stream has freed is given out again on that stream only. It is
+    free by then: `_Runner.run` waits for everything that used a layer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        is_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, layer: int) -> DecoderLayer:
+        if self._stream is None:
+            return load_layer(self._checkpoint, layer, device=self._device)
+        with torch.cuda.stream(self._stream):
+            loaded = load_layer(self._checkpoint, layer, device=self._device)
+        self._stream.synchronize()
+        return loaded
 
 
 def _embed(checkpoint: Checkpoint, rows: Sequence[Tensor], activations: Activations) -> None:
@@ -114,12 +134,20 @@ class _Runner:
         make_observer: MakeObserver,
         progress: Progress | None,
     ) -> None:
-        self._device = device
         self._activations = activations
         self._make_observer = make_observer
         self._progress = progress
         table = RotaryTable(checkpoint.config.text, device)
         self._rotation = table.at(torch.arange(max(activations.row_tokens), device=device))
+        self._lane = make_lane(device, activations)
+
+    def _rotation_of(self, tokens: int) -> Rotation:
+        cos_TH2, sin_TH2, query_scale_T = self._rotation
+        return Rotation(
+            cos_TH2[:tokens],
+            sin_TH2[:tokens],
+            None if query_scale_T is None else query_scale_T[:tokens],
+        )
 
     @torch.inference_mode()
     def run(self, layer: int, module: DecoderLayer) -> dict[str, Tensor]:
@@ -129,19 +157,16 @@ class _Runner:
         def tap(point: str, x: Tensor) -> None:
             observers[point].update(x)
 
-        for number, tokens in enumerate(self._activations.row_tokens):
-            x_TD = self._activations.read(number).to(self._device)
-            rotation = self._rotation._replace(
-                cos_TH2=self._rotation.cos_TH2[:tokens],
-                sin_TH2=self._rotation.sin_TH2[:tokens],
-                query_scale_T=None
-                if self._rotation.query_scale_T is None
-                else self._rotation.query_scale_T[:tokens],
-            )
-            x_TD = module(x_TD, layer, DenseAttend([0, tokens]), rotation, tap)
-            self._activations.write(number, x_TD.cpu())
+        all_tokens = self._activations.row_tokens
+        fetched_TD = self._lane.fetch(0)
+        for number, tokens in enumerate(all_tokens):
+            x_TD = self._lane.arrive(fetched_TD)
+            x_TD = module(x_TD, layer, DenseAttend([0, tokens]), self._rotation_of(tokens), tap)
+            if number + 1 < len(all_tokens):
+                fetched_TD = self._lane.fetch(number + 1)
+            self._lane.store(number, x_TD)
             if self._progress is not None:
-                self._progress(number + 1, len(self._activations.row_tokens))
+                self._progress(number + 1, len(all_tokens))
         self._activations.advance(layer + 1)
         observed = {point: observer.result() for point, observer in observers.items()}
         for point, magnitude in observed.items():

@@ -170,31 +170,38 @@ class Checkpoint:
         """How the weight of canonical linear `linear` is stored; bf16 outside the decoder."""
         return self.quantization.formats.get(linear, "bf16")
 
-    def decoded(self, linear: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def decoded(
+        self,
+        linear: str,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """The weight of `linear` as numbers, (out_features, in_features).
 
         linear   canonical module name, e.g. `decoder.4.mlp.up`
         dtype    computed in f32 and rounded once to this
+        device   where it is decoded and stays: codes travel, not the decoded weight
 
         FP8 is fp32(code) * scale in both dialects, NVFP4 value(code) * block scale * tensor scale
         (checkpoint-format reference, sections 8 and 9).
         """
-        weight = self.tensor(f"{linear}.weight")
+        weight = self.tensor(f"{linear}.weight").to(device)
         match self.format_of(linear):
             case "bf16":
                 return weight.to(dtype)
             case "fp8":
-                return decode_fp8(weight, self._scale(f"{linear}.weight_scale"), dtype)
+                scale = self._scale(f"{linear}.weight_scale", device)
+                return decode_fp8(weight, scale, dtype)
             case "nvfp4":
                 encoded = EncodedNVFP4(
                     weight,
-                    self.tensor(f"{linear}.weight_scale"),
-                    self._scale(f"{linear}.tensor_scale"),
+                    self.tensor(f"{linear}.weight_scale").to(device),
+                    self._scale(f"{linear}.tensor_scale", device),
                 )
                 return decode_nvfp4(encoded, dtype)
 
-    def _scale(self, name: str) -> Tensor:
-        return self.tensor(name).to(torch.float32)
+    def _scale(self, name: str, device: torch.device | str) -> Tensor:
+        return self.tensor(name).to(device, torch.float32)
 
     def _find(self, name: str) -> StoredTensor:
         stored = self._stored.get(name)

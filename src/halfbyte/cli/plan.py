@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens-per-sample", type=_positive, help="likewise")
     parser.add_argument("--device", default="cpu", help="where layers would run (%(default)s)")
     parser.add_argument("--memory", type=parse_bytes, help="as for quantize")
+    parser.add_argument("--gpu-memory", type=parse_bytes, help="as for quantize")
     parser.add_argument("--disk-speed", type=parse_bytes, help="a second, instead of measuring")
     parser.add_argument("--no-timing", action="store_true", help="measure nothing, say no time")
     parser.add_argument("--gpu", nargs="+", help="h100, h200, b200, …; all if left out")
@@ -72,7 +73,15 @@ def run(args: argparse.Namespace) -> int:
     speeds = None
     if not args.no_timing:
         speeds = measure(source, device=args.device, read_bytes=args.disk_speed)
-    made = estimate(source, plan, text, device=args.device, memory_bytes=args.memory, speeds=speeds)
+    made = estimate(
+        source,
+        plan,
+        text,
+        device=args.device,
+        memory_bytes=args.memory,
+        gpu_memory_bytes=args.gpu_memory,
+        speeds=speeds,
+    )
     if args.json:
         value = {**asdict(made), "basis": source.basis, "hosting": [asdict(x) for x in hosted]}
         print(json.dumps(value, indent=1))

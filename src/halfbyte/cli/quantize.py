@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where layers run (%(default)s)")
     parser.add_argument("--memory", type=parse_bytes, help="host memory to stay within, as 12GiB")
     parser.add_argument(
+        "--gpu-memory", type=parse_bytes, help="GPU memory to stay within; a device must be given"
+    )
+    parser.add_argument(
         "--shard-size", type=parse_bytes, default=10 * 10**9, help="largest shard (10GB)"
     )
     parser.add_argument(
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             allow_hub=args.hub,
             device=args.device,
             memory_bytes=args.memory,
+            gpu_memory_bytes=args.gpu_memory,
             max_shard_bytes=args.shard_size,
             with_errors=args.report is not None,
             restart=args.restart,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import FormatError
-from halfbyte.formats.measure import CHUNK_VALUES, largest_magnitude
+from halfbyte.formats.measure import chunk_values, largest_magnitude
 from halfbyte.formats.minifloat import E4M3_MAX, decode_e4m3, encode_e4m3
 
 # ieee    Model-Optimizer on a CPU: true divisions, quotient rounded to bf16 before e4m3
@@ -35,7 +35,8 @@ def scale_from_amax(amax: Tensor, largest: float, profile: Profile) -> Tensor:
         )
     if profile == "cuda":
         return wide * torch.tensor(1.0 / largest, dtype=torch.float32, device=wide.device)
-    return wide / largest
+    # A tensor, not a number: on a GPU torch itself multiplies by the reciprocal of a number.
+    return wide / torch.tensor(largest, dtype=torch.float32, device=wide.device)
 
 
 def fp8_scale(amax: Tensor, profile: Profile = "ieee") -> Tensor:
@@ -63,11 +64,12 @@ def encode_fp8(w: Tensor, scale: Tensor, profile: Profile = "ieee") -> Tensor:
         divisor = divisor.to(torch.bfloat16).to(torch.float32)
     flat = w.reshape(-1)
     codes = torch.empty(flat.shape, dtype=torch.float8_e4m3fn, device=w.device)
-    quotient = torch.empty(min(flat.numel(), CHUNK_VALUES), device=w.device)
-    for start in range(0, flat.numel(), CHUNK_VALUES):
-        part = flat[start : start + CHUNK_VALUES]
+    chunk = chunk_values(w.device)
+    quotient = torch.empty(min(flat.numel(), chunk), device=w.device)
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk]
         t = quotient[: part.numel()].copy_(part).div_(divisor)
-        codes[start : start + CHUNK_VALUES] = encode_e4m3(
+        codes[start : start + chunk] = encode_e4m3(
             t if profile == "direct" else t.to(torch.bfloat16)
         )
     return codes.view(w.shape)
@@ -84,8 +86,9 @@ def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
         return decode_e4m3(codes).mul_(factor)
     flat = codes.reshape(-1)
     decoded = torch.empty(flat.shape, dtype=dtype, device=codes.device)
-    for start in range(0, flat.numel(), CHUNK_VALUES):
-        stop = start + CHUNK_VALUES
+    chunk = chunk_values(codes.device)
+    for start in range(0, flat.numel(), chunk):
+        stop = start + chunk
         decoded[start:stop] = decode_e4m3(flat[start:stop]).mul_(factor)
     return decoded.view(codes.shape)
 

@@ -11,6 +11,13 @@ from torch import Tensor
 
 # Values worked on at once: a few f32 vectors of this length stay inside the processor's cache.
 CHUNK_VALUES = 1 << 19
+# On a GPU a chunk must be large enough to be worth a launch; a few f32 vectors of it have 300 MB.
+GPU_CHUNK_VALUES = 1 << 24
+
+
+def chunk_values(device: torch.device) -> int:
+    """How many values to work on at once on this device."""
+    return CHUNK_VALUES if device.type == "cpu" else GPU_CHUNK_VALUES
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
@@ -20,18 +27,19 @@ def largest_magnitude(x: Tensor) -> Tensor:
     if x.dtype != torch.bfloat16:
         return x.abs().amax()
     # Magnitudes of bf16 order like their bits, and integers reduce many times faster.
-    bits = x.reshape(-1).view(torch.int16)
+    bits, chunk = x.reshape(-1).view(torch.int16), chunk_values(x.device)
     parts = [
-        bits[start : start + CHUNK_VALUES].bitwise_and(0x7FFF).amax()
-        for start in range(0, bits.numel(), CHUNK_VALUES)
+        bits[start : start + chunk].bitwise_and(0x7FFF).amax()
+        for start in range(0, bits.numel(), chunk)
     ]
     return torch.stack(parts).amax().view(torch.bfloat16)
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     flat = [tensor.reshape(-1) for tensor in tensors]
-    for start in range(0, flat[0].numel(), CHUNK_VALUES):
-        yield tuple(part[start : start + CHUNK_VALUES].to(torch.float32) for part in flat)
+    chunk = chunk_values(flat[0].device)
+    for start in range(0, flat[0].numel(), chunk):
+        yield tuple(part[start : start + chunk].to(torch.float32) for part in flat)
 
 
 def _power(x: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import Profile, scale_from_amax
 from halfbyte.formats.layout import pack_words, unpack_nibbles
-from halfbyte.formats.measure import CHUNK_VALUES
+from halfbyte.formats.measure import chunk_values
 from halfbyte.formats.minifloat import (
     E2M1_MAX,
     E2M1_VALUES,
@@ -84,7 +84,7 @@ def block_maxima(w_OI: Tensor) -> Tensor:
         # Magnitudes of bf16 order like their bits, and integers reduce faster than floats.
         bits = w_OI.reshape(-1, BLOCK).view(torch.int16)
         maxima = torch.empty(bits.shape[0], dtype=torch.int16, device=w_OI.device)
-        step = CHUNK_VALUES // BLOCK
+        step = chunk_values(w_OI.device) // BLOCK
         for start in range(0, bits.shape[0], step):
             part = bits[start : start + step].bitwise_and(0x7FFF)
             torch.amax(part, dim=1, out=maxima[start : start + step])
@@ -116,9 +116,10 @@ def encode_nvfp4_with(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> E
     values = w_OI.reshape(-1)
     divisors = decode_e4m3(scale_OB).mul_(scale).view(-1, 1)
     packed = torch.empty(values.numel() // 2, dtype=torch.uint8, device=w_OI.device)
-    buffers = e2m1_buffers(min(values.numel(), CHUNK_VALUES), w_OI.device)
-    for start in range(0, values.numel(), CHUNK_VALUES):
-        stop = min(start + CHUNK_VALUES, values.numel())
+    chunk = chunk_values(w_OI.device)
+    buffers = e2m1_buffers(min(values.numel(), chunk), w_OI.device)
+    for start in range(0, values.numel(), chunk):
+        stop = min(start + chunk, values.numel())
         packed[start // 2 : stop // 2] = _encode_chunk(
             values[start:stop], divisors[start // BLOCK : stop // BLOCK], buffers
         )
@@ -133,9 +134,10 @@ def block_errors(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> Tensor
     values = w_OI.reshape(-1)
     divisors = decode_e4m3(scale_OB).mul_(tensor_scale.to(torch.float32)).view(-1, 1)
     errors = torch.empty(divisors.shape[0], device=w_OI.device)
-    buffers = e2m1_buffers(min(values.numel(), CHUNK_VALUES), w_OI.device)
-    for start in range(0, values.numel(), CHUNK_VALUES):
-        stop = min(start + CHUNK_VALUES, values.numel())
+    chunk = chunk_values(w_OI.device)
+    buffers = e2m1_buffers(min(values.numel(), chunk), w_OI.device)
+    for start in range(0, values.numel(), chunk):
+        stop = min(start + chunk, values.numel())
         blocks = slice(start // BLOCK, stop // BLOCK)
         used = buffers.first(stop - start)
         used.quotient.copy_(values[start:stop]).view(-1, BLOCK).div_(divisors[blocks])
@@ -164,7 +166,7 @@ def decode_nvfp4(encoded: EncodedNVFP4, dtype: torch.dtype = torch.bfloat16) -> 
     rows, half = codes_OI2.shape
     decoded = torch.empty((rows, half * 2), dtype=dtype, device=codes_OI2.device)
     pairs = byte_values(codes_OI2.device)
-    step = max(1, CHUNK_VALUES // (2 * half))
+    step = max(1, chunk_values(codes_OI2.device) // (2 * half))
     for start in range(0, rows, step):
         part = codes_OI2[start : start + step]
         values = pairs.index_select(0, part.reshape(-1).to(torch.int32)).view(-1, BLOCK)

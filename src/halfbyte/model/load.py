@@ -105,8 +105,22 @@ class _Source:
 
     def decoded(self, names: Iterable[str]) -> FusedLinear:
         """A group with its weights decoded to bf16, widened to the compute dtype."""
-        weights = [_decode(self.stored(name)).to(self.dtype) for name in names]
-        return FusedLinear(dispatch.prepare_bf16(torch.cat(weights)), "bf16", None)
+        group = [self.stored(name) for name in names]
+        if len(group) == 1:
+            return FusedLinear(
+                dispatch.prepare_bf16(_decode(group[0]).to(self.dtype)), "bf16", None
+            )
+        rows = [linear.weight.shape[0] for linear in group]
+        fused_OI: torch.Tensor | None = None
+        for number, part in enumerate(rows):
+            # One decoded member at a time beside the group: a group of the 128B model has 1.4 GB.
+            weight_OI = _decode(group[number])
+            if fused_OI is None:
+                fused_OI = weight_OI.new_empty((sum(rows), weight_OI.shape[1]), dtype=self.dtype)
+            start = sum(rows[:number])
+            fused_OI[start : start + part] = weight_OI
+        assert fused_OI is not None, "an empty group"
+        return FusedLinear(dispatch.prepare_bf16(fused_OI), "bf16", None)
 
     def rows(self, name: str, rows: range) -> torch.Tensor:
         """Rows of an unquantized tensor in the compute dtype."""

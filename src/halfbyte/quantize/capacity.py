@@ -21,7 +21,7 @@ from halfbyte.formats.fp8 import decode_fp8, encode_fp8, fp8_scale
 from halfbyte.formats.measure import largest_magnitude, relative_error, zero_rate
 from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale
 from halfbyte.kernels import dispatch
-from halfbyte.modules import Linear, WeightFormat, decoder_linears, fused_partners
+from halfbyte.modules import Linear, WeightFormat, decoder_linears
 from halfbyte.quantize.memory import MemoryPlan, plan_memory
 from halfbyte.quantize.survey import Survey
 from halfbyte.recipe.plan import Plan, linear_size, plan_sizes
@@ -32,8 +32,6 @@ _PROBE_TOKENS = 512
 _READ_BYTES = 256 << 20
 _LEAST_READ_BYTES = 1 << 20
 _ASSUMED_READ_BYTES = 2e9
-# What the driver and the libraries keep on a GPU.
-_CONTEXT_BYTES = 700 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,6 @@ class Estimate:
 
     output     by part
     disk       free bytes needed beside the source, activations between layers included
-    gpu        None on a CPU
     seconds    by kind of work, one after another; None if nothing was measured
     """
 
@@ -88,7 +85,6 @@ class Estimate:
     output: Mapping[str, int]
     disk: int
     memory: MemoryPlan
-    gpu: int | None
     speeds: Speeds | None
     seconds: Mapping[str, float] | None
 
@@ -100,11 +96,13 @@ def estimate(
     *,
     device: str = "cpu",
     memory_bytes: int | None = None,
+    gpu_memory_bytes: int | None = None,
     speeds: Speeds | None = None,
 ) -> Estimate:
     """Everything but hosting (see `hosting.host_on`). Raises CapacityError if memory is too small.
 
-    memory_bytes  the budget that the run would get; None as the pipeline decides
+    memory_bytes  the budget that the run would get; None as the pipeline decides; likewise
+                  gpu_memory_bytes
     speeds        from `measure`; None leaves the time out
     """
     return Estimate(
@@ -113,8 +111,13 @@ def estimate(
         text=text,
         output=output_bytes(plan, source.config),
         disk=disk_bytes(plan, source.config, text),
-        memory=host_memory(source.config.text, text, budget_bytes=memory_bytes),
-        gpu=None if device == "cpu" else gpu_bytes(source.config, text),
+        memory=run_memory(
+            source.config.text,
+            text,
+            budget_bytes=memory_bytes,
+            device=device,
+            gpu_budget_bytes=gpu_memory_bytes,
+        ),
         speeds=speeds,
         seconds=None if speeds is None else durations(source, plan, text, speeds),
     )
@@ -138,35 +141,27 @@ def _activation_bytes(config: TextConfig, text: Text) -> int:
 # --- memory
 
 
-def host_memory(config: TextConfig, text: Text, *, budget_bytes: int | None = None) -> MemoryPlan:
-    """How the run would spend the host's memory, as the pipeline itself plans it.
+def run_memory(
+    config: TextConfig,
+    text: Text,
+    *,
+    budget_bytes: int | None = None,
+    device: str = "cpu",
+    gpu_budget_bytes: int | None = None,
+) -> MemoryPlan:
+    """How the run would spend memory, as the pipeline itself plans it.
 
-    budget_bytes  as `--memory` of `halfbyte quantize`. Raises CapacityError if it holds no layer.
+    budget_bytes, gpu_budget_bytes  as `--memory` and `--gpu-memory` of `halfbyte quantize`. Raises
+                                    CapacityError if one of them holds no layer.
     """
     return plan_memory(
         config,
         longest_row_tokens=text.tokens_per_row if text.rows else 0,
         activation_bytes=_activation_bytes(config, text),
         budget_bytes=budget_bytes,
+        on_gpu=device != "cpu",
+        gpu_budget_bytes=gpu_budget_bytes,
     )
-
-
-def gpu_bytes(config: ModelConfig, text: Text) -> int:
-    """Peak bytes on the GPU that calibrates and encodes: one layer, a fused group twice, a row."""
-    sizes = [2 * sum(map(_weights, group)) for group in _groups(config)]
-    largest, layer = max(sizes), sum(sizes)
-    encoding = 3 * largest  # stored, decoded and encoded again, errors included
-    if not text.rows:
-        return _CONTEXT_BYTES + encoding
-    row = text.tokens_per_row * (8 * config.text.width + 12 * config.text.mlp_width)
-    return _CONTEXT_BYTES + max(layer + max(largest, row), encoding)
-
-
-def _groups(config: ModelConfig) -> list[list[Linear]]:
-    """The linears of one layer as fused groups; layers are alike in shape."""
-    linears = {linear.name: linear for linear in decoder_linears(config) if linear.layer == 0}
-    groups = dict.fromkeys(fused_partners(name) for name in linears)
-    return [[linears[name] for name in group] for group in groups]
 
 
 def _weights(linear: Linear) -> int:
@@ -313,8 +308,8 @@ def format_estimate(source: Survey, made: Estimate) -> str:
         ("disk", f"{gb(made.disk)} free beside the source"),
         ("host memory", f"{gb(made.memory.peak_bytes)} at most; {_said_memory(made.memory)}"),
     ]
-    if made.gpu is not None:
-        rows.append(("GPU memory", f"{gb(made.gpu)} on {made.device}"))
+    if made.memory.gpu_peak_bytes is not None:
+        rows.append(("GPU memory", f"{gb(made.memory.gpu_peak_bytes)} on {made.device}"))
     if made.seconds is not None and made.speeds is not None:
         rows += _said_time(made.seconds, made.speeds)
     return "\n".join(f"{name:<13}{value}".rstrip() for name, value in rows)

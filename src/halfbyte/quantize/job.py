@@ -23,7 +23,7 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shards import parse_json
 from halfbyte.checkpoint.verify import require_trusted
 from halfbyte.checkpoint.writer import MAX_SHARD_BYTES
-from halfbyte.errors import UsageError
+from halfbyte.errors import CapacityError, UsageError
 from halfbyte.formats.fp8 import Profile
 from halfbyte.quantize import export
 from halfbyte.quantize.memory import MemoryPlan, plan_memory
@@ -42,6 +42,7 @@ class QuantizeConfig:
     allow_hub           fetch what the folder lacks
     memory_bytes        host memory that the run stays within; activations go to disk beyond it.
                         None takes most of what the machine has available
+    gpu_memory_bytes    likewise on the GPU, where allocating more fails; None sets no limit
     with_errors         measure every linear's error against the source (about twice the time)
     restart             drop what an earlier, unfinished run left instead of going on with it
     accept              settings of the source to go on with although they are known to ruin a model
@@ -57,6 +58,7 @@ class QuantizeConfig:
     allow_hub: bool = False
     device: str = "cpu"
     memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     with_errors: bool = True
     restart: bool = False
@@ -102,12 +104,29 @@ def validate(config: QuantizeConfig) -> Job:
             longest_row_tokens=max((row.numel() for row in rows or ()), default=0),
             activation_bytes=activation_bytes(rows, checkpoint),
             budget_bytes=config.memory_bytes,
+            on_gpu=_is_gpu(config),
+            gpu_budget_bytes=config.gpu_memory_bytes,
         ),
         tensors=names,
         shards=shards,
         files=export.export_files(checkpoint, plan),
         fingerprint=_fingerprint(config, checkpoint, plan, provenance),
     )
+
+
+def _is_gpu(config: QuantizeConfig) -> bool:
+    """Whether layers run on a GPU. Raises UsageError or CapacityError if that cannot be."""
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise UsageError(f"device {config.device!r}: cpu, cuda or cuda:1 was expected") from None
+    if device.type == "cpu":
+        if config.gpu_memory_bytes is not None:
+            raise UsageError("--gpu-memory needs --device cuda")
+        return False
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise CapacityError(f"device {config.device}: no such GPU here; use --device cpu")
+    return True
 
 
 def _calibration(

@@ -7,12 +7,22 @@ moment; a budget that cannot hold one layer is refused before work begins.
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from halfbyte.calibrate.activations import MOST_PENDING
 from halfbyte.config import ModelConfig, TextConfig
 from halfbyte.errors import CapacityError
+from halfbyte.formats.measure import GPU_CHUNK_VALUES
 from halfbyte.modules import decoder_linears
 
-# The interpreter, torch and its threads, tokenizer, file buffers (measured: 0.6 GB).
+# The interpreter, torch and its threads, tokenizer, file buffers (measured: 0.6 GB) ...
 _BASE_BYTES = 800 << 20
+# ... and with a GPU its libraries and page-locked buffers of the driver.
+_BASE_BYTES_WITH_GPU = 4 << 30
+# What the driver and the libraries keep on a GPU, outside of torch's allocator.
+GPU_CONTEXT_BYTES = 700 << 20
+# Vectors of one chunk that encoding keeps on a GPU, in f32 and narrower.
+_GPU_CHUNK_BYTES = 8 * 4 * GPU_CHUNK_VALUES
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +32,13 @@ class MemoryPlan:
     peak_bytes             estimate of the most host memory that will be resident
     activations_in_memory  keep the rows between layers in memory rather than on disk
     prefetch               load the next layer while one computes
+    gpu_peak_bytes         estimate of the most memory taken on the GPU; None without one
     """
 
     peak_bytes: int
     activations_in_memory: bool
     prefetch: bool
+    gpu_peak_bytes: int | None = None
 
 
 def available_bytes() -> int | None:
@@ -41,24 +53,60 @@ def available_bytes() -> int | None:
 
 
 def layer_peak_bytes(text: TextConfig, longest_row_tokens: int) -> int:
-    """The most memory that loading, running and encoding one decoder layer takes.
+    """The most memory that loading, running and encoding one decoder layer takes on a CPU.
 
-    Loading the gate-up group is the worst moment: the two decoded weights, their fused copy and
-    the copy that the kernels lay out are alive beside the attention weights.
+    Loading the gate-up group is the worst moment: the decoded group, one member, its codes and the
+    copy that the kernels lay out are alive beside the attention weights; counted as three groups.
     """
-    sizes = {
+    sizes = _linear_bytes(text)
+    gated = sizes["gate"] + sizes["up"]
+    attention = sum(sizes[short] for short in "qkvo")
+    loading = attention + 3 * gated
+    running = sum(sizes.values()) + _row_bytes(text, longest_row_tokens)
+    return max(loading, running, _table_bytes(text)) + _pending_bytes(text, longest_row_tokens)
+
+
+def gpu_layer_bytes(text: TextConfig, longest_row_tokens: int) -> tuple[int, int]:
+    """Memory on a GPU: of one layer at work, and of what comes beside it to prefetch another.
+
+    At work is the larger of running rows through the layer and encoding its largest group with no
+    layer loaded. Loading takes the layer, one decoded member and the group it is stacked into.
+    """
+    sizes = _linear_bytes(text)
+    gated = sizes["gate"] + sizes["up"]
+    layer = sum(sizes.values())
+    loading = layer + gated
+    running = layer + _row_bytes(text, longest_row_tokens)
+    # Stored, decoded, encoded; bf16 sources are stored as wide as decoded.
+    encoding = 3 * max(gated, *sizes.values()) + _GPU_CHUNK_BYTES
+    if not longest_row_tokens:
+        return encoding, 0
+    return max(loading, running, encoding), loading
+
+
+def _linear_bytes(text: TextConfig) -> dict[str, int]:
+    return {
         linear.name.rpartition(".")[2]: 2 * linear.out_features * linear.in_features
         for linear in decoder_linears(ModelConfig(text, None))
         if linear.layer == 0
     }
-    gated = sizes["gate"] + sizes["up"]
-    attention = sum(sizes[short] for short in "qkvo")
-    loading = attention + 3 * gated
-    # Inputs, residual, q, k, v, the fused product, its f32 intermediate and the MLP's hidden state.
-    row = longest_row_tokens * (8 * text.width + 12 * text.mlp_width)
-    running = sum(sizes.values()) + row
-    table = 2 * text.vocab_size * text.width
-    return max(loading, running, table)
+
+
+def _row_bytes(text: TextConfig, tokens: int) -> int:
+    """Inputs, residual, norms in f32, q, k, v rotated in f32, the fused product, its f32
+    intermediates and the MLP's hidden state.
+    """
+    attention = text.num_heads * text.head_dim
+    return tokens * (16 * text.width + 12 * attention + 24 * text.mlp_width)
+
+
+def _table_bytes(text: TextConfig) -> int:
+    return 2 * text.vocab_size * text.width
+
+
+def _pending_bytes(text: TextConfig, longest_row_tokens: int) -> int:
+    """Rows that wait to be written."""
+    return (MOST_PENDING + 2) * longest_row_tokens * text.width * 2
 
 
 def plan_memory(
@@ -67,17 +115,27 @@ def plan_memory(
     longest_row_tokens: int,
     activation_bytes: int,
     budget_bytes: int | None,
+    on_gpu: bool = False,
+    gpu_budget_bytes: int | None = None,
 ) -> MemoryPlan:
     """Spend a budget: first the layer, then a prefetched one, then activations.
 
     Activations are written to disk in any case, so that a killed run can go on; keeping them in
     memory too saves reading them back, prefetching hides reading and decoding a whole layer.
 
-    budget_bytes  None takes three quarters of what the machine has available
-    Raises CapacityError if an explicit budget cannot hold one layer.
+    longest_row_tokens  0 if no row is run
+    budget_bytes        None takes three quarters of what the machine has available
+    on_gpu              layers are on a GPU: the host holds tensors on their way only
+    gpu_budget_bytes    None sets no limit
+    Raises CapacityError if a budget cannot hold one layer.
     """
     layer = layer_peak_bytes(text, longest_row_tokens)
-    least = _BASE_BYTES + layer
+    base = _BASE_BYTES
+    if on_gpu:
+        largest = max(_linear_bytes(text).values())
+        layer = max(_table_bytes(text), 2 * largest) + 2 * _pending_bytes(text, longest_row_tokens)
+        base = _BASE_BYTES_WITH_GPU
+    least = base + layer
     if budget_bytes is None:
         available = available_bytes()
         budget = least if available is None else max(least, available * 3 // 4)
@@ -87,7 +145,34 @@ def plan_memory(
         raise CapacityError(
             f"--memory {budget / 2**30:.2f} GiB: one decoder layer takes {least / 2**30:.2f} GiB"
         )
-    prefetch = least + layer <= budget
+    prefetch = bool(longest_row_tokens) and least + layer <= budget
+    gpu_peak = None
+    if on_gpu:
+        prefetch, gpu_peak = _plan_gpu(text, longest_row_tokens, prefetch, gpu_budget_bytes)
     peak = least + (layer if prefetch else 0)
     in_memory = peak + activation_bytes <= budget
-    return MemoryPlan(peak + (activation_bytes if in_memory else 0), in_memory, prefetch)
+    return MemoryPlan(peak + (activation_bytes if in_memory else 0), in_memory, prefetch, gpu_peak)
+
+
+def _plan_gpu(
+    text: TextConfig, longest_row_tokens: int, prefetch: bool, budget_bytes: int | None
+) -> tuple[bool, int]:
+    """Whether there is room to prefetch, and the peak."""
+    at_work, beside = gpu_layer_bytes(text, longest_row_tokens)
+    least = GPU_CONTEXT_BYTES + at_work
+    if budget_bytes is not None and least > budget_bytes:
+        raise CapacityError(
+            f"--gpu-memory {budget_bytes / 2**30:.2f} GiB: one decoder layer and a row of "
+            f"{longest_row_tokens} tokens take {least / 2**30:.2f} GiB; shorter rows take less"
+        )
+    prefetch = prefetch and (budget_bytes is None or least + beside <= budget_bytes)
+    return prefetch, least + (beside if prefetch else 0)
+
+
+def limit_gpu(device: torch.device, budget_bytes: int) -> None:
+    """Let this process allocate no more than the budget on a GPU: beyond it torch's own
+    OutOfMemoryError is raised, whatever room the card has.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = min(1.0, max(0.0, (budget_bytes - GPU_CONTEXT_BYTES) / total))
+    torch.cuda.set_per_process_memory_fraction(share, device)

@@ -20,11 +20,12 @@ from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.stream import LayerStatistics, stream_layers
 from halfbyte.checkpoint.writer import check_target
 from halfbyte.errors import CapacityError, FormatError
-from halfbyte.log import logger
+from halfbyte.log import logger, say_once
 from halfbyte.quantize import export
 from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validate
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import cache_scales, quantize_layer
+from halfbyte.quantize.memory import limit_gpu
 from halfbyte.quantize.record import peak_memory_bytes, run_record
 from halfbyte.quantize.report import Record, linear_record
 from halfbyte.quantize.staging import FULL, Staging, locked, work_directory
@@ -93,11 +94,15 @@ def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[dict[str
             logger.info("going on after %d finished steps of an earlier run", len(entries))
         else:
             _begin(job, staging, journal)
+        if job.config.gpu_memory_bytes is not None:
+            limit_gpu(torch.device(job.config.device), job.config.gpu_memory_bytes)
         _Progress(job, staging, journal, entries).run(on_layer)
     except FormatError:
         # A weight that cannot be encoded will be the same next time.
         staging.discard()
         raise
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(_gpu_full(job, error, work if entries else None)) from error
     except (CapacityError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in FULL:
             raise
@@ -117,6 +122,17 @@ def _full(job: Job, error: Exception, what_is_left: str) -> str:
     if isinstance(error, OSError):
         said = f"{job.config.output}: disk full while writing activations or the journal"
     return f"{said}; {what_is_left}"
+
+
+def _gpu_full(job: Job, error: Exception, work: Path | None) -> str:
+    limit = job.config.gpu_memory_bytes
+    given = "" if limit is None else f" (--gpu-memory {limit / 2**30:.2f} GiB)"
+    planned = (job.memory.gpu_peak_bytes or 0) / 2**30
+    kept = "" if work is None else f"; finished layers are kept in {work}: run again"
+    return (
+        f"the GPU is full{given}; the run was planned to take {planned:.2f} GiB. Is something else "
+        f"on it?{kept} ({str(error).splitlines()[0]})"
+    )
 
 
 def _begin(job: Job, staging: Staging, journal: Journal) -> None:
@@ -149,6 +165,7 @@ class _Progress:
         self._entries = entries
         self._device = torch.device(job.config.device)
         self._num_layers = job.checkpoint.config.text.num_layers
+        self._activations: Activations | None = None
 
     def run(self, on_layer: Callable[[int, int], None] | None) -> None:
         """All remaining steps, then publish."""
@@ -179,7 +196,7 @@ class _Progress:
         if rows is None:
             yield from ((layer, None) for layer in range(first, self._num_layers))
             return
-        activations = Activations(
+        activations = self._activations = Activations(
             [row.numel() for row in rows],
             self._job.checkpoint.config.text.width,
             self._staging.directory,
@@ -218,6 +235,8 @@ class _Progress:
             for name, scale in cache_scales(layer, statistics, job.config.profile, rule).items():
                 hashes |= self._write(name, scale)
         observed = {} if statistics is None else statistics.observed
+        peaks = peak_memory_bytes(self._device)
+        self._warn_over(job.config.memory_bytes, peaks["host"])
         self._finish_step(
             f"layer {layer}",
             hashes,
@@ -227,7 +246,7 @@ class _Progress:
                 "calibrating": round(calibrated_s, 3),
                 "encoding": round(time.perf_counter() - started, 3),
             },
-            peak_memory_bytes=peak_memory_bytes(self._device),
+            peak_memory_bytes=peaks,
         )
         logger.info(
             "layer %d of %d: encoded in %.1f s",
@@ -235,6 +254,15 @@ class _Progress:
             self._num_layers,
             time.perf_counter() - started,
         )
+
+    @staticmethod
+    def _warn_over(budget_bytes: int | None, peak_bytes: int) -> None:
+        """Say so if the promise was broken: that is a bug of the plan."""
+        if budget_bytes is not None and peak_bytes > budget_bytes:
+            say_once(
+                f"this process has held more than --memory {budget_bytes / 2**30:.2f} GiB; if it "
+                "did nothing else before, the plan is wrong: please report it"
+            )
 
     def _copy(self, names: Sequence[str]) -> dict[str, str]:
         hashes: dict[str, str] = {}
@@ -249,6 +277,8 @@ class _Progress:
     def _finish_step(self, step: str, hashes: Mapping[str, str], **facts: Any) -> None:
         """Make the step durable, then say so."""
         self._staging.sync()
+        if self._activations is not None:
+            self._activations.settle()
         entry = {"step": step, "tensors": dict(hashes), **facts}
         self._journal.append(entry)
         self._entries.append(entry)

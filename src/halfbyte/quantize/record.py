@@ -56,7 +56,10 @@ def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "device": fingerprint["device"],
         "versions": fingerprint["versions"],
         "calibration": fingerprint["calibration"],
-        "planned_memory_bytes": job.memory.peak_bytes,
+        "planned_memory_bytes": {
+            "host": job.memory.peak_bytes,
+            **({} if job.memory.gpu_peak_bytes is None else {"gpu": job.memory.gpu_peak_bytes}),
+        },
         "layers": [
             {
                 "layer": number,

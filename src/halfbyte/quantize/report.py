@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.formats.fp8 import decode_fp8
-from halfbyte.formats.measure import CHUNK_VALUES, clip_rate, relative_error, zero_rate
+from halfbyte.formats.measure import chunk_values, clip_rate, relative_error, zero_rate
 from halfbyte.formats.minifloat import E2M1_MAX, E4M3_MAX, decode_e4m3
 from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, decode_nvfp4
 from halfbyte.quantize.layer import QuantizedLinear, SourceWeight
@@ -66,7 +66,7 @@ def _clipped_in_blocks(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> 
     """
     limits = decode_e4m3(scale_OB).mul_(tensor_scale.to(torch.float32)).mul_(E2M1_MAX)
     blocks, limits_B1 = w_OI.reshape(-1, BLOCK), limits.view(-1, 1)
-    rows = CHUNK_VALUES // BLOCK
+    rows = chunk_values(w_OI.device) // BLOCK
     beyond = sum(
         int((blocks[start : start + rows].float().abs() > limits_B1[start : start + rows]).sum())
         for start in range(0, blocks.shape[0], rows)

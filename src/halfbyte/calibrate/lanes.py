@@ -1,0 +1,94 @@
+"""Moves calibration rows between where they wait and the device where layers run.
+
+On a CPU there is nothing to move. On a GPU a row travels each way beside the computation of
+another: copies have streams of their own, results land in page-locked buffers that are lent to the
+threads which store them. Called by `stream`.
+"""
+
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from halfbyte.calibrate.activations import MOST_PENDING, Activations
+
+
+class Lane(Protocol):
+    """The way of a row to its layer and back; not a seam, both ways are in this file."""
+
+    def fetch(self, row: int) -> Tensor:
+        """Start bringing in a row; returns at once with a tensor that `arrive` makes usable."""
+
+    def arrive(self, x_TD: Tensor) -> Tensor:
+        """The fetched row, for use by what the device is asked to do from now on."""
+
+    def store(self, row: int, x_TD: Tensor) -> None:
+        """Start keeping the layer's output for a row."""
+
+
+def make_lane(device: torch.device, activations: Activations) -> Lane:
+    """The lane of a device."""
+    if device.type == "cuda":
+        return CudaLane(device, activations)
+    return HostLane(activations)
+
+
+class HostLane:
+    """Rows are where they are needed."""
+
+    def __init__(self, activations: Activations) -> None:
+        self._activations = activations
+
+    def fetch(self, row: int) -> Tensor:
+        """See Lane."""
+        return self._activations.read(row)
+
+    def arrive(self, x_TD: Tensor) -> Tensor:
+        """See Lane."""
+        return x_TD
+
+    def store(self, row: int, x_TD: Tensor) -> None:
+        """See Lane."""
+        self._activations.write(row, x_TD)
+
+
+class CudaLane:
+    """Copies beside the computation. Buffers for as many rows as may wait to be stored, and two."""
+
+    def __init__(self, device: torch.device, activations: Activations) -> None:
+        self._device = device
+        self._activations = activations
+        self._inward = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._outward = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._free: SimpleQueue[Tensor] = SimpleQueue()
+        shape = (max(activations.row_tokens), activations.width)
+        for _ in range(min(MOST_PENDING + 2, len(activations.row_tokens))):
+            self._free.put(torch.empty(shape, dtype=torch.bfloat16, pin_memory=True))
+
+    def fetch(self, row: int) -> Tensor:
+        """See Lane. A copy from pageable memory returns when its source may be dropped."""
+        host_TD = self._activations.read(row)
+        with torch.cuda.stream(self._inward):
+            return host_TD.to(self._device, non_blocking=True)
+
+    def arrive(self, x_TD: Tensor) -> Tensor:
+        """See Lane."""
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._inward)
+        x_TD.record_stream(computing)
+        return x_TD
+
+    def store(self, row: int, x_TD: Tensor) -> None:
+        """See Lane. Waits if all buffers are on their way to the disk."""
+        buffer = self._free.get()
+        lent_TD = buffer[: x_TD.shape[0]]
+        self._outward.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._outward):
+            lent_TD.copy_(x_TD, non_blocking=True)
+            x_TD.record_stream(self._outward)
+            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            landed.record(self._outward)
+        self._activations.write_lent(
+            row, lent_TD, ready=landed.synchronize, done=lambda: self._free.put(buffer)
+        )
