@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from halfbyte.calibrate import stream
 from halfbyte.calibrate.stream import TAPS
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, FormatError, HalfbyteError, UsageError
+from halfbyte.model.load import load_layer
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import decoder_linears
 from halfbyte.quantize.export import MANIFEST_NAME
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.scales import METHODS
-from halfbyte.quantize.staging import work_directory
+from halfbyte.quantize.staging import Staging, work_directory
 from halfbyte.recipe.schema import load_recipe
 
 RECIPE = load_recipe("medium-3.5")
@@ -282,14 +283,14 @@ def test_a_full_gpu_keeps_what_is_done_and_says_what_was_planned(
     source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = QuantizeConfig(source, tmp_path / "out", RECIPE, calibration_tokens=tokens)
-    load, calls = stream.load_layer, iter(range(1000))
+    load, calls = load_layer, iter(range(1000))
 
     def full_later(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(stream, "load_layer", full_later)
+    monkeypatch.setattr("halfbyte.calibrate.stream.load_layer", full_later)
     with pytest.raises(CapacityError, match=r"the GPU is full.*finished layers are kept"):
         quantize(replace(config, memory_bytes=1 << 40))
     done: list[int] = []
@@ -355,6 +356,26 @@ def test_a_killed_run_goes_on_after_its_last_layer(
     quantize(config, lambda layer, _: done.append(layer))
     assert done == []
     assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+
+
+def test_a_run_that_died_after_publishing_leaves_nothing_to_go_on_with(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = QuantizeConfig(source, tmp_path / "out", RECIPE, calibration_tokens=tokens)
+
+    def killed(_: Staging) -> None:
+        raise _KilledError
+
+    monkeypatch.setattr(Staging, "discard", killed)
+    with pytest.raises(_KilledError):
+        quantize(config)
+    monkeypatch.undo()
+    first = hashes(tmp_path / "out")
+    assert work_directory(config.output).exists()
+    shutil.rmtree(config.output)
+    quantize(config)
+    assert hashes(tmp_path / "out") == first
+    assert left_behind(tmp_path / "out") == ["out"]
 
 
 # Imports once, then forks a run for every kill: starting Python each time would take minutes.

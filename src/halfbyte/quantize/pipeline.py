@@ -88,7 +88,8 @@ def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[dict[str
     journal = Journal(work / "journal")
     entries: list[dict[str, Any]] = []
     try:
-        if journal.exists() and not job.config.restart:
+        # A journal without files was left by a run that died after publishing them.
+        if journal.exists() and staging.exists() and not job.config.restart:
             entries = journal.resume(job.fingerprint)
             staging.reopen()
             logger.info("going on after %d finished steps of an earlier run", len(entries))

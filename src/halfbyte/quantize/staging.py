@@ -128,6 +128,10 @@ class Staging:
         self._files: list[BinaryIO] = []
         self._touched: set[int] = set()
 
+    def exists(self) -> bool:
+        """Whether an earlier run has made files here and not published them."""
+        return self._output.is_dir()
+
     def create(self) -> None:
         """Make the files, with headers, at their full size. Raises CapacityError if the disk is
         too small, and leaves nothing then.
