@@ -96,7 +96,7 @@ async def standing(directory: Path, **options: Any) -> AsyncIterator[Stand]:
     service = Supervisor(EngineService(engine), load)
     chat = load_chat(directory)
     settings = ServerConfig(("tiny",), engine.max_model_len, engine.vocab_size)
-    app = create_app(service, chat, settings, access_log=False)
+    app = create_app(service, chat, settings, access_log=None)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

@@ -38,7 +38,7 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Engin
     settings = ServerConfig(
         ("tiny",), engine.max_model_len, engine.vocab_size, limits=Limits(body_bytes=2_000_000)
     )
-    app = create_app(service, load_chat(directory), settings, access_log=False)
+    app = create_app(service, load_chat(directory), settings, access_log=None)
     with serving(app) as url:
         yield url, engine
 

@@ -44,7 +44,7 @@ def say(browser: Browser, service: ScriptedService) -> Iterator[Say]:
     """Open the page on a server whose engine says what the test gives."""
     chat = load_chat(DATA / "tekken")
     config = ServerConfig(("tiny",), 4096, 800)
-    app = create_app(Supervisor(service, lambda: service), chat, config, access_log=False)
+    app = create_app(Supervisor(service, lambda: service), chat, config, access_log=None)
 
     def set_script(*parts: str | int) -> None:
         ids = [

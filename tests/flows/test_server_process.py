@@ -63,7 +63,7 @@ def served(directory: Path, *arguments: object) -> Iterator[tuple[subprocess.Pop
             line = process.stdout.readline()
             assert line, f"the server ended: {greeting}"
             greeting += line
-        url = next(word for word in greeting.split() if word.startswith("http")).removesuffix("/v1")
+        url = next(word for word in greeting.split() if word.endswith("/v1")).removesuffix("/v1")
         yield process, url, greeting
     finally:
         process.kill()
@@ -89,6 +89,28 @@ def test_drains_on_sigterm_and_ends_well(directory: Path) -> None:
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
         assert process.wait(timeout=10) == 0
+
+
+def test_operators_flags(directory: Path, tmp_path: Path) -> None:
+    """An admin listener, an access log in a file, a changed limit; draining by hand, the end."""
+    log = tmp_path / "access.jsonl"
+    flags = ("--admin-port", 0, "--access-log", log, "--limit", "choices=1")
+    with served(directory, *flags) as (process, url, greeting):
+        admin = next(word for word in greeting.split() if word.startswith("http"))
+        assert admin != url
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 2, "n": 2}
+        refused = httpx.post(f"{url}/v1/completions", json=body)
+        assert refused.status_code == 400 and "limit is 1" in refused.text
+        answered = httpx.post(f"{url}/v1/completions", json={**body, "n": 1})
+        assert answered.status_code == 200
+        assert httpx.get(f"{admin}/state").json()["process"]["open_files"] > 0
+        assert httpx.post(f"{admin}/drain").json()["draining"] is True
+        assert httpx.get(f"{url}/ready").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["status"] for line in lines if line["path"] == "/v1/completions"] == [400, 200]
+    assert any(line.get("answer_id") == answered.json()["id"] for line in lines)
 
 
 def test_idle_server_stops_quickly_and_frees_its_port(directory: Path) -> None:
@@ -131,6 +153,12 @@ def test_chat_once_with_a_directory(directory: Path) -> None:
         (("serve", "DIR", "--port", 70000), "70000 is not a port"),
         (("serve", "DIR", "--tensor-parallel-size", 3, "--port", 0), "tensor"),
         (("serve", "DIR", "--max-model-len", 10**9, "--port", 0), "max_model_len"),
+        (("serve", "DIR", "--admin-port", -1), "-1 is not a port"),
+        (
+            ("serve", "DIR", "--limit", "imges=3"),
+            "no limit is called 'imges'; there are: body_bytes",
+        ),
+        (("serve", "DIR", "--access-log", "/nowhere/x"), "cannot write the access log"),
         (("serve", "DIR", "--api-key-file", "/nowhere", "--port", 0), "cannot read keys"),
         (("chat", "/nowhere"), "neither a directory nor"),
         (("chat", "http://127.0.0.1:9", "--once", "x"), "no answer from"),

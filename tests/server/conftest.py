@@ -75,7 +75,7 @@ def make_bench(mistral: MistralFormat) -> MakeBench:
         scripted = ScriptedService(lambda request: (), **(service or {}))
         settings = {"model_names": ("m",), "max_model_len": 4096, "vocab_size": 800, **config}
         app = create_app(
-            Supervisor(scripted, lambda: scripted), chat, ServerConfig(**settings), access_log=False
+            Supervisor(scripted, lambda: scripted), chat, ServerConfig(**settings), access_log=None
         )
         bench = Bench(app, scripted, chat)
         ids: Sequence[int] = bench.ids(*script)

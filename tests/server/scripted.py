@@ -52,6 +52,9 @@ class ScriptedService:
     def abort(self, request_id: str) -> None:
         self.told_to_abort.add(request_id)
 
+    def clear_prefix_cache(self) -> None:
+        self.calls.append("clear")
+
     def stats(self) -> Stats:
         return Stats(len(self.running), 100 - len(self.running))
 

@@ -7,7 +7,7 @@ import pytest
 from halfbyte.errors import RequestError
 from halfbyte.log import logger
 from halfbyte.server.app import create_app
-from halfbyte.server.gate import Keys
+from halfbyte.server.gate import Keys, log_access
 from server.conftest import MakeBench
 
 
@@ -35,7 +35,7 @@ async def test_access_log_is_one_json_object_without_secrets(
 ) -> None:
     bench = make_bench("x", 2, api_keys=("sesame",))
     backend = bench.app.state.backend
-    bench.app = create_app(backend.service, bench.chat, backend.config, access_log=True)
+    bench.app = create_app(backend.service, bench.chat, backend.config, access_log=log_access)
     logger.propagate = True
     with caplog.at_level(logging.INFO, logger="halfbyte"):
         async with bench.http() as client:

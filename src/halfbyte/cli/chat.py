@@ -64,5 +64,5 @@ def _local_server(args: argparse.Namespace) -> Iterator[str]:
     if args.once is not None:
         logger.setLevel("WARNING")
     names = (directory.resolve().name,)
-    with serving(launch(directory, engine_config(args), names=names, access_log=False)) as url:
+    with serving(launch(directory, engine_config(args), names=names, access_log=None)) as url:
         yield url

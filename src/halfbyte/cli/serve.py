@@ -1,6 +1,7 @@
 """`halfbyte serve`: a checkpoint behind an OpenAI-compatible API."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from halfbyte.errors import UsageError
@@ -42,7 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     network.add_argument("--drain-seconds", type=float, default=30.0, help="(%(default)s)")
     network.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one of the limits that /health shows; may be given several times",
+    )
+    watching = parser.add_argument_group("watching")
+    watching.add_argument(
+        "--admin-port",
+        type=int,
+        help="serve the admin routes here; 0 takes a free one; off without",
+    )
+    watching.add_argument("--admin-host", default="127.0.0.1", help="(%(default)s)")
+    watching.add_argument(
+        "--access-log", type=Path, metavar="FILE", help="a file for it (among the other log lines)"
+    )
+    watching.add_argument(
         "--vllm-metric-names", action="store_true", help="also write metrics as vLLM names them"
+    )
+    watching.add_argument(
+        "--otlp-endpoint", metavar="URL", help="send OpenTelemetry traces, by OTLP over HTTP"
     )
     add_engine_arguments(parser)
     ignored = parser.add_argument_group("accepted and not needed")
@@ -97,24 +118,42 @@ def add_accept(parser: argparse._ActionsContainer) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.directory.is_dir():
         raise UsageError(f"{args.directory} is not a directory")
-    if not 0 <= args.port < 65536:
-        raise UsageError(f"--port {args.port} is not a port")
+    for name, port in (("--port", args.port), ("--admin-port", args.admin_port)):
+        if port is not None and not 0 <= port < 65536:
+            raise UsageError(f"{name} {port} is not a port")
+    from halfbyte.server.admin import create_admin
+    from halfbyte.server.config import Limits, read_limits
+    from halfbyte.server.gate import file_log, log_access
     from halfbyte.server.launch import engine_config, launch, read_keys
-    from halfbyte.server.run import listen, serve
+    from halfbyte.server.run import address, listen, serve
+    from halfbyte.server.tracing import open_tracing
 
     for name, _ in _UNNECESSARY:
         if getattr(args, name[2:].replace("-", "_")):
             print(f"{name} is not needed; the checkpoint says it", flush=True)
+    limits = read_limits(args.limit, Limits(drain_s=args.drain_seconds))
     keys = read_keys(args.api_key, args.api_key_file)
-    # Listening first: a port in use is said before minutes of loading.
-    with listen(args.host, args.port) as listener:
+    access_log = log_access if args.access_log is None else file_log(args.access_log)
+    tracing = None if args.otlp_endpoint is None else open_tracing(args.otlp_endpoint)
+    with contextlib.ExitStack() as stack:
+        # Listening first: a port in use is said before minutes of loading.
+        listener = stack.enter_context(listen(args.host, args.port))
+        admin_listener = None
+        if args.admin_port is not None:
+            admin_listener = stack.enter_context(listen(args.admin_host, args.admin_port))
         app = launch(
             args.directory,
             engine_config(args),
             names=tuple(args.served_model_name or (args.directory.resolve().name,)),
             keys=keys,
             image_hosts=tuple(args.image_url_host),
-            drain_s=args.drain_seconds,
+            limits=limits,
             vllm_metric_names=args.vllm_metric_names,
+            access_log=access_log,
+            tracing=tracing,
         )
-        return 0 if serve(app, listener, app.state.announce) else 1
+        admin = None
+        if admin_listener is not None:
+            admin = (create_admin(app.state.backend, access_log=access_log), admin_listener)
+            print(f"admin routes at {address(admin_listener)}", flush=True)
+        return 0 if serve(app, listener, app.state.announce, admin) else 1

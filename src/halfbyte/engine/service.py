@@ -31,6 +31,11 @@ class _Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class _ClearPrefixCache:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
@@ -75,7 +80,9 @@ class EngineService:
         """`max_requests` running and queued together; beyond it `generate` raises."""
         self.engine = engine
         self._max_requests = max_requests
-        self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Add | _Abort | _ClearPrefixCache | _Stop] = (
+            queue.SimpleQueue()
+        )
         self._mailboxes: dict[str, _Mailbox] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -160,6 +167,10 @@ class EngineService:
         """End a request; its stream still gets the FinishEvent, reason "abort", with its counts."""
         self._commands.put(_Abort(request_id))
 
+    def clear_prefix_cache(self) -> None:
+        """Forget all cached prefixes before the next step."""
+        self._commands.put(_ClearPrefixCache())
+
     def stats(self) -> EngineStats:
         """The engine's figures."""
         return self.engine.stats()
@@ -206,6 +217,8 @@ class EngineService:
                 self.engine.add(command.request)
             elif isinstance(command, _Abort):
                 self._send(self.engine.abort(command.request_id))
+            elif isinstance(command, _ClearPrefixCache):
+                self.engine.clear_prefix_cache()
             else:
                 for request_id in self.engine.request_ids():
                     self._send(self.engine.abort(request_id))

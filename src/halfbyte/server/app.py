@@ -1,9 +1,10 @@
 """The FastAPI application: routes, lifespan, error handlers. The work is in the other files."""
 
+import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,9 +17,10 @@ from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
+from halfbyte.server.call import Call
 from halfbyte.server.chat_api import chat_frames, chat_response
 from halfbyte.server.config import ServerConfig
-from halfbyte.server.gate import Gate, Keys
+from halfbyte.server.gate import AccessLog, Gate, Keys, log_access
 from halfbyte.server.openapi import describe, request_body
 from halfbyte.server.pages import add_pages
 from halfbyte.server.prepare import check_token_ids, encode_messages
@@ -28,12 +30,22 @@ from halfbyte.server.responses_wire import ResponsesRequest
 from halfbyte.server.stream import DONE, EventStream, read_body, until_disconnect
 from halfbyte.server.supervise import Supervisor
 from halfbyte.server.text_api import text_frames, text_response
+from halfbyte.server.tracing import Tracing
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(
-    service: Supervisor, chat: ChatFormat, config: ServerConfig, *, access_log: bool = True
+    service: Supervisor,
+    chat: ChatFormat,
+    config: ServerConfig,
+    *,
+    access_log: AccessLog | None = log_access,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application over a running or startable engine.
+
+    access_log    where its lines go; None for nowhere
 
     The lifespan starts the service and, at the end, drains it. `app.state.backend` holds the parts.
     Raises CheckpointError if the tokenizer knows more tokens than the model has rows for.
@@ -52,6 +64,8 @@ def create_app(
         finally:
             backend.admission.is_draining = True
             await service.stop(drain_s=config.limits.drain_s)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="halfbyte",
@@ -65,10 +79,15 @@ def create_app(
     _add_completions(app, backend)
     _add_tokens(app, backend)
     _add_state(app, backend)
+    add_health(app, backend)
     add_pages(app)
-    _add_error_handlers(app, backend)
+    add_error_handlers(app, backend)
     app.add_middleware(
-        Gate, keys=Keys(config.api_keys), metrics=backend.metrics, access_log=access_log
+        Gate,
+        keys=Keys(config.api_keys),
+        metrics=backend.metrics,
+        access_log=access_log,
+        tracing=tracing,
     )
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return app
@@ -81,27 +100,21 @@ async def read(backend: Backend, request: Request, kind: type[wire.Request]) -> 
 
 
 async def respond(
-    backend: Backend,
-    request: Request,
-    work: Callable[[dict[str, str]], Awaitable[dict[str, Any]]],
+    backend: Backend, request: Request, work: Coroutine[Any, Any, dict[str, Any]]
 ) -> Response:
-    """The JSON that `work` makes, unless the client leaves first. `work` may add headers."""
-    headers: dict[str, str] = {}
-
-    async def run() -> dict[str, Any]:
-        return await work(headers)
-
+    """The JSON that `work` makes, unless the client leaves first."""
     try:
         body = await until_disconnect(
             request,
-            run(),
+            work,
             deadline_s=backend.config.limits.request_s,
             on_disconnect=lambda: count_disconnect(backend),
         )
     except ClientDisconnect:
         # Nobody reads this; 499 is what access logs call a client that left.
         return Response(status_code=499)
-    return JSONResponse(body, headers=headers)
+    call: Call = request.state.call
+    return JSONResponse(body, headers=call.headers)
 
 
 def count_disconnect(backend: Backend) -> None:
@@ -116,49 +129,38 @@ def _add_completions(app: FastAPI, backend: Backend) -> None:
     async def chat_completions(request: Request) -> Response:
         """Continue a conversation."""
         asked = await read(backend, request, wire.ChatRequest)
-        key = request.state.key
+        call = request.state.call
         if not asked.stream:
-            return await respond(
-                backend, request, lambda headers: chat_response(backend, asked, key, headers)
-            )
-        headers: dict[str, str] = {}
-        frames = chat_frames(backend, asked, key, headers)
-        return _stream(frames, headers)
+            return await respond(backend, request, chat_response(backend, asked, call))
+        return _stream(chat_frames(backend, asked, call), call)
 
     @app.post("/v1/completions", **request_body(wire.CompletionRequest, "text_completion"))
     async def completions(request: Request) -> Response:
         """Continue plain prompts."""
         asked = await read(backend, request, wire.CompletionRequest)
-        key = request.state.key
+        call = request.state.call
         if not asked.stream:
-            return await respond(
-                backend, request, lambda headers: text_response(backend, asked, key, headers)
-            )
-        headers: dict[str, str] = {}
-        frames = text_frames(backend, asked, key, headers)
-        return _stream(frames, headers)
+            return await respond(backend, request, text_response(backend, asked, call))
+        return _stream(text_frames(backend, asked, call), call)
 
     @app.post("/v1/responses", **request_body(ResponsesRequest, "response"))
     async def responses(request: Request) -> Response:
         """Answer with output items; nothing is stored."""
         asked = await read(backend, request, ResponsesRequest)
-        key = request.state.key
+        call = request.state.call
         if not asked.stream:
-            return await respond(
-                backend, request, lambda headers: responses_response(backend, asked, key, headers)
-            )
-        headers: dict[str, str] = {}
-        frames = responses_frames(backend, asked, key, headers)
-        return _stream(frames, headers, error_tail=b"")
+            return await respond(backend, request, responses_response(backend, asked, call))
+        return _stream(responses_frames(backend, asked, call), call, error_tail=b"")
 
     def _stream(
-        frames: AsyncGenerator[bytes, None], headers: dict[str, str], error_tail: bytes = DONE
+        frames: AsyncGenerator[bytes, None], call: Call, error_tail: bytes = DONE
     ) -> Response:
         return EventStream(
             frames,
             deadline_s=deadline_s,
-            headers=headers,
+            headers=call.headers,
             on_disconnect=lambda: count_disconnect(backend),
+            retry_after_s=backend.config.limits.retry_after_s,
             error_tail=error_tail,
         )
 
@@ -229,13 +231,23 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
         backend.check_model(name)
         return JSONResponse(model_card(name))
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text."""
+        return PlainTextResponse(backend.metrics_text(), media_type=METRICS_TYPE)
+
+
+def add_health(app: FastAPI, backend: Backend) -> None:
+    """Liveness and readiness."""
+    config = backend.config
+
     @app.get("/health")
     async def health() -> Response:
         """Liveness, and what this server is: limits, capacity, formats."""
         alive = backend.service.is_alive
         body = {
             "status": "ok" if alive else "dead",
-            "ready": backend.service.is_ready and not backend.admission.is_draining,
+            "ready": backend.is_ready,
             "version": halfbyte.__version__,
             "models": list(config.model_names),
             "max_model_len": config.max_model_len,
@@ -254,20 +266,11 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
     @app.get("/health/ready")
     async def ready() -> Response:
         """Whether new requests are welcome; 503 while draining or after the engine died."""
-        is_ready = backend.service.is_ready and not backend.admission.is_draining
+        is_ready = backend.is_ready
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Prometheus text."""
-        figures = {**backend.engine_figures(), "alive": int(backend.service.is_ready)}
-        text = backend.metrics.text(
-            figures, config.model_names[0], vllm_names=config.vllm_metric_names
-        )
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-
-def _add_error_handlers(app: FastAPI, backend: Backend) -> None:
+def add_error_handlers(app: FastAPI, backend: Backend) -> None:
     async def known(request: Request, error: Exception) -> Response:
         return response_of(error, backend.config.limits.retry_after_s)
 

@@ -2,12 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from halfbyte.chat.grammar import GrammarCompiler, GrammarLimits
 from halfbyte.chat.prompt import banned_control_ids
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import RequestError
+from halfbyte.server import process
+from halfbyte.server.call import Call
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.metrics import Metrics
 from halfbyte.server.supervise import Supervisor
@@ -46,6 +50,16 @@ class Admission:
                 del self._by_key[key]
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A job in work: whose it is, since when (monotonic), its figures, its ids in the engine."""
+
+    call: Call
+    started_s: float
+    facts: Callable[[], dict[str, Any]]
+    engine_ids: tuple[str, ...]
+
+
 class Backend:
     """One server's parts. Immutable but for its counters."""
 
@@ -54,6 +68,7 @@ class Backend:
         self.chat = chat
         self.config = config
         self.metrics = Metrics()
+        self.running: dict[str, Running] = {}
         self.admission = Admission(config, self.metrics)
         limits = config.limits
         self.compiler = GrammarCompiler(
@@ -90,6 +105,21 @@ class Backend:
                 code="model_not_found",
                 status=404,
             )
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests are welcome."""
+        return self.service.is_ready and not self.admission.is_draining
+
+    def metrics_text(self) -> str:
+        """Prometheus text of everything."""
+        engine = {**self.engine_figures(), "alive": int(self.service.is_ready)}
+        return self.metrics.text(
+            engine,
+            process.figures(),
+            self.config.model_names[0],
+            vllm_names=self.config.vllm_metric_names,
+        )
 
     def engine_figures(self) -> dict[str, float]:
         """Numbers of the engine's stats, by name."""

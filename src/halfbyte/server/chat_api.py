@@ -8,22 +8,22 @@ import halfbyte
 from halfbyte.chat.router import CallArguments, CallStart, Content, Reasoning
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
-from halfbyte.server.completion import Job, Message, Piece, TokenEntry, collect, run, token_text
+from halfbyte.server.call import Call
+from halfbyte.server.completion import Job, Message, collect, run, token_text
+from halfbyte.server.pieces import Piece, TokenEntry
 from halfbyte.server.prepare import chat_job, check_sampling
 from halfbyte.server.stream import DONE, frame
 
 FINGERPRINT = f"halfbyte-{halfbyte.__version__}"
 
 
-async def chat_response(
-    backend: Backend, request: wire.ChatRequest, key: str, headers: dict[str, str]
-) -> dict[str, Any]:
+async def chat_response(backend: Backend, request: wire.ChatRequest, call: Call) -> dict[str, Any]:
     """The answer in one piece."""
     check_sampling(backend, request)
-    with backend.admission.admit(key, request.n):
+    with backend.admission.admit(call.key, request.n):
         job = await chat_job(backend, request)
-        headers |= warning_headers(job)
-        messages = await collect(backend, job)
+        call.headers |= warning_headers(job)
+        messages = await collect(backend, job, call)
     return {
         "id": job.answer_id,
         "object": "chat.completion",
@@ -63,14 +63,14 @@ def message_body(message: Message) -> dict[str, Any]:
 
 
 async def chat_frames(
-    backend: Backend, request: wire.ChatRequest, key: str, headers: dict[str, str]
+    backend: Backend, request: wire.ChatRequest, call: Call
 ) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events, ending with usage if asked and [DONE]."""
     options = request.stream_options or wire.StreamOptions()
     check_sampling(backend, request)
-    with backend.admission.admit(key, request.n):
+    with backend.admission.admit(call.key, request.n):
         job = await chat_job(backend, request)
-        headers |= warning_headers(job)
+        call.headers |= warning_headers(job)
         head = {
             "id": job.answer_id,
             "object": "chat.completion.chunk",
@@ -81,7 +81,7 @@ async def chat_frames(
         if options.include_usage:
             head["usage"] = None
         begun: set[int] = set()
-        async with contextlib.aclosing(run(backend, job)) as batches:
+        async with contextlib.aclosing(run(backend, job, call)) as batches:
             async for batch in batches:
                 yield b"".join(
                     frame({**head, "choices": [choice], **_running_usage(options, job)})

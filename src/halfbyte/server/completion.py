@@ -6,7 +6,7 @@ Both forms are made of the same pieces: a response that is not streamed is the s
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,49 +20,9 @@ from halfbyte.engine.request import (
     TokensEvent,
 )
 from halfbyte.errors import RequestError
-from halfbyte.server.backend import Backend
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEntry:
-    """One token of the content with its log-probability, for `logprobs`."""
-
-    logprobs: TokenLogprobs
-    offset_chars: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Something new in one choice: a delta, log-probs of its tokens, or its end."""
-
-    index: int
-    delta: Delta | None = None
-    entries: tuple[TokenEntry, ...] = ()
-    finish_reason: str | None = None
-
-
-@dataclass(slots=True)
-class Usage:
-    """Tokens of a request; the same whether streamed or not."""
-
-    prompt_tokens: int
-    image_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-
-    def chat_body(self) -> dict[str, Any]:
-        """OpenAI's `usage` object."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {
-                "cached_tokens": self.cached_tokens,
-                "image_tokens": self.image_tokens,
-            },
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
-        }
+from halfbyte.server.backend import Backend, Running
+from halfbyte.server.call import Call
+from halfbyte.server.pieces import Piece, TokenEntry, Usage
 
 
 @dataclass(slots=True)
@@ -76,6 +36,8 @@ class Choice:
     mask: Mask | None = None
     shown_chars: int = 0
     num_tokens: int = 0
+    first_token_s: float | None = None
+    reason: str = "abort"
     finish: FinishEvent | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     _entries: list[TokenEntry] = field(default_factory=list)
@@ -126,17 +88,58 @@ class Choice:
 
 @dataclass(slots=True)
 class Job:
-    """A validated request, ready to run: its choices and what its answer will be called."""
+    """A validated request, ready to run: its choices and what its answer will be called.
+
+    source    where its pieces come from, if not from this process's engine
+    """
 
     answer_id: str
     created: int
     choices: list[Choice]
     usage: Usage
     warnings: tuple[str, ...] = ()
+    source: Callable[[], AsyncGenerator[list[Piece], None]] | None = None
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """How the engine calls its choices."""
+        return tuple(choice.request.request_id for choice in self.choices)
+
+    def facts(self) -> dict[str, Any]:
+        """What the access log says of it."""
+        started = [choice.first_token_s for choice in self.choices if choice.first_token_s]
+        return {
+            "answer_id": self.answer_id,
+            "prompt_tokens": self.usage.prompt_tokens,
+            "cached_tokens": self.usage.cached_tokens,
+            "completion_tokens": sum(choice.num_completion_tokens for choice in self.choices),
+            "finish_reasons": [choice.reason for choice in self.choices],
+            "first_token_ms": round(min(started) * 1000, 1) if started else None,
+        }
 
 
-async def run(backend: Backend, job: Job) -> AsyncGenerator[list[Piece], None]:
+@contextlib.contextmanager
+def _tracked(backend: Backend, job: Job, call: Call) -> Iterator[None]:
+    """Show a job among the running ones, and note at its end what became of it."""
+    call.facts |= {"model": backend.config.model_names[0], "answer_id": job.answer_id}
+    backend.running[job.answer_id] = Running(call, time.monotonic(), job.facts, job.request_ids)
+    try:
+        yield
+    finally:
+        del backend.running[job.answer_id]
+        call.facts |= job.facts()
+
+
+async def run(backend: Backend, job: Job, call: Call) -> AsyncGenerator[list[Piece], None]:
     """Pieces of all choices as they come. Closing it aborts what still runs."""
+    pieces = job.source() if job.source is not None else _run_choices(backend, job)
+    with _tracked(backend, job, call):
+        async with contextlib.aclosing(pieces):
+            async for batch in pieces:
+                yield batch
+
+
+async def _run_choices(backend: Backend, job: Job) -> AsyncGenerator[list[Piece], None]:
     if len(job.choices) == 1:
         pieces = _run_choice(backend, job, job.choices[0])
         async with contextlib.aclosing(pieces):
@@ -189,6 +192,7 @@ async def _run_choice(
                     if choice.num_tokens:
                         metrics.token_seconds.observe(now - previous)
                     else:
+                        choice.first_token_s = now - start
                         metrics.first_token_seconds.observe(now - start)
                     previous = now
                 if choice.router.stopped_by is not None:
@@ -202,7 +206,9 @@ async def _run_choice(
             else:
                 raise RequestError("the engine has stopped", code="engine_dead", status=503)
         _count_usage(job.usage, choice)
-        yield choice.end(reason)
+        pieces = choice.end(reason)
+        choice.reason = reason = pieces[-1].finish_reason or reason
+        yield pieces
     finally:
         metrics.request_seconds.observe(time.perf_counter() - start)
         metrics.count_finish(reason)
@@ -290,10 +296,10 @@ class Message:
             self.calls[delta.index]["function"]["arguments"] += delta.text
 
 
-async def collect(backend: Backend, job: Job) -> list[Message]:
+async def collect(backend: Backend, job: Job, call: Call) -> list[Message]:
     """Run a job to its end: one message a choice."""
     messages = [Message() for _ in job.choices]
-    async with contextlib.aclosing(run(backend, job)) as pieces:
+    async with contextlib.aclosing(run(backend, job, call)) as pieces:
         async for batch in pieces:
             for piece in batch:
                 messages[piece.index].add(piece)

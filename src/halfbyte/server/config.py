@@ -3,7 +3,11 @@
 Every limit is on by default and shown at /health.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from halfbyte.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,26 @@ class Limits:
     request_s: float = 3600.0
     drain_s: float = 30.0
     retry_after_s: int = 2
+
+
+def read_limits(settings: Iterable[str], base: Limits) -> Limits:
+    """Limits with some changed by "name=value"; UsageError for what is no limit or no number."""
+    kinds = {one.name: type(getattr(base, one.name)) for one in fields(Limits)}
+    changed: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in kinds:
+            known = ", ".join(kinds)
+            raise UsageError(f"--limit {setting}: no limit is called {name!r}; there are: {known}")
+        try:
+            value = kinds[name](text)
+        except ValueError:
+            kind = "whole number" if kinds[name] is int else "number"
+            raise UsageError(f"--limit {setting}: {text!r} is not a {kind}") from None
+        if not 0 <= value < float("inf"):
+            raise UsageError(f"--limit {setting}: must be 0 or more, and finite")
+        changed[name] = value
+    return replace(base, **changed)
 
 
 @dataclass(frozen=True, slots=True)

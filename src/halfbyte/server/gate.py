@@ -2,23 +2,30 @@
 
 import base64
 import binascii
+import datetime
 import hashlib
 import hmac
 import json
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from halfbyte.errors import RequestError
+from halfbyte.errors import RequestError, UsageError
 from halfbyte.log import logger
+from halfbyte.server.call import Call
 from halfbyte.server.metrics import Metrics
 from halfbyte.server.problems import response_of
+from halfbyte.server.tracing import Tracing
 
 # Liveness probes carry no key.
 OPEN_PATHS = frozenset({"/health", "/health/ready"})
+
+# Takes a line of JSON.
+AccessLog = Callable[[str], None]
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 
@@ -70,59 +77,103 @@ def _presented_key(authorization: str) -> str:
 class Gate:
     """ASGI middleware; see the file's first line."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, metrics: Metrics, access_log: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        metrics: Metrics | None,
+        access_log: AccessLog | None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._metrics = metrics
         self._access_log = access_log
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        sent_id = headers.get(b"x-request-id", b"")
-        request_id = (
-            sent_id.decode() if _REQUEST_ID.match(sent_id) else f"req-{uuid.uuid4().hex[:16]}"
-        )
+        call = Call("-", _request_id(headers))
         start = time.perf_counter()
-        status, key = 0, "-"
+        status = 0
+        span = None
+        if self._tracing is not None:
+            span = self._tracing.begin(scope["method"], scope["path"], headers)
 
         async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                marked = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                marked = [*message.get("headers", ()), (b"x-request-id", call.request_id.encode())]
                 message = {**message, "headers": marked}
             await send(message)
 
         try:
             try:
                 if scope["path"] not in OPEN_PATHS:
-                    key = self._keys.name_of(headers.get(b"authorization", b"").decode("latin-1"))
+                    sent = headers.get(b"authorization", b"").decode("latin-1")
+                    call.key = self._keys.name_of(sent)
             except RequestError as error:
                 await response_of(error)(scope, receive, send_marked)
                 return
-            scope.setdefault("state", {})
-            scope["state"]["key"] = key
-            scope["state"]["request_id"] = request_id
+            scope.setdefault("state", {})["call"] = call
             await self._app(scope, receive, send_marked)
         finally:
-            self._finish(scope, request_id, key, status, time.perf_counter() - start)
+            # Only known paths become labels; anything else would let clients grow the page.
+            route = getattr(scope.get("route"), "path", "other")
+            if self._metrics is not None:
+                self._metrics.count_http(route, status)
+            if self._tracing is not None:
+                self._tracing.end(span, route, status, call)
+            if self._access_log is not None:
+                self._access_log(_line(scope, call, status, time.perf_counter() - start))
 
-    def _finish(self, scope: Scope, request_id: str, key: str, status: int, seconds: float) -> None:
-        route = scope.get("route")
-        # Only known paths become labels; anything else would let clients grow the page.
-        self._metrics.count_http(getattr(route, "path", "other"), status)
-        if self._access_log:
-            line = {
-                "request_id": request_id,
-                "client": (scope.get("client") or ("-",))[0],
-                "key": key,
-                "method": scope["method"],
-                "path": scope["path"],
-                # 0: the client left before anything was sent.
-                "status": status,
-                "ms": round(seconds * 1000, 1),
-            }
-            logger.info("access %s", json.dumps(line))
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    sent = headers.get(b"x-request-id", b"")
+    return sent.decode() if _REQUEST_ID.match(sent) else f"req-{uuid.uuid4().hex[:16]}"
+
+
+def _line(scope: Scope, call: Call, status: int, seconds: float) -> str:
+    line = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "request_id": call.request_id,
+        "client": (scope.get("client") or ("-",))[0],
+        "key": call.key,
+        "method": scope["method"],
+        "path": scope["path"],
+        # 0: the client left before anything was sent.
+        "status": status,
+        "ms": round(seconds * 1000, 1),
+        **{name: value for name, value in call.facts.items() if value is not None},
+    }
+    return json.dumps(line)
+
+
+def log_access(line: str) -> None:
+    """The access log among the other log lines."""
+    logger.info("access %s", line)
+
+
+def file_log(path: Path) -> AccessLog:
+    """The access log in a file of its own, one JSON object a line; UsageError if it cannot be.
+
+    Opened for every line, so that the file may be moved away at any time.
+    """
+
+    def write(line: str) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            logger.error("access log %s: %s", path, error)
+
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UsageError(f"cannot write the access log {path}: {error.strerror}") from error
+    return write

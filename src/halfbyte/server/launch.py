@@ -14,7 +14,11 @@ from halfbyte.engine.service import EngineService
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.server.app import create_app
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
+from halfbyte.server.gate import AccessLog, log_access
 from halfbyte.server.supervise import Supervisor
+from halfbyte.server.tracing import Tracing
+
+DEFAULT_LIMITS = Limits()
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -59,9 +63,10 @@ def launch(
     names: tuple[str, ...],
     keys: tuple[str, ...] = (),
     image_hosts: tuple[str, ...] = (),
-    drain_s: float = 30.0,
+    limits: Limits = DEFAULT_LIMITS,
     vllm_metric_names: bool = False,
-    access_log: bool = True,
+    access_log: AccessLog | None = log_access,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Load everything and make the application; `app.state.announce(url)` says what it is.
 
@@ -69,7 +74,6 @@ def launch(
     """
     chat = load_chat(directory)
     engine = Engine.load(directory, config)
-    limits = Limits(drain_s=drain_s)
 
     def service_of(engine: Engine) -> EngineService:
         # The server's own limit answers first, with a time to come back.
@@ -95,6 +99,7 @@ def launch(
             ),
         ),
         access_log=access_log,
+        tracing=tracing,
     )
 
     speculation = ""

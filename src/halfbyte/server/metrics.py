@@ -68,9 +68,18 @@ class Metrics:
         """One answer ended."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
-    def text(self, engine: Mapping[str, float], model: str, *, vllm_names: bool = False) -> str:
-        """The whole page. `engine` holds gauges of the engine by name."""
+    def text(
+        self,
+        engine: Mapping[str, float],
+        process: Mapping[str, float],
+        model: str,
+        *,
+        vllm_names: bool = False,
+    ) -> str:
+        """The whole page. `engine` and `process` hold gauges by name."""
         lines = list(self._own_lines())
+        for name, value in process.items():
+            lines += _metric(f"halfbyte_process_{name}", "gauge", f"Process: {name}.", value)
         for name, value in engine.items():
             lines += _metric(f"halfbyte_engine_{name}", "gauge", f"Engine: {name}.", value)
         if vllm_names:

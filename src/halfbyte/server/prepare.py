@@ -21,8 +21,9 @@ from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParam
 from halfbyte.errors import RequestError
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
-from halfbyte.server.completion import Choice, Job, Usage
+from halfbyte.server.completion import Choice, Job
 from halfbyte.server.fetch import fetch_image
+from halfbyte.server.pieces import Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reaso
 from halfbyte.errors import RequestError
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
+from halfbyte.server.call import Call
 from halfbyte.server.chat_api import warning_headers
-from halfbyte.server.completion import Job, Piece, run
+from halfbyte.server.completion import Job, run
+from halfbyte.server.pieces import Piece
 from halfbyte.server.prepare import chat_job, check_sampling
 from halfbyte.server.problems import status_and_body
 from halfbyte.server.responses_wire import ResponsesRequest, as_input_error
@@ -21,10 +23,10 @@ Event = dict[str, Any]
 
 
 async def responses_response(
-    backend: Backend, request: ResponsesRequest, key: str, headers: dict[str, str]
+    backend: Backend, request: ResponsesRequest, call: Call
 ) -> dict[str, Any]:
     """The finished response."""
-    async with contextlib.aclosing(_events(backend, request, key, headers)) as events:
+    async with contextlib.aclosing(_events(backend, request, call)) as events:
         last: Event = {}
         async for event in events:
             last = event
@@ -33,12 +35,12 @@ async def responses_response(
 
 
 async def responses_frames(
-    backend: Backend, request: ResponsesRequest, key: str, headers: dict[str, str]
+    backend: Backend, request: ResponsesRequest, call: Call
 ) -> AsyncGenerator[bytes, None]:
     """The response as server-sent events; what fails after the start becomes response.failed."""
     number = 0
     body: dict[str, Any] = {}
-    async with contextlib.aclosing(_events(backend, request, key, headers)) as events:
+    async with contextlib.aclosing(_events(backend, request, call)) as events:
         try:
             async for event in events:
                 body = event.get("response", body)
@@ -58,23 +60,23 @@ def _frame(event: Event, number: int) -> bytes:
 
 
 async def _events(
-    backend: Backend, request: ResponsesRequest, key: str, headers: dict[str, str]
+    backend: Backend, request: ResponsesRequest, call: Call
 ) -> AsyncGenerator[Event, None]:
     """All events, from response.created to the one that carries the finished response."""
     chat = _renamed(request)
     check_sampling(backend, chat)
-    with backend.admission.admit(key, 1):
+    with backend.admission.admit(call.key, 1):
         try:
             job = await chat_job(backend, chat)
         except RequestError as error:
             raise as_input_error(error) from error
-        headers |= warning_headers(job)
+        call.headers |= warning_headers(job)
         builder = _Builder()
         body = _body(backend, request, job)
         yield {"type": "response.created", "response": body}
         yield {"type": "response.in_progress", "response": body}
         reason = "stop"
-        async with contextlib.aclosing(run(backend, job)) as batches:
+        async with contextlib.aclosing(run(backend, job, call)) as batches:
             async for batch in batches:
                 for piece in batch:
                     reason = piece.finish_reason or reason

@@ -22,20 +22,53 @@ from halfbyte.server.backend import Backend
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+# The admin application and its listening socket.
+Admin = tuple[FastAPI, socket.socket]
+
+
+class _Quiet(uvicorn.Server):
+    """Uvicorn inside another: signals are not its business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 class _Server(uvicorn.Server):
     """Uvicorn, with our start, our signals and our end."""
 
     def __init__(
-        self, config: uvicorn.Config, backend: Backend, on_ready: Callable[[str], None]
+        self,
+        config: uvicorn.Config,
+        backend: Backend,
+        on_ready: Callable[[str], None],
+        admin: Admin | None,
     ) -> None:
         super().__init__(config)
         self._backend = backend
         self._on_ready = on_ready
+        self._admin = admin
+        self._admin_server: uvicorn.Server | None = None
+        self._admin_task: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started and sockets:
-            self._on_ready(address(sockets[0]))
+        if not self.started or not sockets:
+            return
+        if self._admin is not None:
+            app, listener = self._admin
+            self._admin_server = _Quiet(_config(app, drain_s=1))
+            self._admin_task = asyncio.create_task(
+                self._admin_server.serve(sockets=[listener]), name="admin listener"
+            )
+        self._on_ready(address(sockets[0]))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """The admin listener goes last: draining is when it is wanted."""
+        await super().shutdown(sockets)
+        if self._admin_server is not None and self._admin_task is not None:
+            self._admin_server.should_exit = True
+            await self._admin_task
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -81,19 +114,24 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app: FastAPI, listener: socket.socket, on_ready: Callable[[str], None]) -> bool:
+def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    on_ready: Callable[[str], None],
+    admin: Admin | None = None,
+) -> bool:
     """Serve until a signal; False if the application did not start or its engine died."""
-    server = _server(app, on_ready)
+    server = _server(app, on_ready, admin)
     asyncio.run(server.serve(sockets=[listener]))
     return server.started
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, admin: Admin | None = None) -> Iterator[str]:
     """Serve on a free local port from a thread while the body runs; gives the URL."""
     listener = listen("127.0.0.1", 0)
     ready = threading.Event()
-    server = _server(app, lambda url: ready.set())
+    server = _server(app, lambda url: ready.set(), admin)
 
     def work() -> None:
         asyncio.run(server.serve(sockets=[listener]))
@@ -111,15 +149,19 @@ def serving(app: FastAPI) -> Iterator[str]:
         thread.join()
 
 
-def _server(app: FastAPI, on_ready: Callable[[str], None]) -> _Server:
+def _server(app: FastAPI, on_ready: Callable[[str], None], admin: Admin | None = None) -> _Server:
     backend: Backend = app.state.backend
-    config = uvicorn.Config(
+    config = _config(app, drain_s=backend.config.limits.drain_s)
+    return _Server(config, backend, on_ready, admin)
+
+
+def _config(app: FastAPI, *, drain_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         ws="none",
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(int(backend.config.limits.drain_s), 1),
+        timeout_graceful_shutdown=max(int(drain_s), 1),
     )
-    return _Server(config, backend, on_ready)

@@ -49,6 +49,7 @@ class EventStream(Response):
         deadline_s: float,
         headers: dict[str, str],
         on_disconnect: Callable[[], None],
+        retry_after_s: int,
         error_tail: bytes = DONE,
     ) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class EventStream(Response):
         # Filled by the generator before its first frame, hence not given to the base class.
         self._own_headers = headers
         self._on_disconnect = on_disconnect
+        self._retry_after_s = retry_after_s
         self._error_tail = error_tail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,7 +114,7 @@ class EventStream(Response):
         self, error: Exception, has_started: bool, scope: Scope, receive: Receive, send: Send
     ) -> None:
         if not has_started:
-            await response_of(error)(scope, receive, send)
+            await response_of(error, self._retry_after_s)(scope, receive, send)
             return
         _, body = status_and_body(error)
         await _send_body(send, frame(body, "error" if self._error_tail == b"" else None))

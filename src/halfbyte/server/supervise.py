@@ -37,6 +37,9 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None:
         """End an answer; its events go on to a FinishEvent with its counts."""
 
+    def clear_prefix_cache(self) -> None:
+        """Forget cached prefixes, between two steps."""
+
     def stats(self) -> Any:
         """A dataclass of figures."""
 
@@ -98,6 +101,11 @@ class Supervisor:
         """End an answer; its events go on to a FinishEvent with its counts."""
         if self._engine is not None:
             self._engine.abort(request_id)
+
+    def clear_prefix_cache(self) -> None:
+        """Forget cached prefixes, between two steps."""
+        if self._engine is not None:
+            self._engine.clear_prefix_cache()
 
     def stats(self) -> Any:
         """A dataclass of figures, or None while there is no engine."""

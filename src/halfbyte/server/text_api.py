@@ -7,21 +7,23 @@ from typing import Any
 from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
+from halfbyte.server.call import Call
 from halfbyte.server.chat_api import warning_headers
-from halfbyte.server.completion import Choice, Job, Message, TokenEntry, collect, run, token_text
+from halfbyte.server.completion import Choice, Job, Message, collect, run, token_text
+from halfbyte.server.pieces import TokenEntry
 from halfbyte.server.prepare import check_sampling, text_job
 from halfbyte.server.stream import DONE, frame
 
 
 async def text_response(
-    backend: Backend, request: wire.CompletionRequest, key: str, headers: dict[str, str]
+    backend: Backend, request: wire.CompletionRequest, call: Call
 ) -> dict[str, Any]:
     """All choices in one piece."""
     check_sampling(backend, request)
-    with backend.admission.admit(key, request.n * len(request.prompts)):
+    with backend.admission.admit(call.key, request.n * len(request.prompts)):
         job = await text_job(backend, request)
-        headers |= warning_headers(job)
-        messages = await collect(backend, job)
+        call.headers |= warning_headers(job)
+        messages = await collect(backend, job, call)
     choices = []
     for choice, message in zip(job.choices, messages, strict=True):
         echo = _echo(backend, request, choice)
@@ -31,17 +33,17 @@ async def text_response(
 
 
 async def text_frames(
-    backend: Backend, request: wire.CompletionRequest, key: str, headers: dict[str, str]
+    backend: Backend, request: wire.CompletionRequest, call: Call
 ) -> AsyncGenerator[bytes, None]:
     """All choices as server-sent events."""
     options = request.stream_options or wire.StreamOptions()
     check_sampling(backend, request)
-    with backend.admission.admit(key, request.n * len(request.prompts)):
+    with backend.admission.admit(call.key, request.n * len(request.prompts)):
         job = await text_job(backend, request)
-        headers |= warning_headers(job)
+        call.headers |= warning_headers(job)
         head = _head(backend, job)
         lengths: dict[int, int] = {}
-        async with contextlib.aclosing(run(backend, job)) as batches:
+        async with contextlib.aclosing(run(backend, job, call)) as batches:
             async for batch in batches:
                 frames = []
                 for piece in batch:
