@@ -116,6 +116,12 @@ def test_runs_that_asked_differently_are_not_compared(tmp_path: Path) -> None:
     c = write_arm(tmp_path, "c", scores, judge={"model": "other"})
     with pytest.raises(UsageError, match="judge"):
         compare_runs(a, c)
+    # The same judge at two addresses is one judge.
+    here, there = (
+        write_arm(tmp_path, place, scores, judge={"model": "other", "url": place})
+        for place in ("here", "there")
+    )
+    assert compare_runs(here, there).verdict == "INCONCLUSIVE"
 
 
 def test_go_and_no_go_are_reached_with_enough_items(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from halfbyte.errors import UsageError
 from halfbyte.evals.plan import format_plan, plan_run
 from halfbyte.evals.reasoning import split_reasoning
-from halfbyte.evals.records import Journal, newest, read_lines, read_run
+from halfbyte.evals.records import Journal, newest, read_lines, read_run, time_spent
 from halfbyte.evals.tasks.suite import find_benchmarks
 
 
@@ -31,6 +31,19 @@ def test_a_file_without_any_whole_line_begins_anew(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": ' + b"1" * 200_000)
     Journal(path).close()
     assert path.read_bytes() == b""
+
+
+def test_time_spent_counts_killed_sessions_and_not_the_nights_between(tmp_path: Path) -> None:
+    assert time_spent(tmp_path) == 0.0
+    for name, key, times in (
+        ("sessions", "started", (100.0, 500.0, 900.0)),
+        ("attempts", "ended", (110.0, 130.0, 520.0)),
+    ):
+        journal = Journal(tmp_path / f"{name}.jsonl")
+        for one in times:
+            journal.append({key: one})
+        journal.close()
+    assert time_spent(tmp_path) == 30.0 + 20.0
 
 
 def test_newest_grading_is_read(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
 from evals_stub import Reply, completion, refusal, serving
 from halfbyte.cli.main import main
 from halfbyte.evals.records import read_attempts, read_records, read_run
-from halfbyte.evals.run import records_of_log
+from halfbyte.evals.run import max_tokens_for, records_of_log
+from halfbyte.evals.types import Text
 
 # Both are inspect-ai's affair: a deprecated argument, and one stream per sample left to the
 # collector.
@@ -105,6 +106,27 @@ def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
         assert len(stub.requests) == 5
 
 
+def test_resuming_with_other_items_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data" / "mmlu_pro"
+    folder.mkdir(parents=True)
+    row = {"question_id": 1, "question": "one?", "options": ["x", "y"], "answer": "A",
+           "category": "math"}  # fmt: skip
+    (folder / "items.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "run"
+    with serving(lambda request: completion("Answer: A")) as stub:
+        command = ["evaluate", stub.url, "--suite", "mmlu_pro", "--data", str(tmp_path / "data")]
+        assert main([*command, "--out", str(out)]) == 0
+        # As after a kill: answers are there, the benchmark's result is not.
+        run = json.loads((out / "run.json").read_text())
+        (out / "run.json").write_text(json.dumps({**run, "benchmarks": {}}))
+        (folder / "items.jsonl").write_text(json.dumps({**row, "question": "two?"}) + "\n")
+        assert main([*command, "--out", str(out)]) == 2
+        assert "rendered requests differ" in capsys.readouterr().err
+        assert len(stub.requests) == 1
+
+
 def test_other_settings_are_not_mixed_into_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,19 +208,31 @@ def test_output_limit_leaves_room_for_the_prompt(tmp_path: Path) -> None:
     with serving(all_right, context_tokens=2048) as stub:
         evaluate(stub.url, tmp_path, "--limit", "5")
     assert all(1500 < request["max_tokens"] < 2048 - 256 for request in stub.requests)
+    stored = {a.max_tokens for a in read_attempts(tmp_path / "pocket" / "attempts.jsonl")}
+    assert stored == {request["max_tokens"] for request in stub.requests}
+
+
+def test_a_long_prompt_keeps_a_useful_output_limit() -> None:
+    """Text of the length of AA-LCR's longest prompt in the context that the set is served with."""
+    prose = "In March the committee found, as the third table shows, that costs rose by 4.5%. "
+    words = (prose * 7000)[:548_000]
+    limit = max_tokens_for((Text(words),), 65_536, 196_608)
+    assert 20_000 < limit < 65_536
+    assert max_tokens_for((Text("数" * 1000),), 65_536, 4_096) < 4_096 - 1000 - 100
+    assert max_tokens_for((Text("short"),), 65_536, None) == 65_536
 
 
 def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(tmp_path: Path) -> None:
     concurrency = 8
     command = [
-        sys.executable, "-m", "halfbyte", "evaluate", "URL", "--suite", "pocket", "--repeats", "5",
+        sys.executable, "-m", "halfbyte", "evaluate", "URL", "--suite", "pocket", "--repeats", "3",
         "--concurrency", str(concurrency), "--out", str(tmp_path),
     ]  # fmt: skip
     journal = tmp_path / "pocket" / "attempts.jsonl"
     with serving(all_right, delay_s=0.05) as stub:
         command[4] = stub.url
         kills = 0
-        for wanted in (20, 60, 110):
+        for wanted in (20, 60):
             child = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
             while child.poll() is None:
                 if journal.exists() and journal.read_bytes().count(b"\n") >= wanted:
@@ -206,14 +240,14 @@ def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(tmp_path: Pat
                     child.wait()
                     kills += 1
                 time.sleep(0.01)
-        assert kills == 3
+        assert kills == 2
         # A torn line, as a crash of the machine would leave it.
         with journal.open("ab") as file:
             file.write(b'{"item_id": "pocket-')
         done = subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
     assert done.returncode == 0
-    assert read_run(tmp_path).benchmarks["pocket"].causes == {"ok": 200}
-    assert len(stub.requests) <= 200 + kills * concurrency
+    assert read_run(tmp_path).benchmarks["pocket"].causes == {"ok": 120}
+    assert len(stub.requests) <= 120 + kills * concurrency
     attempts = Counter((a.item_id, a.repeat) for a in read_attempts(journal))
     assert set(attempts.values()) == {1}
 
@@ -264,6 +298,7 @@ def test_answers_of_a_judged_benchmark_are_judged_and_judgements_stored(tmp_path
         assert judge.requests[0]["temperature"] == 0.0
         # Resuming asks the judge again, not the model.
         assert len(model.requests) == 6
+        assert main([*arguments, "--judge-revision", "r2"]) == 2  # two judges in one run: no
         assert main(arguments) == 0
         assert len(model.requests) == 6
     run = read_run(tmp_path / "run")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.evals.config import differing
+from halfbyte.evals.config import differing, differing_judges
 from halfbyte.evals.records import (
     BenchmarkResult,
     Record,
@@ -176,8 +176,7 @@ def _check_comparable(b: RunRecord, c: RunRecord) -> None:
         return {k: v for k, v in run.settings.items() if k not in _IGNORED_SETTINGS}
 
     changed = differing(asked(b), asked(c))
-    if b.judge != c.judge:
-        changed += [f"judge {text}" for text in differing(b.judge or {}, c.judge or {})]
+    changed += [f"judge {text}" for text in differing_judges(b.judge or {}, c.judge or {})]
     if changed:
         raise UsageError(f"the runs differ in {'; '.join(changed)}: not compared")
 

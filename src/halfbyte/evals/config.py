@@ -88,3 +88,8 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [
         f"{n}: {one.get(n)!r} and {other.get(n)!r}" for n in names if one.get(n) != other.get(n)
     ]
+
+
+def differing_judges(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """`differing` for two judges: where a judge is served makes no other judge of it."""
+    return differing(*({k: v for k, v in judge.items() if k != "url"} for judge in (one, other)))

@@ -7,19 +7,26 @@ import asyncio
 import datetime
 import os
 import platform
-import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals import sandbox
-from halfbyte.evals.config import RunConfig, differing
+from halfbyte.evals.config import RunConfig, differing, differing_judges
 from halfbyte.evals.endpoint import Endpoint
-from halfbyte.evals.records import FORMAT, BenchmarkResult, RunRecord, read_run, write_run
+from halfbyte.evals.records import (
+    FORMAT,
+    BenchmarkResult,
+    RunRecord,
+    read_lines,
+    read_run,
+    time_spent,
+    write_run,
+)
 from halfbyte.evals.score import CodeRunner
 from halfbyte.evals.summary import summarise
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded
@@ -58,8 +65,7 @@ def evaluate(
         repeats = config.repeats or benchmark.repeats
         prompt_id = _prompt_id(benchmark, config)
         prompts = runner.all_prompts_sha256(benchmark, config, data.samples)
-        _check_same_prompts(run, benchmark.name, prompts)
-        started = time.monotonic()
+        _check_same_prompts(config.out / benchmark.name, prompts)
         records = runner.run_benchmark(
             benchmark,
             data,
@@ -67,18 +73,17 @@ def evaluate(
             endpoint,
             run_id=run.run_id,
             prompt_id=prompt_id,
+            prompts_sha256=prompts,
             repeats=repeats,
             code=_code_runner(benchmark, config),
         )
-        earlier = run.benchmarks.get(benchmark.name)
-        wall_s = time.monotonic() - started + (earlier.wall_s if earlier else 0.0)
         results[benchmark.name] = summarise(
             _identity(benchmark, config, data, prompt_id, prompts),
             records,
             expected=[(s.item_id, r) for s in data.samples for r in range(repeats)],
             partial=config.partial,
             has_groups=benchmark.has_groups,
-            wall_s=wall_s,
+            wall_s=time_spent(config.out / benchmark.name),
         )
         run = _finished(run, results)
         write_run(config.out / "run.json", run)
@@ -159,13 +164,18 @@ def _begin(
                 changed.append(f"{name}: {was!r} and {now!r}")
         if run.checkpoint.get("headers sha256") != checkpoint.get("headers sha256"):
             changed.append("the checkpoint's tensors")
+        judge, limits = _judge_of(config), _sandbox_of(config)
+        if run.judge and judge:
+            changed += [f"judge {text}" for text in differing_judges(run.judge, judge)]
+        if run.sandbox and limits and run.sandbox.get("limits") != limits.get("limits"):
+            changed.append("limits of generated code")
         if changed:
             raise UsageError(
                 f"{config.out} holds a run with other settings ({'; '.join(changed)}); "
                 "resume with the same ones, or choose another --out"
             )
-        return run
-    has_code = any(b.kind == "code" for b in config.benchmarks) and config.code_python is not None
+        # Benchmarks that need a judge or a sandbox may come later than the others.
+        return replace(run, judge=run.judge or judge, sandbox=run.sandbox or limits)
     run = RunRecord(
         format=FORMAT,
         run_id=f"{config.arm}-{uuid.uuid4().hex[:12]}",
@@ -175,8 +185,8 @@ def _begin(
         server=endpoint.server,
         checkpoint=checkpoint,
         settings=settings,
-        judge=config.judge.public() if config.judge else None,
-        sandbox=_describe_sandbox(config) if has_code else None,
+        judge=_judge_of(config),
+        sandbox=_sandbox_of(config),
         packages=_versions(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         command=command,
@@ -189,7 +199,15 @@ def _begin(
     return run
 
 
-def _describe_sandbox(config: RunConfig) -> dict[str, Any]:
+def _judge_of(config: RunConfig) -> dict[str, Any] | None:
+    is_needed = any(b.kind == "judged" for b in config.benchmarks)
+    return config.judge.public() if config.judge and is_needed else None
+
+
+def _sandbox_of(config: RunConfig) -> dict[str, Any] | None:
+    has_code = any(b.kind == "code" for b in config.benchmarks)
+    if not has_code or config.code_python is None:
+        return None
     try:
         active = sandbox.isolation()
     except UnsupportedError as reason:
@@ -200,13 +218,13 @@ def _describe_sandbox(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_same_prompts(run: RunRecord, name: str, prompts: str) -> None:
-    earlier = run.benchmarks.get(name)
-    if earlier is not None and earlier.prompts_sha256 not in ("", prompts):
-        raise UsageError(
-            f"{name}: the rendered requests differ from those this folder's run began with "
-            "(other items or another prompt); choose another --out"
-        )
+def _check_same_prompts(folder: Path, prompts: str) -> None:
+    for session in read_lines(folder / "sessions.jsonl"):
+        if session["prompts_sha256"] != prompts:
+            raise UsageError(
+                f"{folder.name}: the rendered requests differ from those this folder's run began "
+                "with (other items or another prompt); choose another --out"
+            )
 
 
 def _prompt_id(benchmark: Benchmark, config: RunConfig) -> str:
@@ -242,15 +260,11 @@ def _not_measured(benchmark: Benchmark, config: RunConfig, reason: str) -> Bench
     empty = summarise(
         identity, [], expected=[], partial=False, has_groups=benchmark.has_groups, wall_s=0.0
     )
-    row = asdict(empty)
-    row.update(status="not measured", reason=reason)
-    return BenchmarkResult(**row)
+    return replace(empty, status="not measured", reason=reason)
 
 
 def _finished(run: RunRecord, results: Mapping[str, BenchmarkResult]) -> RunRecord:
-    row = {name: getattr(run, name) for name in RunRecord.__dataclass_fields__}
-    row.update(benchmarks=dict(results), finished=_now())
-    return RunRecord(**row)
+    return replace(run, benchmarks=dict(results), finished=_now())
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
     RUN/run.json                   what was run, how, and the numbers
     RUN/<benchmark>/attempts.jsonl raw answers, one line each, written when they arrive
     RUN/<benchmark>/samples.jsonl  the same joined with gold and score (section 7 of the reference)
+    RUN/<benchmark>/sessions.jsonl when asking began, one line for every start or resumption
     RUN/<benchmark>/request.json   the rendered request of the first item
     RUN/<benchmark>/inspect/       inspect-ai's own logs, for its viewer
 
@@ -10,8 +11,10 @@ Grading again writes `samples.regrade-N.jsonl` and `run.regrade-N.json`; nothing
 Reading never needs the network.
 """
 
+import bisect
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,6 +54,7 @@ class Record:
     details: Mapping[str, Any]
     error: str | None
     retries: int
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,7 @@ def make_record(
         details=dict(score.details),
         error=attempt.error,
         retries=attempt.retries,
+        max_tokens=attempt.max_tokens,
     )
 
 
@@ -209,6 +214,33 @@ def read_records(path: Path) -> Iterator[Record]:
 def latest(records: Iterator[Record]) -> dict[tuple[str, int], Record]:
     """By (item, repeat); a resumed attempt replaces the failed one before it."""
     return {(record.item_id, record.repeat): record for record in records}
+
+
+def mark_session(folder: Path, prompts_sha256: str) -> None:
+    """Note that asking begins now, and what is asked; `time_spent` needs the one."""
+    journal = Journal(folder / "sessions.jsonl")
+    journal.append({"started": time.time(), "prompts_sha256": prompts_sha256})
+    journal.close()
+
+
+def time_spent(folder: Path) -> float:
+    """Seconds from the start of every session to its last answer, killed sessions included.
+
+    Example: started at 0 and 100, answers at 10, 20 and 130: 20 + 30 = 50.
+    """
+    starts = sorted(row["started"] for row in read_lines(folder / "sessions.jsonl"))
+    last = dict.fromkeys(starts, 0.0)
+    for row in read_lines(folder / "attempts.jsonl"):
+        began = bisect.bisect_right(starts, row.get("ended", 0.0))
+        if began:
+            start = starts[began - 1]
+            last[start] = max(last[start], row["ended"] - start)
+    return sum(last.values())
+
+
+def without_texts(record: Record) -> Record:
+    """A record for counting only: a run's worth of answers need not be held at once."""
+    return replace(record, answer="", reasoning="", extracted=None)
 
 
 def record_row(record: Record) -> dict[str, Any]:

@@ -65,6 +65,8 @@ Prompt = tuple[Text | Image, ...]
 class Attempt:
     """One raw answer, as it came; written before anyone grades it.
 
+    max_tokens  output limit that this request was sent with
+    ended       when the answer was there, seconds since 1970
     error  why there is no answer: the server failed (`refused` False) or rejected the prompt
     """
 
@@ -83,6 +85,8 @@ class Attempt:
     error: str | None = None
     refused: bool = False
     retries: int = 0
+    max_tokens: int = 0
+    ended: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
