@@ -2,10 +2,17 @@ import base64
 import io
 import struct
 import zlib
+from types import SimpleNamespace
+from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
+from mistral_common.tokens.tokenizers.image import ImageConfig, SpecialImageIDs
+from mistral_common.tokens.tokenizers.image import ImageEncoder as MistralImages
 from PIL import Image
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from halfbyte.chat.images import (
     ImageLayout,
@@ -47,6 +54,33 @@ def test_layout_follows_the_published_table(
     assert len(tokens) == total == LAYOUT.num_tokens(*resized)
     assert tokens.count(10) == columns * rows and tokens[-1] == 13
     assert tokens.count(12) == rows - 1
+
+
+_THEIRS = MistralImages(
+    ImageConfig(image_patch_size=14, max_image_size=1540, spatial_merge_size=2),
+    SpecialImageIDs(img=10, img_break=12, img_end=13),
+)
+
+
+@given(st.integers(1, 6000), st.integers(1, 6000))
+def test_grids_are_those_of_mistral_common(width: int, height: int) -> None:
+    picture: Any = SimpleNamespace(size=(width, height))
+    assert LAYOUT.grid(width, height) == tuple(_THEIRS._image_to_num_tokens(picture))
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(28, 28), (27, 29), (100, 60), (641, 479), (2000, 3), (1541, 30), (1500, 1001)],
+)
+def test_pixels_equal_those_of_the_pixtral_processor(width: int, height: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(values)
+    processor = PixtralImageProcessorPil(
+        patch_size={"height": 28, "width": 28}, size={"longest_edge": 1540}
+    )
+    (expected,) = processor(image, return_tensors="np")["pixel_values"]
+    columns, rows = LAYOUT.grid(width, height)
+    assert np.array_equal(to_pixels(image, (columns * 28, rows * 28)), expected)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])

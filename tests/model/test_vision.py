@@ -85,12 +85,20 @@ def test_vectors_are_as_exact_as_transformers(directory: Path, changes: dict[str
     assert relative(torch.cat(results), torch.cat(exact)) <= bound
 
 
-def test_largest_image(directory: Path) -> None:
-    """1540 pixels a side is 55 x 55 merged patches; checked in f32 against f32."""
+@pytest.mark.parametrize(
+    "size",
+    [(1540, 84), (28, 1540), pytest.param((1540, 1540), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_largest_image(directory: Path, size: tuple[int, int]) -> None:
+    """1540 pixels a side are 55 merged patches; checked in f32 against f32.
+
+    The whole square has 12,100 patches that all see each other: 2.5 GB in transformers, hence slow.
+    """
     checkpoint = write(directory, num_layers=1)
-    images = pictures((1540, 84))
+    images = pictures(size)
     result = ours(checkpoint, torch.float32)(images)[0]
-    assert result.shape == (55 * 3, 128)
+    assert result.shape == (size[0] // 28 * (size[1] // 28), 128)
     expected = theirs(directory, torch.float32, images)[0]
     # Their f32 angles are off by 2**-24 x 110 radians; ours are not.
     assert relative(result, expected) <= tolerances.GOLDEN_FP32
@@ -104,21 +112,41 @@ def test_an_image_does_not_depend_on_the_others(directory: Path) -> None:
         assert torch.equal(vision([image])[0], result)
 
 
-def test_logits_of_text_and_images_are_as_exact_as_transformers(directory: Path) -> None:
-    """Two images of different shape in one prompt, vectors scattered among the embeddings."""
+def prompt_of(images: list[Tensor]) -> list[int]:
+    """Text around every image's rows of tokens, as the chat format lays them out."""
+    ids = [1, 5]
+    for number, image in enumerate(images):
+        rows, columns = image.shape[1] // 28, image.shape[2] // 28
+        ids += [*([*[IMAGE] * columns, 12] * rows)[:-1], 13, 77 + number]
+    return [*ids, 6]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ((56, 84), (84, 28)),
+        ((28, 1540), (1540, 28), (56, 28)),
+        ((252, 140), (28, 56), (84, 84), (140, 308), (56, 28)),
+    ],
+    ids=["two", "strips of 1540 pixels", "five"],
+)
+def test_logits_of_text_and_images_are_as_exact_as_transformers(
+    directory: Path, sizes: tuple[tuple[int, int], ...]
+) -> None:
+    """Images of different shapes in one prompt, vectors scattered among the embeddings."""
     checkpoint = write(directory)
-    images = pictures((56, 84), (84, 28))  # 2 x 3 and 3 x 1 merged patches
-    ids = [1, 5, *[IMAGE] * 3, 12, *[IMAGE] * 3, 13, 77, IMAGE, 12, IMAGE, 12, IMAGE, 13, 6]
+    images = pictures(*sizes)
+    ids = prompt_of(images)
 
     @torch.no_grad()
     def reference(dtype: torch.dtype) -> Tensor:
         model: Any = Mistral3ForConditionalGeneration.from_pretrained(directory, dtype=dtype)
-        padded = torch.zeros(2, 3, 84, 84, dtype=dtype)
+        height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        padded = torch.zeros(len(images), 3, height, width, dtype=dtype)
         for index, image in enumerate(images):
             padded[index, :, : image.shape[1], : image.shape[2]] = image
-        sizes = torch.tensor([list(image.shape[1:]) for image in images])
         logits: Tensor = model.eval()(
-            input_ids=torch.tensor([ids]), pixel_values=padded, image_sizes=sizes
+            input_ids=torch.tensor([ids]), pixel_values=padded, image_sizes=torch.tensor(sizes)
         ).logits[0]
         return logits
 
