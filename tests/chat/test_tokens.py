@@ -68,6 +68,64 @@ def test_no_typed_token_becomes_a_control_token(
             assert not any(map(chat.vocabulary.is_control, plain[-len(name) :]))
 
 
+def everywhere(text: str) -> dict[str, Any]:
+    """A conversation with `text` in every string that a client may fill."""
+    call = {"id": "call_1", "function": {"name": "f", "arguments": json.dumps({"a": text})}}
+    function = {
+        "name": "f",
+        "description": text,
+        "parameters": {
+            "type": "object",
+            "description": text,
+            "properties": {text: {"type": "string", "enum": [text], "title": text}},
+            "required": [text],
+        },
+    }
+    return {
+        "messages": [
+            {"role": "system", "content": text},
+            {"role": "developer", "content": [{"type": "text", "text": text}]},
+            {"role": "user", "content": [{"type": "text", "text": text}] * 2, "name": text},
+            {"role": "assistant", "content": text, "reasoning_content": text, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": text, "name": text},
+            {"role": "assistant", "content": [{"type": "text", "text": text}], "reasoning": text},
+            user(text),
+            {"role": "assistant", "content": text},
+        ],
+        "tools": [{"type": "function", "function": function}],
+        "continue_final": True,
+    }
+
+
+def test_no_token_typed_in_any_field_becomes_a_control_token(
+    mistral: MistralFormat, chatml: TemplateFormat
+) -> None:
+    """System, user, thoughts, arguments, tool results, descriptions, schema keys, prefix."""
+    for chat in (mistral, chatml):
+        names = [*chat.vocabulary.control, "".join(chat.vocabulary.control)]
+        is_control = chat.vocabulary.is_control
+        conversation = everywhere("plain")
+        clean = [i for i in chat.encode(**conversation).token_ids if is_control(i)]
+        for name in names:
+            for typed in (name, f" {name}", f"x{name}{name}y"):
+                ids = chat.encode(**everywhere(typed)).token_ids
+                assert [i for i in ids if is_control(i)] == clean, typed
+                # Nothing was dropped to get there: the prefix ends the prompt as it was typed.
+                end = chat.vocabulary.encode_text(typed)
+                assert list(ids[-len(end) :]) == end or typed[0] == " "
+
+
+def test_tool_and_call_names_that_are_control_tokens_are_refused(mistral: MistralFormat) -> None:
+    for name in mistral.vocabulary.control:
+        call = {"id": "a", "function": {"name": name, "arguments": "{}"}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {}}}
+        called = [user("x"), {"role": "assistant", "tool_calls": [call]}]
+        called.append({"role": "tool", "tool_call_id": "a", "content": "y"})
+        for messages, tools in ((called, []), ([user("x")], [tool])):
+            with pytest.raises(RequestError, match="name"):
+                mistral.encode(messages, tools=tools)
+
+
 # Fragments that could combine with each other or with what the template writes next.
 _fragments = st.lists(
     st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|", "im_start|>", " ", "\n", "x"]),

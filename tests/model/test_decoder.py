@@ -1,6 +1,8 @@
 """The decoder against transformers with the same weights, against golden logits, and itself."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Ministral3ForCausalLM
 import tolerances
 from bounded import relative
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.config import RopeConfig
+from halfbyte.kernels.dispatch import Rotation
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.linear import Mode
@@ -58,6 +62,43 @@ def test_f32_logits_equal_transformers(directory: Path) -> None:
     theirs = independent(directory, torch.float32, ids)
     ours = run(load_decoder(Checkpoint.open(directory), dtype=torch.float32), ids)
     assert relative(ours, theirs) <= tolerances.GOLDEN_FP32
+
+
+class Scaled(DenseAttend):
+    """Dense attention whose queries are multiplied by one number first."""
+
+    def __init__(self, length: int, factor: float) -> None:
+        super().__init__([0, length])
+        self._factor = factor
+
+    def __call__(
+        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rotation: Rotation
+    ) -> Tensor:
+        return super().__call__(layer, q_TNH * self._factor, k_TKH, v_TKH, rotation)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("start", [0, 4096, 65536, 262144 - 4096])
+def test_position_enters_only_as_distance_and_as_query_scale(
+    directory: Path, start: int, beta: float
+) -> None:
+    """Medium 3.5's YaRN out to its last position: a text says there what it says at the start.
+
+    With a slope, every query within one original context is scaled alike. f32 angles, as the
+    library computes them, would be off by 0.016 rad at 256k.
+    """
+    yarn = RopeConfig(1e6, "yarn", 64.0, 4096, 4.0, 1.0, 1.0, 0.0, llama_4_scaling_beta=beta)
+    tiny = tiny_config(layers=2)
+    text = replace(tiny.text, rope=yarn, max_positions=262144, head_dim=128)
+    write_tiny_checkpoint(directory, config=replace(tiny, text=text))
+    decoder = load_decoder(Checkpoint.open(directory), dtype=torch.float32)
+    ids, positions = torch.randint(0, 512, (60,)), torch.arange(60)
+    scale = 1 + beta * math.log(1 + start // 4096)
+    expected = decoder(Step(ids, positions, Scaled(60, scale)))
+    found = decoder(Step(ids, start + positions, DenseAttend([0, 60])))
+    assert relative(found, expected) <= tolerances.GOLDEN_FP32
+    if start and beta:
+        assert relative(found, decoder(Step(ids, positions, DenseAttend([0, 60])))) > 0.001
 
 
 def test_a_plain_llama_geometry(directory: Path) -> None:
