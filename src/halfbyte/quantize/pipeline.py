@@ -236,6 +236,8 @@ class _Progress:
             for name, scale in cache_scales(layer, statistics, job.config.profile, rule).items():
                 hashes |= self._write(name, scale)
         observed = {} if statistics is None else statistics.observed
+        encoded_s = time.perf_counter() - started
+        self._make_durable()
         peaks = peak_memory_bytes(self._device)
         self._warn_over(job.config.memory_bytes, peaks["host"])
         self._finish_step(
@@ -245,15 +247,17 @@ class _Progress:
             observed={tap: float(magnitude) for tap, magnitude in observed.items()},
             seconds={
                 "calibrating": round(calibrated_s, 3),
-                "encoding": round(time.perf_counter() - started, 3),
+                "encoding": round(encoded_s, 3),
+                "syncing": round(time.perf_counter() - started - encoded_s, 3),
             },
             peak_memory_bytes=peaks,
         )
         logger.info(
-            "layer %d of %d: encoded in %.1f s",
+            "layer %d of %d: calibrated in %.1f s, encoded in %.1f s",
             layer,
             self._num_layers,
-            time.perf_counter() - started,
+            calibrated_s,
+            encoded_s,
         )
 
     @staticmethod
@@ -275,11 +279,14 @@ class _Progress:
         foreign = self._job.tensors[name]
         return {foreign: self._staging.write(foreign, tensor)}
 
-    def _finish_step(self, step: str, hashes: Mapping[str, str], **facts: Any) -> None:
-        """Make the step durable, then say so."""
+    def _make_durable(self) -> None:
         self._staging.sync()
         if self._activations is not None:
             self._activations.settle()
+
+    def _finish_step(self, step: str, hashes: Mapping[str, str], **facts: Any) -> None:
+        """Make the step durable, then say so."""
+        self._make_durable()
         entry = {"step": step, "tensors": dict(hashes), **facts}
         self._journal.append(entry)
         self._entries.append(entry)

@@ -21,7 +21,7 @@ def peak_memory_bytes(device: torch.device) -> dict[str, int]:
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
-        peaks["gpu"] = torch.cuda.max_memory_allocated(device)
+        peaks["gpu"] = torch.cuda.max_memory_reserved(device)
     return peaks
 
 
