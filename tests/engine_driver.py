@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from halfbyte.engine.core import Engine, EngineConfig
@@ -20,6 +21,7 @@ from halfbyte.engine.request import (
 from halfbyte.engine.sampler import LogitsHook
 from halfbyte.engine.sequence import Sequence as EngineSequence
 from halfbyte.engine.speculate import Guesser
+from tolerances import SAME_LOGPROB
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)
 
@@ -139,3 +141,13 @@ def assert_equal(found: Answer, wanted: Answer) -> None:
     assert found.finish is not None and wanted.finish is not None
     ours = replace(found.finish, request_id="", cached_tokens=0)
     assert ours == replace(wanted.finish, request_id="", cached_tokens=0)
+
+
+def assert_same(found: Answer, wanted: Answer) -> None:
+    """Equal tokens up to the first tie, equal log-probs up to the order of sums."""
+    for ours, theirs in zip(found.logprobs, wanted.logprobs, strict=True):
+        if ours.token_id != theirs.token_id:
+            (_, best), (_, second) = theirs.top
+            assert best - second <= SAME_LOGPROB, f"{ours} instead of {theirs}"
+            return
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=SAME_LOGPROB)

@@ -23,6 +23,7 @@ def on_ranks(
 
         def rank_work(rank: int) -> Result:
             group = ProcessGroup(rank, size, place, torch.device("cpu"), timeout_s)
+            group.connect()
             try:
                 return work(group)
             finally:

@@ -49,3 +49,7 @@ class CapacityError(HalfbyteError):
 
 class UnsupportedError(HalfbyteError):
     """The environment lacks something: a device capability, an optional package."""
+
+
+class WorkerError(HalfbyteError):
+    """A process of a tensor-parallel group has died or does not answer."""

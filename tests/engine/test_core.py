@@ -8,7 +8,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engine_driver import GREEDY, Answer, drain, load, prompt_of, request, run, run_alone
+from engine_driver import (
+    GREEDY,
+    Answer,
+    assert_same,
+    drain,
+    load,
+    prompt_of,
+    request,
+    run,
+    run_alone,
+)
 from halfbyte.engine.core import Engine
 from halfbyte.engine.request import FinishEvent, GenerationRequest, SamplingParams, TokensEvent
 from halfbyte.errors import RequestError
@@ -16,16 +26,6 @@ from tolerances import SAME_LOGPROB
 
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((1, 15, 16, 17, 33, 64, 90))]
 SHARED = prompt_of(48, 99)
-
-
-def assert_same(found: Answer, wanted: Answer) -> None:
-    """Equal tokens up to the first tie, equal log-probs up to the order of sums."""
-    for ours, theirs in zip(found.logprobs, wanted.logprobs, strict=True):
-        if ours.token_id != theirs.token_id:
-            (_, best), (_, second) = theirs.top
-            assert best - second <= SAME_LOGPROB, f"{ours} instead of {theirs}"
-            return
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=SAME_LOGPROB)
 
 
 @pytest.fixture(scope="module", params=["fp8", "bf16"])

@@ -85,7 +85,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-sequences", "--max-num-seqs", type=int, default=64, help="at once")
     engine.add_argument("--kv-cache-tokens", type=int, help="what memory allows, if not given")
     engine.add_argument("--dtype", default="auto", choices=["auto", "bfloat16"])
-    engine.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    engine.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, default=1, help="GPUs that share the model"
+    )
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="(%(default)s)")
     engine.add_argument(
         "--mode",

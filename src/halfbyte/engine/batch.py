@@ -5,6 +5,7 @@ Shapes: T tokens of a step (flat over sequences), S sequences, P pages, R rows w
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,60 @@ class Batch:
     positions_T: Tensor
     attend: PagedAttend
     logit_rows_R: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Indices:
+    """A batch without the cache, and which rows image vectors replace: what other ranks need.
+
+    `Batch`, `cache.PagedAttend` and `model.decoder.Step` say what the arrays mean.
+    """
+
+    token_ids_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    slots_T: NDArray[np.int64]
+    block_table_SP: NDArray[np.int32]
+    context_lengths_S: NDArray[np.int32]
+    query_starts_S1: NDArray[np.int32]
+    logit_rows_R: NDArray[np.int64] | None
+    image_rows_I: NDArray[np.int64] | None = None
+
+
+def indices_of(batch: Batch, image_rows_I: Tensor | None = None) -> Indices:
+    """What other ranks need of a batch that was laid out on the CPU."""
+    attend = batch.attend
+    return Indices(
+        batch.token_ids_T.numpy(),
+        batch.positions_T.numpy(),
+        attend.slots_T.numpy(),
+        attend.block_table_SP.numpy(),
+        attend.context_lengths_S.numpy(),
+        attend.query_starts_S1.numpy(),
+        None if batch.logit_rows_R is None else batch.logit_rows_R.numpy(),
+        None if image_rows_I is None else image_rows_I.cpu().numpy(),
+    )
+
+
+def batch_of(indices: Indices, cache: PagedCache, device: torch.device | str) -> Batch:
+    """The batch over a rank's own cache, on its device."""
+
+    def tensor(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    rows_R = indices.logit_rows_R
+    attend = PagedAttend(
+        cache,
+        tensor(indices.slots_T),
+        tensor(indices.block_table_SP),
+        tensor(indices.context_lengths_S),
+        tensor(indices.query_starts_S1),
+    )
+    return Batch(
+        tensor(indices.token_ids_T),
+        tensor(indices.positions_T),
+        attend,
+        None if rows_R is None else tensor(rows_R),
+    )
 
 
 def lay_out(

@@ -46,6 +46,8 @@ class EngineConfig:
                             ahead; answers stay what they are (decision 0042)
     num_speculative_tokens  most guesses a step and sequence; None = by kind
     adaptive_speculation    fewer guesses, down to none, where they cost more than they bring
+    tensor_parallel_size    processes that share the model, each on a GPU of its own
+    collective_timeout_s    how long one of them may wait for another before the engine fails
     """
 
     max_model_len: int | None = None
@@ -63,6 +65,8 @@ class EngineConfig:
     speculative: str | None = None
     num_speculative_tokens: int | None = None
     adaptive_speculation: bool = True
+    tensor_parallel_size: int = 1
+    collective_timeout_s: float = 60.0
 
 
 def resolve(
@@ -70,6 +74,7 @@ def resolve(
 ) -> EngineConfig:
     """Decide every open value.
 
+    text        the architecture, or a rank's part of it
     stored      the cache format that the checkpoint names
     free_bytes  memory that the KV cache may take
     Raises UsageError for values that contradict each other or the model, CapacityError if the
@@ -115,12 +120,12 @@ def resolve(
 
 
 def free_cache_bytes(config: EngineConfig) -> int:
-    """Memory that the KV cache may take now, the weights being loaded."""
+    """Memory that the KV cache may take now, the weights being loaded; of one rank."""
     device = torch.device(config.device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(int(free - (1.0 - config.gpu_memory_utilization) * total), 0)
-    return int(_available_bytes() * _CPU_SHARE)
+    return int(_available_bytes() * _CPU_SHARE / config.tensor_parallel_size)
 
 
 def _validate(config: EngineConfig, text: TextConfig) -> None:
@@ -140,6 +145,8 @@ def _validate(config: EngineConfig, text: TextConfig) -> None:
         )
     if not 0.0 < config.gpu_memory_utilization <= 1.0:
         raise UsageError(f"gpu_memory_utilization {config.gpu_memory_utilization} is not in (0, 1]")
+    if config.collective_timeout_s <= 0.0:
+        raise UsageError(f"collective_timeout_s {config.collective_timeout_s} must be above 0")
     if config.max_decode_slowdown is not None and config.max_decode_slowdown <= 1.0:
         raise UsageError(f"max_decode_slowdown {config.max_decode_slowdown} must be above 1")
     guesses = config.num_speculative_tokens

@@ -113,7 +113,10 @@ class Engine:
         logits_hook: LogitsHook | None = None,
         guesser: Guesser | None = None,
     ) -> "Engine":
-        """Load a checkpoint. Raises CheckpointError, UsageError or CapacityError."""
+        """Load a checkpoint. Raises CheckpointError, UsageError or CapacityError.
+
+        Call `close` at the end of one that runs in several processes.
+        """
         runner, resolved = load_runner(directory, config or EngineConfig())
         return cls(runner, resolved, logits_hook=logits_hook, guesser=guesser)
 
@@ -243,8 +246,8 @@ class Engine:
             free_blocks=pool.num_free,
             cached_blocks=pool.num_cached,
             block_tokens=pool.block_tokens,
-            weight_bytes=runner.decoder.num_weight_bytes,
-            cache_bytes=runner.cache.num_bytes,
+            weight_bytes=runner.weight_bytes,
+            cache_bytes=runner.cache_bytes,
             requests=self._num_added,
             steps=self._num_steps,
             step_s=self._step_s,
@@ -259,6 +262,15 @@ class Engine:
     def clear_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
         self._pool.clear_cache()
+
+    @property
+    def failure(self) -> str | None:
+        """What another tensor-parallel rank died of: no step can run any more. From any thread."""
+        return self._runner.failure
+
+    def close(self) -> None:
+        """End the processes of other tensor-parallel ranks; no step can run then."""
+        self._runner.close()
 
     def check(self) -> None:
         """Recompute the books from scratch and assert that they agree."""

@@ -24,10 +24,10 @@ KEPT_BYTES = 256 * 2**20
 
 
 class Placement(NamedTuple):
-    """Which rows of a step's embeddings are replaced, and by what."""
+    """Which rows of a step's embeddings are replaced, and by what; only rank 0 has the vectors."""
 
     rows_I: Tensor
-    vectors_ID: Tensor
+    vectors_ID: Tensor | None
 
 
 class ImageEncoder:

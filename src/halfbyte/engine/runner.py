@@ -4,29 +4,45 @@ Shapes: T tokens of a step, R rows with logits, V vocabulary.
 """
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import require_trusted
-from halfbyte.engine.batch import Batch, BlockTable, lay_out
+from halfbyte.engine.batch import (
+    Batch,
+    BlockTable,
+    Indices,
+    batch_of,
+    indices_of,
+    lay_out,
+)
 from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.config import EngineConfig, free_cache_bytes, resolve
 from halfbyte.engine.images import ImageEncoder, Placement
 from halfbyte.engine.scheduler import Work
+from halfbyte.engine.workers import Workers, check_devices, config_of
 from halfbyte.log import logger
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.load import load_decoder, load_vision
+from halfbyte.model.parallel import check_size
 from halfbyte.model.vision import VisionModel
 
 
 class Runner:
-    """Runs steps on one device."""
+    """Runs steps on one device, and with `workers` on all ranks at once."""
 
     def __init__(
-        self, decoder: Decoder, config: EngineConfig, vision: VisionModel | None = None
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        vision: VisionModel | None = None,
+        workers: Workers | None = None,
     ) -> None:
         """`config` is resolved; without `vision` requests have no images."""
         assert config.kv_cache_tokens is not None and config.kv_cache != "auto"
@@ -45,6 +61,23 @@ class Runner:
         assert config.max_model_len is not None
         blocks_per_sequence = -(-config.max_model_len // config.block_tokens)
         self._table = BlockTable(config.max_sequences, min(num_blocks, blocks_per_sequence))
+        self._workers = workers
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights of all ranks."""
+        others = 0 if self._workers is None else self._workers.weight_bytes
+        return self.decoder.num_weight_bytes + others
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the KV cache of all ranks."""
+        return self.cache.num_bytes * self.decoder.communicator.size
+
+    @property
+    def failure(self) -> str | None:
+        """Why no step can run any more: another rank has died."""
+        return None if self._workers is None else self._workers.failure
 
     def run(self, works: SequenceOf[Work]) -> Tensor:
         """Compute the tokens of `works`; f32 logits (R, V) of the rows that `lay_out` names.
@@ -55,16 +88,40 @@ class Runner:
         are there. The caller may drop the last of them: their K and V are then overwritten by a
         later step, before anything reads them.
         """
-        batch = lay_out(works, self._table.rows(works), self.cache, self.device)
         placement = None if self.images is None else self.images.place(works)
-        return self._run(batch, placement)
+        return self._run(works, self._table.rows(works), placement)
 
     def run_alone(self, work: Work) -> Tensor:
         """As `run`, for a sequence that has blocks but no slot: it is not scheduled."""
-        pages_1P = np.array([work.sequence.blocks], dtype=np.int32)
-        return self._run(lay_out([work], pages_1P, self.cache, self.device))
+        return self._run([work], np.array([work.sequence.blocks], dtype=np.int32))
 
-    def _run(self, batch: Batch, placement: Placement | None = None) -> Tensor:
+    def follow(self, indices: Indices) -> None:
+        """Compute this rank's part of a step that rank 0 laid out."""
+        placement = None
+        if indices.image_rows_I is not None:
+            rows_I = torch.from_numpy(indices.image_rows_I).to(self.device)
+            placement = Placement(rows_I, None)
+        self._compute(batch_of(indices, self.cache, self.device), placement)
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def _run(
+        self,
+        works: SequenceOf[Work],
+        pages_SP: NDArray[np.int32],
+        placement: Placement | None = None,
+    ) -> Tensor:
+        if self._workers is None:
+            return self._compute(lay_out(works, pages_SP, self.cache, self.device), placement)
+        batch = lay_out(works, pages_SP, self.cache, "cpu")
+        indices = indices_of(batch, None if placement is None else placement.rows_I)
+        with self._workers.running(indices):
+            return self._compute(batch_of(indices, self.cache, self.device), placement)
+
+    def _compute(self, batch: Batch, placement: Placement | None) -> Tensor:
         step = Step(
             batch.token_ids_T,
             batch.positions_T,
@@ -80,23 +137,48 @@ class Runner:
 def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, EngineConfig]:
     """Load a checkpoint and make its cache; the configuration comes back resolved.
 
-    Raises CheckpointError, UsageError, CapacityError, each with what to do.
+    With a tensor-parallel size above 1 the other ranks are processes, started here; `Runner.close`
+    ends them. Raises CheckpointError, UsageError, CapacityError, each with what to do.
     """
     checkpoint = Checkpoint.open(directory)
     require_trusted(checkpoint.config, config.accept)
-    decoder = load_decoder(checkpoint, device=config.device, mode=config.mode)
-    vision = load_vision(checkpoint, device=config.device)
-    resolved = resolve(
-        config, decoder.config, checkpoint.quantization.kv_cache, free_cache_bytes(config)
+    check_size(checkpoint.config.text, config.tensor_parallel_size)
+    if config.tensor_parallel_size == 1:
+        return _load(checkpoint, config, None)
+    check_devices(config)
+    workers = Workers(Path(directory), config)
+    try:
+        return _load(checkpoint, config, workers)
+    except BaseException:
+        workers.close()
+        raise
+
+
+def _load(
+    checkpoint: Checkpoint, config: EngineConfig, workers: Workers | None
+) -> tuple[Runner, EngineConfig]:
+    local = config if workers is None else config_of(config, 0)
+    decoder = load_decoder(
+        checkpoint,
+        device=local.device,
+        mode=config.mode,
+        communicator=None if workers is None else workers.join(),
     )
-    runner = Runner(decoder, resolved, vision)
+    vision = load_vision(checkpoint, device=local.device)
+    others = [] if workers is None else [workers.connect()]
+    free_bytes = min([free_cache_bytes(local), *others])
+    resolved = resolve(local, decoder.config, checkpoint.quantization.kv_cache, free_bytes)
+    if workers is not None:
+        workers.make_caches(replace(resolved, device=config.device))
+    runner = Runner(decoder, resolved, vision, workers)
     logger.info(
-        "%s: %.1f MB of weights, KV cache of %d tokens (%s, %.1f MB), sequences up to %d tokens",
-        Path(directory).name,
-        decoder.num_weight_bytes / 1e6,
+        "%s: %.1f MB of weights, KV cache of %d tokens (%s, %.1f MB), sequences up to %d tokens%s",
+        checkpoint.directory.name,
+        runner.weight_bytes / 1e6,
         resolved.kv_cache_tokens,
         resolved.kv_cache,
-        runner.cache.num_bytes / 1e6,
+        runner.cache_bytes / 1e6,
         resolved.max_model_len,
+        f", spread over {config.tensor_parallel_size} ranks" if workers is not None else "",
     )
     return runner, resolved

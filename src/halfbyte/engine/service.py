@@ -95,12 +95,12 @@ class EngineService:
     def is_alive(self) -> bool:
         """The thread runs and takes requests; False for ever once the engine has failed."""
         thread = self._thread
-        return thread is not None and thread.is_alive() and self._failure is None
+        return thread is not None and thread.is_alive() and self.failure is None
 
     @property
     def failure(self) -> str | None:
         """What the engine died of."""
-        return self._failure
+        return self._failure or self.engine.failure
 
     async def start(self) -> None:
         """Start the engine's thread; called once."""
@@ -176,7 +176,7 @@ class EngineService:
         return self.engine.stats()
 
     def _death_of(self, request: GenerationRequest) -> FinishEvent:
-        message = self._failure or "the engine's thread has ended"
+        message = self.failure or "the engine's thread has ended"
         num_prompt = len(request.prompt_token_ids)
         return FinishEvent(request.request_id, "error", None, num_prompt, 0, 0, message)
 
@@ -203,6 +203,8 @@ class EngineService:
             logger.exception("the engine has failed")
             self._failure = f"the engine has failed: {type(error).__name__}: {error}"
             self._call(self._fail_all, self._failure)
+        finally:
+            self.engine.close()
 
     def _obey(self) -> bool:
         """Execute the commands that have arrived, waiting for one if idle; False to end."""

@@ -8,6 +8,9 @@ processes.
 Shapes: T tokens, R rows with logits, V vocabulary, I, O features.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from halfbyte.config import TextConfig
-from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.errors import UnsupportedError, UsageError, WorkerError
 from halfbyte.formats.nvfp4 import BLOCK
 from halfbyte.model.linear import Linear
 
@@ -46,9 +49,6 @@ class Communicator(Protocol):
         widths  columns of each rank; `x_RO` has this rank's
         """
 
-    def close(self) -> None:
-        """Leave the group; another call of anything else is an error."""
-
 
 class Solo:
     """One process that holds everything."""
@@ -66,28 +66,38 @@ class Solo:
         del widths
         return x_RO
 
-    def close(self) -> None:
-        pass
-
 
 class ProcessGroup:
     """Ranks in processes of one machine: gloo over the loopback device on CPUs, NCCL on GPUs.
 
     The group is an object of its own, not torch's global one: two engines in one process work. A
-    call raises RuntimeError when a rank is gone, or has not come within `timeout_s`.
+    call raises WorkerError when a rank is gone, or has not come within `timeout_s`.
     """
 
     def __init__(
         self, rank: int, size: int, meeting_place: Path, device: torch.device, timeout_s: float
     ) -> None:
-        """`meeting_place` is a file that does not exist yet, the same for all ranks."""
+        """`meeting_place` is a file that does not exist yet, the same for all ranks.
+
+        The ranks meet in `connect`, so that each may load its weights before.
+        """
         self.rank = rank
         self.size = size
-        self._store = dist.FileStore(str(meeting_place), size)  # type: ignore[attr-defined]
-        self._store.set_timeout(timedelta(seconds=timeout_s))
-        make = _nccl if device.type == "cuda" else _gloo
+        self._meeting_place = meeting_place
+        self._device = device
+        self._timeout_s = timeout_s
         # torch's classes, whose stubs differ from build to build.
-        self._group: Any = make(self._store, rank, size, timeout_s)
+        self._group: Any = None
+
+    def connect(self) -> None:
+        """Meet the others and say a first word: NCCL takes its memory then."""
+        make = _nccl if self._device.type == "cuda" else _gloo
+        with _collective():
+            store = dist.FileStore(str(self._meeting_place), self.size)  # type: ignore[attr-defined]
+            store.set_timeout(timedelta(seconds=self._timeout_s))
+            self._group = make(store, self.rank, self.size, self._timeout_s)
+        ones = self.all_reduce(torch.ones(1, device=self._device))
+        assert ones.item() == self.size, f"{ones.item()} ranks instead of {self.size}"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
@@ -98,7 +108,8 @@ class ProcessGroup:
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         options = dist.AllreduceOptions()
         options.reduceOp = operation
-        self._running().allreduce([x], options).wait()
+        with _collective():
+            self._running().allreduce([x], options).wait()
         return x
 
     def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -109,20 +120,36 @@ class ProcessGroup:
         padded_RO = x_RO.new_empty(x_RO.shape[0], max(widths))
         padded_RO[:, : widths[self.rank]] = x_RO
         received = [torch.empty_like(padded_RO) for _ in widths] if self.rank == 0 else []
-        self._running().gather([received] if received else [], [padded_RO], options).wait()
+        with _collective():
+            self._running().gather([received] if received else [], [padded_RO], options).wait()
         if not received:
             return x_RO[:0]
         return torch.cat([p[:, :w] for p, w in zip(received, widths, strict=True)], dim=-1)
 
     def _running(self) -> Any:
-        assert self._group is not None, "the group was closed"
+        assert self._group is not None, "not connected, or closed"
         return self._group
 
-    def close(self) -> None:
-        group, self._group = self._group, None
+    def abort(self) -> None:
+        """Let calls fail that wait for a rank; from any thread."""
+        group = self._group
         if group is not None:
-            # Ends what still waits for a rank that is gone.
             group.abort()
+
+    def close(self) -> None:
+        """Leave the group; nothing else may be called then."""
+        self._group = None
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """What torch raises when ranks cannot reach each other, as ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Without the place in torch's source, and without its advice.
+        message = str(error).partition("\n")[0]
+        raise WorkerError(re.sub(r"^\[[^]]*\] ", "", message).partition(". ")[0]) from error
 
 
 def _gloo(store: Any, rank: int, size: int, timeout_s: float) -> Any:

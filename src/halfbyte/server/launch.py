@@ -11,7 +11,7 @@ from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.service import EngineService
-from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.errors import UsageError
 from halfbyte.server.app import create_app
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
 from halfbyte.server.gate import AccessLog, log_access
@@ -23,8 +23,6 @@ DEFAULT_LIMITS = Limits()
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's configuration from the flags of `halfbyte serve` and `chat`."""
-    if args.tensor_parallel_size != 1:
-        raise UnsupportedError("--tensor-parallel-size: this build runs on one device")
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,6 +33,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         mode=args.mode,
         device=device,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel_size=args.tensor_parallel_size,
         accept=tuple(args.accept),
         speculative=args.speculative,
         num_speculative_tokens=args.num_speculative_tokens,

@@ -1,0 +1,117 @@
+"""What a tensor-parallel process above rank 0 does: load its part, then follow message by message.
+
+It knows neither requests nor tokens to come; each step arrives as index tensors (`workers.RunStep`)
+and its sums leave through the communicator. Started by `workers`, on whose pipe it depends: when
+that closes, the process ends, wherever it is.
+"""
+
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from halfbyte import log
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.engine.config import free_cache_bytes
+from halfbyte.engine.runner import Runner
+from halfbyte.engine.workers import (
+    Connect,
+    Connected,
+    Failed,
+    Join,
+    Loaded,
+    MakeCache,
+    Message,
+    RunStep,
+    packed,
+)
+from halfbyte.errors import HalfbyteError
+from halfbyte.model.load import load_decoder
+from halfbyte.model.parallel import ProcessGroup
+
+# How long an orderly end may take once rank 0 is gone.
+_GRACE_S = 2.0
+
+
+def main() -> None:
+    """Run as the process that `workers` starts; the argument is the pipe's descriptor."""
+    # Rank 0 gets the terminal's and the service manager's signals, drains, and tells us.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    threading.Thread(target=_leave_with_leader, args=(pipe.fileno(),), daemon=True).start()
+    status = 1
+    try:
+        _follow(pipe)
+        status = 0
+    except (EOFError, OSError):
+        status = 0  # rank 0 has gone
+    except HalfbyteError as error:
+        _report(pipe, Failed(str(error), error))
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        log.logger.error("%s", trace)
+        _report(pipe, Failed(f"{type(error).__name__}: {error}"))
+    # Not by way of destructors: those of a group whose members are gone may wait for them.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _report(pipe: "Connection[Any, Any]", failed: Failed) -> None:
+    with suppress(OSError):
+        pipe.send_bytes(packed(failed))
+
+
+def _next(pipe: "Connection[Any, Any]") -> Message:
+    message: Message = pickle.loads(pipe.recv_bytes())
+    return message
+
+
+def _leave_with_leader(descriptor: int) -> None:
+    """End the process soon after the other end of the pipe closes, even within a call."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLRDHUP)
+    poller.poll()
+    time.sleep(_GRACE_S)
+    os._exit(1)
+
+
+def _follow(pipe: "Connection[Any, Any]") -> None:
+    join = _next(pipe)
+    if not isinstance(join, Join):
+        return
+    config = join.config
+    log.configure(rank=join.rank)
+    device = torch.device(config.device)
+    torch.set_num_threads(join.num_threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    size, timeout_s = config.tensor_parallel_size, config.collective_timeout_s
+    communicator = ProcessGroup(join.rank, size, join.meeting_place, device, timeout_s)
+    decoder = load_decoder(
+        Checkpoint.open(join.directory),
+        device=device,
+        mode=config.mode,
+        communicator=communicator,
+    )
+    pipe.send_bytes(packed(Loaded(decoder.num_weight_bytes)))
+    if not isinstance(_next(pipe), Connect):
+        return
+    communicator.connect()
+    pipe.send_bytes(packed(Connected(free_cache_bytes(config))))
+    make = _next(pipe)
+    if not isinstance(make, MakeCache):
+        return
+    runner = Runner(decoder, make.config)
+    while isinstance(message := _next(pipe), RunStep):
+        runner.follow(message.indices)
+    communicator.close()
