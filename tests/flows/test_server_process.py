@@ -46,15 +46,20 @@ def halfbyte(*arguments: object, **options: Any) -> "subprocess.CompletedProcess
 
 
 @contextlib.contextmanager
-def served(directory: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def served(
+    directory: Path,
+    *arguments: object,
+    cache: tuple[object, ...] = ("--kv-cache-tokens", 4096),
+    environment: dict[str, str] = ENVIRONMENT,
+) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A server on a free port; gives the process, its URL and its greeting."""
-    flags = ("--port", 0, "--max-model-len", 2048, "--kv-cache-tokens", 4096, *arguments)
+    flags = ("--port", 0, "--max-model-len", 2048, *cache, *arguments)
     process = subprocess.Popen(
         command("serve", directory, *flags),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=ENVIRONMENT,
+        env=environment,
     )
     assert process.stdout is not None
     try:
@@ -111,6 +116,40 @@ def test_operators_flags(directory: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["status"] for line in lines if line["path"] == "/v1/completions"] == [400, 200]
     assert any(line.get("answer_id") == answered.json()["id"] for line in lines)
+
+
+def test_vllm_is_started_restarted_and_ended(directory: Path, tmp_path: Path) -> None:
+    """What stands in for vLLM takes its flags and streams as it does, but runs no model."""
+    stand_in = Path(__file__).parent / "vllm_stand_in.py"
+    program = tmp_path / "vllm"
+    program.write_text(f"#!{sys.executable}\n{stand_in.read_text()}")
+    program.chmod(0o755)
+    environment = {**ENVIRONMENT, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    engine = ("--engine", "vllm", "--api-key", "sesame")
+    with served(directory, *engine, cache=(), environment=environment) as (process, url, greeting):
+        assert "answers come from vLLM" in greeting
+        inner = "http://127.0.0.1:" + greeting.split("vLLM on port ")[1].split(",")[0]
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+        assert httpx.post(f"{inner}/v1/chat/completions", json=body).status_code == 401
+
+        def ask() -> httpx.Response:
+            headers = {"Authorization": "Bearer sesame"}
+            return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers)
+
+        assert ask().json()["choices"][0]["message"]["content"] == "Hello"
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 401
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(f"{inner}/die")
+        assert ask().status_code == 503
+        deadline = time.monotonic() + 30
+        while ask().status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert httpx.get(f"{url}/health").json()["engine_restarts"] == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"{inner}/health")
 
 
 def test_idle_server_stops_quickly_and_frees_its_port(directory: Path) -> None:

@@ -58,11 +58,11 @@ def _local_server(args: argparse.Namespace) -> Iterator[str]:
     if not directory.is_dir():
         raise UsageError(f"{directory} is neither a directory nor an http:// or https:// URL")
     from halfbyte.log import logger
-    from halfbyte.server.launch import engine_config, launch
+    from halfbyte.server.launch import Front, engine_config, launch
     from halfbyte.server.run import serving
 
     if args.once is not None:
         logger.setLevel("WARNING")
-    names = (directory.resolve().name,)
-    with serving(launch(directory, engine_config(args), names=names, access_log=None)) as url:
+    front = Front((directory.resolve().name,), access_log=None)
+    with serving(launch(directory, engine_config(args), front)) as url:
         yield url

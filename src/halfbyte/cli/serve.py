@@ -2,9 +2,15 @@
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import UsageError
+
+if TYPE_CHECKING:  # imported when run, so that --help is quick
+    from halfbyte.chat.tokens import ChatFormat
+    from halfbyte.server.vllm_command import VllmPlan
 
 EXAMPLE = """\
   halfbyte serve build/demo/mixed --port 8000 --served-model-name demo
@@ -66,6 +72,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--otlp-endpoint", metavar="URL", help="send OpenTelemetry traces, by OTLP over HTTP"
     )
     add_engine_arguments(parser)
+    vllm = parser.add_argument_group("vLLM instead of our own engine")
+    vllm.add_argument(
+        "--engine", default="halfbyte", choices=["halfbyte", "vllm"], help="(%(default)s)"
+    )
+    vllm.add_argument(
+        "--print",
+        nargs="?",
+        const="command",
+        choices=["command", "config"],
+        help="show the command, or its flags as a file for `vllm serve --config`, and leave",
+    )
+    vllm.add_argument(
+        "--pipeline-parallel-size", "-pp", type=int, default=1, help="machines, over Ray"
+    )
+    vllm.add_argument(
+        "--ray", action="store_true", help="let Ray start the workers of one machine, too"
+    )
     ignored = parser.add_argument_group("accepted and not needed")
     for name, has_value in _UNNECESSARY:
         if has_value:
@@ -118,6 +141,8 @@ def add_accept(parser: argparse._ActionsContainer) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.engine != "vllm" and (args.pipeline_parallel_size != 1 or args.ray):
+        raise UsageError("--pipeline-parallel-size and --ray need --engine vllm")
     if not args.directory.is_dir():
         raise UsageError(f"{args.directory} is not a directory")
     for name, port in (("--port", args.port), ("--admin-port", args.admin_port)):
@@ -126,36 +151,84 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.server.admin import create_admin
     from halfbyte.server.config import Limits, read_limits
     from halfbyte.server.gate import file_log, log_access
-    from halfbyte.server.launch import engine_config, launch, read_keys
-    from halfbyte.server.run import address, listen, serve
+    from halfbyte.server.launch import Front, engine_config, launch, launch_vllm, read_keys
+    from halfbyte.server.run import address, free_port, listen, serve
     from halfbyte.server.tracing import open_tracing
 
     for name, _ in _UNNECESSARY:
         if getattr(args, name[2:].replace("-", "_")):
             print(f"{name} is not needed; the checkpoint says it", flush=True)
     limits = read_limits(args.limit, Limits(drain_s=args.drain_seconds))
-    keys = read_keys(args.api_key, args.api_key_file)
-    access_log = log_access if args.access_log is None else file_log(args.access_log)
-    tracing = None if args.otlp_endpoint is None else open_tracing(args.otlp_endpoint)
+    names = tuple(args.served_model_name or (args.directory.resolve().name,))
+    if args.print is not None:
+        return _print_vllm(args, names[0], limits.images)
+    front = Front(
+        names=names,
+        keys=read_keys(args.api_key, args.api_key_file),
+        image_hosts=tuple(args.image_url_host),
+        limits=limits,
+        vllm_metric_names=args.vllm_metric_names,
+        access_log=log_access if args.access_log is None else file_log(args.access_log),
+        tracing=None if args.otlp_endpoint is None else open_tracing(args.otlp_endpoint),
+    )
     with contextlib.ExitStack() as stack:
         # Listening first: a port in use is said before minutes of loading.
         listener = stack.enter_context(listen(args.host, args.port))
         admin_listener = None
         if args.admin_port is not None:
             admin_listener = stack.enter_context(listen(args.admin_host, args.admin_port))
-        app = launch(
-            args.directory,
-            engine_config(args),
-            names=tuple(args.served_model_name or (args.directory.resolve().name,)),
-            keys=keys,
-            image_hosts=tuple(args.image_url_host),
-            limits=limits,
-            vllm_metric_names=args.vllm_metric_names,
-            access_log=access_log,
-            tracing=tracing,
-        )
+        if args.engine == "vllm":
+            plan, chat = _plan_vllm(args, names[0], limits.images, free_port())
+            app = launch_vllm(plan, chat, front)
+        else:
+            app = launch(args.directory, engine_config(args), front)
         admin = None
         if admin_listener is not None:
-            admin = (create_admin(app.state.backend, access_log=access_log), admin_listener)
+            admin = (
+                create_admin(app.state.backend, access_log=front.access_log),
+                admin_listener,
+            )
             print(f"admin routes at {address(admin_listener)}", flush=True)
         return 0 if serve(app, listener, app.state.announce, admin) else 1
+
+
+def _plan_vllm(
+    args: argparse.Namespace, name: str, max_images: int, port: int
+) -> "tuple[VllmPlan, ChatFormat]":
+    from halfbyte.chat.tokens import load_chat
+    from halfbyte.server.vllm_command import VllmOptions, plan_vllm
+
+    for flag in ("kv_cache_tokens", "speculative", "num_speculative_tokens"):
+        if getattr(args, flag) is not None:
+            raise UsageError(f"--{flag.replace('_', '-')} is for our own engine, not for vLLM")
+    chat = load_chat(args.directory)
+    options = VllmOptions(
+        name=name,
+        port=port,
+        tensor_parallel=args.tensor_parallel_size,
+        pipeline_parallel=args.pipeline_parallel_size,
+        uses_ray=args.ray,
+        max_model_len=args.max_model_len,
+        max_sequences=args.max_sequences,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        max_images=max_images,
+    )
+    plan = plan_vllm(args.directory, chat, options)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return plan, chat
+
+
+def _print_vllm(args: argparse.Namespace, name: str, max_images: int) -> int:
+    if args.engine != "vllm":
+        raise UsageError("--print shows the command of --engine vllm")
+    plan, _ = _plan_vllm(args, name, max_images, (args.port or 8000) + 1)
+    if args.print == "config":
+        print(plan.config(), end="")
+        return 0
+    if plan.flags.get("distributed-executor-backend") == "ray":
+        print("# First, here:                    ray start --head --port 6379")
+        print("# Then, on every other machine:   ray start --address THIS_MACHINE:6379")
+        print(f"# The checkpoint must be at {args.directory} on all of them.")
+    print(plan.shell())
+    return 0

@@ -16,14 +16,14 @@ import halfbyte
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
 from halfbyte.server import wire
-from halfbyte.server.backend import Backend
+from halfbyte.server.backend import Backend, Upstream
 from halfbyte.server.call import Call
 from halfbyte.server.chat_api import chat_frames, chat_response
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.gate import AccessLog, Gate, Keys, log_access
 from halfbyte.server.openapi import describe, request_body
 from halfbyte.server.pages import add_pages
-from halfbyte.server.prepare import check_token_ids, encode_messages
+from halfbyte.server.prepare import check_token_ids, encode_resolved, resolved_messages
 from halfbyte.server.problems import error_body, response_of
 from halfbyte.server.responses_api import responses_frames, responses_response
 from halfbyte.server.responses_wire import ResponsesRequest
@@ -42,10 +42,12 @@ def create_app(
     *,
     access_log: AccessLog | None = log_access,
     tracing: Tracing | None = None,
+    upstream: Upstream | None = None,
 ) -> FastAPI:
     """The application over a running or startable engine.
 
     access_log    where its lines go; None for nowhere
+    upstream      another server that makes the answers, `service` being its process
 
     The lifespan starts the service and, at the end, drains it. `app.state.backend` holds the parts.
     Raises CheckpointError if the tokenizer knows more tokens than the model has rows for.
@@ -54,7 +56,7 @@ def create_app(
         raise CheckpointError(
             f"the tokenizer has {chat.vocabulary.size} tokens, the model only {config.vocab_size}"
         )
-    backend = Backend(service, chat, config)
+    backend = Backend(service, chat, config, upstream)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -174,9 +176,9 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
         asked = await read(backend, request, wire.TokenizeRequest)
         backend.check_model(asked.model)
         if asked.messages is not None:
-            encoded = await encode_messages(
+            encoded = await encode_resolved(
                 backend,
-                asked.messages,
+                await resolved_messages(backend, asked.messages),
                 tools=[tool.model_dump() for tool in asked.tools or ()],
                 reasoning_effort=asked.reasoning_effort,
                 continue_final=asked.continue_final_message,

@@ -2,18 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from halfbyte.chat.grammar import GrammarCompiler, GrammarLimits
 from halfbyte.chat.prompt import banned_control_ids
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import RequestError
-from halfbyte.server import process
+from halfbyte.server import process, wire
 from halfbyte.server.call import Call
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.metrics import Metrics
+from halfbyte.server.pieces import Piece
 from halfbyte.server.supervise import Supervisor
 
 
@@ -60,13 +61,32 @@ class Running:
     engine_ids: tuple[str, ...]
 
 
+class Upstream(Protocol):
+    """Another server that makes the answers of this one's checked requests; jobs are filled in."""
+
+    def chat(
+        self, request: wire.ChatRequest, messages: list[dict[str, Any]], job: Any
+    ) -> AsyncGenerator[list[Piece], None]:
+        """Pieces of a conversation's answer."""
+
+    def text(self, request: wire.CompletionRequest, job: Any) -> AsyncGenerator[list[Piece], None]:
+        """Pieces of plain continuations."""
+
+
 class Backend:
     """One server's parts. Immutable but for its counters."""
 
-    def __init__(self, service: Supervisor, chat: ChatFormat, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        service: Supervisor,
+        chat: ChatFormat,
+        config: ServerConfig,
+        upstream: Upstream | None = None,
+    ) -> None:
         self.service = service
         self.chat = chat
         self.config = config
+        self.upstream = upstream
         self.metrics = Metrics()
         self.running: dict[str, Running] = {}
         self.admission = Admission(config, self.metrics)

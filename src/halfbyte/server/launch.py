@@ -2,12 +2,15 @@
 
 import argparse
 import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from fastapi import FastAPI
 
-from halfbyte.chat.tokens import load_chat
+from halfbyte.chat.tokens import ChatFormat, load_chat
+from halfbyte.checkpoint.metadata import read_config
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.service import EngineService
@@ -17,6 +20,8 @@ from halfbyte.server.config import ImageFetch, Limits, ServerConfig
 from halfbyte.server.gate import AccessLog, log_access
 from halfbyte.server.supervise import Supervisor
 from halfbyte.server.tracing import Tracing
+from halfbyte.server.vllm_command import VllmPlan
+from halfbyte.server.vllm_upstream import VllmProcess, VllmUpstream
 
 DEFAULT_LIMITS = Limits()
 
@@ -55,18 +60,49 @@ def read_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def launch(
-    directory: Path,
-    config: EngineConfig,
-    *,
-    names: tuple[str, ...],
-    keys: tuple[str, ...] = (),
-    image_hosts: tuple[str, ...] = (),
-    limits: Limits = DEFAULT_LIMITS,
-    vllm_metric_names: bool = False,
-    access_log: AccessLog | None = log_access,
-    tracing: Tracing | None = None,
-) -> FastAPI:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Front:
+    """What the HTTP side is started with, whatever makes the answers."""
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    image_hosts: tuple[str, ...] = ()
+    limits: Limits = DEFAULT_LIMITS
+    vllm_metric_names: bool = False
+    access_log: AccessLog | None = log_access
+    tracing: Tracing | None = None
+
+    def config(
+        self, max_model_len: int, vocab_size: int, facts: Mapping[str, object]
+    ) -> ServerConfig:
+        """The server's configuration for a model."""
+        return ServerConfig(
+            model_names=self.names,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            api_keys=self.keys,
+            limits=self.limits,
+            image_fetch=ImageFetch(hosts=self.image_hosts),
+            vllm_metric_names=self.vllm_metric_names,
+            facts=tuple((f"engine_{key}", value) for key, value in facts.items()),
+        )
+
+    def announce(self, app: FastAPI, details: Sequence[str]) -> None:
+        """Give the app its greeting: `app.state.announce(url)`."""
+        key = "API key required" if self.keys else "no API key is asked for"
+
+        def announce(url: str) -> None:
+            lines = [
+                f"{self.names[0]} is ready at {url}/v1 (chat page: {url}/)",
+                *details,
+                f"{key}; limits: {url}/health; stop with Ctrl-C",
+            ]
+            print("\n  ".join(lines), flush=True)
+
+        app.state.announce = announce
+
+
+def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:
     """Load everything and make the application; `app.state.announce(url)` says what it is.
 
     Raises CheckpointError, UsageError or CapacityError.
@@ -76,7 +112,7 @@ def launch(
 
     def service_of(engine: Engine) -> EngineService:
         # The server's own limit answers first, with a time to come back.
-        return EngineService(engine, max_requests=limits.queued_requests * 2)
+        return EngineService(engine, max_requests=front.limits.queued_requests * 2)
 
     def load_again() -> EngineService:
         return service_of(Engine.load(directory, config))
@@ -85,40 +121,41 @@ def launch(
     app = create_app(
         Supervisor(service_of(engine), load_again),
         chat,
-        ServerConfig(
-            model_names=names,
-            max_model_len=engine.max_model_len,
-            vocab_size=engine.vocab_size,
-            api_keys=keys,
-            limits=limits,
-            image_fetch=ImageFetch(hosts=image_hosts),
-            vllm_metric_names=vllm_metric_names,
-            facts=tuple(
-                (f"engine_{key}", value) for key, value in dataclasses.asdict(resolved).items()
-            ),
-        ),
-        access_log=access_log,
-        tracing=tracing,
+        front.config(engine.max_model_len, engine.vocab_size, dataclasses.asdict(resolved)),
+        access_log=front.access_log,
+        tracing=front.tracing,
     )
-
-    speculation = ""
+    details = [
+        f"context {resolved.max_model_len} tokens, {resolved.max_sequences} answers at once",
+        f"KV cache {resolved.kv_cache_tokens} tokens in {resolved.kv_cache} on {resolved.device}",
+    ]
     if resolved.speculative is not None:
-        speculation = (
-            f"  speculation: {resolved.speculative}, up to "
-            f"{resolved.num_speculative_tokens} tokens ahead\n"
-        )
+        ahead = resolved.num_speculative_tokens
+        details.append(f"speculation: {resolved.speculative}, up to {ahead} tokens ahead")
+    front.announce(app, details)
+    return app
 
-    def announce(url: str) -> None:
-        print(
-            f"{names[0]} is ready at {url}/v1 (chat page: {url}/)\n"
-            f"  context {resolved.max_model_len} tokens, {resolved.max_sequences} answers at once\n"
-            f"  KV cache {resolved.kv_cache_tokens} tokens in {resolved.kv_cache} "
-            f"on {resolved.device}\n"
-            f"{speculation}"
-            f"  {'API key required' if keys else 'no API key is asked for'}; "
-            f"limits: {url}/health; stop with Ctrl-C",
-            flush=True,
-        )
 
-    app.state.announce = announce
+def launch_vllm(plan: VllmPlan, chat: ChatFormat, front: Front) -> FastAPI:
+    """The application in front of a vLLM that it starts, restarts and ends.
+
+    Raises CheckpointError, or UnsupportedError without vLLM.
+    """
+    key = secrets.token_urlsafe(32)
+    text = read_config(plan.directory)[0].text
+    app = create_app(
+        Supervisor(VllmProcess(plan, key), lambda: VllmProcess(plan, key)),
+        chat,
+        front.config(
+            plan.flags.get("max-model-len", text.max_positions),
+            text.vocab_size,
+            {"name": "vllm", "command": plan.command()},
+        ),
+        access_log=front.access_log,
+        tracing=front.tracing,
+        upstream=VllmUpstream(plan, key),
+    )
+    front.announce(
+        app, [f"answers come from vLLM on port {plan.flags['port']}, which is not for users"]
+    )
     return app

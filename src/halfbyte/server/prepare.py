@@ -48,9 +48,10 @@ async def chat_job(backend: Backend, request: wire.ChatRequest) -> Job:
     check_count(len(request.tools or ()), limits.tools, "tools")
     rules = await _chat_rules(backend, request)
     thinking = _may_think(backend, request)
-    prompt = await encode_messages(
+    messages = await resolved_messages(backend, request.messages)
+    prompt = await encode_resolved(
         backend,
-        request.messages,
+        messages,
         tools=[tool.model_dump() for tool in request.tools or ()],
         reasoning_effort=request.reasoning_effort,
         json_schema=_shown_schema(request.response_format),
@@ -86,7 +87,11 @@ async def chat_job(backend: Backend, request: wire.ChatRequest) -> Job:
     usage = Usage(
         len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
     )
-    return Job(answer_id, int(time.time()), choices, usage, rules.warnings)
+    job = Job(answer_id, int(time.time()), choices, usage, rules.warnings)
+    upstream = backend.upstream
+    if upstream is not None:
+        job.source = lambda: upstream.chat(request, messages, job)
+    return job
 
 
 async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
@@ -118,28 +123,39 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
             router = Router(backend.chat.vocabulary, ControlTokens(), stops=request.stops)
             want_entries = request.logprobs is not None
             choices.append(Choice(index, generation, router, want_entries=want_entries, mask=mask))
-    return Job(answer_id, int(time.time()), choices, Usage(num_prompt_tokens), rules.warnings)
+    job = Job(answer_id, int(time.time()), choices, Usage(num_prompt_tokens), rules.warnings)
+    upstream = backend.upstream
+    if upstream is not None:
+        job.source = lambda: upstream.text(request, job)
+    return job
 
 
 # --- prompts --------------------------------------------------------------------------------
 
 
-async def encode_messages(
+async def resolved_messages(
+    backend: Backend, messages: Sequence[wire.Message]
+) -> list[dict[str, Any]]:
+    """Messages as plain objects, their images fetched and decoded."""
+    plain = [message.model_dump(exclude_none=True) for message in messages]
+    await _resolve_images(backend, plain)
+    return plain
+
+
+async def encode_resolved(
     backend: Backend,
-    messages: Sequence[wire.Message],
+    messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]],
     reasoning_effort: str | None,
     json_schema: Mapping[str, Any] | None = None,
     continue_final: bool,
 ) -> EncodedPrompt:
-    """Token ids of a conversation, its images fetched and decoded."""
-    plain = [message.model_dump(exclude_none=True) for message in messages]
-    await _resolve_images(backend, plain)
+    """Token ids of a conversation whose images are decoded."""
 
     def encode() -> EncodedPrompt:
         return backend.chat.encode(
-            plain,
+            messages,
             tools=tools,
             reasoning_effort=reasoning_effort,
             json_schema=json_schema,

@@ -114,6 +114,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def free_port() -> int:
+    """A local port that nobody has now."""
+    with listen("127.0.0.1", 0) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def serve(
     app: FastAPI,
     listener: socket.socket,

@@ -1,0 +1,244 @@
+"""Our server in front of something that answers as vLLM does: limits, fields, pieces, failures."""
+
+import asyncio
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from PIL import Image
+
+from flows.vllm_stand_in import StandIn
+from halfbyte.chat.tokens import load_chat
+from halfbyte.server.app import create_app
+from halfbyte.server.config import Limits, ServerConfig
+from halfbyte.server.run import listen
+from halfbyte.server.supervise import Supervisor
+from halfbyte.server.vllm_command import VllmPlan
+from halfbyte.server.vllm_upstream import VllmUpstream
+from server.conftest import DATA, Bench
+from server.scripted import ScriptedService
+from server.test_chat_api import HELLO, TOOL, both
+
+KEY = "inner"
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def inner() -> Iterator[tuple[StandIn, int]]:
+    stand_in = StandIn(KEY)
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(stand_in.app, log_config=None, lifespan="off"))
+
+    def work() -> None:
+        asyncio.run(server.serve(sockets=[listener]))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield stand_in, listener.getsockname()[1]
+    server.should_exit = True
+    thread.join()
+    listener.close()
+
+
+@pytest.fixture
+def front(inner: tuple[StandIn, int]) -> tuple[Bench, StandIn]:
+    stand_in, port = inner
+    plan = VllmPlan(DATA, {"port": port, "served-model-name": "m"}, ())
+    chat = load_chat(DATA / "tekken")
+    service = ScriptedService(lambda request: ())
+    config = ServerConfig(("m",), 4096, 800, limits=Limits(images=1))
+    app = create_app(
+        Supervisor(service, lambda: service),
+        chat,
+        config,
+        access_log=None,
+        upstream=VllmUpstream(plan, KEY),
+    )
+    return Bench(app, service, chat), stand_in
+
+
+Front = tuple[Bench, StandIn]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(inner: tuple[StandIn, int]) -> None:
+    stand_in, _ = inner
+    stand_in.seen.clear()
+    stand_in.script = [{"content": "Hel"}, {"content": "lo"}]
+    stand_in.finish, stand_in.hang, stand_in.refuse = "stop", False, None
+
+
+async def test_plain_answer(front: Front) -> None:
+    bench, stand_in = front
+    answer = await both(bench, n=2, logprobs=True, top_logprobs=1)
+    assert answer["content"] == "Hello" and answer["finish"] == "stop"
+    assert answer["usage"].prompt_tokens_details.cached_tokens == 16
+    assert answer["usage"].completion_tokens_details.reasoning_tokens == 3
+    assert [token.logprob for token in answer["tokens"]] == [-0.5, -0.5]
+    assert stand_in.seen[0]["model"] == "m" and stand_in.seen[0]["n"] == 2
+
+
+async def test_thought_and_calls(front: Front) -> None:
+    bench, stand_in = front
+    call = {"index": 0, "id": "abcdefghi", "type": "function"}
+    stand_in.script = [
+        {"reasoning": "h"},
+        {"reasoning": "m"},
+        {"content": "See."},
+        {"tool_calls": [{**call, "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1}'}}]},
+    ]
+    stand_in.finish = "tool_calls"
+    answer = await both(bench, tools=[TOOL], reasoning_effort="high")
+    assert answer["reasoning"] == "hm" and answer["content"] == "See."
+    assert answer["calls"] == [["f", '{"a": 1}']] and answer["finish"] == "tool_calls"
+    assert stand_in.seen[0]["reasoning_effort"] == "high"
+    assert stand_in.seen[0]["tool_choice"] == "auto"
+    async with bench.http() as client:
+        told = await client.post("/v1/responses", json={"model": "m", "input": "Hello"})
+        kinds = [item["type"] for item in told.json()["output"]]
+        assert kinds == ["reasoning", "message", "function_call"]
+
+
+async def test_our_fields_in_vllms_words(front: Front) -> None:
+    bench, stand_in = front
+    forms: list[tuple[dict[str, Any], tuple[str, Any]]] = [
+        ({"response_format": {"type": "regex", "regex": "a+"}},
+         ("structured_outputs", {"regex": "a+"})),
+        ({"response_format": {"type": "choice", "choices": ["a", "b"]}},
+         ("structured_outputs", {"choice": ["a", "b"]})),
+        ({"response_format": {"type": "grammar", "grammar": 'start: "a"'}},
+         ("structured_outputs", {"grammar": 'start: "a"'})),
+        ({"response_format": {"type": "json_object"}},
+         ("response_format", {"type": "json_object"})),
+        ({"reasoning_effort": "high", "max_reasoning_tokens": 5}, ("thinking_token_budget", 5)),
+        ({"stop": "x"}, ("stop", ["x"])),
+        ({"max_tokens": 9}, ("max_completion_tokens", 9)),
+        ({"continue_final_message": True,
+          "messages": [*HELLO, {"role": "assistant", "content": "So"}]},
+         ("add_generation_prompt", False)),
+        ({"user": "u", "metadata": {"a": "b"}, "logit_bias": {"100": 5}},
+         ("logit_bias", {"100": 5.0})),
+    ]  # fmt: skip
+    async with bench.http() as client:
+        for change, (name, value) in forms:
+            answer = await client.post(CHAT, json={"model": "m", "messages": HELLO, **change})
+            assert answer.status_code == 200, answer.text
+            assert stand_in.seen[-1][name] == value
+
+
+async def test_images_arrive_as_what_we_decoded(front: Front) -> None:
+    bench, stand_in = front
+    buffer = io.BytesIO()
+    Image.new("RGBA", (60, 40), (0, 0, 0, 0)).save(buffer, "WEBP")
+    url = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    part = {"type": "image_url", "image_url": {"url": url}}
+    async with bench.http() as client:
+        body = {"model": "m", "messages": [{"role": "user", "content": [part]}]}
+        answer = await client.post(CHAT, json=body)
+        assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+    sent = stand_in.seen[-1]["messages"][0]["content"][0]["image_url"]["url"]
+    assert sent.startswith("data:image/png;base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(sent.partition(",")[2])))
+    assert image.size == (60, 40) and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+async def test_our_limits_stand_in_front(front: Front) -> None:
+    bench, stand_in = front
+    part = {"type": "image_url", "image_url": "http://169.254.169.254/latest"}
+    changes: list[dict[str, Any]] = [
+        {"n": 17},
+        {"messages": [{"role": "user", "content": [part]}]},
+        {"messages": [{"role": "user", "content": "word " * 20_000}]},
+        {"response_format": {"type": "regex", "regex": "("}},
+        {"mm_processor_kwargs": {}},
+        {"reasoning_effort": "max"},
+        {"chat_template": "{{ x }}"},
+    ]
+    async with bench.http() as client:
+        for change in changes:
+            refused = await client.post(CHAT, json={"model": "m", "messages": HELLO, **change})
+            assert refused.status_code == 400, change
+    assert stand_in.seen == []
+
+
+async def test_plain_completions_with_and_without_echo(front: Front) -> None:
+    bench, stand_in = front
+    client = bench.openai()
+    request: dict[str, Any] = {"model": "m", "prompt": ["Hello", "x"], "max_tokens": 3}
+    whole = await client.completions.create(**request, logprobs=1)
+    assert [choice.text for choice in whole.choices] == ["abc", "abc"]
+    assert whole.choices[0].logprobs.token_logprobs == [-0.5]
+    stream = await client.completions.create(**request, logprobs=1, stream=True)
+    texts = ["", ""]
+    async for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == ["abc", "abc"]
+    echoed = await client.completions.create(**request, echo=True, logprobs=1)
+    ids = [1, *bench.ids("Hello")]
+    logprobs = echoed.choices[0].logprobs
+    assert echoed.choices[0].text == "Helloabc"
+    assert logprobs.token_logprobs == [None, *[-i / 100 for i in ids[1:]], -0.5]
+    assert stand_in.seen[-1]["prompt"][0] == ids and "stream" not in stand_in.seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "message"),
+    [
+        ((400, {"error": {"message": "too odd", "param": "top_k"}}), 400, "too odd"),
+        ((422, {"message": "old form", "object": "error"}), 400, "old form"),
+        ((500, {"error": {"message": "boom"}}), 500, "boom"),
+        ((503, {"error": {"message": "busy"}}), 503, "busy"),
+        ((401, {"error": "Unauthorized"}), 500, "vLLM answered 401"),
+    ],
+)
+async def test_refusals_of_vllm_have_our_form(
+    front: Front, refusal: tuple[int, dict[str, Any]], status: int, message: str
+) -> None:
+    bench, stand_in = front
+    stand_in.refuse = refusal
+    async with bench.http() as client:
+        for stream in (False, True):
+            body = {"model": "m", "messages": HELLO, "stream": stream}
+            answer = await client.post(CHAT, json=body)
+            assert answer.status_code == status
+            error = answer.json()["error"]
+            assert message in error["message"]
+            assert set(error) == {"message", "type", "param", "code"}
+
+
+async def test_leaving_closes_the_connection_to_vllm(front: Front) -> None:
+    bench, stand_in = front
+    stand_in.hang = True
+    async with bench.http() as client:
+        body = {"model": "m", "messages": HELLO}
+        task = asyncio.create_task(client.post(CHAT, json=body))
+        async with asyncio.timeout(5):
+            while not stand_in.num_open:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            while stand_in.num_open:
+                await asyncio.sleep(0.01)
+    assert not bench.app.state.backend.running
+
+
+async def test_no_vllm_is_503() -> None:
+    plan = VllmPlan(DATA, {"port": 9, "served-model-name": "m"}, ())
+    service = ScriptedService(lambda request: ())
+    chat = load_chat(DATA / "tekken")
+    app = create_app(
+        Supervisor(service, lambda: service),
+        chat,
+        ServerConfig(("m",), 4096, 800),
+        access_log=None,
+        upstream=VllmUpstream(plan, KEY),
+    )
+    async with Bench(app, service, chat).http() as client:
+        answer = await client.post(CHAT, json={"model": "m", "messages": HELLO})
+    assert answer.status_code == 503 and "does not answer" in answer.text
