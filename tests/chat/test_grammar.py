@@ -227,7 +227,10 @@ def test_banned_ids_stay_banned_and_never_leave_nothing(
 ) -> None:
     grammar = compiler.compile("start: <[3]>\n", "p")
     assert allowed(compiler.mask(grammar)) == {3}
-    assert allowed(compiler.mask(grammar, banned_token_ids=(3,))) == {EOS}
+    stuck = compiler.mask(grammar, banned_token_ids=(3,))
+    assert stuck.problem is None
+    assert allowed(stuck) == {EOS} and stuck.is_finished()
+    assert stuck.problem == "it asks for a token that no answer may hold"
 
 
 def test_token_against_the_grammar_ends_the_answer(
@@ -274,6 +277,17 @@ def test_budget_closes_the_thought_but_not_inside_a_character(mistral: MistralFo
     assert allowed(mask) == {END_THINK}
     mask.accept(END_THINK)
     assert len(allowed(mask)) == 764
+
+
+def test_a_model_that_never_finishes_a_character_cannot_stretch_its_budget(
+    mistral: MistralFormat,
+) -> None:
+    mask = ThoughtMask(mistral.vocabulary, mistral.control, None, 2)
+    mask.accept(THINK)
+    for _ in range(2 + 3):
+        assert len(allowed(mask)) > 1
+        mask.accept(64 + 0xE6)
+    assert allowed(mask) == {END_THINK}
 
 
 def test_a_budget_of_zero_still_closes_the_thought(mistral: MistralFormat) -> None:

@@ -54,6 +54,64 @@ def test_mistral_continues_an_answer(mistral: MistralFormat) -> None:
     assert shown(mistral, messages, continue_final=True).endswith("[INST]Hi[/INST]Sure")
 
 
+def called(*ids: str, results: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    calls = [
+        {"id": call_id, "function": {"name": f"f{n}", "arguments": "{}"}}
+        for n, call_id in enumerate(ids)
+    ]
+    answers = [{"role": "tool", "tool_call_id": i, "content": text} for i, text in results]
+    return [user("x"), {"role": "assistant", "tool_calls": calls}, *answers]
+
+
+def test_results_follow_their_calls_whatever_ids_the_client_chose(mistral: MistralFormat) -> None:
+    one, two = "call_8WxYAbcdefghijklmnopqrst", "toolu_01"
+    ordered = called(one, two, results=[(one, "A"), (two, "B")])
+    swapped = called(one, two, results=[(two, "B"), (one, "A")])
+    assert mistral.encode(ordered) == mistral.encode(swapped)
+    assert shown(mistral, ordered).endswith(
+        "[TOOL_RESULTS]A[/TOOL_RESULTS][TOOL_RESULTS]B[/TOOL_RESULTS]"
+    )
+    # Clients that count their calls from 0 in every turn.
+    again = [*called("call_0", results=[("call_0", "A")]), {"role": "assistant", "content": "ok"}]
+    again += called("call_0", results=[("call_0", "B")])
+    assert shown(mistral, again).endswith("[TOOL_RESULTS]B[/TOOL_RESULTS]")
+
+
+@pytest.mark.parametrize(
+    ("ids", "results"),
+    [(("call_0", "call_0"), [("call_0", "A")]), (("call_0",), [("call_1", "A")])],
+)
+def test_wrong_ids_are_named_as_the_client_wrote_them(
+    mistral: MistralFormat, ids: tuple[str, ...], results: list[tuple[str, str]]
+) -> None:
+    with pytest.raises(RequestError, match=r"tool call id call_[01] in"):
+        mistral.encode(called(*ids, results=results))
+
+
+@pytest.mark.parametrize("content", ["", None, [], [{"type": "text", "text": ""}]])
+def test_empty_answers_in_a_history_say_nothing(mistral: MistralFormat, content: Any) -> None:
+    empty = {"role": "assistant", "content": content}
+    assert mistral.encode([user("x"), empty, user("y")]) == mistral.encode([user("x"), user("y")])
+    assert shown(mistral, [user("x"), empty], continue_final=True).endswith("[INST]x[/INST]")
+    thought = {**empty, "reasoning_content": "hm"}
+    assert "[THINK]hm[/THINK]</s>" in shown(mistral, [user("x"), thought, user("y")])
+
+
+def test_a_thought_sent_in_both_forms_is_written_once(mistral: MistralFormat) -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "y"}]
+    answer = {"role": "assistant", "content": parts, "reasoning": "hm", "reasoning_content": "hm"}
+    assert "[/INST][THINK]hm[/THINK]y</s>" in shown(mistral, [user("x"), answer, user("z")])
+
+
+def test_who_is_to_speak_next_is_never_guessed(mistral: MistralFormat) -> None:
+    with pytest.raises(RequestError, match="only an assistant's last message") as caught:
+        mistral.encode([user("x")], continue_final=True)
+    assert caught.value.param == "messages[0]"
+    with pytest.raises(RequestError, match="continue_final_message") as caught:
+        mistral.encode([user("x"), {"role": "assistant", "content": "y"}])
+    assert caught.value.param == "messages[1]"
+
+
 def test_no_typed_token_becomes_a_control_token(
     mistral: MistralFormat, chatml: TemplateFormat
 ) -> None:

@@ -216,5 +216,13 @@ async def test_continuing_an_answer(make_bench: MakeBench) -> None:
     bench = make_bench(" more", EOS)
     messages = [*HELLO, {"role": "assistant", "content": "Some"}]
     await both(bench, messages=messages, extra_body={"continue_final_message": True})
-    prompt = bench.chat.vocabulary.decode(bench.service.requests[0].prompt_token_ids)
-    assert prompt.endswith("Some")
+    # Mistral's own clients say it in the message.
+    await both(bench, messages=[*HELLO, {**messages[-1], "prefix": True}])
+    prompts = {request.prompt_token_ids for request in bench.service.requests}
+    assert len(prompts) == 1
+    assert bench.chat.vocabulary.decode(prompts.pop()).endswith("Some")
+    async with bench.http() as client:
+        early: Any = [{**messages[-1], "prefix": True}, *HELLO]
+        refused = await client.post("/v1/chat/completions", json={"model": "m", "messages": early})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "messages[0].prefix"

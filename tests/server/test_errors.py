@@ -33,7 +33,7 @@ def assert_error(body: dict[str, Any], param: str | None = None) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, None),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, None),
         ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages[0]"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),

@@ -123,9 +123,9 @@ async def test_compiling_too_long_is_400(
     compile_now = compiler.compile
     waiting = asyncio.get_running_loop()
 
-    def slowly(*arguments: Any) -> Any:
+    def slowly(*arguments: Any, **options: Any) -> Any:
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0.2), waiting).result()
-        return compile_now(*arguments)
+        return compile_now(*arguments, **options)
 
     monkeypatch.setattr(compiler, "compile", slowly)
     async with bench.http() as client:

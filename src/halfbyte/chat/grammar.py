@@ -185,6 +185,7 @@ class GrammarMask:
         self._num_words = -(-vocabulary.size // 32)
         self._eos_token_ids = vocabulary.eos_token_ids
         self._allowed = ~token_bits(banned_token_ids, self._num_words)
+        self._is_stuck = False
 
     def fill(self, bitmask: Bitmask) -> None:
         """Write which tokens may come next; words beyond the tokenizer's vocabulary are cleared."""
@@ -197,21 +198,24 @@ class GrammarMask:
             words &= self._allowed
         if not words.any():
             # The grammar has nothing left that may be said: end, instead of sampling from nothing.
+            self._is_stuck = True
             words |= token_bits(self._eos_token_ids, self._num_words)
 
     def accept(self, token_id: int) -> None:
         """Move on. A token against the grammar ends it: only an end of answer may follow."""
-        if not self._matcher.is_error():
+        if not self._is_stuck and not self._matcher.is_error():
             self._matcher.consume_token(token_id)
 
     def is_finished(self) -> bool:
         """Nothing but an end of answer may follow."""
-        return bool(self._matcher.is_stopped())
+        return self._is_stuck or bool(self._matcher.is_stopped())
 
     @property
     def problem(self) -> str | None:
         """What llguidance says if it gave up, as over its limits in an ambiguous grammar."""
-        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+        if self._matcher.is_error():
+            return _first_line(self._matcher.get_error())
+        return "it asks for a token that no answer may hold" if self._is_stuck else None
 
 
 class ThoughtMask:
@@ -255,9 +259,7 @@ class ThoughtMask:
                 words |= token_bits((self._think,), self._num_words)
             return
         bitmask[self._num_words :] = 0
-        is_spent = self._budget is not None and self._num_thought_tokens >= self._budget
-        # A character begun is a character finished: never close a thought inside one.
-        words[:] = self._end if is_spent and not self._pending else ~self._control | self._end
+        words[:] = self._end if self._is_spent() else ~self._control | self._end
 
     def accept(self, token_id: int) -> None:
         """The next token has been chosen."""
@@ -278,6 +280,16 @@ class ThoughtMask:
     def problem(self) -> str | None:
         """That of the rules after the thought."""
         return None if self._inner is None else self._inner.problem
+
+    def _is_spent(self) -> bool:
+        """A character begun is a character finished: never close a thought inside one.
+
+        Three tokens finish any; a model that only begins characters gets no more than those.
+        """
+        if self._budget is None:
+            return False
+        over = self._num_thought_tokens - self._budget
+        return over >= 0 and (not self._pending or over >= 3)
 
     def _accept_thought(self, token_id: int) -> None:
         if token_id == self._end_think:

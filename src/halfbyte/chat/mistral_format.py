@@ -79,7 +79,8 @@ class MistralFormat:
         Raises RequestError with the path of what is wrong.
         """
         self._check_effort(reasoning_effort)
-        converted = _convert_messages(messages, continue_final=continue_final)
+        call_ids = tool_calls.CallIds()
+        converted = _convert_messages(messages, call_ids, continue_final=continue_final)
         try:
             request = ChatCompletionRequest[Any](
                 model="local",
@@ -89,10 +90,9 @@ class MistralFormat:
                 response_format=self._response_format(json_schema),
             )
             tokenized = self.tokenizer.encode_chat_completion(request)
-        except MistralCommonException as error:
-            raise RequestError(error.message, param="messages") from error
-        except ValueError as error:
-            raise RequestError(_plain_message(error), param="messages") from error
+        except (MistralCommonException, ValueError) as error:
+            message = call_ids.in_the_clients_words(_plain_message(error))
+            raise RequestError(message, param="messages") from error
         return EncodedPrompt(tuple(tokenized.tokens), self._place_images(tokenized))
 
     def _check_effort(self, effort: str | None) -> None:
@@ -184,11 +184,11 @@ def _image_layout(tekken: Tekkenizer) -> ImageLayout | None:
 
 
 def _convert_messages(
-    messages: Sequence[Mapping[str, Any]], *, continue_final: bool
+    messages: Sequence[Mapping[str, Any]], call_ids: tool_calls.CallIds, *, continue_final: bool
 ) -> list[ChatMessage]:
+    """mistral-common's messages. Empty answers are left out: the format has no way to write one."""
     if all(message["role"] in ("system", "developer") for message in messages):
         raise RequestError("messages: a user message is missing", param="messages")
-    call_ids = tool_calls.CallIds()
     converted: list[ChatMessage] = []
     for index, message in enumerate(messages):
         is_last = index == len(messages) - 1
@@ -200,7 +200,9 @@ def _convert_messages(
             converted.append(UserMessage(content=_content(message)))
         elif role == "assistant":
             prefix = continue_final and is_last
-            converted.append(_convert_assistant(message, path, call_ids, prefix=prefix))
+            answer = _convert_assistant(message, path, call_ids, prefix=prefix)
+            if answer.content or answer.tool_calls:
+                converted.append(answer)
         else:
             converted.append(
                 ToolMessage(
@@ -208,6 +210,15 @@ def _convert_messages(
                     tool_call_id=call_ids.inside(message["tool_call_id"]),
                 )
             )
+    is_answer = messages[-1]["role"] == "assistant"
+    if is_answer is not continue_final:
+        raise RequestError(
+            "the last message is the assistant's own; to have it continued, set its prefix or "
+            "continue_final_message to true"
+            if is_answer
+            else "only an assistant's last message can be continued",
+            param=f"messages[{len(messages) - 1}]",
+        )
     return converted
 
 
@@ -233,7 +244,11 @@ def _convert_assistant(
     """An earlier answer, its thought first: clients send it as reasoning_content or reasoning."""
     content = _content(message)
     thought = message.get("reasoning_content") or message.get("reasoning")
-    if thought:
+    # Clients that keep both forms of an answer send its thought twice.
+    has_thought = any(isinstance(chunk, ThinkChunk) for chunk in content)
+    if isinstance(content, list) and not has_thought and not any(c.text for c in content):
+        content = ""
+    if thought and not has_thought:
         chunks = [TextChunk(text=content)] if isinstance(content, str) and content else content
         content = [ThinkChunk(thinking=thought, closed=True), *(chunks or ())]
     calls = [

@@ -43,6 +43,12 @@ class CallIds:
         self._taken.add(candidate)
         return candidate
 
+    def in_the_clients_words(self, text: str) -> str:
+        """A message about inside ids, with the ids that the client sent."""
+        for client_id, inside in self._inside.items():
+            text = text.replace(inside, client_id)
+        return text
+
 
 def checked_arguments(arguments: str, path: str) -> str:
     """Arguments of an earlier call, as the JSON object they must be; nothing counts as {}.

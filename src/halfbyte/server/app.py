@@ -181,7 +181,7 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
                 await resolved_messages(backend, asked.messages),
                 tools=[tool.model_dump() for tool in asked.tools or ()],
                 reasoning_effort=asked.reasoning_effort,
-                continue_final=asked.continue_final_message,
+                continue_final=asked.continues_final,
             )
             token_ids = list(encoded.token_ids)
         elif asked.add_special_tokens:

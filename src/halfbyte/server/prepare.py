@@ -55,7 +55,7 @@ async def chat_job(backend: Backend, request: wire.ChatRequest) -> Job:
         tools=[tool.model_dump() for tool in request.tools or ()],
         reasoning_effort=request.reasoning_effort,
         json_schema=_shown_schema(request.response_format),
-        continue_final=request.continue_final_message,
+        continue_final=request.continues_final,
     )
     max_tokens = resolve_max_tokens(
         backend, len(prompt.token_ids), request.max_completion_tokens or request.max_tokens
@@ -152,6 +152,10 @@ async def encode_resolved(
     continue_final: bool,
 ) -> EncodedPrompt:
     """Token ids of a conversation whose images are decoded."""
+    for index, message in enumerate(messages[:-1]):
+        if message.get("prefix"):
+            path = f"messages[{index}].prefix"
+            raise RequestError(f"{path}: only the last message can be one", param=path)
 
     def encode() -> EncodedPrompt:
         return backend.chat.encode(

@@ -253,7 +253,7 @@ def _chat_options(request: wire.ChatRequest) -> dict[str, Any]:
             options["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
         else:
             options["tool_choice"] = "auto"
-    if request.continue_final_message:
+    if request.continues_final:
         options |= {"continue_final_message": True, "add_generation_prompt": False}
     return options
 

@@ -162,6 +162,7 @@ class AssistantMessage(Wire):
     content: _AssistantParts | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    prefix: bool = False
     tool_calls: list[ToolCall] | None = Field(default=None, max_length=256)
 
     @model_validator(mode="after")
@@ -283,6 +284,12 @@ Stop = Annotated[
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
+def _continues(flag: bool, messages: list[Message] | None) -> bool:
+    """Whether the last message is a beginning, said by a flag of the request or by itself."""
+    last = messages[-1] if messages else None
+    return flag or (isinstance(last, AssistantMessage) and last.prefix)
+
+
 class Sampling(Wire):
     """Fields that chat and plain completions share."""
 
@@ -370,6 +377,11 @@ class ChatRequest(Sampling):
             raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
         return self
 
+    @property
+    def continues_final(self) -> bool:
+        """Whether the assistant's last message is to be continued."""
+        return _continues(self.continue_final_message, self.messages)
+
 
 def _prompt_form(value: Any) -> str:
     if not isinstance(value, list):
@@ -437,6 +449,11 @@ class TokenizeRequest(Wire):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("send either prompt or messages")
         return self
+
+    @property
+    def continues_final(self) -> bool:
+        """Whether the assistant's last message is to be continued."""
+        return _continues(self.continue_final_message, self.messages)
 
 
 class DetokenizeRequest(Wire):
