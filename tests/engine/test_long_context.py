@@ -17,7 +17,7 @@ from halfbyte.engine.scheduler import Work
 from halfbyte.engine.sequence import Sequence
 from halfbyte.kernels import dispatch
 from halfbyte.kernels.dispatch import Rotation
-from halfbyte.model.decoder import Step
+from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
 LONGEST = 262144
@@ -61,6 +61,7 @@ class Before:
 def test_tokens_at_far_positions_equal_dense_attention(engine: Engine, start: int) -> None:
     """As if `start` tokens had been computed: their keys and values are put into the pages."""
     cache, decoder = engine._runner.cache, engine._runner.decoder
+    assert isinstance(decoder, Decoder)
     generator = torch.Generator().manual_seed(start)
     heads, size = decoder.config.num_kv_heads, decoder.config.head_dim
     past = (torch.randn(start, heads, size, generator=generator) * 0.5).bfloat16()

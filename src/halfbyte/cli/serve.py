@@ -114,9 +114,27 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="(%(default)s)")
     engine.add_argument(
         "--mode",
-        default="weight_only",
-        choices=["weight_only", "declared"],
-        help="what NVFP4 linears compute without FP4 hardware (%(default)s)",
+        default="auto",
+        choices=["auto", "weight_only", "declared", "fp8_declared"],
+        help="what quantized linears compute (auto: fp8_declared on the kernels of a Hopper GPU, "
+        "weight_only elsewhere)",
+    )
+    engine.add_argument(
+        "--kv-cache",
+        default="auto",
+        choices=["auto", "fp8", "bf16"],
+        help="format of keys and values (auto: as the checkpoint names)",
+    )
+    engine.add_argument(
+        "--prefill",
+        default="exact",
+        choices=["exact", "fast"],
+        help="on a Hopper GPU: NVFP4 layers of long prompts in bf16, or in FP8 (%(default)s)",
+    )
+    engine.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a Hopper GPU: same tokens whatever else is in the batch; slower",
     )
     engine.add_argument(
         "--speculative",

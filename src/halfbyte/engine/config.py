@@ -35,9 +35,14 @@ class EngineConfig:
     kv_cache_tokens         tokens the KV cache holds; None = what memory allows
     block_tokens            tokens in a block of the cache
     prefix_cache            share the blocks of equal beginnings
-    mode                    what a quantized linear computes (decision 0004)
+    mode                    what a quantized linear computes (decision 0004); "auto" is fp8_declared
+                            on the CUDA kernels, weight_only elsewhere
     kv_cache                "auto" = as the checkpoint names
     gpu_memory_utilization  share of the device's memory for weights and cache together
+    prefill                 on the CUDA kernels: multiply NVFP4 layers of long prompts exactly (in
+                            bf16), or fast (in FP8)
+    deterministic           on the CUDA kernels: a sequence's tokens do not depend on what else is
+                            in the batch, at a cost in speed (decision 0040)
     max_decode_slowdown     how much longer than usual running answers may wait for a token while
                             a prompt is worked in; None = no limit, for throughput
     accept                  settings of the checkpoint to compute with although they are known to
@@ -56,10 +61,12 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     block_tokens: int = 16
     prefix_cache: bool = True
-    mode: Mode = "weight_only"
+    mode: Mode | Literal["auto"] = "auto"
     device: str = "cpu"
     kv_cache: CacheFormat | Literal["auto"] = "auto"
     gpu_memory_utilization: float = 0.9
+    prefill: Literal["exact", "fast"] = "exact"
+    deterministic: bool = False
     max_decode_slowdown: float | None = 2.0
     accept: tuple[str, ...] = ()
     speculative: str | None = None
@@ -112,6 +119,7 @@ def resolve(
         )
     return replace(
         config,
+        mode="weight_only" if config.mode == "auto" else config.mode,
         kv_cache=format,
         kv_cache_tokens=cache_tokens,
         max_model_len=min(longest, cache_tokens),

@@ -1,6 +1,8 @@
 """The engine: add, abort, step. One thread uses it; `service` is its asyncio face.
 
-A step asks the scheduler what to compute, computes it, chooses tokens and reports events.
+A step asks the scheduler what to compute, computes it, chooses tokens and reports events. On the
+CUDA kernels the next step is launched before the tokens of the last one are read, wherever those
+are chosen on the device: the scheduler then plans with places for tokens (decision 0039).
 """
 
 import secrets
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from halfbyte.engine.blocks import BlockPool
+from halfbyte.engine.choose import can_hold, is_choosable
 from halfbyte.engine.config import EngineConfig as EngineConfig
+from halfbyte.engine.cuda_runner import CudaRunner, PendingTokens
 from halfbyte.engine.pacing import PrefillPacer
 from halfbyte.engine.request import (
     Event,
@@ -62,12 +66,25 @@ class EngineStats:
     accepted_tokens: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A launched step whose tokens are not read yet.
+
+    chosen  the sequences that get a token, in the order of `tokens`
+    """
+
+    works: SequenceOf[Work]
+    chosen: SequenceOf[Sequence]
+    tokens: PendingTokens
+    launched: float
+
+
 class Engine:
     """Runs requests on one model. No state is shared between engines."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | CudaRunner,
         config: EngineConfig,
         *,
         logits_hook: LogitsHook | None = None,
@@ -93,6 +110,13 @@ class Engine:
         self._sampler = Sampler(text.vocab_size, text.eos_token_ids, config.device, logits_hook)
         self._pacer = PrefillPacer(config.max_decode_slowdown)
         self._speculator = _make_speculator(config, guesser)
+        # Only a runner that chooses on the device, undisturbed by hooks and guesses, runs ahead.
+        is_free = logits_hook is None and self._speculator is None
+        self._ahead = runner if is_free and isinstance(runner, CudaRunner) else None
+        self._flight: _Flight | None = None
+        # Planned ahead of tokens that turned out to be needed first.
+        self._planned: list[Work] = []
+        self._last_collected = 0.0
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self._request_ids: set[str] = set()
         # Block lists held by `score`.
@@ -182,11 +206,33 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Compute one step; events of the tokens that it produced. Empty without work."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            works = self._next_works()
+            if not works:
+                return []
+            flight = self._launch(works)
+            if flight is None:
+                return self._run(works)
+        if self._scheduler.can_run_ahead():
+            ahead = self._scheduler.plan(self._pacer.max_prefill_tokens())
+            self._flight = self._launch(ahead)
+            if self._flight is None:
+                self._planned = ahead
+        return self._collect(flight)
+
+    def _next_works(self) -> list[Work]:
+        """What was planned but not launched, as far as it is still wanted; else a new plan."""
+        planned, self._planned = self._planned, []
+        works = [work for work in planned if work.sequence.slot is not None]
+        if not works and self.has_work():
+            works = self._scheduler.plan(self._pacer.max_prefill_tokens())
+            assert works, "requests wait but nothing can run"
+        return works
+
+    def _run(self, works: SequenceOf[Work]) -> list[Event]:
+        """Compute a step and choose its tokens on the host."""
         started = time.perf_counter()
-        works = self._scheduler.plan(self._pacer.max_prefill_tokens())
-        if not works:
-            assert not self.has_work(), "requests wait but nothing can run"
-            return []
         num_decodes = sum(work.count == 1 and work.is_last for work in works)
         if self._speculator is not None:
             works = self._speculator.propose(works, self._scheduler)
@@ -195,11 +241,55 @@ class Engine:
         seconds = time.perf_counter() - started
         if self._speculator is not None:
             self._speculator.observe(seconds, works)
+        self._observe(works, num_decodes, seconds)
+        return events
+
+    def _launch(self, works: SequenceOf[Work]) -> _Flight | None:
+        """Start a step that chooses its tokens on the device; None if it cannot do so."""
+        chosen = [work.sequence for work in works if work.is_last]
+        if (
+            self._ahead is None
+            or not works
+            or not all(map(is_choosable, chosen))
+            or any(work.sequence.wants_prompt_logprobs for work in works)
+            or not can_hold([sequence.request.params.banned_token_ids for sequence in chosen])
+        ):
+            return None
+        launched = time.perf_counter()
+        tokens = self._ahead.launch(works)
+        for work in works:
+            self._scheduler.begin(work)
+        for row, sequence in enumerate(chosen):
+            sequence.reserve(row)
+        return _Flight(works, chosen, tokens, launched)
+
+    def _collect(self, flight: _Flight) -> list[Event]:
+        """Wait for the tokens of a launched step and move their sequences on."""
+        token_ids = flight.tokens.wait()
+        events: list[Event] = []
+        for work in flight.works:
+            if not work.sequence.is_finished:
+                self._scheduler.publish(work)
+        for sequence, token_id in zip(flight.chosen, token_ids, strict=True):
+            if not sequence.is_finished:
+                self._accept(sequence, Choice(token_id), events)
+        now = time.perf_counter()
+        chosen = {sequence.arrival for sequence in flight.chosen}
+        num_decodes = sum(w.count == 1 and w.sequence.arrival in chosen for w in flight.works)
+        seconds = now - max(flight.launched, self._last_collected)
+        self._last_collected = now
+        self._observe(flight.works, num_decodes, seconds)
+        return events
+
+    def _observe(self, works: SequenceOf[Work], num_decodes: int, seconds: float) -> None:
         num_tokens = sum(work.count for work in works)
         self._pacer.observe(seconds, num_decodes, num_tokens - num_decodes)
         self._num_steps += 1
         self._step_s += seconds
-        return events
+
+    def facts(self) -> dict[str, object]:
+        """What runs the model and what that holds, for people."""
+        return self._runner.facts()
 
     @torch.inference_mode()
     def score(
@@ -352,7 +442,10 @@ class Engine:
         if problem is not None:
             events.append(self._finish(sequence, "error", message=problem))
             return False
-        sequence.append(token_id)
+        if sequence.num_pending:
+            sequence.settle(token_id)
+        else:
+            sequence.append(token_id)
         self._generated_tokens += 1
         is_end = token_id in params.stop_token_ids or (
             not params.ignore_eos and token_id in self.eos_token_ids
@@ -368,7 +461,7 @@ class Engine:
             events.append(self._finish(sequence, "stop", stop_token_id=token_id))
         elif mask is not None and mask.is_finished():
             events.append(self._finish(sequence, "stop"))
-        elif sequence.num_generated >= sequence.max_tokens:
+        elif sequence.num_settled >= sequence.max_tokens:
             events.append(self._finish(sequence, "length"))
         return sequence.slot is not None
 
@@ -383,6 +476,7 @@ class Engine:
         self._scheduler.remove(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence)
+        sequence.is_finished = True
         request_id = sequence.request.request_id
         self._request_ids.remove(request_id)
         self._prompt_logprobs.pop(request_id, None)
@@ -396,7 +490,7 @@ class Engine:
             stop_token_id,
             sequence.num_prompt,
             cached_tokens,
-            sequence.num_generated,
+            sequence.num_settled,
             message,
         )
 

@@ -100,7 +100,7 @@ def _follow(pipe: "Connection[Any, Any]") -> None:
     decoder = load_decoder(
         Checkpoint.open(join.directory),
         device=device,
-        mode=config.mode,
+        mode="weight_only" if config.mode == "auto" else config.mode,
         communicator=communicator,
     )
     pipe.send_bytes(packed(Loaded(decoder.num_weight_bytes)))

@@ -3,6 +3,7 @@
 Shapes: T tokens of a step, R rows with logits, V vocabulary.
 """
 
+import os
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +25,14 @@ from halfbyte.engine.batch import (
 )
 from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.config import EngineConfig, free_cache_bytes, resolve
+from halfbyte.engine.cuda_runner import CudaRunner, load_cuda_runner
 from halfbyte.engine.images import ImageEncoder, Placement
 from halfbyte.engine.scheduler import Work
 from halfbyte.engine.workers import Workers, check_devices, config_of
+from halfbyte.errors import UnsupportedError
+from halfbyte.kernels.cuda.library import unavailable
 from halfbyte.log import logger
+from halfbyte.model.cuda_load import reason_against
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.load import load_decoder, load_vision
 from halfbyte.model.parallel import check_size
@@ -78,6 +83,10 @@ class Runner:
     def failure(self) -> str | None:
         """Why no step can run any more: another rank has died."""
         return None if self._workers is None else self._workers.failure
+
+    def facts(self) -> dict[str, object]:
+        """What runs the model, for people."""
+        return {"decoder": "ops, one by one"}
 
     def run(self, works: SequenceOf[Work]) -> Tensor:
         """Compute the tokens of `works`; f32 logits (R, V) of the rows that `lay_out` names.
@@ -134,7 +143,25 @@ class Runner:
         return logits_RV
 
 
-def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, EngineConfig]:
+def reason_against_kernels(checkpoint: Checkpoint, config: EngineConfig) -> str | None:
+    """Why a checkpoint does not run on the CUDA kernels; None when it does."""
+    reason = unavailable(torch.device(config.device).type)
+    if reason is not None:
+        return reason
+    if "HALFBYTE_KERNELS" in os.environ:
+        return f"HALFBYTE_KERNELS={os.environ['HALFBYTE_KERNELS']} is set"
+    if config.mode not in ("auto", "fp8_declared"):
+        return f"mode {config.mode}; the kernels compute fp8_declared"
+    if config.tensor_parallel_size > 1:
+        return f"tensor parallel over {config.tensor_parallel_size} ranks"
+    stored = checkpoint.quantization.kv_cache
+    kv_cache = stored if config.kv_cache == "auto" else config.kv_cache
+    return reason_against(checkpoint, kv_cache, config.block_tokens, prefill=config.prefill)
+
+
+def load_runner(
+    directory: str | Path, config: EngineConfig
+) -> tuple[Runner | CudaRunner, EngineConfig]:
     """Load a checkpoint and make its cache; the configuration comes back resolved.
 
     With a tensor-parallel size above 1 the other ranks are processes, started here; `Runner.close`
@@ -142,6 +169,16 @@ def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, En
     """
     checkpoint = Checkpoint.open(directory)
     require_trusted(checkpoint.config, config.accept)
+    reason = reason_against_kernels(checkpoint, config)
+    if reason is None:
+        with_kernels = replace(config, mode="fp8_declared", kv_cache="fp8")
+        return load_cuda_runner(checkpoint, with_kernels)
+    if torch.device(config.device).type == "cuda":
+        logger.warning("CUDA kernels not used: %s; the model runs in plain torch", reason)
+        if config.deterministic:
+            raise UnsupportedError(f"deterministic needs the CUDA kernels: {reason}")
+    if config.mode == "auto":
+        config = replace(config, mode="weight_only")
     check_size(checkpoint.config.text, config.tensor_parallel_size)
     if config.tensor_parallel_size == 1:
         return _load(checkpoint, config, None)
@@ -157,6 +194,7 @@ def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, En
 def _load(
     checkpoint: Checkpoint, config: EngineConfig, workers: Workers | None
 ) -> tuple[Runner, EngineConfig]:
+    assert config.mode != "auto"
     local = config if workers is None else config_of(config, 0)
     decoder = load_decoder(
         checkpoint,

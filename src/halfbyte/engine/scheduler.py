@@ -110,7 +110,8 @@ class Scheduler:
             budget = min(budget, max_prefill_tokens)
         planned = {work.sequence.arrival for work in works}
         for sequence in self.running:
-            if budget > 0 and sequence.arrival not in planned:
+            is_open = sequence.arrival not in planned and not sequence.is_exhausted
+            if budget > 0 and is_open:
                 works.append(_chunk(sequence, budget))
                 budget -= works[-1].count
         for sequence in list(self.waiting):
@@ -124,14 +125,28 @@ class Scheduler:
             budget -= works[-1].count
         return works
 
+    def can_run_ahead(self) -> bool:
+        """Whether a step can be planned before the last one's tokens are known: nobody would have
+        to give up its blocks.
+        """
+        return self.pool.num_free >= len(self.running)
+
     def advance(self, work: Work) -> None:
         """Note that the tokens of `work` are computed. Call before a new token is appended."""
-        sequence = work.sequence
-        sequence.num_computed = work.start + work.count
+        self.begin(work)
+        self.publish(work)
+
+    def begin(self, work: Work) -> None:
+        """Note that the tokens of `work` are being computed: what is planned next comes after."""
+        work.sequence.num_computed = work.start + work.count
+
+    def publish(self, work: Work) -> None:
+        """Let others find the blocks that `work` filled; its tokens are all known."""
         if not self.prefix_cache:
             return
+        sequence = work.sequence
         block_tokens = self.pool.block_tokens
-        first, last = work.start // block_tokens, sequence.num_computed // block_tokens
+        first, last = work.start // block_tokens, (work.start + work.count) // block_tokens
         if first < last:
             sequence.extend_digests(block_tokens)
         for index in range(first, last):
@@ -172,7 +187,7 @@ class Scheduler:
         works = []
         for sequence in list(self.running):
             # `slot` is None once an older sequence has preempted this one.
-            if sequence.slot is None or not sequence.is_decoding:
+            if sequence.slot is None or not sequence.is_decoding or sequence.is_exhausted:
                 continue
             if self._grow(sequence):
                 works.append(Work(sequence, sequence.num_computed, 1))

@@ -9,12 +9,18 @@ Index ranges of `token_ids`, prompt and answer in one list:
 `blocks[i]` holds positions i * block_tokens up to (i + 1) * block_tokens. While an answer is being
 generated, exactly one token is known but not computed: the last. After a preemption the whole list
 is uncomputed again.
+
+An engine that launches a step before it has read the last one's tokens keeps a place for each of
+them at the end of the list (`reserve`), `num_pending` in number, and fills it later (`settle`).
 """
 
 from collections import Counter
 
 from halfbyte.engine.blocks import ROOT_DIGEST, block_digest
 from halfbyte.engine.request import GenerationRequest
+
+# Stands for a token that is not read yet.
+UNKNOWN = -1
 
 
 class Sequence:
@@ -27,10 +33,13 @@ class Sequence:
         "counts",
         "digests",
         "has_prompt_logprobs",
+        "is_finished",
         "max_tokens",
         "num_computed",
+        "num_pending",
         "num_prompt",
         "num_tabled",
+        "pending_row",
         "promised",
         "request",
         "seed",
@@ -62,12 +71,27 @@ class Sequence:
         self.num_tabled = 0
         # Prompt log-probs are reported once, also if a preemption repeats the prompt.
         self.has_prompt_logprobs = False
+        # Tokens at the end of the list that are chosen on the device and not read yet; the last of
+        # them is at `pending_row` of the step that chose it.
+        self.num_pending = 0
+        self.pending_row = 0
+        self.is_finished = False
         # Occurrences in the answer, kept only where a penalty needs them.
         self.counts: Counter[int] | None = Counter() if request.params.has_penalties else None
 
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_settled(self) -> int:
+        """Generated tokens that are known."""
+        return self.num_generated - self.num_pending
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Ends with a token that is still to be read; nothing more is to be computed."""
+        return self.num_pending > 0 and self.num_generated >= self.max_tokens
 
     @property
     def num_uncomputed(self) -> int:
@@ -88,9 +112,22 @@ class Sequence:
         if self.counts is not None:
             self.counts[token_id] += 1
 
+    def reserve(self, row: int) -> None:
+        """Make room for a token that the running step chooses at its `row`."""
+        self.token_ids.append(UNKNOWN)
+        self.num_pending += 1
+        self.pending_row = row
+
+    def settle(self, token_id: int) -> None:
+        """Fill the oldest reserved place."""
+        assert self.num_pending > 0 and self.counts is None
+        self.token_ids[-self.num_pending] = token_id
+        self.num_pending -= 1
+
     def extend_digests(self, block_tokens: int) -> None:
         """Compute the digests of all full blocks of known tokens."""
-        while (len(self.digests) + 1) * block_tokens <= len(self.token_ids):
+        num_known = len(self.token_ids) - self.num_pending
+        while (len(self.digests) + 1) * block_tokens <= num_known:
             start = len(self.digests) * block_tokens
             stop = start + block_tokens
             parent = self.digests[-1] if self.digests else ROOT_DIGEST

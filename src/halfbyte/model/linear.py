@@ -2,7 +2,8 @@
 
 `weight_only` decodes weights exactly and leaves activations alone; `declared` also rounds
 activations to FP8 or NVFP4 by the checkpoint's input scale, as hardware with such products would
-(decision 0004). Who reads files is `load`; the products are ops of `kernels.dispatch`.
+(decision 0004); `fp8_declared` does so for FP8 linears only, as the Hopper kernels do (decision
+0038). Who reads files is `load`; the products are ops of `kernels.dispatch`.
 
 Shapes: T tokens, O, I features.
 """
@@ -21,7 +22,7 @@ from halfbyte.kernels import dispatch
 from halfbyte.kernels.dispatch import PreparedWeight
 from halfbyte.modules import WeightFormat
 
-Mode = Literal["weight_only", "declared"]
+Mode = Literal["weight_only", "declared", "fp8_declared"]
 
 _PRODUCTS = {
     "bf16": dispatch.linear_bf16,
@@ -94,7 +95,7 @@ def make_linear(group: Sequence[StoredLinear], mode: Mode) -> Linear:
     scales = {member.input_scale for member in group if mode == "declared"}
     if len({member.format for member in group}) > 1 or len(scales) > 1:
         return SplitLinear([make_linear([member], mode) for member in group])
-    return FusedLinear(_prepare(group), group[0].format, _rounding(group[0], mode))
+    return FusedLinear(_prepare(group), group[0].format, _rounding(group, mode))
 
 
 def _prepare(group: Sequence[StoredLinear]) -> PreparedWeight:
@@ -107,14 +108,19 @@ def _prepare(group: Sequence[StoredLinear]) -> PreparedWeight:
     return dispatch.prepare_nvfp4(weight, scale_OB, _per_row(group, "tensor_scale"))
 
 
-def _rounding(linear: StoredLinear, mode: Mode) -> Callable[[Tensor], Tensor] | None:
-    if mode == "weight_only" or linear.format == "bf16":
+def _rounding(group: Sequence[StoredLinear], mode: Mode) -> Callable[[Tensor], Tensor] | None:
+    format = group[0].format
+    if mode == "weight_only" or format == "bf16" or (mode == "fp8_declared" and format != "fp8"):
         return None
-    scale = linear.input_scale
-    if scale is None:
-        raise CheckpointError(f"{linear.name}: no input_scale, which mode declared needs")
-    rounding = _ROUNDINGS[linear.format]
-    scale_tensor = torch.tensor(scale, dtype=torch.float32, device=linear.weight.device)
+    scales = []
+    for linear in group:
+        if linear.input_scale is None:
+            raise CheckpointError(f"{linear.name}: no input_scale, which mode {mode} needs")
+        scales.append(linear.input_scale)
+    rounding = _ROUNDINGS[format]
+    # They differ in fp8_declared only, where one product serves the group.
+    device = group[0].weight.device
+    scale_tensor = torch.tensor(max(scales), dtype=torch.float32, device=device)
     return lambda x_TI: rounding(x_TI, scale_tensor)
 
 

@@ -39,6 +39,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         device=device,
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel_size=args.tensor_parallel_size,
+        kv_cache=args.kv_cache,
+        prefill=args.prefill,
+        deterministic=args.deterministic,
         accept=tuple(args.accept),
         speculative=args.speculative,
         num_speculative_tokens=args.num_speculative_tokens,
@@ -121,7 +124,11 @@ def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:
     app = create_app(
         Supervisor(service_of(engine), load_again),
         chat,
-        front.config(engine.max_model_len, engine.vocab_size, dataclasses.asdict(resolved)),
+        front.config(
+            engine.max_model_len,
+            engine.vocab_size,
+            {**dataclasses.asdict(resolved), **engine.facts()},
+        ),
         access_log=front.access_log,
         tracing=front.tracing,
     )

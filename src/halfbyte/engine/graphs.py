@@ -1,0 +1,295 @@
+"""The device side of the CUDA runner: decode graphs by size, prefill, head; all on real launches.
+
+`cuda_runner` decides what runs; here are the steps and the memory they share. A graph of n rows
+serves any step of up to n tokens, prompts included: every token is a row with a context length of
+its own, and keys and values are stored before anybody attends.
+
+Shapes: T rows, D model width, V padded vocabulary, R rows with logits, P pages of a sequence.
+"""
+
+import bisect
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from halfbyte.config import TextConfig
+from halfbyte.kernels.cuda.library import COLUMNS, KernelLibrary, columns_for
+from halfbyte.kernels.cuda.ops import stream_product
+from halfbyte.log import logger
+from halfbyte.model.cuda_decoder import (
+    Chunk,
+    CudaWeights,
+    DecodeStep,
+    KvCache,
+    Prefill,
+    PrefillBatch,
+    PrefillMode,
+    Serving,
+    SharedBuffers,
+)
+from halfbyte.model.rope import RotaryTable
+
+# Rows a graph may have: the widest streaming linear.
+MAX_ROWS = COLUMNS[-1]
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, MAX_ROWS)
+# One size for everything in deterministic mode; smaller ones would make prompts slow.
+_LEAST_FIXED_ROWS = 64
+
+
+def graph_sizes(max_sequences: int, *, deterministic: bool) -> tuple[int, ...]:
+    """Sizes that are captured, ascending; deterministic: a single one that holds everything."""
+    if deterministic:
+        return (columns_for(max(_LEAST_FIXED_ROWS, max_sequences)),)
+    return _SIZES
+
+
+def size_for(num_rows: int, sizes: Sequence[int]) -> int | None:
+    """The smallest graph that holds so many rows; None if none does."""
+    index = bisect.bisect_left(sizes, num_rows)
+    return None if index == len(sizes) else sizes[index]
+
+
+class RowInputs(NamedTuple):
+    """What a step's rows are, where every graph reads it.
+
+    packed_5T    int64: token id; row of `last_tokens` to take it from instead, or -1; position;
+                 slot of the cache, -1 stores nothing; row of `table`
+    last_tokens  int64, the tokens that the step before chose
+    table        int32, pages of each running sequence
+    """
+
+    packed_5T: Tensor
+    last_tokens: Tensor
+    table: Tensor
+
+
+def make_inputs(
+    num_tables: int, max_pages: int, max_chosen: int, device: torch.device
+) -> RowInputs:
+    """Inputs whose rows do no harm: they store nothing and read the first slot of page 0."""
+    packed_5T = torch.zeros(5, MAX_ROWS, dtype=torch.int64, device=device)
+    packed_5T[1] = -1
+    packed_5T[3] = -1
+    return RowInputs(
+        packed_5T,
+        torch.zeros(max_chosen, dtype=torch.int64, device=device),
+        torch.zeros(num_tables, max_pages, dtype=torch.int32, device=device),
+    )
+
+
+class Rows(NamedTuple):
+    """Inputs of one step, unpacked."""
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    context_lengths_T: Tensor
+    slots_T: Tensor
+    block_table_TP: Tensor
+
+
+def unpack(inputs: RowInputs, num_rows: int) -> Rows:
+    """The first rows of the inputs; tokens of the step before are looked up."""
+    token_ids_T, sources_T, positions_T, slots_T, tables_T = inputs.packed_5T[:, :num_rows]
+    return Rows(
+        look_up(token_ids_T, sources_T, inputs.last_tokens),
+        positions_T,
+        (positions_T + 1).int(),
+        slots_T,
+        inputs.table.index_select(0, tables_T),
+    )
+
+
+def look_up(token_ids_T: Tensor, sources_T: Tensor, last_tokens: Tensor) -> Tensor:
+    """Token ids, those with a source taken from the last step (0 where it found none)."""
+    found_T = last_tokens[sources_T.clamp(min=0)].clamp(min=0)
+    return torch.where(sources_T >= 0, found_T, token_ids_T)
+
+
+class Executor(Protocol):
+    """Computes steps; `HopperExecutor` with kernels, a twin in plain torch in tests (0038)."""
+
+    @property
+    def config(self) -> TextConfig: ...
+
+    @property
+    def num_weight_bytes(self) -> int: ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+
+    @property
+    def inputs(self) -> RowInputs: ...
+
+    @property
+    def embedding_VD(self) -> Tensor:
+        """With spare rows behind the vocabulary, where vectors of images are put."""
+
+    def replay(self, size: int) -> Tensor:
+        """Run a step of the first `size` rows of `inputs`: logits f32 (size, V), overwritten by
+        the next step.
+        """
+
+    def prefill(self, batch: PrefillBatch) -> Tensor:
+        """The residual stream after the last layer, (T, D)."""
+
+    def head(self, residual_RD: Tensor) -> Tensor:
+        """Logits f32 (R, V) of rows of `prefill`'s result."""
+
+    def facts(self) -> dict[str, object]: ...
+
+
+class HopperExecutor:
+    """Graphs, prefill and head over one set of weights and one cache."""
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        weights: CudaWeights,
+        cache: KvCache,
+        inputs: RowInputs,
+        *,
+        sizes: tuple[int, ...],
+        max_batch_tokens: int,
+        prefill: PrefillMode,
+        shared: SharedBuffers,
+        all_reduce: Any = None,
+    ) -> None:
+        """Nothing is captured yet (`capture`)."""
+        self._library = library
+        self._weights = weights
+        self._cache = cache
+        self._sizes = sizes
+        self._inputs = inputs
+        self._rotary = RotaryTable(weights.config, library.device)
+        self._shared = shared
+        self._all_reduce = all_reduce
+        self._prefill = Prefill(
+            library,
+            weights,
+            cache,
+            max_batch_tokens,
+            rotary=self._rotary.at,
+            mode=prefill,
+            fast_accumulation=True,
+            all_reduce=all_reduce,
+        )
+        self._mode = prefill
+        self._steps: dict[int, DecodeStep] = {}
+        self._capture_s = 0.0
+        self._graph_bytes = 0
+        self._logits_TV = shared.take(
+            "logits",
+            MAX_ROWS * weights.head.weight.out_features,
+            torch.float32,
+            library.device,
+        ).view(MAX_ROWS, -1)
+
+    @property
+    def config(self) -> TextConfig:
+        return self._weights.config
+
+    @property
+    def num_weight_bytes(self) -> int:
+        return self._weights.num_bytes
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self._sizes
+
+    @property
+    def inputs(self) -> RowInputs:
+        return self._inputs
+
+    @property
+    def embedding_VD(self) -> Tensor:
+        return self._weights.embedding_VD
+
+    def _make_step(self, size: int) -> DecodeStep:
+        def prepare(step: DecodeStep) -> None:
+            rows = unpack(self._inputs, size)
+            step.token_ids_T.copy_(rows.token_ids_T)
+            step.positions_T.copy_(rows.positions_T)
+            step.context_lengths_T.copy_(rows.context_lengths_T)
+            step.slots_T.copy_(rows.slots_T)
+            step.block_table_TP.copy_(rows.block_table_TP)
+
+        return DecodeStep(
+            self._library,
+            self._weights,
+            self._cache,
+            size,
+            rotary=self._rotary.at,
+            max_context_tokens=self._inputs.table.shape[1] * self._cache.page_slots,
+            serving=Serving(prepare, self._logits_TV[:size], self._shared, self._all_reduce),
+        )
+
+    def allocate(self) -> None:
+        """Take the memory that the steps share; before the cache is sized."""
+        self._make_step(self._sizes[-1])
+
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a prefill of so many tokens that stores nothing: its memory is held from then on."""
+        device = self._library.device
+        positions_T = torch.arange(num_tokens, device=device)
+        slots_T = torch.full_like(positions_T, -1)
+        chunk = Chunk(0, num_tokens, 0, positions_T[:0])
+        batch = PrefillBatch(torch.zeros_like(positions_T), positions_T, slots_T, (chunk,))
+        self.head(self.prefill(batch)[-1:])
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record a graph of every size."""
+        start = time.perf_counter()
+        free_before, _ = torch.cuda.mem_get_info()
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            step = self._make_step(size)
+            step.capture(pool)
+            self._steps[size] = step
+        torch.cuda.synchronize()
+        self._capture_s = time.perf_counter() - start
+        self._graph_bytes = free_before - torch.cuda.mem_get_info()[0]
+        logger.info(
+            "%d graphs of %s rows captured in %.1f s: %.1f MB, %.1f MB shared by all steps",
+            len(self._sizes),
+            ", ".join(map(str, self._sizes)),
+            self._capture_s,
+            self._graph_bytes / 1e6,
+            self._shared.num_bytes / 1e6,
+        )
+
+    def replay(self, size: int) -> Tensor:
+        self._steps[size].replay()
+        return self._logits_TV[:size, : self.config.vocab_size]
+
+    def run_eagerly(self, size: int) -> Tensor:
+        """As `replay` without the graph; for tests."""
+        self._steps[size].run()
+        return self._logits_TV[:size, : self.config.vocab_size]
+
+    def prefill(self, batch: PrefillBatch) -> Tensor:
+        return self._prefill.forward(batch)
+
+    def head(self, residual_RD: Tensor) -> Tensor:
+        parts = [self._head(part) for part in torch.split(residual_RD, MAX_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _head(self, residual_RD: Tensor) -> Tensor:
+        x_RD = self._prefill.normed(residual_RD)
+        logits_RV = stream_product(self._library, self._weights.head.weight, x_RD)
+        return logits_RV[:, : self.config.vocab_size]
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "decoder": "CUDA kernels, one graph a size",
+            "graph_sizes": list(self._sizes),
+            "graph_bytes": self._graph_bytes,
+            "graph_capture_s": round(self._capture_s, 2),
+            "shared_bytes": self._shared.num_bytes,
+            "prefill": self._mode,
+        }

@@ -1,0 +1,151 @@
+"""The CUDA runner's device side in plain ops on the CPU: for the logic around it, not for numerics.
+
+Same inputs, same meaning of rows, pages and slots; nothing is launched on a device and no kernel
+is tested by it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.config import TextConfig
+from halfbyte.engine.cache import PagedAttend, PagedCache
+from halfbyte.engine.config import EngineConfig, resolve
+from halfbyte.engine.core import Engine
+from halfbyte.engine.cuda_runner import CudaRunner, fit_to_graphs
+from halfbyte.engine.graphs import MAX_ROWS, RowInputs, graph_sizes, make_inputs, unpack
+from halfbyte.engine.sampler import LogitsHook
+from halfbyte.kernels import dispatch
+from halfbyte.model.cuda_decoder import PrefillBatch
+from halfbyte.model.decoder import Decoder, Step
+from halfbyte.model.load import load_decoder, load_vision
+
+CPU = torch.device("cpu")
+
+
+class TwinExecutor:
+    """`engine.graphs.Executor` over the ordinary decoder and cache."""
+
+    def __init__(
+        self, decoder: Decoder, cache: PagedCache, inputs: RowInputs, sizes: tuple[int, ...]
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._inputs = inputs
+        self._sizes = sizes
+        spare = torch.zeros(MAX_ROWS, decoder.config.width, dtype=decoder.embedding_VD.dtype)
+        decoder.embedding_VD = nn.Buffer(torch.cat((decoder.embedding_VD, spare)))
+        self._logits_TV = torch.full((MAX_ROWS, decoder.config.vocab_size), torch.nan)
+        self.replayed: list[int] = []
+
+    @property
+    def config(self) -> TextConfig:
+        return self._decoder.config
+
+    @property
+    def num_weight_bytes(self) -> int:
+        return self._decoder.num_weight_bytes
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self._sizes
+
+    @property
+    def inputs(self) -> RowInputs:
+        return self._inputs
+
+    @property
+    def embedding_VD(self) -> Tensor:
+        embedding: Tensor = self._decoder.embedding_VD
+        return embedding
+
+    def replay(self, size: int) -> Tensor:
+        self.replayed.append(size)
+        rows = unpack(self._inputs, size)
+        assert int(rows.block_table_TP.max()) < self._cache.num_pages
+        attend = PagedAttend(
+            self._cache,
+            rows.slots_T,
+            rows.block_table_TP,
+            rows.context_lengths_T,
+            torch.arange(size + 1, dtype=torch.int32),
+        )
+        self._logits_TV[:size] = self._decoder(Step(rows.token_ids_T, rows.positions_T, attend))
+        return self._logits_TV[:size]
+
+    def prefill(self, batch: PrefillBatch) -> Tensor:
+        """Chunks and singles as the sequences of one ragged step."""
+        pages: list[Tensor] = []
+        lengths: list[int] = []
+        starts = [0]
+        if batch.singles is not None:
+            pages += list(batch.singles.block_table_SP)
+            lengths += batch.singles.context_lengths_S.tolist()
+            starts += range(1, len(lengths) + 1)
+        for chunk in batch.chunks:
+            assert starts[-1] == chunk.first_row
+            pages.append(chunk.pages_P.int())
+            lengths.append(chunk.start + chunk.num_rows)
+            starts.append(chunk.first_row + chunk.num_rows)
+        table = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
+        attend = PagedAttend(
+            self._cache,
+            batch.slots_T,
+            table,
+            torch.tensor(lengths, dtype=torch.int32),
+            torch.tensor(starts, dtype=torch.int32),
+        )
+        step = Step(
+            batch.token_ids_T,
+            batch.positions_T,
+            attend,
+            None,
+            batch.image_rows_I,
+            batch.image_vectors_ID,
+        )
+        decoder = self._decoder
+        x_TD = decoder.embed(step)
+        rotation = decoder.rotary.at(batch.positions_T)
+        for index, layer in enumerate(decoder.layers):
+            x_TD = layer(x_TD, index, attend, rotation)
+        return x_TD
+
+    def head(self, residual_RD: Tensor) -> Tensor:
+        decoder = self._decoder
+        normed_RD = dispatch.rms_norm(residual_RD, decoder.norm_D, decoder.config.norm_eps)
+        return decoder.head(normed_RD, torch.float32)
+
+    def facts(self) -> dict[str, object]:
+        return {"decoder": "twin"}
+
+
+def twin_engine(directory: Path, hook: LogitsHook | None = None, **options: Any) -> Engine:
+    """An engine that takes the CUDA runner's ways; defaults as `engine_driver.load`."""
+    defaults: dict[str, Any] = {"max_model_len": 160, "kv_cache_tokens": 640, "kv_cache": "fp8"}
+    config = replace(EngineConfig(mode="fp8_declared"), **(defaults | options))
+    config = fit_to_graphs(config)
+    checkpoint = Checkpoint.open(directory)
+    decoder = load_decoder(checkpoint, mode="fp8_declared")
+    config = resolve(config, decoder.config, "fp8", 1 << 30)
+    assert config.kv_cache_tokens is not None and config.max_model_len is not None
+    cache = PagedCache(
+        decoder.config,
+        format="fp8",
+        num_pages=config.kv_cache_tokens // config.block_tokens,
+        block_tokens=config.block_tokens,
+        kv_scales=decoder.kv_scales,
+    )
+    inputs = make_inputs(
+        config.max_sequences + 1,
+        -(-config.max_model_len // config.block_tokens),
+        config.max_sequences,
+        CPU,
+    )
+    sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
+    executor = TwinExecutor(decoder, cache, inputs, sizes)
+    runner = CudaRunner(executor, cache, config, load_vision(checkpoint))
+    return Engine(runner, config, logits_hook=hook)
