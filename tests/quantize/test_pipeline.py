@@ -129,6 +129,11 @@ def test_the_record_holds_times_memory_and_ranges_of_every_layer(
     assert [linear["name"] for linear in record["linears"]] == [
         linear.name for linear in decoder_linears(Checkpoint.open(source).config)
     ]
+    # Every method is judged on every linear, whichever was chosen.
+    for linear in record["linears"]:
+        assert linear["output_db"].keys() == set(METHODS) - {"none"}
+        assert (15 if linear["format"] == "nvfp4" else 25) < linear["output_db"]["max"] < 45
+    assert sum(x["output_db"]["mse"] > x["output_db"]["max"] for x in record["linears"]) >= 2
     # Block scales rounded down to e4m3 cut some of their largest weights.
     clipped = {linear["name"]: linear["clipped"] for linear in record["linears"]}
     assert 0 < clipped["decoder.4.mlp.up"] < 0.1 and clipped["decoder.4.attention.q"] == 0

@@ -7,7 +7,7 @@ size. Called by `quantize.pipeline`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,19 +34,34 @@ READERS: Mapping[str, tuple[str, ...]] = {
 # Tap points of what the KV cache holds: keys after rotation, values as projected.
 KEYS, VALUES = "attention.k", "attention.v"
 TAPS = (*READERS, KEYS, VALUES)
+# Inputs kept of each layer, to compare methods on.
+SAMPLED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What one layer's activations were: tap point -> observed magnitude, bf16, 0-d."""
+    """What one layer's activations were.
+
+    observed  tap point -> observed magnitude, bf16, 0-d
+    samples   tap point of an input -> evenly spaced tokens of the first row, bf16 (T, I), where
+              the layer ran
+    """
 
     layer: int
     observed: Mapping[str, Tensor]
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
 
     def input_of(self, linear: str) -> Tensor:
         """The magnitude of the input of canonical `linear`."""
+        return self.observed[self._tap_of(linear)]
+
+    def sample_of(self, linear: str) -> Tensor | None:
+        """Some inputs of canonical `linear`, if any were kept."""
+        return self.samples.get(self._tap_of(linear))
+
+    def _tap_of(self, linear: str) -> str:
         short = linear.removeprefix(f"decoder.{self.layer}.")
-        return next(self.observed[tap] for tap, readers in READERS.items() if short in readers)
+        return next(tap for tap, readers in READERS.items() if short in readers)
 
 
 Progress = Callable[[int, int], None]  # rows done, rows in all, of the layer at work
@@ -89,9 +104,9 @@ def stream_layers(
             loading = None
             if prefetch and layer != layers[-1]:
                 loading = pool.submit(load, layer + 1)
-            observed = runner.run(layer, loaded)
+            statistics = runner.run(layer, loaded)
             del loaded
-            yield LayerStatistics(layer, observed)
+            yield statistics
 
 
 class _Loader:
@@ -150,12 +165,16 @@ class _Runner:
         )
 
     @torch.inference_mode()
-    def run(self, layer: int, module: DecoderLayer) -> dict[str, Tensor]:
+    def run(self, layer: int, module: DecoderLayer) -> LayerStatistics:
         """All rows through one layer; returns what its tap points showed."""
         observers: dict[str, Observer] = {tap: self._make_observer() for tap in TAPS}
+        samples: dict[str, Tensor] = {}
 
         def tap(point: str, x: Tensor) -> None:
             observers[point].update(x)
+            if point in READERS and point not in samples:
+                step = max(1, x.shape[0] // SAMPLED_TOKENS)
+                samples[point] = x[::step][:SAMPLED_TOKENS].clone()
 
         all_tokens = self._activations.row_tokens
         fetched_TD = self._lane.fetch(0)
@@ -175,7 +194,7 @@ class _Runner:
                     f"decoder.{layer}: {point} holds NaN or infinity; the weights up to this "
                     "layer are damaged, or their scales are"
                 )
-        return observed
+        return LayerStatistics(layer, observed, samples)
 
 
 def input_maxima(

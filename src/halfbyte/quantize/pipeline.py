@@ -26,6 +26,7 @@ from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validat
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import cache_scales, quantize_layer
 from halfbyte.quantize.memory import limit_gpu
+from halfbyte.quantize.methods import output_errors
 from halfbyte.quantize.record import peak_memory_bytes, run_record
 from halfbyte.quantize.report import Record, linear_record
 from halfbyte.quantize.staging import FULL, Staging, locked, work_directory
@@ -230,7 +231,15 @@ class _Progress:
             for name, tensor in linear.tensors.items():
                 hashes |= self._write(name, tensor)
             if job.config.with_errors:
-                records.append(linear_record(linear))
+                record = linear_record(linear)
+                if statistics is not None:
+                    record["output_db"] = output_errors(
+                        linear,
+                        statistics.sample_of(linear.name),
+                        statistics.input_of(linear.name),
+                        job.config.profile,
+                    )
+                records.append(record)
         if job.plan.kv_cache == "fp8":
             rule = job.plan.scales.activations
             for name, scale in cache_scales(layer, statistics, job.config.profile, rule).items():
