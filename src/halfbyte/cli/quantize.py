@@ -1,7 +1,6 @@
 """`halfbyte quantize`: calibrate and quantize a checkpoint by a recipe."""
 
 import argparse
-import json
 from pathlib import Path
 
 from halfbyte.cli.serve import add_accept
@@ -44,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-size", type=parse_bytes, default=10 * 10**9, help="largest shard (10GB)"
     )
     parser.add_argument(
-        "--report", type=Path, help="write errors, scales, times and memory as JSON to this file"
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="write a page of errors, ranges, times and memory; beside it the same as .json",
     )
     parser.add_argument(
         "--restart", action="store_true", help="drop an unfinished run instead of going on with it"
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from halfbyte.quantize.job import QuantizeConfig
+    from halfbyte.quantize.page import write_report
     from halfbyte.quantize.pipeline import quantize
     from halfbyte.quantize.scales import METHODS as SCALES_OF
     from halfbyte.recipe.schema import load_recipe
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     if args.report is not None:
-        args.report.write_text(json.dumps(result.record, indent=1) + "\n")
+        print("report: {} and {}".format(*write_report(result.record, args.report)))
     print(
         f"{result.output}: {result.num_bytes / 1e9:.3f} GB from {result.num_source_bytes / 1e9:.3f}"
         f" GB, {result.num_calibration_tokens} calibration tokens, {result.seconds:.1f} s"

@@ -1,0 +1,129 @@
+"""The report: everything in the record is on the page, nothing is fetched, nothing breaks it."""
+
+import copy
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from halfbyte.cli.main import main
+from halfbyte.model.tiny import write_tiny_checkpoint
+from halfbyte.quantize.charts import Cell, colour, heatmap, lines, stacked
+from halfbyte.quantize.page import render
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the command has written a report."""
+    root = tmp_path_factory.mktemp("report")
+    write_tiny_checkpoint(root / "fp8", layers=LAYERS, dialect="mistral-fp8")
+    ids = torch.randint(0, 512, (2, 30), generator=torch.Generator().manual_seed(0))
+    save_file({"batch0.input_ids": ids}, root / "tokens.safetensors")
+    command = ["quantize", str(root / "fp8"), str(root / "out"), "--recipe", "medium-3.5"]
+    command += ["--calibration-tokens", str(root / "tokens.safetensors"), "--log-level", "error"]
+    assert main([*command, "--report", str(root / "report.html")]) == 0
+    return root
+
+
+@pytest.fixture
+def record(report: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((report / "report.json").read_text())
+    return loaded
+
+
+class Reader(HTMLParser):
+    """Checks that tags nest, and collects what might fetch something, and titles of marks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetches: list[str] = []
+        self.titles: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe", "object"):
+            self.fetches.append(tag)
+        self.fetches += [name for name, _ in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "br"):
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        (self.titles if self.open and self.open[-1] == "title" else self.text).append(data)
+
+
+def read(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_shows_every_linear_layer_and_range_and_fetches_nothing(
+    report: Path, record: dict[str, Any]
+) -> None:
+    page = (report / "report.html").read_text()
+    reader = read(page)
+    assert reader.fetches == [] and "url(" not in page and "@import" not in page
+    for linear in record["linears"]:
+        assert any(title.startswith(f"{linear['name']}: ") for title in reader.titles)
+    for layer in record["layers"]:
+        for tap, value in layer["observed"].items():
+            assert f"{tap}, layer {layer['layer']}: {value:.4g} " in reader.titles
+    text = " ".join(reader.text)
+    assert record["calibration"]["sha256"] in text
+    assert all(facts["sha256"] in text for facts in record["source"]["files"].values())
+    assert all(part in text for part in record["output"]["parts"])
+    assert render(record) == page
+
+
+def test_names_from_outside_cannot_become_markup(record: dict[str, Any]) -> None:
+    hostile = copy.deepcopy(record)
+    hostile["output"]["name"] = '"><script>alert(1)</script>'
+    hostile["recipe"]["name"] = "<b>&amp;"
+    member = {
+        "name": "<i>x", "dataset": "<u>y", "origin": "hub", "revision": "<s>", "taken_rows": 1,
+        "requested_rows": 2, "num_tokens": 3,
+        "splits": [{"name": "<em>z", "read": {"rows": 4, "sha256": "ab" * 32}, "rows": [1, 2]}],
+    }  # fmt: skip
+    hostile["calibration"]["provenance"] = {"blend": "<q>", "members": [member]}
+    reader = read(render(hostile))
+    assert reader.fetches == []
+    text = " ".join(reader.text)
+    for part in ("<script>", "<b>&amp;", "<i>x", "<u>y", "<s>", "<em>z", "<q>"):
+        assert part in text
+
+
+def test_a_run_without_data_or_errors_still_has_a_report(record: dict[str, Any]) -> None:
+    bare = {**record, "linears": [], "calibration": None}
+    bare["layers"] = [{**layer, "observed": {}} for layer in record["layers"]]
+    text = " ".join(read(render(bare)).text)
+    assert "Errors were not measured" in text and "data-free" in text and "pinned" in text
+
+
+def test_charts_survive_equal_missing_and_extreme_values() -> None:
+    cells = {"q": [Cell(None, "none"), Cell(3.0, "three")], "k": [Cell(3.0, "equal")]}
+    assert heatmap(cells, title="t", unit="dB").count("<rect class") == 3
+    assert "nothing was lost" in heatmap({"q": [Cell(None, "x")]}, title="t", unit="dB")
+    assert heatmap({}, title="t", unit="") == "" == lines({}, title="t", unit="", logarithmic=True)
+    drawn = lines({"a": [1e-30, None, 1e30, 0.0], "b": [2.0]}, title="t", unit="", logarithmic=True)
+    assert "nan" not in drawn and "inf" not in drawn and drawn.count("<circle") == 3
+    assert lines({"a": [None]}, title="t", unit="", logarithmic=False) == ""
+    assert "nan" not in lines({"a": [0.0, 0.0]}, title="t", unit="", logarithmic=False)
+    assert stacked({"a": [0.0]}, title="t", unit="s").count("<rect") == 2
+    assert colour(-1) == colour(0) == "#440154" and colour(2) == colour(1) == "#fde725"
