@@ -5,16 +5,14 @@ from hypothesis import strategies as st
 
 from halfbyte.calibrate.overlap import NUM_WORDS, OverlapIndex
 
-PROMPT = (
-    "Find the number of ordered pairs (x,y), where both x and y are integers between -100 and 100."
-)
+PROMPT = "Count the grid points (p,q), where both p and q are even numbers between -60 and 80."
 
 
 def test_an_item_is_found_whatever_its_case_and_punctuation() -> None:
     index = OverlapIndex([PROMPT])
     disguised = PROMPT.upper().replace(",", " ,\n").replace("(", "$(")
     assert index.hits([f"A contest. {disguised} Answer: 42."])
-    assert not index.hits(["Find the number of ordered pairs of integers."])
+    assert not index.hits(["Count the grid points of the plane."])
 
 
 def test_twelve_words_are_not_enough() -> None:

@@ -5,6 +5,7 @@ Each disagreement is listed with the defect of the official grader that explains
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,29 @@ def test_aime_gold_is_recognised_in_every_usual_form() -> None:
         for text in (rf"\boxed{{{gold:03d}}}", f"Answer: {gold}", rf"$\boxed{{\text{{{gold}}}}}$."):
             assert grade_number(gold, text).value == 1.0
         assert grade_number(gold, rf"\boxed{{{gold + 1}}}").value == 0.0
+
+
+def test_no_item_that_may_not_be_published_is_in_the_repository() -> None:
+    def plain(text: str) -> str:
+        return re.sub(r"\W+", " ", text).lower()
+
+    root = Path(__file__).parents[2]
+    folders = ("src", "tests", "docs", "benchmarks")
+    files = [*root.glob("*.md"), *(f for folder in folders for f in (root / folder).rglob("*"))]
+    texts = {}
+    for file in files:
+        if file.is_file() and file.stat().st_size < 4 << 20:
+            texts[file] = plain(file.read_bytes().decode("utf-8", "replace"))
+    assert len(texts) > 300
+    sources = {
+        "aime2025/problems.jsonl": "problem",
+        "aa_lcr/questions_half.jsonl": "question",
+        "ifbench/responses_with_verdicts.jsonl": "response",
+        "mmmu_pro/standard10_gpt4o_outputs.jsonl": "response",
+    }
+    for path, column in sources.items():
+        for row in _rows(path):
+            for start in (0, len(row[column]) // 2):
+                piece = plain(row[column][start : start + 90]).strip()
+                if len(piece) >= 40:
+                    assert [f for f, text in texts.items() if piece in text] == [], piece[:20]

@@ -33,6 +33,7 @@ def test_last_box_then_last_answer_line(text: str, found: str | None) -> None:
         ("70.", 70),
         (r"\text{70}", 70),
         (r"70\text{ degrees}", 70),
+        (r"70\ ", 70),
         (r"70^\circ", 70),
         (r"70^{\circ}", 70),
         ("$70$", 70),

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,13 @@ SMALL = Limits(
     open_files=64,
     output_bytes=100_000,
 )
+# On a busy machine a second of processor time may take many on the clock.
+PATIENT = replace(SMALL, wall_s=20.0)
 PYTHON = interpreter(sys.executable)
 
 
-def run(program: str) -> Outcome:
-    return run_program(PYTHON, program, limits=SMALL)
+def run(program: str, limits: Limits = PATIENT) -> Outcome:
+    return run_program(PYTHON, program, limits=limits)
 
 
 # name -> (program, endings it may have, text that must be in its error output)
@@ -38,7 +41,7 @@ HOSTILE: dict[str, tuple[str, str, str]] = {
     "endless sleep": ("import time\nwhile True: time.sleep(9)", "wall", ""),
     "loop deaf to its signal": (
         "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
-        "signal wall",
+        "signal",
         "",
     ),
     "fork bomb": ("import os\nwhile True: os.fork()", "exited cpu wall", ""),
@@ -195,9 +198,10 @@ def test_there_are_at_least_thirty() -> None:
 def test_hostile_program_ends_as_it_must(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_OF_THE_TEST", "1")
     program, endings, message = HOSTILE[name]
+    limits = SMALL if "wall" in endings else PATIENT
     started = time.monotonic()
-    outcome = run(program)
-    assert time.monotonic() - started < SMALL.wall_s + 1.5
+    outcome = run(program, limits)
+    assert time.monotonic() - started < limits.wall_s + 5
     assert outcome.ending in endings.split(), outcome
     assert message in outcome.stderr, outcome
     # None of them may look like success, save the one whose child tries to outlive it.
@@ -208,7 +212,10 @@ def test_hostile_program_ends_as_it_must(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_nothing_is_left_running() -> None:
     marker = f"{os.getpid()}.{time.monotonic_ns()}"
-    run(f"import os, sys\nos.fork()\nos.execv(sys.executable, ['{marker}', '-c', 'while 1: 0'])")
+    program = (
+        f"import os, sys\nos.fork()\nos.execv(sys.executable, ['{marker}', '-c', 'while 1: 0'])"
+    )
+    run(program, SMALL)
     for process in Path("/proc").iterdir():
         try:
             assert marker.encode() not in (process / "cmdline").read_bytes()
@@ -236,6 +243,13 @@ def test_harmless_program_sees_its_files_and_what_was_made_visible(tmp_path: Pat
 def test_absent_file_is_an_error_of_ours_not_of_the_program() -> None:
     with pytest.raises(FileNotFoundError):
         run_program(PYTHON, "pass", limits=SMALL, visible=[Path("/no/such/file")])
+
+
+def test_interpreter_may_be_reached_over_a_link(tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(Path(sys.prefix))
+    python = interpreter(str(tmp_path / "linked" / "bin" / Path(sys.executable).name))
+    outcome = run_program(python, "import numpy\nprint(numpy.__name__)", limits=SMALL)
+    assert outcome.stdout == "numpy\n", outcome
 
 
 def test_exit_code_and_streams_come_back() -> None:

@@ -12,7 +12,7 @@ from halfbyte.evals.config import seed_for
 from halfbyte.evals.tasks import aa_lcr, gpqa, ifbench, mmlu_pro, scicode
 from halfbyte.evals.tasks.benchmark import Benchmark, Options, spread
 from halfbyte.evals.tasks.choices import choice_prompt
-from halfbyte.evals.tasks.data import load_rows
+from halfbyte.evals.tasks.data import load_rows, rows_sha256
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES, find_benchmarks
 from halfbyte.evals.types import Image, Prompt
 
@@ -39,9 +39,10 @@ def test_only_options_that_exist_are_shown() -> None:
 def test_prompt_itself_states_no_answer() -> None:
     from halfbyte.evals.grading.letters import extract_letter
 
-    # An echo of the instruction must not be read as an answer, save its example.
-    echoed = choice_prompt("Why?", ["one", "two", "three"], "aa").split(" (for example")[0]
-    assert extract_letter(echoed, "ABC") is None
+    # An echo of the whole request must not be read as an answer.
+    for shape in ("aa", "aa-boxed"):
+        echoed = choice_prompt("Why?", ["one", "two", "three"], shape)
+        assert extract_letter(echoed, "ABC") is None
 
 
 def test_mmlu_pro_items_keep_their_own_letters() -> None:
@@ -147,7 +148,8 @@ def test_given_scicode_steps_are_neither_asked_nor_counted(tmp_path: Path) -> No
 
 def test_scicode_without_expected_values_says_where_they_come_from(tmp_path: Path) -> None:
     (tmp_path / "scicode").mkdir()
-    (tmp_path / "scicode" / "problems.jsonl").write_text("")
+    problem = {"problem_id": "1", "required_dependencies": "", "sub_steps": []}
+    (tmp_path / "scicode" / "problems.jsonl").write_text(json.dumps(problem) + "\n")
     with pytest.raises(UsageError, match=r"test_data\.h5"):
         load(scicode.BENCHMARK, tmp_path)
 
@@ -185,6 +187,47 @@ def test_seed_depends_on_item_and_repeat_only() -> None:
     assert len(seeds) == 2000
     assert seed_for("pocket", "pocket-01", 0) == 2_077_896_442
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("mmlu_pro", '{"question_id": 1, "question": "q"}', r"item 1 of .* has no options, answer"),
+        ("mmlu_pro", '{"question_id": 1,', r"items\.jsonl, line 1: not JSON"),
+        ("mmlu_pro", '["a"]', "an item is an object"),
+        ("mmlu_pro", "", "holds no items"),
+        ("ifbench", '{"key": "1", "prompt": "p", "instruction_id_list": []}', "has no kwargs"),
+        ("aime2025", '{"problem": "p"}', "has no answer or expected_answer column"),
+    ],
+)
+def test_damaged_items_say_where_and_what(
+    tmp_path: Path, name: str, content: str, complaint: str
+) -> None:
+    (tmp_path / name).mkdir()
+    file = "prompts.jsonl" if name == "ifbench" else "items.jsonl"
+    (tmp_path / name / file).write_text(content)
+    with pytest.raises(UsageError, match=complaint):
+        load(BENCHMARKS[name], tmp_path)
+
+
+def test_rows_with_images_have_the_same_hash_every_time() -> None:
+    from PIL import Image as Pixels
+
+    def rows(colour: int) -> list[dict[str, Any]]:
+        return [{"id": 1, "image": Pixels.new("L", (2, 2), colour), "raw": b"x"}]
+
+    assert rows_sha256(rows(1)) == rows_sha256(rows(1)) != rows_sha256(rows(2))
+
+
+def test_other_prompts_than_the_pinned_ones_are_noted(tmp_path: Path) -> None:
+    pytest.importorskip("if_verifiable", reason="extra 'eval' is not installed")
+    row = {"key": 1, "prompt": "p", "instruction_id_list": ["count:numbers"], "kwargs": [{"N": 1}]}
+    (tmp_path / "ifbench").mkdir()
+    (tmp_path / "ifbench" / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    assert ifbench.OTHER_ITEMS in load(ifbench.BENCHMARK, tmp_path).provenance.note
+    # Copies differ in nulls, in whether keys are text, and in how they write whole numbers.
+    nulls = {**row, "key": "1", "kwargs": [{"N": 1.0, "sep": None}], "more": 1}
+    assert ifbench._plain(nulls) == ifbench._plain(row)
 
 
 def test_suites_name_benchmarks_once_and_errors_list_them() -> None:

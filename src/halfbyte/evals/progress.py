@@ -20,6 +20,7 @@ class Progress:
         self._every_s = 0.5 if self._is_terminal else 10.0
         self._started = time.monotonic()
         self._shown = self._started
+        self._shown_done = -1
         self._resumed = 0
         self._done = 0
         self._tokens = 0
@@ -49,7 +50,10 @@ class Progress:
             self._sums[record.item_id] = (total + record.score, count + 1, record.group)
 
     def show(self, *, last: bool = False) -> None:
-        """Print the state now."""
+        """Print the state now; in a log not twice the same."""
+        if last and not self._is_terminal and self._shown_done == self._done:
+            return
+        self._shown_done = self._done
         self._shown = time.monotonic()
         line = self.line(self._shown - self._started)
         if self._is_terminal:
@@ -70,13 +74,17 @@ class Progress:
             parts.append(f"{100 * e.mean:.1f} % [{low:.1f}, {high:.1f}]")
         if elapsed_s > 0 and fresh > 0:
             rate = fresh / elapsed_s
-            parts.append(f"{rate:.1f} items/s  {self._tokens / elapsed_s:,.0f} tokens/s")
+            parts.append(f"{_speed(rate)}  {self._tokens / elapsed_s:,.0f} tokens/s")
             parts.append(f"{self._tokens:,} tokens")
             if self._done < self._total:
                 parts.append(f"ETA {_clock((self._total - self._done) / rate)}")
         if self._troubles:
             parts.append(", ".join(f"{n} {cause}" for cause, n in sorted(self._troubles.items())))
         return "  ".join(parts)
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:.1f} items/s" if rate >= 1 else f"{60 * rate:.1f} items/min"
 
 
 def _clock(seconds: float) -> str:

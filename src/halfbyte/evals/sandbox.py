@@ -226,6 +226,11 @@ def _outcome(watch: _Watch, wall_s: float) -> Outcome:
     facts = watch.facts
     out, err = (bytes(data).decode("utf-8", "replace") for data in watch.streams.values())
     active = (*facts.get("namespaces", ()), *(("seccomp",) if facts.get("seccomp") else ()))
+    if str(facts.get("failure", "")).startswith("program:"):
+        raise UnsupportedError(
+            "the interpreter for generated code does not start in the sandbox: "
+            f"{facts['failure']}; the code was not run. Give a virtual environment's python"
+        )
     if "failure" in facts:
         raise UnsupportedError(
             f"the sandbox for generated code cannot be built here: {facts['failure']}; "

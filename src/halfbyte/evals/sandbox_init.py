@@ -93,6 +93,7 @@ def _bind_read_only(source: str, root: str) -> None:
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(source):
         os.symlink(os.readlink(source), target)
+        _bind_read_only(os.path.realpath(source), root)  # what it leads to, where nothing shows it
         return
     if os.path.isdir(source):
         os.mkdir(target)

@@ -163,7 +163,8 @@ def paired_difference(
     # All differences are equal: the sample shows no spread, which n groups make likely for any
     # rate of change below ln(40)/n (two-sided 95 %).
     reach = _UNSEEN_TWO_SIDED / e.num_groups
-    return replace(e, low=e.mean - reach, high=e.mean + reach)
+    # Two scores in [0, 1] differ by one at most.
+    return replace(e, low=max(-1.0, e.mean - reach), high=min(1.0, e.mean + reach))
 
 
 def bootstrap_interval(

@@ -10,7 +10,9 @@ import re
 from halfbyte.evals.types import Score, right_or_wrong, unparsed
 
 _MARKS = re.compile(r"\\[()\[\]]|[*_$]")
-_WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}")
+_WRAPPER = re.compile(r"\\(?:text(?:bf|rm|it|sf)?|math(?:rm|bf|sf))\s*\{([^{}]*)\}")
+# The example in an echoed instruction: "(for example 'Answer: A')".
+_ECHO = re.compile(r"\(for example[\s'\"`]*answer:[^)\n]*\)", re.IGNORECASE)
 
 # "Answer: (B)", but neither the echoed "A/B/C/D" nor "Answer: I think".
 _STATED = re.compile(
@@ -44,10 +46,11 @@ def extract_letter(text: str, letters: str) -> str | None:
     ``extract_letter("Answer: J", "ABCD") is None``.
     """
     cleaned = _clean(text)
-    for rule in (_stated_letter, _boxed_letter, _phrased_letter, _last_line_letter):
-        letter = rule(cleaned)
-        if letter is not None and letter in letters:
-            return letter
+    for rule in (_stated_letters, _boxed_letters, _phrased_letters, _last_line_letters):
+        # Within a rule the last letter that the item has wins.
+        valid = [letter for letter in rule(cleaned) if letter in letters]
+        if valid:
+            return valid[-1]
     return None
 
 
@@ -80,39 +83,37 @@ def _balanced(text: str, start: int) -> str | None:
 
 
 def _clean(text: str) -> str:
-    without_marks = _MARKS.sub("", text)
+    without_marks = _ECHO.sub("", _MARKS.sub("", text))
     return _WRAPPER.sub(r"\1", without_marks)
 
 
-def _stated_letter(text: str) -> str | None:
-    found = None
-    for match in _STATED.finditer(text):
-        letter = match["letter"].upper()
-        if letter in "IA" and _PROSE_AFTER.match(text, match.end()):
-            continue
-        found = letter
-    return found
+def _is_word(letter: str, text: str, end: int) -> bool:
+    """Whether an A or I goes on as prose: "I think", "a function"."""
+    return letter in "IA" and _PROSE_AFTER.match(text, end) is not None
 
 
-def _boxed_letter(text: str) -> str | None:
+def _stated_letters(text: str) -> list[str]:
+    found = [(match["letter"].upper(), match.end()) for match in _STATED.finditer(text)]
+    return [letter for letter, end in found if not _is_word(letter, text, end)]
+
+
+def _boxed_letters(text: str) -> list[str]:
     content = last_boxed(text, ("\\boxed",))
     match = _BOXED_LETTER.match(content) if content is not None else None
-    return None if match is None else (match[1] or match[2]).upper()
+    return [] if match is None else [(match[1] or match[2]).upper()]
 
 
-def _phrased_letter(text: str) -> str | None:
-    found: tuple[int, str] | None = None
-    for phrase in _PHRASES:
-        for match in phrase.finditer(text):
-            letter = match[1]
-            if letter in "IA" and _PROSE_AFTER.match(text, match.end()):
-                continue
-            if found is None or match.start(1) > found[0]:
-                found = (match.start(1), letter)
-    return None if found is None else found[1]
+def _phrased_letters(text: str) -> list[str]:
+    found = [
+        (match.start(1), match[1])
+        for phrase in _PHRASES
+        for match in phrase.finditer(text)
+        if not _is_word(match[1], text, match.end())
+    ]
+    return [letter for _, letter in sorted(found)]
 
 
-def _last_line_letter(text: str) -> str | None:
+def _last_line_letters(text: str) -> list[str]:
     lines = text.strip().splitlines()
     match = _LONE_LETTER.fullmatch(lines[-1].strip()) if lines else None
-    return None if match is None else match[1].upper()
+    return [] if match is None else [match[1].upper()]

@@ -61,7 +61,7 @@ def simplify(expression: str) -> str:
     bare = _SPACES.sub("", bare)
     bare = _LEADING_NAME.sub("", bare)
     bare = _THOUSANDS.sub("", bare)
-    bare = bare.strip("*").rstrip(".")
+    bare = bare.strip("*").rstrip(".\\")
     while len(bare) > 1 and bare[0] == "{" and bare[-1] == "}":
         bare = bare[1:-1]
     return bare

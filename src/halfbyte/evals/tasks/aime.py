@@ -8,12 +8,16 @@ judge.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from halfbyte.errors import UsageError
 from halfbyte.evals.grading.numbers import grade_number
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
 from halfbyte.evals.tasks.data import HubSet, load_rows
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
 _HUB = HubSet("math-ai/aime25", "test", revision="563bb8404243c5f09de6ec262f2db674fe5bce9b")
+
+# Mirrors differ in column names.
+_NAMES = (("problem", "question"), ("answer", "expected_answer"))
 
 PROMPT = """\
 Solve the following math problem step by step. Put your final answer inside \\boxed{{}}.
@@ -32,12 +36,16 @@ def load(options: Options) -> Loaded:
         how="The text is copyrighted: fetch math-ai/aime25 from the hub, or put a copy as "
         "aime2025/problems.jsonl (problem, answer) below --data.",
     )
+    for number, row in enumerate(rows.rows, 1):
+        for names in _NAMES:
+            if not any(name in row for name in names):
+                raise UsageError(f"AIME 2025: item {number} has no {' or '.join(names)} column")
     chosen = spread(len(rows.rows), options.limit)
     return Loaded(tuple(_sample(i, rows.rows[i]) for i in chosen), rows.provenance)
 
 
 def _sample(index: int, row: Mapping[str, Any]) -> Sample:
-    # Mirrors differ in column names and in whether the answer is text.
+    # Mirrors also differ in whether the answer is text.
     answer = row["answer"] if "answer" in row else row["expected_answer"]
     problem = row["problem"] if "problem" in row else row["question"]
     item_id = str(row.get("id", index))

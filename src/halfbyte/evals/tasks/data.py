@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from PIL import Image as Pixels
+
 from halfbyte.errors import UsageError
 
 # A document set of AA-LCR is one field of half a million characters.
@@ -69,12 +71,14 @@ def load_rows(
     patterns: Sequence[str],
     package: Sequence[PackageFile] = (),
     hub: HubSet | None = None,
+    columns: Sequence[str] = (),
     how: str = "",
 ) -> Rows:
     """Rows of one benchmark.
 
     data      folder of the user's, or None
     patterns  globs below `data`, tried in order; all files of the first that matches are read
+    columns   names that every row must have
     how       what a user must do to get the set; part of the error when it is nowhere
     Raises UsageError with `how`.
     """
@@ -82,14 +86,33 @@ def load_rows(
         for pattern in patterns:
             if files := sorted(data.glob(pattern)):
                 place = files[0].resolve().parent
-                return _from_files(files, f"{place.parent.name}/{place.name}", None, place)
+                rows = _from_files(files, f"{place.parent.name}/{place.name}", None, place)
+                _check_columns(benchmark, files, rows.rows, columns)
+                return rows
     if package and (files := _package_files(package)):
         name = package[0].distribution
         return _from_files(files, name, distribution(name).version, files[0].parent)
-    if hub is not None and (rows := _from_hub(hub)) is not None:
-        return rows
+    if hub is not None and (found := _from_hub(hub)) is not None:
+        return found
     looked = f"{data}/{patterns[0]}" if data is not None else "no --data folder given"
     raise UsageError(f"{benchmark}: items not found ({looked}). {how}")
+
+
+def _check_columns(
+    benchmark: str,
+    files: Sequence[Path],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+) -> None:
+    where = ", ".join(str(file) for file in files)
+    if not rows:
+        raise UsageError(f"{benchmark}: {where} holds no items")
+    for number, row in enumerate(rows, 1):
+        if absent := [name for name in columns if row.get(name) is None]:
+            raise UsageError(
+                f"{benchmark}: item {number} of {where} has no {', '.join(absent)}; "
+                f"it has {', '.join(map(str, row))}"
+            )
 
 
 def _package_files(wanted: Sequence[PackageFile]) -> list[Path]:
@@ -116,8 +139,19 @@ def _note(folder: Path) -> str:
 
 
 def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
+    rows: list[Mapping[str, Any]] = []
     with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as failure:
+                raise UsageError(f"{file}, line {number}: not JSON: {failure}") from failure
+            if not isinstance(row, dict):
+                raise UsageError(f"{file}, line {number}: an item is an object, not {line[:40]!r}")
+            rows.append(row)
+    return rows
 
 
 def _read_csv(file: Path) -> list[Mapping[str, Any]]:
@@ -167,8 +201,16 @@ def file_sha256(file: Path) -> str:
 
 
 def rows_sha256(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Hash of rows as canonical JSON; what is not JSON (an image) counts by its repr."""
+    """Hash of rows as canonical JSON; images and bytes count by their content."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+        digest.update(json.dumps(row, sort_keys=True, default=_content).encode())
     return digest.hexdigest()
+
+
+def _content(value: Any) -> str:
+    if isinstance(value, Pixels.Image):  # its repr would be an address
+        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    return repr(value)

@@ -32,6 +32,14 @@ def load(options: Options) -> Loaded:
         options.data,
         patterns=("gpqa_diamond/*.csv", "gpqa_diamond*.csv", "gpqa_diamond/*.jsonl"),
         hub=_HUB,
+        columns=(
+            "Record ID",
+            "Question",
+            "Correct Answer",
+            "Incorrect Answer 1",
+            "Incorrect Answer 2",
+            "Incorrect Answer 3",
+        ),
         how="Gated set: accept the terms of Idavidrein/gpqa on the hub, log in with "
         "`huggingface-cli login`, or put your authorised gpqa_diamond.csv below --data.",
     )

