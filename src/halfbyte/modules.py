@@ -15,6 +15,7 @@ a role:
     encoder.I.attention_norm.weight, encoder.I.attention.{q,k,v,o}.weight
     encoder.I.mlp_norm.weight, encoder.I.mlp.{gate,up,down}.weight
     projector.norm.weight, projector.merge.weight, projector.{in,out}.{weight,bias}
+    eagle.fuse.ROLE                      (D, 2 D), only in a draft model, beside decoder.I and norm
 
 ROLE of a linear: `weight` (bf16, e4m3 codes or packed e2m1 codes), `weight_scale` (FP8: f32
 scalar; NVFP4: e4m3 per 16 inputs), `tensor_scale` (NVFP4 only, f32 scalar), `input_scale` (f32
@@ -26,7 +27,7 @@ from typing import Literal
 
 from halfbyte.config import ModelConfig
 
-Part = Literal["decoder", "encoder", "projector", "embedding", "head"]
+Part = Literal["decoder", "encoder", "projector", "embedding", "head", "eagle"]
 Group = Literal["attention", "mlp", ""]
 WeightFormat = Literal["bf16", "fp8", "nvfp4"]
 CacheFormat = Literal["bf16", "fp8"]
@@ -102,6 +103,12 @@ def linears(config: ModelConfig) -> list[Linear]:
     text = config.text
     head = Linear("head", "head", "", None, text.vocab_size, text.width)
     return [*decoder_linears(config), head, *encoder_linears(config)]
+
+
+def eagle_fuse(config: ModelConfig) -> Linear:
+    """What joins a token's embedding and the hidden state before it, in a draft model."""
+    width = config.text.width
+    return Linear("eagle.fuse", "eagle", "", None, width, 2 * width)
 
 
 def fused_partners(name: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 from zlib import crc32
 
 import pytest
@@ -22,6 +23,7 @@ from halfbyte.checkpoint.names import Layout, foreign_name, hub_to_native_rows, 
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from halfbyte.formats.fp8 import encode_fp8, fp8_scale
 from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale
+from halfbyte.model.tiny import native_params
 from halfbyte.modules import WeightFormat, decoder_linears, fused_partners
 
 YARN = RopeConfig(1e6, "yarn", 64.0, 4096, 4.0, 1.0, 1.0, 0.0, 0.0)
@@ -84,31 +86,11 @@ def quantized(config: ModelConfig, quantization: Quantization) -> dict[str, Tens
 
 def params_json(config: ModelConfig, quantization: Quantization) -> dict[str, object]:
     """The native config of a test model."""
-    text, rope = config.text, config.text.rope
-    params: dict[str, object] = {
-        "dim": text.width,
-        "n_layers": text.num_layers,
-        "head_dim": text.head_dim,
-        "hidden_dim": text.mlp_width,
-        "n_heads": text.num_heads,
-        "n_kv_heads": text.num_kv_heads,
-        "rope_theta": rope.theta,
-        "norm_eps": text.norm_eps,
-        "vocab_size": text.vocab_size,
-        "tied_embeddings": text.tied_head,
-        "max_position_embeddings": text.max_positions,
-        "model_type": "transformer",
-    }
-    if rope.kind == "yarn":
-        params["yarn"] = {
-            "original_max_position_embeddings": rope.original_max_positions,
-            "factor": rope.factor,
-            "apply_scale": rope.mscale_all_dim == 0.0,
-            "beta": rope.beta_fast,
-            "alpha": rope.beta_slow,
-        }
+    dialect: Literal["none", "mistral-fp8"] = "none"
     if quantization.dialect == "mistral-fp8":
-        params["quantization"] = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
+        dialect = "mistral-fp8"
+    params = native_params(config.text, dialect)
+    params["model_type"] = "transformer"
     vision = config.vision
     if vision is not None:
         params["vision_encoder"] = {

@@ -34,7 +34,10 @@ class Machine:
             max_sequences=int(options.pop("max_sequences", 3)),
             max_batch_tokens=int(options.pop("max_batch_tokens", 5)),
             prefix_cache=bool(options.pop("prefix_cache", True)),
+            num_ahead=int(options.pop("num_ahead", 0)),
         )
+        # What a draft model keeps of a position: also the token behind it.
+        self.entries: dict[tuple[int, int], tuple[int, ...]] = {}
         assert not options
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
         self.answers: dict[str, list[int]] = {}
@@ -65,6 +68,7 @@ class Machine:
         """
         works = [self.propose(work, guesses) for work in self.scheduler.plan(max_prefill_tokens)]
         lasts = [work.is_last for work in works]
+        blocks_of = [list(work.sequence.blocks) for work in works]
         for work in works:
             self.write(work)
         for work, is_last in zip(works, lasts, strict=True):
@@ -72,7 +76,20 @@ class Machine:
             if is_last:
                 self.grow(work.sequence)
                 self.confirm(work)
+        if self.scheduler.num_ahead:
+            for work, blocks in zip(works, blocks_of, strict=True):
+                self.follow(work, blocks)
         return works
+
+    def follow(self, work: Work, blocks: list[int]) -> None:
+        """Write a draft model's entries as `drafter` does; those before must be right."""
+        tokens = tuple(work.sequence.token_ids)
+        stop = min(work.sequence.num_computed, len(tokens) - 1)
+        for position in range(work.start, stop):
+            self.entries[blocks[position // 2], position % 2] = tokens[: position + 2]
+        for position in range(stop):
+            stored = self.entries[blocks[position // 2], position % 2]
+            assert stored == tokens[: position + 2], f"entry {position} holds {stored}"
 
     def propose(self, work: Work, guesses: SequenceOf[bool]) -> Work:
         if not (work.is_last and work.count == 1 and work.sequence.num_generated and guesses):
@@ -253,27 +270,43 @@ def test_guesses_get_only_the_blocks_that_are_left() -> None:
     machine.scheduler.check()
 
 
-def test_end_of_a_found_prefix_is_built_again_where_a_draft_model_needs_it() -> None:
-    machine = Machine(num_blocks=40, max_batch_tokens=8)
-    machine.scheduler.num_rebuilt_blocks = 1
+def test_a_block_of_a_draft_model_is_shared_where_the_token_behind_it_is_the_same() -> None:
+    machine = Machine(num_blocks=40, max_batch_tokens=8, num_ahead=1)
     prompt = [0, 1, 2, 0, 1, 2, 2, 1, 0]
     sequences = [machine.add(prompt, 1)]
     machine.run()
-    sequences += [machine.add(prompt, 1), machine.add([0, 1, 2], 1)]
+    sequences += [machine.add([*prompt[:i], (prompt[i] + 1) % VOCAB, 1], 1) for i in (3, 4, 5)]
+    sequences += [machine.add(prompt, 1)]
     machine.run()
-    assert [sequence.cached_tokens for sequence in sequences] == [0, 6, 0]
+    assert [sequence.cached_tokens for sequence in sequences] == [0, 2, 2, 4, 8]
     machine.scheduler.check()
+
+
+def test_blocks_of_answers_are_found_though_they_are_full_before_the_next_token_is_known() -> None:
+    machine = Machine(num_blocks=40, max_batch_tokens=8, num_ahead=1)
+    machine.add([0, 1, 2], 6)
+    machine.run()
+    turn = [0, 1, 2, *machine.answers["0"], 1]
+    again = machine.add(turn, 1)
+    machine.run()
+    # Nine known tokens, the last never computed: four full blocks, the last without a next step.
+    assert again.cached_tokens == 6
 
 
 class Requests(RuleBasedStateMachine):
     """Any mixture of arrivals, steps and aborts gives each request its solo answer."""
 
     prefix_cache = True
+    num_ahead = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.machine = Machine(
-            num_blocks=8, max_sequences=3, max_batch_tokens=5, prefix_cache=self.prefix_cache
+            num_blocks=8,
+            max_sequences=3,
+            max_batch_tokens=5,
+            prefix_cache=self.prefix_cache,
+            num_ahead=self.num_ahead,
         )
         self.wanted: dict[str, list[int]] = {}
 
@@ -323,7 +356,17 @@ class RequestsWithoutCache(Requests):
     prefix_cache = False
 
 
+class RequestsWithDraftModel(Requests):
+    """Entries of positions depend on the token behind them, and are shared all the same."""
+
+    num_ahead = 1
+
+
 TestRequests = Requests.TestCase
 TestRequests.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestRequestsWithoutCache = RequestsWithoutCache.TestCase
 TestRequestsWithoutCache.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestRequestsWithDraftModel = RequestsWithDraftModel.TestCase
+TestRequestsWithDraftModel.settings = settings(
+    max_examples=50, stateful_step_count=30, deadline=None
+)

@@ -10,7 +10,7 @@ import torch
 
 from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.config import ModelConfig
-from halfbyte.modules import Linear, decoder_linears, encoder_linears
+from halfbyte.modules import Linear, decoder_linears, eagle_fuse, encoder_linears
 
 _BF16 = (torch.bfloat16,)
 _F32 = (torch.float32,)
@@ -32,6 +32,16 @@ def expected_tensors(config: ModelConfig, quantization: Quantization) -> dict[st
     The head of a tied model is absent.
     """
     return dict(_expected(config, quantization))
+
+
+def expected_eagle_tensors(config: ModelConfig, quantization: Quantization) -> dict[str, Expected]:
+    """As `expected_tensors`, for a draft model, which uses its target's embedding and head."""
+    layers = {
+        name: expected
+        for name, expected in _expected(config, quantization)
+        if name.startswith("decoder.") or name == "norm.weight"
+    }
+    return {**dict(_linear(eagle_fuse(config), quantization)), **layers}
 
 
 def _expected(config: ModelConfig, quantization: Quantization) -> Iterator[tuple[str, Expected]]:

@@ -148,6 +148,7 @@ def _fixed_modules(layout: Layout) -> dict[str, str]:
         "encoder.patch": f"{tower}patch_conv",
         "encoder.norm": f"{tower}ln_pre",
         **{name: _PROJECTOR_PREFIX[layout] + foreign for name, foreign in projector.items()},
+        **({"eagle.fuse": "eagle_linear"} if native else {}),
     }
 
 
@@ -235,7 +236,7 @@ def canonical_name(foreign: str, layout: Layout, dialect: Dialect) -> str | None
         return f"{canonical}.bias" if canonical in ("projector.in", "projector.out") else None
     for ours, theirs in _roles(layout, dialect).items():
         if role == theirs:
-            is_linear = canonical.startswith("decoder.") and "norm" not in canonical
+            is_linear = canonical.startswith(("decoder.", "eagle.")) and "norm" not in canonical
             return f"{canonical}.{ours}" if ours == "weight" or is_linear else None
     return None
 

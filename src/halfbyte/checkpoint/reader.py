@@ -8,6 +8,7 @@ share), always into memory of their own.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.inventory import Expected, expected_tensors
+from halfbyte.checkpoint.inventory import Expected, expected_eagle_tensors, expected_tensors
 from halfbyte.checkpoint.metadata import Quantization, describe, is_native
 from halfbyte.checkpoint.names import (
     Layout,
@@ -36,7 +37,7 @@ from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4
-from halfbyte.modules import WeightFormat
+from halfbyte.modules import WeightFormat, eagle_fuse
 
 # Stored tensors that we leave alone, by foreign name, and why.
 IGNORED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -92,6 +93,37 @@ class Checkpoint:
         stored, ignored = _map_names(files, layout, quantization)
         _compare(stored, expected_tensors(config, quantization), layout, quantization)
         return cls(directory, config, quantization, raw, layout, stored, ignored)
+
+    @classmethod
+    def open_eagle(cls, path: str | Path) -> "Checkpoint":
+        """Open an EAGLE draft model in Mistral's layout (docs/formats.md), as strictly as `open`.
+
+        An embedding or a head beside it is left alone: it shares its target's.
+        """
+        directory = Path(path)
+        if not (directory / "params.json").is_file():
+            raise CheckpointError(
+                f"{directory}: no params.json, so no EAGLE head in Mistral's layout"
+            )
+        files = scan(directory, native=True)
+        fuse = foreign_name("eagle.fuse.weight", "mistral", "none")
+        if fuse not in files:
+            raise CheckpointError(f"{directory}: no {fuse} among {len(files)} tensors, so no EAGLE")
+        config, quantization, raw = describe(directory, "mistral", has_head=True)
+        config = replace(config, vision=None)
+        formats = dict(quantization.formats)
+        if files[fuse].dtype == torch.float8_e4m3fn:
+            formats[eagle_fuse(config).name] = "fp8"
+        else:
+            formats[eagle_fuse(config).name] = "bf16"
+        quantization = replace(quantization, formats=formats)
+        stored, ignored = _map_names(files, "mistral", quantization)
+        for name in ("embedding.weight", "head.weight"):
+            if (shared := stored.pop(name, None)) is not None:
+                ignored[shared.name] = "a draft model uses its target's"
+        expected = expected_eagle_tensors(config, quantization)
+        _compare(stored, expected, "mistral", quantization)
+        return cls(directory, config, quantization, raw, "mistral", stored, ignored)
 
     def names(self) -> tuple[str, ...]:
         """Canonical names of all tensors, in model order."""

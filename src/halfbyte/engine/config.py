@@ -77,19 +77,25 @@ class EngineConfig:
 
 
 def resolve(
-    config: EngineConfig, text: TextConfig, stored: CacheFormat, free_bytes: int
+    config: EngineConfig,
+    text: TextConfig,
+    stored: CacheFormat,
+    free_bytes: int,
+    *,
+    draft_token_bytes: int = 0,
 ) -> EngineConfig:
     """Decide every open value.
 
-    text        the architecture, or a rank's part of it
-    stored      the cache format that the checkpoint names
-    free_bytes  memory that the KV cache may take
+    text               the architecture, or a rank's part of it
+    stored             the cache format that the checkpoint names
+    free_bytes         memory that the KV cache may take
+    draft_token_bytes  what a draft model keeps of each position besides
     Raises UsageError for values that contradict each other or the model, CapacityError if the
     cache that they need does not fit.
     """
     _validate(config, text)
     format = stored if config.kv_cache == "auto" else config.kv_cache
-    block_bytes = bytes_per_token(text, format) * config.block_tokens
+    block_bytes = (bytes_per_token(text, format) + draft_token_bytes) * config.block_tokens
     affordable = free_bytes // block_bytes * config.block_tokens
     longest = config.max_model_len or text.max_positions
     if affordable == 0:

@@ -101,15 +101,17 @@ class Engine:
         self.eos_token_ids = text.eos_token_ids
         self._runner = runner
         self._pool = BlockPool(config.kv_cache_tokens // config.block_tokens, config.block_tokens)
+        self._sampler = Sampler(text.vocab_size, text.eos_token_ids, config.device, logits_hook)
+        self._drafter = runner.drafter(self._sampler) if isinstance(runner, Runner) else None
         self._scheduler = Scheduler(
             self._pool,
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,
             prefix_cache=config.prefix_cache,
+            num_ahead=0 if self._drafter is None else 1,
         )
-        self._sampler = Sampler(text.vocab_size, text.eos_token_ids, config.device, logits_hook)
         self._pacer = PrefillPacer(config.max_decode_slowdown)
-        self._speculator = _make_speculator(config, guesser)
+        self._speculator = _make_speculator(config, guesser or self._drafter)
         # Only a runner that chooses on the device, undisturbed by hooks and guesses, runs ahead.
         is_free = logits_hook is None and self._speculator is None
         self._ahead = runner if is_free and isinstance(runner, CudaRunner) else None
@@ -236,8 +238,13 @@ class Engine:
         num_decodes = sum(work.count == 1 and work.is_last for work in works)
         if self._speculator is not None:
             works = self._speculator.propose(works, self._scheduler)
-        logits_RV = self._runner.run(works)
-        events = self._conclude(works, logits_RV)
+        if self._drafter is None:
+            events = self._conclude(works, self._runner.run(works))
+        else:
+            assert isinstance(self._runner, Runner)
+            computed = self._runner.run_with_hidden(works)
+            events = self._conclude(works, computed.logits_RV)
+            self._drafter.follow(works, computed)
         seconds = time.perf_counter() - started
         if self._speculator is not None:
             self._speculator.observe(seconds, works)
@@ -328,7 +335,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures now. Safe from any thread; single figures may be a step apart."""
         scheduler, pool, runner = self._scheduler, self._pool, self._runner
-        speculator = self._speculator
+        speculator, drafter = self._speculator, self._drafter
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -337,7 +344,7 @@ class Engine:
             cached_blocks=pool.num_cached,
             block_tokens=pool.block_tokens,
             weight_bytes=runner.weight_bytes,
-            cache_bytes=runner.cache_bytes,
+            cache_bytes=runner.cache_bytes + (0 if drafter is None else drafter.num_bytes),
             requests=self._num_added,
             steps=self._num_steps,
             step_s=self._step_s,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import require_trusted
+from halfbyte.config import TextConfig
 from halfbyte.engine.batch import (
     Batch,
     BlockTable,
@@ -23,10 +24,12 @@ from halfbyte.engine.batch import (
     indices_of,
     lay_out,
 )
-from halfbyte.engine.cache import PagedCache
-from halfbyte.engine.config import EngineConfig, free_cache_bytes, resolve
+from halfbyte.engine.cache import PagedCache, bytes_per_token
+from halfbyte.engine.config import NGRAM, EngineConfig, free_cache_bytes, resolve
 from halfbyte.engine.cuda_runner import CudaRunner, load_cuda_runner
+from halfbyte.engine.drafter import Computed, Drafter
 from halfbyte.engine.images import ImageEncoder, Placement
+from halfbyte.engine.sampler import Sampler
 from halfbyte.engine.scheduler import Work
 from halfbyte.engine.workers import Workers, check_devices, config_of
 from halfbyte.errors import UnsupportedError
@@ -34,7 +37,8 @@ from halfbyte.kernels.cuda.library import unavailable
 from halfbyte.log import logger
 from halfbyte.model.cuda_load import reason_against
 from halfbyte.model.decoder import Decoder, Step
-from halfbyte.model.load import load_decoder, load_vision
+from halfbyte.model.eagle import EagleHead
+from halfbyte.model.load import load_decoder, load_eagle, load_vision
 from halfbyte.model.parallel import check_size
 from halfbyte.model.vision import VisionModel
 
@@ -48,11 +52,15 @@ class Runner:
         config: EngineConfig,
         vision: VisionModel | None = None,
         workers: Workers | None = None,
+        eagle: EagleHead | None = None,
     ) -> None:
-        """`config` is resolved; without `vision` requests have no images."""
+        """`config` is resolved; without `vision` requests have no images, without `eagle` there is
+        no draft model.
+        """
         assert config.kv_cache_tokens is not None and config.kv_cache != "auto"
         num_blocks = config.kv_cache_tokens // config.block_tokens
         self.decoder = decoder
+        self._eagle = eagle
         self.images = None if vision is None else ImageEncoder(vision)
         self.device = config.device
         self.cache = PagedCache(
@@ -70,8 +78,9 @@ class Runner:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights of all ranks."""
+        """Of the weights of all ranks, a draft model's included."""
         others = 0 if self._workers is None else self._workers.weight_bytes
+        others += 0 if self._eagle is None else self._eagle.num_weight_bytes
         return self.decoder.num_weight_bytes + others
 
     @property
@@ -99,6 +108,32 @@ class Runner:
         """
         placement = None if self.images is None else self.images.place(works)
         return self._run(works, self._table.rows(works), placement)
+
+    def run_with_hidden(self, works: SequenceOf[Work]) -> Computed:
+        """As `run`, with the hidden states that a draft model reads. One process only."""
+        assert self._workers is None
+        placement = None if self.images is None else self.images.place(works)
+        pages_SP = self._table.rows(works)
+        batch = lay_out(works, pages_SP, self.cache, self.device)
+        return Computed(*self.decoder.forward_with_hidden(_step(batch, placement)), pages_SP)
+
+    def drafter(self, sampler: Sampler) -> Drafter | None:
+        """The draft model over this runner's pages, if there is one; guesses tokens by `sampler`.
+
+        A decoder of another kind must have `embed`, `logits` and `forward_with_hidden` for it.
+        """
+        if self._eagle is None:
+            return None
+        return Drafter(
+            self._eagle,
+            self.decoder,
+            sampler,
+            self._table,
+            num_pages=self.cache.num_pages,
+            block_tokens=self.cache.block_tokens,
+            device=self.device,
+            images=self.images,
+        )
 
     def run_alone(self, work: Work) -> Tensor:
         """As `run`, for a sequence that has blocks but no slot: it is not scheduled."""
@@ -131,16 +166,19 @@ class Runner:
             return self._compute(batch_of(indices, self.cache, self.device), placement)
 
     def _compute(self, batch: Batch, placement: Placement | None) -> Tensor:
-        step = Step(
-            batch.token_ids_T,
-            batch.positions_T,
-            batch.attend,
-            batch.logit_rows_R,
-            None if placement is None else placement.rows_I,
-            None if placement is None else placement.vectors_ID,
-        )
-        logits_RV: Tensor = self.decoder(step)
+        logits_RV: Tensor = self.decoder(_step(batch, placement))
         return logits_RV
+
+
+def _step(batch: Batch, placement: Placement | None) -> Step:
+    return Step(
+        batch.token_ids_T,
+        batch.positions_T,
+        batch.attend,
+        batch.logit_rows_R,
+        None if placement is None else placement.rows_I,
+        None if placement is None else placement.vectors_ID,
+    )
 
 
 def reason_against_kernels(checkpoint: Checkpoint, config: EngineConfig) -> str | None:
@@ -154,6 +192,8 @@ def reason_against_kernels(checkpoint: Checkpoint, config: EngineConfig) -> str 
         return f"mode {config.mode}; the kernels compute fp8_declared"
     if config.tensor_parallel_size > 1:
         return f"tensor parallel over {config.tensor_parallel_size} ranks"
+    if _draft_directory(config) is not None:
+        return "an EAGLE head, which reads hidden states that the kernels do not give"
     stored = checkpoint.quantization.kv_cache
     kv_cache = stored if config.kv_cache == "auto" else config.kv_cache
     return reason_against(checkpoint, kv_cache, config.block_tokens, prefill=config.prefill)
@@ -182,6 +222,11 @@ def load_runner(
     check_size(checkpoint.config.text, config.tensor_parallel_size)
     if config.tensor_parallel_size == 1:
         return _load(checkpoint, config, None)
+    if _draft_directory(config) is not None:
+        raise UnsupportedError(
+            "an EAGLE head runs beside a model in one process only; use --speculative ngram, or "
+            f"tensor-parallel size 1 instead of {config.tensor_parallel_size}"
+        )
     check_devices(config)
     workers = Workers(Path(directory), config)
     try:
@@ -203,12 +248,19 @@ def _load(
         communicator=None if workers is None else workers.join(),
     )
     vision = load_vision(checkpoint, device=local.device)
+    eagle = _load_eagle(config, decoder.config)
     others = [] if workers is None else [workers.connect()]
     free_bytes = min([free_cache_bytes(local), *others])
-    resolved = resolve(local, decoder.config, checkpoint.quantization.kv_cache, free_bytes)
+    resolved = resolve(
+        local,
+        decoder.config,
+        checkpoint.quantization.kv_cache,
+        free_bytes,
+        draft_token_bytes=0 if eagle is None else bytes_per_token(eagle.config, "bf16"),
+    )
     if workers is not None:
         workers.make_caches(replace(resolved, device=config.device))
-    runner = Runner(decoder, resolved, vision, workers)
+    runner = Runner(decoder, resolved, vision, workers, eagle)
     logger.info(
         "%s: %.1f MB of weights, KV cache of %d tokens (%s, %.1f MB), sequences up to %d tokens%s",
         checkpoint.directory.name,
@@ -220,3 +272,23 @@ def _load(
         f", spread over {config.tensor_parallel_size} ranks" if workers is not None else "",
     )
     return runner, resolved
+
+
+def _draft_directory(config: EngineConfig) -> str | None:
+    return None if config.speculative == NGRAM else config.speculative
+
+
+def _load_eagle(config: EngineConfig, target: TextConfig) -> EagleHead | None:
+    directory = _draft_directory(config)
+    if directory is None:
+        return None
+    assert config.mode != "auto"
+    checkpoint = Checkpoint.open_eagle(directory)
+    eagle = load_eagle(checkpoint, target, device=config.device, mode=config.mode)
+    logger.info(
+        "%s: draft model of %d layers, %.1f MB of weights",
+        checkpoint.directory.name,
+        eagle.config.num_layers,
+        eagle.num_weight_bytes / 1e6,
+    )
+    return eagle

@@ -87,6 +87,17 @@ class Sampler:
                 choices[row] = Choice(token_ids[row], found)
         return choices
 
+    def guess(
+        self, logits_RV: Tensor, sequences: SequenceOf[Sequence], num_ahead: int
+    ) -> list[int]:
+        """What `choose` would draw if these were its logits, `num_ahead` tokens further on.
+
+        By the same random number, so that a draft model that is right is right about the draw, too.
+        Masks, bias and penalties are left out; `logits_RV` is changed in place.
+        """
+        self._ban(logits_RV, sequences)
+        return [max(token_id, 0) for token_id in self._draw(logits_RV, sequences, num_ahead)]
+
     def _ban(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> None:
         lists = {sequence.request.params.banned_token_ids for sequence in sequences}
         for banned in lists:
@@ -149,7 +160,9 @@ class Sampler:
     def _ids(self, ids: Iterable[int]) -> Tensor:
         return torch.tensor(list(ids), dtype=torch.int64, device=self._device)
 
-    def _draw(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
+    def _draw(
+        self, logits_RV: Tensor, sequences: SequenceOf[Sequence], num_ahead: int = 0
+    ) -> list[int]:
         open_, filtered = [], []
         for row, sequence in enumerate(sequences):
             params = sequence.request.params
@@ -164,7 +177,8 @@ class Sampler:
             rows = [row for row in rows if token_ids[row] != IMPOSSIBLE]
             if rows:
                 chosen = [sequences[row] for row in rows]
-                drawn = draw(_tempered(logits_RV[rows], chosen), chosen)
+                uniform_R1 = _uniforms(chosen, num_ahead, logits_RV.device)
+                drawn = draw(_tempered(logits_RV[rows], chosen), chosen, uniform_R1)
                 for row, token_id in zip(rows, drawn, strict=True):
                     token_ids[row] = token_id
         return token_ids
@@ -234,27 +248,29 @@ def _tempered(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
     return (logits_RV - logits_RV.amax(-1, keepdim=True)) / scale_R1
 
 
-def _uniforms(sequences: SequenceOf[Sequence], device: torch.device) -> Tensor:
-    values = [uniform(sequence.seed, sequence.num_generated) for sequence in sequences]
+def _uniforms(sequences: SequenceOf[Sequence], num_ahead: int, device: torch.device) -> Tensor:
+    values = [uniform(sequence.seed, sequence.num_generated + num_ahead) for sequence in sequences]
     return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
-def _invert(weights_RC: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+def _invert(weights_RC: Tensor, uniform_R1: Tensor) -> Tensor:
     """Index in each row, drawn by weights that need not sum to one: int64 (R, 1).
 
     The first index whose cumulative weight exceeds the target has a weight above zero.
     """
     cumulative_RC = weights_RC.double().cumsum(-1)
-    target_R1 = _uniforms(sequences, weights_RC.device) * cumulative_RC[:, -1:]
+    target_R1 = uniform_R1 * cumulative_RC[:, -1:]
     return torch.searchsorted(cumulative_RC, target_R1, right=True)
 
 
-def _draw_open(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
-    drawn: list[int] = _invert(logits_RV.exp(), sequences)[:, 0].tolist()
+def _draw_open(logits_RV: Tensor, sequences: SequenceOf[Sequence], uniform_R1: Tensor) -> list[int]:
+    drawn: list[int] = _invert(logits_RV.exp(), uniform_R1)[:, 0].tolist()
     return drawn
 
 
-def _draw_filtered(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
+def _draw_filtered(
+    logits_RV: Tensor, sequences: SequenceOf[Sequence], uniform_R1: Tensor
+) -> list[int]:
     """Draw from the tokens that top-k, top-p and min-p leave.
 
     Only the most likely candidates are looked at, unless those filters may reach past them.
@@ -267,7 +283,7 @@ def _draw_filtered(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[i
     if num_candidates < vocab_size and not _covers(weights_RC, total_R1, params):
         weights_RC, ids_RC = _most_likely(logits_RV, vocab_size)
     kept_RC = _filter(weights_RC, total_R1, params)
-    drawn: list[int] = ids_RC.gather(1, _invert(kept_RC, sequences))[:, 0].tolist()
+    drawn: list[int] = ids_RC.gather(1, _invert(kept_RC, uniform_R1))[:, 0].tolist()
     return drawn
 
 

@@ -63,10 +63,10 @@ class Scheduler:
         max_sequences: int,
         max_batch_tokens: int,
         prefix_cache: bool = True,
-        num_rebuilt_blocks: int = 0,
+        num_ahead: int = 0,
     ) -> None:
-        """`num_rebuilt_blocks` at the end of a found prefix are computed again nevertheless, for a
-        draft model that needs the hidden states behind them.
+        """`num_ahead` tokens behind a block belong to its digest: what a draft model keeps of a
+        position depends on the token after it.
         """
         assert max_batch_tokens >= max_sequences, (
             f"{max_batch_tokens} tokens a step for {max_sequences} sequences"
@@ -75,7 +75,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_batch_tokens = max_batch_tokens
         self.prefix_cache = prefix_cache
-        self.num_rebuilt_blocks = num_rebuilt_blocks
+        self.num_ahead = num_ahead
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -146,10 +146,12 @@ class Scheduler:
             return
         sequence = work.sequence
         block_tokens = self.pool.block_tokens
-        first, last = work.start // block_tokens, (work.start + work.count) // block_tokens
+        # A block whose end was computed before the tokens behind it were known comes late.
+        first = max(work.start - self.num_ahead, 0) // block_tokens
+        last = (work.start + work.count) // block_tokens
         if first < last:
-            sequence.extend_digests(block_tokens)
-        for index in range(first, last):
+            sequence.extend_digests(block_tokens, self.num_ahead)
+        for index in range(first, min(last, len(sequence.digests))):
             digest = sequence.digests[index]
             self.pool.publish(sequence.blocks[index], digest)
             if self._promises.get(digest) is sequence:
@@ -215,7 +217,7 @@ class Scheduler:
         """Digests of the blocks that may come from the cache: at least one token is computed."""
         if not self.prefix_cache or sequence.wants_prompt_logprobs:
             return []
-        sequence.extend_digests(self.pool.block_tokens)
+        sequence.extend_digests(self.pool.block_tokens, self.num_ahead)
         return sequence.digests[: (len(sequence.token_ids) - 1) // self.pool.block_tokens]
 
     def _awaits_promise(self, sequence: Sequence) -> bool:
@@ -229,7 +231,6 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         digests = self._reusable_digests(sequence)
         found = self.pool.find(digests)
-        found = found[: max(len(found) - self.num_rebuilt_blocks, 0)]
         num_new = self.num_blocks_for(len(sequence.token_ids)) - len(found)
         # Without room to grow, the newcomer would be the next to be preempted.
         if not self.pool.can_hold(found, num_new + len(self.running)):
@@ -241,7 +242,7 @@ class Scheduler:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
         if self.prefix_cache:
-            sequence.extend_digests(self.pool.block_tokens)
+            sequence.extend_digests(self.pool.block_tokens, self.num_ahead)
             for digest in sequence.digests[len(found) :]:
                 if self._promises.setdefault(digest, sequence) is sequence:
                     sequence.promised.append(digest)

@@ -124,12 +124,15 @@ class Sequence:
         self.token_ids[-self.num_pending] = token_id
         self.num_pending -= 1
 
-    def extend_digests(self, block_tokens: int) -> None:
-        """Compute the digests of all full blocks of known tokens."""
+    def extend_digests(self, block_tokens: int, num_ahead: int = 0) -> None:
+        """Compute the digests of all full blocks of known tokens.
+
+        num_ahead  tokens behind a block that its content depends on; always the same number
+        """
         num_known = len(self.token_ids) - self.num_pending
-        while (len(self.digests) + 1) * block_tokens <= num_known:
+        while (len(self.digests) + 1) * block_tokens + num_ahead <= num_known:
             start = len(self.digests) * block_tokens
-            stop = start + block_tokens
+            stop = start + block_tokens + num_ahead
             parent = self.digests[-1] if self.digests else ROOT_DIGEST
             extra = self._image_marks(start, stop)
             self.digests.append(block_digest(parent, self.token_ids[start:stop], extra))

@@ -179,6 +179,27 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
         """Logits of the wanted rows, f32 (R, V); on ranks above 0 no rows."""
+        residual_TD = self._residual(step)
+        if step.logit_rows_R is not None:
+            residual_TD = residual_TD[step.logit_rows_R]
+        return self.logits(self._normed(residual_TD))
+
+    @torch.inference_mode()
+    def forward_with_hidden(self, step: Step) -> tuple[Tensor, Tensor]:
+        """As `forward`, and what the head reads, of every row: (logits_RV, hidden_TD)."""
+        hidden_TD = self._normed(self._residual(step))
+        rows_R = step.logit_rows_R
+        return self.logits(hidden_TD if rows_R is None else hidden_TD[rows_R]), hidden_TD
+
+    @torch.inference_mode()
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """The head: f32 (R, V) of hidden states behind the final norm."""
+        return self.communicator.gather(self.head(hidden_RD, torch.float32), self._vocab_widths)
+
+    def _normed(self, residual_TD: Tensor) -> Tensor:
+        return dispatch.rms_norm(residual_TD, self.norm_D, self.config.norm_eps)
+
+    def _residual(self, step: Step) -> Tensor:
         residual_TD = self.embed(step)
         rotation = self.rotary.at(step.positions_T)
         delta_TD: Tensor | None = None
@@ -188,10 +209,7 @@ class Decoder(nn.Module):
             )
         if delta_TD is not None:
             residual_TD = residual_TD + delta_TD
-        if step.logit_rows_R is not None:
-            residual_TD = residual_TD[step.logit_rows_R]
-        normed_RD = dispatch.rms_norm(residual_TD, self.norm_D, self.config.norm_eps)
-        return self.communicator.gather(self.head(normed_RD, torch.float32), self._vocab_widths)
+        return residual_TD
 
     def embed(self, step: Step) -> Tensor:
         """Embeddings of the step's tokens, image vectors in their places: x_TD."""

@@ -16,6 +16,7 @@ from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, decode_nvfp4
 from halfbyte.kernels import dispatch
 from halfbyte.model.decoder import Decoder, DecoderLayer
+from halfbyte.model.eagle import EagleHead
 from halfbyte.model.linear import FusedLinear, Linear, Mode, StoredLinear, make_linear
 from halfbyte.model.parallel import Communicator, Shard, Solo, SummedLinear, shard_of
 from halfbyte.model.vision import (
@@ -130,10 +131,16 @@ class _Source:
         part = self._checkpoint.rows(name, rows.start, rows.stop)
         return part.to(self.device).to(self.dtype)
 
+    def whole(self, name: str) -> StoredLinear:
+        """A linear of no decoder layer, bf16 or FP8, as stored."""
+        return self._with_scales(name, self.tensor(f"{name}.weight"))
+
     def stored(self, name: str) -> StoredLinear:
         """A decoder linear as stored, or the rank's part of it."""
+        return self._with_scales(name, self._part(name, "weight"))
+
+    def _with_scales(self, name: str, weight: torch.Tensor) -> StoredLinear:
         format = self._checkpoint.format_of(name)
-        weight = self._part(name, "weight")
         if format == "bf16":
             return StoredLinear(name, format, weight.to(self.dtype))
         has_input_scale = f"{name}.input_scale" in self._names
@@ -238,6 +245,38 @@ def load_layer(
         gate_up=source.decoded([f"{mlp}.{short}" for short in _GATED]),
         down=source.decoded([f"{mlp}.down"]),
     )
+
+
+def load_eagle(
+    checkpoint: Checkpoint,
+    target: TextConfig,
+    *,
+    device: torch.device | str = "cpu",
+    mode: Mode = "weight_only",
+) -> EagleHead:
+    """Build a draft model (`Checkpoint.open_eagle`) for a target of config `target`.
+
+    Raises CheckpointError if the two do not fit together.
+    """
+    text = checkpoint.config.text
+    for field, ours, theirs in (
+        ("width", text.width, target.width),
+        ("vocab_size", text.vocab_size, target.vocab_size),
+    ):
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {field} {ours} does not fit the model's {theirs}; an "
+                "EAGLE head serves only the model it was trained for"
+            )
+    source = _Source(checkpoint, torch.device(device), mode, torch.bfloat16)
+    head = EagleHead(
+        text,
+        fuse=make_linear([source.whole("eagle.fuse")], mode),
+        layers=[_layer(source, text, layer, Solo()) for layer in _layers(text)],
+        norm_D=source.dense("norm.weight"),
+    )
+    source.check_all_taken("text")
+    return head
 
 
 def load_vision(

@@ -5,23 +5,27 @@ YaRN with a position-dependent query scale, an MLP of an odd number of 16-blocks
 nothing.
 """
 
+import json
 import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.checkpoint.fp8_source import write_fp8_source
-from halfbyte.checkpoint.inventory import Expected, expected_tensors
-from halfbyte.checkpoint.metadata import hub_config, unquantized
-from halfbyte.checkpoint.names import Layout, foreign_name
+from halfbyte.checkpoint.inventory import Expected, expected_eagle_tensors, expected_tensors
+from halfbyte.checkpoint.metadata import Quantization, hub_config, unquantized
+from halfbyte.checkpoint.names import Layout, foreign_name, hub_to_native_rows, rotary_heads
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
-from halfbyte.modules import decoder_linears
+from halfbyte.formats.fp8 import encode_fp8, fp8_scale
+from halfbyte.modules import decoder_linears, eagle_fuse
 
 _TEXT = TextConfig(
     num_layers=8,
@@ -101,6 +105,89 @@ def write_tiny_checkpoint(
         amax = {linear.name: _INPUT_AMAX for linear in decoder_linears(config)}
         write_fp8_source(Checkpoint.open(plain), amax, directory)
     return config
+
+
+def write_tiny_eagle(
+    directory: str | Path,
+    target: ModelConfig,
+    *,
+    layers: int = 2,
+    seed: int = 0,
+    dialect: Literal["none", "mistral-fp8"] = "none",
+    replaced: Mapping[str, Tensor] | None = None,
+) -> ModelConfig:
+    """Write a random EAGLE draft model for `target` in Mistral's layout to a new directory.
+
+    dialect   "mistral-fp8" has every linear in FP8, `eagle_linear` too
+    replaced  canonical tensor name -> what is written instead of random bf16 weights
+    returns   the draft model's config
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True)
+    config = ModelConfig(replace(target.text, num_layers=layers, tied_head=False), None)
+    generator = torch.Generator().manual_seed(seed)
+    files: dict[str, Tensor] = {}
+    for name, expected in expected_eagle_tensors(config, _bf16_eagle(config)).items():
+        values = (replaced or {}).get(name, _random(name, expected, generator))
+        heads = rotary_heads(name, config)
+        if heads is not None:
+            values = hub_to_native_rows(values, heads)
+        linear = name.removesuffix(".weight")
+        if dialect == "none" or "norm" in linear:
+            files[foreign_name(name, "mistral", "none")] = values.contiguous()
+            continue
+        scale = fp8_scale(values.abs().amax()).to(torch.bfloat16)
+        codes = encode_fp8(values, scale.float(), "direct")
+        input_scale = fp8_scale(torch.tensor(_INPUT_AMAX)).to(torch.bfloat16).reshape(())
+        for role, tensor in (
+            ("weight", codes),
+            ("weight_scale", scale),
+            ("input_scale", input_scale),
+        ):
+            files[foreign_name(f"{linear}.{role}", "mistral", dialect)] = tensor
+    save_file(files, directory / "consolidated.safetensors")
+    params = json.dumps(native_params(config.text, dialect), indent=4)
+    (directory / "params.json").write_text(params, encoding="utf-8")
+    return config
+
+
+def _bf16_eagle(config: ModelConfig) -> Quantization:
+    plain = unquantized(config)
+    return replace(plain, formats={**plain.formats, eagle_fuse(config).name: "bf16"})
+
+
+def native_params(text: TextConfig, dialect: Literal["none", "mistral-fp8"]) -> dict[str, object]:
+    """The `params.json` of a text model."""
+    rope = text.rope
+    params: dict[str, object] = {
+        "dim": text.width,
+        "n_layers": text.num_layers,
+        "head_dim": text.head_dim,
+        "hidden_dim": text.mlp_width,
+        "n_heads": text.num_heads,
+        "n_kv_heads": text.num_kv_heads,
+        "rope_theta": rope.theta,
+        "norm_eps": text.norm_eps,
+        "vocab_size": text.vocab_size,
+        "tied_embeddings": text.tied_head,
+        "max_position_embeddings": text.max_positions,
+    }
+    if rope.kind == "yarn":
+        params["yarn"] = {
+            "original_max_position_embeddings": rope.original_max_positions,
+            "factor": rope.factor,
+            "apply_scale": rope.mscale_all_dim == 0.0,
+            "beta": rope.beta_fast,
+            "alpha": rope.beta_slow,
+        }
+    if rope.llama_4_scaling_beta:
+        params["llama_4_scaling"] = {
+            "original_max_position_embeddings": rope.original_max_positions,
+            "beta": rope.llama_4_scaling_beta,
+        }
+    if dialect == "mistral-fp8":
+        params["quantization"] = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
+    return params
 
 
 def _write_bf16(directory: Path, config: ModelConfig, seed: int) -> None:
