@@ -211,6 +211,153 @@ async def test_forced_thought_text_and_calls_pass_the_whole_pipe(stand: Stand) -
     await stand.idle()
 
 
+CALL: tuple[str | int, ...] = (CALLS, "get_weather", ARGS, '{"city": "Rome"}')
+
+
+async def test_deltas_have_the_shape_that_clients_build_on(stand: Stand) -> None:
+    """The first delta of a call says all but its arguments, later ones only arguments."""
+    stand.force(
+        THINK, "hm", END_THINK, "See.", *CALL, CALLS, "get_weather", ARGS, '{"city":""}', EOS
+    )
+    body = {
+        "model": "tiny",
+        "messages": HELLO,
+        "tools": [WEATHER],
+        "reasoning_effort": "high",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    lines = (await stand.http.post("/v1/chat/completions", json=body)).text.strip().split("\n\n")
+    assert lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    assert chunks[-1]["choices"] == [] and all(c["usage"] is None for c in chunks[:-1])
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert reasons == [None] * (len(deltas) - 1) + ["tool_calls"]
+    thoughts = [delta for delta in deltas if "reasoning" in delta]
+    assert thoughts and all(set(d) == {"reasoning", "reasoning_content"} for d in thoughts)
+    assert all(delta["reasoning"] == delta["reasoning_content"] for delta in thoughts)
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    firsts = [call for call in calls if "id" in call]
+    assert [call["index"] for call in firsts] == [0, 1]
+    for call in firsts:
+        assert set(call) == {"index", "id", "type", "function"} and call["type"] == "function"
+        assert re.fullmatch("[a-zA-Z0-9]{9}", call["id"])
+        assert call["function"] == {"name": "get_weather", "arguments": ""}
+    assert firsts[0]["id"] != firsts[1]["id"]
+    for call in calls:
+        if call not in firsts:
+            assert set(call) == {"index", "function"} and set(call["function"]) == {"arguments"}
+    # Thought, text, calls, in this order and not mixed.
+    kinds = [next(iter(sorted(delta)), "") for delta in deltas[1:-1]]
+    assert sorted(kinds, key=["reasoning", "content", "tool_calls"].index) == kinds
+
+
+async def test_one_call_at_most_if_the_client_says_so(stand: Stand) -> None:
+    stand.force(*CALL, *CALL, EOS)
+    answer = await ask(stand, tools=[WEATHER], parallel_tool_calls=False, max_tokens=100)
+    assert len(answer.choices[0].message.tool_calls) == 1
+    assert answer.choices[0].finish_reason == "tool_calls"
+    answer = await ask(stand, tools=[WEATHER], max_tokens=100)
+    assert len(answer.choices[0].message.tool_calls) == 2
+
+
+async def test_no_call_without_leave_and_none_against_its_schema(stand: Stand) -> None:
+    stand.force(*CALL, EOS)
+    for options in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+        answer = await ask(stand, **options)
+        assert answer.choices[0].message.tool_calls is None
+        assert answer.choices[0].finish_reason in ("stop", "length")
+    # Whatever the model wants to write - another name, other arguments - the call is valid.
+    stand.force(CALLS, "rm_rf", ARGS, '{"town": [1, 2]}', EOS)
+    options = {"tools": [WEATHER], "parallel_tool_calls": False, "temperature": 1.0}
+    answers = await asyncio.gather(
+        *(ask(stand, **options, max_tokens=300, seed=seed) for seed in range(4))
+    )
+    whole = [answer for answer in answers if answer.choices[0].finish_reason == "tool_calls"]
+    assert whole
+    for answer in whole:
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.function.name == "get_weather"
+        parameters: Any = WEATHER["function"]["parameters"]  # type: ignore[index]
+        jsonschema.validate(json.loads(call.function.arguments), parameters)
+
+
+async def test_calls_cut_by_length_say_length_and_keep_what_was_said(stand: Stand) -> None:
+    stand.force(*CALL, EOS)
+    num_name = len(stand.chat.vocabulary.encode_text("get_weather"))
+    cut = await ask(stand, tools=[WEATHER], max_tokens=1 + num_name + 1 + 3)
+    (call,) = cut.choices[0].message.tool_calls
+    assert '{"city": "Rome"}'.startswith(call.function.arguments) and call.function.arguments
+    assert cut.choices[0].finish_reason == "length"
+    # A name alone is no call: it reaches the client as text.
+    cut = await ask(stand, tools=[WEATHER], max_tokens=2)
+    assert cut.choices[0].message.tool_calls is None
+    assert cut.choices[0].message.content.startswith("[TOOL_CALLS]")
+    assert cut.choices[0].finish_reason == "length"
+
+
+async def test_required_call_comes_after_the_thought_and_its_budget(stand: Stand) -> None:
+    stand.force(THINK, "a" * 40)
+    answer = await ask(
+        stand,
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        reasoning_effort="high",
+        max_tokens=200,
+        extra_body={"max_reasoning_tokens": 5},
+    )
+    message = answer.choices[0].message
+    assert message.reasoning == "a" * 5 and message.content is None
+    assert len(message.tool_calls) == 1 and answer.choices[0].finish_reason == "tool_calls"
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 7
+
+
+async def test_thought_that_never_ends_is_cut_with_its_text(stand: Stand) -> None:
+    stand.force(THINK, "b" * 100)
+    answer = await ask(stand, reasoning_effort="high", max_tokens=20, stop="bb")
+    assert answer.choices[0].message.reasoning == "b" * 19
+    assert not answer.choices[0].message.content and answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 20
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 20
+
+
+async def test_grammar_ends_an_answer_whatever_its_least_length(stand: Stand) -> None:
+    form = {"type": "choice", "choices": ["Yes", "No"]}
+    for more in ({"min_tokens": 20}, {"ignore_eos": True}):
+        answer = await ask(stand, extra_body={"response_format": form, **more})
+        assert answer.choices[0].message.content in ("Yes", "No")
+        assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_schemas_survive_preemption(directory: Path) -> None:
+    """A cache too small for all of them: answers are thrown out and computed again, masks stay."""
+    form = {"type": "regex", "regex": "([0-9]{4}-){20}[0-9]{4}"}
+    messages = [{"role": "user", "content": "word " * 20}]
+    async with standing(
+        directory, max_model_len=256, kv_cache_tokens=512, max_sequences=8, block_tokens=8
+    ) as stand:
+        answers = await asyncio.gather(*(
+            ask(
+                stand,
+                messages=messages,
+                max_tokens=150,
+                temperature=1.0,
+                seed=seed,
+                extra_body={"response_format": form},
+            )
+            for seed in range(8)
+        ))  # fmt: skip
+        assert stand.engine.stats().preemptions > 0
+        for answer in answers:
+            assert re.fullmatch("([0-9]{4}-){20}[0-9]{4}", answer.choices[0].message.content)
+        assert len({answer.choices[0].message.content for answer in answers}) == 8
+        await stand.idle()
+
+
 async def test_effort_none_leaves_no_way_into_a_thought(stand: Stand) -> None:
     stand.force(THINK, "x", END_THINK, "y", EOS)
     message = (await ask(stand, reasoning_effort="none", max_tokens=30)).choices[0].message
