@@ -272,9 +272,9 @@ async def test_no_call_without_leave_and_none_against_its_schema(stand: Stand) -
         assert answer.choices[0].finish_reason in ("stop", "length")
     # Whatever the model wants to write - another name, other arguments - the call is valid.
     stand.force(CALLS, "rm_rf", ARGS, '{"town": [1, 2]}', EOS)
-    options = {"tools": [WEATHER], "parallel_tool_calls": False, "temperature": 1.0}
+    free: dict[str, Any] = {"tools": [WEATHER], "parallel_tool_calls": False, "temperature": 1}
     answers = await asyncio.gather(
-        *(ask(stand, **options, max_tokens=300, seed=seed) for seed in range(4))
+        *(ask(stand, **free, max_tokens=300, seed=seed) for seed in range(4))
     )
     whole = [answer for answer in answers if answer.choices[0].finish_reason == "tool_calls"]
     assert whole

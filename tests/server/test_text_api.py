@@ -46,7 +46,10 @@ async def test_several_prompts_and_choices_are_in_order(make_bench: MakeBench) -
     bench.service.script = lambda r: bench.ids(f"answer {r.request_id[-1]}", EOS)
     answer = await both(bench, prompt=["a", "b"], n=2)
     assert answer["texts"] == {i: f"answer {i}" for i in range(4)}
-    assert answer["usage"].prompt_tokens == 4
+    usage = answer["usage"]
+    assert usage.prompt_tokens == 4
+    # Each prompt's own once (the scripted engine says 3), however many answers it has.
+    assert usage.prompt_tokens_details.cached_tokens == 2 * 3
 
 
 async def test_echo_with_logprobs_scores_the_prompt(make_bench: MakeBench) -> None:

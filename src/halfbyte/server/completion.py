@@ -27,11 +27,16 @@ from halfbyte.server.pieces import Piece, TokenEntry, Usage
 
 @dataclass(slots=True)
 class Choice:
-    """One answer on its way: its router, and what its tokens were."""
+    """One answer on its way: its router, and what its tokens were.
+
+    has_own_prompt   the first answer to its prompt, whose cached tokens count; further ones of the
+                     same request find what that one computed
+    """
 
     index: int
     request: GenerationRequest
     router: Router
+    has_own_prompt: bool = True
     want_entries: bool = False
     mask: Mask | None = None
     shown_chars: int = 0
@@ -237,8 +242,8 @@ def _count_usage(usage: Usage, choice: Choice) -> None:
     finish = choice.finish
     usage.completion_tokens += choice.num_completion_tokens
     usage.reasoning_tokens += choice.router.num_reasoning_tokens
-    if finish is not None and choice.index == 0:
-        usage.cached_tokens = finish.cached_tokens
+    if finish is not None and choice.has_own_prompt:
+        usage.cached_tokens += finish.cached_tokens
 
 
 def _count_metrics(backend: Backend, choice: Choice) -> None:

@@ -83,7 +83,16 @@ async def chat_job(backend: Backend, request: wire.ChatRequest) -> Job:
             stops=request.stops,
             tool_names=rules.tool_names,
         )
-        choices.append(Choice(index, generation, router, want_entries=request.logprobs, mask=mask))
+        choices.append(
+            Choice(
+                index,
+                generation,
+                router,
+                has_own_prompt=index == 0,
+                want_entries=request.logprobs,
+                mask=mask,
+            )
+        )
     usage = Usage(
         len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
     )
@@ -107,7 +116,7 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
         num_prompt_tokens += len(token_ids)
         # Zero tokens only score the prompt; the engine generates one, which is not shown.
         max_tokens = resolve_max_tokens(backend, len(token_ids), max(request.max_tokens, 1))
-        for _ in range(request.n):
+        for number in range(request.n):
             index = len(choices)
             params = sampling_params(
                 backend,
@@ -121,8 +130,16 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
             mask = _mask(backend, rules, banned, False, None)
             generation = GenerationRequest(f"{answer_id}-{index}", token_ids, params, mask)
             router = Router(backend.chat.vocabulary, ControlTokens(), stops=request.stops)
-            want_entries = request.logprobs is not None
-            choices.append(Choice(index, generation, router, want_entries=want_entries, mask=mask))
+            choices.append(
+                Choice(
+                    index,
+                    generation,
+                    router,
+                    has_own_prompt=number == 0,
+                    want_entries=request.logprobs is not None,
+                    mask=mask,
+                )
+            )
     job = Job(answer_id, int(time.time()), choices, Usage(num_prompt_tokens), rules.warnings)
     upstream = backend.upstream
     if upstream is not None:
