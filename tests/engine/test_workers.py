@@ -25,6 +25,7 @@ from engine_driver import (
     run,
     run_alone,
 )
+from follower_processes import followers_of, until_gone
 from halfbyte.engine import workers
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
@@ -57,37 +58,6 @@ def pair(mixed: Path) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def solo(mixed: Path) -> Engine:
     return load(mixed, max_batch_tokens=24, max_sequences=4)
-
-
-def worker_pids(parent: int) -> list[int]:
-    """Processes that run a follower for `parent`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-            if b"halfbyte.engine.follower" in command:
-                status = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(status[1]) == parent and status[0] != "Z":
-                    found.append(int(entry.name))
-        except OSError:
-            continue  # it has just ended
-    return found
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def until_gone(pids: list[int], seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not any(map(is_running, pids)):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_two_ranks_give_the_answers_of_one(pair: Engine, solo: Engine) -> None:
@@ -165,7 +135,7 @@ def test_failure_to_load_leaves_no_process(mixed: Path) -> None:
     """The cache does not fit: rank 0 says so, the rank that has loaded ends."""
     with pytest.raises(CapacityError, match="free after the weights"):
         load(mixed, tensor_parallel_size=2, kv_cache_tokens=10**9)
-    assert until_gone(worker_pids(os.getpid())[1:])
+    assert until_gone(followers_of(os.getpid())[1:])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -175,9 +145,9 @@ async def test_lost_rank_ends_the_engine_with_its_reason(
     """Killed, or silent: the stream ends with an error, and the process is gone afterwards."""
     if number == signal.SIGSTOP:
         monkeypatch.setattr(workers, "_GRACE_S", 0.2)
-    before = set(worker_pids(os.getpid()))
+    before = set(followers_of(os.getpid()))
     engine = load(mixed, tensor_parallel_size=2, collective_timeout_s=2.0)
-    (pid,) = set(worker_pids(os.getpid())) - before
+    (pid,) = set(followers_of(os.getpid())) - before
     service = EngineService(engine)
     await service.start()
     stream = service.generate(request("cut off", PROMPTS[1], LONG))
@@ -196,9 +166,9 @@ async def test_lost_rank_ends_the_engine_with_its_reason(
 
 
 async def test_rank_that_dies_while_nothing_runs_is_noticed(mixed: Path) -> None:
-    before = set(worker_pids(os.getpid()))
+    before = set(followers_of(os.getpid()))
     engine = load(mixed, tensor_parallel_size=2)
-    (pid,) = set(worker_pids(os.getpid())) - before
+    (pid,) = set(followers_of(os.getpid())) - before
     service = EngineService(engine)
     await service.start()
     os.kill(pid, signal.SIGKILL)
@@ -213,9 +183,9 @@ async def test_rank_that_dies_while_nothing_runs_is_noticed(mixed: Path) -> None
 
 
 def test_forgotten_engine_takes_its_ranks_along(mixed: Path) -> None:
-    before = set(worker_pids(os.getpid()))
+    before = set(followers_of(os.getpid()))
     engine = load(mixed, tensor_parallel_size=2)
-    pids = list(set(worker_pids(os.getpid())) - before)
+    pids = list(set(followers_of(os.getpid())) - before)
     assert len(pids) == 1
     del engine
     gc.collect()
@@ -241,7 +211,7 @@ def test_no_rank_outlives_a_killed_leader(mixed: Path) -> None:
     )
     with leader:
         assert leader.stdout is not None and leader.stdout.readline() == b"running\n"
-        pids = worker_pids(leader.pid)
+        pids = followers_of(leader.pid)
         assert len(pids) == 1
         leader.kill()
     assert until_gone(pids)

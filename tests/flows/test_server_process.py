@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from follower_processes import followers_of, is_running
 from halfbyte.cli.main import main
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
@@ -162,6 +163,46 @@ def test_idle_server_stops_quickly_and_frees_its_port(directory: Path) -> None:
         port = int(url.rsplit(":", 1)[1])
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_two_ranks_serve_drain_and_come_back_after_a_death(directory: Path) -> None:
+    """A rank killed in mid-stream ends that answer; the next engine answers as one process does."""
+    body = {"model": "tiny", "prompt": "Hello", "temperature": 0, "ignore_eos": True}
+    with served(directory) as (_, url, _):
+        wanted = text_of(httpx.post(f"{url}/v1/completions", json=body, timeout=40))
+    with served(directory, "-tp", 2) as (process, url, _):
+        assert text_of(httpx.post(f"{url}/v1/completions", json=body, timeout=40)) == wanted
+        long = body | {"max_tokens": 1900, "stream": True}
+        (rank,) = followers_of(process.pid)
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=40) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(rank, signal.SIGKILL)
+            rest = "".join(lines)
+        assert "error" in rest and f"process {rank} was ended by SIGKILL" in rest
+        end = time.monotonic() + 40
+        while (again := httpx.post(f"{url}/v1/completions", json=body)).status_code == 503:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        assert text_of(again) == wanted
+        (rank,) = followers_of(process.pid)
+        short = body | {"max_tokens": 300, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=short, timeout=40) as response:
+            lines = response.iter_lines()
+            next(lines)
+            # As a service manager does: every process of the group gets the signal.
+            for pid in (rank, process.pid):
+                os.kill(pid, signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(timeout=20) == 0
+        assert not followers_of(process.pid)
+        assert not is_running(rank)
+
+
+def text_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["text"]
+    return text
 
 
 def test_chat_once_speaks_to_a_server_with_a_key(directory: Path, tmp_path: Path) -> None:

@@ -256,6 +256,8 @@ class Workers:
         for one in self._ranks:
             one.send(packed(Connect()))
         self._communicators[0].connect()
+        if self._communicators[0].meets_in_file_only:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         return min(self._expect(one, Connected).free_bytes for one in self._ranks)
 
     @property

@@ -89,6 +89,11 @@ class ProcessGroup:
         # torch's classes, whose stubs differ from build to build.
         self._group: Any = None
 
+    @property
+    def meets_in_file_only(self) -> bool:
+        """Whether the meeting place may go once all are connected (NCCL's watchdog reads it on)."""
+        return self._device.type != "cuda"
+
     def connect(self) -> None:
         """Meet the others and say a first word: NCCL takes its memory then."""
         make = _nccl if self._device.type == "cuda" else _gloo

@@ -1,0 +1,35 @@
+"""Finds the processes of tensor-parallel ranks and tells whether they still run."""
+
+import time
+from pathlib import Path
+
+
+def followers_of(parent: int) -> list[int]:
+    """Processes that run a follower for `parent`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if b"halfbyte.engine.follower" in command:
+                status = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(status[1]) == parent and status[0] != "Z":
+                    found.append(int(entry.name))
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until_gone(pids: list[int], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(map(is_running, pids)):
+            return True
+        time.sleep(0.02)
+    return False
