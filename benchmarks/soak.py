@@ -1,0 +1,98 @@
+"""Question: does a server that thousands of clients use and leave stay whole and answer the same?
+
+Method: a small random model with images, thoughts and tools behind `halfbyte serve`, a cache too
+small for all, 2,000 requests of ten kinds (lengths, choices, pictures, tools, schemas, stop
+strings, completions, responses), 64 at once; 30 % leave at random moments. Every request was asked
+alone before.
+Cost model: none; this is no timing, a busy machine does not matter.
+Reading the result: `different` and `leaks` must be empty, `resident_growth` under 5 %.
+Last record: records/soak.json.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from halfbyte.bench import record as records
+from halfbyte.bench.soak import made_up, soak
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--distinct", type=int, default=200)
+    parser.add_argument(
+        "--record", type=Path, default=ROOT / "benchmarks" / "records" / "soak.json"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "tiny"
+        config = tiny_config(layers=2, vision=True)
+        text = dataclasses.replace(config.text, vocab_size=800)
+        write_tiny_checkpoint(directory, config=dataclasses.replace(config, text=text))
+        shutil.copy(ROOT / "tests" / "data" / "chat" / "tekken" / "tekken.json", directory)
+        command = [sys.executable, "-m", "halfbyte", "serve", directory, "--port", 0]
+        command += ["--admin-port", 0, "--max-model-len", 1024, "--kv-cache-tokens", 3072]
+        command += ["--max-sequences", 32, "--access-log", Path(folder) / "access.jsonl"]
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        try:
+            admin, url = _urls(process)
+            asked = made_up(args.distinct, 0, "tiny")
+            report = asyncio.run(soak(url, admin, asked, count=args.requests))
+        finally:
+            process.terminate()
+            status = process.wait()
+    for line in report.different[:5]:
+        print(line)
+    results = {
+        "requests": args.requests,
+        "distinct": args.distinct,
+        "concurrent": 64,
+        "outcomes": dict(report.outcomes),
+        "kinds": dict(report.kinds),
+        "different": len(report.different),
+        "leaks": {name: list(pair) for name, pair in report.leaks().items()},
+        "resident_growth": round(report.growth, 4),
+        "before": report.before,
+        "after": report.after,
+        "preemptions": report.after["engine"]["preemptions"],
+        "exit_status": status,
+        "seconds": round(report.seconds, 1),
+    }
+    print(results)
+    records.write(
+        args.record,
+        name="soak",
+        question="64 clients at once, 30 % of whom leave: the same answers, nothing left over",
+        command="python benchmarks/soak.py",
+        results=results,
+        samples={"resident memory, bytes": report.resident_bytes},
+    )
+    is_whole = not report.different and not report.leaks() and report.growth < 0.05 and not status
+    return 0 if is_whole else 1
+
+
+def _urls(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Admin and public URL from the server's greeting."""
+    assert process.stdout is not None
+    found: list[str] = []
+    while len(found) < 2:
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit("the server did not start")
+        found += [word for word in line.split() if word.startswith("http") and len(found) < 2]
+    return found[0], found[1].removesuffix("/v1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
