@@ -35,9 +35,13 @@ class Watch:
     def __init__(self) -> None:
         self._start = _read()
 
-    def usage(self) -> Usage:
-        """What others and the host took since the start. Raises UnsupportedError off Linux."""
+    def usage(self, helpers_s: float = 0.0) -> Usage:
+        """What others and the host took since the start. Raises UnsupportedError off Linux.
+
+        helpers_s  processor seconds of processes that belong to the measurement
+        """
         total, busy, steal, own = (b - a for a, b in zip(self._start, _read(), strict=True))
+        own += helpers_s
         if total <= 0:
             return Usage(0.0, 0.0)
         return Usage(max(busy - own, 0.0) / total, steal / total)

@@ -6,6 +6,7 @@ import importlib
 # name -> (module in halfbyte.cli, what it measures)
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "cpu": ("bench_cpu", "decode and prefill on this machine's processors"),
+    "serve": ("bench_serve", "what HTTP and engine add, what the prefix cache saves, stalls"),
     "engine": ("bench_engine", "decode and prefill of a whole geometry on a Hopper GPU"),
     "kernels": ("bench_kernels", "each product of a decoder layer on a Hopper GPU"),
 }

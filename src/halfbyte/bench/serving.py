@@ -1,0 +1,467 @@
+"""What serving costs over the model's step, what the prefix cache saves, what a prompt disturbs.
+
+Question: how much does a token cost at 32 streams over HTTP beyond the model's step; how much
+    sooner does a fully cached 4k prompt have its first token; how long does a running stream wait
+    for a token while a 32k prompt arrives?
+Method: `halfbyte serve` in a process of its own, asked over sockets with a reader that only counts
+    events. Overhead: 32 greedy streams at once, ends ignored; a step is the time of a stream from
+    its first event to its last, a token, against the time of the model's own call with the same 32
+    sequences in this process, in turns (A B A B). Cached: a prompt of 4,096 tokens of text never
+    seen before, then again. Stall: one stream; gaps between its tokens alone, and while a prompt of
+    32k tokens is taken in, on a model of the same widths with fewer layers and random weights, so
+    that it ends in minutes.
+Cost model: what is not the model is some 40 us a token here: scheduling, sampling, detokenizing,
+    one frame of JSON and a socket write. Both sides share the processors.
+Reading the result: overhead under 15 %, cached under 1/10, the longest gap under twice the usual
+    99th percentile. Other programs spoil the gaps first; a disturbed run is refused.
+Last record: benchmarks/records/serving.json
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from halfbyte.bench import record as records
+from halfbyte.bench.idle import FOREIGN_LIMIT, Usage, Watch, wait_until_quiet
+from halfbyte.checkpoint.metadata import read_config
+from halfbyte.engine.config import EngineConfig
+from halfbyte.engine.core import Engine
+from halfbyte.engine.request import GenerationRequest, SamplingParams
+from halfbyte.engine.runner import load_runner
+from halfbyte.errors import CapacityError, UnsupportedError
+from halfbyte.log import logger
+from halfbyte.model.tiny import write_tiny_checkpoint
+
+STREAMS = 32
+STREAM_TOKENS = 160
+PROMPT_TOKENS = 64
+CACHED_TOKENS = 4096
+STALL_TOKENS = 32_000
+# Widths are the model's; these layers of them.
+STALL_LAYERS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the run is; tests make it small."""
+
+    streams: int = STREAMS
+    stream_tokens: int = STREAM_TOKENS
+    cached_tokens: int = CACHED_TOKENS
+    stall_tokens: int = STALL_TOKENS
+    stall_layers: int = STALL_LAYERS
+    # Gaps of the stream that runs alone.
+    usual_tokens: int = 400
+    repeats: int = 5
+
+
+@dataclass(slots=True)
+class Report:
+    """Every sample, and how quiet the machine was."""
+
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    usage: Usage = field(default_factory=lambda: Usage(0.0, 0.0))
+
+    def note(self, name: str, values: Sequence[float]) -> None:
+        """More samples of a name."""
+        self.samples.setdefault(name, []).extend(values)
+
+    def figures(self) -> dict[str, float]:
+        """The three answers and what they are made of."""
+        middle = {name: statistics.median(values) for name, values in self.samples.items()}
+        usual = percentile(self.samples["gap alone, ms"], 0.99)
+        longest = max(self.samples["gap beside a prompt, ms"])
+        return {
+            "model_step_ms": middle["model step, ms"],
+            "engine_step_ms": middle["engine step, ms"],
+            "served_step_ms": middle["served step, ms"],
+            "overhead_share": middle["served step, ms"] / middle["model step, ms"] - 1,
+            "uncached_first_token_ms": middle["first token uncached, ms"],
+            "cached_first_token_ms": middle["first token cached, ms"],
+            "cached_share": middle["first token cached, ms"] / middle["first token uncached, ms"],
+            "usual_gap_p99_ms": usual,
+            "longest_gap_beside_a_prompt_ms": longest,
+            "gap_ratio": longest / usual,
+            "prompt_s": middle["prompt beside a stream, s"],
+        }
+
+    def table(self) -> str:
+        """The answers for people."""
+        found = self.figures()
+        return "\n".join(
+            [
+                f"a step of {STREAMS} streams: model {found['model_step_ms']:.1f} ms, engine "
+                f"{found['engine_step_ms']:.1f} ms, served {found['served_step_ms']:.1f} ms: "
+                f"{found['overhead_share']:.1%} over the model (bar: 15 %)",
+                f"first token of a 4k prompt: {found['uncached_first_token_ms']:.0f} ms, cached "
+                f"{found['cached_first_token_ms']:.0f} ms: {found['cached_share']:.1%} (bar: 10 %)",
+                f"gap of a running stream: p99 {found['usual_gap_p99_ms']:.1f} ms alone, longest "
+                f"{found['longest_gap_beside_a_prompt_ms']:.1f} ms while a 32k prompt arrives: "
+                f"{found['gap_ratio']:.2f}x (bar: 2x); the prompt took {found['prompt_s']:.0f} s",
+                f"other processes used {self.usage.foreign:.1%} of the processors, "
+                f"{self.usage.steal:.1%} were stolen",
+            ]
+        )
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which this share of them lies."""
+    ordered = sorted(values)
+    return ordered[min(round(share * (len(ordered) - 1)), len(ordered) - 1)]
+
+
+def measure(
+    directory: Path,
+    scratch: Path,
+    *,
+    sizes: Sizes = Sizes(),
+    threads: int = 2,
+    wait_s: float = 0.0,
+    force: bool = False,
+    say: Callable[[str], None] = logger.info,
+) -> Report:
+    """Measure a checkpoint; `scratch` takes the model of the third question.
+
+    Raises UnsupportedError if the machine is not idle within `wait_s`, or was disturbed during the
+    run, unless forced.
+    """
+    usage = wait_until_quiet(wait_s)
+    if not usage.is_quiet and not force:
+        raise UnsupportedError(f"the machine is busy ({_share(usage)}); wait, or say --force")
+    torch.set_num_threads(threads)
+    report = Report()
+    watch = Watch()
+    helpers = 0.0
+    tokens = sizes.streams * (PROMPT_TOKENS + sizes.stream_tokens + 32)
+    room = max(tokens, 8 * sizes.cached_tokens)
+    flags = ("--kv-cache-tokens", room, "--max-sequences", sizes.streams)
+    with served(directory, threads, *flags) as server:
+        say("first tokens, cached and not")
+        asyncio.run(_first_tokens(server.url, sizes, report))
+        say(f"{sizes.streams} streams")
+        solo = _Solo(directory, sizes)
+        for _ in range(sizes.repeats):
+            model, engine = solo.steps()
+            report.note("model step, ms", model)
+            report.note("engine step, ms", engine)
+            report.note("served step, ms", [asyncio.run(_served_step(server.url, sizes))])
+        helpers += server.cpu_s()
+    del solo
+    say(f"a prompt of {sizes.stall_tokens} tokens beside a stream")
+    shallow = write_shallow(directory, scratch, sizes)
+    room = 2 * sizes.stall_tokens + 4096
+    with served(shallow, threads, "--kv-cache-tokens", room) as server:
+        asyncio.run(_gaps(server.url, sizes, report))
+        helpers += server.cpu_s()
+    measured = watch.usage(helpers)
+    report.usage = measured
+    if not measured.is_quiet and not force:
+        raise UnsupportedError(f"the run was disturbed ({_share(measured)}); repeat it, or --force")
+    return report
+
+
+def write_record(report: Report, path: Path, command: str) -> None:
+    """The report as a benchmark record."""
+    found = report.figures()
+    rows = [
+        ("HTTP and engine over the model's step, 32 streams", f"{found['overhead_share']:.1%}",
+         "bar: under 15 %"),
+        ("first token of a cached 4k prompt", f"{found['cached_share']:.1%} of uncached",
+         "bar: under 10 %"),
+        ("longest gap of a stream while a 32k prompt arrives", f"{found['gap_ratio']:.2f}x",
+         "its usual 99th percentile; bar: under 2x"),
+    ]  # fmt: skip
+    records.write(
+        path,
+        name="serving",
+        question="what HTTP adds to a step, a cached prompt saves and a long one disturbs",
+        command=command,
+        results={
+            **{name: round(value, 4) for name, value in found.items()},
+            "streams": STREAMS,
+            "stall_layers": STALL_LAYERS,
+            "others_share": round(report.usage.foreign, 4),
+            "steal_share": round(report.usage.steal, 4),
+            "headlines": [
+                {"what": what, "figure": figure, "against": against}
+                for what, figure, against in rows
+            ],
+        },
+        samples=report.samples,
+    )
+
+
+# --- the server -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """`halfbyte serve` in a process of its own."""
+
+    url: str
+    pid: int
+
+    def cpu_s(self) -> float:
+        """Processor seconds that it has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def served(directory: Path, threads: int, *flags: object) -> Iterator[Server]:
+    """A server on a free port while the body runs."""
+    words = [sys.executable, "-m", "halfbyte", "serve", directory, "--port", 0, *flags]
+    words += ["--served-model-name", "bench", "--access-log", os.devnull]
+    process = subprocess.Popen(
+        list(map(str, words)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    assert process.stdout is not None
+    try:
+        greeting = ""
+        while "Ctrl-C" not in greeting:
+            line = process.stdout.readline()
+            if not line:
+                raise CapacityError(f"the server did not start: halfbyte serve {directory}")
+            greeting += line
+        url = next(word for word in greeting.split() if word.endswith("/v1"))
+        yield Server(url.removesuffix("/v1"), process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
+class Stream:
+    """One streamed completion, read from its socket with as little work as can be."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self.times: list[float] = []
+
+    async def follow(self) -> None:
+        """Note when each event came, to the end."""
+        last = b""
+        try:
+            while chunk := await self._reader.read(65536):
+                now = time.perf_counter()
+                # An event may come in two reads; its beginning is what counts.
+                self.times += [now] * (last[-6:] + chunk).count(b"data: {")
+                last = chunk
+                if chunk.endswith(b"0\r\n\r\n"):
+                    break
+        finally:
+            self._writer.close()
+            await self._writer.wait_closed()
+
+
+async def open_stream(url: str, path: str, body: dict[str, Any]) -> Stream:
+    """Send the request of a stream."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    content = json.dumps({**body, "model": "bench", "stream": True, "temperature": 0}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    writer.write(head.encode() + content)
+    await writer.drain()
+    return Stream(reader, writer)
+
+
+# --- first tokens ---------------------------------------------------------------------------
+
+
+async def _first_tokens(url: str, sizes: Sizes, report: Report) -> None:
+    async def first_token_ms(content: str) -> float:
+        started = time.perf_counter()
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
+        stream = await open_stream(url, "/v1/chat/completions", body)
+        await stream.follow()
+        return (stream.times[0] - started) * 1000
+
+    await first_token_ms("Hello")
+    for number in range(sizes.repeats):
+        content = text_of(url, sizes.cached_tokens, seed=number)
+        report.note("first token uncached, ms", [await first_token_ms(content)])
+        report.note("first token cached, ms", [await first_token_ms(content)])
+
+
+def text_of(url: str, num_tokens: int, seed: int) -> str:
+    """Words that are about so many tokens of the server's model."""
+    dice = random.Random(seed)
+    words = [f"{dice.choice(('river', 'stone', 'cloud', 'light'))} {dice.randrange(100)}"]
+    with httpx.Client(base_url=url, timeout=120) as client:
+
+        def count() -> int:
+            body = {"messages": [{"role": "user", "content": " ".join(words)}]}
+            return int(client.post("/tokenize", json=body).json()["count"])
+
+        while (have := count()) < num_tokens:
+            per_word = have / len(words)
+            for _ in range(max(int((num_tokens - have) / per_word), 1)):
+                words.append(
+                    f"{dice.choice(('river', 'stone', 'cloud', 'light'))} {dice.randrange(100)}"
+                )
+    return " ".join(words)
+
+
+# --- overhead -------------------------------------------------------------------------------
+
+
+def _prompts(sizes: Sizes) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (sizes.streams, PROMPT_TOKENS)
+    ids: list[list[int]] = torch.randint(100, 400, shape, generator=generator).tolist()
+    return ids
+
+
+class _Timed:
+    """A runner whose calls are timed; all else is the runner's."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.seconds = 0.0
+
+    def run(self, works: Any) -> Any:
+        started = time.perf_counter()
+        logits = self._runner.run(works)
+        self.seconds = time.perf_counter() - started
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+
+class _Solo:
+    """The engine without a server, in this process."""
+
+    def __init__(self, directory: Path, sizes: Sizes) -> None:
+        longest = PROMPT_TOKENS + sizes.stream_tokens + 32
+        config = EngineConfig(
+            kv_cache_tokens=sizes.streams * longest,
+            max_model_len=longest,
+            max_sequences=sizes.streams,
+        )
+        runner, resolved = load_runner(directory, config)
+        timed: Any = _Timed(runner)
+        self._timed = timed
+        self._engine = Engine(timed, resolved)
+        self._sizes = sizes
+        self._number = 0
+
+    def steps(self) -> tuple[list[float], list[float]]:
+        """Milliseconds of the model's call and of the whole step, while all are generating."""
+        sizes, engine = self._sizes, self._engine
+        params = SamplingParams(max_tokens=sizes.stream_tokens, temperature=0.0, ignore_eos=True)
+        for prompt in _prompts(sizes):
+            self._number += 1
+            engine.add(GenerationRequest(f"r{self._number}", tuple(prompt), params))
+        model: list[float] = []
+        whole: list[float] = []
+        while engine.has_work():
+            started = time.perf_counter()
+            events = engine.step()
+            seconds = time.perf_counter() - started
+            if len(events) == sizes.streams and engine.stats().running == sizes.streams:
+                model.append(self._timed.seconds * 1000)
+                whole.append(seconds * 1000)
+        # The first of them still held prompts.
+        return model[5:], whole[5:]
+
+
+async def _served_step(url: str, sizes: Sizes) -> float:
+    """Milliseconds in which each of the streams gets a token, over HTTP."""
+    body = {"max_tokens": sizes.stream_tokens, "ignore_eos": True}
+    streams = await asyncio.gather(
+        *(
+            open_stream(url, "/v1/completions", {**body, "prompt": prompt})
+            for prompt in _prompts(sizes)
+        )
+    )
+    await asyncio.gather(*(stream.follow() for stream in streams))
+    # Tokens without text of their own make no event, hence the count that was asked for.
+    spans = [stream.times[-1] - stream.times[0] for stream in streams]
+    return statistics.median(spans) / (sizes.stream_tokens - 1) * 1000
+
+
+# --- stall ----------------------------------------------------------------------------------
+
+
+def write_shallow(directory: Path, scratch: Path, sizes: Sizes) -> Path:
+    """A model of the same widths and tokenizer, few layers, random weights, room for the prompt."""
+    target = scratch / "shallow"
+    config, _, _ = read_config(directory)
+    text = dataclasses.replace(
+        config.text, num_layers=sizes.stall_layers, max_positions=sizes.stall_tokens + 4096
+    )
+    write_tiny_checkpoint(target, config=dataclasses.replace(config, text=text, vision=None))
+    for name in ("tekken.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (directory / name).exists():
+            shutil.copy(directory / name, target)
+    return target
+
+
+async def _gaps(url: str, sizes: Sizes, report: Report) -> None:
+    """Gaps of one stream alone, then while a long prompt is taken in."""
+    content = text_of(url, sizes.stall_tokens, seed=99)
+    # One letter for ever: every token has text, so every step makes an event.
+    body = {"prompt": "Hello", "ignore_eos": True, "logit_bias": {_letter(url): 100}}
+    usual = await open_stream(url, "/v1/completions", {**body, "max_tokens": sizes.usual_tokens})
+    await usual.follow()
+    report.note("gap alone, ms", _gaps_ms(usual.times, usual.times[0], usual.times[-1]))
+    runs_on = {**body, "max_tokens": sizes.stall_tokens // 2}
+    running = await open_stream(url, "/v1/completions", runs_on)
+    follow = asyncio.create_task(running.follow())
+    while len(running.times) < 20:
+        await asyncio.sleep(0.01)
+    started = time.perf_counter()
+    question = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    prompt = await open_stream(url, "/v1/chat/completions", question)
+    await prompt.follow()
+    ended = prompt.times[0]
+    while running.times[-1] < ended and not follow.done():
+        await asyncio.sleep(0.01)
+    if running.times[-1] < ended:
+        raise CapacityError("the stream ended before the prompt was taken in; make it longer")
+    follow.cancel()
+    await asyncio.gather(follow, return_exceptions=True)
+    report.note("gap beside a prompt, ms", _gaps_ms(running.times, started, ended))
+    report.note("prompt beside a stream, s", [ended - started])
+
+
+def _letter(url: str) -> str:
+    """The id of the token "a"."""
+    body = {"prompt": "a", "add_special_tokens": False}
+    return str(httpx.post(f"{url}/tokenize", json=body).json()["tokens"][-1])
+
+
+def _gaps_ms(times: Sequence[float], begin: float, end: float) -> list[float]:
+    return [
+        (later - earlier) * 1000
+        for earlier, later in itertools.pairwise(times)
+        if begin <= later and earlier <= end
+    ]
+
+
+def _share(usage: Usage) -> str:
+    return (
+        f"others use {usage.foreign:.0%} and the host withholds {usage.steal:.0%} of the "
+        f"processors; {FOREIGN_LIMIT:.0%} together is the limit"
+    )

@@ -1,0 +1,67 @@
+"""The serving benchmark in small: figures are figures, and a wrong one would show."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.bench.idle import Usage
+from halfbyte.bench.record import read
+from halfbyte.bench.serving import Report, Sizes, measure, percentile, write_record
+from halfbyte.errors import UnsupportedError
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
+
+DATA = Path(__file__).parent.parent / "data" / "chat"
+NAMES = (
+    "model step, ms", "engine step, ms", "served step, ms", "first token uncached, ms",
+    "first token cached, ms", "gap alone, ms", "gap beside a prompt, ms",
+    "prompt beside a stream, s",
+)  # fmt: skip
+
+
+def test_figures_follow_from_samples(tmp_path: Path) -> None:
+    values = ([10.0], [11.0], [12.0], [500.0], [20.0], [1.0] * 99 + [2.0], [3.0, 1.0], [60.0])
+    report = Report(dict(zip(NAMES, values, strict=True)), Usage(0.01, 0.0))
+    found = report.figures()
+    assert found["overhead_share"] == pytest.approx(0.2)
+    assert found["cached_share"] == pytest.approx(0.04)
+    assert found["gap_ratio"] == pytest.approx(3.0)
+    write_record(report, tmp_path / "serving.json", "halfbyte bench serve DIR")
+    record = read(tmp_path / "serving.json")
+    assert record["samples"]["gap beside a prompt, ms"] == [3.0, 1.0]
+    assert [row["figure"] for row in record["results"]["headlines"]] == [
+        "20.0%",
+        "4.0% of uncached",
+        "3.00x",
+    ]
+    assert "20.0% over the model" in report.table()
+
+
+def test_percentile() -> None:
+    assert percentile(list(range(101)), 0.99) == 99
+    assert percentile([5.0], 0.99) == 5.0
+
+
+def test_every_question_is_answered_on_a_small_model(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    config = tiny_config(layers=1)
+    text = dataclasses.replace(config.text, vocab_size=448)
+    write_tiny_checkpoint(tmp_path / "tiny", config=dataclasses.replace(config, text=text))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DATA / "chatml" / name, tmp_path / "tiny")
+    sizes = Sizes(
+        streams=4, stream_tokens=30, cached_tokens=300, stall_tokens=1500, stall_layers=1,
+        usual_tokens=40, repeats=1,
+    )  # fmt: skip
+    report = measure(tmp_path / "tiny", tmp_path, sizes=sizes, force=True)
+    assert set(report.samples) == set(NAMES)
+    assert len(report.samples["gap alone, ms"]) >= 20
+    assert all(value > 0 for value in report.figures().values() if value is not None)
+
+
+def test_busy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfbyte.bench.serving.wait_until_quiet", lambda s: Usage(0.5, 0.0))
+    with pytest.raises(UnsupportedError, match="busy"):
+        measure(tmp_path, tmp_path)
