@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from engine_driver import (
     GREEDY,
     Answer,
+    Mixed,
     assert_same,
     drain,
     load,
@@ -18,6 +19,7 @@ from engine_driver import (
     request,
     run,
     run_alone,
+    speculating,
 )
 from halfbyte.engine.core import Engine
 from halfbyte.engine.request import FinishEvent, GenerationRequest, SamplingParams, TokensEvent
@@ -62,6 +64,18 @@ def test_answer_does_not_depend_on_company(
         assert_same(found, alone)
     if options.get("kv_cache_tokens") == 160:
         assert engine.stats().preemptions > 0
+
+
+def test_guesses_change_no_greedy_answer_on_any_kernels(
+    tiny: Path, solo: tuple[str, list[Answer]]
+) -> None:
+    """As company: equal up to a tie. Equality to the bit is in test_speculate."""
+    kv_cache, wanted = solo
+    guesses = {str(i): answer.token_ids for i, answer in enumerate(wanted)}
+    engine = speculating(tiny, Mixed(guesses), kv_cache=kv_cache)
+    for found, alone in zip(together(engine, range(7)), wanted, strict=True):
+        assert_same(found, alone)
+    assert engine.stats().accepted_tokens > 0
 
 
 def test_cached_prefix_gives_the_same_answer(tiny: Path) -> None:

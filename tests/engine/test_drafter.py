@@ -17,6 +17,7 @@ from engine_driver import (
     assert_equal,
     drain,
     load,
+    needs_exact_kernels,
     prompt_of,
     request,
     run,
@@ -33,6 +34,8 @@ from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_decoder, load_eagle
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint, write_tiny_eagle
 from tolerances import SAME_LOGPROB
+
+pytestmark = needs_exact_kernels
 
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((1, 15, 16, 17, 33, 64, 90))]
 SHARED = prompt_of(48, 99)

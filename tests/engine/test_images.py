@@ -13,6 +13,7 @@ from engine_driver import (
     Mixed,
     assert_equal,
     load,
+    needs_exact_kernels,
     prompt_of,
     request,
     run,
@@ -182,6 +183,7 @@ def test_text_model_refuses_images(tiny: Path) -> None:
         load(tiny).add(request("a", prompt, images=pictures))
 
 
+@needs_exact_kernels
 def test_guesses_of_image_tokens_show_no_image(seeing: Path) -> None:
     """Guesses behind pictures are checked as they are elsewhere, image tokens among them."""
     prompt, pictures = two_pictures(0)

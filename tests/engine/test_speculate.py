@@ -25,6 +25,7 @@ from engine_driver import (
     assert_equal,
     drain,
     load,
+    needs_exact_kernels,
     prompt_of,
     request,
     run,
@@ -37,6 +38,8 @@ from halfbyte.engine.sequence import Sequence as EngineSequence
 from halfbyte.engine.speculate import Lookup, Pace
 from halfbyte.model.tiny import write_tiny_checkpoint
 from tolerances import CHI_SQUARE_P
+
+pytestmark = needs_exact_kernels
 
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((1, 15, 16, 17, 33, 64, 90))]
 SHARED = prompt_of(48, 99)
