@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from halfbyte.model.cuda_load import (
     load_cuda_weights,
     reason_against,
 )
+from halfbyte.model.parallel import shard_of
 from halfbyte.model.tiny import write_tiny_checkpoint
 from hopper import hopper_config, write_fp8, write_mixed, write_native
 
@@ -46,6 +48,53 @@ def decoded(linear: CudaLinear) -> torch.Tensor:
     else:
         values = untile_rows(weight).double()
     return values * weight.row_scale_O.double()[:, None]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "native", "fp8", "mixed"])
+def test_ranks_together_hold_what_one_device_holds(kind: str, variants: dict[str, Path]) -> None:
+    """Each rank's numbers are the whole's rows or columns; what it reads is its part."""
+    checkpoint = Checkpoint.open(variants[kind])
+    text = checkpoint.config.text
+    whole = load_cuda_weights(checkpoint, CPU, num_threads=3)
+    shards = [shard_of(text, rank, 2) for rank in range(2)]
+    ranks = [load_cuda_weights(checkpoint, CPU, num_threads=3, shard=one) for one in shards]
+    for index, layer in enumerate(whole.layers):
+        parts = [rank.layers[index] for rank in ranks]
+        qkv, gate_up = decoded(layer.qkv), decoded(layer.gate_up)
+        heads, kv, size = text.num_heads, text.num_kv_heads, text.head_dim
+        members = torch.split(qkv[: (heads + 2 * kv) * size], [heads * size, kv * size, kv * size])
+        for shard, part in zip(shards, parts, strict=True):
+            q, k = shard.heads, shard.kv_heads
+            wanted = [members[0][q.start * size : q.stop * size]]
+            wanted += [member[k.start * size : k.stop * size] for member in members[1:]]
+            rows = torch.cat(wanted)
+            assert torch.equal(decoded(part.qkv)[: len(rows)], rows)
+            m, width = shard.mlp, text.mlp_width
+            rows = torch.cat((gate_up[m.start : m.stop], gate_up[width + m.start : width + m.stop]))
+            assert torch.equal(decoded(part.gate_up)[: len(rows)], rows)
+            columns = decoded(layer.o)[:, q.start * size : q.stop * size]
+            assert torch.equal(decoded(part.o)[:, : len(q) * size], columns)
+            assert torch.equal(decoded(part.down)[:, : len(m)], decoded(layer.down)[:, m])
+            assert part.qkv.input_scale == layer.qkv.input_scale
+    for shard, rank in zip(shards, ranks, strict=True):
+        assert torch.equal(rank.embedding_VD[:-1], whole.embedding_VD[shard.vocab])
+        assert not rank.embedding_VD[-1].any()
+        head = decoded(rank.head)[: len(shard.vocab)]
+        assert torch.equal(head, decoded(whole.head)[shard.vocab])
+        assert rank.config.vocab_size == text.vocab_size and rank.num_logits == len(shard.vocab)
+
+
+def test_columns_of_long_rows_are_read_without_the_others(tmp_path: Path) -> None:
+    text = replace(hopper_config().text, mlp_width=8192, num_layers=1)
+    write_tiny_checkpoint(tmp_path / "wide", config=replace(hopper_config(), text=text))
+    stored = Checkpoint.open(tmp_path / "wide").stored("decoder.0.mlp.down.weight")
+    target = torch.empty(stored.shape[0], 4096, dtype=torch.bfloat16)
+    # Pieces of three rows, the last one shorter.
+    with TensorReader(CPU, num_threads=2, piece_bytes=3 * 8192 + 5) as reader:
+        reader.wait(reader.read_into(stored, target, range(8192, 16384)))
+        assert reader.num_bytes == stored.num_bytes // 2
+    whole = Checkpoint.open(tmp_path / "wide").tensor("decoder.0.mlp.down.weight")
+    assert torch.equal(target, whole[:, 4096:])
 
 
 def check_linear(checkpoint: Checkpoint, linear: CudaLinear, group: list[str]) -> None:

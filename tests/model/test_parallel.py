@@ -19,7 +19,15 @@ from halfbyte.model.attention import DenseAttend
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.linear import Mode
 from halfbyte.model.load import load_decoder
-from halfbyte.model.parallel import Communicator, Shard, Solo, check_size, shard_of, split
+from halfbyte.model.parallel import (
+    Communicator,
+    Shard,
+    Solo,
+    check_size,
+    embedding_rows,
+    shard_of,
+    split,
+)
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from mixed_checkpoint import write_mixed
 from parallel_ranks import on_ranks
@@ -59,6 +67,19 @@ def test_the_example_of_the_docstring() -> None:
     assert shard_of(text(), 1, 2) == Shard(
         1, 2, range(3, 6), range(1, 2), range(160, 304), range(256, 512)
     )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_of_all_ranks_add_up_to_the_embedding(size: int) -> None:
+    """Ids from 512 on are images: rank 0 has their rows behind its zero row."""
+    table = torch.arange(1.0, 515.0)[:, None]
+    ids = torch.tensor([0, 170, 171, 255, 256, 341, 511, 512, 513])
+    total = torch.zeros(len(ids), 1)
+    for rank in range(size):
+        vocab = split(512, rank, size)
+        parts = [table[vocab], torch.zeros(1, 1), *([table[512:]] if rank == 0 else [])]
+        total += torch.cat(parts)[embedding_rows(ids, vocab, 512, has_spare=rank == 0)]
+    assert torch.equal(total, table[ids])
 
 
 def test_sizes_that_cut_heads_are_refused_with_those_that_work() -> None:

@@ -242,16 +242,30 @@ def read_columns(stored: StoredTensor, start: int, stop: int) -> Tensor:
     _check_range(stored, 1, start, stop)
     rows = stored.shape[0]
     out = torch.empty((rows, stop - start, *stored.shape[2:]), dtype=stored.dtype)
-    row_bytes = stored.num_bytes // max(rows, 1)
-    column_bytes = row_bytes // max(stored.shape[1], 1)
-    if row_bytes - (stop - start) * column_bytes >= _PAGE_BYTES:
-        _fill_strided(stored, out, stored.offset + start * column_bytes, row_bytes)
+    if out.numel() == 0:
         return out
-    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    row_bytes = stored.num_bytes // rows
+    column_bytes = row_bytes // stored.shape[1]
+    flat = out.reshape(rows, -1).view(torch.uint8)
+    step = max(1, _CHUNK_BYTES // row_bytes)
     for row in range(0, rows, step):
-        last = min(row + step, rows)
-        out[row:last] = read_rows(stored, row, last)[:, start:stop]
+        fill_columns(stored, flat[row : row + step], row, start * column_bytes)
     return out
+
+
+def fill_columns(stored: StoredTensor, out: Tensor, first_row: int, start_byte: int) -> None:
+    """Read a range of bytes of some rows into `out`, uint8 (rows, bytes of each), contiguous.
+
+    Holes between them are read only if they are smaller than a page.
+    """
+    row_bytes = stored.num_bytes // stored.shape[0]
+    offset = stored.offset + first_row * row_bytes
+    if row_bytes - out.shape[1] >= _PAGE_BYTES:
+        _fill_strided(stored, out, offset + start_byte, row_bytes)
+        return
+    whole = torch.empty(out.shape[0], row_bytes, dtype=torch.uint8)
+    _fill(stored, whole, offset)
+    out.copy_(whole[:, start_byte : start_byte + out.shape[1]])
 
 
 def _check_range(stored: StoredTensor, axis: int, start: int, stop: int) -> None:

@@ -73,13 +73,23 @@ class CudaLayer:
 
 @dataclass(frozen=True, slots=True)
 class CudaWeights:
-    """A decoder's weights on the device; `head` is bf16."""
+    """A decoder's weights on the device, or a tensor-parallel rank's part; `head` is bf16.
+
+    config   the rank's heads and MLP width; `vocab_size` is the whole model's
+    vocab    the rows of the vocabulary in embedding and head; None = all
+    """
 
     config: TextConfig
     embedding_VD: Tensor
     layers: tuple[CudaLayer, ...]
     norm_D: Tensor
     head: CudaLinear
+    vocab: range | None = None
+
+    @property
+    def num_logits(self) -> int:
+        """Tokens whose logits the head gives."""
+        return self.config.vocab_size if self.vocab is None else len(self.vocab)
 
     @property
     def num_bytes(self) -> int:
@@ -178,19 +188,20 @@ class Serving:
 
     prepare     enqueued before everything else of a step; fills the step's inputs
     logits_TV   f32, where the logits go; as wide as the head's padded output
-    all_reduce  adds up o's and down's outputs over the ranks, in place; None on one device
+    all_reduce  adds up embeddings and o's and down's outputs over the ranks, in place; None on one
+                device
     """
 
     prepare: Callable[["DecodeStep"], None]
     logits_TV: Tensor
     shared: SharedBuffers
-    all_reduce: Callable[[Tensor], None] | None = None
+    all_reduce: Callable[[Tensor], object] | None = None
 
 
 class _Collective(NamedTuple):
     """A sum over ranks in the list of launches; it runs on torch's current stream."""
 
-    function: Callable[[Tensor], None]
+    function: Callable[[Tensor], object]
     tensor: Tensor
 
     def run(self, stream: int) -> None:
@@ -454,6 +465,8 @@ class DecodeStep:
         kernels = self._library.elementwise(config.width, 8, _heads(config))
         embed = (weights.embedding_VD, self.token_ids_T, self.residual_TD)
         self._add(kernels["embed"], (self.num_tokens, 1, 1), 256, embed)
+        if self._serving is not None and self._serving.all_reduce is not None:
+            self._launches.append(_Collective(self._serving.all_reduce, self.residual_TD))
         result: LinearResult | None = None
         for index, layer in enumerate(weights.layers):
             x = self._activation("qkv", layer.qkv)
@@ -587,7 +600,7 @@ class Singles(NamedTuple):
 class PrefillBatch:
     """A ragged batch: first single tokens of sequences, then chunks of prompts.
 
-    image_rows_I   rows whose embedding is replaced by `image_vectors_ID`
+    image_rows_I   rows whose embedding is replaced by `image_vectors_ID`, which rank 0 alone has
     """
 
     token_ids_T: Tensor
@@ -631,7 +644,7 @@ class Prefill:
         rotary: RotaryFunction,
         mode: PrefillMode = "exact",
         fast_accumulation: bool = False,
-        all_reduce: Callable[[Tensor], None] | None = None,
+        all_reduce: Callable[[Tensor], object] | None = None,
     ) -> None:
         self._library = library
         self._weights = weights
@@ -887,8 +900,13 @@ class Prefill:
         weights = self._weights
         self._angles = self._rotary(batch.positions_T)
         residual_TD = weights.embedding_VD[batch.token_ids_T]
-        if batch.image_rows_I is not None and batch.image_vectors_ID is not None:
-            residual_TD[batch.image_rows_I] = batch.image_vectors_ID.to(torch.bfloat16)
+        if batch.image_rows_I is not None:
+            if batch.image_vectors_ID is not None:
+                residual_TD[batch.image_rows_I] = batch.image_vectors_ID.to(torch.bfloat16)
+            else:
+                residual_TD[batch.image_rows_I] = 0
+        if self._all_reduce is not None:
+            self._all_reduce(residual_TD)
         num_tokens = residual_TD.shape[0]
         result: LinearResult | None = None
         for index, layer in enumerate(weights.layers):

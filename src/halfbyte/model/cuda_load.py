@@ -12,18 +12,20 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.names import native_to_hub_rows, rotary_heads
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.checkpoint.shards import StoredTensor, bytes_of
+from halfbyte.checkpoint.shards import StoredTensor, bytes_of, fill_columns
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.kernels.repack import tile_nvfp4, tile_rows
 from halfbyte.log import logger
 from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights
+from halfbyte.model.parallel import Shard, Slice, shard_of, slice_of
 from halfbyte.modules import CacheFormat
 
 _PIECE_BYTES = 32 << 20
@@ -32,12 +34,21 @@ _QKV, _GATED = ("q", "k", "v"), ("gate", "up")
 _HEADROOM = 4.0
 _F16_MAX = 65504.0
 
+Role = Literal["weight", "weight_scale"]
+
 
 def reason_against(
-    checkpoint: Checkpoint, kv_cache: CacheFormat, block_tokens: int, *, prefill: str = "exact"
+    checkpoint: Checkpoint,
+    kv_cache: CacheFormat,
+    block_tokens: int,
+    *,
+    prefill: str = "exact",
+    num_ranks: int = 1,
 ) -> str | None:
     """Why the CUDA kernels cannot run this model; None when they can. Reads no tensor data."""
-    text, formats = checkpoint.config.text, checkpoint.quantization.formats
+    formats = checkpoint.quantization.formats
+    # The last rank's share of the MLP is the smallest where they are uneven.
+    text = shard_of(checkpoint.config.text, num_ranks - 1, num_ranks).local(checkpoint.config.text)
     if kv_cache != "fp8":
         return f"the KV cache is {kv_cache}; the kernels read FP8 (kv_cache fp8 forces it)"
     if block_tokens % 16:
@@ -128,34 +139,46 @@ class TensorReader:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def read_into(self, stored: StoredTensor, target: Tensor) -> list["Future[_Arrived]"]:
+    def read_into(
+        self, stored: StoredTensor, target: Tensor, column_bytes: range | None = None
+    ) -> list["Future[_Arrived]"]:
         """Start reading `stored` into `target`, contiguous and of its size, on the device.
+
+        column_bytes  of each row only these bytes; `target` is as much smaller
 
         What `target`'s memory was used for before must be enqueued on the current stream.
         """
         flat = target.reshape(-1).view(torch.uint8)
-        assert flat.data_ptr() == target.data_ptr() and flat.numel() == stored.num_bytes
-        self.num_bytes += stored.num_bytes
+        assert flat.data_ptr() == target.data_ptr()
+        part = _Part(stored, column_bytes)
+        assert flat.numel() == part.num_bytes, f"{flat.numel()} bytes for {part.num_bytes}"
+        self.num_bytes += part.num_bytes
         is_free = None
         if self._is_cuda:
             is_free = torch.cuda.Event()  # type: ignore[no-untyped-call]
             is_free.record()
+        step = part.whole_rows(self._piece_bytes)
         return [
-            self._pool.submit(self._read_piece, stored, start, flat, is_free)
-            for start in range(0, stored.num_bytes, self._piece_bytes)
+            self._pool.submit(self._read_piece, part, start, step, flat, is_free)
+            for start in range(0, part.num_bytes, step)
         ]
 
     def _read_piece(
-        self, stored: StoredTensor, start: int, flat: Tensor, is_free: torch.cuda.Event | None
+        self,
+        part: "_Part",
+        start: int,
+        step: int,
+        flat: Tensor,
+        is_free: torch.cuda.Event | None,
     ) -> _Arrived:
-        stop = min(start + self._piece_bytes, stored.num_bytes)
+        stop = min(start + step, part.num_bytes)
         staging = self._staging
         staging.turn ^= 1
         used = staging.events[staging.turn]
         if used is not None:
             used.synchronize()
         buffer = staging.buffers[staging.turn][: stop - start]
-        _fill(stored, bytes_of(buffer), start)
+        part.fill(buffer, start)
         if staging.stream is None:
             flat[start:stop].copy_(buffer)
             return _Arrived(None)
@@ -176,6 +199,36 @@ class TensorReader:
                 torch.cuda.current_stream().wait_event(event)
 
 
+class _Part(NamedTuple):
+    """A stored tensor, or the same bytes of each of its rows, as a run of bytes."""
+
+    stored: StoredTensor
+    column_bytes: range | None
+
+    @property
+    def num_bytes(self) -> int:
+        if self.column_bytes is None:
+            return self.stored.num_bytes
+        return self.stored.shape[0] * len(self.column_bytes)
+
+    def whole_rows(self, num_bytes: int) -> int:
+        """At most so many bytes, but whole rows where rows are cut."""
+        if self.column_bytes is None:
+            return num_bytes
+        width = len(self.column_bytes)
+        assert width <= num_bytes, f"rows of {width} bytes, pieces of {num_bytes}"
+        return num_bytes // width * width
+
+    def fill(self, buffer: Tensor, start: int) -> None:
+        """Read `buffer`'s bytes from byte `start` of the run on."""
+        if self.column_bytes is None:
+            _fill(self.stored, bytes_of(buffer), start)
+            return
+        width = len(self.column_bytes)
+        rows = buffer.view(-1, width)
+        fill_columns(self.stored, rows, start // width, self.column_bytes.start)
+
+
 def _fill(stored: StoredTensor, buffer: memoryview, start: int) -> None:
     done = 0
     try:
@@ -193,48 +246,93 @@ def _fill(stored: StoredTensor, buffer: memoryview, start: int) -> None:
         ) from error
 
 
+def _cut(stored: StoredTensor, axis: int, part: range) -> tuple[StoredTensor, range | None]:
+    """Rows of a tensor as a tensor of their own; or the tensor, and which bytes of a row."""
+    row_bytes = stored.num_bytes // stored.shape[0]
+    if axis == 1:
+        column_bytes = row_bytes // stored.shape[1]
+        return stored, range(part.start * column_bytes, part.stop * column_bytes)
+    rows = replace(
+        stored,
+        shape=(len(part), *stored.shape[1:]),
+        offset=stored.offset + part.start * row_bytes,
+        num_bytes=len(part) * row_bytes,
+    )
+    return rows, None
+
+
+def _shape(stored: StoredTensor, column_bytes: range | None) -> tuple[int, ...]:
+    if column_bytes is None:
+        return stored.shape
+    return stored.shape[0], len(column_bytes) // stored.dtype.itemsize
+
+
 class _Tensors:
     """Tensors of one checkpoint on their way to the device, and which were taken."""
 
-    def __init__(self, checkpoint: Checkpoint, reader: TensorReader) -> None:
+    def __init__(self, checkpoint: Checkpoint, reader: TensorReader, shard: Shard) -> None:
         self._checkpoint = checkpoint
         self._reader = reader
+        self._shard = shard
         self._names = frozenset(checkpoint.names())
         self._taken: set[str] = set()
         self._coming: dict[str, tuple[Tensor, list[Future[_Arrived]]]] = {}
         self._stacks: dict[tuple[str, ...], Tensor] = {}
 
-    def start(self, name: str, target: Tensor | None = None) -> None:
-        """Begin to read a tensor, into `target` if given."""
-        stored = self._checkpoint.stored(name)
-        if target is None:
-            target = torch.empty(stored.shape, dtype=stored.dtype, device=self._reader.device)
-        self._coming[name] = (target, self._reader.read_into(stored, target))
+    def start(
+        self, name: str, target: Tensor | None = None, part: tuple[int, range] | None = None
+    ) -> None:
+        """Begin to read a tensor, into `target` if given.
 
-    def start_stacked(self, names: Sequence[str]) -> None:
+        part    rows (axis 0) or columns (axis 1) of it
+        """
+        stored, columns = self._checkpoint.stored(name), None
+        if part is not None and len(part[1]) < stored.shape[part[0]]:
+            stored, columns = _cut(stored, *part)
+        if target is None:
+            target = torch.empty(
+                _shape(stored, columns), dtype=stored.dtype, device=self._reader.device
+            )
+        self._coming[name] = (target, self._reader.read_into(stored, target, columns))
+
+    def start_stacked(self, linears: Sequence[str], role: Role) -> None:
         """Begin to read tensors of one width into one matrix, one below the other."""
+        parts = [self._part(linear, role) for linear in linears]
+        names = [f"{linear}.{role}" for linear in linears]
         stored = [self._checkpoint.stored(name) for name in names]
-        rows = sum(s.shape[0] for s in stored)
-        shape = (rows, *stored[0].shape[1:])
-        whole = torch.empty(shape, dtype=stored[0].dtype, device=self._reader.device)
-        first = 0
-        for name, one in zip(names, stored, strict=True):
-            self.start(name, whole[first : first + one.shape[0]])
-            first += one.shape[0]
+        rows = [self.num_rows(linear) for linear in linears]
+        width = len(parts[0].indices) if parts[0].axis == 1 else stored[0].shape[1]
+        dtype, device = stored[0].dtype, self._reader.device
+        whole = torch.empty(sum(rows), width, dtype=dtype, device=device)
+        pieces = torch.split(whole, rows)
+        for name, part, piece in zip(names, parts, pieces, strict=True):
+            self.start(name, piece, part)
         self._stacks[tuple(names)] = whole
+
+    def _part(self, linear: str, role: Role) -> Slice:
+        head_dim = self._checkpoint.config.text.head_dim
+        return slice_of(self._shard, head_dim, linear, role, self._checkpoint.format_of(linear))
+
+    def num_rows(self, linear: str) -> int:
+        """Output features of a linear that this rank holds."""
+        part = self._part(linear, "weight")
+        whole = self._checkpoint.shape(f"{linear}.weight")[0]
+        return len(part.indices) if part.axis == 0 else whole
 
     def take(self, name: str) -> Tensor:
         """A tensor that was started; q and k in hub row order."""
         self._taken.add(name)
         target, pieces = self._coming.pop(name)
         self._reader.wait(pieces)
-        if self._checkpoint.layout == "mistral" and target.dim() >= 2:
-            heads = rotary_heads(name, self._checkpoint.config)
-            if heads is not None:
-                target.view(torch.uint8).copy_(native_to_hub_rows(target.view(torch.uint8), heads))
+        config = self._checkpoint.config
+        is_native = self._checkpoint.layout == "mistral" and target.dim() >= 2
+        if is_native and rotary_heads(name, config) is not None:
+            heads = target.shape[0] // config.text.head_dim
+            target.view(torch.uint8).copy_(native_to_hub_rows(target.view(torch.uint8), heads))
         return target
 
-    def take_stacked(self, names: Sequence[str]) -> Tensor:
+    def take_stacked(self, linears: Sequence[str], role: Role) -> Tensor:
+        names = [f"{linear}.{role}" for linear in linears]
         for name in names:
             self.take(name)
         return self._stacks.pop(tuple(names))
@@ -262,27 +360,32 @@ def load_cuda_weights(
     *,
     num_threads: int | None = None,
     num_spare_embeddings: int = 0,
+    shard: Shard | None = None,
 ) -> CudaWeights:
     """The text model in streaming order on `device`; `reason_against` must have found nothing.
 
     num_spare_embeddings  zero rows behind the vocabulary's, for vectors of images
+    shard                 a tensor-parallel rank's part; its embedding has one zero row more, ahead
+                          of the spare ones (`parallel.embedding_rows`)
     Raises CheckpointError for a tensor that cannot be read and for one that nothing reads.
     """
     text = checkpoint.config.text
+    shard = shard or shard_of(text, 0, 1)
+    vocab = shard.vocab
     with TensorReader(device, num_threads=num_threads) as reader:
-        tensors = _Tensors(checkpoint, reader)
-        rows = text.vocab_size + num_spare_embeddings
+        tensors = _Tensors(checkpoint, reader, shard)
+        rows = len(vocab) + num_spare_embeddings + (not shard.is_whole)
         embedding_VD = torch.zeros(rows, text.width, dtype=torch.bfloat16, device=device)
         _check_bf16(checkpoint, "embedding.weight")
-        tensors.start("embedding.weight", embedding_VD[: text.vocab_size])
+        tensors.start("embedding.weight", embedding_VD[: len(vocab)], (0, vocab))
         if not text.tied_head:
             _check_bf16(checkpoint, "head.weight")
-            tensors.start("head.weight")
+            tensors.start("head.weight", None, (0, vocab))
         tensors.start("norm.weight")
         _start_layer(tensors, checkpoint, 0)
         tensors.take("embedding.weight")
-        head_VD = embedding_VD[: text.vocab_size] if text.tied_head else tensors.take("head.weight")
-        ones = torch.ones(text.vocab_size, device=device)
+        head_VD = embedding_VD[: len(vocab)] if text.tied_head else tensors.take("head.weight")
+        ones = torch.ones(len(vocab), device=device)
         head = CudaLinear(tile_rows(head_VD, ones, "bf16"))
         del head_VD
         norm_D = tensors.take("norm.weight").to(torch.bfloat16)
@@ -292,7 +395,8 @@ def load_cuda_weights(
                 _start_layer(tensors, checkpoint, index + 1)
             layers.append(_take_layer(tensors, checkpoint, index))
         tensors.check_all_taken()
-    return CudaWeights(text, embedding_VD, tuple(layers), norm_D, head)
+    part = None if shard.is_whole else vocab
+    return CudaWeights(shard.local(text), embedding_VD, tuple(layers), norm_D, head, part)
 
 
 def _check_bf16(checkpoint: Checkpoint, name: str) -> None:
@@ -305,9 +409,9 @@ def _start_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int) -> None:
     tensors.start(f"{prefix}.attention_norm.weight")
     tensors.start(f"{prefix}.mlp_norm.weight")
     for group in _groups(prefix):
-        tensors.start_stacked([f"{name}.weight" for name in group])
+        tensors.start_stacked(group, "weight")
         if checkpoint.format_of(group[0]) == "nvfp4":
-            tensors.start_stacked([f"{name}.weight_scale" for name in group])
+            tensors.start_stacked(group, "weight_scale")
 
 
 def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int) -> CudaLayer:
@@ -330,8 +434,8 @@ def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int) -> CudaLa
 def _take_linear(tensors: _Tensors, checkpoint: Checkpoint, group: list[str]) -> CudaLinear:
     """A group's weights as one tiled weight, and what its input is divided by."""
     format_ = checkpoint.format_of(group[0])
-    w_OI = tensors.take_stacked([f"{name}.weight" for name in group])
-    sizes = [checkpoint.shape(f"{name}.weight")[0] for name in group]
+    w_OI = tensors.take_stacked(group, "weight")
+    sizes = [tensors.num_rows(name) for name in group]
     if format_ == "bf16":
         ones = torch.ones(w_OI.shape[0], device=w_OI.device)
         return CudaLinear(tile_rows(w_OI.to(torch.bfloat16), ones, "bf16"))
@@ -343,7 +447,7 @@ def _take_linear(tensors: _Tensors, checkpoint: Checkpoint, group: list[str]) ->
             logger.debug("%s: input scales differ; the largest serves all", group[0])
         weight = tile_rows(w_OI, _per_row(scales, sizes, w_OI), "fp8")
         return CudaLinear(weight, max(known))
-    scale_OB = tensors.take_stacked([f"{name}.weight_scale" for name in group])
+    scale_OB = tensors.take_stacked(group, "weight_scale")
     scales = [tensors.scalar(f"{name}.tensor_scale") for name in group]
     weight = tile_nvfp4(w_OI, scale_OB, _per_row(scales, sizes, w_OI))
     return CudaLinear(weight, f16_divisor(max(known)) if known else 1.0)

@@ -13,12 +13,12 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import TextConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.fp8 import decode_fp8
-from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, decode_nvfp4
+from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4
 from halfbyte.kernels import dispatch
 from halfbyte.model.decoder import Decoder, DecoderLayer
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.linear import FusedLinear, Linear, Mode, StoredLinear, make_linear
-from halfbyte.model.parallel import Communicator, Shard, Solo, SummedLinear, shard_of
+from halfbyte.model.parallel import Communicator, Shard, Solo, SummedLinear, shard_of, slice_of
 from halfbyte.model.vision import (
     EncoderLayerWeights,
     ProjectorWeights,
@@ -28,38 +28,6 @@ from halfbyte.model.vision import (
 
 _ATTENTION = ("q", "k", "v")
 _GATED = ("gate", "up")
-
-
-class _Slices:
-    """Which rows or columns of each decoder linear a rank holds. Whole linears for one process."""
-
-    def __init__(self, text: TextConfig, shard: Shard) -> None:
-        heads = _times(shard.heads, text.head_dim)
-        kv_heads = _times(shard.kv_heads, text.head_dim)
-        self._rows = {"q": heads, "k": kv_heads, "v": kv_heads, "gate": shard.mlp, "up": shard.mlp}
-        self._columns = {"o": heads, "down": shard.mlp}
-
-    def read(self, checkpoint: Checkpoint, name: str, role: str) -> torch.Tensor:
-        """The rank's part of `name`.`role`, a tensor that has a row for each output feature."""
-        tensor, short = f"{name}.{role}", name.rsplit(".", 1)[-1]
-        shape = checkpoint.shape(tensor)
-        rows = self._rows.get(short)
-        if rows is not None:
-            if len(rows) == shape[0]:
-                return checkpoint.tensor(tensor)
-            return checkpoint.rows(tensor, rows.start, rows.stop)
-        columns = self._columns[short]
-        inputs_per_column = 1
-        if checkpoint.format_of(name) == "nvfp4":
-            inputs_per_column = 2 if role == "weight" else BLOCK
-        start, stop = columns.start // inputs_per_column, columns.stop // inputs_per_column
-        if stop - start == shape[1]:
-            return checkpoint.tensor(tensor)
-        return checkpoint.columns(tensor, start, stop)
-
-
-def _times(units: range, width: int) -> range:
-    return range(units.start * width, units.stop * width)
 
 
 class _Source:
@@ -73,8 +41,7 @@ class _Source:
         dtype: torch.dtype,
         shard: Shard | None = None,
     ) -> None:
-        text = checkpoint.config.text
-        self._slices = _Slices(text, shard or shard_of(text, 0, 1))
+        self._shard = shard or shard_of(checkpoint.config.text, 0, 1)
         self._checkpoint = checkpoint
         self._names = frozenset(checkpoint.names())
         self._taken: set[str] = set()
@@ -157,9 +124,15 @@ class _Source:
             input_scale,
         )
 
-    def _part(self, name: str, role: str) -> torch.Tensor:
-        self._taken.add(f"{name}.{role}")
-        return self._slices.read(self._checkpoint, name, role).to(self.device)
+    def _part(self, name: str, role: Literal["weight", "weight_scale"]) -> torch.Tensor:
+        checkpoint, tensor = self._checkpoint, f"{name}.{role}"
+        head_dim = checkpoint.config.text.head_dim
+        axis, part = slice_of(self._shard, head_dim, name, role, checkpoint.format_of(name))
+        if len(part) == checkpoint.shape(tensor)[axis]:
+            return self.tensor(tensor)
+        self._taken.add(tensor)
+        read = checkpoint.rows if axis == 0 else checkpoint.columns
+        return read(tensor, part.start, part.stop).to(self.device)
 
     def _scalar_tensor(self, name: str) -> torch.Tensor:
         return torch.tensor(self.scalar(name), dtype=torch.float32, device=self.device)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from halfbyte.config import TextConfig
 from halfbyte.errors import UnsupportedError, UsageError, WorkerError
 from halfbyte.formats.nvfp4 import BLOCK
 from halfbyte.model.linear import Linear
+from halfbyte.modules import WeightFormat
 
 
 class Communicator(Protocol):
@@ -40,8 +41,8 @@ class Communicator(Protocol):
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, the same bits on all; `x` (dense) is overwritten with it."""
 
-    def all_reduce_max(self, x: Tensor) -> Tensor:
-        """The largest of every rank's `x`, element by element; `x` is overwritten with it."""
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's `x`, which overwrites the others'."""
 
     def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
         """The ranks' columns side by side, on rank 0 alone; the others get no rows.
@@ -59,7 +60,7 @@ class Solo:
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
-    def all_reduce_max(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         return x
 
     def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -105,16 +106,15 @@ class ProcessGroup:
         assert ones.item() == self.size, f"{ones.item()} ranks instead of {self.size}"
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return self._reduce(x, dist.ReduceOp.SUM)
-
-    def all_reduce_max(self, x: Tensor) -> Tensor:
-        return self._reduce(x, dist.ReduceOp.MAX)
-
-    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
-        options = dist.AllreduceOptions()
-        options.reduceOp = operation
         with _collective():
-            self._running().allreduce([x], options).wait()
+            self._running().allreduce([x], dist.AllreduceOptions()).wait()
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        with _collective():
+            self._running().broadcast([x], options).wait()
         return x
 
     def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -260,6 +260,57 @@ def _divides(text: TextConfig, size: int) -> bool:
         return False
     # An NVFP4 `o` is cut between heads, which must not cut a 16-block.
     return text.num_heads // size * text.head_dim % BLOCK == 0
+
+
+class Slice(NamedTuple):
+    """Rows (axis 0) or columns (axis 1) of a stored tensor, counted as stored."""
+
+    axis: int
+    indices: range
+
+
+def slice_of(
+    shard: Shard,
+    head_dim: int,
+    linear: str,
+    role: Literal["weight", "weight_scale"],
+    format: WeightFormat,
+) -> Slice:
+    """A rank's part of a tensor with a row for each output feature of a decoder linear.
+
+    Example: `down` in NVFP4 with MLP features 160-303: columns 80-151 of the packed weight, 10-18
+    of its block scales.
+    """
+    short = linear.rsplit(".", 1)[-1]
+    if short in ("q", "k", "v"):
+        heads = shard.heads if short == "q" else shard.kv_heads
+        return Slice(0, range(heads.start * head_dim, heads.stop * head_dim))
+    if short in ("gate", "up"):
+        return Slice(0, shard.mlp)
+    inputs = shard.mlp
+    if short == "o":
+        inputs = range(shard.heads.start * head_dim, shard.heads.stop * head_dim)
+    per_column = 1
+    if format == "nvfp4":
+        per_column = 2 if role == "weight" else BLOCK
+    return Slice(1, range(inputs.start // per_column, inputs.stop // per_column))
+
+
+def embedding_rows(ids_T: Tensor, vocab: range, vocab_size: int, *, has_spare: bool) -> Tensor:
+    """Rows of a rank's embedding table: its part of the vocabulary, a zero row, spare rows.
+
+    Ids from `vocab_size` on are spare rows (vectors of images), which rank 0 alone has. Everything
+    that is not here is the zero row, so that the ranks' sum is the embedding.
+    Example: rank 1 of 2 with 256-511 of 512: ids [3 256 511 514] are rows [256 0 255 256].
+    """
+    row_T = ids_T - vocab.start
+    zero = len(vocab)
+    is_here_T = (row_T >= 0) & (row_T < zero)
+    elsewhere_T = torch.full_like(ids_T, zero)
+    if has_spare:
+        spare_T = ids_T - vocab_size
+        elsewhere_T = torch.where(spare_T >= 0, spare_T + zero + 1, elsewhere_T)
+    return torch.where(is_here_T, row_T, elsewhere_T)
 
 
 class SummedLinear:
