@@ -1,11 +1,13 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from halfbyte.bench.baseline import load_baseline
+from halfbyte.bench.baseline import load_baseline, save_baseline
+from halfbyte.bench.choices import Choice, count_flips, encode_choices
 from halfbyte.bench.fidelity import (
     Candidate,
     bootstrap,
@@ -85,6 +87,55 @@ def test_stored_baseline_tells_the_same_within_its_error(models: Path) -> None:
     assert "compact baseline" in found.table()
 
 
+def test_place_and_doubt_are_told_apart(models: Path) -> None:
+    found = compare_models(
+        models / "bf16", candidates(models), models / "text.txt", window_tokens=WINDOW
+    )
+    fp8 = found.candidates[1]
+    assert fp8.kl_median is not None and fp8.kl_mean is not None
+    assert 0 <= fp8.kl_median < fp8.kl_mean
+    # Windows of 64 tokens fill the first place only.
+    assert fp8.kl_by_position is not None
+    assert dict(fp8.kl_by_position) == pytest.approx({"0-1k": fp8.kl_mean})
+    # A random model is never sure.
+    assert fp8.top1_agreement_unsure == pytest.approx(fp8.top1_agreement)
+
+
+def test_answers_of_a_stored_baseline_flip_like_those_of_the_model(
+    models: Path, tmp_path: Path
+) -> None:
+    text, fp8 = models / "text.txt", ("fp8d", models / "fp8", "declared")
+    choices = encode_choices(models / "bf16", "pocket", None, None)
+    assert len(choices) == 20
+    prompts = {choice.token_ids for choice in choices}
+    assert len(prompts) == 20 and all(len(c.letter_ids) == 4 for c in choices)
+    options: dict[str, Any] = {"window_tokens": WINDOW, "max_tokens": 100, "choices": choices}
+    same: Candidate = ("same", models / "bf16", "weight_only")
+    full = compare_models(models / "bf16", [same, fp8], text, **options)  # type: ignore[list-item]
+    unchanged, changed = (row.flips for row in full.candidates)
+    assert unchanged is not None and changed is not None
+    assert (unchanged.changed, unchanged.items) == (0, 20)
+    assert changed.right - changed.base_right == changed.won - changed.lost
+    assert f"{changed.changed} of 20 answers differ" in full.table()
+    save_baseline(tmp_path / "b", make_baseline(models / "bf16", text, **options))
+    kept = load_baseline(tmp_path / "b")
+    assert kept.choices == choices
+    (row,) = compare_with_baseline(kept, fp8).candidates  # type: ignore[arg-type]
+    assert row.flips == changed
+
+
+def test_flips_count_right_answers_lost_and_won_and_others() -> None:
+    items = [Choice((1,), (2, 3, 4), 0)] * 5
+    flips = count_flips(items, (0, 0, 1, 1, 1), (0, 1, 0, 2, 1))
+    assert (flips.lost, flips.won, flips.changed_wrong) == (1, 1, 1)
+    assert (flips.base_right, flips.right, flips.changed) == (2, 2, 3)
+
+
+def test_sets_without_options_have_no_choices(models: Path) -> None:
+    with pytest.raises(UsageError, match="there are pocket, mmlu_pro"):
+        encode_choices(models / "bf16", "ifbench", None, None)
+
+
 def test_windows_open_with_bos_and_leave_out_a_short_end(models: Path) -> None:
     text = (models / "text.txt").read_text()
     vocabulary = load_chat(models / "bf16").vocabulary
@@ -128,8 +179,10 @@ def test_commands(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     base, fp8 = str(models / "bf16"), str(models / "fp8")
     text = ["--text", str(models / "text.txt"), "--window-tokens", str(WINDOW), "--tokens", "200"]
     kept, figures = tmp_path / "b.safetensors", tmp_path / "figures.json"
-    assert main(["compare", base, fp8, *text, "--json", str(figures)]) == 0
-    assert "top-1 same" in capsys.readouterr().out
+    more = ["--choices", "pocket", "--limit", "8", "--json", str(figures)]
+    assert main(["compare", base, fp8, *text, *more]) == 0
+    shown = capsys.readouterr().out
+    assert "top-1 same" in shown and "answers differ from bf16" in shown
     full = json.loads(figures.read_text())
     assert full["method"] == "full" and full["num_windows"] == 3
     assert main(["compare", base, *text, "--save-baseline", str(kept)]) == 0

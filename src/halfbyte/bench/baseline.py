@@ -18,9 +18,12 @@ and never less than the same with mass * log(mass / q's mass there) for its seco
 File: safetensors. `token_ids` int32 (windows, W) (-1 beyond the end of a shorter last window),
 `top_ids` int32 (N, K), `top_logprobs` f16 (N, K), `tail_ids` int32 (N, S), `tail_logprobs` f16
 (N, S), `tail_mass` f32 (N,), `target_logprobs` f32 (N,); N counts the positions with a target,
-window after window. The header's metadata says what was run.
+window after window. The header's metadata says what was run. With multiple-choice items also
+`choice_ids` int32 (items, C), `letter_ids` int32 (items, L), both padded with -1, and `right`,
+`answers` int32 (items,).
 
-Shapes: N positions, V vocabulary, K top tokens, S tail samples, W tokens of a window.
+Shapes: N positions, V vocabulary, K top tokens, S tail samples, W tokens of a window,
+C tokens of a choice's prompt, L letters.
 """
 
 import json
@@ -34,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from halfbyte.bench.choices import Choice
 from halfbyte.errors import CheckpointError
 
 FORMAT = "halfbyte-baseline-1"
@@ -48,6 +52,7 @@ _TENSORS = (
     "tail_mass",
     "target_logprobs",
 )
+_CHOICE_TENSORS = ("choice_ids", "letter_ids", "right", "answers")
 _FACTS = ("name", "mode", "bytes", "vocab_size", "text_sha256")
 
 
@@ -80,6 +85,7 @@ class Baseline:
     """A compact baseline and what it is of.
 
     windows  token ids of each window
+    choices  multiple-choice items, if any, and `answers`: the option found most likely
     """
 
     name: str
@@ -89,6 +95,8 @@ class Baseline:
     text_sha256: str
     windows: tuple[tuple[int, ...], ...]
     positions: Compact
+    choices: tuple[Choice, ...] = ()
+    answers: tuple[int, ...] = ()
 
     def of_window(self, index: int) -> Compact:
         """The positions of one window."""
@@ -135,13 +143,16 @@ def divergence(base: Compact, logprobs_NV: Tensor) -> Divergence:
 
 def save_baseline(path: Path, baseline: Baseline) -> None:
     """Write the file; its directory must exist. Nothing half-written is left behind."""
-    width = max(map(len, baseline.windows))
-    token_ids = torch.full((len(baseline.windows), width), -1, dtype=torch.int32)
-    for row, window in enumerate(baseline.windows):
-        token_ids[row, : len(window)] = torch.tensor(window, dtype=torch.int32)
-    tensors = {"token_ids": token_ids} | {
+    tensors = {"token_ids": _padded(baseline.windows)} | {
         name: tensor.contiguous() for name, tensor in baseline.positions._asdict().items()
     }
+    if baseline.choices:
+        tensors |= {
+            "choice_ids": _padded([choice.token_ids for choice in baseline.choices]),
+            "letter_ids": _padded([choice.letter_ids for choice in baseline.choices]),
+            "right": torch.tensor([c.right for c in baseline.choices], dtype=torch.int32),
+            "answers": torch.tensor(baseline.answers, dtype=torch.int32),
+        }
     facts = {name: getattr(baseline, name) for name in _FACTS}
     unfinished = path.with_name(path.name + ".unfinished")
     try:
@@ -149,6 +160,18 @@ def save_baseline(path: Path, baseline: Baseline) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of different lengths as one int32 tensor, -1 beyond their ends."""
+    padded = torch.full((len(rows), max(map(len, rows))), -1, dtype=torch.int32)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    return padded
+
+
+def _unpadded(padded: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(value for value in row if value >= 0) for row in padded.tolist())
 
 
 def load_baseline(path: Path) -> Baseline:
@@ -160,18 +183,29 @@ def load_baseline(path: Path) -> Baseline:
                 raise CheckpointError(f"{path}: not a baseline of format {FORMAT}")
             facts = json.loads(metadata["facts"])
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            has_choices = "choice_ids" in file.keys()  # noqa: SIM118  (no mapping)
+            kept = {n: file.get_tensor(n) for n in _CHOICE_TENSORS} if has_choices else {}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: no readable baseline: {error}") from error
-    windows = tuple(
-        tuple(token_id for token_id in row if token_id >= 0)
-        for row in tensors.pop("token_ids").tolist()
-    )
+    windows = _unpadded(tensors.pop("token_ids"))
     num_positions = sum(len(window) - 1 for window in windows)
     if any(tensor.shape[0] != num_positions for tensor in tensors.values()):
         raise CheckpointError(f"{path}: positions do not match the windows ({num_positions})")
+    choices, answers = _choices(kept) if kept else ((), ())
     return Baseline(
-        **{name: facts[name] for name in _FACTS}, windows=windows, positions=Compact(**tensors)
+        **{name: facts[name] for name in _FACTS},
+        windows=windows,
+        positions=Compact(**tensors),
+        choices=choices,
+        answers=answers,
     )
+
+
+def _choices(kept: Mapping[str, Tensor]) -> tuple[tuple[Choice, ...], tuple[int, ...]]:
+    prompts, letters = _unpadded(kept["choice_ids"]), _unpadded(kept["letter_ids"])
+    right = kept["right"].tolist()
+    choices = tuple(Choice(*row) for row in zip(prompts, letters, right, strict=True))
+    return choices, tuple(kept["answers"].tolist())
 
 
 def concatenate(parts: Sequence[Compact]) -> Compact:

@@ -1,4 +1,4 @@
-"""How close one checkpoint comes to another: perplexity, KL divergence, agreement on a text.
+"""How close one checkpoint comes to another: perplexity, KL divergence, agreement, answer flips.
 
 Both models are teacher-forced through the engine's own path (paged cache in the checkpoint's
 format) over windows of the text, each starting afresh. The first token of a window has no
@@ -10,9 +10,9 @@ Shapes: N positions of a window, V vocabulary.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from halfbyte.bench.baseline import (
     concatenate,
     divergence,
 )
+from halfbyte.bench.choices import Choice, Flips, answer, count_flips, longest
 from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.core import Engine, EngineConfig
 from halfbyte.errors import CheckpointError, UsageError
@@ -36,6 +37,9 @@ from halfbyte.model.linear import Mode
 
 WINDOW_TOKENS = 512
 _BOOTSTRAP_DRAWS = 2000
+_SURE = 0.9
+_PLACES = {"0-1k": (0, 1024), "1k-8k": (1024, 8192), "8k-32k": (8192, 32_768),
+           "32k+": (32_768, None)}  # fmt: skip
 _SEED = 0
 
 
@@ -54,7 +58,10 @@ class Row:
     kl_*             KL(base || this) per token, nats; the interval is a bootstrap over windows
     kl_lower_mean    a lower bound of kl_mean, and kl_tail_error the standard error of its
                      estimate, where the base was a compact baseline
-    top1_agreement   share of positions where both find the same token most likely
+    top1_agreement   share of positions where both find the same token most likely; `unsure` of
+                     those where the base gives its best token less than 0.9
+    kl_by_position   mean by place in the window, such as "1k-8k"; long windows fill more of them
+    flips            answers to multiple-choice items that differ from the base's, if asked for
     """
 
     name: str
@@ -68,6 +75,10 @@ class Row:
     top1_agreement: float | None = None
     kl_lower_mean: float | None = None
     kl_tail_error: float | None = None
+    kl_median: float | None = None
+    top1_agreement_unsure: float | None = None
+    kl_by_position: Mapping[str, float] | None = None
+    flips: Flips | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +131,20 @@ def compare_models(
     *,
     max_tokens: int | None = None,
     window_tokens: int = WINDOW_TOKENS,
+    choices: Sequence[Choice] = (),
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare (name, directory, mode) with a base, all in memory at once.
 
     max_tokens  use the beginning of the text only
+    choices     multiple-choice items whose answers are compared as well (`encode_choices`)
     progress    called with windows done and windows in all
     Raises UsageError for a text that is too short, CheckpointError if vocabularies differ.
     """
     text = read_text(text_path)
-    base = load_model(base_dir.name, base_dir, "weight_only", window_tokens)
-    others = [load_model(*candidate, window_tokens) for candidate in candidates]
+    room = max(window_tokens, longest(choices))
+    base = load_model(base_dir.name, base_dir, "weight_only", room)
+    others = [load_model(*candidate, room) for candidate in candidates]
     windows = cut_windows(base_dir, text, window_tokens, max_tokens)
     for name, directory, _ in candidates:
         if cut_windows(directory, text, window_tokens, max_tokens) != windows:
@@ -143,10 +157,16 @@ def compare_models(
             logprobs_NV = window_logprobs(other.engine, window)
             _check_vocabulary(other, logprobs_NV, base_logprobs_NV.shape[1])
             found = full_divergence(base_logprobs_NV, logprobs_NV)
-            tally.add(logprobs_NV, window, found, base_logprobs_NV.argmax(-1))
+            tally.add(logprobs_NV, window, found, BestToken(*base_logprobs_NV.max(-1)))
         if progress is not None:
             progress(done + 1, len(windows))
     rows = [tally.row(model) for model, tally in zip(others, tallies, strict=True)]
+    if choices:
+        answers = answer(base.engine, choices)
+        rows = [
+            replace(row, flips=count_flips(choices, answers, answer(other.engine, choices)))
+            for row, other in zip(rows, others, strict=True)
+        ]
     return _comparison(base_tally.row(base), rows, text, windows, window_tokens, "full")
 
 
@@ -158,20 +178,26 @@ def compare_with_baseline(
     Raises CheckpointError if the vocabularies differ in size.
     """
     window_tokens = max(map(len, baseline.windows))
-    model = load_model(*candidate, window_tokens)
+    choices = baseline.choices
+    model = load_model(*candidate, max(window_tokens, longest(choices)))
     tally = Tally()
     for index, window in enumerate(baseline.windows):
         logprobs_NV = window_logprobs(model.engine, window)
         _check_vocabulary(model, logprobs_NV, baseline.vocab_size)
         kept = baseline.of_window(index)
-        tally.add(logprobs_NV, window, divergence(kept, logprobs_NV), kept.top_ids[:, 0].long())
+        best = BestToken(kept.top_logprobs[:, 0].float(), kept.top_ids[:, 0].long())
+        tally.add(logprobs_NV, window, divergence(kept, logprobs_NV), best)
         if progress is not None:
             progress(index + 1, len(baseline.windows))
     negative_logprob = -float(baseline.positions.target_logprobs.double().mean())
     base = Row(baseline.name, baseline.mode, baseline.bytes, math.exp(negative_logprob))
+    row = tally.row(model, is_estimate=True)
+    if choices:
+        found = count_flips(choices, baseline.answers, answer(model.engine, choices))
+        row = replace(row, flips=found)
     return Comparison(
         base,
-        (tally.row(model, is_estimate=True),),
+        (row,),
         baseline.text_sha256,
         len(baseline.windows),
         baseline.positions.tail_mass.shape[0],
@@ -187,11 +213,13 @@ def make_baseline(
     mode: Mode = "weight_only",
     max_tokens: int | None = None,
     window_tokens: int = WINDOW_TOKENS,
+    choices: Sequence[Choice] = (),
     progress: Progress | None = None,
 ) -> Baseline:
-    """Score a model over a text and keep the compact form."""
+    """Score a model over a text, answer the choices, and keep the compact form."""
     text = read_text(text_path)
-    model = load_model(directory.name, directory, mode, window_tokens)
+    room = max(window_tokens, longest(choices))
+    model = load_model(directory.name, directory, mode, room)
     windows = cut_windows(directory, text, window_tokens, max_tokens)
     generator = torch.Generator().manual_seed(_SEED)
     parts: list[Compact] = []
@@ -208,6 +236,8 @@ def make_baseline(
         text_sha256=_sha256(text),
         windows=tuple(windows),
         positions=concatenate(parts),
+        choices=tuple(choices),
+        answers=answer(model.engine, choices),
     )
 
 
@@ -268,6 +298,13 @@ def full_divergence(base_NV: Tensor, other_NV: Tensor) -> Divergence:
     return Divergence(kl, kl, torch.zeros_like(kl))
 
 
+class BestToken(NamedTuple):
+    """The base's most likely token of each position and its log-prob, (N,) each."""
+
+    logprobs: Tensor
+    token_ids: Tensor
+
+
 class Tally:
     """Per-position figures of one model, window by window."""
 
@@ -275,20 +312,22 @@ class Tally:
         self._negative_logprobs: list[Tensor] = []
         self._divergences: list[Divergence] = []
         self._agreements: list[Tensor] = []
+        self._unsure: list[Tensor] = []
 
     def add(
         self,
         logprobs_NV: Tensor,
         window: Window,
         found: Divergence | None = None,
-        base_best_N: Tensor | None = None,
+        base_best: BestToken | None = None,
     ) -> None:
         """Note one window; the last two compare it with the base."""
         targets_N1 = torch.tensor(window[1:])[:, None]
         self._negative_logprobs.append(-logprobs_NV.gather(1, targets_N1)[:, 0].double())
-        if found is not None and base_best_N is not None:
+        if found is not None and base_best is not None:
             self._divergences.append(found)
-            self._agreements.append(logprobs_NV.argmax(-1) == base_best_N)
+            self._agreements.append(logprobs_NV.argmax(-1) == base_best.token_ids)
+            self._unsure.append(base_best.logprobs < math.log(_SURE))
 
     def row(self, model: Loaded, *, is_estimate: bool = False) -> Row:
         """Summary of all windows. Raises CheckpointError if any figure is NaN."""
@@ -300,6 +339,7 @@ class Tally:
         kl = torch.cat([found.kl for found in self._divergences])
         lower = torch.cat([found.lower for found in self._divergences])
         variance = torch.cat([found.variance for found in self._divergences])
+        agreements, unsure = torch.cat(self._agreements).double(), torch.cat(self._unsure)
         return Row(
             model.name,
             model.mode,
@@ -309,10 +349,22 @@ class Tally:
             kl_interval=bootstrap([found.kl.numpy() for found in self._divergences]),
             kl_p99=float(kl.quantile(0.99)),
             kl_max=float(kl.max()),
-            top1_agreement=float(torch.cat(self._agreements).double().mean()),
+            top1_agreement=float(agreements.mean()),
             kl_lower_mean=float(lower.mean()) if is_estimate else None,
             kl_tail_error=float(variance.sum().sqrt() / len(kl)) if is_estimate else None,
+            kl_median=float(kl.median()),
+            top1_agreement_unsure=float(agreements[unsure].mean()) if unsure.any() else None,
+            kl_by_position=self._by_position(),
         )
+
+    def _by_position(self) -> dict[str, float]:
+        """Mean divergence by place in the window; a position counts the tokens before it."""
+        means = {}
+        for name, (first, end) in _PLACES.items():
+            parts = [found.kl[first:end] for found in self._divergences]
+            if any(len(part) for part in parts):
+                means[name] = float(torch.cat(parts).mean())
+        return means
 
 
 def bootstrap(windows: Sequence[NDArray[np.float64]]) -> Interval | None:
@@ -355,7 +407,18 @@ def format_table(comparison: Comparison) -> str:
         ).rstrip()
         for line in lines
     ]
-    return "\n".join([*text, _explanation(comparison)])
+    return "\n".join([*text, _explanation(comparison), *_flip_lines(comparison)])
+
+
+def _flip_lines(comparison: Comparison) -> list[str]:
+    """One line per candidate on its changed answers; none without choices."""
+    return [
+        f"{row.name}: {f.changed} of {f.items} answers differ from {comparison.base.name} "
+        f"({f.lost} right ones lost, {f.won} won, {f.changed_wrong} among wrong ones); right "
+        f"{f.right / f.items:.1%}, {comparison.base.name} {f.base_right / f.items:.1%}"
+        for row in comparison.candidates
+        if (f := row.flips) is not None
+    ]
 
 
 def _explanation(comparison: Comparison) -> str:
@@ -365,11 +428,11 @@ def _explanation(comparison: Comparison) -> str:
     )
     if comparison.method == "full":
         return words + "over the full vocabulary."
-    parts = [
+    bounds = [
         f"at least {row.kl_lower_mean:.5f}, sampling error of the tail {row.kl_tail_error:.5f}"
         for row in comparison.candidates
     ]
-    return words + f"from a compact baseline: {'; '.join(parts)}."
+    return words + f"from a compact baseline: {'; '.join(bounds)}."
 
 
 def _comparison(

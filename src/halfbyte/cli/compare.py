@@ -9,7 +9,8 @@ from halfbyte.errors import UsageError
 
 EXAMPLE = """  halfbyte compare build/demo/bf16 build/demo/mixed --text held_out.txt
   halfbyte compare big-fp8/ --text held_out.txt --save-baseline fp8.safetensors
-  halfbyte compare big-mixed/ --baseline fp8.safetensors"""
+  halfbyte compare big-mixed/ --baseline fp8.safetensors
+  halfbyte compare fp8/ mixed/ --text held_out.txt --choices pocket"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window-tokens", type=int, default=512, help="tokens scored in one go (%(default)s)"
     )
+    parser.add_argument(
+        "--choices",
+        metavar="NAME",
+        help="also compare the answers to a multiple-choice set: pocket, mmlu_pro, gpqa_diamond",
+    )
+    parser.add_argument("--data", type=Path, help="folder with the items, as for evaluate")
+    parser.add_argument("--limit", type=int, help="at most so many items, evenly spread")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,8 +49,13 @@ def run(args: argparse.Namespace) -> int:
     # Imported here so that --help needs no torch.
     from halfbyte.bench import fidelity
     from halfbyte.bench.baseline import load_baseline, save_baseline
+    from halfbyte.bench.choices import encode_choices
 
+    choices = (
+        encode_choices(args.models[0], args.choices, args.data, args.limit) if args.choices else ()
+    )
     options = {
+        "choices": choices,
         "max_tokens": args.tokens,
         "window_tokens": args.window_tokens,
         "progress": _progress,
@@ -75,6 +88,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("with --baseline name the candidate alone")
     if args.baseline is None and args.text is None:
         raise UsageError("which text? --text FILE")
+    if args.baseline is not None and args.choices is not None:
+        raise UsageError("--baseline holds its own items; leave out --choices")
     if args.baseline is not None and args.text is not None:
         raise UsageError("--baseline holds its own tokens; leave out --text")
     wanted = (1, 2) if args.save_baseline is not None else (2,)
