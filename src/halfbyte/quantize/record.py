@@ -6,6 +6,7 @@ Holds no paths. Times and memory are those of the steps, whichever run took them
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,22 @@ VERSION = 1
 
 def peak_memory_bytes(device: torch.device) -> dict[str, int]:
     """The most that this process has held so far: on the host, and on a GPU if it uses one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peaks = {"host": _host_peak_bytes()}
     if device.type == "cuda":
         peaks["gpu"] = torch.cuda.max_memory_reserved(device)
     return peaks
+
+
+def _host_peak_bytes() -> int:
+    """VmHWM where the system states it: ru_maxrss may be that of the process we came from."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
