@@ -11,7 +11,9 @@ METHODS = ("max", "headroom", "mse", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="checkpoint directory, bf16 or Mistral FP8")
+    parser.add_argument(
+        "source", help="checkpoint directory, bf16 or Mistral FP8; or owner/name@commit with --hub"
+    )
     parser.add_argument("output", type=Path, help="directory to make; must not exist")
     parser.add_argument("--recipe", required=True, help="a recipe of the library, or a .yaml file")
     parser.add_argument(
@@ -22,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--blend", help="calibration blend, name or .yaml, not the recipe's")
     parser.add_argument("--data", type=Path, help="folder with data sets, laid out as on the hub")
-    parser.add_argument("--hub", action="store_true", help="fetch what the folder lacks")
+    parser.add_argument(
+        "--hub", action="store_true", help="fetch the source, and what --data lacks"
+    )
     parser.add_argument(
         "--method",
         choices=METHODS,
@@ -71,18 +75,21 @@ def parse_bytes(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
+    from halfbyte.checkpoint.hub import locate
     from halfbyte.quantize.job import QuantizeConfig
     from halfbyte.quantize.page import write_report
     from halfbyte.quantize.pipeline import quantize
     from halfbyte.quantize.scales import METHODS as SCALES_OF
     from halfbyte.recipe.schema import load_recipe
 
+    source = locate(args.source, allow_hub=args.hub)
     recipe = load_recipe(args.recipe)
     if args.method is not None:
         recipe = replace(recipe, scales=SCALES_OF[args.method])
     result = quantize(
         QuantizeConfig(
-            source=args.source,
+            source=source.directory,
+            origin=source.origin,
             output=args.output,
             recipe=recipe,
             profile=args.profile,

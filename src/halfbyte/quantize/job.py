@@ -36,6 +36,7 @@ from halfbyte.recipe.schema import Recipe
 class QuantizeConfig:
     """What to quantize, how, and where to.
 
+    origin              `owner/name@commit` of a source that was fetched; goes into the manifest
     calibration_tokens  recorded ids (`calibrate.tokens`); None takes the recipe's blend
     blend               a blend by name or path, instead of the recipe's
     data_folder         where the blend's data sets lie, laid out as on the hub
@@ -52,6 +53,7 @@ class QuantizeConfig:
     output: Path
     recipe: Recipe
     profile: Profile = "ieee"
+    origin: str | None = None
     calibration_tokens: Path | None = None
     blend: str | None = None
     data_folder: Path | None = None
@@ -178,6 +180,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """Everything that the output's bytes depend on."""
     return {
+        **({} if config.origin is None else {"origin": config.origin}),
         "source": export.source_fingerprint(checkpoint),
         "recipe": {
             "name": plan.recipe_name,

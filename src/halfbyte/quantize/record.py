@@ -49,7 +49,7 @@ def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     return {
         "halfbyte_quantization_record": VERSION,
         "source": {
-            "name": checkpoint.directory.resolve().name,
+            "name": config.origin or checkpoint.directory.resolve().name,
             "dialect": checkpoint.quantization.dialect,
             "bytes": sum(map(checkpoint.num_bytes, checkpoint.names())),
             "files": fingerprint["source"],

@@ -1,0 +1,150 @@
+"""What each calibration method costs a real small model: perplexity and KL divergence side by side.
+
+Question: on SmolLM2-135M-Instruct, how far are the mixed checkpoints calibrated by `max`,
+`headroom` and `mse` from the bf16 model, and how far is NVFP4 everywhere?
+
+Method: the FP8 source is made of the bf16 model and quantized five ways on the same rows of the
+text in the package. Each checkpoint scores held-out text through the engine's own path, in mode
+`declared` (weights, activations and cache rounded as FP4 hardware would; what the format promises)
+and in mode `weight_only` (what an engine without FP4 products does). KL is per token over the full
+vocabulary, its interval a bootstrap over windows. No clock is read: load does not matter.
+
+Reading the result: half of the loss of the mixed format comes from FP4 activations. None of this
+predicts the 128B model: 135M parameters have no room, so this is a stress test. NVFP4 everywhere is
+there as a warning: attention and the edge layers earn their bytes. The text is short; intervals of
+methods that overlap say that it cannot tell them apart. `--text` takes a longer one.
+
+Last record: benchmarks/records/quantize_quality.json.
+
+Run: PYTHONPATH=src python benchmarks/quantize_quality.py
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from halfbyte import log
+from halfbyte.bench import record
+from halfbyte.bench.fidelity import Row, compare_models
+from halfbyte.checkpoint.gguf import import_gguf, packaged_file
+from halfbyte.quantize.fp8_source import make_fp8_source
+from halfbyte.quantize.job import QuantizeConfig
+from halfbyte.quantize.pipeline import quantize
+from halfbyte.quantize.scales import METHODS
+from halfbyte.recipe.schema import load_recipe
+
+RECORD = Path(__file__).parent / "records" / "quantize_quality.json"
+HELD_OUT = Path(__file__).parents[1] / "src/halfbyte/bench/data/held_out.txt"
+# Name -> recipe, method.
+VARIANTS: Mapping[str, tuple[str, str]] = {
+    "max": ("medium-3.5", "max"),
+    "headroom": ("medium-3.5", "headroom"),
+    "mse": ("medium-3.5", "mse"),
+    "data-free": ("medium-3.5", "none"),
+    "NVFP4 everywhere": ("nvfp4-everywhere", "max"),
+}
+MODES = ("declared", "weight_only")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build/quality"))
+    parser.add_argument("--text", type=Path, default=HELD_OUT)
+    parser.add_argument("--tokens", type=int, help="use only so many tokens of the text")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--tokens-per-row", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=RECORD)
+    return parser.parse_args()
+
+
+def make(args: argparse.Namespace) -> dict[str, Any]:
+    """All checkpoints; returns the mean output SQNR of each method on NVFP4 linears."""
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
+    import_gguf(packaged_file("smollm2"), args.work / "bf16")
+    make_fp8_source(args.work / "bf16", args.work / "fp8")
+    errors: dict[str, Any] = {}
+    for name, (recipe_name, method) in VARIANTS.items():
+        recipe = replace(load_recipe(recipe_name), scales=METHODS[method])
+        wanted = replace(
+            recipe.calibration, samples=args.rows, tokens_per_sample=args.tokens_per_row
+        )
+        result = quantize(
+            QuantizeConfig(
+                args.work / "fp8",
+                args.work / name.replace(" ", "-"),
+                replace(recipe, calibration=wanted),
+            )
+        )
+        if name == "max":
+            some = [x["output_db"] for x in result.linears if x["format"] == "nvfp4"]
+            errors = {m: round(sum(x[m] for x in some) / len(some), 2) for m in some[0]}
+            errors["tokens"] = result.num_calibration_tokens
+    return errors
+
+
+def main() -> None:
+    args = parse()
+    log.configure(level="warning")
+    errors = make(args)
+    candidates = [("fp8", args.work / "fp8", "weight_only")]
+    candidates += [
+        (name, args.work / name.replace(" ", "-"), mode) for name in VARIANTS for mode in MODES
+    ]
+    found = compare_models(
+        args.work / "bf16",
+        candidates,  # type: ignore[arg-type]
+        args.text,
+        max_tokens=args.tokens,
+        progress=lambda done, of: print(f"window {done} of {of}", flush=True),
+    )
+    print(found.table())
+    results: dict[str, Any] = {
+        "text": args.text.name,
+        "text_sha256": found.text_sha256,
+        "scored_tokens": found.num_tokens,
+        "windows": found.num_windows,
+        "calibration_tokens": errors.pop("tokens"),
+        "output_db_of_nvfp4_linears": errors,
+        "bf16_perplexity": round(found.base.perplexity, 3),
+        "rows": [row_facts(row) for row in found.candidates],
+    }
+    declared = {row.name: row for row in found.candidates if row.mode == "declared"}
+    results["headlines"] = [
+        {
+            "what": "SmolLM2-135M, mixed, KL from bf16 by method (declared)",
+            "figure": ", ".join(
+                f"{n} {declared[n].kl_mean:.4f}" for n in ("max", "headroom", "mse")
+            ),
+            "against": f"NVFP4 everywhere {declared['NVFP4 everywhere'].kl_mean:.4f}",
+        }
+    ]
+    record.write(
+        args.out,
+        name="quantize_quality",
+        question="Perplexity and KL of a real small model by calibration method?",
+        command="PYTHONPATH=src python benchmarks/quantize_quality.py " + " ".join(sys.argv[1:]),
+        results=results,
+    )
+    shutil.rmtree(args.work, ignore_errors=True)
+
+
+def row_facts(row: Row) -> dict[str, Any]:
+    assert row.kl_mean is not None and row.top1_agreement is not None
+    return {
+        "name": row.name,
+        "mode": row.mode,
+        "megabytes": round(row.bytes / 1e6, 1),
+        "perplexity": round(row.perplexity, 3),
+        "kl_mean": round(row.kl_mean, 5),
+        "kl_interval": None if row.kl_interval is None else [round(v, 5) for v in row.kl_interval],
+        "top1_agreement": round(row.top1_agreement, 4),
+    }
+
+
+if __name__ == "__main__":
+    main()
