@@ -3,10 +3,12 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.sampler import IMPOSSIBLE, Sampler, logprobs_of, uniform
@@ -151,6 +153,43 @@ def test_nothing_allowed_is_said() -> None:
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature, banned_token_ids=everything)
         assert choose(params) == IMPOSSIBLE
+
+
+class Only:
+    """A mask that allows some tokens, and leaves bits beyond the vocabulary set."""
+
+    def __init__(self, allowed: set[int]) -> None:
+        self._allowed = allowed
+
+    def fill(self, bitmask: NDArray[np.uint32]) -> None:
+        bitmask[:] = 0
+        bitmask[-1] = np.uint32(0xFFFFFFFF) << np.uint32(VOCAB % 32)
+        for token_id in self._allowed:
+            bitmask[token_id // 32] |= np.uint32(1) << np.uint32(token_id % 32)
+
+    def accept(self, token_id: int) -> None:
+        raise AssertionError("the sampler does not accept")
+
+    def is_finished(self) -> bool:
+        return False
+
+
+@given(st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=60), st.booleans())
+def test_masks_leave_exactly_what_they_allow(allowed: set[int], twice: bool) -> None:
+    """Tokens they allow keep their logits bit for bit, and one mask leaves no trace in the next."""
+    sampler = Sampler(VOCAB, (0,))
+    if twice:
+        sampler._mask(LOGITS.clone(), GenerationRequest("b", (1,), SamplingParams(), Only({7})))
+    logits = LOGITS.clone()
+    sampler._mask(logits, GenerationRequest("a", (1,), SamplingParams(), Only(allowed)))
+    kept = torch.zeros(VOCAB, dtype=torch.bool)
+    kept[list(allowed)] = True
+    assert torch.equal(logits[kept], LOGITS[kept])
+    assert torch.isinf(logits[~kept]).all() and (logits[~kept] < 0).all()
+    # What runs on another device looks the same rows up there.
+    octets = torch.from_numpy(sampler._bitmask.view(np.uint8))
+    closing = sampler._closed_on_device[octets.long()].view(-1)[:VOCAB]
+    assert torch.equal(LOGITS + closing, logits)
 
 
 def test_different_bans_stay_in_their_rows() -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokenLogprobs
@@ -58,6 +59,9 @@ class Sampler:
         self._device = device
         self._hook = logits_hook
         self._bitmask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        self._closed = _closed_by_byte()
+        self._closed_on_device = torch.from_numpy(self._closed).to(device)
+        self._closing = np.empty((self._bitmask.nbytes, 8), dtype=np.float32)
         # A server sends one of very few lists, again and again.
         self._banned: dict[tuple[int, ...], Tensor] = {}
 
@@ -140,9 +144,20 @@ class Sampler:
             logger.exception("the mask of request %s failed", request.request_id)
             logits_V.fill_(-torch.inf)
             return
-        bits = np.unpackbits(self._bitmask.view(np.uint8), bitorder="little")
-        allowed_V = torch.from_numpy(bits[: self._vocab_size].view(np.bool_))
-        logits_V.masked_fill_(~allowed_V.to(self._device), -torch.inf)
+        self._close(logits_V)
+
+    def _close(self, logits_V: Tensor) -> None:
+        """Apply the bitmask: -inf for what it does not allow, in place."""
+        octets = self._bitmask.view(np.uint8)
+        if logits_V.device.type == "cpu":
+            # A tenth of the time of filling by a boolean mask (benchmarks/mask_cost.py).
+            np.take(self._closed, octets, axis=0, out=self._closing, mode="clip")
+            closing = torch.from_numpy(self._closing)
+        else:
+            # V / 8 bytes travel, not V.
+            octets_on_device = torch.from_numpy(octets).to(logits_V.device)
+            closing = self._closed_on_device[octets_on_device.long()]
+        logits_V += closing.view(-1)[: self._vocab_size]
 
     def _penalize(self, logits_V: Tensor, sequence: Sequence, params: SamplingParams) -> None:
         counts = sequence.counts
@@ -182,6 +197,16 @@ class Sampler:
                 for row, token_id in zip(rows, drawn, strict=True):
                     token_ids[row] = token_id
         return token_ids
+
+
+def _closed_by_byte() -> NDArray[np.float32]:
+    """What a byte of a mask adds to its eight logits: 0 for an allowed token, -inf for others.
+
+    Worked example: byte 0b101 allows tokens 0 and 2: row 5 is 0 -inf 0 -inf -inf -inf -inf -inf.
+    """
+    octets = np.arange(256, dtype=np.uint8)[:, None]
+    bits = np.unpackbits(octets, axis=1, bitorder="little")
+    return np.where(bits == 1, np.float32(0), np.float32(-np.inf))
 
 
 def _best(logits_RV: Tensor) -> list[int]:
