@@ -227,6 +227,30 @@ def test_what_cannot_be_opened_is_one_problem(copy: Path) -> None:
         verify(copy / "signed", copy / "nothing")
 
 
+def without_data(path: Path, name: str) -> None:
+    """Take a tensor's bytes out of a file and leave its entry, as a meta tensor would be saved."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    start, stop = header[name]["data_offsets"]
+    for key, entry in header.items():
+        if key != "__metadata__":
+            entry["data_offsets"] = [
+                offset - (stop - start) if offset >= stop else offset
+                for offset in entry["data_offsets"]
+            ]
+    header[name]["data_offsets"] = [start, start]
+    text = json.dumps(header).encode()
+    data = content[8 + length :]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[:start] + data[stop:])
+
+
+@pytest.mark.parametrize("name", [f"{Q}.weight", f"{DOWN}.weight_scale", f"{Q}.input_scale"])
+def test_a_meta_tensor_without_data(copy: Path, name: str) -> None:
+    without_data(copy / "export/model.safetensors", name)
+    assert name in texts(copy / "export") and "error" in texts(copy / "export")
+
+
 def shard(make: Any, directory: Path) -> Path:
     make.checkpoint(directory, "modelopt", shards=2)
     path = directory / "model.safetensors.index.json"

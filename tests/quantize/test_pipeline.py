@@ -93,6 +93,7 @@ def test_a_strict_reader_accepts_the_export(source: Path, tokens: Path, tmp_path
         "generation_config.json",
         "tokenizer.json",
         "chat_template.jinja",
+        "preprocessor_config.json",
         "model.safetensors.index.json",
         MANIFEST_NAME,
     }

@@ -5,7 +5,7 @@ Shapes and names only; `staging` keeps the bytes and `pipeline` computes them.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ _NOT_COPIED = (
     "consolidated.safetensors.index.json",
     MANIFEST_NAME,
 )
+# What Pixtral's pixels are normalised by (chat format reference).
+_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # Small files that we copy are at most this large; a tokenizer has tens of MB.
 _MAX_FILE_BYTES = 256 << 20
 _SAMPLES = 64
@@ -89,9 +92,41 @@ def export_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     config, older = modelopt_configs(
         checkpoint.raw_config, plan.formats, plan.kv_cache, export_layout(checkpoint)
     )
+    for name, content in _made_for_servers(checkpoint, files.keys()).items():
+        files[name] = _json(content)
     files["config.json"] = _json(config)
     files["hf_quant_config.json"] = _json(older)
     return files
+
+
+def _made_for_servers(checkpoint: Checkpoint, there: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Files that servers ask for and the source lacks, as native sources do."""
+    text, vision, names = checkpoint.config.text, checkpoint.config.vision, set(there)
+    made: dict[str, dict[str, Any]] = {}
+    if "generation_config.json" not in names:
+        eos = text.eos_token_ids
+        tokens = {
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+            "pad_token_id": text.pad_token_id,
+        }
+        made["generation_config.json"] = {k: v for k, v in tokens.items() if v is not None}
+    if vision is not None and not names & {"preprocessor_config.json", "processor_config.json"}:
+        made["preprocessor_config.json"] = {
+            "image_processor_type": "PixtralImageProcessor",
+            "processor_class": "PixtralProcessor",
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": list(_IMAGE_MEAN),
+            "image_std": list(_IMAGE_STD),
+            "patch_size": {"height": vision.patch_size, "width": vision.patch_size},
+            "resample": 3,  # bicubic
+            "rescale_factor": 1 / 255,
+            "size": {"longest_edge": vision.image_size},
+        }
+    return made
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

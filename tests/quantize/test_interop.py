@@ -1,0 +1,200 @@
+"""Sources and readers of others: Mistral's own layout in, transformers on the other side."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.verify import verify
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
+from halfbyte.modules import decoder_linears
+from halfbyte.quantize.job import QuantizeConfig
+from halfbyte.quantize.pipeline import quantize
+from halfbyte.recipe.schema import load_recipe
+
+RECIPE = load_recipe("medium-3.5")
+LAYERS = 6
+CONFIG = tiny_config(layers=LAYERS, vision=True)
+
+# A second spelling of the names, as the format reference lists them, so that a slip in the
+# package's own shows: hub name -> native name.
+_NATIVE = (
+    (r"lm_head\.", "output."),
+    (r"model\.language_model\.embed_tokens\.", "tok_embeddings."),
+    (r"model\.language_model\.norm\.", "norm."),
+    (r"model\.language_model\.layers\.", "layers."),
+    (r"model\.vision_tower\.transformer\.", "vision_encoder.transformer."),
+    (r"model\.vision_tower\.", "vision_encoder."),
+    (r"model\.multi_modal_projector\.patch_merger\.", "patch_merger."),
+    (r"model\.multi_modal_projector\.norm\.", "pre_mm_projector_norm."),
+    (r"model\.multi_modal_projector\.linear_1\.", "vision_language_adapter.w_in."),
+    (r"model\.multi_modal_projector\.linear_2\.", "vision_language_adapter.w_out."),
+    (r"(self_attn|attention)\.([qkvo])_proj\.", r"attention.w\2."),
+    (r"(mlp|feed_forward)\.gate_proj\.", "feed_forward.w1."),
+    (r"(mlp|feed_forward)\.up_proj\.", "feed_forward.w3."),
+    (r"(mlp|feed_forward)\.down_proj\.", "feed_forward.w2."),
+    (r"\.input_layernorm\.", ".attention_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.weight_scale_inv$", ".qscale_weight"),
+    (r"\.activation_scale$", ".qscale_act"),
+)
+
+
+def native_name(name: str) -> str:
+    for pattern, native in _NATIVE:
+        name = re.sub(pattern, native, name)
+    return name
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of rotary halves as rows of rotary pairs: the inverse of the reference's conversion."""
+    rows, columns = weight.shape
+    halves = weight.view(torch.uint8).view(heads, 2, rows // heads // 2, -1)
+    return halves.transpose(1, 2).reshape(rows, -1).view(weight.dtype).view(rows, columns)
+
+
+def write_native(hub: Path, directory: Path) -> None:
+    """The same model in Mistral's own layout: consolidated file and params.json."""
+    text, vision = CONFIG.text, CONFIG.vision
+    assert vision is not None
+    stored = {}
+    for name, tensor in load_file(hub / "model.safetensors").items():
+        short = re.search(r"\.([qk])_proj\.weight$", name)
+        if short is not None:
+            heads = text.num_heads if short[1] == "q" else text.num_kv_heads
+            tensor = interleaved(tensor, vision.num_heads if "vision_tower" in name else heads)
+        stored[native_name(name)] = tensor
+    # What its own training tools leave behind, and every converter drops.
+    stored["layers.0.attention.k_fake_quantizer.qscale_act"] = torch.tensor(1.0)
+    directory.mkdir()
+    save_file(stored, directory / "consolidated.safetensors")
+    rope = text.rope
+    params = {
+        "dim": text.width, "n_layers": text.num_layers, "head_dim": text.head_dim,
+        "hidden_dim": text.mlp_width, "n_heads": text.num_heads, "n_kv_heads": text.num_kv_heads,
+        "rope_theta": rope.theta, "norm_eps": text.norm_eps, "vocab_size": text.vocab_size,
+        "tied_embeddings": False, "max_position_embeddings": text.max_positions,
+        "yarn": {
+            "original_max_position_embeddings": rope.original_max_positions,
+            "factor": rope.factor, "apply_scale": rope.mscale_all_dim == 0.0,
+            "beta": rope.beta_fast, "alpha": rope.beta_slow,
+        },
+        "llama_4_scaling": {
+            "original_max_position_embeddings": rope.original_max_positions,
+            "beta": rope.llama_4_scaling_beta,
+        },
+        "quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"},
+        "vision_encoder": {
+            "image_token_id": vision.image_token_id, "image_break_token_id": 12,
+            "image_end_token_id": 13, "intermediate_size": vision.mlp_width,
+            "num_hidden_layers": vision.num_layers, "num_attention_heads": vision.num_heads,
+            "mm_projector_id": "patch_merge", "spatial_merge_size": vision.spatial_merge_size,
+            "hidden_size": vision.width, "num_channels": vision.num_channels,
+            "image_size": vision.image_size, "max_image_size": vision.image_size,
+            "patch_size": vision.patch_size, "rope_theta": vision.rope_theta,
+            "add_pre_mm_projector_layer_norm": True, "adapter_bias": vision.projector_bias,
+        },
+    }  # fmt: skip
+    (directory / "params.json").write_text(json.dumps(params))
+    (directory / "tekken.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hub` and `native`, one model in two layouts, and the exports of both: `hub-out`, ..."""
+    root = tmp_path_factory.mktemp("interop")
+    write_tiny_checkpoint(root / "hub", config=CONFIG, dialect="mistral-fp8")
+    write_native(root / "hub", root / "native")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, CONFIG.text.vocab_size, (3, 90), generator=generator)
+    save_file({"batch0.input_ids": ids}, root / "tokens.safetensors")
+    for name in ("hub", "native"):
+        config = QuantizeConfig(
+            root / name,
+            root / f"{name}-out",
+            RECIPE,
+            calibration_tokens=root / "tokens.safetensors",
+            with_errors=False,
+        )
+        quantize(config)
+    return root
+
+
+def test_a_native_source_becomes_the_export_of_its_hub_twin(exports: Path) -> None:
+    """Names, row order of q and k in text and vision, scales, YaRN: any slip changes bytes."""
+    ours, theirs = (load_file(exports / f"{x}-out/model.safetensors") for x in ("hub", "native"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (
+            tensor.reshape(-1).view(torch.uint8).equal(theirs[name].reshape(-1).view(torch.uint8))
+        ), name
+    hub, native = (Checkpoint.open(exports / f"{x}-out") for x in ("hub", "native"))
+    assert hub.layout == native.layout == "hf"
+    assert hub.quantization == native.quantization
+    assert native.config.text == hub.config.text
+
+
+def test_an_export_of_a_native_source_has_what_a_server_needs(exports: Path) -> None:
+    output = exports / "native-out"
+    report = verify(output, exports / "native")
+    assert report.is_sound, report.problems
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"config.json", "hf_quant_config.json", "tekken.json", "generation_config.json"}
+    # Beside consolidated files engines would read these; without them some still look.
+    assert "params.json" not in names and not any(n.startswith("consolidated") for n in names)
+    generation = json.loads((output / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 2 and generation["bos_token_id"] == 1
+    vision = json.loads((output / "preprocessor_config.json").read_text())
+    assert vision["patch_size"] == {"height": 14, "width": 14}
+    assert vision["size"] == {"longest_edge": 280}
+
+
+def test_transformers_reads_the_image_processor_of_a_native_source(exports: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchvision", reason="transformers' image processors need torchvision")
+    processor = transformers.AutoImageProcessor.from_pretrained(exports / "native-out")
+    assert type(processor).__name__.startswith("PixtralImageProcessor")
+
+
+def test_transformers_loads_what_was_passed_through(exports: Path) -> None:
+    """Its own class, filled from the export, and its vision tower gives the source's features."""
+    transformers = pytest.importorskip("transformers")
+    raw = json.loads((exports / "hub-out/config.json").read_text())
+    raw.pop("quantization_config")
+    raw.pop("architectures", None)
+    config = transformers.Mistral3Config.from_dict(raw)
+    assert config.text_config.num_hidden_layers == LAYERS
+
+    def tower(directory: str) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        model = transformers.Mistral3ForConditionalGeneration._from_config(
+            config, dtype=torch.bfloat16
+        )
+        loaded = load_file(exports / directory / "model.safetensors")
+        plain = {k: v for k, v in loaded.items() if v.dtype == torch.bfloat16 and v.dim() > 0}
+        return model.eval(), model.load_state_dict(plain, strict=False)
+
+    model, result = tower("hub-out")
+    assert result.unexpected_keys == []
+    linears = {
+        f"{Checkpoint.open(exports / 'hub-out').foreign(f'{x.name}.weight')}"
+        for x in decoder_linears(CONFIG)
+    }
+    assert set(result.missing_keys) == linears
+    twin, _ = tower("hub")
+    pixels = torch.randn(1, 3, 56, 84, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = (
+            x.model.vision_tower(pixels.bfloat16(), image_sizes=torch.tensor([[56, 84]]))
+            for x in (model, twin)
+        )
+    assert ours.last_hidden_state.equal(theirs.last_hidden_state)
+    assert float(ours.last_hidden_state.float().std()) > 0
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        assert model.state_dict()[name].equal(load_file(exports / "hub/model.safetensors")[name])
