@@ -68,3 +68,29 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
 
 def test_free_memory_of_this_machine_is_positive() -> None:
     assert free_cache_bytes(EngineConfig()) > 0
+
+
+def test_number_of_guesses_is_by_kind_unless_given() -> None:
+    for speculative, wanted in ((None, None), ("ngram", 8), ("some/directory", 3)):
+        config = resolve(EngineConfig(speculative=speculative), TEXT, "fp8", 10**9)
+        assert config.num_speculative_tokens == wanted
+    given = EngineConfig(speculative="ngram", num_speculative_tokens=5)
+    assert resolve(given, TEXT, "fp8", 10**9).num_speculative_tokens == 5
+
+
+def test_a_draft_model_takes_its_share_of_the_memory() -> None:
+    with_draft = resolve(EngineConfig(), TEXT, "fp8", 1000 * BYTES, draft_token_bytes=BYTES)
+    assert with_draft.kv_cache_tokens == 496
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_speculative_tokens": 4}, "num_speculative_tokens 4 without speculative"),
+        ({"speculative": "ngram", "num_speculative_tokens": 0}, "0 must be between 1 and 64"),
+        ({"speculative": "ngram", "num_speculative_tokens": 65}, "65 must be between 1 and 64"),
+    ],
+)
+def test_guesses_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(EngineConfig(**options), TEXT, "fp8", 10**9)

@@ -32,10 +32,13 @@ from engine_driver import (
     run_alone,
     speculating,
 )
+from halfbyte.chat.tokens import load_chat
+from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.engine.core import Engine
 from halfbyte.engine.request import FinishEvent, GenerationRequest, SamplingParams
 from halfbyte.engine.sequence import Sequence as EngineSequence
 from halfbyte.engine.speculate import Lookup, Pace
+from halfbyte.errors import UnsupportedError
 from halfbyte.model.tiny import write_tiny_checkpoint
 from tolerances import CHI_SQUARE_P
 
@@ -487,3 +490,34 @@ def test_a_request_that_ends_frees_what_is_remembered_of_it(tiny: Path) -> None:
     assert not speculator._pace._rates and not speculator._pace._levels
     assert isinstance(speculator._guesser, Lookup)
     assert not speculator._guesser._indices and not speculator._guesser._found
+
+
+@pytest.mark.demo_model
+@pytest.mark.timeout(180)  # Importing the model takes most of it.
+def test_the_demo_model_says_what_it_says_without(tmp_path: Path) -> None:
+    """A real model, greedy and drawn, quoting and free, alone and in a batch with prefixes."""
+    try:
+        path = packaged_file("smollm2")
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    import_gguf(path, tmp_path / "model")
+    chat = load_chat(tmp_path / "model")
+    rows = "Name: Ada, City: London\nName: Grace, City: New York\nName: Alan, City: Manchester\n"
+    prompts = (
+        chat.encode_prompt(rows * 3).token_ids,
+        chat.encode_prompt(f"{rows * 3}Name: Ada,").token_ids,
+        chat.encode([{"role": "user", "content": "Why is the sky blue?"}]).token_ids,
+    )
+    items = [
+        request(f"{name}-{i}", prompt, replace(params, max_tokens=24))
+        for i, prompt in enumerate(prompts)
+        for name, params in (("greedy", SamplingParams(temperature=0.0)), ("drawn", FREE))
+    ]
+    options: dict[str, Any] = {"max_model_len": 256, "kv_cache_tokens": 2048}
+    wanted = run(load(tmp_path / "model", **options), items)
+    engine = load(tmp_path / "model", speculative="ngram", adaptive_speculation=False, **options)
+    for name, answer in (run(engine, items) | run(engine, items[:1])).items():
+        assert_equal(answer, wanted[name])
+    stats = engine.stats()
+    assert stats.accepted_tokens > 30
+    assert stats.cached_tokens > 0
