@@ -20,8 +20,8 @@ from halfbyte.server.backend import Backend, Upstream
 from halfbyte.server.call import Call
 from halfbyte.server.chat_api import chat_frames, chat_response
 from halfbyte.server.config import ServerConfig
-from halfbyte.server.gate import AccessLog, Gate, Keys, log_access
-from halfbyte.server.openapi import describe, request_body
+from halfbyte.server.gate import OPEN_PATHS, AccessLog, Gate, Keys, log_access
+from halfbyte.server.openapi import describe, request_body, returns_text
 from halfbyte.server.pages import add_pages
 from halfbyte.server.prepare import check_token_ids, encode_resolved, resolved_messages
 from halfbyte.server.problems import error_body, response_of
@@ -91,7 +91,9 @@ def create_app(
         access_log=access_log,
         tracing=tracing,
     )
-    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    app.openapi = lambda: describe(  # type: ignore[method-assign]
+        app, asks_for_key=bool(config.api_keys), open_paths=OPEN_PATHS
+    )
     return app
 
 
@@ -233,7 +235,7 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
         backend.check_model(name)
         return JSONResponse(model_card(name))
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=returns_text(METRICS_TYPE))
     async def metrics() -> Response:
         """Prometheus text."""
         return PlainTextResponse(backend.metrics_text(), media_type=METRICS_TYPE)

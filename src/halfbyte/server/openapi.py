@@ -1,5 +1,6 @@
 """The OpenAPI document: bodies are read by `wire` itself, so they are described here."""
 
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -59,7 +60,12 @@ def request_body(kind: type[Wire], returns: str) -> dict[str, Any]:
     }
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
+def returns_text(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers with text."""
+    return {200: {"description": "text", "content": {media_type: {"schema": {"type": "string"}}}}}
+
+
+def describe(app: FastAPI, *, asks_for_key: bool, open_paths: Collection[str]) -> dict[str, Any]:
     """The document, made once: routes, the bodies they take, the one error they give."""
     if app.openapi_schema:
         return app.openapi_schema
@@ -79,7 +85,11 @@ def describe(app: FastAPI) -> dict[str, Any]:
             operation["responses"].pop("422", None)
             for status in STATUSES:
                 operation["responses"].setdefault(str(status), _ERROR)
-    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"key": []}]
+    if asks_for_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        for path in open_paths:
+            for operation in document["paths"].get(path, {}).values():
+                operation["security"] = []
     app.openapi_schema = document
     return document

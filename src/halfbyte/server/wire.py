@@ -13,11 +13,13 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetJsonSchemaHandler,
     Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from halfbyte.errors import RequestError
 
@@ -39,6 +41,20 @@ class Wire(BaseModel):
         return {
             key: item for key, item in value.items() if item is not None and key not in cls.IGNORED
         }
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """In the document, too: what may be absent may be null, what is ignored may be sent."""
+        schema = handler(core_schema)
+        found = handler.resolve_ref_schema(schema)
+        required = found.get("required", ())
+        found["properties"] = {
+            name: said if name in required else {"anyOf": [said, {"type": "null"}]}
+            for name, said in found.get("properties", {}).items()
+        } | {name: {} for name in sorted(cls.IGNORED)}
+        return schema
 
 
 # --- messages -------------------------------------------------------------------------------

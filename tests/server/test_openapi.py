@@ -1,0 +1,77 @@
+"""Requests made up from the OpenAPI document: never a 500, always what the document promises."""
+
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from halfbyte.server.config import Limits
+from server.conftest import MakeBench
+
+EOS = 2
+
+
+ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
+PATHS = (*ASKED, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics")
+CASES = [(path, GenerationMode.POSITIVE) for path in PATHS]
+# Without a body there is nothing to get wrong.
+CASES += [(path, GenerationMode.NEGATIVE) for path in ASKED]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+
+
+@pytest.mark.parametrize(("path", "mode"), CASES)
+def test_made_up_requests_get_what_the_document_promises(
+    make_bench: MakeBench, path: str, mode: GenerationMode
+) -> None:
+    # Small limits, so that what is made up meets them.
+    bench = make_bench("Hello", EOS, limits=Limits(messages=8, choices=4, prompts=8, stops=4))
+    document = schemathesis.openapi.from_asgi("/openapi.json", bench.app)
+    (operation,) = document[path].values()
+
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    @hypothesis.settings(
+        max_examples=12,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def ask(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    ask()
+
+
+async def test_every_route_is_asked(make_bench: MakeBench) -> None:
+    async with make_bench().http() as client:
+        document = (await client.get("/openapi.json")).json()
+    assert set(PATHS) | {"/health/ready"} == set(document["paths"])
+    assert "security" not in document
+
+
+async def test_document_says_which_routes_need_a_key(make_bench: MakeBench) -> None:
+    async with make_bench(api_keys=("sesame",)).http() as client:
+        headers = {"Authorization": "Bearer sesame"}
+        document = (await client.get("/openapi.json", headers=headers)).json()
+    assert document["security"] == [{"key": []}]
+    assert document["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in document["paths"]["/v1/models"]["get"]
