@@ -1,17 +1,21 @@
 """The card: every section, a metadata block the hub reads, every figure linked to a record."""
 
+import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from halfbyte.card.facts import CheckpointFacts, compare_arms, read_arm
+from halfbyte.card.facts import CheckpointFacts, compare_arms, read_arm, read_figures
 from halfbyte.card.render import CardInput, render_card, write_card
 from halfbyte.checkpoint.metadata import Quantization
+from halfbyte.cli.main import COMMANDS, build_parser
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
+from halfbyte.errors import UsageError
 from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
 from halfbyte.evals.summary import summarise
 
@@ -112,6 +116,12 @@ def test_metadata_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert card.data.base_model == "some/base"
     (evaluated,) = card.data.eval_results
     assert (evaluated.dataset_type, evaluated.metric_type) == ("math-ai/aime25", "accuracy")
+    # Links of the block are addresses or absent: the hub does not read them from the card's folder.
+    assert "source" not in result and "license_link" not in block
+    at_home = metadata(render_card(given(tmp_path, repository="me/small")))
+    assert at_home["model-index"][0]["results"][0]["source"]["url"] == (
+        "https://huggingface.co/me/small/blob/main/evaluation/mixed.run.json"
+    )
 
 
 def test_every_figure_of_the_evaluation_links_to_a_record_that_is_there(tmp_path: Path) -> None:
@@ -166,6 +176,37 @@ def test_quantization_is_described_from_the_checkpoint(tmp_path: Path) -> None:
     assert "| mlp | FP8 | 0-3, 29 | 15 |" in card
     assert "46 samples, 10,858 tokens" in card
     assert "--max-model-len 8192" in card
+
+
+def test_commands_of_the_card_are_commands_we_have(tmp_path: Path) -> None:
+    card = render_card(given(tmp_path))
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", card, re.DOTALL)
+             for line in block.splitlines() if line.startswith("halfbyte ")]  # fmt: skip
+    assert {line.split()[1] for line in lines} == {"serve", "verify", "evaluate"}
+    for line in lines:
+        _, name, *arguments = shlex.split(line)
+        module = importlib.import_module(f"halfbyte.cli.{COMMANDS[name][0]}")
+        build_parser(name, module).parse_args(arguments)  # exits where a flag is unknown
+
+
+def test_a_comparison_of_distributions_becomes_a_table(tmp_path: Path) -> None:
+    row = {
+        "name": "mixed", "mode": "weight_only", "bytes": 5, "perplexity": 12.5, "kl_mean": 0.03,
+        "kl_interval": [0.02, 0.04], "kl_p99": 0.4, "kl_max": 1.0, "top1_agreement": 0.9,
+        "kl_median": 0.01, "flips": {"items": 20, "base_right": 9, "right": 8, "lost": 2, "won": 1,
+                                     "changed_wrong": 1},
+    }  # fmt: skip
+    record = {"base": {"name": "fp8", "perplexity": 12.0}, "candidates": [row], "num_tokens": 4096}
+    file = tmp_path / "fidelity.json"
+    file.write_text(json.dumps(record))
+    card = render_card(given(tmp_path, figures=read_figures([file])))
+    section = card.split("## Fidelity to the source")[1].split("\n## ")[0]
+    assert "| mixed | [12.500](evaluation/fidelity.json) | 0.0300 (0.0200 to 0.0400) |" in section
+    assert "4 of 20: 2 lost, 1 won" in section
+    assert "no verdict above rests on them" in section
+    file.write_text('{"something": "else"}')
+    with pytest.raises(UsageError, match="neither a benchmark record"):
+        read_figures([file])
 
 
 def test_speed_records_are_quoted_and_copied(tmp_path: Path) -> None:

@@ -81,3 +81,9 @@ def test_plan_names_cost_and_what_can_be_seen() -> None:
     assert line.hours == pytest.approx(198 * 16 * 9_000 / 5_000 / 3600)
     assert line.detectable == pytest.approx(0.0174, abs=1e-4)
     assert "planning" in format_plan(lines)
+    with_prompts = plan_run(
+        find_benchmarks(["gpqa_diamond"]), 16, None, 5_000.0, None, prompt_throughput=10_000.0
+    )
+    assert with_prompts[0].hours == pytest.approx(lines[0].hours + 198 * 16 * 350 / 10_000 / 3600)
+    with pytest.raises(UsageError, match="plans nothing"):
+        plan_run(find_benchmarks(["gpqa_diamond"]), 16, None, 0.0, None)

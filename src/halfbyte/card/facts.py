@@ -145,13 +145,22 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def read_figures(files: Sequence[Path]) -> dict[str, Any]:
-    """Benchmark records (speed, fidelity) by file name. Raises UsageError for what is no record."""
+    """Records (speed, fidelity) by file name. Raises UsageError for what is no record."""
     found: dict[str, Any] = {}
     for file in files:
         try:
-            found[file.name] = json.loads(file.read_text(encoding="utf-8"))
+            record = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as failure:
             raise UsageError(f"{file}: no record: {failure}") from failure
-        if "results" not in found[file.name]:
-            raise UsageError(f"{file}: a record of `halfbyte bench` has 'results', this has none")
+        if not isinstance(record, dict) or not ("results" in record or is_fidelity(record)):
+            raise UsageError(
+                f"{file}: neither a benchmark record (with 'results') nor what "
+                "`halfbyte compare --json` writes (with 'base' and 'candidates')"
+            )
+        found[file.name] = record
     return found
+
+
+def is_fidelity(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a comparison by `halfbyte compare --json`."""
+    return "base" in record and "candidates" in record

@@ -56,6 +56,12 @@ VERDICTS = (
     "beyond it. INCONCLUSIVE: neither; this is not evidence of equality."
 )
 
+FIDELITY = (
+    "These figures find broken layers and rank recipes that are far apart. They measure how much "
+    "changed, not whether it got worse: no verdict above rests on them. Answers are letters given "
+    "without reasoning."
+)
+
 LIMITATIONS = (
     "It has the limitations of the base model: it may give answers that are wrong, biased, "
     "offensive or unsafe, also to harmless prompts. Quantization may change single answers even "

@@ -5,6 +5,7 @@ as not measured. Text that is the same for every checkpoint is in `phrases`.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,19 +16,24 @@ from typing import Any
 import yaml
 
 from halfbyte.card import phrases
-from halfbyte.card.facts import Arm, CheckpointFacts, columns, title_of
+from halfbyte.card.facts import Arm, CheckpointFacts, columns, is_fidelity, title_of
 from halfbyte.evals.compare import Comparison, write_comparison
 from halfbyte.evals.records import newest
 from halfbyte.evals.render import percent, points, what_would_decide
 from halfbyte.evals.tasks.suite import BENCHMARKS
 
 RECORDS = "evaluation"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True, slots=True)
 class CardInput:
-    """All a card is made of. `figures` are records of `halfbyte bench`, by file name."""
+    """All a card is made of.
+
+    figures     records of `halfbyte bench` and `halfbyte compare --json`, by file name
+    repository  hub id under which the card will stand; the metadata's links need it
+    """
 
     checkpoint: CheckpointFacts
     arms: Sequence[Arm]
@@ -37,6 +43,7 @@ class CardInput:
     licence: str = "other"
     licence_link: str | None = None
     release_date: str | None = None
+    repository: str | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -94,7 +101,7 @@ def render_card(given: CardInput) -> str:
         usage=_usage(c, title),
         evaluation=_evaluation(given),
         speed=_figures(given, "speed", ("engine", "serving", "kernels", "latency", "speed")),
-        fidelity=_figures(given, "fidelity", ("fidelity", "compare", "demo")),
+        fidelity=_fidelity(given),
         limitations=_limitations(given),
         ethics=phrases.ETHICS,
         records=_records(given),
@@ -123,19 +130,20 @@ def _metadata(given: CardInput, title: str) -> str:
     }
     if given.licence == "other":
         block["license_name"] = "base-model-licence"
-        block["license_link"] = given.licence_link or "LICENSE"
+        if given.licence_link:
+            block["license_link"] = given.licence_link
     if given.base_model:
         block["base_model"] = given.base_model
         block["base_model_relation"] = "quantized"
     arm = _candidate(given)
-    results = _model_index(arm) if arm else []
+    results = _model_index(arm, given.repository) if arm else []
     if results:
         block["model-index"] = [{"name": title, "results": results}]
     return yaml.safe_dump(block, sort_keys=False, allow_unicode=True).strip()
 
 
-def _model_index(arm: Arm) -> list[dict[str, Any]]:
-    found = []
+def _model_index(arm: Arm, repository: str | None) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
     for name, result in arm.run.benchmarks.items():
         # A part of a set, or items that are not the set's, are no result of that set.
         is_whole = result.items == result.full_items and not result.provenance.get("note")
@@ -143,6 +151,8 @@ def _model_index(arm: Arm) -> list[dict[str, Any]]:
             continue
         known = BENCHMARKS.get(name)
         source = (known.source if known else result.source).split(",")[0]
+        if not _HUB_ID.fullmatch(source):
+            continue  # the hub lists results on sets that it knows
         found.append(
             {
                 "task": {"type": "text-generation", "name": "Text generation"},
@@ -155,9 +165,11 @@ def _model_index(arm: Arm) -> list[dict[str, Any]]:
                         "verified": False,
                     }
                 ],
-                "source": {"name": "halfbyte run record", "url": _link(arm)},
             }
         )
+        if repository:
+            url = f"https://huggingface.co/{repository}/blob/main/{_link(arm)}"
+            found[-1]["source"] = {"name": "halfbyte run record", "url": url}
     return found
 
 
@@ -378,10 +390,57 @@ def _comparison(comparison: Comparison) -> str:
     return "\n".join([*lines, "", phrases.VERDICTS])
 
 
+def _fidelity(given: CardInput) -> str:
+    """Tables of `halfbyte compare --json`, then other records of the subject."""
+    parts = [
+        _fidelity_table(name, record)
+        for name, record in given.figures.items()
+        if is_fidelity(record)
+    ]
+    listed = _figures(given, "fidelity", ("fidelity", "compare", "demo"))
+    if not parts:
+        return listed
+    if not listed.startswith(NOT_MEASURED.capitalize()):
+        parts.append(listed)
+    return "\n\n".join([*parts, phrases.FIDELITY])
+
+
+def _fidelity_table(name: str, record: Mapping[str, Any]) -> str:
+    link = f"{RECORDS}/{name}"
+    base = record["base"]
+    lines = [
+        f"{record['num_tokens']:,} tokens of held-out text ([record]({link})), against "
+        f"{base['name']}; KL in nats per token:",
+        "",
+        "| model | perplexity | KL mean (95 %) | KL median | KL p99 | same top token | "
+        "answers changed |",
+        "|---" * 7 + "|",
+        f"| {base['name']} | [{base['perplexity']:.3f}]({link}) | - | - | - | - | - |",
+    ]
+    for row in record["candidates"]:
+        interval = row.get("kl_interval")
+        spread = f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+        flips = row.get("flips")
+        changed = (
+            f"{flips['lost'] + flips['won'] + flips['changed_wrong']} of {flips['items']}: "
+            f"{flips['lost']} lost, {flips['won']} won"
+            if flips
+            else NOT_MEASURED
+        )
+        median = row.get("kl_median")
+        lines.append(
+            f"| {row['name']}{' (declared)' if row['mode'] == 'declared' else ''} | "
+            f"[{row['perplexity']:.3f}]({link}) | {row['kl_mean']:.4f}{spread} | "
+            f"{NOT_MEASURED if median is None else f'{median:.4f}'} | {row['kl_p99']:.4f} | "
+            f"{percent(row['top1_agreement'], 1)} % | {changed} |"
+        )
+    return "\n".join(lines)
+
+
 def _figures(given: CardInput, subject: str, words: Sequence[str]) -> str:
     lines = []
     for name, record in given.figures.items():
-        if any(word in name for word in words):
+        if any(word in name for word in words) and "results" in record:
             lines.append(f"- {record.get('question', name)} ([record]({RECORDS}/{name}))")
             lines += [
                 f"  - {key}: [{value}]({RECORDS}/{name})"

@@ -94,8 +94,9 @@ def _conclusion(comparison: Comparison) -> str:
             "a loss has been shown."
         )
     m = comparison.macro
+    counted = "one benchmark" if len(rows) == 1 else f"{len(rows)} benchmarks"
     parts.append(
-        f"Mean difference over {len(rows)} benchmarks: {points(m.mean)} points, 95 % interval "
+        f"Mean difference over {counted}: {points(m.mean)} points, 95 % interval "
         f"{points(m.low)} to {points(m.high)}."
     )
     return escape(" ".join(parts))

@@ -14,7 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, help="folder of the card; the checkpoint's own makes it its README.md")
     add("--checkpoint", type=Path, help="checkpoint folder (default: OUT)")
     add("--runs", type=Path, nargs="+", default=[], help="one run, or baseline and candidate")
-    add("--records", type=Path, nargs="+", default=[], help="records of halfbyte bench")
+    add(
+        "--records", type=Path, nargs="+", default=[],
+        help="records of halfbyte bench, and of halfbyte compare --json",
+    )  # fmt: skip
+    add("--repository", metavar="ORG/NAME", help="where it will stand on the hub, for links")
     add("--base-model", help="hub id of the base model")
     add("--title", help="name of the model (default: the checkpoint folder's)")
     add("--licence", default="other", help="licence identifier of the hub (%(default)s)")
@@ -39,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
             licence=args.licence,
             licence_link=args.licence_link,
             release_date=args.release_date,
+            repository=args.repository,
             figures=read_figures(args.records),
         ),
     )

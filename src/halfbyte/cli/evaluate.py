@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # names only: the hall is imported when the command runs
 EXAMPLE = """\
   halfbyte evaluate http://127.0.0.1:8000 --suite pocket
   halfbyte evaluate mixed/ --suite seed --data items/ --judge http://judge:8000 --judge-model qwen
-  halfbyte evaluate --plan --suite seed --throughput 8000"""
+  halfbyte evaluate plan --suite seed --throughput 8000"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--partial", action="store_true", help="print scores although attempts are missing")
     add("--plan", action="store_true", help="say what a run can detect and costs; run nothing")
     add("--throughput", type=float, default=5_000.0, help="output tokens/s, for --plan")
+    add("--prompt-throughput", type=float, help="prompt tokens/s, for --plan (default: no time)")
     add("--pilot", type=Path, help="a run whose measured variances and lengths --plan uses")
 
 
@@ -59,9 +60,17 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.evals.tasks.suite import find_benchmarks
 
     benchmarks = find_benchmarks(args.suite)
-    if args.plan:
-        plan = plan_run(benchmarks, args.repeats, args.limit, args.throughput, args.pilot)
-        print(format_plan(plan))
+    # `evaluate plan` reads as what it does; a server of that name can be given as http://plan.
+    if args.plan or args.target == "plan":
+        plan = plan_run(
+            benchmarks,
+            args.repeats,
+            args.limit,
+            args.throughput,
+            args.pilot,
+            prompt_throughput=args.prompt_throughput,
+        )
+        print(format_plan(plan, with_prompts=args.prompt_throughput is not None))
         return 0
     if args.target is None:
         raise UsageError("evaluate what? give an endpoint or a checkpoint folder (or --plan)")
@@ -79,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         config = _config(args, arm, out, benchmarks, key)
         command = shlex.join(["halfbyte", *sys.argv[1:]])
         result = evaluate(config, endpoint, checkpoint, command)
-    print(format_run(result, out))
+    print(format_run(result, out / "run.json"))
     return 0 if all(b.status != "incomplete" for b in result.benchmarks.values()) else 1
 
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         code = CodeRunner(interpreter(args.code_python), limits, slots)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result, file = regrade(args.run, data=args.data, code=code, judge=None, finished=now)
-    print(format_run(result, args.run))
+    print(format_run(result, file))
     suffix = file.name.removeprefix("run.").removesuffix(".json")
     for name in result.benchmarks:
         graded = args.run / name / f"samples.{suffix}.jsonl"

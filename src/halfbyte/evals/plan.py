@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfbyte.errors import UsageError
 from halfbyte.evals.records import read_run
 from halfbyte.evals.render import percent, table
 from halfbyte.evals.stats import detectable_drop, repeats_to_see
@@ -38,8 +39,21 @@ def plan_run(
     limit: int | None,
     throughput: float,
     pilot: Path | None,
+    prompt_throughput: float | None = None,
 ) -> list[PlanLine]:
-    """A line per benchmark. `throughput` in output tokens per second; `pilot` a run's folder."""
+    """A line per benchmark.
+
+    throughput         output tokens per second, all requests together
+    prompt_throughput  prompt tokens per second; None: prompts take no time
+    pilot              folder of a run whose variances and lengths are used instead
+
+    Raises UsageError for a rate that is not positive.
+    """
+    for rate in (throughput, prompt_throughput):
+        if rate is not None and rate <= 0:
+            raise UsageError(
+                f"a throughput of {rate:g} tokens/s plans nothing; give a positive one"
+            )
     measured = read_run(pilot).benchmarks if pilot is not None else {}
     lines = []
     for benchmark in benchmarks:
@@ -67,14 +81,18 @@ def plan_run(
                 repeats_for_margin=repeats_to_see(benchmark.margin, items, variance),
                 prompt_tokens=prompt * requests,
                 output_tokens=output * requests,
-                hours=output * requests / throughput / 3600,
+                hours=(
+                    output / throughput + (prompt / prompt_throughput if prompt_throughput else 0.0)
+                )
+                * requests
+                / 3600,
             )
         )
     return lines
 
 
-def format_plan(lines: Sequence[PlanLine]) -> str:
-    """The plan as a table, points and hours per arm."""
+def format_plan(lines: Sequence[PlanLine], *, with_prompts: bool = False) -> str:
+    """The plan as a table, points and hours per arm; `with_prompts`: hours count those too."""
     head = [
         "benchmark", "items", "repeats", "SE of D", "drop seen", "margin", "repeats for it",
         "prompt Mtok", "output Mtok", "hours", "values",
@@ -99,5 +117,11 @@ def format_plan(lines: Sequence[PlanLine]) -> str:
             f"SE of the macro difference {percent(macro)} points",
             "drop seen: the smallest true loss, in points, that a comparison shows four times out "
             "of five; groups (documents, problems) make it larger",
+            "hours: output tokens at the given throughput"
+            + (
+                ", and prompts at theirs"
+                if with_prompts
+                else "; reading prompts comes on top (--prompt-throughput counts it)"
+            ),
         ]
     )

@@ -30,8 +30,8 @@ def score_cell(result: BenchmarkResult) -> str:
     return f"{percent(result.score)} [{percent(result.low, 1)}, {percent(result.high, 1)}]"
 
 
-def format_run(run: RunRecord, folder: Path) -> str:
-    """The table of one run."""
+def format_run(run: RunRecord, file: Path) -> str:
+    """The table of one run; `file` is where its record stands."""
     rows = [["benchmark", "score [95 %]", "items", "repeats", "cut", "unextracted", "missing"]]
     rows += [
         [
@@ -46,7 +46,7 @@ def format_run(run: RunRecord, folder: Path) -> str:
         for result in run.benchmarks.values()
     ]
     reasons = [f"{r.title}: {r.reason}" for r in run.benchmarks.values() if r.reason]
-    end = f"record: {folder / 'run.json'} ({run.run_id})"
+    end = f"record: {file} ({run.run_id})"
     return "\n".join([f"{run.arm} ({run.model})", table(rows), *reasons, end])
 
 

@@ -158,13 +158,15 @@ def paired_difference(
     if b.shape != c.shape:
         raise ValueError(f"{len(b)} baseline items, {len(c)} candidate items")
     e = estimate(c - b, groups)
-    if e.num_groups < 2 or e.standard_error > _NO_ERROR:
+    if e.num_groups < 2:
         return e
-    # All differences are equal: the sample shows no spread, which n groups make likely for any
-    # rate of change below ln(40)/n (two-sided 95 %).
-    reach = _UNSEEN_TWO_SIDED / e.num_groups
+    if e.standard_error < _NO_ERROR:
+        # All differences are equal: the sample shows no spread, which n groups make likely for any
+        # rate of change below ln(40)/n (two-sided 95 %).
+        reach = _UNSEEN_TWO_SIDED / e.num_groups
+        e = replace(e, low=e.mean - reach, high=e.mean + reach)
     # Two scores in [0, 1] differ by one at most.
-    return replace(e, low=max(-1.0, e.mean - reach), high=min(1.0, e.mean + reach))
+    return replace(e, low=max(-1.0, e.low), high=min(1.0, e.high))
 
 
 def bootstrap_interval(
