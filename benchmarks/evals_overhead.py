@@ -3,11 +3,12 @@
 Question: can `halfbyte evaluate` keep a fast server busy, and does a run of MMLU-Pro's size fit in
 constant memory?
 Method: 12,000 made-up questions in MMLU-Pro's columns, one answer each, against a stub on this
-machine that replies without thinking. One run, no warm-up (start-up is part of the time). Memory
-is the resident set of the evaluating process, sampled every second; flat means that the median of
-the last third exceeds that of the middle third by less than 5 %.
+machine that replies without thinking, with texts as long as a reasoning model's (2 kB of answer,
+10 kB of reasoning), so that whatever keeps answers in memory shows. One run, no warm-up (start-up
+is part of the time). Memory is the resident set of the evaluating process, sampled every second;
+flat means that the median of the last third exceeds that of the middle third by less than 5 %.
 Cost model: per item one HTTP exchange, one grading, two journal lines, one sample in inspect-ai's
-log; nothing is kept per item but its score and what inspect-ai lists at the end.
+log; nothing is kept per item but its score and what inspect-ai lists at the end, no texts.
 Reading the result: at least 40 items/s on two cores (the stub takes part of one). A server of 128B
 parameters ends a few items per second, so 40 leaves the harness idle most of the time.
 Last record: benchmarks/records/evals_overhead.json
@@ -32,8 +33,9 @@ STUB = """
 import asyncio, json
 answer = {"id": "x", "object": "chat.completion", "created": 1, "model": "stub",
           "choices": [{"index": 0, "finish_reason": "stop", "message": {
-              "role": "assistant", "content": "Because.\\nAnswer: A", "reasoning_content": "hm"}}],
-          "usage": {"prompt_tokens": 200, "completion_tokens": 20, "total_tokens": 220}}
+              "role": "assistant", "content": "Because it is so. " * 100 + "\\nAnswer: A",
+              "reasoning_content": "Hm, let me see. " * 600}}],
+          "usage": {"prompt_tokens": 200, "completion_tokens": 3000, "total_tokens": 3200}}
 models = {"object": "list", "data": [{"id": "stub", "object": "model"}]}
 def packed(body):
     data = json.dumps(body).encode()

@@ -5,6 +5,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_card_becomes_the_checkpoints_readme_and_verify_accepts_it(
     assert {(1, 2, 3), (9, 105, 218)} <= draw(tmp_path, page)
 
 
-def draw(folder: Path, page: Path) -> set[tuple[int, ...]]:
+def draw(folder: Path, page: Path) -> set[Any]:
     """The colours of a page as a browser draws it."""
     if CHROMIUM is None:
         pytest.skip("the page is written; no Chromium here to draw it")

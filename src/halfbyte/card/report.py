@@ -207,7 +207,8 @@ def _domains(arms: Sequence[Arm], comparison: Comparison | None) -> str:
                 if row is None:
                     continue
                 label = f"{stratum}" if index == 0 else ""
-                note = f"{100 * row['score']:.0f}  {arm.run.arm}, {int(row['items'])} items"
+                counted = f"{int(row['items'])} item{'s' * (row['items'] != 1)}"
+                note = f"{100 * row['score']:.0f}  {arm.run.arm}, {counted}"
                 kind = "second" if index else ""
                 low, mid, high = (100 * row[key] for key in ("low", "score", "high"))
                 drawn.append(Interval(label, low, mid, high, note, kind))

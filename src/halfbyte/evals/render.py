@@ -63,7 +63,8 @@ def what_would_decide(row: BenchmarkComparison) -> str:
         return "; ".join(row.blockers)
     ways = []
     if row.items_to_decide is not None:
-        ways.append(f"{row.items_to_decide:,} items")
+        unchanged = " without a change" if row.lost + row.won == 0 else ""
+        ways.append(f"{row.items_to_decide:,} items{unchanged}")
     if row.repeats_to_decide is not None:
         ways.append(f"{row.repeats_to_decide:,} repeats")
     if not ways:

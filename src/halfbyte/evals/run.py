@@ -343,7 +343,9 @@ def _scorer(room: Room, units: dict[str, list[Sample]]) -> Any:
                     await client.api.aclose()
             scored = [row["score"] for row in rows if row["score"] is not None]
             value = sum(scored) / len(scored) if scored else float("nan")
-            return InspectScore(value=value, metadata={"records": rows})
+            # The store of a sample goes into the log; its score would stay in memory to the end.
+            state.store.set("records", rows)
+            return InspectScore(value=value)
 
         return score
 
@@ -521,6 +523,5 @@ def records_of_log(log_file: Path) -> list[Record]:
     """The records inside one of inspect-ai's logs; equal to what the journal holds."""
     found = []
     for sample in read_eval_log_samples(str(log_file), all_samples_required=False):
-        for score in (sample.scores or {}).values():
-            found += [Record(**row) for row in (score.metadata or {}).get("records", ())]
+        found += [Record(**row) for row in sample.store.get("records", ())]
     return found
