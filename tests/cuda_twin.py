@@ -23,6 +23,7 @@ from halfbyte.kernels import dispatch
 from halfbyte.model.cuda_decoder import PrefillBatch
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.load import load_decoder, load_vision
+from halfbyte.model.parallel import Communicator
 
 CPU = torch.device("cpu")
 
@@ -59,9 +60,13 @@ class TwinExecutor:
         return self._inputs
 
     @property
-    def embedding_VD(self) -> Tensor:
-        embedding: Tensor = self._decoder.embedding_VD
-        return embedding
+    def spare_VD(self) -> Tensor:
+        spare: Tensor = self._decoder.embedding_VD[-MAX_ROWS:]
+        return spare
+
+    @property
+    def communicator(self) -> Communicator:
+        return self._decoder.communicator
 
     def replay(self, size: int) -> Tensor:
         self.replayed.append(size)
@@ -74,7 +79,10 @@ class TwinExecutor:
             rows.context_lengths_T,
             torch.arange(size + 1, dtype=torch.int32),
         )
-        self._logits_TV[:size] = self._decoder(Step(rows.token_ids_T, rows.positions_T, attend))
+        logits_TV: Tensor = self._decoder(Step(rows.token_ids_T, rows.positions_T, attend))
+        if self.communicator.rank > 0:
+            return logits_TV
+        self._logits_TV[:size] = logits_TV
         return self._logits_TV[:size]
 
     def prefill(self, batch: PrefillBatch) -> Tensor:
@@ -117,7 +125,7 @@ class TwinExecutor:
     def head(self, residual_RD: Tensor) -> Tensor:
         decoder = self._decoder
         normed_RD = dispatch.rms_norm(residual_RD, decoder.norm_D, decoder.config.norm_eps)
-        return decoder.head(normed_RD, torch.float32)
+        return decoder.logits(normed_RD)
 
     def facts(self) -> dict[str, object]:
         return {"decoder": "twin"}
@@ -125,11 +133,23 @@ class TwinExecutor:
 
 def twin_engine(directory: Path, hook: LogitsHook | None = None, **options: Any) -> Engine:
     """An engine that takes the CUDA runner's ways; defaults as `engine_driver.load`."""
+    runner, config = twin_runner(directory, **options)
+    return Engine(runner, config, logits_hook=hook)
+
+
+def twin_runner(
+    directory: Path,
+    communicator: Communicator | None = None,
+    workers: Any = None,
+    **options: Any,
+) -> tuple[CudaRunner, EngineConfig]:
+    """The runner of such an engine, or of one rank of several."""
     defaults: dict[str, Any] = {"max_model_len": 160, "kv_cache_tokens": 640, "kv_cache": "fp8"}
     config = replace(EngineConfig(mode="fp8_declared"), **(defaults | options))
     config = fit_to_graphs(config)
     checkpoint = Checkpoint.open(directory)
-    decoder = load_decoder(checkpoint, mode="fp8_declared")
+    assert config.mode != "auto"
+    decoder = load_decoder(checkpoint, mode=config.mode, communicator=communicator)
     config = resolve(config, decoder.config, "fp8", 1 << 30)
     assert config.kv_cache_tokens is not None and config.max_model_len is not None
     cache = PagedCache(
@@ -147,5 +167,4 @@ def twin_engine(directory: Path, hook: LogitsHook | None = None, **options: Any)
     )
     sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
     executor = TwinExecutor(decoder, cache, inputs, sizes)
-    runner = CudaRunner(executor, cache, config, load_vision(checkpoint))
-    return Engine(runner, config, logits_hook=hook)
+    return CudaRunner(executor, cache, config, load_vision(checkpoint), workers), config

@@ -5,7 +5,7 @@ Shapes: T tokens of a step (flat over sequences), S sequences, P pages, R rows w
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,43 @@ class Indices:
     query_starts_S1: NDArray[np.int32]
     logit_rows_R: NDArray[np.int64] | None
     image_rows_I: NDArray[np.int64] | None = None
+
+
+class ChunkPlace(NamedTuple):
+    """A chunk of a prompt among a prefill's rows, and where its sequence's pages are listed."""
+
+    first_row: int
+    num_rows: int
+    start: int
+    table_row: int
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowStep:
+    """A step of the CUDA runner in host arrays: all that a rank needs to compute its part.
+
+    places_X, pages_X  int64: what changes in the page table first, seen flat
+    packed_5T          int64, as `graphs.RowInputs`
+    size               rows of the graph that runs the step; None: a prefill
+    num_singles        a prefill's leading rows of one token a sequence ...
+    table_width        ... and the most pages that any of these has
+    chunks             its other rows
+    logit_rows_R       int64
+    image_rows_I       int64, rows of a prefill that image vectors replace
+    num_chosen         tokens that rank 0 chooses on the device, for the next step to look up
+    """
+
+    places_X: NDArray[np.int64]
+    pages_X: NDArray[np.int64]
+    packed_5T: NDArray[np.int64]
+    size: int | None
+    num_singles: int
+    table_width: int
+    chunks: tuple[ChunkPlace, ...]
+    logit_rows_R: NDArray[np.int64]
+    image_rows_I: NDArray[np.int64] | None
+    num_chosen: int
 
 
 def indices_of(batch: Batch, image_rows_I: Tensor | None = None) -> Indices:

@@ -10,8 +10,9 @@ Shapes: T rows, R rows with logits, V vocabulary, P pages, S sequences.
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.engine.batch import ChunkPlace, RowStep
 from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.choose import BanTable, ChoicePlan, choose_tokens, plan_choice
 from halfbyte.engine.config import EngineConfig, free_cache_bytes, resolve
@@ -34,8 +36,9 @@ from halfbyte.engine.graphs import (
     make_inputs,
     size_for,
 )
-from halfbyte.engine.images import ImageEncoder
+from halfbyte.engine.images import ImageEncoder, Placement
 from halfbyte.engine.scheduler import Work
+from halfbyte.engine.workers import Workers, config_of
 from halfbyte.errors import UsageError
 from halfbyte.kernels.cuda.library import KernelLibrary
 from halfbyte.log import logger
@@ -50,6 +53,7 @@ from halfbyte.model.cuda_decoder import (
 )
 from halfbyte.model.cuda_load import load_cuda_weights
 from halfbyte.model.load import load_vision
+from halfbyte.model.parallel import Communicator, Solo, shard_of
 from halfbyte.model.vision import VisionModel
 
 # Steps whose staging memory may be in use at once: one runs, one waits, and one to spare.
@@ -124,11 +128,13 @@ class PendingTokens(NamedTuple):
 
     buffer: Tensor
     event: Any
+    workers: Workers | None = None
 
     def wait(self) -> list[int]:
-        """The tokens, once they have arrived."""
-        if self.event is not None:
-            self.event.synchronize()
+        """The tokens, once they have arrived. WorkerError if a rank they depend on is lost."""
+        with nullcontext() if self.workers is None else self.workers.awaiting():
+            if self.event is not None:
+                self.event.synchronize()
         token_ids: list[int] = self.buffer.tolist()
         return token_ids
 
@@ -148,6 +154,14 @@ class PageTable:
 
     def update(self, works: SequenceOf[Work]) -> list[int]:
         """Bring the rows of the works' sequences up to date: each one's row."""
+        rows, places_X, pages_X = self.changes(works)
+        self.apply(places_X, pages_X)
+        return rows
+
+    def changes(
+        self, works: SequenceOf[Work]
+    ) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
+        """Each work's row, and which pages to write where in the flat table; counted as written."""
         width = self._table.shape[1]
         places: list[int] = []
         pages: list[int] = []
@@ -162,12 +176,13 @@ class PageTable:
             if sequence.slot is not None:
                 sequence.num_tabled = len(blocks)
             rows.append(row)
-        if places:
-            sent = self._staging.send(
-                np.array(places, dtype=np.int64), np.array(pages, dtype=np.int64)
-            )
+        return rows, np.array(places, dtype=np.int64), np.array(pages, dtype=np.int64)
+
+    def apply(self, places_X: NDArray[np.int64], pages_X: NDArray[np.int64]) -> None:
+        """Write what `changes` found, on this rank's device."""
+        if places_X.size:
+            sent = self._staging.send(places_X, pages_X)
             self._table.view(-1).index_copy_(0, sent[0], sent[1].int())
-        return rows
 
 
 class Layout(NamedTuple):
@@ -230,9 +245,11 @@ class CudaRunner:
         cache: PagedCache,
         config: EngineConfig,
         vision: VisionModel | None = None,
+        workers: Workers | None = None,
     ) -> None:
         """`config` is resolved; without `vision` requests have no images."""
         assert config.kv_cache_tokens is not None and config.max_model_len is not None
+        self._workers = workers
         self.decoder = executor
         self.cache = cache
         self.device = torch.device(config.device)
@@ -255,21 +272,24 @@ class CudaRunner:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights on the device."""
-        return self.decoder.num_weight_bytes
+        """Of the weights of all ranks."""
+        others = 0 if self._workers is None else self._workers.weight_bytes
+        return self.decoder.num_weight_bytes + others
 
     @property
     def cache_bytes(self) -> int:
-        """Of the KV cache."""
-        return self.cache.num_bytes
+        """Of the KV cache of all ranks."""
+        return self.cache.num_bytes * self.decoder.communicator.size
 
     @property
     def failure(self) -> str | None:
-        """Why no step can run any more; nothing outside this process can fail here."""
-        return None
+        """Why no step can run any more: another rank has died."""
+        return None if self._workers is None else self._workers.failure
 
     def close(self) -> None:
-        """Nothing runs beside this process."""
+        """End the other ranks, if there are any."""
+        if self._workers is not None:
+            self._workers.close()
 
     @property
     def num_replays(self) -> int:
@@ -285,7 +305,9 @@ class CudaRunner:
     def run(self, works: SequenceOf[Work]) -> Tensor:
         """Compute the tokens of `works`; f32 logits (R, V), the caller's to change."""
         self._enter()
-        logits_RV, is_own = self._logits(works)
+        step, vectors_ID = self._plan(works, 0)
+        with self._all_ranks(step):
+            logits_RV, is_own = self._compute(step, vectors_ID)
         return logits_RV if is_own else logits_RV.clone()
 
     def run_alone(self, work: Work) -> Tensor:
@@ -299,10 +321,30 @@ class CudaRunner:
         """
         self._enter()
         plan = plan_choice([work.sequence for work in works if work.is_last])
-        logits_RV, _ = self._logits(works)
-        tokens_R = self._choose(logits_RV, plan)
-        self.decoder.inputs.last_tokens[: tokens_R.shape[0]].copy_(tokens_R)
-        return self._staging.fetch(tokens_R)
+        num_chosen = sum(work.is_last for work in works)
+        step, vectors_ID = self._plan(works, num_chosen)
+        with self._all_ranks(step):
+            logits_RV, _ = self._compute(step, vectors_ID)
+            tokens_R = self._choose(logits_RV, plan)
+            self.decoder.inputs.last_tokens[:num_chosen].copy_(tokens_R)
+            self._share_tokens(num_chosen)
+        return self._staging.fetch(tokens_R)._replace(workers=self._workers)
+
+    @torch.inference_mode()
+    def follow(self, step: RowStep) -> None:
+        """Compute this rank's part of a step that rank 0 planned."""
+        self._enter()
+        self._compute(step, None)
+        self._share_tokens(step.num_chosen)
+
+    def _all_ranks(self, step: RowStep) -> AbstractContextManager[None]:
+        """Within it, all ranks compute the step."""
+        return nullcontext() if self._workers is None else self._workers.running(step)
+
+    def _share_tokens(self, num_chosen: int) -> None:
+        """What rank 0 chose is where every rank looks it up."""
+        if num_chosen:
+            self.decoder.communicator.broadcast(self.decoder.inputs.last_tokens[:num_chosen])
 
     def _enter(self) -> None:
         """The engine's thread may not be the one that loaded."""
@@ -326,72 +368,100 @@ class CudaRunner:
             return choose_tokens(logits_RV, plan, None, None)
         return choose_tokens(logits_RV, plan, sent[0], (sent[1], sent[2]))
 
-    def _logits(self, works: SequenceOf[Work]) -> tuple[Tensor, bool]:
-        """Logits of the wanted rows, and whether they are no one else's memory."""
+    def _plan(self, works: SequenceOf[Work], num_chosen: int) -> tuple[RowStep, Tensor | None]:
+        """The step in host arrays, and the image vectors of a prefill."""
         num_rows = sum(work.num_rows for work in works)
         size = size_for(num_rows, self.decoder.sizes)
-        table_rows = self._table.update(works)
-        if size is None:
-            return self._prefill(works, table_rows, num_rows), True
-        layout = lay_out_rows(works, table_rows, self._block_tokens, size)
-        self._place_images(works, layout.packed_5T)
-        (packed_5T,) = self._staging.send(layout.packed_5T)
-        self.decoder.inputs.packed_5T[:, :size].copy_(packed_5T)
-        self._num_replays += 1
-        logits_TV = self.decoder.replay(size)
-        rows = layout.logit_rows
-        if rows == list(range(len(rows))):
-            return logits_TV[: len(rows)], False
-        (rows_R,) = self._staging.send(np.array(rows, dtype=np.int64))
-        return logits_TV.index_select(0, rows_R), True
+        table_rows, places_X, pages_X = self._table.changes(works)
+        layout = lay_out_rows(works, table_rows, self._block_tokens, size or num_rows)
+        placement = None if self.images is None else self.images.place(works)
+        image_rows_I, vectors_ID = None, None
+        if placement is not None and placement.vectors_ID is not None:
+            if size is None:
+                image_rows_I, vectors_ID = placement.rows_I.cpu().numpy(), placement.vectors_ID
+            else:
+                self._place_images(placement, layout.packed_5T)
+        num_singles = _num_singles(works) if size is None else 0
+        step = RowStep(
+            places_X,
+            pages_X,
+            layout.packed_5T,
+            size,
+            num_singles,
+            max((len(work.sequence.blocks) for work in works[:num_singles]), default=0),
+            self._chunks(works, table_rows, num_singles) if size is None else (),
+            np.array(layout.logit_rows, dtype=np.int64),
+            image_rows_I,
+            num_chosen,
+        )
+        return step, vectors_ID
 
-    def _place_images(self, works: SequenceOf[Work], packed_5T: NDArray[np.int64]) -> None:
+    def _place_images(self, placement: Placement, packed_5T: NDArray[np.int64]) -> None:
         """Vectors of images become rows behind the vocabulary's embeddings, and their numbers
         the rows' token ids.
         """
-        placement = None if self.images is None else self.images.place(works)
-        if placement is None or placement.vectors_ID is None:
-            return
-        vocab_size = self.decoder.config.vocab_size
+        assert placement.vectors_ID is not None
         rows = placement.rows_I.tolist()
-        spare_VD = self.decoder.embedding_VD[vocab_size : vocab_size + len(rows)]
-        spare_VD.copy_(placement.vectors_ID)
+        self.decoder.spare_VD[: len(rows)].copy_(placement.vectors_ID)
+        vocab_size = self.decoder.config.vocab_size
         packed_5T[0, rows] = np.arange(vocab_size, vocab_size + len(rows))
 
-    def _prefill(
-        self, works: SequenceOf[Work], table_rows: SequenceOf[int], num_rows: int
-    ) -> Tensor:
-        self._num_prefills += 1
-        layout = lay_out_rows(works, table_rows, self._block_tokens, num_rows)
-        rows_R = np.array(layout.logit_rows, dtype=np.int64)
-        (packed_5T, logit_rows_R) = self._staging.send(layout.packed_5T, rows_R)
-        token_ids_T, sources_T, positions_T, slots_T, tables_T = packed_5T
-        inputs: RowInputs = self.decoder.inputs
-        num_singles = _num_singles(works)
-        singles = None
-        if num_singles:
-            width = max(len(work.sequence.blocks) for work in works[:num_singles])
-            table = inputs.table[:, :width].index_select(0, tables_T[:num_singles])
-            singles = Singles(table, (positions_T[:num_singles] + 1).int())
+    def _chunks(
+        self, works: SequenceOf[Work], table_rows: SequenceOf[int], num_singles: int
+    ) -> tuple[ChunkPlace, ...]:
         chunks = []
         row = num_singles
         for work, table_row in zip(works[num_singles:], table_rows[num_singles:], strict=True):
             num_pages = -(-(work.start + work.num_rows) // self._block_tokens)
-            pages_P = inputs.table[table_row, :num_pages].long()
-            chunks.append(Chunk(row, work.num_rows, work.start, pages_P))
+            chunks.append(ChunkPlace(row, work.num_rows, work.start, table_row, num_pages))
             row += work.num_rows
-        placement = None if self.images is None else self.images.place(works)
+        return tuple(chunks)
+
+    def _compute(self, step: RowStep, vectors_ID: Tensor | None) -> tuple[Tensor, bool]:
+        """Logits of the wanted rows, and whether they are no one else's memory."""
+        self._table.apply(step.places_X, step.pages_X)
+        if step.size is None:
+            return self._prefill(step, vectors_ID), True
+        (packed_5T,) = self._staging.send(step.packed_5T)
+        self.decoder.inputs.packed_5T[:, : step.size].copy_(packed_5T)
+        self._num_replays += 1
+        logits_TV = self.decoder.replay(step.size)
+        if self.decoder.communicator.rank > 0:
+            return logits_TV, True
+        rows = step.logit_rows_R
+        if np.array_equal(rows, np.arange(len(rows))):
+            return logits_TV[: len(rows)], False
+        (rows_R,) = self._staging.send(rows)
+        return logits_TV.index_select(0, rows_R), True
+
+    def _prefill(self, step: RowStep, vectors_ID: Tensor | None) -> Tensor:
+        self._num_prefills += 1
+        (packed_5T, logit_rows_R) = self._staging.send(step.packed_5T, step.logit_rows_R)
+        token_ids_T, sources_T, positions_T, slots_T, tables_T = packed_5T
+        inputs: RowInputs = self.decoder.inputs
+        singles = None
+        if step.num_singles:
+            table = inputs.table[:, : step.table_width]
+            table = table.index_select(0, tables_T[: step.num_singles])
+            singles = Singles(table, (positions_T[: step.num_singles] + 1).int())
+        chunks = []
+        for chunk in step.chunks:
+            pages_P = inputs.table[chunk.table_row, : chunk.num_pages].long()
+            chunks.append(Chunk(chunk.first_row, chunk.num_rows, chunk.start, pages_P))
+        image_rows_I = None
+        if step.image_rows_I is not None:
+            image_rows_I = torch.from_numpy(step.image_rows_I).to(self.device)
         batch = PrefillBatch(
             look_up(token_ids_T, sources_T, inputs.last_tokens),
             positions_T,
             slots_T,
             tuple(chunks),
             singles,
-            None if placement is None else placement.rows_I,
-            None if placement is None else placement.vectors_ID,
+            image_rows_I,
+            vectors_ID,
         )
         residual_TD = self.decoder.prefill(batch)
-        if not layout.logit_rows:
+        if not step.logit_rows_R.size:
             return torch.empty(0, self.decoder.config.vocab_size, device=self.device)
         return self.decoder.head(residual_TD.index_select(0, logit_rows_R))
 
@@ -433,32 +503,45 @@ def fit_to_graphs(config: EngineConfig) -> EngineConfig:
 
 
 def load_cuda_runner(
-    checkpoint: Checkpoint, config: EngineConfig
+    checkpoint: Checkpoint, config: EngineConfig, workers: Workers | None = None
 ) -> tuple[CudaRunner, EngineConfig]:
-    """Weights, cache and graphs on a Hopper GPU; `cuda_load.reason_against` found nothing."""
+    """Weights, cache and graphs on a Hopper GPU; `cuda_load.reason_against` found nothing.
+
+    With `workers`, started and not yet joined, this is rank 0 of several.
+    """
     start = time.perf_counter()
-    device = torch.device(config.device)
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.set_device(device)
-    library = KernelLibrary(device)
     config = fit_to_graphs(config)
-    spare = MAX_ROWS if checkpoint.config.vision is not None else 0
+    communicator: Communicator = Solo() if workers is None else workers.join(uses_kernels=True)
+    local = config if workers is None else config_of(config, 0)
+    library, weights = load_rank(checkpoint, local, communicator)
     with torch.inference_mode():
-        weights = load_cuda_weights(checkpoint, device, num_spare_embeddings=spare)
-        vision = load_vision(checkpoint, device=device)
+        vision = load_vision(checkpoint, device=library.device)
     torch.cuda.synchronize()
     weights_s = time.perf_counter() - start
-    runner, resolved = build_runner(library, weights, config, vision)
+
+    def settle(free_bytes: int) -> EngineConfig:
+        """The cache is sized by the rank that has least room."""
+        if workers is None:
+            return resolve(local, weights.config, "fp8", free_bytes)
+        free_bytes = min(free_bytes, workers.free_bytes())
+        resolved = resolve(local, weights.config, "fp8", free_bytes)
+        workers.make_caches(replace(resolved, device=config.device))
+        return resolved
+
+    if workers is not None:
+        workers.connect()
+    runner, resolved = build_runner(
+        library, weights, local, vision, communicator=communicator, settle=settle, workers=workers
+    )
     facts = {
         "load_weights_s": round(weights_s, 2),
         "load_s": round(time.perf_counter() - start, 2),
     }
     runner.add_facts(facts)
     logger.info(
-        "%s: %.1f MB of weights in %.1f s (%.2f GB/s), ready after %.1f s",
+        "%s: %.1f MB of weights in %.1f s (%.2f GB/s a rank), ready after %.1f s",
         checkpoint.directory.name,
-        weights.num_bytes / 1e6,
+        runner.weight_bytes / 1e6,
         weights_s,
         weights.num_bytes / 1e9 / weights_s,
         time.perf_counter() - start,
@@ -466,14 +549,41 @@ def load_cuda_runner(
     return runner, resolved
 
 
+def load_rank(
+    checkpoint: Checkpoint, config: EngineConfig, communicator: Communicator
+) -> tuple[KernelLibrary, CudaWeights]:
+    """A rank's kernels and weights on its device. Images need rows of rank 0 alone."""
+    device = torch.device(config.device)
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    library = KernelLibrary(device)
+    has_images = checkpoint.config.vision is not None and communicator.rank == 0
+    shard = None
+    if communicator.size > 1:
+        shard = shard_of(checkpoint.config.text, communicator.rank, communicator.size)
+    with torch.inference_mode():
+        weights = load_cuda_weights(
+            checkpoint, device, num_spare_embeddings=MAX_ROWS if has_images else 0, shard=shard
+        )
+    return library, weights
+
+
 def build_runner(
     library: KernelLibrary,
     weights: CudaWeights,
     config: EngineConfig,
     vision: VisionModel | None = None,
+    *,
+    communicator: Communicator | None = None,
+    settle: Callable[[int], EngineConfig] | None = None,
+    workers: Workers | None = None,
 ) -> tuple[CudaRunner, EngineConfig]:
     """A runner over weights that lie on the device: sizes the cache by what is left beside the
     memory that steps need, which is taken first.
+
+    communicator  connected; every rank builds at the same time, as steps are tried and captured
+    settle        free bytes -> the resolved configuration; by this rank alone if None
     """
     text, device = weights.config, library.device
     sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
@@ -491,6 +601,7 @@ def build_runner(
             max_batch_tokens=config.max_batch_tokens,
             prefill=config.prefill,
             shared=shared,
+            communicator=communicator,
         )
 
     def inputs(num_pages: int) -> RowInputs:
@@ -504,7 +615,8 @@ def build_runner(
     del trial
     tables = (sum(sizes) * 2 + config.max_sequences + 1) * max_pages * 4
     reserved = _RESERVED_BYTES + tables
-    resolved = resolve(config, text, "fp8", max(0, free_cache_bytes(config) - reserved))
+    free_bytes = max(0, free_cache_bytes(config) - reserved)
+    resolved = resolve(config, text, "fp8", free_bytes) if settle is None else settle(free_bytes)
     assert resolved.kv_cache_tokens is not None and resolved.max_model_len is not None
     cache = PagedCache(
         text,
@@ -517,4 +629,4 @@ def build_runner(
     pages = -(-resolved.max_model_len // config.block_tokens)
     final = executor(paged_kv(cache), inputs(pages))
     final.capture()
-    return CudaRunner(final, cache, resolved, vision), resolved
+    return CudaRunner(final, cache, resolved, vision, workers), resolved

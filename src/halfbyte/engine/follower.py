@@ -21,7 +21,9 @@ import torch
 
 from halfbyte import log
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.engine.config import free_cache_bytes
+from halfbyte.engine.batch import Indices, RowStep
+from halfbyte.engine.config import EngineConfig, free_cache_bytes
+from halfbyte.engine.cuda_runner import CudaRunner, build_runner, fit_to_graphs, load_rank
 from halfbyte.engine.runner import Runner
 from halfbyte.engine.workers import (
     Connect,
@@ -97,21 +99,59 @@ def _follow(pipe: "Connection[Any, Any]") -> None:
         torch.cuda.set_device(device)
     size, timeout_s = config.tensor_parallel_size, config.collective_timeout_s
     communicator = ProcessGroup(join.rank, size, join.meeting_place, device, timeout_s)
+    if join.uses_kernels:
+        cuda_runner = _make_cuda_runner(pipe, join, communicator)
+        while isinstance(message := _next(pipe), RunStep):
+            assert isinstance(message.step, RowStep)
+            cuda_runner.follow(message.step)
+    else:
+        runner = _make_runner(pipe, join, communicator)
+        while isinstance(message := _next(pipe), RunStep):
+            assert isinstance(message.step, Indices)
+            runner.follow(message.step)
+    communicator.close()
+
+
+def _make_runner(pipe: "Connection[Any, Any]", join: Join, communicator: ProcessGroup) -> Runner:
+    config = join.config
+    assert config.mode != "auto"
     decoder = load_decoder(
         Checkpoint.open(join.directory),
-        device=device,
-        mode="weight_only" if config.mode == "auto" else config.mode,
+        device=config.device,
+        mode=config.mode,
         communicator=communicator,
     )
-    pipe.send_bytes(packed(Loaded(decoder.num_weight_bytes)))
+    _connect(pipe, communicator, decoder.num_weight_bytes)
+    return Runner(decoder, _settle(pipe, free_cache_bytes(config)))
+
+
+def _make_cuda_runner(
+    pipe: "Connection[Any, Any]", join: Join, communicator: ProcessGroup
+) -> CudaRunner:
+    library, weights = load_rank(Checkpoint.open(join.directory), join.config, communicator)
+    torch.cuda.synchronize()
+    _connect(pipe, communicator, weights.num_bytes)
+    runner, _ = build_runner(
+        library,
+        weights,
+        fit_to_graphs(join.config),
+        communicator=communicator,
+        settle=lambda free_bytes: _settle(pipe, free_bytes),
+    )
+    return runner
+
+
+def _connect(pipe: "Connection[Any, Any]", communicator: ProcessGroup, weight_bytes: int) -> None:
+    pipe.send_bytes(packed(Loaded(weight_bytes)))
     if not isinstance(_next(pipe), Connect):
-        return
+        raise EOFError("rank 0 wants no more")
     communicator.connect()
-    pipe.send_bytes(packed(Connected(free_cache_bytes(config))))
+
+
+def _settle(pipe: "Connection[Any, Any]", free_bytes: int) -> EngineConfig:
+    """The configuration that rank 0 resolved, knowing what room this rank has."""
+    pipe.send_bytes(packed(Connected(free_bytes)))
     make = _next(pipe)
     if not isinstance(make, MakeCache):
-        return
-    runner = Runner(decoder, make.config)
-    while isinstance(message := _next(pipe), RunStep):
-        runner.follow(message.indices)
-    communicator.close()
+        raise EOFError("rank 0 wants no more")
+    return make.config

@@ -10,7 +10,8 @@ Shapes: T rows, D model width, V padded vocabulary, R rows with logits, P pages 
 import bisect
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from halfbyte.model.cuda_decoder import (
     Serving,
     SharedBuffers,
 )
+from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
 
 # Rows a graph may have: the widest streaming linear.
@@ -124,8 +126,14 @@ class Executor(Protocol):
     def inputs(self) -> RowInputs: ...
 
     @property
-    def embedding_VD(self) -> Tensor:
-        """With spare rows behind the vocabulary, where vectors of images are put."""
+    def spare_VD(self) -> Tensor:
+        """Rows behind the vocabulary's embeddings, where vectors of images are put: row i is read
+        as token id `vocab_size` + i. Rank 0 of several has them.
+        """
+
+    @property
+    def communicator(self) -> Communicator:
+        """The ranks that compute every step together; rank 0 alone gets logits."""
 
     def replay(self, size: int) -> Tensor:
         """Run a step of the first `size` rows of `inputs`: logits f32 (size, V), overwritten by
@@ -155,9 +163,13 @@ class HopperExecutor:
         max_batch_tokens: int,
         prefill: PrefillMode,
         shared: SharedBuffers,
-        all_reduce: Any = None,
+        communicator: Communicator | None = None,
     ) -> None:
         """Nothing is captured yet (`capture`)."""
+        self._communicator = communicator or Solo()
+        num_ranks, vocab_size = self._communicator.size, weights.config.vocab_size
+        all_reduce = None if num_ranks == 1 else self._communicator.all_reduce
+        self._widths = tuple(len(split(vocab_size, rank, num_ranks)) for rank in range(num_ranks))
         self._library = library
         self._weights = weights
         self._cache = cache
@@ -204,13 +216,33 @@ class HopperExecutor:
         return self._inputs
 
     @property
-    def embedding_VD(self) -> Tensor:
-        return self._weights.embedding_VD
+    def spare_VD(self) -> Tensor:
+        is_part = self._weights.vocab is not None
+        return self._weights.embedding_VD[self._weights.num_logits + is_part :]
+
+    @property
+    def communicator(self) -> Communicator:
+        return self._communicator
+
+    def _rows_of(self, token_ids_T: Tensor) -> Tensor:
+        """Token ids as rows of this device's embedding table."""
+        vocab = self._weights.vocab
+        if vocab is None:
+            return token_ids_T
+        has_spare = len(self.spare_VD) > 0
+        return embedding_rows(token_ids_T, vocab, self.config.vocab_size, has_spare=has_spare)
+
+    def _whole(self, logits_RO: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, on rank 0."""
+        local_RO = logits_RO[:, : self._weights.num_logits]
+        if self._communicator.size == 1:
+            return local_RO
+        return self._communicator.gather(local_RO, self._widths)
 
     def _make_step(self, size: int) -> DecodeStep:
         def prepare(step: DecodeStep) -> None:
             rows = unpack(self._inputs, size)
-            step.token_ids_T.copy_(rows.token_ids_T)
+            step.token_ids_T.copy_(self._rows_of(rows.token_ids_T))
             step.positions_T.copy_(rows.positions_T)
             step.context_lengths_T.copy_(rows.context_lengths_T)
             step.slots_T.copy_(rows.slots_T)
@@ -265,15 +297,16 @@ class HopperExecutor:
 
     def replay(self, size: int) -> Tensor:
         self._steps[size].replay()
-        return self._logits_TV[:size, : self.config.vocab_size]
+        return self._whole(self._logits_TV[:size])
 
     def run_eagerly(self, size: int) -> Tensor:
         """As `replay` without the graph; for tests."""
         self._steps[size].run()
-        return self._logits_TV[:size, : self.config.vocab_size]
+        return self._whole(self._logits_TV[:size])
 
     def prefill(self, batch: PrefillBatch) -> Tensor:
-        return self._prefill.forward(batch)
+        token_ids_T = self._rows_of(batch.token_ids_T)
+        return self._prefill.forward(replace(batch, token_ids_T=token_ids_T))
 
     def head(self, residual_RD: Tensor) -> Tensor:
         parts = [self._head(part) for part in torch.split(residual_RD, MAX_ROWS)]
@@ -282,7 +315,7 @@ class HopperExecutor:
     def _head(self, residual_RD: Tensor) -> Tensor:
         x_RD = self._prefill.normed(residual_RD)
         logits_RV = stream_product(self._library, self._weights.head.weight, x_RD)
-        return logits_RV[:, : self.config.vocab_size]
+        return self._whole(logits_RV)
 
     def facts(self) -> dict[str, object]:
         return {
@@ -292,4 +325,5 @@ class HopperExecutor:
             "graph_capture_s": round(self._capture_s, 2),
             "shared_bytes": self._shared.num_bytes,
             "prefill": self._mode,
+            "ranks": self._communicator.size,
         }

@@ -190,13 +190,17 @@ def reason_against_kernels(checkpoint: Checkpoint, config: EngineConfig) -> str 
         return f"HALFBYTE_KERNELS={os.environ['HALFBYTE_KERNELS']} is set"
     if config.mode not in ("auto", "fp8_declared"):
         return f"mode {config.mode}; the kernels compute fp8_declared"
-    if config.tensor_parallel_size > 1:
-        return f"tensor parallel over {config.tensor_parallel_size} ranks"
     if _draft_directory(config) is not None:
         return "an EAGLE head, which reads hidden states that the kernels do not give"
     stored = checkpoint.quantization.kv_cache
     kv_cache = stored if config.kv_cache == "auto" else config.kv_cache
-    return reason_against(checkpoint, kv_cache, config.block_tokens, prefill=config.prefill)
+    return reason_against(
+        checkpoint,
+        kv_cache,
+        config.block_tokens,
+        prefill=config.prefill,
+        num_ranks=config.tensor_parallel_size,
+    )
 
 
 def load_runner(
@@ -209,19 +213,18 @@ def load_runner(
     """
     checkpoint = Checkpoint.open(directory)
     require_trusted(checkpoint.config, config.accept)
+    check_size(checkpoint.config.text, config.tensor_parallel_size)
     reason = reason_against_kernels(checkpoint, config)
     if reason is None:
-        with_kernels = replace(config, mode="fp8_declared", kv_cache="fp8")
-        return load_cuda_runner(checkpoint, with_kernels)
-    if torch.device(config.device).type == "cuda":
+        config = replace(config, mode="fp8_declared", kv_cache="fp8")
+    elif torch.device(config.device).type == "cuda":
         logger.warning("CUDA kernels not used: %s; the model runs in plain torch", reason)
         if config.deterministic:
             raise UnsupportedError(f"deterministic needs the CUDA kernels: {reason}")
     if config.mode == "auto":
         config = replace(config, mode="weight_only")
-    check_size(checkpoint.config.text, config.tensor_parallel_size)
     if config.tensor_parallel_size == 1:
-        return _load(checkpoint, config, None)
+        return _load_ranks(checkpoint, config, None, uses_kernels=reason is None)
     if _draft_directory(config) is not None:
         raise UnsupportedError(
             "an EAGLE head runs beside a model in one process only; use --speculative ngram, or "
@@ -230,10 +233,18 @@ def load_runner(
     check_devices(config)
     workers = Workers(Path(directory), config)
     try:
-        return _load(checkpoint, config, workers)
+        return _load_ranks(checkpoint, config, workers, uses_kernels=reason is None)
     except BaseException:
         workers.close()
         raise
+
+
+def _load_ranks(
+    checkpoint: Checkpoint, config: EngineConfig, workers: Workers | None, *, uses_kernels: bool
+) -> tuple[Runner | CudaRunner, EngineConfig]:
+    if uses_kernels:
+        return load_cuda_runner(checkpoint, config, workers)
+    return _load(checkpoint, config, workers)
 
 
 def _load(
@@ -249,8 +260,11 @@ def _load(
     )
     vision = load_vision(checkpoint, device=local.device)
     eagle = _load_eagle(config, decoder.config)
-    others = [] if workers is None else [workers.connect()]
-    free_bytes = min([free_cache_bytes(local), *others])
+    if workers is not None:
+        workers.connect()
+    free_bytes = free_cache_bytes(local)
+    if workers is not None:
+        free_bytes = min(free_bytes, workers.free_bytes())
     resolved = resolve(
         local,
         decoder.config,

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from halfbyte.engine.batch import Indices
+from halfbyte.engine.batch import Indices, RowStep
 from halfbyte.engine.config import EngineConfig
 from halfbyte.errors import CapacityError, HalfbyteError, UsageError, WorkerError
 from halfbyte.log import logger
@@ -37,6 +38,8 @@ from halfbyte.model.parallel import ProcessGroup
 
 # How long a process may take to end once it was asked to, or to be known as dead.
 _GRACE_S = 3.0
+# How often the watching thread looks whether rank 0 waits too long.
+_WATCH_S = 1.0
 _START = "from halfbyte.engine.follower import main; main()"
 
 
@@ -49,6 +52,7 @@ class Join:
     rank: int
     meeting_place: Path
     num_threads: int
+    uses_kernels: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +69,9 @@ class MakeCache:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Compute one step."""
+    """Compute one step: of `runner.Runner`, or of `cuda_runner.CudaRunner`."""
 
-    indices: Indices
+    step: Indices | RowStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,8 @@ class _Fate:
 
     def __init__(self) -> None:
         self.failure: WorkerError | None = None
+        # Since when rank 0 waits for its device, monotonic.
+        self.waiting_since: float | None = None
         self.is_decided = threading.Event()
 
     def decide(self, failure: WorkerError) -> None:
@@ -171,11 +177,18 @@ class _Fate:
         self.is_decided.set()
 
 
-def _watch(ranks: list[_Rank], fate: _Fate, communicator: ProcessGroup) -> None:
+def _watch(ranks: list[_Rank], fate: _Fate, communicator: ProcessGroup, timeout_s: float) -> None:
     """Wait for the first rank that ends. Those who merely miss it report a WorkerError."""
     left = {one.pipe: one for one in ranks}
     while left and not fate.is_decided.is_set():
-        speaking = wait(list(left))
+        speaking = wait(list(left), _WATCH_S)
+        since = fate.waiting_since
+        if not speaking and since is not None and time.monotonic() - since > timeout_s:
+            fate.decide(
+                WorkerError(f"a tensor-parallel rank has not answered within {timeout_s:g} s")
+            )
+            communicator.abort()
+            return
         for one in [rank for pipe, rank in left.items() if pipe in speaking]:
             del left[one.pipe]
             report = one.receive()
@@ -232,8 +245,11 @@ class Workers:
         for rank in range(1, config.tensor_parallel_size):
             self._ranks.append(_start(rank, config.collective_timeout_s))
 
-    def join(self) -> ProcessGroup:
-        """Let the other ranks load; this one's communicator, not connected yet."""
+    def join(self, *, uses_kernels: bool = False) -> ProcessGroup:
+        """Let the other ranks load; this one's communicator, not connected yet.
+
+        uses_kernels  for `cuda_runner.CudaRunner`
+        """
         size, timeout_s = self._config.tensor_parallel_size, self._config.collective_timeout_s
         place = self._scratch / "meeting"
         device = torch.device(config_of(self._config, 0).device)
@@ -243,12 +259,13 @@ class Workers:
             torch.set_num_threads(num_threads)
         for one in self._ranks:
             config = config_of(self._config, one.rank)
-            one.send(packed(Join(self._directory, config, one.rank, place, num_threads)))
+            join = Join(self._directory, config, one.rank, place, num_threads, uses_kernels)
+            one.send(packed(join))
         self._communicators.append(ProcessGroup(0, size, place, device, timeout_s))
         return self._communicators[0]
 
-    def connect(self) -> int:
-        """Meet the others as soon as all have loaded; free bytes of the one that has fewest.
+    def connect(self) -> None:
+        """Meet the others as soon as all have loaded.
 
         To be called when this rank has loaded, too. Raises what a rank failed of.
         """
@@ -258,6 +275,9 @@ class Workers:
         self._communicators[0].connect()
         if self._communicators[0].meets_in_file_only:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def free_bytes(self) -> int:
+        """What the KV cache may take on the other rank that has least room."""
         return min(self._expect(one, Connected).free_bytes for one in self._ranks)
 
     @property
@@ -274,16 +294,17 @@ class Workers:
         """Let all ranks make the KV cache of a resolved configuration; watch them from now on."""
         for one in self._ranks:
             one.send(packed(MakeCache(config_of(config, one.rank))))
-        arguments = (list(self._ranks), self._fate, self._communicators[0])
+        timeout_s = self._config.collective_timeout_s
+        arguments = (list(self._ranks), self._fate, self._communicators[0], timeout_s)
         threading.Thread(target=_watch, args=arguments, name="halfbyte-ranks", daemon=True).start()
 
     @contextmanager
-    def running(self, indices: Indices) -> Iterator[None]:
+    def running(self, step: Indices | RowStep) -> Iterator[None]:
         """Let all ranks compute a step; the body computes this one's part.
 
         Raises WorkerError, saying what is known, if a rank has died or does not answer.
         """
-        message = packed(RunStep(indices))
+        message = packed(RunStep(step))
         try:
             for one in self._ranks:
                 one.send(message)
@@ -301,6 +322,19 @@ class Workers:
             assert self._fate.failure is not None
             raise self._fate.failure from error
         # NCCL lets a step end whose sums are missing.
+        if self._fate.failure is not None:
+            raise self._fate.failure
+
+    @contextmanager
+    def awaiting(self) -> Iterator[None]:
+        """Around a wait for the device, which may hang in a collective call for ever: after the
+        timeout the group is aborted. Raises WorkerError if a rank was lost meanwhile.
+        """
+        self._fate.waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._fate.waiting_since = None
         if self._fate.failure is not None:
             raise self._fate.failure
 
