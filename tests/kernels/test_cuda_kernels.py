@@ -1,11 +1,17 @@
 """Each CUDA kernel against its twin or float64, on a GPU: every element written, edges included."""
 
 import ctypes
+from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
 
+from halfbyte.formats.minifloat import decode_e2m1
 from halfbyte.kernels import repack
+from halfbyte.kernels.cuda.driver import Launch, LinearResult
+from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, choose_config, columns_for
+from halfbyte.kernels.cuda.ops import prefill_product, stream_product
 
 # Untyped: fixtures and cases come from parameters; needs a device to run at all.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -19,52 +25,192 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def library():
-    from halfbyte.kernels.cuda.library import KernelLibrary
-
     return KernelLibrary(torch.device("cuda"))
 
 
+@lru_cache
 def _weight(format_: str, rows: int, columns: int):
+    """A tiled weight of all codes and scales, and its values in float64, on the device."""
     generator = torch.Generator().manual_seed(rows + columns)
-    scale = torch.rand(rows, generator=generator) + 0.5
+    scale = (torch.rand(rows, generator=generator) + 0.5).cuda()
     if format_ == "nvfp4":
-        codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator)
-        scales = torch.randint(
-            1, 0x7F, (rows, columns // 16), dtype=torch.uint8, generator=generator
-        )
-        tiled = repack.tile_nvfp4(
-            codes.cuda(), scales.view(torch.float8_e4m3fn).cuda(), scale.cuda()
-        )
-        from halfbyte.formats.minifloat import decode_e2m1
-
+        shape = (rows, columns // 2)
+        codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).cuda()
+        shape = (rows, columns // 16)
+        scales = torch.randint(1, 0x7F, shape, dtype=torch.uint8, generator=generator).cuda()
+        scales = scales.view(torch.float8_e4m3fn)
+        tiled = repack.tile_nvfp4(codes, scales, scale)
         unpacked = torch.stack((codes & 15, codes >> 4), -1).reshape(rows, columns)
-        wide = decode_e2m1(unpacked).double()
-        wide = wide * scales.view(torch.float8_e4m3fn).double().repeat_interleave(16, 1)
+        wide = decode_e2m1(unpacked).double() * scales.double().repeat_interleave(16, 1)
         return tiled, wide * scale.double()[:, None]
-    w = torch.randn(rows, columns, generator=generator)
+    w = torch.randn(rows, columns, generator=generator).cuda()
     w = w.to(torch.float8_e4m3fn if format_ == "fp8" else torch.bfloat16)
-    return repack.tile_rows(w.cuda(), scale.cuda(), format_), w.double() * scale.double()[:, None]
+    return repack.tile_rows(w, scale, format_), w.double() * scale.double()[:, None]
+
+
+def _fast_values(format_rows: int, columns: int):
+    """What the fast products multiply: the NVFP4 weight's values rounded to e4m3, in float64."""
+    tiled, _ = _weight("nvfp4", format_rows, columns)
+    rounded = repack.round_nvfp4_to_e4m3(tiled).double() * 8.0
+    scales = tiled.row_scale_O.double()[:, None] / repack.NVFP4_GAIN
+    return tiled, (rounded * scales)[:format_rows, :columns]
+
+
+def _activations(product: str, tokens: int, columns: int) -> torch.Tensor:
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+    dtype = {"nvfp4": torch.float16, "bf16": torch.bfloat16}.get(product, torch.float8_e4m3fn)
+    return x.to(dtype).cuda()
+
+
+def _error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("format_", ["nvfp4", "fp8", "bf16"])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 33, 64, 65, 128])
 def test_streaming_linear(library, format_: str, tokens: int) -> None:
-    from halfbyte.kernels.cuda.ops import stream_product
-
-    dtype = {"nvfp4": torch.float16, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}[format_]
     for rows, columns in ((256, 128), (1024, 4096), (600, 1040), (12288, 1536)):
         tiled, exact = _weight(format_, rows, columns)
-        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-        y = stream_product(library, tiled, x.cuda())[:, :rows].double().cpu()
-        expected = x.double() @ exact.t()
-        error = (y - expected).norm() / expected.norm()
+        x = _activations(format_, tokens, columns)
+        y = stream_product(library, tiled, x)[:, :rows]
         # f32 sums; FP8 products add 128 terms with about 14 bits before they reach f32.
-        assert error < (1e-3 if format_ == "fp8" else 2e-6), (rows, columns, float(error))
+        bound = 1e-3 if format_ == "fp8" else 2e-6
+        assert _error(y, x.double() @ exact.t()) < bound, (rows, columns)
+
+
+@pytest.mark.parametrize("tokens", [33, 64, 65, 128])
+def test_streaming_linear_in_fp8(library, tokens: int) -> None:
+    for rows, columns in ((256, 128), (1024, 4096), (600, 1040)):
+        tiled, rounded = _fast_values(rows, columns)
+        x = _activations("nvfp4_fast", tokens, columns)
+        y = stream_product(library, tiled, x, product="nvfp4_fast")[:, :rows]
+        assert _error(y, x.double() @ rounded.t()) < 1e-3, (rows, columns)
+
+
+@pytest.mark.parametrize("product", ["nvfp4", "fp8", "bf16", "nvfp4_fast"])
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_blocks_of_a_cluster_share_activations(library, product: str, tokens: int) -> None:
+    stored = "nvfp4" if product == "nvfp4_fast" else product
+    tiled, _ = _weight(stored, 1024, 4096)
+    x = _activations(product, tokens, 4096)
+    alone = choose_config(product, columns_for(tokens))
+    alone = replace(alone, promote=4)
+    together = replace(alone, cluster=2)
+    y = stream_product(library, tiled, x, config=together, product=product)
+    expected = stream_product(library, tiled, x, config=alone, product=product)
+    # The same terms; only where the work is cut along K differs.
+    assert _error(y, expected.double()) < (1e-3 if x.element_size() == 1 else 2e-6)
+
+
+@pytest.mark.parametrize("product", ["nvfp4", "nvfp4_fast"])
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 2300])
+def test_prefill_linear(library, product: str, tokens: int) -> None:
+    for rows, columns in ((256, 128), (1024, 4096), (600, 1040)):
+        tiled, values = _weight("nvfp4", rows, columns)
+        if product == "nvfp4_fast":
+            tiled, values = _fast_values(rows, columns)
+        x = _activations(product, tokens, columns)
+        y = prefill_product(library, tiled, x, product)  # into NaN
+        assert _error(y[:, :rows], x.double() @ values.t()) < 3e-3, (rows, columns)  # bf16
+        assert torch.equal(y, prefill_product(library, tiled, x, product))
+
+
+def _plain_result(y_TO: torch.Tensor) -> LinearResult:
+    return LinearResult(out=y_TO.data_ptr(), stride=y_TO.shape[1])
+
+
+def _launch(kernel, grid, threads: int, *arguments, cluster: int = 1) -> None:
+    launch = Launch(kernel, grid, threads, arguments, cluster=cluster, overlaps=False)
+    launch.run(torch.cuda.current_stream().cuda_stream)
+
+
+def _as_stored(x: torch.Tensor, kind: str, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel of this kind writes for bf16 rows, and the scale of each row."""
+    if kind in ("e4m3_token", "e4m3_paired"):
+        scales = (x.float().abs().amax(-1).clamp(min=1e-12) / 448.0)[:, None]
+        codes = (x.float() / scales).to(torch.float8_e4m3fn)
+        return repack.pair_activations(codes) if kind == "e4m3_paired" else codes, scales[:, 0]
+    if kind == "e4m3":
+        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), x.new_zeros(0)
+    if kind == "f16":
+        return (x.float() * scale).to(torch.float16), x.new_zeros(0)
+    return x, x.new_zeros(0)
+
+
+KINDS = ["f16", "e4m3", "bf16", "e4m3_token", "e4m3_paired"]
+
+
+def _share_of_equal(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Share of equal elements; none may be NaN, and none off by more than a rounding step."""
+    a, b = got.float(), wanted.float()
+    assert bool(torch.isfinite(a).all())
+    step = 2.0**-3 if got.element_size() == 1 else 2.0**-7
+    assert bool(((a - b).abs() <= step * b.abs().clamp(min=2.0**-6)).all())
+    return float((a == b).float().mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_norm_and_silu_are_their_twins(library, kind: str, blocks: int, is_tiled: bool) -> None:
+    width, mlp_width, tokens = 1024, 1536, 37
+    kernels = library.elementwise(width, mlp_width, blocks, HeadShape(128, 8, 2))
+    generator = torch.Generator().manual_seed(blocks)
+    residual = torch.randn(tokens, width, generator=generator).bfloat16().cuda()
+    delta = torch.randn(tokens, width, generator=generator).bfloat16().cuda()
+    weight = (1 + 0.1 * torch.randn(width, generator=generator)).bfloat16().cuda()
+    gate_up = (2 * torch.randn(tokens, 2 * mlp_width, generator=generator)).bfloat16().cuda()
+    per_token = kind in ("e4m3_token", "e4m3_paired")
+    scale = 0.05 if kind == "e4m3" else 0.5
+
+    def room(features: int):
+        element = 1 if kind.startswith("e4m3") else 2
+        rows = tokens if not is_tiled else 40
+        data = torch.full((rows * features * element,), 0xFF, dtype=torch.uint8, device="cuda")
+        strides = (rows * 16, 16) if is_tiled else (16, features * element)
+        return data, [ctypes.c_int64(stride) for stride in strides]
+
+    def rows_of(data: torch.Tensor, features: int, like: torch.Tensor) -> torch.Tensor:
+        if is_tiled:
+            data = data.view(-1, 40, 16)[:, :tokens].transpose(0, 1).contiguous()
+        return data.view(-1).view(like.dtype).view(tokens, features)
+
+    token_scale = torch.full((tokens,), torch.nan, device="cuda")
+    data, strides = room(width)
+    threads = 512 if blocks == 1 else 256
+    summed = residual.clone()
+    arguments = (_plain_result(delta), summed, weight, 1e-5, data, *strides, scale, token_scale)
+    name = f"add_norm_{kind}"
+    _launch(kernels[name], (blocks, tokens, 1), threads, *arguments, cluster=blocks)
+    expected = (residual.float() + delta.float()).bfloat16()
+    assert torch.equal(summed, expected)
+    wide = expected.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.float()
+    stored, scales = _as_stored(normed.bfloat16(), kind, scale)
+    assert _share_of_equal(rows_of(data, width, stored), stored) > 0.98
+    if per_token:
+        assert torch.allclose(token_scale, scales.float(), rtol=2.0**-7)
+
+    data, strides = room(mlp_width)
+    token_scale.fill_(torch.nan)
+    result = _plain_result(gate_up)
+    name = f"silu_mul_{kind}"
+    if per_token:
+        arguments = (result, mlp_width, data, *strides, scale, token_scale)
+        _launch(kernels[name], (blocks, tokens, 1), threads, *arguments, cluster=blocks)
+    else:
+        grid = (-(-mlp_width // 2048), tokens, 1)
+        if blocks == 1:
+            grid = (-(-mlp_width // 256), -(-tokens // 8), 1)
+        _launch(kernels[name], grid, 256, result, mlp_width, data, *strides, scale, tokens)
+    gate, up = gate_up.float().chunk(2, -1)
+    stored, scales = _as_stored((torch.nn.functional.silu(gate) * up).bfloat16(), kind, scale)
+    assert _share_of_equal(rows_of(data, mlp_width, stored), stored) > 0.98
+    if per_token:
+        assert torch.allclose(token_scale, scales.float(), rtol=2.0**-7)
 
 
 def test_two_products_are_bit_identical(library) -> None:
-    from halfbyte.kernels.cuda.ops import stream_product
-
     tiled, _ = _weight("nvfp4", 1024, 4096)
     x = torch.randn(16, 4096, dtype=torch.float16, device="cuda")
     assert torch.equal(stream_product(library, tiled, x), stream_product(library, tiled, x))
@@ -72,8 +218,6 @@ def test_two_products_are_bit_identical(library) -> None:
 
 @pytest.mark.parametrize("rows,columns", [(256, 128), (512, 1536)])
 def test_decoding_to_rows_is_exact(library, rows: int, columns: int) -> None:
-    from halfbyte.kernels.cuda.driver import Launch
-
     def run(name: str, tiled, target, *extra) -> None:
         k_blocks = tiled.num_k_blocks
         arguments = (
@@ -89,10 +233,10 @@ def test_decoding_to_rows_is_exact(library, rows: int, columns: int) -> None:
         )
 
     tiled, exact = _weight("nvfp4", rows, columns)
-    exact = exact / (tiled.row_scale_O.double().cpu() / 256.0)[:, None]
+    exact = exact / (tiled.row_scale_O.double() / 256.0)[:, None]
     target = torch.full((rows, columns), float("nan"), dtype=torch.bfloat16, device="cuda")
     run("decode_nvfp4_bf16", tiled, target, 256.0)
-    assert torch.allclose(target.double().cpu(), exact, rtol=1e-7, atol=0)
+    assert torch.allclose(target.double(), exact, rtol=1e-7, atol=0)
     codes = torch.full((rows, columns), float("nan"), device="cuda").to(torch.float8_e4m3fn)
     run("decode_nvfp4_e4m3", tiled, codes, 32.0)
     wanted = (target.float() / 8.0).to(torch.float8_e4m3fn)
@@ -108,8 +252,6 @@ def test_decode_attention(
     library, head_dim: int, heads: int, kv_heads: int, splits: int, warps: int
 ) -> None:
     from halfbyte.kernels import reference
-    from halfbyte.kernels.cuda.driver import Launch
-    from halfbyte.kernels.cuda.library import HeadShape
 
     lengths = torch.tensor([1, 15, 16, 17, 128, 129, 700, 2047], dtype=torch.int32)
     sequences, pages = len(lengths), 128

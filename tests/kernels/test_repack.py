@@ -37,6 +37,27 @@ def test_nvfp4_tiles_are_undone_whatever_the_shape(
     assert weight.row_scale_O[0] == 0.25 * 256
 
 
+def test_paired_activations_meet_the_weights_of_the_same_feature() -> None:
+    # Feature f of a chunk belongs to lane t, register half h, element e: f = 8 h + 2 t + e.
+    codes = torch.arange(32, dtype=torch.uint8)[None].view(torch.float8_e4m3fn)
+    paired = repack.pair_activations(codes).view(torch.uint8)[0].tolist()
+    first = [8 * h + 2 * t + e for t in range(4) for h in range(2) for e in range(2)]
+    assert paired == first + [16 + feature for feature in first]
+
+
+def test_rounding_to_e4m3_is_of_the_true_value_over_eight() -> None:
+    codes, scales = _random_nvfp4(256, 128, seed=3)
+    weight = repack.tile_nvfp4(codes, scales, torch.full((256,), 0.5))
+    unpacked = torch.stack((codes & 15, codes >> 4), -1).reshape(256, 128)
+    exact = decode_e2m1(unpacked) * scales.float().repeat_interleave(16, 1)
+    rounded = repack.round_nvfp4_to_e4m3(weight).float() * 8.0
+    assert not rounded.isnan().any()
+    half_step = (exact.abs() * 2.0**-4).clamp(min=8.0 * 2.0**-10)
+    assert bool(((rounded - exact).abs() <= half_step).all())
+    product = rounded * weight.row_scale_O[:, None] / repack.FAST_GAIN / 8.0
+    assert torch.allclose(product, rounded * 0.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
 def test_byte_tiles_are_undone(dtype: torch.dtype) -> None:
     rows = torch.randint(0, 127, (192, 384), dtype=dtype)

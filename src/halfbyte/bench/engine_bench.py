@@ -10,8 +10,9 @@ Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = 
     plus the context's keys and values; prefill floor = FLOP of each linear / the rate of its
     format.
 Reading the result: share of the floor, against ceilings measured in the same run. The product rate
-    of NVFP4 layers is bf16's in "exact", FP8's in "fast". Ceilings are those of short bursts; under
-    seconds of products the board's power limit lowers them (benchmarks/notes-kernels.md).
+    of NVFP4 layers is bf16's in "exact", FP8's in "fast" (decode: from 33 sequences on). Ceilings
+    are those of short bursts; under seconds of products the board's power limit lowers them
+    (benchmarks/notes-kernels.md).
 Last record: benchmarks/records/engine-h200.json
 """
 
@@ -34,12 +35,15 @@ from halfbyte.kernels.cuda.library import (
     compile_together,
     elementwise_code,
     linear_code,
+    prefill_code,
 )
 from halfbyte.kernels.repack import TileFormat
 from halfbyte.model.cuda_decoder import (
+    FAST_COLUMNS,
     CudaWeights,
     DecodeStep,
     KvCache,
+    Mode,
     Prefill,
     PrefillMode,
     Rotary,
@@ -52,10 +56,11 @@ _FORMATS: tuple[TileFormat, ...] = ("fp8", "nvfp4", "bf16")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A decode measurement: sequences and the tokens each already has."""
+    """A decode measurement: sequences, the tokens each already has, how NVFP4 is multiplied."""
 
     batch: int
     context: int
+    mode: Mode = "exact"
 
 
 POINTS = (
@@ -64,6 +69,8 @@ POINTS = (
     Point(16, 128),
     Point(64, 128),
     Point(128, 128),
+    Point(64, 128, "fast"),
+    Point(128, 128, "fast"),
     Point(1, 32768),
     Point(8, 8192),
 )
@@ -79,7 +86,16 @@ def compile_all(num_layers: int) -> None:
         for format_ in _FORMATS
         for columns in COLUMNS
     ]
-    tasks += [partial(elementwise_code, config.width, blocks, heads) for blocks in (1, 2, 8)]
+    tasks += [
+        partial(linear_code, "nvfp4_fast", columns, choose_config("nvfp4_fast", columns))
+        for columns in COLUMNS
+        if columns >= FAST_COLUMNS
+    ]
+    tasks.append(partial(prefill_code, "nvfp4"))
+    tasks += [
+        partial(elementwise_code, config.width, config.mlp_width, blocks, heads)
+        for blocks in (1, 2, 8)
+    ]
     tasks += [partial(attention_code, heads, PAGE_SLOTS, "e4m3", warps) for warps in (2, 4, 8)]
     compile_together(tasks)
 
@@ -104,7 +120,7 @@ def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> f
     by_bytes = num_bytes / ceilings.copy_tb_per_s / 1e9
     rate = {
         "fp8": ceilings.fp8_tflop_per_s,
-        "nvfp4": ceilings.bf16_tflop_per_s,
+        "nvfp4": ceilings.fp8_tflop_per_s if point.mode == "fast" else ceilings.bf16_tflop_per_s,
         "bf16": ceilings.bf16_tflop_per_s,
     }
     by_flop = by_parts = 0.0
@@ -148,6 +164,7 @@ def run_decode(
         rotary=Rotary(config, device),
         max_context_tokens=max_context,
         overlaps=overlaps,
+        mode=point.mode,
     )
     _fill_state(step, cache, point)
     start = time.perf_counter()
@@ -164,6 +181,7 @@ def run_decode(
         "kind": "decode",
         "batch": point.batch,
         "context": point.context,
+        "mode": point.mode,
         "median_ms": median,
         "samples_ms": samples,
         "tokens_per_s": point.batch / median * 1e3,
@@ -244,7 +262,8 @@ def format_row(row: dict[str, Any]) -> str:
     """One line for a person."""
     if row["kind"] == "decode":
         return (
-            f"decode  batch {row['batch']:4} context {row['context']:6} {row['median_ms']:8.3f} ms "
+            f"decode  batch {row['batch']:4} context {row['context']:6} {row['mode']:5} "
+            f"{row['median_ms']:8.3f} ms "
             f"{row['tokens_per_s']:8.1f} tok/s {row['tb_per_s']:6.3f} TB/s "
             f"floor {row['floor_ms']:7.2f} ms share {row['share_of_floor']:6.1%}"
         )

@@ -123,6 +123,7 @@ def headline(row: Mapping[str, Any]) -> dict[str, str]:
     floor = f"floor {row['floor_ms']:.1f} ms ({row['share_of_floor']:.0%} of its speed)"
     if row["kind"] == "decode":
         what = f"decode, batch {row['batch']}, context {row['context']}"
+        what += ", fast" if row["mode"] == "fast" else ""
         return {"what": what, "figure": f"{row['median_ms']:.2f} ms a step", "against": floor}
     what = f"prefill, {row['tokens']} tokens, {row['mode']}"
     return {"what": what, "figure": f"{row['tokens_per_s']:.0f} tok/s", "against": floor}

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import FormatError
+from halfbyte.formats.minifloat import decode_e2m1
 
 ROWS = 64  # of a unit
 # Rows are padded to this many so that one block of the grid always has whole tiles.
@@ -35,6 +36,8 @@ UNIT_BYTES = {"fp8": 8192, "bf16": 8192, "nvfp4": 4608}
 K_BLOCK = {"fp8": 128, "bf16": 64, "nvfp4": 128}
 # Code value 2**-14 times scale 2**6.
 NVFP4_GAIN = 2.0**8
+# An NVFP4 value rounded to e4m3 is code * block scale / 8, at most 336: this many times too large.
+FAST_GAIN = NVFP4_GAIN / 8
 _SIGN_BIT = (15, 12, 14, 13)  # per operand register
 _MAGNITUDE_BIT = (9, 6, 3, 0)
 
@@ -235,6 +238,24 @@ def untile_rows(weight: TiledWeight) -> Tensor:
     """The (O, I) matrix of an FP8 or bf16 tiled weight, padding included, in its own dtype."""
     dtype = torch.bfloat16 if weight.format == "bf16" else torch.float8_e4m3fn
     return untile_bytes(weight.data).view(dtype)
+
+
+def pair_activations(x_TI: Tensor) -> Tensor:
+    """E4m3 activations as the fast NVFP4 product reads them: (T, I) -> (T, I), I % 16 == 0.
+
+    Of 16 features, 2t, 2t + 1, 8 + 2t and 9 + 2t lie at 4t to 4t + 3 (t = 0..3): a lane of an
+    operand that was packed for fp16 holds these four weights. Twin of OUT_E4M3_PAIRED.
+    """
+    tokens, features = x_TI.shape
+    pairs = x_TI.contiguous().view(torch.uint8).view(tokens, features // 16, 2, 4, 2)
+    return pairs.transpose(2, 3).reshape(tokens, features).view(x_TI.dtype)
+
+
+def round_nvfp4_to_e4m3(weight: TiledWeight) -> Tensor:
+    """Code times block scale / 8, rounded to e4m3, (O, I): what the fast products multiply."""
+    codes, scales = untile_nvfp4(weight)
+    values = decode_e2m1(codes) * scales.repeat_interleave(16, dim=1) / 8.0
+    return values.to(torch.float8_e4m3fn)
 
 
 def tile_activations(x_TI: Tensor, num_columns: int) -> Tensor:

@@ -5,7 +5,8 @@ A decode step of a fixed number of sequences is 9 launches a layer, each allowed
 the one ahead of it has finished (its weights depend on nothing), captured into one CUDA graph that
 also chooses the tokens and moves every sequence on. Attention products take activations rounded to
 FP8 by the checkpoint's input scale; NVFP4 products decode weights exactly and take bf16 activations
-(exact in fp16), unless prefill runs in mode "fast".
+(exact in fp16), unless mode "fast" runs them in FP8: values rounded to e4m3, activations rounded by
+each token's largest value (prefill, and decode from 33 sequences on).
 
 Shapes: T tokens (decode: one a sequence), D model width, F MLP width, V vocabulary, P pages,
 Z slots in a page, K key/value heads, H head size.
@@ -27,22 +28,38 @@ from halfbyte.config import TextConfig
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch, LinearResult
 from halfbyte.kernels.cuda.library import (
+    PREFILL_COLUMNS,
     HeadShape,
     KernelLibrary,
     OutKind,
+    Product,
     StreamConfig,
     StreamPlan,
     attention_warps,
+    choose_config,
     columns_for,
     plan_stream,
 )
-from halfbyte.kernels.cuda.ops import stream_product, sum_slots
-from halfbyte.kernels.repack import K_BLOCK, TiledWeight, TileFormat
+from halfbyte.kernels.cuda.ops import prefill_launch, stream_product, sum_slots
+from halfbyte.kernels.repack import (
+    FAST_GAIN,
+    K_BLOCK,
+    TiledWeight,
+    padded,
+    pair_activations,
+    tile_activations,
+)
 
-PrefillMode = Literal["exact", "fast"]
-ACTIVATION_KIND: dict[TileFormat, OutKind] = {"fp8": "e4m3", "nvfp4": "f16", "bf16": "bf16"}
-# NVFP4 values as e4m3 in prefill mode "fast": code * block scale / 8 is at most 336.
-_FAST_GAIN = 2.0**8 / 8
+Mode = Literal["exact", "fast"]
+PrefillMode = Mode
+ACTIVATION_KIND: dict[Product, OutKind] = {
+    "fp8": "e4m3",
+    "nvfp4": "f16",
+    "bf16": "bf16",
+    "nvfp4_fast": "e4m3_paired",
+}
+# Fewer sequences are bound by the weights' bytes, which are the same in both modes.
+FAST_COLUMNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +234,7 @@ class _Activation(NamedTuple):
     chunk_stride: int
     token_stride: int
     scale: float
+    token_scale_T: Tensor | None = None
 
     def arguments(self) -> tuple[Argument, ...]:
         return (
@@ -229,6 +247,10 @@ class _Activation(NamedTuple):
 
 def _heads(config: TextConfig) -> HeadShape:
     return HeadShape(config.head_dim, config.num_heads, config.num_kv_heads)
+
+
+def _elementwise(library: KernelLibrary, config: TextConfig, norm_blocks: int) -> dict[str, Kernel]:
+    return library.elementwise(config.width, config.mlp_width, norm_blocks, _heads(config))
 
 
 def _kernel_scale(linear: CudaLinear) -> float:
@@ -256,9 +278,10 @@ class DecodeStep:
         max_context_tokens: int,
         max_steps: int = 4096,
         choice: Choice | None = None,
-        configs: dict[TileFormat, StreamConfig] | None = None,
+        configs: dict[Product, StreamConfig] | None = None,
         overlaps: bool = True,
         serving: Serving | None = None,
+        mode: Mode = "exact",
     ) -> None:
         self._library = library
         self._weights = weights
@@ -269,6 +292,7 @@ class DecodeStep:
         self._shared = SharedBuffers() if serving is None else serving.shared
         self._overlaps = overlaps
         self._configs = configs or {}
+        self._mode = mode
         self.num_tokens = num_tokens
         self._columns = columns_for(num_tokens)
         device, config = library.device, weights.config
@@ -296,6 +320,7 @@ class DecodeStep:
             num_tokens, config.num_heads * config.head_dim, dtype=torch.bfloat16, device=device
         )
         self._make_buffers()
+        self._slot_counts: list[Tensor] = []  # alive as long as the launches that read them
         self._launches: list[Launch | _Collective] = []
         self._build()
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -317,24 +342,39 @@ class DecodeStep:
         self._workspace = self._shared.take("attention", num_workspace, torch.float32, device)
         self._counters = torch.zeros(pairs, dtype=torch.int32, device=device)
         self._activations: dict[tuple[str, int], Tensor] = {}
+        self._token_scales = torch.ones(2, self.num_tokens, device=device)
+
+    def _product(self, linear: CudaLinear) -> Product:
+        is_fast = self._mode == "fast" and self._columns >= FAST_COLUMNS
+        return "nvfp4_fast" if is_fast and linear.weight.format == "nvfp4" else linear.weight.format
+
+    def _kernel(self, linear: CudaLinear) -> tuple[Kernel, StreamPlan]:
+        product = self._product(linear)
+        config = self._configs.get(product) or choose_config(product, self._columns)
+        kernel, _ = self._library.linear(product, self._columns, config)
+        return kernel, plan_stream(linear.weight, config, self._library.num_multiprocessors)
 
     def _plan(self, linear: CudaLinear) -> StreamPlan:
-        format_ = linear.weight.format
-        _, config = self._library.linear(format_, self._columns, self._configs.get(format_))
-        return plan_stream(linear.weight, config, self._library.num_multiprocessors)
+        return self._kernel(linear)[1]
 
     def _activation(self, name: str, linear: CudaLinear) -> _Activation:
         """The input buffer of `linear`; linears of the same place and size share one."""
         weight = linear.weight
-        element = 1 if weight.format == "fp8" else 2
+        kind = ACTIVATION_KIND[self._product(linear)]
+        element = 1 if kind.startswith("e4m3") else 2
         num_bytes = weight.num_k_blocks * K_BLOCK[weight.format] * element * self._columns
-        key = (name + weight.format, num_bytes)
+        key = (name + kind, num_bytes)
         if key not in self._activations:
             data = torch.zeros(num_bytes, dtype=torch.uint8, device=self._library.device)
             self._activations[key] = data
-        kind = ACTIVATION_KIND[weight.format]
+        token_scale_T = self._token_scales[int(name == "down")] if kind == "e4m3_paired" else None
         return _Activation(
-            self._activations[key], kind, self._columns * 16, 16, _kernel_scale(linear)
+            self._activations[key],
+            kind,
+            self._columns * 16,
+            16,
+            _kernel_scale(linear),
+            token_scale_T,
         )
 
     def _add(
@@ -355,11 +395,9 @@ class DecodeStep:
         self, linear: CudaLinear, x: _Activation, *, rounds: bool = True
     ) -> LinearResult:
         weight = linear.weight
-        kernel, config = self._library.linear(
-            weight.format, self._columns, self._configs.get(weight.format)
-        )
-        plan = self._plan(linear)
-        row_scale = weight.row_scale_O * linear.input_scale
+        kernel, plan = self._kernel(linear)
+        is_fast = x.token_scale_T is not None
+        row_scale = weight.row_scale_O * (1.0 / FAST_GAIN if is_fast else linear.input_scale)
         out = self._out if rounds else None
         arguments = (
             weight.data,
@@ -371,8 +409,11 @@ class DecodeStep:
             weight.num_k_blocks,
             self.num_tokens,
         )
-        self._add(kernel, (plan.num_blocks, 1, 1), config.num_threads, arguments)
-        return plan.result(out, self._partial, self.num_tokens)
+        cluster, num_threads = plan.config.cluster, plan.config.num_threads
+        self._add(kernel, plan.grid, num_threads, arguments, cluster=cluster)
+        slot_counts = torch.tensor(plan.slot_counts, dtype=torch.uint8, device=self._library.device)
+        self._slot_counts.append(slot_counts)
+        return plan.result(out, self._partial, slot_counts, self.num_tokens, x.token_scale_T)
 
     def _gathered(self, linear: CudaLinear, result: LinearResult, dense_TO: Tensor) -> None:
         """Launch that makes `result` dense in `dense_TO`."""
@@ -397,7 +438,7 @@ class DecodeStep:
     def _add_norm(self, result: LinearResult | None, weight_D: Tensor, x: _Activation) -> None:
         config = self._weights.config
         blocks = 8 if self._columns <= 32 else 2
-        kernels = self._library.elementwise(config.width, blocks, _heads(config))
+        kernels = _elementwise(self._library, config, blocks)
         name = f"{'norm' if result is None else 'add_norm'}_{x.kind}"
         arguments = (
             LinearResult() if result is None else result,
@@ -405,7 +446,7 @@ class DecodeStep:
             weight_D,
             float(config.norm_eps),
             *x.arguments(),
-            None,
+            x.token_scale_T,
         )
         self._add(kernels[name], (blocks, self.num_tokens, 1), 256, arguments, cluster=blocks)
 
@@ -413,7 +454,7 @@ class DecodeStep:
         self, index: int, layer: CudaLayer, qkv: LinearResult, x: _Activation
     ) -> None:
         config, heads = self._weights.config, _heads(self._weights.config)
-        kernels = self._library.elementwise(config.width, 8, heads)
+        kernels = _elementwise(self._library, config, 8)
         heads_per_block = 256 // (config.head_dim // 16)
         all_heads = config.num_heads + 2 * config.num_kv_heads
         keys, values = self._cache.keys[index], self._cache.values[index]
@@ -455,14 +496,19 @@ class DecodeStep:
 
     def _add_silu(self, gate_up: LinearResult, x: _Activation) -> None:
         config = self._weights.config
-        kernels = self._library.elementwise(config.width, 8, _heads(config))
+        kernels = _elementwise(self._library, config, 8)
+        if x.token_scale_T is not None:
+            per_token = (gate_up, config.mlp_width, *x.arguments(), x.token_scale_T)
+            kernel = kernels["silu_mul_e4m3_paired"]
+            self._add(kernel, (8, self.num_tokens, 1), 256, per_token, cluster=8)
+            return
         grid = (-(-config.mlp_width // (8 * 256)), self.num_tokens, 1)
-        arguments = (gate_up, config.mlp_width, *x.arguments())
+        arguments = (gate_up, config.mlp_width, *x.arguments(), self.num_tokens)
         self._add(kernels[f"silu_mul_{x.kind}"], grid, 256, arguments)
 
     def _build(self) -> None:
         weights, config = self._weights, self._weights.config
-        kernels = self._library.elementwise(config.width, 8, _heads(config))
+        kernels = _elementwise(self._library, config, 8)
         embed = (weights.embedding_VD, self.token_ids_T, self.residual_TD)
         self._add(kernels["embed"], (self.num_tokens, 1, 1), 256, embed)
         if self._serving is not None and self._serving.all_reduce is not None:
@@ -627,11 +673,13 @@ def attend_to_end(q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, scale: float) -> 
 
 
 class Prefill:
-    """Many tokens at once through decoded layers and library products.
+    """Many tokens at once through every layer.
 
-    "exact" multiplies NVFP4 layers in bf16 (every value is exact there), "fast" in FP8: values
-    rounded to e4m3, activations rounded by each token's largest value. FP8 layers are the same in
-    both. Keys and values are read as stored. One layer is decoded at a time into a scratch buffer.
+    "exact" multiplies NVFP4 layers in fp16 (every value is exact there) as a decode step does,
+    "fast" in FP8: values rounded to e4m3, activations rounded by each token's largest value. FP8
+    layers are the same in both. Keys and values are read as stored. Products of `decoded_products`
+    decode NVFP4 weights in registers (prefill.cu); the others read a layer at a time from a scratch
+    buffer through the library.
     """
 
     def __init__(
@@ -645,8 +693,10 @@ class Prefill:
         mode: PrefillMode = "exact",
         fast_accumulation: bool = False,
         all_reduce: Callable[[Tensor], object] | None = None,
+        decoded_products: frozenset[Product] = frozenset({"nvfp4"}),
     ) -> None:
         self._library = library
+        self._decoded_products = decoded_products
         self._weights = weights
         self._cache = cache
         self._rotary = rotary
@@ -654,7 +704,7 @@ class Prefill:
         self._fast_accumulation = fast_accumulation
         self._all_reduce = all_reduce
         config, device = weights.config, library.device
-        self._kernels = library.elementwise(config.width, 1, _heads(config))
+        self._kernels = _elementwise(library, config, 1)
         self._layout = library.layout()
         self._one = torch.ones((), device=device)
         self._epsilon = config.norm_eps
@@ -662,15 +712,16 @@ class Prefill:
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
         element = {"fp8": 1, "nvfp4": 2 if mode == "exact" else 1, "bf16": 2}
         sizes = [
-            la.weight.data.shape[0]
+            li.weight.data.shape[0]
             * 64
-            * la.weight.num_k_blocks
-            * K_BLOCK[la.weight.format]
-            * element[la.weight.format]
+            * li.weight.num_k_blocks
+            * K_BLOCK[li.weight.format]
+            * element[li.weight.format]
             for layer in weights.layers
-            for la in _linears(layer)
+            for li in _linears(layer)
+            if not self._is_decoded(li)
         ]
-        self._scratch = torch.empty(max(sizes), dtype=torch.uint8, device=device)
+        self._scratch = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
         self._token_scale_T = torch.ones(max_tokens, device=device)
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
         self._row_scales = {
@@ -678,10 +729,18 @@ class Prefill:
         }
 
     def _row_scale(self, linear: CudaLinear) -> Tensor:
-        if linear.weight.format == "nvfp4":
-            gain = 1.0 if self._mode == "exact" else 1.0 / _FAST_GAIN
-            return linear.weight.row_scale_O * gain
-        return linear.weight.row_scale_O * linear.input_scale
+        kind = self._kind(linear)
+        if kind in ("e4m3_token", "e4m3_paired"):
+            return linear.weight.row_scale_O / FAST_GAIN
+        return linear.weight.row_scale_O * (1.0 if kind == "bf16" else linear.input_scale)
+
+    def _product_kind(self, linear: CudaLinear) -> Product:
+        is_fast = self._mode == "fast" and linear.weight.format == "nvfp4"
+        return "nvfp4_fast" if is_fast else linear.weight.format
+
+    def _is_decoded(self, linear: CudaLinear) -> bool:
+        """Whether its weights are decoded inside the product."""
+        return self._product_kind(linear) in self._decoded_products
 
     def _launch(
         self, kernel: Kernel, grid: tuple[int, int, int], num_threads: int, *arguments: Argument
@@ -697,7 +756,7 @@ class Prefill:
             exact = self._mode == "exact"
             name = "decode_nvfp4_bf16" if exact else "decode_nvfp4_e4m3"
             row_bytes = k_blocks * 128 * (2 if exact else 1)
-            gain: tuple[Argument, ...] = (1.0 if exact else _FAST_GAIN,)
+            gain: tuple[Argument, ...] = (1.0 if exact else FAST_GAIN,)
         else:
             name, row_bytes, gain = "untile_8bit", k_blocks * 128, ()
             exact = weight.format == "bf16"
@@ -708,21 +767,53 @@ class Prefill:
 
     def _kind(self, linear: CudaLinear) -> str:
         """Suffix of the kernel that writes this linear's input."""
-        if linear.weight.format == "nvfp4":
+        product = self._product_kind(linear)
+        if linear.weight.format == "nvfp4" and not self._is_decoded(linear):
             return "bf16" if self._mode == "exact" else "e4m3_token"
-        return ACTIVATION_KIND[linear.weight.format]
+        return ACTIVATION_KIND[product]
 
     def _input(self, linear: CudaLinear, num_tokens: int) -> Tensor:
+        """Room for a linear's input: (T, I), or in 16-byte chunks (I / chunk, T padded, 16)."""
         weight = linear.weight
         columns = weight.num_k_blocks * K_BLOCK[weight.format]
+        if self._is_decoded(linear):
+            per_chunk = 8 if self._mode == "exact" else 16
+            shape = (columns // per_chunk, padded(num_tokens, PREFILL_COLUMNS), 16)
+            chunks = torch.empty(shape, dtype=torch.uint8, device=self._library.device)
+            chunks[weight.in_features // per_chunk :] = 0
+            return chunks
         dtype = torch.bfloat16 if self._kind(linear) == "bf16" else torch.float8_e4m3fn
         x_TI = torch.empty(num_tokens, columns, dtype=dtype, device=self._library.device)
         if columns > weight.in_features:  # their weights are zero, but 0 * NaN is NaN
             x_TI.view(torch.uint8)[:, weight.in_features * x_TI.element_size() :] = 0
         return x_TI
 
-    def _product(self, linear: CudaLinear, x_TI: Tensor) -> LinearResult:
-        """Raw product in bf16 and the scales that the kernel after it applies."""
+    def _decoded_product(
+        self, linear: CudaLinear, x_chunks: Tensor, num_tokens: int
+    ) -> LinearResult:
+        device, features = self._library.device, linear.weight.out_features
+        y_TO = torch.empty(num_tokens, features, dtype=torch.bfloat16, device=device)
+        launch = prefill_launch(
+            self._library,
+            linear.weight,
+            x_chunks,
+            self._row_scales[id(linear)],
+            y_TO,
+            self._product_kind(linear),
+        )
+        launch.run(torch.cuda.current_stream().cuda_stream)
+        self._last = y_TO
+        is_fast = self._mode == "fast"
+        return LinearResult(
+            out=y_TO.data_ptr(),
+            token_scale=self._token_scale_T.data_ptr() if is_fast else None,
+            stride=features,
+        )
+
+    def _product(self, linear: CudaLinear, x_TI: Tensor, num_tokens: int) -> LinearResult:
+        """Product in bf16 and the scales that the kernel after it applies."""
+        if self._is_decoded(linear):
+            return self._decoded_product(linear, x_TI, num_tokens)
         w_OI = self._decoded(linear)
         if x_TI.dtype == torch.bfloat16:
             y_TO = torch.mm(x_TI, w_OI.t())
@@ -745,6 +836,9 @@ class Prefill:
         )
 
     def _strides(self, x_TI: Tensor, linear: CudaLinear) -> tuple[Argument, ...]:
+        if self._is_decoded(linear):
+            chunk_stride = ctypes.c_int64(x_TI.shape[1] * 16)
+            return x_TI, chunk_stride, ctypes.c_int64(16), _kernel_scale(linear)
         row_bytes = x_TI.shape[1] * x_TI.element_size()
         scale = 1.0 if linear.weight.format == "nvfp4" else linear.input_scale
         return x_TI, ctypes.c_int64(16), ctypes.c_int64(row_bytes), scale
@@ -857,6 +951,8 @@ class Prefill:
         """Attention's output times v_scale, as the output product reads it."""
         num_tokens, width = out_TO.shape
         x_TI = self._input(layer.o, num_tokens)
+        if self._is_decoded(layer.o):
+            return self._tiled(out_TO.float() * layer.v_scale, layer.o, x_TI)
         if self._kind(layer.o) == "bf16":
             x_TI[:, :width] = out_TO * layer.v_scale
             return x_TI
@@ -869,17 +965,33 @@ class Prefill:
         )
         return x_TI
 
+    def _tiled(self, x_TI: Tensor, linear: CudaLinear, room: Tensor) -> Tensor:
+        """Attention's output for an NVFP4 product; no shipped format has one, so not fused."""
+        num_tokens, width = x_TI.shape
+        if self._mode == "exact":
+            x = (x_TI / linear.input_scale).to(torch.float16)
+        else:
+            scale_T = x_TI.abs().amax(-1).clamp(min=1e-12) / 448.0
+            self._token_scale_T[:num_tokens] = scale_T
+            x = pair_activations((x_TI / scale_T[:, None]).to(torch.float8_e4m3fn))
+        if width * x.element_size() % 128:  # whole K blocks
+            room.zero_()
+        tiled = tile_activations(x, room.shape[1])
+        room[: tiled.shape[0]] = tiled
+        return room
+
     def _silu(self, gate_up: LinearResult, linear: CudaLinear, num_tokens: int) -> Tensor:
         width = self._weights.config.mlp_width
         x_TI = self._input(linear, num_tokens)
         strides = self._strides(x_TI, linear)
         kind = self._kind(linear)
-        if kind == "e4m3_token":
-            arguments = (gate_up, width, *strides[:3], self._token_scale_T)
-            self._launch(self._kernels["silu_mul_e4m3_token"], (num_tokens, 1, 1), 512, *arguments)
+        if kind in ("e4m3_token", "e4m3_paired"):
+            arguments = (gate_up, width, *strides, self._token_scale_T)
+            self._launch(self._kernels[f"silu_mul_{kind}"], (1, num_tokens, 1), 512, *arguments)
         else:
-            grid = (-(-width // (8 * 256)), num_tokens, 1)
-            self._launch(self._kernels[f"silu_mul_{kind}"], grid, 256, gate_up, width, *strides)
+            grid = (-(-width // 256), -(-num_tokens // 8), 1)
+            by_rows = (gate_up, width, *strides, num_tokens)
+            self._launch(self._kernels[f"silu_mul_{kind}"], grid, 256, *by_rows)
         return x_TI
 
     def run(self, token_ids_T: Tensor, slots_T: Tensor) -> Tensor:
@@ -911,13 +1023,13 @@ class Prefill:
         result: LinearResult | None = None
         for index, layer in enumerate(weights.layers):
             x = self._norm(result, residual_TD, layer.attention_norm_D, layer.qkv)
-            qkv = self._product(layer.qkv, x)
+            qkv = self._product(layer.qkv, x, num_tokens)
             x = self._attend(index, layer, qkv, batch)
-            result = self._reduced(layer.o, self._product(layer.o, x))
+            result = self._reduced(layer.o, self._product(layer.o, x, num_tokens))
             x = self._norm(result, residual_TD, layer.mlp_norm_D, layer.gate_up)
-            gate_up = self._product(layer.gate_up, x)
+            gate_up = self._product(layer.gate_up, x, num_tokens)
             x = self._silu(gate_up, layer.down, num_tokens)
-            result = self._reduced(layer.down, self._product(layer.down, x))
+            result = self._reduced(layer.down, self._product(layer.down, x, num_tokens))
         assert result is not None
         return residual_TD + self._scaled(weights.layers[-1].down, result)
 

@@ -17,6 +17,8 @@ from halfbyte.errors import UnsupportedError
 _HERE = Path(__file__).parent
 # wgmma and its companions exist for this exact architecture only.
 ARCHITECTURE = "sm_90a"
+# Files that come in front of another.
+_BEFORE = {"linear": ("operands",), "prefill": ("operands",)}
 
 
 def _library_candidates() -> list[str]:
@@ -47,20 +49,26 @@ _SHARED_TYPES = {
     "fp8": ("f32.e4m3.e4m3", "1, 1"),
     "bf16": ("f32.bf16.bf16", "1, 1, 0, 0"),
 }
+# The same where the left operand, decoded weights, lies in registers.
+_REGISTER_TYPES = {
+    "nvfp4": ("f32.f16.f16", "1, 1, 0"),
+    "nvfp4_fast": ("f32.e4m3.e4m3", "1, 1"),
+}
 
 
 def wgmma_source(format_: str, num_columns: int) -> str:
     """The device function that issues one 64 x num_columns product of `format_`.
 
     `wgmma_ss(sums, weights, tokens, adds)` with both operands in shared memory (fp8, bf16), or
-    `wgmma_rs` with the weights in registers (nvfp4 as fp16). `adds` 0 overwrites the sums.
+    `wgmma_rs` with the weights in registers (nvfp4 as fp16 or, fast, as e4m3). `adds` 0 overwrites
+    the sums.
     """
     count = num_columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    shape = f"m64n{num_columns}k{32 if format_ == 'fp8' else 16}"
-    if format_ == "nvfp4":
-        types, tail = "f32.f16.f16", "1, 1, 0"
+    shape = f"m64n{num_columns}k{32 if format_ in ('fp8', 'nvfp4_fast') else 16}"
+    if format_ in _REGISTER_TYPES:
+        types, tail = _REGISTER_TYPES[format_]
         left = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
         inputs = ", ".join(f'"r"(a[{i}])' for i in range(4)) + ', "l"(tokens), "r"(adds)'
         signature = f"wgmma_rs(float (&d)[{count}], const u32 (&a)[4], u64 tokens, int adds)"
@@ -86,8 +94,9 @@ DEVICE void {signature} {{
 def full_source(name: str, defines: Mapping[str, int], generated: str = "") -> str:
     """The text that is compiled: definitions, primitives, generated functions, the file `name`."""
     lines = "".join(f"#define {key} {value}\n" for key, value in sorted(defines.items()))
-    files = [(_HERE / file).read_text(encoding="utf-8") for file in ("primitives.cu", f"{name}.cu")]
-    return lines + files[0] + generated + files[1]
+    names = [*_BEFORE.get(name, ()), name]
+    files = [(_HERE / f"{file}.cu").read_text(encoding="utf-8") for file in ("primitives", *names)]
+    return lines + files[0] + generated + "".join(files[1:])
 
 
 def compile_source(source: str, options: tuple[str, ...], nvrtc: ctypes.CDLL) -> bytes:

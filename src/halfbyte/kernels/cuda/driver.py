@@ -45,12 +45,10 @@ class LinearResult(ctypes.Structure):
         ("partial", ctypes.c_void_p),
         ("row_scale", ctypes.c_void_p),
         ("token_scale", ctypes.c_void_p),
+        ("slot_counts", ctypes.c_void_p),
         ("slot_stride", ctypes.c_int64),
         ("stride", ctypes.c_int),
-        ("tile_rows", ctypes.c_int),
-        ("k_blocks", ctypes.c_int),
-        ("num_units", ctypes.c_int),
-        ("num_blocks", ctypes.c_int),
+        ("tile_shift", ctypes.c_int),
     ]
 
 

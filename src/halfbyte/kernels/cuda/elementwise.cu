@@ -5,8 +5,10 @@
 // They read a linear's result as `LinearResult` (primitives.cu), which also sums what was split over
 // K, round where a bf16 operation would round, and write the next linear's activations in its format.
 //
-// Set by the caller: WIDTH, NORM_BLOCKS, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS.
+// Set by the caller: WIDTH, MLP_WIDTH, NORM_BLOCKS, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS.
 
+// One block a token: prefill, whose products come whole. More: a decode step.
+constexpr bool MAY_SPLIT = NORM_BLOCKS > 1;
 constexpr int NORM_THREADS = NORM_BLOCKS == 1 ? 512 : 256;
 constexpr int NORM_CHUNKS = WIDTH / 8 / NORM_BLOCKS;      // 8 features each, of one block
 constexpr int NORM_ROUNDS = (NORM_CHUNKS + NORM_THREADS - 1) / NORM_THREADS;
@@ -46,8 +48,7 @@ DEVICE float row_reduce(float value) {
   return total;
 }
 
-DEVICE void load_bf16(const u16* at, float (&v)[8]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(at);
+DEVICE void unpack_bf16(const uint4& raw, float (&v)[8]) {
   const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -55,10 +56,11 @@ DEVICE void load_bf16(const u16* at, float (&v)[8]) {
     v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
   }
 }
-DEVICE void store_bf16(u16* at, const float (&v)[8]) {
-  *reinterpret_cast<uint4*>(at) = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
-                                             pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+DEVICE uint4 pack_8_bf16(const float (&v)[8]) {
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                    pack_bf16(v[6], v[7]));
 }
+DEVICE void store_bf16(u16* at, const float (&v)[8]) { *reinterpret_cast<uint4*>(at) = pack_8_bf16(v); }
 
 // residual += bf16(result) (if any); normed = bf16(residual / rms * weight), stored as KIND.
 // Grid (NORM_BLOCKS, tokens). With `token_scale_out` each token is quantized by its own largest value.
@@ -66,14 +68,16 @@ template <int KIND, bool HAS_RESULT, bool PER_TOKEN>
 DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon, u8* out,
                  i64 chunk_stride, i64 token_stride, float scale, float* token_scale_out) {
   const int token = blockIdx.y;
-  float gain[NORM_ROUNDS][8], x[NORM_ROUNDS][8];
+  // bf16 values stay packed: two blocks fit a multiprocessor then.
+  uint4 gain[NORM_ROUNDS], x[NORM_ROUNDS];
   float squares = 0.0f;
   let_next_kernel_start();
   if (NORM_BLOCKS > 1) cluster_arrive();   // says: this block runs, others may write to it
 #pragma unroll
   for (int round = 0; round < NORM_ROUNDS; ++round) {
     const int chunk = round * NORM_THREADS + threadIdx.x;
-    if (chunk < NORM_CHUNKS) load_bf16(weight + (blockIdx.x * NORM_CHUNKS + chunk) * 8, gain[round]);
+    if (chunk < NORM_CHUNKS)
+      gain[round] = *reinterpret_cast<const uint4*>(weight + (blockIdx.x * NORM_CHUNKS + chunk) * 8);
   }
   wait_for_previous_kernels();
   // All loads before the first store, so that they are in flight together.
@@ -83,8 +87,8 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
     const int chunk = round * NORM_THREADS + threadIdx.x;
     if (chunk < NORM_CHUNKS) {
       const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
-      load_bf16(residual + static_cast<i64>(token) * WIDTH + feature, x[round]);
-      if (HAS_RESULT) load_result(y, token, feature, delta[round]);
+      x[round] = *reinterpret_cast<const uint4*>(residual + static_cast<i64>(token) * WIDTH + feature);
+      if (HAS_RESULT) load_result<MAY_SPLIT>(y, token, feature, delta[round]);
     }
   }
 #pragma unroll
@@ -92,14 +96,16 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
     const int chunk = round * NORM_THREADS + threadIdx.x;
     if (chunk < NORM_CHUNKS) {
       const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
+      float v[8];
+      unpack_bf16(x[round], v);
       if (HAS_RESULT) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          x[round][i] = round_to_bf16(x[round][i] + round_to_bf16(delta[round][i]));
-        store_bf16(residual + static_cast<i64>(token) * WIDTH + feature, x[round]);
+        for (int i = 0; i < 8; ++i) v[i] = round_to_bf16(v[i] + round_to_bf16(delta[round][i]));
+        x[round] = pack_8_bf16(v);
+        *reinterpret_cast<uint4*>(residual + static_cast<i64>(token) * WIDTH + feature) = x[round];
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) squares += x[round][i] * x[round][i];
+      for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
     }
   }
   if (NORM_BLOCKS > 1) cluster_wait();
@@ -109,11 +115,15 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
   for (int round = 0; round < NORM_ROUNDS; ++round) {
     const int chunk = round * NORM_THREADS + threadIdx.x;
     if (chunk < NORM_CHUNKS) {
+      float v[8], by[8];
+      unpack_bf16(x[round], v);
+      unpack_bf16(gain[round], by);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        x[round][i] = round_to_bf16(x[round][i] * inverse * gain[round][i]);
-        largest = fmaxf(largest, fabsf(x[round][i]));
+        v[i] = round_to_bf16(v[i] * inverse * by[i]);
+        largest = fmaxf(largest, fabsf(v[i]));
       }
+      x[round] = pack_8_bf16(v);
     }
   }
   if (PER_TOKEN) {
@@ -126,7 +136,9 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
     const int chunk = round * NORM_THREADS + threadIdx.x;
     if (chunk < NORM_CHUNKS) {
       const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
-      store_activation<KIND>(out, chunk_stride, token_stride, token, feature, x[round], scale);
+      float v[8];
+      unpack_bf16(x[round], v);
+      store_activation<KIND>(out, chunk_stride, token_stride, token, feature, v, scale);
     }
   }
   if (NORM_BLOCKS > 1) {   // a block may not leave while others write to it
@@ -136,7 +148,7 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
 }
 
 #define NORM_KERNEL(NAME, KIND, HAS_RESULT, PER_TOKEN)                                               \
-  extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                        \
+  extern "C" __global__ void __launch_bounds__(NORM_THREADS, NORM_BLOCKS == 1 ? 2 : 1)             \
       NAME(LinearResult y, u16* residual, const u16* weight, float epsilon, u8* out,                \
            i64 chunk_stride, i64 token_stride, float scale, float* token_scale_out) {               \
     norm<KIND, HAS_RESULT, PER_TOKEN>(y, residual, weight, epsilon, out, chunk_stride, token_stride, \
@@ -150,69 +162,111 @@ NORM_KERNEL(add_norm_f16, OUT_F16, true, false)
 NORM_KERNEL(add_norm_e4m3, OUT_E4M3, true, false)
 NORM_KERNEL(add_norm_bf16, OUT_BF16, true, false)
 NORM_KERNEL(add_norm_e4m3_token, OUT_E4M3, true, true)
+NORM_KERNEL(norm_e4m3_paired, OUT_E4M3_PAIRED, false, true)
+NORM_KERNEL(add_norm_e4m3_paired, OUT_E4M3_PAIRED, true, true)
 
 // silu(gate) * up of eight features, of results rounded to bf16, rounded to bf16 itself.
 DEVICE void silu_times_up(const LinearResult& y, int token, int feature, int mlp_width, float (&v)[8]) {
   float up[8];
-  load_result(y, token, feature, v);
-  load_result(y, token, mlp_width + feature, up);
+  load_result<MAY_SPLIT>(y, token, feature, v);
+  load_result<MAY_SPLIT>(y, token, mlp_width + feature, up);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float gate = round_to_bf16(v[i]);
-    v[i] = round_to_bf16(gate / (1.0f + __expf(-gate)) * round_to_bf16(up[i]));
+    v[i] = round_to_bf16(__fdividef(gate, 1.0f + __expf(-gate)) * round_to_bf16(up[i]));
   }
 }
 
 // Grid (ceil(mlp_width / 8 / threads), tokens); `up` starts at feature mlp_width of the result.
+// Of many tokens (MAY_SPLIT false: grid (ceil(mlp_width / 256), ceil(tokens / 8))) a warp takes four
+// times eight features of eight tokens: whole sectors are read, and written in either order.
 template <int KIND>
 DEVICE void silu_mul(const LinearResult& y, int mlp_width, u8* out, i64 chunk_stride,
-                     i64 token_stride, float scale) {
+                     i64 token_stride, float scale, int num_tokens) {
   let_next_kernel_start();
   wait_for_previous_kernels();
-  const int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-  if (feature >= mlp_width) return;
+  const int token = MAY_SPLIT ? blockIdx.y : blockIdx.y * 8 + threadIdx.x % 8;
+  const int feature = (MAY_SPLIT ? blockIdx.x * blockDim.x + threadIdx.x : blockIdx.x * 32 + threadIdx.x / 8) * 8;
+  if (feature >= mlp_width || token >= num_tokens) return;
   float v[8];
-  silu_times_up(y, blockIdx.y, feature, mlp_width, v);
-  store_activation<KIND>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
+  silu_times_up(y, token, feature, mlp_width, v);
+  store_activation<KIND>(out, chunk_stride, token_stride, token, feature, v, scale);
 }
 #define SILU_KERNEL(NAME, KIND)                                                              \
   extern "C" __global__ void __launch_bounds__(256)                                         \
       NAME(LinearResult y, int mlp_width, u8* out, i64 chunk_stride, i64 token_stride,       \
-           float scale) {                                                                   \
-    silu_mul<KIND>(y, mlp_width, out, chunk_stride, token_stride, scale);                    \
+           float scale, int num_tokens) {                                                   \
+    silu_mul<KIND>(y, mlp_width, out, chunk_stride, token_stride, scale, num_tokens);        \
   }
 SILU_KERNEL(silu_mul_f16, OUT_F16)
 SILU_KERNEL(silu_mul_e4m3, OUT_E4M3)
 SILU_KERNEL(silu_mul_bf16, OUT_BF16)
 
-// The same with each token quantized by its own largest value: one block a token, two passes.
-extern "C" __global__ void __launch_bounds__(1024)
-    silu_mul_e4m3_token(LinearResult y, int mlp_width, u8* out, i64 chunk_stride, i64 token_stride,
-                        float* token_scale_out) {
-  extern __shared__ __align__(16) u16 row[];   // mlp_width bf16
-  __shared__ float warps[32];
+// The same with each token quantized by its own largest value, its features kept in registers between;
+// sixteen features, a whole chunk of e4m3, a thread. Grid (NORM_BLOCKS, tokens), a cluster a token.
+constexpr int SILU_CHUNKS = MLP_WIDTH / 16 / NORM_BLOCKS;
+constexpr int SILU_ROUNDS = (SILU_CHUNKS + NORM_THREADS - 1) / NORM_THREADS;
+template <int KIND>
+DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64 token_stride,
+                           float* token_scale_out) {
   let_next_kernel_start();
+  if (NORM_BLOCKS > 1) cluster_arrive();   // says: this block runs, others may write to it
   wait_for_previous_kernels();
+  uint4 kept[SILU_ROUNDS][2];
   float largest = 0.0f;
-  for (int feature = threadIdx.x * 8; feature < mlp_width; feature += blockDim.x * 8) {
-    float v[8];
-    silu_times_up(y, blockIdx.x, feature, mlp_width, v);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(v[i]));
-    store_bf16(row + feature, v);
+  for (int round = 0; round < SILU_ROUNDS; ++round) {
+    const int chunk = round * NORM_THREADS + threadIdx.x;
+    if (chunk < SILU_CHUNKS) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float v[8];
+        const int feature = (blockIdx.x * SILU_CHUNKS + chunk) * 16 + half * 8;
+        silu_times_up(y, blockIdx.y, feature, MLP_WIDTH, v);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(v[i]));
+        kept[round][half] = pack_8_bf16(v);
+      }
+    }
   }
-  largest = warp_max(largest);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = largest;
-  __syncthreads();
-  largest = warp_max(threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : 0.0f);
-  const float scale = fmaxf(largest, 1e-12f) / E4M3_MAX;
-  if (threadIdx.x == 0) token_scale_out[blockIdx.x] = scale;
-  for (int feature = threadIdx.x * 8; feature < mlp_width; feature += blockDim.x * 8) {
-    float v[8];
-    load_bf16(row + feature, v);
-    store_activation<OUT_E4M3>(out, chunk_stride, token_stride, blockIdx.x, feature, v, scale);
+  if (NORM_BLOCKS > 1) cluster_wait();
+  const float scale = fmaxf(row_reduce<true>(largest), 1e-12f) / E4M3_MAX;
+  if (blockIdx.x == 0 && threadIdx.x == 0) token_scale_out[blockIdx.y] = scale;
+#pragma unroll
+  for (int round = 0; round < SILU_ROUNDS; ++round) {
+    const int chunk = round * NORM_THREADS + threadIdx.x;
+    if (chunk < SILU_CHUNKS) {
+      float v[2][8];
+      unpack_bf16(kept[round][0], v[0]);
+      unpack_bf16(kept[round][1], v[1]);
+      u32 pairs[2][4], words[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          pairs[half][i] = pack_e4m3(v[half][2 * i] / scale, v[half][2 * i + 1] / scale);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        words[i] = KIND == OUT_E4M3_PAIRED ? pairs[0][i] | pairs[1][i] << 16
+                                           : pairs[i / 2][i % 2 * 2] | pairs[i / 2][i % 2 * 2 + 1] << 16;
+      u8* at = out + static_cast<i64>(blockIdx.x * SILU_CHUNKS + chunk) * chunk_stride +
+               static_cast<i64>(blockIdx.y) * token_stride;
+      *reinterpret_cast<uint4*>(at) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+  if (NORM_BLOCKS > 1) {   // a block may not leave while others write to it
+    cluster_arrive();
+    cluster_wait();
   }
 }
+#define SILU_TOKEN_KERNEL(NAME, KIND)                                                            \
+  extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                    \
+      NAME(LinearResult y, int mlp_width, u8* out, i64 chunk_stride, i64 token_stride, float,    \
+           float* token_scale_out) {                                                            \
+    silu_mul_token<KIND>(y, out, chunk_stride, token_stride, token_scale_out);                   \
+  }
+SILU_TOKEN_KERNEL(silu_mul_e4m3_token, OUT_E4M3)
+SILU_TOKEN_KERNEL(silu_mul_e4m3_paired, OUT_E4M3_PAIRED)
 
 // Attention output (tokens, width) bf16 to e4m3 activations; `gain` is v_scale.
 extern "C" __global__ void __launch_bounds__(256)
@@ -223,10 +277,16 @@ extern "C" __global__ void __launch_bounds__(256)
   const int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
   if (feature >= width) return;
   float v[8];
-  load_bf16(x + static_cast<i64>(blockIdx.y) * width + feature, v);
+  load_8_bf16(x + static_cast<i64>(blockIdx.y) * width + feature, v);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = round_to_bf16(v[i] * gain);
   store_activation<OUT_E4M3>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
+}
+
+DEVICE void load_8_f32(const float* at, float (&v)[8]) {
+  const float4 low = reinterpret_cast<const float4*>(at)[0], high = reinterpret_cast<const float4*>(at)[1];
+  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
 
 // q, k, v of each token: rotate q and k, scale q, store k and v as e4m3 in their page slot.
@@ -246,8 +306,11 @@ extern "C" __global__ void __launch_bounds__(256)
   if (head >= NUM_HEADS + 2 * NUM_KV_HEADS) return;
   const int token = blockIdx.x, i0 = threadIdx.x % LANES * 8;
   float low[8], high[8];
-  load_result(y, token, head * HEAD_SIZE + i0, low);
-  load_result(y, token, head * HEAD_SIZE + HALF + i0, high);
+  load_result<MAY_SPLIT>(y, token, head * HEAD_SIZE + i0, low);
+  load_result<MAY_SPLIT>(y, token, head * HEAD_SIZE + HALF + i0, high);
+  float cosine[8], sine[8];
+  load_8_f32(cosines + token * HALF + i0, cosine);
+  load_8_f32(sines + token * HALF + i0, sine);
   const bool is_value = head >= NUM_HEADS + NUM_KV_HEADS;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -255,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(256)
     low[i] = a;
     high[i] = b;
     if (!is_value) {
-      const float c = cosines[token * HALF + i0 + i], s = sines[token * HALF + i0 + i];
+      const float c = cosine[i], s = sine[i];
       low[i] = a * c - b * s;
       high[i] = b * c + a * s;
     }
@@ -333,7 +396,7 @@ extern "C" __global__ void __launch_bounds__(256)
   for (int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8; feature < vocabulary;
        feature += gridDim.x * blockDim.x * 8) {
     float v[8];
-    load_result(y, token, feature, v);
+    load_result<true>(y, token, feature, v);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float score = v[i];

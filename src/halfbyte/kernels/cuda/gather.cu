@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(256)
   for (int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8; feature < num_features;
        feature += gridDim.x * blockDim.x * 8) {
     float v[8];
-    load_result(y, blockIdx.y, feature, v);
+    load_result<true>(y, blockIdx.y, feature, v);
     float4* at = reinterpret_cast<float4*>(row + feature);
     at[0] = make_float4(v[0], v[1], v[2], v[3]);
     at[1] = make_float4(v[4], v[5], v[6], v[7]);

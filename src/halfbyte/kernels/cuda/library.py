@@ -13,11 +13,25 @@ import torch
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.compiler import compile_kernel, wgmma_source
 from halfbyte.kernels.cuda.driver import Kernel, LinearResult, Module
-from halfbyte.kernels.repack import K_BLOCK, ROWS, UNIT_BYTES, TiledWeight, TileFormat
+from halfbyte.kernels.repack import (
+    K_BLOCK,
+    ROWS,
+    UNIT_BYTES,
+    TiledWeight,
+    TileFormat,
+)
 
 # Columns (padded tokens) the streaming linear is compiled for.
 COLUMNS = (8, 16, 32, 64, 128)
-_FORMAT_NUMBER = {"fp8": 0, "nvfp4": 1, "bf16": 2}
+# What a streaming linear multiplies: stored weights of a format, or NVFP4 ones rounded to e4m3.
+Product = Literal["fp8", "nvfp4", "bf16", "nvfp4_fast"]
+_PRODUCT_NUMBER: dict[Product, int] = {"fp8": 0, "nvfp4": 1, "bf16": 2, "nvfp4_fast": 3}
+STORED: dict[Product, TileFormat] = {
+    "fp8": "fp8",
+    "nvfp4": "nvfp4",
+    "bf16": "bf16",
+    "nvfp4_fast": "nvfp4",
+}
 # Shared memory that a ring may take, so that the small kernel ahead still fits beside it. More than
 # half of a multiprocessor's: were there room for two, the blocks of the next linear would settle in
 # pairs where this one ends first, and the step would take a third longer (measured).
@@ -25,8 +39,8 @@ _RING_BYTES = 172 * 1024
 _RING_BYTES_ALONE = 214 * 1024
 _MAX_STAGES = 8
 
-OutKind = Literal["f16", "e4m3", "bf16"]
-OUT_KINDS: dict[OutKind, int] = {"f16": 0, "e4m3": 1, "bf16": 2}
+OutKind = Literal["f16", "e4m3", "bf16", "e4m3_paired"]
+OUT_KINDS: dict[OutKind, int] = {"f16": 0, "e4m3": 1, "bf16": 2, "e4m3_paired": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +52,8 @@ class StreamConfig:
     stages               K blocks in the shared-memory ring
     consumer_registers   a multiplying thread's registers; 0 leaves them as compiled
     group_steps          k-steps of NVFP4 decoded before they are multiplied, 4 or 8
+    cluster              blocks that share their activations, 1, 2 or 4
+    promote              K blocks of e4m3 terms the tensor core adds before they are added in f32
     """
 
     groups: int
@@ -45,11 +61,16 @@ class StreamConfig:
     stages: int
     consumer_registers: int = 0
     group_steps: int = 4
+    cluster: int = 1
+    promote: int = 1
 
     @property
     def tile_rows(self) -> int:
-        """Output features a block works on at a time."""
-        return self.groups * self.tiles * ROWS
+        """Output features a cluster works on at a time."""
+        return self.groups * self.tiles * self.cluster * ROWS
+
+    def __post_init__(self) -> None:
+        assert self.tile_rows.bit_count() == 1, self  # kernels divide by it with a shift
 
     @property
     def num_threads(self) -> int:
@@ -57,25 +78,38 @@ class StreamConfig:
         return self.groups * 128 + (128 if self.consumer_registers else 32)
 
 
-def stage_bytes(format_: TileFormat, columns: int, row_tiles: int) -> int:
+def stage_bytes(product: Product, columns: int, row_tiles: int) -> int:
     """Shared memory of one K block: weights of `row_tiles` and activations of `columns` tokens."""
-    activation = K_BLOCK[format_] * (1 if format_ == "fp8" else 2) * columns
-    return row_tiles * UNIT_BYTES[format_] + activation
+    stored = STORED[product]
+    activation = K_BLOCK[stored] * (1 if product in ("fp8", "nvfp4_fast") else 2) * columns
+    return row_tiles * UNIT_BYTES[stored] + activation
 
 
-def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
+def choose_config(product: Product, columns: int) -> StreamConfig:
     """The block shape that measured best; see benchmarks/notes-kernels.md."""
-    if format_ == "fp8" and columns == 128:
+    promote = 1
+    if product == "fp8" and columns == 128:
         # Two sets of sums a thread (see linear.cu): a smaller tile, or they would spill.
         groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
-    elif format_ == "nvfp4" and columns <= 16:
+    elif product == "nvfp4_fast":
+        groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
+        promote = 4
+    elif product == "nvfp4" and columns <= 16:
         groups, tiles, registers, ring = 2, 2, 0, _RING_BYTES
     elif columns < 128:
         groups, tiles, registers, ring = 4, 1, 0, _RING_BYTES
     else:
         groups, tiles, registers, ring = 2, 2, 232, _RING_BYTES_ALONE
-    stages = min(_MAX_STAGES, ring // stage_bytes(format_, columns, groups * tiles))
-    return StreamConfig(groups, tiles, stages, registers)
+    stages = min(_MAX_STAGES, ring // stage_bytes(product, columns, groups * tiles))
+    return StreamConfig(groups, tiles, stages, registers, promote=promote)
+
+
+# Tokens of a tile of the prefill linear, and its block shapes: two blocks share their tokens.
+PREFILL_COLUMNS = 256
+PREFILL_CONFIGS: dict[Product, StreamConfig] = {
+    "nvfp4": StreamConfig(2, 1, 3, 232, cluster=2),
+    "nvfp4_fast": StreamConfig(2, 1, 5, 232, cluster=2),
+}
 
 
 def columns_for(num_tokens: int) -> int:
@@ -88,7 +122,7 @@ def columns_for(num_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """How the units of one weight are dealt to the blocks of a grid (see linear.cu)."""
+    """How the units of one weight are dealt to the clusters of a grid (see linear.cu)."""
 
     config: StreamConfig
     out_features: int
@@ -96,44 +130,56 @@ class StreamPlan:
     num_blocks: int
 
     @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks to launch."""
+        return self.num_blocks * self.config.cluster, 1, 1
+
+    @property
     def num_units(self) -> int:
         """Units of work: tiles times K blocks."""
         return self.out_features // self.config.tile_rows * self.k_blocks
 
     def owner(self, unit: int) -> int:
-        """Block that works on `unit`."""
+        """Cluster that works on `unit`."""
         return ((unit + 1) * self.num_blocks - 1) // self.num_units
 
     @property
     def num_slots(self) -> int:
-        """Most blocks that share one tile: slots that partial sums need."""
+        """Most clusters that share one tile: slots that partial sums need."""
+        return max(self.slot_counts)
+
+    @property
+    def slot_counts(self) -> list[int]:
+        """Clusters that share each tile."""
         firsts = range(0, self.num_units, self.k_blocks)
-        return max(self.owner(u + self.k_blocks - 1) - self.owner(u) + 1 for u in firsts)
+        return [self.owner(u + self.k_blocks - 1) - self.owner(u) + 1 for u in firsts]
 
     def result(
-        self, out: torch.Tensor | None, partial: torch.Tensor, num_tokens: int
+        self,
+        out: torch.Tensor | None,
+        partial: torch.Tensor,
+        slot_counts: torch.Tensor,
+        num_tokens: int,
+        token_scale_T: torch.Tensor | None = None,
     ) -> LinearResult:
-        """What the kernel after the linear needs to read its result."""
+        """What the kernel after the linear needs to read its result; it keeps no tensor alive."""
         return LinearResult(
             out=None if out is None else out.data_ptr(),
             partial=partial.data_ptr(),
             row_scale=None,
-            token_scale=None,
+            token_scale=None if token_scale_T is None else token_scale_T.data_ptr(),
+            slot_counts=slot_counts.data_ptr(),
             slot_stride=num_tokens * self.out_features,
             stride=self.out_features,
-            tile_rows=self.config.tile_rows,
-            k_blocks=self.k_blocks,
-            num_units=self.num_units,
-            num_blocks=self.num_blocks,
+            tile_shift=self.config.tile_rows.bit_length() - 1,
         )
 
 
 def plan_stream(weight: TiledWeight, config: StreamConfig, num_blocks: int) -> StreamPlan:
-    """Deal `weight`'s units to at most `num_blocks` blocks."""
+    """Deal `weight`'s units to clusters of at most `num_blocks` blocks in all."""
     plan = StreamPlan(config, weight.out_features, weight.num_k_blocks, 1)
-    return StreamPlan(
-        config, weight.out_features, weight.num_k_blocks, min(num_blocks, plan.num_units)
-    )
+    num_clusters = min(num_blocks // config.cluster, plan.num_units)
+    return StreamPlan(config, weight.out_features, weight.num_k_blocks, num_clusters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +200,13 @@ _ELEMENTWISE = (
     "add_norm_e4m3",
     "add_norm_bf16",
     "add_norm_e4m3_token",
+    "norm_e4m3_paired",
+    "add_norm_e4m3_paired",
     "silu_mul_f16",
     "silu_mul_e4m3",
     "silu_mul_bf16",
+    "silu_mul_e4m3_token",
+    "silu_mul_e4m3_paired",
     "quantize_e4m3",
     "rotate_and_store",
     "embed",
@@ -198,24 +248,26 @@ class KernelLibrary:
         return self._made[key]
 
     def linear(
-        self, format_: TileFormat, columns: int, config: StreamConfig | None = None
+        self, product: Product, columns: int, config: StreamConfig | None = None
     ) -> tuple[Kernel, StreamConfig]:
         """The streaming linear for `columns` tokens, and the block shape it was compiled for."""
-        config = config or choose_config(format_, columns)
-        size = config.stages * stage_bytes(format_, columns, config.groups * config.tiles)
+        config = config or choose_config(product, columns)
+        size = config.stages * stage_bytes(product, columns, config.groups * config.tiles)
         kernels = self._make(
-            ("linear", format_, columns, config),
-            lambda: linear_code(format_, columns, config),
+            ("linear", product, columns, config),
+            lambda: linear_code(product, columns, config),
             {"stream_linear": size},
         )
         return kernels["stream_linear"], config
 
-    def elementwise(self, width: int, norm_blocks: int, heads: HeadShape) -> dict[str, Kernel]:
-        """Kernels of elementwise.cu by name, for a model width and heads."""
+    def elementwise(
+        self, width: int, mlp_width: int, norm_blocks: int, heads: HeadShape
+    ) -> dict[str, Kernel]:
+        """Kernels of elementwise.cu by name, for a model's widths and heads."""
         return self._make(
-            ("elementwise", width, norm_blocks, heads),
-            lambda: elementwise_code(width, norm_blocks, heads),
-            dict.fromkeys(_ELEMENTWISE, 0) | {"silu_mul_e4m3_token": 96 * 1024},
+            ("elementwise", width, mlp_width, norm_blocks, heads),
+            lambda: elementwise_code(width, mlp_width, norm_blocks, heads),
+            dict.fromkeys(_ELEMENTWISE, 0),
         )
 
     def attention(
@@ -236,6 +288,17 @@ class KernelLibrary:
         code = lambda: compile_kernel("gather", {})
         return self._make(("gather",), code, {"gather_f32": 0})["gather_f32"]
 
+    def prefill_linear(self, product: Product) -> tuple[Kernel, StreamConfig]:
+        """The linear for many tokens and NVFP4 weights (prefill.cu), and its block shape."""
+        config = PREFILL_CONFIGS[product]
+        size = config.stages * stage_bytes(product, PREFILL_COLUMNS, config.groups * config.tiles)
+        kernels = self._make(
+            ("prefill", product),
+            lambda: prefill_code(product),
+            {"prefill_linear": size},
+        )
+        return kernels["prefill_linear"], config
+
     def layout(self) -> dict[str, Kernel]:
         """Kernels of layout.cu by name."""
         names = ("untile_8bit", "decode_nvfp4_bf16", "decode_nvfp4_e4m3", "fill_random")
@@ -243,23 +306,40 @@ class KernelLibrary:
         return self._make(("layout",), code, dict.fromkeys(names, 0))
 
 
-def linear_code(format_: TileFormat, columns: int, config: StreamConfig) -> bytes:
-    """Machine code of the streaming linear; fills the cache on disk."""
-    defines = {
-        "FORMAT": _FORMAT_NUMBER[format_],
+def prefill_code(product: Product) -> bytes:
+    """Machine code of the prefill linear; fills the cache on disk."""
+    defines = _block_defines(product, PREFILL_COLUMNS, PREFILL_CONFIGS[product])
+    return compile_kernel("prefill", defines, generated=wgmma_source(product, PREFILL_COLUMNS))
+
+
+def _block_defines(product: Product, columns: int, config: StreamConfig) -> dict[str, int]:
+    return {
+        "FORMAT": _PRODUCT_NUMBER[product],
         "N": columns,
         "GROUPS": config.groups,
         "TILES": config.tiles,
         "STAGES": config.stages,
         "GROUP_STEPS": config.group_steps,
+        "CLUSTER": config.cluster,
+        "PROMOTE": config.promote,
         "CONSUMER_REGISTERS": config.consumer_registers,
     }
-    return compile_kernel("linear", defines, generated=wgmma_source(format_, columns))
 
 
-def elementwise_code(width: int, norm_blocks: int, heads: HeadShape) -> bytes:
+def linear_code(product: Product, columns: int, config: StreamConfig) -> bytes:
+    """Machine code of the streaming linear; fills the cache on disk."""
+    defines = _block_defines(product, columns, config)
+    return compile_kernel("linear", defines, generated=wgmma_source(product, columns))
+
+
+def elementwise_code(width: int, mlp_width: int, norm_blocks: int, heads: HeadShape) -> bytes:
     """Machine code of elementwise.cu; fills the cache on disk."""
-    defines = {"WIDTH": width, "NORM_BLOCKS": norm_blocks, **_head_defines(heads)}
+    defines = {
+        "WIDTH": width,
+        "MLP_WIDTH": mlp_width,
+        "NORM_BLOCKS": norm_blocks,
+        **_head_defines(heads),
+    }
     return compile_kernel("elementwise", defines)
 
 

@@ -1,39 +1,22 @@
 // y = x W^T for 1 to N rows of x, W streamed once: FP8, NVFP4 or bf16 weights in 64-row tiles.
 //
-// Walk: the work is (tile of 64 * ROW_TILES output features) x (K block) units in one long row; each
-//   block of the grid takes an equal stretch of it (split over K where stretches end inside a tile).
+// Walk: the work is (tile of 64 * ROW_TILES * CLUSTER output features) x (K block) units in one long row;
+//   each cluster of the grid takes an equal stretch of it (split over K where stretches end inside a
+//   tile), each of its blocks ROW_TILES of a tile's 64-row strips.
 //   One warp copies weights and activations through a ring in shared memory; GROUPS warpgroups
 //   multiply with the weights as the left operand, so that the tokens fill the narrow side only.
+//   The blocks of a cluster read the same activations: each fetches a share for all of them.
 //   Before waiting for the kernel ahead, the ring is filled with weights: they depend on nothing.
-// Bytes: weights once (FP8 1, NVFP4 0.5625, bf16 2 a weight), activations once a block. FLOP: 2 T O I.
-// Limits: output features a multiple of 64 * ROW_TILES, K whole blocks (the preparer pads), T <= N.
+// Bytes: weights once (FP8 1, NVFP4 0.5625, bf16 2 a weight), activations once a cluster. FLOP: 2 T O I.
+// Limits: output features whole tiles, K whole blocks (the preparer pads), T <= N.
 //
-// Set by the compiler's caller: FORMAT, N, GROUPS, TILES, STAGES, GROUP_STEPS (k-steps of NVFP4 decoded
-// before they are multiplied: 4 overlaps within a warpgroup, 8 among them), CONSUMER_REGISTERS (0: no register
-// trade between the roles; else the copying role is a whole warpgroup); wgmma_* are generated for N.
-
-#define FP8 0
-#define NVFP4 1
-#define BF16 2
-
-constexpr int ROW_TILES = GROUPS * TILES;
-constexpr int UNIT_BYTES = FORMAT == NVFP4 ? 4608 : 8192;  // 64 rows of one K block
-constexpr int ACTIVATION_BYTES = FORMAT == NVFP4 ? N * 256 : N * 128;
-constexpr int STAGE_BYTES = ROW_TILES * UNIT_BYTES + ACTIVATION_BYTES;
-constexpr int NUM_SUMS = N / 2;   // accumulators a thread holds of a 64 x N tile
-constexpr int COPIERS = CONSUMER_REGISTERS > 0 ? 128 : 32;
-
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-// Unswizzled operand: 8x16-byte core matrices; strides in bytes along K and along rows.
-DEVICE u64 operand(u32 address, u32 k_stride, u32 row_stride) {
-  return static_cast<u64>((address & 0x3FFFF) >> 4) | static_cast<u64>(k_stride >> 4) << 16 |
-         static_cast<u64>(row_stride >> 4) << 32;
-}
+// NVFP4_FAST reads NVFP4 weights too, but rounds code times scale to e4m3 in registers and multiplies
+// e4m3 activations, at twice the rate. Its activations' 16-byte chunks are permuted (OUT_E4M3_PAIRED).
+//
+// Set by the compiler's caller: FORMAT, N, GROUPS, TILES, STAGES, CLUSTER, GROUP_STEPS (k-steps of NVFP4
+// decoded before they are multiplied: 4 overlaps within a warpgroup, 8 among them), PROMOTE (K blocks
+// of e4m3 terms the tensor core adds up by itself), CONSUMER_REGISTERS (0: no register trade between the
+// roles; else the copying role is a whole warpgroup); wgmma_* are generated for N.
 
 struct Stretch {
   int begin, end;
@@ -42,22 +25,26 @@ DEVICE Stretch stretch_of(int block, int num_units, int num_blocks) {
   return {block * num_units / num_blocks, (block + 1) * num_units / num_blocks};
 }
 
-DEVICE void produce(const u8* weights, const u8* activations, int k_blocks, Stretch work, u32 ring,
-                    u32 full, u32 empty) {
+DEVICE void produce(const u8* weights, const u8* activations, int k_blocks, Stretch work, u32 rank,
+                    u32 ring, u32 full, u32 empty) {
   const u64 once = policy_evict_first(), keep = policy_evict_last();
   auto load_weights = [&](int unit, int stage) {
     const int tile = unit / k_blocks, k_block = unit % k_blocks;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
       const u8* source =
-          weights + (static_cast<i64>(tile * ROW_TILES + r) * k_blocks + k_block) * UNIT_BYTES;
+          weights + (static_cast<i64>((tile * CLUSTER + rank) * ROW_TILES + r) * k_blocks + k_block) * UNIT_BYTES;
       bulk_load(ring + stage * STAGE_BYTES + r * UNIT_BYTES, source, UNIT_BYTES, full + 8 * stage, once);
     }
   };
   auto load_activations = [&](int unit, int stage) {
-    bulk_load(ring + stage * STAGE_BYTES + ROW_TILES * UNIT_BYTES,
-              activations + static_cast<i64>(unit % k_blocks) * ACTIVATION_BYTES, ACTIVATION_BYTES,
-              full + 8 * stage, keep);
+    const u32 target = ring + stage * STAGE_BYTES + ROW_TILES * UNIT_BYTES + rank * SHARE_BYTES;
+    const u8* source =
+        activations + static_cast<i64>(unit % k_blocks) * ACTIVATION_BYTES + rank * SHARE_BYTES;
+    if (CLUSTER == 1)
+      bulk_load(target, source, SHARE_BYTES, full + 8 * stage, keep);
+    else
+      bulk_load_all(target, source, SHARE_BYTES, full + 8 * stage, (1 << CLUSTER) - 1, keep);
   };
   const int num_units = work.end - work.begin;
   const int primed = num_units < STAGES ? num_units : STAGES;
@@ -81,74 +68,62 @@ struct Output {
   float* partial;
   const float* row_scale;
   i64 slot_stride;
-  int stride, rows, k_blocks, num_units, num_blocks;
+  int stride, rows, k_blocks, num_units;
+  int num_blocks, block, rank;   // clusters of the grid, this one, this block in it
 };
 
-// Sums of one tile to `out` if this block saw all of K, else to this block's slot of `partial`.
+// Sums of one tile to `out` if this cluster saw all of K, else to its slot of `partial`.
 DEVICE void store_tile(const Output& y, int tile, int group, float (&sums)[TILES][NUM_SUMS]) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int first = owner_of(tile * y.k_blocks, y.num_units, y.num_blocks);
   const int last = owner_of(tile * y.k_blocks + y.k_blocks - 1, y.num_units, y.num_blocks);
-  float* partial = y.partial + (static_cast<int>(blockIdx.x) - first) * y.slot_stride;
+  const bool is_whole = first == last && y.out != nullptr;
+  float* partial = y.partial + (y.block - first) * y.slot_stride;
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
-    const int row_tile = tile * ROW_TILES + group * TILES + r;
+    const int row_tile = (tile * CLUSTER + y.rank) * ROW_TILES + group * TILES + r;
     // Rows 2g and 2g + 1 of a 16-row strip sit in tile rows g and g + 8 (kernels/repack.py).
     const int feature = row_tile * 64 + warp * 16 + (lane >> 2) * 2;
     const float2 scale = *reinterpret_cast<const float2*>(y.row_scale + feature);
+    const int token = (lane & 3) * 2;
+    const i64 at = static_cast<i64>(token) * y.stride + feature;
+    // Apart, so that no products wait in registers for the branch.
+    if (is_whole) {
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
+      for (int i = 0; i < N / 4; ++i) {   // token + 8 (i / 2) + i % 2
+        if (token + i / 2 * 8 + i % 2 < y.rows)
+          *reinterpret_cast<u32*>(y.out + at + static_cast<i64>(i / 2 * 8 + i % 2) * y.stride) =
+              pack_bf16(sums[r][i / 2 * 4 + i % 2] * scale.x, sums[r][i / 2 * 4 + 2 + i % 2] * scale.y);
+      }
+    } else {
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int token = j * 8 + (lane & 3) * 2 + odd;
-        if (token < y.rows) {
-          const float low = sums[r][4 * j + odd] * scale.x, high = sums[r][4 * j + 2 + odd] * scale.y;
-          const i64 at = static_cast<i64>(token) * y.stride + feature;
-          if (first == last && y.out != nullptr)
-            *reinterpret_cast<u32*>(y.out + at) = pack_bf16(low, high);
-          else
-            *reinterpret_cast<float2*>(partial + at) = make_float2(low, high);
-        }
+      for (int i = 0; i < N / 4; ++i) {
+        if (token + i / 2 * 8 + i % 2 < y.rows)
+          *reinterpret_cast<float2*>(partial + at + static_cast<i64>(i / 2 * 8 + i % 2) * y.stride) =
+              make_float2(sums[r][i / 2 * 4 + i % 2] * scale.x, sums[r][i / 2 * 4 + 2 + i % 2] * scale.y);
       }
     }
   }
 }
 
-#if FORMAT == NVFP4
-
-DEVICE void decode_half(const uint4& codes, const uint4& scales, int half, u32 (&a)[4][4]) {
-  const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
-  const u32 pair0 = half == 0 ? scales.x : scales.z, pair1 = half == 0 ? scales.y : scales.w;
-  const u32 scale[4] = {scales_even(pair0), scales_odd(pair0), scales_even(pair1), scales_odd(pair1)};
+// Hopper's e4m3 products add with about 14 bits, so that the tensor core sums 128 * PROMOTE terms at most
+// and f32 additions the rest.
+DEVICE void clear(float (&sums)[TILES][NUM_SUMS]) {
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    u32 pairs[4];
-    unpack_e2m1(words[step], pairs);
-    a[step][0] = scale_by_low(pairs[0], scale[step]);
-    a[step][1] = scale_by_high(pairs[1], scale[step]);
-    a[step][2] = scale_by_low(pairs[2], scale[step]);
-    a[step][3] = scale_by_high(pairs[3], scale[step]);
-  }
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int j = 0; j < NUM_SUMS; ++j) sums[r][j] = 0.0f;
+}
+DEVICE void add_terms(const float (&terms)[TILES][NUM_SUMS], float (&sums)[TILES][NUM_SUMS]) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int j = 0; j < NUM_SUMS; ++j) sums[r][j] += terms[r][j];
 }
 
-// Addresses of the current stage; they step through the ring together.
-struct Cursor {
-  u32 codes, scales, tokens, full, empty, parity;
-  int left;   // stages to the end of the ring
+#if FORMAT == NVFP4 || FORMAT == NVFP4_FAST
 
-  DEVICE void step() {
-    const bool wraps = --left == 0;
-    const int by = wraps ? -(STAGES - 1) * STAGE_BYTES : STAGE_BYTES;
-    codes += by;
-    scales += by;
-    tokens += by / 16;
-    full += wraps ? -(STAGES - 1) * 8 : 8;
-    empty += wraps ? -(STAGES - 1) * 8 : 8;
-    if (wraps) left = STAGES, parity ^= 1;
-  }
-};
-
-#if N <= 16
+#if N <= 16 && FORMAT == NVFP4
 
 // Few tokens: the warp's own tensor-core instruction, which needs no agreement among four warps. The
 // weights bind it to the memory, not to the tensor core's rate.
@@ -222,65 +197,47 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
 
 #else
 
-// One K block: decode half a row tile, multiply it while the next half is decoded.
-DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (&sums)[TILES][NUM_SUMS]) {
-  u32 a[2][4][4];
-#pragma unroll
-  for (int r = 0; r < TILES; ++r) {
-    const uint4 scales = load_shared_16(at.scales + r * UNIT_BYTES);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 codes = load_shared_16(at.codes + r * UNIT_BYTES + half * 2048);
-      decode_half(codes, scales, half, a[half]);
-#if GROUP_STEPS == 8
-      if (half == 0) continue;
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 8; ++step) {
-        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + step * 2 * N);
-        wgmma_rs(sums[r], a[step / 4][step % 4], tokens, !(is_fresh && step == 0));
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
-#else
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + (half * 4 + step) * 2 * N);
-        wgmma_rs(sums[r], a[half][step], tokens, !(is_fresh && half == 0 && step == 0));
-      }
-      wgmma_commit();
-      // One group may stay in flight: it reads this half's registers, the next decodes the other.
-      wgmma_wait<1>();
-      if (r == 0 && half == 0 && release != 0) barrier_arrive(release);
-#endif
-    }
-  }
-}
-
 DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full, u32 empty) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   float sums[TILES][NUM_SUMS];
   const u32 weights = ring + group * TILES * UNIT_BYTES;
   Cursor at = {weights + warp * 512 + lane * 16, weights + 4096 + (warp * 8 + (lane >> 2)) * 16,
-               (ring + ROW_TILES * UNIT_BYTES) / 16 | N << 16, full, empty, 0, STAGES};
-  u32 release = 0;   // barrier of the stage that products in flight still read; 0 in all lanes but one
+               ((ring + ROW_TILES * UNIT_BYTES) & 0x3FFFF) / 16 | N << 16, full, empty_of(empty, lane), 0, STAGES};
+  u32 release = 0;   // barrier of the stage that products in flight still read; 0 in lanes that have none
   for (int unit = work.begin; unit < work.end;) {
     const int tile = unit / y.k_blocks;
     const int tile_end = min((tile + 1) * y.k_blocks, work.end);
+#if FORMAT == NVFP4_FAST
+    float terms[TILES][NUM_SUMS];
+    clear(sums);
+    for (; unit < tile_end;) {
+      const int window_end = min(unit + PROMOTE, tile_end);
+      bool is_fresh = true;
+      for (; unit < window_end; ++unit) {
+        barrier_wait(at.full, at.parity);
+        multiply_stage(at, is_fresh, release, terms);
+        release = lane < CLUSTER ? at.empty : 0;
+        is_fresh = false;
+        at.step();
+      }
+      wgmma_wait<0>();
+      add_terms(terms, sums);
+    }
+#else
     bool is_fresh = true;   // the next product overwrites the sums
     for (; unit < tile_end; ++unit) {
       barrier_wait(at.full, at.parity);
       multiply_stage(at, is_fresh, release, sums);
 #if GROUP_STEPS == 8
-      if (lane == 0) barrier_arrive(at.empty);
+      if (lane < CLUSTER) release_stage(at.empty);
 #else
-      release = lane == 0 ? at.empty : 0;
+      release = lane < CLUSTER ? at.empty : 0;
 #endif
       is_fresh = false;
       at.step();
     }
     wgmma_wait<0>();
+#endif
     store_tile(y, tile, group, sums);
   }
 }
@@ -289,23 +246,8 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
 
 #else
 
-// Hopper's e4m3 products add with about 14 bits, so FP8 sums 128 terms at most in the tensor core and
-// the rest in f32; bf16 products add in f32 as they are.
+// The products of one K block, in flight when it returns.
 DEVICE void multiply_stage(u64 weights, u64 tokens, bool is_fresh, float (&sums)[TILES][NUM_SUMS]) {
-#if FORMAT == FP8
-#pragma unroll
-  for (int r = 0; r < TILES; ++r) {
-    float terms[NUM_SUMS];
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-      wgmma_ss(terms, weights + r * (UNIT_BYTES / 16) + step * 128, tokens + step * 2 * N, step > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-#pragma unroll
-    for (int j = 0; j < NUM_SUMS; ++j) sums[r][j] = is_fresh ? terms[j] : sums[r][j] + terms[j];
-  }
-#else
   wgmma_fence();
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
@@ -314,26 +256,44 @@ DEVICE void multiply_stage(u64 weights, u64 tokens, bool is_fresh, float (&sums)
       wgmma_ss(sums[r], weights + r * (UNIT_BYTES / 16) + step * 128, tokens + step * 2 * N,
                !(is_fresh && step == 0));
   wgmma_commit();
-  wgmma_wait<0>();
-#endif
 }
 
 DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full, u32 empty) {
   const int lane = threadIdx.x % 32;
+  const u32 empty_here = empty_of(empty, lane);
   float sums[TILES][NUM_SUMS];
+  u32 release = 0;   // barrier of the stage that products in flight still read; 0 in lanes that have none
   int stage = 0, parity = 0;
   for (int unit = work.begin; unit < work.end;) {
     const int tile = unit / y.k_blocks;
     const int tile_end = min((tile + 1) * y.k_blocks, work.end);
-    bool is_fresh = true;   // the next product overwrites the sums
-    for (; unit < tile_end; ++unit) {
-      const u32 at = ring + stage * STAGE_BYTES;
-      barrier_wait(full + 8 * stage, parity);
-      multiply_stage(operand(at + group * TILES * UNIT_BYTES, 1024, 128),
-                     operand(at + ROW_TILES * UNIT_BYTES, N * 16, 128), is_fresh, sums);
-      if (lane == 0) barrier_arrive(empty + 8 * stage);
-      is_fresh = false;
-      if (++stage == STAGES) stage = 0, parity ^= 1;
+#if FORMAT == FP8
+    float terms[TILES][NUM_SUMS];
+    clear(sums);
+    float (&target)[TILES][NUM_SUMS] = terms;
+    constexpr int WINDOW = PROMOTE;
+#else
+    float (&target)[TILES][NUM_SUMS] = sums;
+    constexpr int WINDOW = 1 << 30;
+#endif
+    for (; unit < tile_end;) {
+      const int window_end = min(WINDOW, tile_end - unit) + unit;
+      bool is_fresh = true;   // the next product overwrites the sums
+      for (; unit < window_end; ++unit) {
+        const u32 at = ring + stage * STAGE_BYTES;
+        barrier_wait(full + 8 * stage, parity);
+        multiply_stage(operand(at + group * TILES * UNIT_BYTES, 1024, 128),
+                       operand(at + ROW_TILES * UNIT_BYTES, N * 16, 128), is_fresh, target);
+        wgmma_wait<1>();
+        if (release != 0) release_stage(release);
+        release = lane < CLUSTER ? empty_here + 8 * stage : 0;
+        is_fresh = false;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+      wgmma_wait<0>();
+#if FORMAT == FP8
+      add_terms(terms, sums);
+#endif
     }
     store_tile(y, tile, group, sums);
   }
@@ -348,30 +308,36 @@ extern "C" __global__ void __launch_bounds__(GROUPS * 128 + COPIERS, 1)
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   const u32 ring = shared_address(ring_bytes);
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-  const int num_units = out_features / (64 * ROW_TILES) * k_blocks;
+  const int num_units = out_features / (64 * ROW_TILES * CLUSTER) * k_blocks;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, GROUPS * 4);
+      barrier_init(empty + 8 * stage, GROUPS * 4 * CLUSTER);
     }
     barrier_init_fence();
   }
-  __syncthreads();
+  // Before anything arrives from another block, its barriers must be ready.
+  if (CLUSTER == 1) __syncthreads();
+  else cluster_sync();
   let_next_kernel_start();
-  const Stretch work = stretch_of(blockIdx.x, num_units, gridDim.x);
+  const int num_blocks = gridDim.x / CLUSTER, block = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+  const Stretch work = stretch_of(block, num_units, num_blocks);
   // Through a shuffle, so that the compiler knows it to be the same for a whole warp.
   const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
   if (group >= GROUPS) {
 #if CONSUMER_REGISTERS > 0
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 #endif
-    if (threadIdx.x == GROUPS * 128) produce(weights, activations, k_blocks, work, ring, full, empty);
+    if (threadIdx.x == GROUPS * 128)
+      produce(weights, activations, k_blocks, work, rank, ring, full, empty);
   } else {
 #if CONSUMER_REGISTERS > 0
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 #endif
     const Output y = {out, partial, row_scale, static_cast<i64>(rows) * out_features,
-                      out_features, rows, k_blocks, num_units, static_cast<int>(gridDim.x)};
+                      out_features, rows, k_blocks, num_units, num_blocks, block, rank};
     consume(y, work, group, ring, full, empty);
   }
+  // A block may not leave while others write to it.
+  if (CLUSTER > 1) cluster_sync();
 }

@@ -6,24 +6,29 @@ The engine's decode step does not come through here: it runs fused kernels from 
 Shapes: T tokens, O, I features.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.cuda.driver import Launch, LinearResult
 from halfbyte.kernels.cuda.library import (
+    PREFILL_COLUMNS,
     KernelLibrary,
+    Product,
     StreamConfig,
     StreamPlan,
     columns_for,
     plan_stream,
 )
-from halfbyte.kernels.repack import K_BLOCK, TiledWeight, tile_activations
-
-_ACTIVATION_DTYPE = {
-    "fp8": torch.float8_e4m3fn,
-    "nvfp4": torch.float16,
-    "bf16": torch.bfloat16,
-}
+from halfbyte.kernels.repack import (
+    FAST_GAIN,
+    K_BLOCK,
+    TiledWeight,
+    padded,
+    pair_activations,
+    tile_activations,
+)
 
 
 def stream_launch(
@@ -37,9 +42,10 @@ def stream_launch(
     out: Tensor | None = None,
     config: StreamConfig | None = None,
     overlaps: bool = True,
+    product: Product | None = None,
 ) -> tuple[Launch, StreamPlan]:
     """The launch of one streaming product on tiled activations, and how its work is dealt."""
-    kernel, config = library.linear(weight.format, columns_for(num_tokens), config)
+    kernel, config = library.linear(product or weight.format, columns_for(num_tokens), config)
     plan = plan_stream(weight, config, library.num_multiprocessors)
     arguments = (
         weight.data,
@@ -51,8 +57,15 @@ def stream_launch(
         weight.num_k_blocks,
         num_tokens,
     )
-    grid = (plan.num_blocks, 1, 1)
-    return Launch(kernel, grid, config.num_threads, arguments, overlaps=overlaps), plan
+    launch = Launch(
+        kernel,
+        plan.grid,
+        config.num_threads,
+        arguments,
+        cluster=config.cluster,
+        overlaps=overlaps,
+    )
+    return launch, plan
 
 
 def stream_product(
@@ -61,38 +74,111 @@ def stream_product(
     x_TI: Tensor,
     *,
     config: StreamConfig | None = None,
+    product: Product | None = None,
 ) -> Tensor:
     """X @ w^T as f32 (T, O padded): activations already in the format's dtype, scales applied.
 
-    x_TI    e4m3 (FP8), fp16 (NVFP4) or bf16; T <= 128; its own scale is the caller's to apply
+    x_TI      e4m3 (FP8, NVFP4 as "nvfp4_fast"), fp16 (NVFP4) or bf16; T <= 128; its own scale is
+              the caller's to apply
+    product   "nvfp4_fast" rounds code times block scale to e4m3; the weight's format if None
     """
+    product = product or weight.format
     num_tokens = x_TI.shape[0]
     columns = weight.num_k_blocks * K_BLOCK[weight.format]
     x = torch.zeros(num_tokens, columns, dtype=x_TI.dtype, device=x_TI.device)
     x.view(torch.uint8)[:, : x_TI.shape[1] * x.element_size()] = x_TI.contiguous().view(torch.uint8)
+    if product == "nvfp4_fast":
+        x = pair_activations(x)
     tiled = tile_activations(x, columns_for(num_tokens))
-    _, used = library.linear(weight.format, columns_for(num_tokens), config)
+    _, used = library.linear(product, columns_for(num_tokens), config)
     plan = plan_stream(weight, used, library.num_multiprocessors)
     partial = torch.empty(
         plan.num_slots, num_tokens, weight.out_features, device=x_TI.device
     ).fill_(float("nan"))
+    gain = FAST_GAIN if product == "nvfp4_fast" else 1.0
     launch, plan = stream_launch(
-        library, weight, tiled, weight.row_scale_O, partial, num_tokens, config=config
+        library,
+        weight,
+        tiled,
+        weight.row_scale_O / gain,
+        partial,
+        num_tokens,
+        config=config,
+        product=product,
     )
     launch.run(torch.cuda.current_stream().cuda_stream)
     return sum_slots(partial, plan)
 
 
+def prefill_launch(
+    library: KernelLibrary,
+    weight: TiledWeight,
+    activations: Tensor,
+    row_scale_O: Tensor,
+    out_TO: Tensor,
+    product: Product,
+    *,
+    overlaps: bool = False,
+) -> Launch:
+    """The launch of one prefill product of an NVFP4 weight: bf16 (T, O padded), row scales applied.
+
+    activations   as `tile_activations` makes them, tokens padded to a multiple of PREFILL_COLUMNS
+    """
+    kernel, config = library.prefill_linear(product)
+    num_tokens = out_TO.shape[0]
+    arguments = (
+        weight.data,
+        activations,
+        ctypes.c_int64(padded(num_tokens, PREFILL_COLUMNS) * 16),
+        row_scale_O,
+        out_TO,
+        weight.out_features,
+        weight.num_k_blocks,
+        num_tokens,
+    )
+    num_items = weight.out_features // config.tile_rows * -(-num_tokens // PREFILL_COLUMNS)
+    clusters = min(library.num_multiprocessors // config.cluster, num_items)
+    grid = (clusters * config.cluster, 1, 1)
+    threads = config.num_threads
+    return Launch(kernel, grid, threads, arguments, cluster=config.cluster, overlaps=overlaps)
+
+
+def prefill_product(
+    library: KernelLibrary, weight: TiledWeight, x_TI: Tensor, product: Product
+) -> Tensor:
+    """X @ w^T as bf16 (T, O padded) for any number of rows; activations as `stream_product`'s."""
+    x = torch.zeros(x_TI.shape[0], weight.num_k_blocks * 128, dtype=x_TI.dtype, device=x_TI.device)
+    x.view(torch.uint8)[:, : x_TI.shape[1] * x.element_size()] = x_TI.contiguous().view(torch.uint8)
+    if product == "nvfp4_fast":
+        x = pair_activations(x)
+    tiled = tile_activations(x, padded(x.shape[0], PREFILL_COLUMNS))
+    out_TO = torch.full(
+        (x.shape[0], weight.out_features), torch.nan, dtype=torch.bfloat16, device=x.device
+    )
+    gain = FAST_GAIN if product == "nvfp4_fast" else 1.0
+    row_scale_O = weight.row_scale_O / gain
+    launch = prefill_launch(library, weight, tiled, row_scale_O, out_TO, product)
+    launch.run(torch.cuda.current_stream().cuda_stream)
+    return out_TO
+
+
 def sum_slots(partial: Tensor, plan: StreamPlan) -> Tensor:
     """Add up the partial sums of every tile as `load_result` of primitives.cu does: (T, O)."""
     tile_rows = plan.config.tile_rows
-    total = torch.empty_like(partial[0])
-    for tile in range(plan.out_features // tile_rows):
-        first = tile * plan.k_blocks
-        slots = plan.owner(first + plan.k_blocks - 1) - plan.owner(first) + 1
-        columns = slice(tile * tile_rows, (tile + 1) * tile_rows)
-        total[:, columns] = partial[:slots, :, columns].sum(0)
+    counts = plan.slot_counts
+    slots_O = torch.tensor(counts, device=partial.device).repeat_interleave(tile_rows)
+    total = partial[0].clone()
+    for slot in range(1, max(counts)):
+        # What a tile's last contributor left of the other slots is not its sum.
+        total += torch.where(slots_O > slot, partial[slot], 0.0)
     return total
 
 
-__all__ = ["LinearResult", "stream_launch", "stream_product", "sum_slots"]
+__all__ = [
+    "LinearResult",
+    "prefill_launch",
+    "prefill_product",
+    "stream_launch",
+    "stream_product",
+    "sum_slots",
+]

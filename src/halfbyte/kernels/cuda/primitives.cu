@@ -71,6 +71,30 @@ DEVICE void bulk_load(u32 destination, const void* source, u32 num_bytes, u32 ba
       : "memory");
 }
 
+// ---- clusters: blocks that see each other's shared memory ---------------------------------------
+
+// Not .aligned: lanes of a warp may come from different branches.
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+DEVICE u32 address_in_block(u32 address, u32 rank) {
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+DEVICE void barrier_arrive_remote(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// To the same place in every block of `blocks`, each of whose barriers counts the bytes.
+DEVICE void bulk_load_all(u32 destination, const void* source, u32 num_bytes, u32 barrier, u16 blocks,
+                          u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(destination),
+      "l"(source), "r"(num_bytes), "r"(barrier), "h"(blocks), "l"(policy)
+      : "memory");
+}
+
 DEVICE uint4 load_shared_16(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -108,6 +132,20 @@ DEVICE u32 pack_e4m3(float low, float high) {
 DEVICE u32 e4m3_to_f16(u32 two_codes) {
   u32 y;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(static_cast<u16>(two_codes)));
+  return y;
+}
+// Four e4m3 codes of two fp16 pairs, the first pair in the low half; nearest even, saturating.
+DEVICE u32 f16_to_e4m3(u32 first, u32 second) {
+  u32 y;
+  asm("{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f16x2 l, %1; cvt.rn.satfinite.e4m3x2.f16x2 h, %2; "
+      "mov.b32 %0, {l, h};}"
+      : "=r"(y)
+      : "r"(first), "r"(second));
+  return y;
+}
+DEVICE u32 times_32(u32 pair) {
+  u32 y;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(pair), "r"(0x50005000u));
   return y;
 }
 DEVICE float f16_low(u32 pair) {
@@ -164,19 +202,17 @@ DEVICE float warp_max(float x) {
 
 // ---- the result of a linear, as the kernel after it reads it ---------------------------------------
 
-// Tiles of `tile_rows` output features whose K blocks all went to one block of the grid lie in `out`
-// (bf16); the others as f32 partial sums, one slot a contributor. num_blocks 0: everything is in `out`.
+// Tiles of 2^tile_shift output features whose K blocks all went to one cluster of the grid lie in `out`
+// (bf16); the others as f32 partial sums, one slot a contributor. No slot counts: everything is in `out`.
 struct LinearResult {
-  const u16* out;         // (tokens, stride) bf16
+  const u16* out;         // (tokens, stride) bf16, or null: everything is in `partial`
   const float* partial;   // (slots, tokens, stride) f32
   const float* row_scale; // per output feature, or null: already applied
   const float* token_scale;  // per token, or null
+  const u8* slot_counts;  // contributors of each tile
   i64 slot_stride;        // tokens * stride
   int stride;
-  int tile_rows;
-  int k_blocks;
-  int num_units;
-  int num_blocks;         // of the grid that wrote it
+  int tile_shift;
 };
 
 DEVICE int owner_of(int unit, int num_units, int num_blocks) {
@@ -188,23 +224,24 @@ DEVICE void add_slot(const float4 (&slot)[2], float (&v)[8]) {
   v[4] += slot[1].x; v[5] += slot[1].y; v[6] += slot[1].z; v[7] += slot[1].w;
 }
 
-// Eight consecutive output features of one token, summed over the slots in order, not rounded.
+DEVICE void load_8_bf16(const u16* at, float (&v)[8]) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(at);
+  const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = __uint_as_float(words[i] << 16);
+    v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+  }
+}
+
+// Eight consecutive output features of one token, summed over the slots in order, not rounded. A caller
+// that knows that everything is in `out` says so with MAY_SPLIT false.
+template <bool MAY_SPLIT>
 DEVICE void load_result(const LinearResult& y, int token, int feature, float (&v)[8]) {
   const i64 at = static_cast<i64>(token) * y.stride + feature;
-  int count = 1;
-  if (y.num_blocks > 0) {
-    const int unit = feature / y.tile_rows * y.k_blocks;
-    count = owner_of(unit + y.k_blocks - 1, y.num_units, y.num_blocks) -
-            owner_of(unit, y.num_units, y.num_blocks) + 1;
-  }
-  if (count == 1 && y.out != nullptr) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(y.out + at);
-    const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[2 * i] = __uint_as_float(words[i] << 16);
-      v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
-    }
+  const int count = MAY_SPLIT && y.slot_counts != nullptr ? y.slot_counts[feature >> y.tile_shift] : 1;
+  if (!MAY_SPLIT || (count == 1 && y.out != nullptr)) {
+    load_8_bf16(y.out + at, v);
   } else {
     // Four slots' loads in flight before the first addition: one latency instead of four.
     constexpr int AHEAD = 4;
@@ -229,8 +266,10 @@ DEVICE void load_result(const LinearResult& y, int token, int feature, float (&v
     }
   }
   if (y.row_scale != nullptr) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] *= y.row_scale[feature + i];
+    const float4* scales = reinterpret_cast<const float4*>(y.row_scale + feature);
+    const float4 low = scales[0], high = scales[1];
+    v[0] *= low.x; v[1] *= low.y; v[2] *= low.z; v[3] *= low.w;
+    v[4] *= high.x; v[5] *= high.y; v[6] *= high.z; v[7] *= high.w;
   }
   if (y.token_scale != nullptr) {
     const float scale = y.token_scale[token];
@@ -243,13 +282,20 @@ DEVICE void load_result(const LinearResult& y, int token, int feature, float (&v
 
 // Address of a 16-byte chunk of features is base + chunk * chunk_stride + token * token_stride:
 // tiled for the streaming linears (chunk_stride = 16 * padded tokens), row-major for libraries.
-enum { OUT_F16 = 0, OUT_E4M3 = 1, OUT_BF16 = 2 };
+// OUT_E4M3_PAIRED permutes a 16-byte chunk as NVFP4_FAST of linear.cu holds its weights: features 2t,
+// 2t + 1, 8 + 2t, 9 + 2t lie at bytes 4t to 4t + 3.
+enum { OUT_F16 = 0, OUT_E4M3 = 1, OUT_BF16 = 2, OUT_E4M3_PAIRED = 3 };
 
 // Eight features, already rounded to bf16. `scale` divides for e4m3 and multiplies for fp16.
 template <int KIND>
 DEVICE void store_activation(u8* base, i64 chunk_stride, i64 token_stride, int token, int feature,
                              const float (&v)[8], float scale) {
-  if (KIND == OUT_E4M3) {
+  if (KIND == OUT_E4M3_PAIRED) {
+    u8* at = base + (feature >> 4) * chunk_stride + token * token_stride + (feature & 8) / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      *reinterpret_cast<u16*>(at + 4 * i) = static_cast<u16>(pack_e4m3(v[2 * i] / scale, v[2 * i + 1] / scale));
+  } else if (KIND == OUT_E4M3) {
     uint2 codes;
     codes.x = pack_e4m3(v[0] / scale, v[1] / scale) | pack_e4m3(v[2] / scale, v[3] / scale) << 16;
     codes.y = pack_e4m3(v[4] / scale, v[5] / scale) | pack_e4m3(v[6] / scale, v[7] / scale) << 16;

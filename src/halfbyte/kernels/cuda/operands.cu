@@ -1,0 +1,166 @@
+// What the streaming and the prefill linear share: their operands in shared memory, and NVFP4 weights
+// decoded into registers as the left operand of a tensor-core product. The loader puts this file
+// in front of theirs; the definitions they are compiled with are explained there.
+
+#define FP8 0
+#define NVFP4 1
+#define BF16 2
+#define NVFP4_FAST 3
+
+constexpr bool IS_NVFP4 = FORMAT == NVFP4 || FORMAT == NVFP4_FAST;
+constexpr int ROW_TILES = GROUPS * TILES;
+constexpr int UNIT_BYTES = IS_NVFP4 ? 4608 : 8192;  // 64 rows of one K block
+constexpr int ACTIVATION_BYTES = FORMAT == NVFP4 ? N * 256 : N * 128;
+constexpr int SHARE_BYTES = ACTIVATION_BYTES / CLUSTER;   // that one block fetches for its cluster
+constexpr int STAGE_BYTES = ROW_TILES * UNIT_BYTES + ACTIVATION_BYTES;
+constexpr int NUM_SUMS = N / 2;   // accumulators a thread holds of a 64 x N tile
+constexpr int COPIERS = CONSUMER_REGISTERS > 0 ? 128 : 32;
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Unswizzled operand: 8x16-byte core matrices; strides in bytes along K and along rows.
+DEVICE u64 operand(u32 address, u32 k_stride, u32 row_stride) {
+  return static_cast<u64>((address & 0x3FFFF) >> 4) | static_cast<u64>(k_stride >> 4) << 16 |
+         static_cast<u64>(row_stride >> 4) << 32;
+}
+
+// A stage is free when every block of the cluster has read it: lane i tells block i.
+DEVICE u32 empty_of(u32 empty, int lane) {
+  return CLUSTER == 1 ? empty : address_in_block(empty, lane % CLUSTER);
+}
+DEVICE void release_stage(u32 barrier) {
+  if (CLUSTER == 1)
+    barrier_arrive(barrier);
+  else
+    barrier_arrive_remote(barrier);
+}
+
+#if FORMAT == NVFP4 || FORMAT == NVFP4_FAST
+
+#if FORMAT == NVFP4
+DEVICE void decode_half(const uint4& codes, const uint4& scales, int half, u32 (&a)[4][4]) {
+  const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+  const u32 pair0 = half == 0 ? scales.x : scales.z, pair1 = half == 0 ? scales.y : scales.w;
+  const u32 scale[4] = {scales_even(pair0), scales_odd(pair0), scales_even(pair1), scales_odd(pair1)};
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    u32 pairs[4];
+    unpack_e2m1(words[step], pairs);
+    a[step][0] = scale_by_low(pairs[0], scale[step]);
+    a[step][1] = scale_by_high(pairs[1], scale[step]);
+    a[step][2] = scale_by_low(pairs[2], scale[step]);
+    a[step][3] = scale_by_high(pairs[3], scale[step]);
+  }
+}
+#else
+// Two 16-blocks of codes a k-step of 32: code times scale is exact in fp16, then rounded to e4m3. A
+// register takes the four weights of a row that this lane holds of one block; the activations' chunks
+// are in that order too.
+DEVICE void decode_half(const uint4& codes, const uint4& scales, int half, u32 (&a)[2][4]) {
+  const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+  const u32 pair0 = half == 0 ? scales.x : scales.z, pair1 = half == 0 ? scales.y : scales.w;
+  const u32 scale[4] = {scales_even(pair0), scales_odd(pair0), scales_even(pair1), scales_odd(pair1)};
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    u32 pairs[4];
+    unpack_e2m1(words[step], pairs);
+    u32* row = &a[step / 2][step % 2 * 2];
+    row[0] = f16_to_e4m3(times_32(scale_by_low(pairs[0], scale[step])),
+                         times_32(scale_by_low(pairs[2], scale[step])));
+    row[1] = f16_to_e4m3(times_32(scale_by_high(pairs[1], scale[step])),
+                         times_32(scale_by_high(pairs[3], scale[step])));
+  }
+}
+#endif
+
+// Addresses of the current stage; they step through the ring together.
+struct Cursor {
+  u32 codes, scales, tokens, full, empty, parity;
+  int left;   // stages to the end of the ring
+
+  DEVICE void step() {
+    const bool wraps = --left == 0;
+    const int by = wraps ? -(STAGES - 1) * STAGE_BYTES : STAGE_BYTES;
+    codes += by;
+    scales += by;
+    tokens += by / 16;
+    full += wraps ? -(STAGES - 1) * 8 : 8;
+    empty += wraps ? -(STAGES - 1) * 8 : 8;
+    if (wraps) left = STAGES, parity ^= 1;
+  }
+};
+
+#if N > 16 || FORMAT != NVFP4
+
+#if FORMAT == NVFP4
+// One K block: decode half a row tile, multiply it while the next half is decoded.
+DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (&sums)[TILES][NUM_SUMS]) {
+  u32 a[2][4][4];
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    // All loads of a row tile at once: one latency instead of two.
+    const uint4 scales = load_shared_16(at.scales + r * UNIT_BYTES);
+    const uint4 codes[2] = {load_shared_16(at.codes + r * UNIT_BYTES),
+                            load_shared_16(at.codes + r * UNIT_BYTES + 2048)};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      decode_half(codes[half], scales, half, a[half]);
+#if GROUP_STEPS == 8
+      if (half == 0) continue;
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 8; ++step) {
+        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + step * 2 * N);
+        wgmma_rs(sums[r], a[step / 4][step % 4], tokens, !(is_fresh && step == 0));
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+#else
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + (half * 4 + step) * 2 * N);
+        wgmma_rs(sums[r], a[half][step], tokens, !(is_fresh && half == 0 && step == 0));
+      }
+      wgmma_commit();
+      // One group may stay in flight: it reads this half's registers, the next decodes the other.
+      wgmma_wait<1>();
+      if (r == 0 && half == 0 && release != 0) release_stage(release);
+#endif
+    }
+  }
+}
+#else
+// One K block in e4m3: as above, half a row tile is two k-steps.
+DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (&sums)[TILES][NUM_SUMS]) {
+  u32 a[2][2][4];
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    // All loads of a row tile at once: one latency instead of two.
+    const uint4 scales = load_shared_16(at.scales + r * UNIT_BYTES);
+    const uint4 codes[2] = {load_shared_16(at.codes + r * UNIT_BYTES),
+                            load_shared_16(at.codes + r * UNIT_BYTES + 2048)};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      decode_half(codes[half], scales, half, a[half]);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + (half * 2 + step) * 2 * N);
+        wgmma_rs(sums[r], a[half][step], tokens, !(is_fresh && half == 0 && step == 0));
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (r == 0 && half == 0 && release != 0) release_stage(release);
+    }
+  }
+}
+#endif
+
+#endif
+
+#endif
