@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -75,11 +75,14 @@ class Stand:
         self.engine.check()
 
 
-def write_model(directory: Path, *, vision: bool = False) -> None:
+def write_model(
+    directory: Path, *, vision: bool = False, dialect: Literal["none", "mistral-fp8"] = "none"
+) -> None:
     """Two random layers under the small tokenizer; with `vision` a Pixtral encoder of two more."""
     config = tiny_config(layers=2, vision=vision)
     text = dataclasses.replace(config.text, vocab_size=800)
-    write_tiny_checkpoint(directory, config=dataclasses.replace(config, text=text))
+    config = dataclasses.replace(config, text=text)
+    write_tiny_checkpoint(directory, config=config, dialect=dialect)
     shutil.copy(DATA / "tekken" / "tekken.json", directory)
 
 

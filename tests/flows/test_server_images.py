@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from engine_driver import GREEDY, run_alone
-from flows.stand import Stand, ask, standing, write_model
+from flows.stand import END_THINK, THINK, Stand, ask, standing, write_model
 from halfbyte.chat.tokens import load_chat
+from halfbyte.cli.main import main
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.request import ImageInput
@@ -207,6 +208,33 @@ async def test_pictures_in_responses_and_a_schema_that_holds(stand: Stand) -> No
     form = {"type": "choice", "choices": ["cat", "dog"]}
     held = await ask(stand, messages=user("?", noise(60, 60)), extra_body={"response_format": form})
     assert held.choices[0].message.content in ("cat", "dog")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "mistral-fp8", "export"])
+async def test_every_kind_of_checkpoint_sees_thinks_and_keeps_to_a_schema(
+    tmp_path: Path, kind: str
+) -> None:
+    """bf16, FP8 as Mistral publishes it, and our own mixed export, straight from its files."""
+    source = tmp_path / "source"
+    write_model(source, vision=True, dialect="none" if kind == "bf16" else "mistral-fp8")
+    if kind == "export":
+        options = ("--recipe", "nvfp4-everywhere", "--method", "none")
+        assert main(["quantize", str(source), str(tmp_path / "export"), *options]) == 0
+        assert (tmp_path / "export" / "tekken.json").exists()
+        source = tmp_path / "export"
+    form = {"type": "choice", "choices": ["cat", "dog"]}
+    async with standing(source, max_model_len=512, kv_cache_tokens=1024) as stand:
+        stand.force(THINK, "hm", END_THINK)
+        found = await ask(
+            stand,
+            messages=user("?", noise(60, 90)),
+            reasoning_effort="high",
+            extra_body={"response_format": form},
+        )
+        message = found.choices[0].message
+        assert message.reasoning == "hm" and message.content in ("cat", "dog")
+        assert found.usage.prompt_tokens_details.image_tokens == 4 * (3 + 1)
+        await stand.idle()
 
 
 async def test_picture_too_large_for_the_context_is_400_and_the_next_works(stand: Stand) -> None:
