@@ -208,8 +208,15 @@ def text_of(response: httpx.Response) -> str:
 def test_chat_once_speaks_to_a_server_with_a_key(directory: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# the team's\nsesame\n")
-    with served(directory, "--api-key-file", keys, "--trust-remote-code") as (_, url, greeting):
-        assert "--trust-remote-code is not needed" in greeting and "API key required" in greeting
+    card = (  # what people type who come from the model card's command
+        "--tensor-parallel-size", 1, "--gpu-memory-utilization", 0.9, "--dtype", "bfloat16",
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--api-key", "open",
+        "--config-format", "hf", "--trust-remote-code",
+    )  # fmt: skip
+    with served(directory, "--api-key-file", keys, *card) as (_, url, greeting):
+        for flag in ("--config-format", "--trust-remote-code"):
+            assert f"{flag} is not needed; the checkpoint says it" in greeting
+        assert "tiny is ready at" in greeting and "API key required" in greeting
         asked = ("chat", url, "--once", "Hello", "--max-tokens", 5)
         refused = halfbyte(*asked)
         assert refused.returncode == 2 and "no API key" in refused.stderr
