@@ -164,7 +164,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     chat = load_chat(args.directory)
     config = EngineConfig(
-        max_model_len=512, kv_cache_tokens=512 * max(args.batches), prefix_cache=False
+        max_model_len=512,
+        kv_cache_tokens=512 * max(args.batches),
+        prefix_cache=False,
+        max_decode_slowdown=None,
     )
     engine = Engine.load(args.directory, config)
     wait_until_quiet(300)
