@@ -1,6 +1,9 @@
 """Activations between layers: what is written is what is read, also after a crash."""
 
+import errno
+import os
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -55,6 +58,53 @@ def test_stored_rows_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     for layer in (0, 1):
         with pytest.raises(CheckpointError, match=f"inputs of layer {layer}"):
             Activations(ROWS, 4, tmp_path).resume(layer)
+
+
+@pytest.mark.parametrize("in_memory, on_disk", [(True, False), (True, True), (False, True)])
+def test_a_lent_buffer_may_be_filled_again_when_it_is_given_back(
+    tmp_path: Path, in_memory: bool, on_disk: bool
+) -> None:
+    """As a GPU's rows come: late, in a few buffers that are used over and over."""
+    activations = Activations(ROWS, 4, tmp_path if on_disk else None, in_memory=in_memory)
+    free: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(2):
+        free.put(torch.empty(max(ROWS), 4, dtype=torch.bfloat16))
+    for layer in range(3):
+        for number, row in enumerate(rows_of(layer)):
+            buffer = free.get()
+            lent = buffer[: row.shape[0]]
+            activations.write_lent(
+                number,
+                lent,
+                ready=lambda lent=lent, row=row: lent.copy_(row),  # type: ignore[misc]
+                done=lambda buffer=buffer: free.put(buffer.fill_(torch.nan)),  # type: ignore[misc]
+            )
+        activations.advance(layer)
+        for number, row in enumerate(rows_of(layer)):
+            assert torch.equal(activations.read(number), row)
+    activations.close()
+
+
+def test_an_error_of_the_disk_is_raised_and_nothing_counts_as_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    activations = Activations(ROWS, 4, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space"):
+            run(activations, 0)
+    activations.close()
+    syncing = Activations(ROWS, 4, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        run(syncing, 0)
+        with pytest.raises(OSError, match="No space"):
+            syncing.settle()
+    syncing.close()
+    assert not (tmp_path / "activations-0").exists()
 
 
 def test_size_is_that_of_the_tensors() -> None:

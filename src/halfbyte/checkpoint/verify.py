@@ -2,7 +2,7 @@
 
 Every finding is a Problem that names the file or tensor; nothing is repaired. What a value may be
 is checked in `verify_values`; here is what can be told from files, metadata and scales. Called by
-`halfbyte verify`, and by `quantize` on its own output.
+`halfbyte verify`.
 
 Source: checkpoint-format reference, sections 3, 4, 7 and 11.
 """
