@@ -129,7 +129,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill",
         default="exact",
         choices=["exact", "fast"],
-        help="on a Hopper GPU: NVFP4 layers of long prompts in bf16, or in FP8 (%(default)s)",
+        help="on a Hopper GPU: NVFP4 layers of many rows in 16 bit, or in FP8 (%(default)s)",
     )
     engine.add_argument(
         "--deterministic",

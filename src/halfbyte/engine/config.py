@@ -39,8 +39,8 @@ class EngineConfig:
                             on the CUDA kernels, weight_only elsewhere
     kv_cache                "auto" = as the checkpoint names
     gpu_memory_utilization  share of the device's memory for weights and cache together
-    prefill                 on the CUDA kernels: multiply NVFP4 layers of long prompts exactly (in
-                            bf16), or fast (in FP8)
+    prefill                 on the CUDA kernels: multiply NVFP4 layers of long prompts, and of
+                            steps of 64 rows and more, exactly (in 16 bit) or fast (in FP8)
     deterministic           on the CUDA kernels: a sequence's tokens do not depend on what else is
                             in the batch, at a cost in speed (decision 0040)
     max_decode_slowdown     how much longer than usual running answers may wait for a token while

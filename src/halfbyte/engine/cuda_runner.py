@@ -8,6 +8,7 @@ to the device only: `Sequence.pending_row` says where the step before left it.
 Shapes: T rows, R rows with logits, V vocabulary, P pages, S sequences.
 """
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from halfbyte.engine.graphs import (
     Executor,
     HopperExecutor,
     RowInputs,
+    compile_kernels,
     graph_sizes,
     look_up,
     make_inputs,
@@ -252,7 +254,7 @@ class CudaRunner:
         self._workers = workers
         self.decoder = executor
         self.cache = cache
-        self.device = torch.device(config.device)
+        self.device = executor.inputs.packed_5T.device
         self.images = None if vision is None else ImageEncoder(vision)
         self._block_tokens = config.block_tokens
         self._staging = Staging(self.device)
@@ -589,6 +591,10 @@ def build_runner(
     sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
     longest = config.max_model_len or text.max_positions
     max_pages = -(-longest // config.block_tokens)
+    # An engine that was here before may only be gone once its cycles are.
+    gc.collect()
+    torch.cuda.empty_cache()
+    compile_kernels(weights, config.block_tokens, sizes, config.prefill)
     shared = SharedBuffers()
 
     def executor(cache: KvCache, inputs: RowInputs) -> HopperExecutor:

@@ -9,18 +9,34 @@ Shapes: T rows, D model width, V padded vocabulary, R rows with logits, P pages 
 
 import bisect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from halfbyte.config import TextConfig
-from halfbyte.kernels.cuda.library import COLUMNS, KernelLibrary, columns_for
+from halfbyte.kernels.cuda.compiler import compile_kernel
+from halfbyte.kernels.cuda.library import (
+    COLUMNS,
+    HeadShape,
+    KernelLibrary,
+    Product,
+    attention_code,
+    choose_config,
+    columns_for,
+    compile_together,
+    elementwise_code,
+    linear_code,
+    prefill_code,
+)
 from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.log import logger
 from halfbyte.model.cuda_decoder import (
+    ACTIVATION_KIND,
+    FAST_COLUMNS,
     Chunk,
     CudaWeights,
     DecodeStep,
@@ -30,6 +46,7 @@ from halfbyte.model.cuda_decoder import (
     PrefillMode,
     Serving,
     SharedBuffers,
+    layer_linears,
 )
 from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
@@ -149,6 +166,39 @@ class Executor(Protocol):
     def facts(self) -> dict[str, object]: ...
 
 
+def compile_kernels(
+    weights: CudaWeights, page_slots: int, sizes: Sequence[int], mode: PrefillMode
+) -> None:
+    """Compile what steps of these sizes need, in parallel, into the cache on disk."""
+    config = weights.config
+    heads = HeadShape(config.head_dim, config.num_heads, config.num_kv_heads)
+    linears = [weights.head, *(li for la in weights.layers for li in layer_linears(la))]
+    formats = sorted({linear.weight.format for linear in linears})
+    # The head takes any number of rows of a prefill.
+    widths = sorted({columns_for(size) for size in sizes} | set(COLUMNS))
+    products: list[tuple[Product, int]] = [(kind, width) for width in widths for kind in formats]
+    if mode == "fast" and "nvfp4" in formats:
+        products += [("nvfp4_fast", width) for width in widths if width >= FAST_COLUMNS]
+    tasks: list[Callable[[], bytes]] = [
+        partial(linear_code, product, width, choose_config(product, width))
+        for product, width in products
+    ]
+    if mode == "exact" and "nvfp4" in formats:
+        tasks.append(partial(prefill_code, "nvfp4"))
+    tasks += [
+        partial(elementwise_code, config.width, config.mlp_width, blocks, heads)
+        for blocks in (8, 2, 1)
+    ]
+    kinds = {ACTIVATION_KIND[layer.o.weight.format] for layer in weights.layers}
+    tasks += [
+        partial(attention_code, heads, page_slots, kind, num_warps)
+        for kind in sorted({*kinds, "bf16"})
+        for num_warps in (8, 4, 2)
+    ]
+    tasks += [partial(compile_kernel, name, {}) for name in ("gather", "layout")]
+    compile_together(tasks)
+
+
 class HopperExecutor:
     """Graphs, prefill and head over one set of weights and one cache."""
 
@@ -254,6 +304,7 @@ class HopperExecutor:
             self._cache,
             size,
             rotary=self._rotary.at,
+            mode=self._mode,
             max_context_tokens=self._inputs.table.shape[1] * self._cache.page_slots,
             serving=Serving(prepare, self._logits_TV[:size], self._shared, self._all_reduce),
         )

@@ -111,7 +111,7 @@ class CudaWeights:
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights."""
-        linears = [self.head, *(li for la in self.layers for li in _linears(la))]
+        linears = [self.head, *(li for la in self.layers for li in layer_linears(la))]
         norms = [
             self.norm_D,
             *(n for la in self.layers for n in (la.attention_norm_D, la.mlp_norm_D)),
@@ -126,7 +126,8 @@ class CudaWeights:
         return self.num_bytes - self.embedding_VD.numel() * 2
 
 
-def _linears(layer: CudaLayer) -> tuple[CudaLinear, ...]:
+def layer_linears(layer: CudaLayer) -> tuple[CudaLinear, ...]:
+    """The four products of a layer, in order."""
     return layer.qkv, layer.o, layer.gate_up, layer.down
 
 
@@ -326,7 +327,10 @@ class DecodeStep:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def _all_linears(self) -> list[CudaLinear]:
-        return [self._weights.head, *(li for la in self._weights.layers for li in _linears(la))]
+        return [
+            self._weights.head,
+            *(li for la in self._weights.layers for li in layer_linears(la)),
+        ]
 
     def _make_buffers(self) -> None:
         device, config = self._library.device, self._weights.config
@@ -718,14 +722,14 @@ class Prefill:
             * K_BLOCK[li.weight.format]
             * element[li.weight.format]
             for layer in weights.layers
-            for li in _linears(layer)
+            for li in layer_linears(layer)
             if not self._is_decoded(li)
         ]
         self._scratch = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
         self._token_scale_T = torch.ones(max_tokens, device=device)
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
         self._row_scales = {
-            id(li): self._row_scale(li) for layer in weights.layers for li in _linears(layer)
+            id(li): self._row_scale(li) for layer in weights.layers for li in layer_linears(layer)
         }
 
     def _row_scale(self, linear: CudaLinear) -> Tensor:

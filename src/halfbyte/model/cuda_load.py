@@ -113,6 +113,8 @@ class TensorReader:
         piece_bytes: int | None = None,
     ) -> None:
         self.device = device
+        if device.type == "cuda" and device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.num_bytes = 0
         self._piece_bytes = piece_bytes or _PIECE_BYTES
         self._is_cuda = device.type == "cuda"
@@ -163,6 +165,7 @@ class TensorReader:
             for start in range(0, part.num_bytes, step)
         ]
 
+    @torch.inference_mode()  # a thread's own setting; the targets may have been made under it
     def _read_piece(
         self,
         part: "_Part",
