@@ -55,6 +55,7 @@ long = {"type": "object", "description": "d" * 600}
 CASES: list[tuple[str, int, str, Any, Any, int]] = [
     # limit, its value, path, a body within it, one over it, the status
     ("body_bytes", 300, CHAT, chat(), chat(user="u" * 300), 413),
+    ("body_brackets", 3, CHAT, chat(), chat(user="["), 400),
     ("messages", 3, CHAT, chat(messages=HELLO * 3), chat(messages=HELLO * 4), 400),
     ("choices", 2, CHAT, chat(n=2), chat(n=3), 400),
     ("choices", 2, "/v1/completions", {"model": "m", "prompt": "x", "n": 2},

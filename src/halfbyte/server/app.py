@@ -99,8 +99,9 @@ def create_app(
 
 async def read(backend: Backend, request: Request, kind: type[wire.Request]) -> wire.Request:
     """The validated body of a request."""
-    body = await read_body(request, backend.config.limits.body_bytes)
-    return wire.parse(kind, wire.parse_json(body))
+    limits = backend.config.limits
+    body = await read_body(request, limits.body_bytes)
+    return wire.parse(kind, wire.parse_json(body, limits.body_brackets))
 
 
 async def respond(

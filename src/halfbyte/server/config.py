@@ -14,6 +14,8 @@ from halfbyte.errors import UsageError
 class Limits:
     """What one request, one key and the whole server may ask for.
 
+    body_brackets      arrays and objects of a body, brackets in texts included; tiny ones by the
+                       million would be read for seconds, in which nothing else happens
     queued_requests    answers admitted at once, running ones included; more get 429
     requests_per_key   answers admitted at once for one API key
     request_s          wall clock of one request, from its admission
@@ -21,6 +23,7 @@ class Limits:
     """
 
     body_bytes: int = 64_000_000
+    body_brackets: int = 1_000_000
     messages: int = 4096
     choices: int = 16
     stops: int = 16

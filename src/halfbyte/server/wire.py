@@ -484,8 +484,17 @@ class DetokenizeRequest(Wire):
 Request = TypeVar("Request", bound=Wire)
 
 
-def parse_json(body: bytes) -> Any:
-    """JSON of a body. RequestError for what is not: NaN, lone surrogates, endless nesting."""
+def parse_json(body: bytes, max_brackets: int) -> Any:
+    """JSON of a body. RequestError for what is not: NaN, lone surrogates, endless nesting.
+
+    Also for more opening brackets than the limit, counted before anything is read.
+    """
+    num_brackets = body.count(b"[") + body.count(b"{")
+    if num_brackets > max_brackets:
+        raise RequestError(
+            f"the body has {num_brackets:,} opening brackets; the limit is {max_brackets:,}",
+            code="limit_exceeded",
+        )
     try:
         return pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
