@@ -165,8 +165,9 @@ def test_greedy_decoding_follows_the_plain_model(batch: int, mode: str) -> None:
         chosen = logits.gather(1, tokens[1:, s : s + 1])[:, 0]
         # FP8 activations that round the other way move a logit by a few hundredths of a deviation.
         assert _relative(last[s], logits[-1]) < 0.05 * _FLIPS[mode]
-        assert float((logits.amax(-1) - chosen).max()) < 0.25 * float(logits.std())
-        assert (chosen == logits.amax(-1)).float().mean() > 0.7
+        worst = float((logits.amax(-1) - chosen).max())
+        assert worst < 0.25 * _FLIPS[mode] * float(logits.std())
+        assert (chosen == logits.amax(-1)).float().mean() > (0.7 if mode == "exact" else 0.5)
 
 
 @pytest.mark.parametrize("batch,mode", [(2, "exact"), (128, "exact"), (128, "fast")])
