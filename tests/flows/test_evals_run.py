@@ -3,7 +3,9 @@
 import gc
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from halfbyte.cli.main import main
 from halfbyte.evals.records import read_attempts, read_records, read_run
 from halfbyte.evals.run import max_tokens_for, records_of_log
 from halfbyte.evals.types import Text
+from halfbyte.model.tiny import write_tiny_checkpoint
 
 # Both are inspect-ai's affair: a deprecated argument, and one stream per sample left to the
 # collector.
@@ -398,3 +401,21 @@ def test_a_server_without_vision_is_not_measured_rather_than_zero(tmp_path: Path
     result = read_run(tmp_path / "run").benchmarks["mmmu_pro"]
     assert (result.status, result.score) == ("not measured", None)
     assert "takes no images" in result.reason
+
+
+def test_a_checkpoint_folder_is_served_evaluated_and_let_go(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    write_tiny_checkpoint(folder, layers=1)
+    for file in (Path(__file__).parents[1] / "data" / "chat" / "chatml").iterdir():
+        shutil.copy(file, folder)
+    out = tmp_path / "run"
+    arguments = ["--suite", "pocket", "--limit", "2", "--max-tokens", "4", "--out", str(out)]
+    assert main(["evaluate", str(folder), *arguments, "--reasoning-effort", ""]) == 0
+    run = read_run(out)
+    result = run.benchmarks["pocket"]
+    assert (result.status, result.items, sum(result.causes.values())) == ("complete", 2, 2)
+    assert result.completion_tokens == 8
+    assert len(run.checkpoint["headers sha256"]) == 64
+    port = int(run.endpoint.rsplit(":", 1)[1].removesuffix("/v1"))
+    with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
+        probe.connect(("127.0.0.1", port))

@@ -125,7 +125,7 @@ def max_tokens_for(prompt: Prompt, limit: int, context_tokens: int | None) -> in
     if context_tokens is None:
         return limit
     taken = sum(2_800 if isinstance(p, Image) else most_tokens(p.text) for p in prompt)
-    return max(16, min(limit, context_tokens - taken - _PROMPT_MARGIN_TOKENS))
+    return min(limit, max(16, context_tokens - taken - _PROMPT_MARGIN_TOKENS))
 
 
 def most_tokens(text: str) -> int:
