@@ -328,6 +328,7 @@ class HopperExecutor:
     def capture(self) -> None:
         """Record a graph of every size."""
         start = time.perf_counter()
+        torch.cuda.empty_cache()  # capturing does it too, which would hide what graphs take
         free_before, _ = torch.cuda.mem_get_info()
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
