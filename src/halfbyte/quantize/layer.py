@@ -1,10 +1,11 @@
 """One decoder layer under a plan: its linears encoded, its norms passed through.
 
-Reads each stored weight once, holds one fused group at a time. Called by `pipeline`, which writes
-what comes out.
+Reads each stored weight once, holds one fused group at a time and the next one. Called by
+`pipeline`, which writes what comes out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,21 +106,35 @@ def quantize_layer(
     """
     prefix = f"decoder.{layer}."
     names = [name for name in plan.formats if name.startswith(prefix)]
-    held: dict[str, SourceWeight] = {}
-    maxima: Mapping[str, Tensor] = {}
-    for name in names:
-        if name not in held:
-            held = {p: read_weight(checkpoint, p, device) for p in fused_partners(name)}
-            quantized = [p for p in held if plan.formats[p] != "bf16"]
-            maxima = shared_maxima({p: held[p].amax() for p in quantized}, plan.formats)
-        source = held[name]
-        chosen = plan.formats[name]
-        tensors = _encode(source, chosen, maxima.get(name), profile, plan.scales.weights)
-        if chosen != "bf16":
-            tensors[f"{name}.input_scale"] = _input_scale(
-                checkpoint, name, chosen, statistics, profile, plan.scales.activations
-            )
-        yield QuantizedLinear(name, chosen, tensors, source)
+    groups = list(dict.fromkeys(fused_partners(name) for name in names))
+    for held in _read_ahead(checkpoint, groups, device):
+        quantized = [p for p in held if plan.formats[p] != "bf16"]
+        maxima = shared_maxima({p: held[p].amax() for p in quantized}, plan.formats)
+        for name, source in held.items():
+            chosen = plan.formats[name]
+            tensors = _encode(source, chosen, maxima.get(name), profile, plan.scales.weights)
+            if chosen != "bf16":
+                tensors[f"{name}.input_scale"] = _input_scale(
+                    checkpoint, name, chosen, statistics, profile, plan.scales.activations
+                )
+            yield QuantizedLinear(name, chosen, tensors, source)
+
+
+def _read_ahead(
+    checkpoint: Checkpoint, groups: Sequence[tuple[str, ...]], device: torch.device
+) -> Iterator[dict[str, SourceWeight]]:
+    """The groups one after another, the next one read while one is encoded."""
+
+    def read(group: tuple[str, ...]) -> dict[str, SourceWeight]:
+        return {name: read_weight(checkpoint, name, device) for name in group}
+
+    with ThreadPoolExecutor(1, thread_name_prefix="next-group") as pool:
+        reading = pool.submit(read, groups[0])
+        for following in (*groups[1:], None):
+            held = reading.result()
+            if following is not None:
+                reading = pool.submit(read, following)
+            yield held
 
 
 def _encode(

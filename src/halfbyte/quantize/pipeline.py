@@ -9,6 +9,7 @@ places on disk, the journal notes it. A run that is killed goes on after the las
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,14 @@ class _Progress:
         self._device = torch.device(job.config.device)
         self._num_layers = job.checkpoint.config.text.num_layers
         self._activations: Activations | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="output")
 
     def run(self, on_layer: Callable[[int, int], None] | None) -> None:
         """All remaining steps, then publish."""
+        with self._writer:
+            self._run(on_layer)
+
+    def _run(self, on_layer: Callable[[int, int], None] | None) -> None:
         if not self._entries:
             self._finish_step(_FIRST_STEP, self._copy(export.passed_through(self._job.checkpoint)))
         mark = time.perf_counter()
@@ -227,9 +233,11 @@ class _Progress:
         linears = quantize_layer(
             job.checkpoint, layer, job.plan, statistics, job.config.profile, self._device
         )
+        writing: Future[dict[str, str]] | None = None
         for linear in linears:
-            for name, tensor in linear.tensors.items():
-                hashes |= self._write(name, tensor)
+            # One linear is on its way to the disk while the next one is encoded.
+            hashes |= {} if writing is None else writing.result()
+            writing = self._writer.submit(self._write_all, linear.tensors)
             if job.config.with_errors:
                 record = linear_record(linear)
                 if statistics is not None:
@@ -240,6 +248,7 @@ class _Progress:
                         job.config.profile,
                     )
                 records.append(record)
+        hashes |= {} if writing is None else writing.result()
         if job.plan.kv_cache == "fp8":
             rule = job.plan.scales.activations
             for name, scale in cache_scales(layer, statistics, job.config.profile, rule).items():
@@ -282,6 +291,12 @@ class _Progress:
         hashes: dict[str, str] = {}
         for name in names:
             hashes |= self._write(name, self._job.checkpoint.tensor(name))
+        return hashes
+
+    def _write_all(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        hashes: dict[str, str] = {}
+        for name, tensor in tensors.items():
+            hashes |= self._write(name, tensor)
         return hashes
 
     def _write(self, name: str, tensor: Tensor) -> dict[str, str]:
