@@ -166,6 +166,20 @@ def test_every_method_makes_a_checkpoint(
     assert Checkpoint.open(tmp_path / "out").quantization.formats["decoder.4.mlp.up"] == "nvfp4"
 
 
+def test_the_cache_may_have_constant_scales_beside_measured_inputs(
+    source: Path, tokens: Path, tmp_path: Path
+) -> None:
+    scales = replace(RECIPE.scales, cache="constant")
+    for name, recipe in (("measured", RECIPE), ("constant", replace(RECIPE, scales=scales))):
+        quantize(QuantizeConfig(source, tmp_path / name, recipe, calibration_tokens=tokens))
+    measured, constant = (tensors_of(tmp_path / name) for name in ("measured", "constant"))
+    for name, tensor in measured.items():
+        if name.endswith((".k_scale", ".v_scale")):
+            assert float(constant[name]) == 1.0 != float(tensor)
+        else:
+            assert constant[name].float().equal(tensor.float()), name
+
+
 def test_searched_scales_lose_less_than_maxima(source: Path, tokens: Path, tmp_path: Path) -> None:
     lost = {}
     for method in ("max", "mse"):

@@ -98,6 +98,10 @@ def test_layers_that_mean_nothing_are_explained(written: Any) -> None:
         (raw(kv_cache="int8"), "kv_cache: 'int8' is not one of bf16, fp8"),
         (raw(scales={"weights": "amax"}), "scales: lacks activations"),
         (raw(scales={"weights": "guess", "activations": "amax"}), "'guess' is not one of amax"),
+        (
+            raw(scales={"weights": "amax", "activations": "amax", "cache": "two"}),
+            "cache: 'two' is not one of measured, constant",
+        ),
         (raw(calibration={"blend": "b", "samples": 0, "tokens_per_sample": 1, "seed": 0}),
          "calibration: samples must be a whole number of at least 1"),
         (raw(calibration={"blend": "b", "samples": True, "tokens_per_sample": 1, "seed": 0}),

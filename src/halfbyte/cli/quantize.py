@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     source = locate(args.source, allow_hub=args.hub)
     recipe = load_recipe(args.recipe)
     if args.method is not None:
-        recipe = replace(recipe, scales=SCALES_OF[args.method])
+        scales = replace(SCALES_OF[args.method], cache=recipe.scales.cache)
+        recipe = replace(recipe, scales=scales)
     result = quantize(
         QuantizeConfig(
             source=source.directory,

@@ -251,7 +251,8 @@ class _Progress:
         hashes |= {} if writing is None else writing.result()
         if job.plan.kv_cache == "fp8":
             rule = job.plan.scales.activations
-            for name, scale in cache_scales(layer, statistics, job.config.profile, rule).items():
+            seen = statistics if job.plan.scales.cache == "measured" else None
+            for name, scale in cache_scales(layer, seen, job.config.profile, rule).items():
                 hashes |= self._write(name, scale)
         observed = {} if statistics is None else statistics.observed
         encoded_s = time.perf_counter() - started

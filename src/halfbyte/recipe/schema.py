@@ -26,6 +26,7 @@ KeptPart = Literal["embedding", "head", "vision", "projector"]
 RuleGroup = Literal["attention", "mlp"]
 WeightScales = Literal["amax", "mse"]
 ActivationScales = Literal["amax", "headroom", "none"]
+CacheScales = Literal["measured", "constant"]
 
 _GROUP_LINEARS: dict[str, tuple[str, ...]] = {
     "attention": ATTENTION_LINEARS,
@@ -62,11 +63,13 @@ class Rule:
 class Scales:
     """How scales are chosen: weights by their maximum or by squared error, inputs likewise.
 
-    `activations: none` asks for no data: input scales are constants.
+    `activations: none` asks for no data: input scales are constants. `cache: constant` casts keys
+    and values to FP8 as they are (scale 1); without data there is nothing else.
     """
 
     weights: WeightScales = "amax"
     activations: ActivationScales = "amax"
+    cache: CacheScales = "measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,13 +242,15 @@ def _keep(value: Any, where: str) -> list[KeptPart]:
 
 
 def _scales(raw: Any, where: str) -> Scales:
-    fields = _fields(raw, where, ("weights", "activations"))
+    fields = _fields(raw, where, ("weights", "activations"), ("cache",))
+    cache = fields.get("cache", "measured")
     return Scales(
         cast("WeightScales", _choice(fields["weights"], WeightScales, f"{where}, weights")),
         cast(
             "ActivationScales",
             _choice(fields["activations"], ActivationScales, f"{where}, activations"),
         ),
+        cast("CacheScales", _choice(cache, CacheScales, f"{where}, cache")),
     )
 
 
