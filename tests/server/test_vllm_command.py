@@ -142,6 +142,7 @@ def test_flags_of_the_other_engine_are_refused(
     monkeypatch.setenv("PATH", "/nowhere")
     for words, message in (
         (["--engine", "vllm", "--kv-cache-tokens", "64", "--print"], "is for our own engine"),
+        (["--engine", "vllm", "--mode", "declared", "--print"], "--mode is for our own engine"),
         (["--pipeline-parallel-size", "2"], "need --engine vllm"),
         (["--print"], "the command of --engine vllm"),
         (["--engine", "vllm", "--port", "0"], "vLLM is not installed here"),

@@ -28,6 +28,18 @@ _UNNECESSARY = (
     ("--trust-remote-code", False),
 )
 
+# Flags that vLLM is not told, with their values when nobody gave them.
+_OUR_ENGINES = {
+    "device": "auto",
+    "kv_cache_tokens": None,
+    "mode": "auto",
+    "kv_cache": "auto",
+    "prefill": "exact",
+    "deterministic": False,
+    "speculative": None,
+    "num_speculative_tokens": None,
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="checkpoint directory")
@@ -216,8 +228,8 @@ def _plan_vllm(
     from halfbyte.chat.tokens import load_chat
     from halfbyte.server.vllm_command import VllmOptions, plan_vllm
 
-    for flag in ("kv_cache_tokens", "speculative", "num_speculative_tokens"):
-        if getattr(args, flag) is not None:
+    for flag, untouched in _OUR_ENGINES.items():
+        if getattr(args, flag) != untouched:
             raise UsageError(f"--{flag.replace('_', '-')} is for our own engine, not for vLLM")
     chat = load_chat(args.directory)
     options = VllmOptions(
