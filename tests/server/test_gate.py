@@ -1,13 +1,13 @@
 import base64
 import json
-import logging
+from pathlib import Path
 
 import pytest
 
-from halfbyte.errors import RequestError
+from halfbyte.errors import RequestError, UsageError
 from halfbyte.log import logger
 from halfbyte.server.app import create_app
-from halfbyte.server.gate import Keys, log_access
+from halfbyte.server.gate import Keys, file_log, log_access
 from server.conftest import MakeBench
 
 
@@ -30,23 +30,34 @@ def test_no_keys_ask_for_none() -> None:
     assert Keys([]).name_of("") == "anyone"
 
 
-async def test_access_log_is_one_json_object_without_secrets(
-    make_bench: MakeBench, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_access_log_is_one_json_object_without_secrets(make_bench: MakeBench) -> None:
     bench = make_bench("x", 2, api_keys=("sesame",))
     backend = bench.app.state.backend
-    bench.app = create_app(backend.service, bench.chat, backend.config, access_log=log_access)
-    logger.propagate = True
-    with caplog.at_level(logging.INFO, logger="halfbyte"):
-        async with bench.http() as client:
-            await client.get(
-                "/v1/models?q=secret",
-                headers={"Authorization": "Bearer sesame", "X-Request-Id": "a-1"},
-            )
-            await client.get("/v1/models")
-    lines = [record.getMessage() for record in caplog.records]
-    lines = [line.removeprefix("access ") for line in lines if line.startswith("access ")]
+    lines: list[str] = []
+    bench.app = create_app(backend.service, bench.chat, backend.config, access_log=lines.append)
+    async with bench.http() as client:
+        await client.get(
+            "/v1/models?q=secret",
+            headers={"Authorization": "Bearer sesame", "X-Request-Id": "a-1"},
+        )
+        await client.get("/v1/models")
     first, second = map(json.loads, lines)
     assert first["request_id"] == "a-1" and first["status"] == 200 and first["path"] == "/v1/models"
     assert second["status"] == 401 and second["key"] == "-"
     assert "sesame" not in str(lines) and "secret" not in str(lines)
+
+
+def test_access_log_goes_to_the_log_or_to_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logger, "info", lambda message, *rest: said.append(message % rest))
+    log_access('{"a": 1}')
+    assert said == ['access {"a": 1}']
+    write = file_log(tmp_path / "access.jsonl")
+    write('{"a": 1}')
+    (tmp_path / "access.jsonl").rename(tmp_path / "old.jsonl")
+    write('{"b": 2}')
+    assert (tmp_path / "access.jsonl").read_text() == '{"b": 2}\n'
+    with pytest.raises(UsageError, match="cannot write the access log"):
+        file_log(tmp_path / "nowhere" / "access.jsonl")

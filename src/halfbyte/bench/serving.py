@@ -54,7 +54,7 @@ PROMPT_TOKENS = 64
 CACHED_TOKENS = 4096
 STALL_TOKENS = 32_000
 # Widths are the model's; these layers of them.
-STALL_LAYERS = 6
+STALL_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True)
