@@ -74,7 +74,12 @@ def _scale(low: float, high: float, unit: str, y: float, has_values: bool) -> st
 
 
 def lines(
-    series: Mapping[str, Sequence[float | None]], *, title: str, unit: str, logarithmic: bool
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    title: str,
+    unit: str,
+    logarithmic: bool,
+    from_zero: bool = False,
 ) -> str:
     """One line a series over the layers; gaps where a value is None."""
     values = [v for line in series.values() for v in line if v is not None and math.isfinite(v)]
@@ -84,11 +89,9 @@ def lines(
     if not values or not columns:
         return ""
     low, high = min(values), max(values)
-    ticks = (
-        _log_ticks(low, high)
-        if logarithmic
-        else _ticks(min(low, 0.0) if low > 0 and low < high / 3 else low, high)
-    )
+    if from_zero:
+        low = min(low, 0.0)
+    ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
     def y(value: float) -> float:

@@ -215,7 +215,7 @@ def _memory(record: Record) -> str:
         for place in ("host", "gpu")
         if _peaks(record, place)
     }
-    chart = lines(series, title="peak memory so far", unit="GiB", logarithmic=False)
+    chart = lines(series, title="peak memory so far", unit="GiB", logarithmic=False, from_zero=True)
     rows = [
         [
             place,
