@@ -17,7 +17,7 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import Profile, decode_fp8, encode_fp8, fp8_scale
 from halfbyte.formats.measure import largest_magnitude
-from halfbyte.formats.minifloat import E4M3_MAX, has_nan_codes
+from halfbyte.formats.minifloat import E4M3_MAX
 from halfbyte.formats.nvfp4 import EncodedNVFP4, nvfp4_tensor_scale
 from halfbyte.modules import WeightFormat, fused_partners
 from halfbyte.quantize.scales import (
@@ -60,9 +60,8 @@ class SourceWeight:
         """
         if self.scale is None:
             largest = largest_magnitude(self.stored)
-        elif bool(has_nan_codes(self.stored)):
-            largest = self.stored.new_tensor(torch.nan, dtype=torch.bfloat16)
         else:
+            # NaN's code is above all others, so it comes through.
             largest = decode_fp8(self.largest_code(), self.scale)
         value = float(largest)
         if not torch.isfinite(largest):
