@@ -13,6 +13,7 @@
 `engine/test_cuda_engine.py` runs the checks under pytest.
 """
 
+import gc
 import json
 import math
 import sys
@@ -492,7 +493,10 @@ def start_big(directory: Path, num_layers: int) -> dict[str, Any]:
         }
         executor_of(engine)
         del engine
+        # Engine and runner refer to each other; two of 90 GB do not fit at once.
+        gc.collect()
         torch.cuda.empty_cache()
+        print(turn, result[turn], flush=True)
     return result
 
 
