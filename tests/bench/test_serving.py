@@ -28,12 +28,14 @@ def test_figures_follow_from_samples(tmp_path: Path) -> None:
     assert found["overhead_share"] == pytest.approx(0.2)
     assert found["cached_share"] == pytest.approx(0.04)
     assert found["gap_ratio"] == pytest.approx(3.0)
+    assert (found["gaps_over_the_bar"], found["gaps_beside_a_prompt"]) == (1, 2)
     write_record(report, tmp_path / "serving.json", "halfbyte bench serve DIR")
     record = read(tmp_path / "serving.json")
     assert record["samples"]["gap beside a prompt, ms"] == [3.0, 1.0]
     assert [row["figure"] for row in record["results"]["headlines"]] == [
         "20.0%",
         "4.0% of uncached",
+        "3.00x",
         "3.00x",
     ]
     assert "20.0% over the model" in report.table()

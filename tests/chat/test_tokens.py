@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +288,25 @@ def test_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text(json.dumps({"vocab": []}))
     with pytest.raises(CheckpointError, match=r"tekken.json"):
         load_chat(tmp_path)
+
+
+def test_other_threads_run_while_a_long_prompt_is_encoded(chatml: TemplateFormat) -> None:
+    """Running answers get no token in a thread that cannot run."""
+    text = "a river " * 40_000
+    ticks: list[float] = []
+    done = threading.Event()
+
+    def keep_ticking() -> None:
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=keep_ticking)
+    thread.start()
+    started = time.perf_counter()
+    chatml.vocabulary.encode_text(text)
+    ended = time.perf_counter()
+    done.set()
+    thread.join()
+    during = [tick for tick in ticks if started < tick < ended]
+    assert ended - started > 0.02
+    assert len(during) > 5

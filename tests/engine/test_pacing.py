@@ -3,18 +3,25 @@ import pytest
 from halfbyte.engine.pacing import PrefillPacer
 
 
-def run_steps(pacer: PrefillPacer, decode_s: float, token_s: float) -> float:
-    """Steps of a machine with these costs; how much the last mixed step lasted longer."""
-    for _ in range(20):
-        pacer.observe(decode_s, 4, 0)
-    slowdown = 1.0
-    for _ in range(40):
+def run_prompt(
+    pacer: PrefillPacer, decode_s: float, token_s: float, num_steps: int = 40
+) -> list[float]:
+    """Steps beside a long prompt on a machine with these costs; how much longer each lasts."""
+    slowdowns = []
+    for _ in range(num_steps):
         tokens = pacer.max_prefill_tokens()
         assert tokens is not None
         seconds = decode_s + tokens * token_s
         pacer.observe(seconds, 4, tokens)
-        slowdown = seconds / decode_s
-    return slowdown
+        slowdowns.append(seconds / decode_s)
+    return slowdowns
+
+
+def run_steps(pacer: PrefillPacer, decode_s: float, token_s: float) -> float:
+    """Steps without and with a prompt; how much the slowest of the last mixed ones took longer."""
+    for _ in range(20):
+        pacer.observe(decode_s, 4, 0)
+    return max(run_prompt(pacer, decode_s, token_s)[-20:])
 
 
 @pytest.mark.parametrize(
@@ -29,6 +36,24 @@ def test_slow_machine_still_moves_a_prompt() -> None:
     run_steps(pacer, 0.010, 0.010)
     tokens = pacer.max_prefill_tokens()
     assert tokens is not None and tokens > 0
+
+
+def test_steps_that_waited_for_something_else_do_not_widen_the_next() -> None:
+    pacer = PrefillPacer(2.0)
+    for seconds in (0.003, 0.003, 0.060, 0.170, 0.060, 0.040, 0.030, 0.003, 0.003, 0.003, 0.003):
+        pacer.observe(seconds, 1, 0)
+    assert max(run_prompt(pacer, 0.003, 0.0003)[20:]) <= 2.0
+
+
+@pytest.mark.parametrize(("before", "now"), [(0.030, 0.003), (0.003, 0.030)])
+def test_pace_is_measured_again_while_prompts_keep_coming(before: float, now: float) -> None:
+    pacer = PrefillPacer(2.0)
+    for _ in range(20):
+        pacer.observe(before, 1, 0)
+    slowdowns = run_prompt(pacer, now, 0.0003, num_steps=200)[-34:]
+    assert 1.5 < max(slowdowns) <= 2.0
+    # One step in seventeen carries no prompt.
+    assert slowdowns.count(1.0) == 2
 
 
 def test_first_guess_needs_no_measurement() -> None:

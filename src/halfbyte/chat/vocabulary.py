@@ -153,7 +153,9 @@ def _plain_encoder(description: dict[str, Any]) -> Callable[[str], list[int]]:
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
 
     def encode_text(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        # `encode` holds Python's lock for as long as it takes, tenths of a second for a long
+        # prompt, in which no answer gets a token; `encode_batch` gives it up.
+        return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
 
     return encode_text
 

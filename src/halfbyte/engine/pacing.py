@@ -4,15 +4,24 @@ A step with n prompt tokens lasts about d + n * p, d being a step that only gene
 measured as they come, so that one rule serves a laptop (p of a millisecond) and a GPU (p of a
 third of one): with `max_slowdown` 2, running answers get their tokens at half their pace or better
 while a prompt is worked in, however long the prompt.
+
+d is a median, so that one step that waited for something else does not widen all that follow; and
+while prompts keep coming, a step now and then only generates, so that d stays true.
 """
 
-# Where nothing is measured yet, and the least that keeps a prompt moving.
+import statistics
+from collections import deque
+
+# Where nothing is measured yet.
 _FIRST_TOKENS = 32
-_LEAST_TOKENS = 8
-# Weight of the newest measurement.
+# Weight of the newest measurement of p.
 _GAIN = 0.2
 # Part of the allowance that is planned for; the rest is for steps that vary.
 _SHARE = 0.8
+# Of how many steps d is the median, and after how many steps with prompts it is measured again:
+# seldom enough to cost a prompt 3 % of its time, often enough to be right after a hundred steps.
+_NUM_DECODES = 9
+_PROBE_EVERY = 16
 
 
 class PrefillPacer:
@@ -21,29 +30,41 @@ class PrefillPacer:
     def __init__(self, max_slowdown: float | None) -> None:
         """`max_slowdown` above 1; None never limits."""
         self._max_slowdown = max_slowdown
+        self._decodes_s: deque[float] = deque(maxlen=_NUM_DECODES)
         self._decode_s: float | None = None
         self._prompt_token_s: float | None = None
+        # Steps with prompts since the last that only generated.
+        self._num_mixed = 0
 
     def max_prefill_tokens(self) -> int | None:
-        """Prompt tokens for the next step if it also generates; None = as many as fit."""
+        """Prompt tokens for the next step if it also generates; None = as many as fit, 0 = the
+        step is to measure what generating alone takes.
+        """
         if self._max_slowdown is None:
             return None
+        if self._num_mixed >= _PROBE_EVERY:
+            return 0
         if self._decode_s is None or not self._prompt_token_s:
             return _FIRST_TOKENS
         allowance_s = (self._max_slowdown - 1.0) * _SHARE * self._decode_s
-        return max(int(allowance_s / self._prompt_token_s), _LEAST_TOKENS)
+        return max(int(allowance_s / self._prompt_token_s), 1)
 
     def observe(self, seconds: float, num_decodes: int, num_prompt_tokens: int) -> None:
         """Learn from a finished step."""
         if num_prompt_tokens == 0:
-            self._decode_s = _smooth(self._decode_s, seconds)
+            self._num_mixed = 0
+            self._decodes_s.append(seconds)
+            self._decode_s = statistics.median(self._decodes_s)
         elif num_decodes == 0:
+            self._num_mixed = 0
             # A pure prompt step is cheaper a token than one beside answers; a start, no more.
             if self._prompt_token_s is None:
                 self._prompt_token_s = seconds / num_prompt_tokens
-        elif self._decode_s is not None:
-            extra_s = max(seconds - self._decode_s, 0.05 * seconds)
-            self._prompt_token_s = _smooth(self._prompt_token_s, extra_s / num_prompt_tokens)
+        else:
+            self._num_mixed += 1
+            if self._decode_s is not None:
+                extra_s = max(seconds - self._decode_s, 0.05 * seconds)
+                self._prompt_token_s = _smooth(self._prompt_token_s, extra_s / num_prompt_tokens)
 
 
 def _smooth(old: float | None, new: float) -> float:
