@@ -21,6 +21,7 @@ from halfbyte.model.linear import Mode
 from halfbyte.model.load import load_decoder
 from halfbyte.model.parallel import (
     Communicator,
+    ProcessGroup,
     Shard,
     Solo,
     check_size,
@@ -205,3 +206,13 @@ def test_image_vectors_reach_every_rank_from_the_first(tmp_path: Path) -> None:
 
     alone = run(load_decoder(checkpoint, dtype=torch.float32), vectors)
     assert relative(on_ranks(2, rank)[0], alone) <= tolerances.GOLDEN_FP32
+
+
+def test_what_refers_to_a_group_is_let_go_once_before_it_is_left(tmp_path: Path) -> None:
+    group = ProcessGroup(0, 1, tmp_path / "meeting", torch.device("cpu"), 10.0)
+    group.connect()
+    released: list[str] = []
+    group.before_close(lambda: released.append("graphs"))
+    group.close()
+    group.close()
+    assert released == ["graphs"]

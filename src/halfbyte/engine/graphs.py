@@ -8,6 +8,7 @@ Shapes: T rows, D model width, V padded vocabulary, R rows with logits, P pages 
 """
 
 import bisect
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -48,7 +49,7 @@ from halfbyte.model.cuda_decoder import (
     SharedBuffers,
     layer_linears,
 )
-from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
+from halfbyte.model.parallel import Communicator, ProcessGroup, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
 
 # Rows a graph may have: the widest streaming linear.
@@ -336,6 +337,8 @@ class HopperExecutor:
             step.capture(pool)
             self._steps[size] = step
         torch.cuda.synchronize()
+        if isinstance(self._communicator, ProcessGroup):
+            self._communicator.before_close(self._release)
         self._capture_s = time.perf_counter() - start
         self._graph_bytes = free_before - torch.cuda.mem_get_info()[0]
         logger.info(
@@ -346,6 +349,11 @@ class HopperExecutor:
             self._graph_bytes / 1e6,
             self._shared.num_bytes / 1e6,
         )
+
+    def _release(self) -> None:
+        self._steps.clear()
+        # Steps and their graphs may be part of cycles.
+        gc.collect()
 
     def replay(self, size: int) -> Tensor:
         self._steps[size].replay()

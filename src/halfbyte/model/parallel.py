@@ -9,7 +9,7 @@ Shapes: T tokens, R rows with logits, V vocabulary, I, O features.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -89,6 +89,7 @@ class ProcessGroup:
         self._timeout_s = timeout_s
         # torch's classes, whose stubs differ from build to build.
         self._group: Any = None
+        self._releases: list[Callable[[], None]] = []
 
     @property
     def meets_in_file_only(self) -> bool:
@@ -141,9 +142,23 @@ class ProcessGroup:
         if group is not None:
             group.abort()
 
+    def before_close(self, release: Callable[[], None]) -> None:
+        """Have `release` called when the group is left: it lets go of what refers to the group."""
+        self._releases.append(release)
+
     def close(self) -> None:
-        """Leave the group; nothing else may be called then."""
-        self._group = None
+        """Leave the group; nothing else may be called then. Can be called again.
+
+        A CUDA graph with a collective call in it keeps NCCL's communicator: until the last one is
+        gone, leaving waits, a minute at most, hence `before_close`.
+        """
+        group, self._group = self._group, None
+        releases, self._releases = self._releases, []
+        for release in releases:
+            release()
+        if group is not None and self._device.type == "cuda":
+            # Not by way of its destructor, which would wait for the other ranks.
+            group.abort()
 
 
 @contextmanager
