@@ -116,3 +116,19 @@ def test_only_the_named_slots_are_touched(store_kv, dtype: torch.dtype) -> None:
         assert written == [5, 11]
         assert torch.equal(flat[11], x[0].to(dtype).float())
         assert torch.equal(flat[5], x[2].to(dtype).float())
+
+
+@pytest.mark.parametrize("mask_logits", implementations("mask_logits").values())
+@pytest.mark.parametrize("size", (1, 31, 32, 33, 64, 1000, 4096))
+def test_masks_close_what_they_do_not_allow(mask_logits, size) -> None:  # type: ignore[no-untyped-def]
+    words = torch.randint(-(2**31), 2**31, (-(-size // 32),), dtype=torch.int32)
+    words[::3] = -1
+    words[1::5] = 0
+    logits = torch.randn(size + 8)
+    before = logits.clone()
+    mask_logits(logits[:size], words)
+    for token in range(size):
+        is_allowed = int(words[token // 32]) >> (token % 32) & 1
+        assert float(logits[token]) == (float(before[token]) if is_allowed else -torch.inf)
+    # Nothing behind the vocabulary is touched.
+    assert torch.equal(logits[size:], before[size:])

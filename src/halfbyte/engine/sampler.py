@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokenLogprobs
 from halfbyte.engine.sequence import Sequence
+from halfbyte.kernels import dispatch
 from halfbyte.log import logger
 
 # Changes the logits (V,) of one request in place before anything else does, given the tokens
@@ -59,9 +59,7 @@ class Sampler:
         self._device = device
         self._hook = logits_hook
         self._bitmask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
-        self._closed = _closed_by_byte()
-        self._closed_on_device = torch.from_numpy(self._closed).to(device)
-        self._closing = np.empty((self._bitmask.nbytes, 8), dtype=np.float32)
+        self._words = torch.from_numpy(self._bitmask.view(np.int32))
         # A server sends one of very few lists, again and again.
         self._banned: dict[tuple[int, ...], Tensor] = {}
 
@@ -144,22 +142,7 @@ class Sampler:
             logger.exception("the mask of request %s failed", request.request_id)
             logits_V.fill_(-torch.inf)
             return
-        self._close(logits_V)
-
-    def _close(self, logits_V: Tensor) -> None:
-        """Apply the bitmask: -inf for what it does not allow, in place."""
-        octets = self._bitmask.view(np.uint8)
-        if logits_V.device.type == "cpu":
-            # A tenth of the time of filling by a boolean mask (benchmarks/mask_cost.py). NumPy
-            # adds: torch would wake its threads, which then stand in the way of the next step.
-            np.take(self._closed, octets, axis=0, out=self._closing, mode="clip")
-            values_V = logits_V.numpy()
-            values_V += self._closing.reshape(-1)[: self._vocab_size]
-            return
-        # V / 8 bytes travel, not V.
-        octets_on_device = torch.from_numpy(octets).to(logits_V.device)
-        closing = self._closed_on_device[octets_on_device.long()]
-        logits_V += closing.view(-1)[: self._vocab_size]
+        dispatch.mask_logits(logits_V, self._words)
 
     def _penalize(self, logits_V: Tensor, sequence: Sequence, params: SamplingParams) -> None:
         counts = sequence.counts
@@ -199,16 +182,6 @@ class Sampler:
                 for row, token_id in zip(rows, drawn, strict=True):
                     token_ids[row] = token_id
         return token_ids
-
-
-def _closed_by_byte() -> NDArray[np.float32]:
-    """What a byte of a mask adds to its eight logits: 0 for an allowed token, -inf for others.
-
-    Worked example: byte 0b101 allows tokens 0 and 2: row 5 is 0 -inf 0 -inf -inf -inf -inf -inf.
-    """
-    octets = np.arange(256, dtype=np.uint8)[:, None]
-    bits = np.unpackbits(octets, axis=1, bitorder="little")
-    return np.where(bits == 1, np.float32(0), np.float32(-np.inf))
 
 
 def _best(logits_RV: Tensor) -> list[int]:

@@ -37,6 +37,7 @@ OPS = (
     "rotate",
     "store_kv",
     "paged_attention",
+    "mask_logits",
 )
 
 # Fastest first, by device; each module states in `unavailable(device)` why it cannot run, or None.
@@ -274,3 +275,12 @@ def paged_attention(
         query_starts_S1,
         softmax_scale,
     )
+
+
+def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
+    """Set the logits of tokens that a mask does not allow to -inf, in place. Exact.
+
+    logits_V   f32, on any device
+    allowed_W  int32 on the CPU, W = ceil(V / 32): bit b of word w, 1 is allowed, is token 32 w + b
+    """
+    _for("mask_logits", logits_V)(logits_V, allowed_W)

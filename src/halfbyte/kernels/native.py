@@ -48,6 +48,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *[_LONG] * 3,
         *[_INT] * 5,
     ),
+    "hb_mask_logits": (_POINTER, _POINTER, _INT),
     "hb_paged_attention": (*[_POINTER] * 7, *[_LONG] * 4, *[_INT] * 6, _FLOAT, _FLOAT, _INT),
 }
 
@@ -409,3 +410,12 @@ def paged_attention(
     if failed:
         raise MemoryError("paged attention could not allocate its scratch memory")
     return out_TNH
+
+
+def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
+    """See `dispatch.mask_logits`."""
+    if not logits_V.is_contiguous():
+        reference.mask_logits(logits_V, allowed_W)
+        return
+    assert 32 * len(allowed_W) >= len(logits_V), f"{len(allowed_W)} words, {len(logits_V)} logits"
+    _library().hb_mask_logits(logits_V.data_ptr(), allowed_W.data_ptr(), len(logits_V))

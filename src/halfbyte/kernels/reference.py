@@ -213,3 +213,11 @@ def paged_attention(
         out_JKGH = torch.einsum("kgjc,ckh->jkgh", weights_KGJC, v_CKH)
         out_TNH[first:last] = out_JKGH.flatten(1, 2).to(q_TNH.dtype)
     return out_TNH
+
+
+def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
+    """See `dispatch.mask_logits`."""
+    # V / 8 bytes travel to a device, not V.
+    octets = allowed_W.view(torch.uint8).to(logits_V.device)
+    bits_O8 = octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
+    logits_V.masked_fill_(bits_O8.view(-1)[: len(logits_V)] == 0, -torch.inf)

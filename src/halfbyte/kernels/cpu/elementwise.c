@@ -172,3 +172,24 @@ void hb_store_kv(const bf16 *k, long long k_stride, const bf16 *v, long long v_s
     long long num_values = 2LL * rows * num_kv_heads * head_dim;
     hb_run(&phase, 1, &job, threads_for(num_values, num_threads));
 }
+
+// ---- token masks ------------------------------------------------------------------------------
+
+// Logits of tokens whose bit is 0 become -inf. Bits: token 32 w + b is bit b of word w.
+void hb_mask_logits(float *logits, const uint32_t *allowed, int count) {
+    for (int at = 0; at < count; at += 32) {
+        uint32_t word = allowed[at / 32];
+        int left = count - at < 32 ? count - at : 32;
+        if (word == 0xffffffffu) continue;
+#if HB_AVX512
+        if (left == 32) {
+            __m512 closed = _mm512_set1_ps(-INFINITY);
+            _mm512_mask_storeu_ps(logits + at, (__mmask16)~word, closed);
+            _mm512_mask_storeu_ps(logits + at + 16, (__mmask16)(~word >> 16), closed);
+            continue;
+        }
+#endif
+        for (int b = 0; b < left; b++)
+            if (!(word >> b & 1)) logits[at + b] = -INFINITY;
+    }
+}
