@@ -18,7 +18,8 @@ that grows with N shows as a floor that no batch size changes. Answers part wher
 nearly tied, more often after more tokens; equal beginnings tell more than the count. With
 `--device cpu` the ranks are processes of one CPU, for a look at the script alone.
 
-Last record: none yet; it has not been run on several GPUs.
+Last record: benchmarks/records/tensor_parallel_gpu.json, 16 layers of the big geometry
+(`tests/cuda_checks.py` writes them: codes of random bytes, whose answers are easy to agree on).
 
 Run on a machine with N GPUs, with any checkpoint that fits one of them:
     PYTHONPATH=src python benchmarks/tensor_parallel_gpu.py DIR --size 2 --out record.json
@@ -109,6 +110,16 @@ def measure(args: argparse.Namespace, size: int) -> Measured:
     return measured
 
 
+def headline(medians: dict[str, float], batch: int, size: int) -> dict[str, str]:
+    """A row for people: one batch size."""
+    one, many = (medians[f"decode {batch}, {n} ranks, ms"] for n in (1, size))
+    return {
+        "what": f"decode, batch {batch}, {size} GPUs",
+        "figure": f"{many:.2f} ms a step",
+        "against": f"1 GPU: {one:.2f} ms ({one / many:.2f}x)",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, help="a checkpoint")
@@ -148,7 +159,12 @@ def main() -> None:
             question="a decode step and a prompt on several GPUs against one",
             command="PYTHONPATH=src python benchmarks/tensor_parallel_gpu.py "
             f"{args.directory.name} --size {args.size} --rounds {args.rounds}",
-            results={"medians": medians, "equal_answers": num_same, "answers": len(one)},
+            results={
+                "medians": medians,
+                "equal_answers": num_same,
+                "answers": len(one),
+                "headlines": [headline(medians, batch, args.size) for batch in args.batches],
+            },
             samples=samples,
         )
 

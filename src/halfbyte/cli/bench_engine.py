@@ -28,10 +28,11 @@ def run(args: argparse.Namespace) -> int:
         results, samples = results_and_samples(ceilings, config, rows)
         write(
             args.record,
-            name="engine-h200",
+            name=args.record.stem,
             question="How fast does the whole decoder run on one GPU, "
             "and what share of its floor is that?",
-            command=EXAMPLE.strip(),
+            command=f"halfbyte bench engine --geometry {args.geometry} --layers {args.layers} "
+            f"--weights {args.weights} --record benchmarks/records/{args.record.name}",
             results=results,
             samples=samples,
         )

@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
         results, samples = results_and_samples(ceilings, config, rows)
         write(
             args.record,
-            name="kernels-h200",
+            name=args.record.stem,
             question="What share of the copy rate does the streaming linear reach "
             "at each shape and batch?",
-            command=EXAMPLE.strip(),
+            command=f"halfbyte bench kernels --record benchmarks/records/{args.record.name}",
             results=results,
             samples=samples,
         )
