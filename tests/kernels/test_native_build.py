@@ -141,6 +141,12 @@ assert_bounded(native.paged_attention(q, *rest, starts, 0.2), exact.to(bf16), ex
 gate_up = torch.randn(3, 48).to(bf16)
 exact = reference.silu_mul(gate_up.float())
 assert_bounded(native.silu_mul(gate_up), exact.to(bf16), exact)
+codes = torch.arange(256, dtype=torch.uint8).repeat(3)[:48 * 15].view(15, 48).clone()
+codes[codes & 0x7F == 0x7F] = 3
+weight = (codes.view(e4m3), torch.tensor(0.3), torch.tensor(0.04))
+for made, wanted in zip(native.fp8_to_nvfp4(*weight), reference.fp8_to_nvfp4(*weight)):
+    assert torch.equal(made.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
+assert torch.equal(native.largest_fp8_code(weight[0]), reference.largest_fp8_code(weight[0]))
 """
 
 

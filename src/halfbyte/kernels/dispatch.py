@@ -4,7 +4,7 @@ An implementation is a module with functions named as the ops below: `reference`
 definition, complete, on any device) and `native` (C for CPUs, compiled at first use). An op that a
 module lacks runs in `reference`. The model and the engine call the functions of this file; tests
 walk `implementations(op)`. The kernels of `kernels/cuda` serve whole steps, not single ops, and are
-called by `model.cuda_decoder`.
+called by `model.cuda_decoder`. Beside the model's ops stand the two hot loops of `quantize`.
 
 Shapes: T tokens (flat over sequences), S sequences, D model width, F MLP width, N query heads,
 K key/value heads, H head size (H2 = H / 2), O, I out and in features, B 16-blocks along I,
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import UsageError
+from halfbyte.formats.nvfp4 import EncodedNVFP4
 from halfbyte.log import logger
 
 OPS = (
@@ -38,6 +39,8 @@ OPS = (
     "store_kv",
     "paged_attention",
     "mask_logits",
+    "largest_fp8_code",
+    "fp8_to_nvfp4",
 )
 
 # Fastest first, by device; each module states in `unavailable(device)` why it cannot run, or None.
@@ -284,3 +287,23 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
     allowed_W  int32 on the CPU, W = ceil(V / 32): bit b of word w, 1 is allowed, is token 32 w + b
     """
     _for("mask_logits", logits_V)(logits_V, allowed_W)
+
+
+def largest_fp8_code(codes: Tensor) -> Tensor:
+    """The largest magnitude among e4m3 codes, as a code without sign: e4m3, 0-d. Exact.
+
+    NaN's code is above all others, so it comes through.
+    """
+    return _for("largest_fp8_code", codes)(codes)  # type: ignore[no-any-return]
+
+
+def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> EncodedNVFP4:
+    """Encode an FP8 weight to NVFP4 with amax block scales. Exact.
+
+    codes_OI       e4m3, I % 16 == 0; not modified
+    scale          f32, one value: what the codes are multiplied by, rounded once to bf16
+    tensor_scale   f32 scalar > 0, shared by a fused group
+
+    The bytes of `encode_nvfp4(decode_fp8(codes, scale), tensor_scale)`, and its errors.
+    """
+    return _for("fp8_to_nvfp4", codes_OI)(codes_OI, scale, tensor_scale)  # type: ignore[no-any-return]

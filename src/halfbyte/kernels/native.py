@@ -8,6 +8,7 @@ Shapes: as in `dispatch`.
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import FormatError, UnsupportedError
+from halfbyte.formats.nvfp4 import EncodedNVFP4
 from halfbyte.kernels import reference
 from halfbyte.kernels.native_build import library_path
 from halfbyte.kernels.reference import DecodedWeight
+from halfbyte.kernels.requantize import requantizing_table
 from halfbyte.log import logger
 
 _FORMATS: dict[str, int] = {"bf16": 0, "fp8": 1, "nvfp4": 2}
@@ -28,6 +31,8 @@ _BLOCK_BYTES = {"bf16": 1024, "fp8": 512, "nvfp4": 256}  # of a panel, without s
 _MAX_HEAD = 256
 _MAX_GROUP = 32
 _NAN_SCALE = 0x7F
+_NAN_CODE = 0x7F
+_ITEM_CODES = 65536  # of which `cpu/requantize.c` tells the largest
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -50,6 +55,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "hb_mask_logits": (_POINTER, _POINTER, _INT),
     "hb_paged_attention": (*[_POINTER] * 7, *[_LONG] * 4, *[_INT] * 6, _FLOAT, _FLOAT, _INT),
+    "hb_fp8_to_nvfp4": (*[_POINTER] * 6, _LONG, _INT),
+    "hb_largest_code": (_POINTER, _POINTER, _LONG, _INT),
 }
 
 
@@ -419,3 +426,45 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
         return
     assert 32 * len(allowed_W) >= len(logits_V), f"{len(allowed_W)} words, {len(logits_V)} logits"
     _library().hb_mask_logits(logits_V.data_ptr(), allowed_W.data_ptr(), len(logits_V))
+
+
+# ---- e4m3 codes to NVFP4 -----------------------------------------------------------------------
+
+
+def largest_fp8_code(codes: Tensor) -> Tensor:
+    """See `dispatch.largest_fp8_code`."""
+    codes = codes.contiguous()
+    # One more, so that no code at all is a zero.
+    largest = torch.zeros(-(-codes.numel() // _ITEM_CODES) + 1, dtype=torch.uint8)
+    _library().hb_largest_code(
+        codes.data_ptr(), largest.data_ptr(), codes.numel(), torch.get_num_threads()
+    )
+    return largest.amax().view(torch.float8_e4m3fn)
+
+
+def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> EncodedNVFP4:
+    """See `dispatch.fp8_to_nvfp4`; an odd width or scale goes to torch, which refuses most."""
+    rows, columns = codes_OI.shape
+    factor = float(scale)
+    if columns % _BLOCK or columns == 0 or rows == 0 or not 0 < factor < math.inf:
+        return reference.fp8_to_nvfp4(codes_OI, scale, tensor_scale)
+    codes_OI = codes_OI.contiguous()
+    tensor_scale = tensor_scale.to(torch.float32)
+    table = requantizing_table(scale, tensor_scale)
+    codes_OI2 = torch.empty((rows, columns // 2), dtype=torch.uint8)
+    scale_OB = torch.empty((rows, columns // _BLOCK), dtype=torch.float8_e4m3fn)
+    largest = torch.empty(-(-codes_OI.numel() // _ITEM_CODES), dtype=torch.uint8)
+    _library().hb_fp8_to_nvfp4(
+        codes_OI.data_ptr(),
+        table.limits_MKB.data_ptr(),
+        table.block_scale_M.data_ptr(),
+        codes_OI2.data_ptr(),
+        scale_OB.data_ptr(),
+        largest.data_ptr(),
+        scale_OB.numel(),
+        torch.get_num_threads(),
+    )
+    code = int(largest.amax())
+    if code == _NAN_CODE or not bool(torch.isfinite(table.decoded_M[code])):
+        raise FormatError("weight holds NaN or infinity; NVFP4 has neither")
+    return EncodedNVFP4(codes_OI2, scale_OB, tensor_scale)

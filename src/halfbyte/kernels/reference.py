@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.layout import unpack_nibbles
+from halfbyte.formats.measure import chunk_values
 from halfbyte.formats.minifloat import E4M3_MAX, decode_e2m1, decode_e4m3
-from halfbyte.formats.nvfp4 import BLOCK
+from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, encode_nvfp4
 
 # Rows of a weight that `_product_f32` widens at a time: bounds its scratch memory to
 # 4096 x I x 4 bytes.
@@ -221,3 +223,18 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
     octets = allowed_W.view(torch.uint8).to(logits_V.device)
     bits_O8 = octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
     logits_V.masked_fill_(bits_O8.view(-1)[: len(logits_V)] == 0, -torch.inf)
+
+
+def largest_fp8_code(codes: Tensor) -> Tensor:
+    """See `dispatch.largest_fp8_code`."""
+    flat, chunk = codes.reshape(-1).view(torch.uint8), chunk_values(codes.device)
+    parts = [
+        flat[start : start + chunk].bitwise_and(0x7F).amax()
+        for start in range(0, flat.numel(), chunk)
+    ]
+    return torch.stack([flat.new_zeros(()), *parts]).amax().view(torch.float8_e4m3fn)
+
+
+def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> EncodedNVFP4:
+    """See `dispatch.fp8_to_nvfp4`."""
+    return encode_nvfp4(decode_fp8(codes_OI, scale), tensor_scale)

@@ -7,6 +7,7 @@ Reads each stored weight once, holds one fused group at a time and the next one.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from halfbyte.formats.fp8 import Profile, decode_fp8, encode_fp8, fp8_scale
 from halfbyte.formats.measure import largest_magnitude
 from halfbyte.formats.minifloat import E4M3_MAX
 from halfbyte.formats.nvfp4 import EncodedNVFP4, nvfp4_tensor_scale
+from halfbyte.kernels.dispatch import fp8_to_nvfp4, largest_fp8_code
 from halfbyte.modules import WeightFormat, fused_partners
 from halfbyte.quantize.scales import (
     cache_scale,
@@ -41,7 +43,7 @@ class QuantizedLinear(NamedTuple):
     source: "SourceWeight"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class SourceWeight:
     """A weight as its checkpoint stores it, on the device where it will be encoded.
 
@@ -58,11 +60,9 @@ class SourceWeight:
         For FP8 it is that of the largest code, since decoding keeps order: no weight is decoded
         for it. Raises FormatError for NaN, infinity and weights that are all zero.
         """
-        if self.scale is None:
-            largest = largest_magnitude(self.stored)
-        else:
-            # NaN's code is above all others, so it comes through.
-            largest = decode_fp8(self.largest_code(), self.scale)
+        largest = self.largest
+        if self.scale is not None:
+            largest = decode_fp8(largest, self.scale)
         value = float(largest)
         if not torch.isfinite(largest):
             raise FormatError(f"{self.name}: the weight holds NaN or infinity")
@@ -73,9 +73,12 @@ class SourceWeight:
             )
         return largest
 
-    def largest_code(self) -> Tensor:
-        """The largest e4m3 magnitude among the codes, as a code."""
-        return self.stored.view(torch.uint8).bitwise_and(0x7F).amax().view(torch.float8_e4m3fn)
+    @cached_property
+    def largest(self) -> Tensor:
+        """The largest magnitude as stored, 0-d: bf16, or an e4m3 code; NaN comes through."""
+        if self.scale is None:
+            return largest_magnitude(self.stored)
+        return largest_fp8_code(self.stored)
 
     def decoded(self) -> Tensor:
         """The weight as bf16."""
@@ -148,9 +151,15 @@ def _encode(
         return {f"{name}.weight": source.decoded()}
     if chosen == "nvfp4":
         tensor_scale = nvfp4_tensor_scale(amax, profile)
-        return nvfp4_tensors(name, encode_weight_nvfp4(source.decoded(), tensor_scale, rule))
+        return nvfp4_tensors(name, _encode_nvfp4(source, tensor_scale, rule))
     codes, scale = _encode_fp8(source, amax, profile)
     return {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+
+
+def _encode_nvfp4(source: SourceWeight, tensor_scale: Tensor, rule: WeightScales) -> EncodedNVFP4:
+    if source.scale is not None and rule == "amax":
+        return fp8_to_nvfp4(source.stored, source.scale, tensor_scale)
+    return encode_weight_nvfp4(source.decoded(), tensor_scale, rule)
 
 
 def nvfp4_tensors(name: str, encoded: EncodedNVFP4) -> dict[str, Tensor]:
@@ -173,7 +182,7 @@ def _encode_fp8(source: SourceWeight, amax: Tensor, profile: Profile) -> tuple[T
     if source.scale is None:
         scale = fp8_scale(amax, profile)
         return encode_fp8(source.stored, scale, profile), scale
-    is_max_scaled = float(source.largest_code().to(torch.float32)) == E4M3_MAX
+    is_max_scaled = float(source.largest.to(torch.float32)) == E4M3_MAX
     if is_max_scaled and profile != "direct":
         return source.stored, fp8_scale(amax, profile)
     return source.stored, source.scale.reshape(())

@@ -22,7 +22,8 @@ _BASE_BYTES_WITH_GPU = 4 << 30
 # What the driver and the libraries keep on a GPU, outside of torch's allocator.
 GPU_CONTEXT_BYTES = 700 << 20
 # What torch's allocator takes for what is asked of it: every stream keeps what it has freed. An
-# H100 took 10.0 GiB where 8.5 were counted.
+# H100 took 10.0 GiB for a layer at work and the next one, which add up to 8.4 GiB without this
+# factor and without the group that encoding reads ahead (benchmarks/records/quantize_gpu.json).
 _GPU_GAPS = 1.2
 # Vectors of one chunk that encoding keeps on a GPU, in f32 and narrower.
 _GPU_CHUNK_BYTES = 8 * 4 * GPU_CHUNK_VALUES
