@@ -523,7 +523,8 @@ def vision_on_gpu(side: int = 1540) -> dict[str, Any]:
         def drawn(*shape: int) -> torch.Tensor:
             fan_in = math.prod(shape[1:])
             values = torch.randn(shape, generator=generator, device=device) / fan_in**0.5
-            return values.to(torch.bfloat16)
+            rounded: torch.Tensor = values.to(torch.bfloat16)
+            return rounded
 
         def ones() -> torch.Tensor:
             return torch.ones(config.width, dtype=torch.bfloat16, device=device)

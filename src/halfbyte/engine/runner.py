@@ -214,6 +214,12 @@ def load_runner(
     checkpoint = Checkpoint.open(directory)
     require_trusted(checkpoint.config, config.accept)
     check_size(checkpoint.config.text, config.tensor_parallel_size)
+    if config.deterministic and config.tensor_parallel_size > 2:
+        # Two terms have one sum; the order of more is NCCL's, which may choose by size.
+        raise UnsupportedError(
+            "deterministic runs on one or two GPUs: sums over "
+            f"{config.tensor_parallel_size} ranks have no fixed order"
+        )
     reason = reason_against_kernels(checkpoint, config)
     if reason is None:
         config = replace(config, mode="fp8_declared", kv_cache="fp8")
