@@ -177,6 +177,8 @@ def limit_gpu(device: torch.device, budget_bytes: int) -> None:
     """Let this process allocate no more than the budget on a GPU: beyond it torch's own
     OutOfMemoryError is raised, whatever room the card has.
     """
-    total = torch.cuda.get_device_properties(device).total_memory
+    # The limit wants an index, which "cuda" has not.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
     share = min(1.0, max(0.0, (budget_bytes - GPU_CONTEXT_BYTES) / total))
-    torch.cuda.set_per_process_memory_fraction(share, device)
+    torch.cuda.set_per_process_memory_fraction(share, index)
