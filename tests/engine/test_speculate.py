@@ -74,8 +74,14 @@ PARAMETERS = {
         {"max_batch_tokens": 24, "max_sequences": 7},
         {"block_tokens": 4, "max_sequences": 3},
         {"block_tokens": 1},
-        # Room for little more than one sequence: answers are preempted, blocks are short.
-        {"kv_cache_tokens": 160, "max_sequences": 7, "block_tokens": 4},
+        # Room for little more than one sequence: answers are preempted, blocks are short. Prompts
+        # go in as fast as they can, so that the clock does not decide how many.
+        {
+            "kv_cache_tokens": 160,
+            "max_sequences": 7,
+            "block_tokens": 4,
+            "max_decode_slowdown": None,
+        },
     ],
     ids=["batch", "bf16", "chunks", "queue", "blocks", "preempted"],
 )
