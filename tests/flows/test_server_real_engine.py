@@ -338,7 +338,13 @@ async def test_schemas_survive_preemption(directory: Path) -> None:
     form = {"type": "regex", "regex": "([0-9]{4}-){20}[0-9]{4}"}
     messages = [{"role": "user", "content": "word " * 20}]
     async with standing(
-        directory, max_model_len=256, kv_cache_tokens=512, max_sequences=8, block_tokens=8
+        directory,
+        max_model_len=256,
+        kv_cache_tokens=512,
+        max_sequences=8,
+        block_tokens=8,
+        # The clock is not to decide how many run at once.
+        max_decode_slowdown=None,
     ) as stand:
         answers = await asyncio.gather(*(
             ask(
