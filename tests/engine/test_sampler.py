@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.sampler import IMPOSSIBLE, Sampler, logprobs_of, uniform
 from halfbyte.engine.sequence import Sequence
+from halfbyte.kernels import reference
 from tolerances import CHI_SQUARE_P
 
 VOCAB = 1000
@@ -186,6 +187,10 @@ def test_masks_leave_exactly_what_they_allow(allowed: set[int], twice: bool) -> 
     kept[list(allowed)] = True
     assert torch.equal(logits[kept], LOGITS[kept])
     assert torch.isinf(logits[~kept]).all() and (logits[~kept] < 0).all()
+    # What runs on another device makes the same of the same bits.
+    closed = LOGITS.clone()
+    reference.mask_logits(closed, sampler._words)
+    assert torch.equal(closed, logits)
 
 
 def test_different_bans_stay_in_their_rows() -> None:
