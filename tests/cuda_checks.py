@@ -7,17 +7,17 @@
     python tests/cuda_checks.py run DIR                    every check, on a GPU
     python tests/cuda_checks.py compare MODEL OUT.json OTHER.json
                                                            a real model against both, on a GPU
-    python tests/cuda_checks.py speed LAYERS               the engine on the big geometry
+    python tests/cuda_checks.py speed LAYERS [RECORD]      the engine on the big geometry
     python tests/cuda_checks.py fast MODEL                 mode "fast" against "exact", on a GPU
     python tests/cuda_checks.py vision                     the image encoder, on a GPU
-    python tests/cuda_checks.py start DIR LAYERS           a checkpoint of it, from page cache
+    python tests/cuda_checks.py start DIR LAYERS [RECORD]  a checkpoint of it, from page cache
 
 `engine/test_cuda_engine.py` runs the checks under pytest.
 """
 
-import gc
 import json
 import math
+import shlex
 import sys
 import time
 import traceback
@@ -31,12 +31,14 @@ from typing import Any
 
 import torch
 
+from halfbyte.bench import record
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.cuda_runner import CudaRunner, build_runner
 from halfbyte.engine.graphs import HopperExecutor
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
+from halfbyte.kernels import dispatch
 from halfbyte.model.cuda_load import load_cuda_weights
 
 # How far apart the CPU's two best log-probs may lie where the GPU takes the other one, and how far
@@ -246,6 +248,23 @@ def check_device_and_host_choose_alike(directory: Path) -> str:
     return "5 kinds of request"
 
 
+def check_masks_are_those_of_the_cpu(directory: Path) -> str:
+    """Logits on the device, closed by bits that the host wrote."""
+    del directory
+    generator = torch.Generator().manual_seed(6)
+    sizes = (1, 31, 33, 1000, 131072)
+    for size in sizes:
+        words = torch.randint(
+            -(2**31), 2**31, (-(-size // 32),), dtype=torch.int32, generator=generator
+        )
+        wanted = torch.randn(size, generator=generator)
+        found = wanted.cuda()
+        dispatch.mask_logits(wanted, words)
+        dispatch.mask_logits(found, words)
+        assert torch.equal(found.cpu(), wanted), size
+    return f"{len(sizes)} vocabularies"
+
+
 def check_deterministic(directory: Path) -> str:
     """A prompt's tokens and log-probs, bit for bit, alone and in company."""
     prompts = [prompt_of(length, length) for length in LENGTHS]
@@ -285,6 +304,7 @@ CHECKS: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
     ("bf16", check_tokens_are_those_of_the_cpu, {}),
     ("mixed", check_two_runs_are_identical, {}),
     ("mixed", check_device_and_host_choose_alike, {}),
+    ("mixed", check_masks_are_those_of_the_cpu, {}),
     ("mixed", check_deterministic, {}),
 )
 
@@ -689,7 +709,11 @@ def start_big(directory: Path, num_layers: int) -> dict[str, Any]:
     """From a directory in page cache to an engine that has answered."""
     start = time.perf_counter()
     num_bytes = write_big(directory, num_layers)
-    result: dict[str, Any] = {"bytes": num_bytes, "written_s": time.perf_counter() - start}
+    result: dict[str, Any] = {
+        "layers": num_layers,
+        "bytes": num_bytes,
+        "written_s": time.perf_counter() - start,
+    }
     for turn in ("first", "second"):
         start = time.perf_counter()
         config = EngineConfig(device="cuda", max_model_len=8192, max_sequences=64)
@@ -706,10 +730,6 @@ def start_big(directory: Path, num_layers: int) -> dict[str, Any]:
         }
         executor_of(engine)
         del engine
-        # Engine and runner refer to each other; two of 90 GB do not fit at once.
-        gc.collect()
-        torch.cuda.empty_cache()
-        print(turn, result[turn], flush=True)
     return result
 
 
@@ -773,6 +793,46 @@ def _prompt_ms(engine: Engine, length: int) -> float:
     return round(least * 1e3, 2)
 
 
+def deterministic_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """A line for each batch size: greedy, the device ahead of the host."""
+    plain, fixed = found["plain"], found["deterministic"]
+    return [
+        {
+            "what": f"deterministic decoding, batch {batch}",
+            "figure": f"{fixed[f'decode_{batch}_ms']['ahead']:.1f} ms a step",
+            "against": f"plain {plain[f'decode_{batch}_ms']['ahead']:.1f} ms",
+        }
+        for batch in (1, 16, 64)
+    ]
+
+
+def start_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """One line: the slower of the two starts."""
+    seconds = max(found[turn]["first_token_s"] for turn in ("first", "second"))
+    return [
+        {
+            "what": f"start, {found['bytes'] / 1e9:.1f} GB in page cache to the first token",
+            "figure": f"{seconds:.1f} s",
+            "against": "nothing",
+        }
+    ]
+
+
+def report(
+    name: str,
+    question: str,
+    found: dict[str, Any],
+    rows: Callable[[dict[str, Any]], list[dict[str, str]]],
+    out: Sequence[str],
+) -> None:
+    """Print what was found, and write it as a record if there is a path for one."""
+    print(json.dumps(found))
+    if out:
+        results = {"config": {"layers": found["layers"]}, "headlines": rows(found), **found}
+        command = shlex.join(["PYTHONPATH=src:tests", "python", *sys.argv])
+        record.write(Path(out[0]), name=name, question=question, command=command, results=results)
+
+
 def main() -> int:
     command, *arguments = sys.argv[1:]
     paths = [Path(argument) for argument in arguments]
@@ -787,13 +847,25 @@ def main() -> int:
     elif command == "compare":
         print(json.dumps(compare(*paths)))
     elif command == "speed":
-        print(json.dumps(speed(int(arguments[0]))))
+        report(
+            "deterministic",
+            "What does batch-invariant decoding cost the serving engine?",
+            speed(int(arguments[0])),
+            deterministic_rows,
+            arguments[1:],
+        )
     elif command == "fast":
         print(json.dumps(fast_against_exact(paths[0])))
     elif command == "vision":
         print(json.dumps(vision_on_gpu()))
     elif command == "start":
-        print(json.dumps(start_big(paths[0], int(arguments[1]))))
+        report(
+            "start",
+            "How long from a checkpoint in page cache to the first token?",
+            start_big(paths[0], int(arguments[1])),
+            start_rows,
+            arguments[2:],
+        )
     else:
         print(__doc__)
         return 2

@@ -559,6 +559,7 @@ def load_rank(
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.set_device(device)
+    _free_what_is_gone()
     library = KernelLibrary(device)
     has_images = checkpoint.config.vision is not None and communicator.rank == 0
     shard = None
@@ -569,6 +570,14 @@ def load_rank(
             checkpoint, device, num_spare_embeddings=MAX_ROWS if has_images else 0, shard=shard
         )
     return library, weights
+
+
+def _free_what_is_gone() -> None:
+    """Give back the memory of an engine that was here before: it is only gone once its cycles are,
+    and two sets of weights may not fit at once.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def build_runner(
@@ -591,9 +600,7 @@ def build_runner(
     sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
     longest = config.max_model_len or text.max_positions
     max_pages = -(-longest // config.block_tokens)
-    # An engine that was here before may only be gone once its cycles are.
-    gc.collect()
-    torch.cuda.empty_cache()
+    _free_what_is_gone()
     compile_kernels(weights, config.block_tokens, sizes, config.prefill)
     shared = SharedBuffers()
 

@@ -49,7 +49,7 @@ from halfbyte.model.cuda_decoder import (
     SharedBuffers,
     layer_linears,
 )
-from halfbyte.model.parallel import Communicator, ProcessGroup, Solo, embedding_rows, split
+from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
 
 # Rows a graph may have: the widest streaming linear.
@@ -337,8 +337,7 @@ class HopperExecutor:
             step.capture(pool)
             self._steps[size] = step
         torch.cuda.synchronize()
-        if isinstance(self._communicator, ProcessGroup):
-            self._communicator.before_close(self._release)
+        self._communicator.before_close(self._release)
         self._capture_s = time.perf_counter() - start
         self._graph_bytes = free_before - torch.cuda.mem_get_info()[0]
         logger.info(

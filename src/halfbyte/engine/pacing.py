@@ -33,7 +33,7 @@ class PrefillPacer:
         self._decodes_s: deque[float] = deque(maxlen=_NUM_DECODES)
         self._decode_s: float | None = None
         self._prompt_token_s: float | None = None
-        # Steps with prompts since the last that only generated.
+        # Steps that did both, one after the other.
         self._num_mixed = 0
 
     def max_prefill_tokens(self) -> int | None:
@@ -51,20 +51,18 @@ class PrefillPacer:
 
     def observe(self, seconds: float, num_decodes: int, num_prompt_tokens: int) -> None:
         """Learn from a finished step."""
+        is_mixed = num_prompt_tokens > 0 and num_decodes > 0
+        self._num_mixed = self._num_mixed + 1 if is_mixed else 0
         if num_prompt_tokens == 0:
-            self._num_mixed = 0
             self._decodes_s.append(seconds)
             self._decode_s = statistics.median(self._decodes_s)
         elif num_decodes == 0:
-            self._num_mixed = 0
             # A pure prompt step is cheaper a token than one beside answers; a start, no more.
             if self._prompt_token_s is None:
                 self._prompt_token_s = seconds / num_prompt_tokens
-        else:
-            self._num_mixed += 1
-            if self._decode_s is not None:
-                extra_s = max(seconds - self._decode_s, 0.05 * seconds)
-                self._prompt_token_s = _smooth(self._prompt_token_s, extra_s / num_prompt_tokens)
+        elif self._decode_s is not None:
+            extra_s = max(seconds - self._decode_s, 0.05 * seconds)
+            self._prompt_token_s = _smooth(self._prompt_token_s, extra_s / num_prompt_tokens)
 
 
 def _smooth(old: float | None, new: float) -> float:

@@ -50,6 +50,9 @@ class Communicator(Protocol):
         widths  columns of each rank; `x_RO` has this rank's
         """
 
+    def before_close(self, release: Callable[[], None]) -> None:
+        """Have `release` called when the ranks part: it lets go of what refers to their group."""
+
 
 class Solo:
     """One process that holds everything."""
@@ -66,6 +69,9 @@ class Solo:
     def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
         del widths
         return x_RO
+
+    def before_close(self, release: Callable[[], None]) -> None:
+        del release  # there is no group to leave
 
 
 class ProcessGroup:
@@ -143,7 +149,6 @@ class ProcessGroup:
             group.abort()
 
     def before_close(self, release: Callable[[], None]) -> None:
-        """Have `release` called when the group is left: it lets go of what refers to the group."""
         self._releases.append(release)
 
     def close(self) -> None:
