@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.bench import record
+from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
@@ -160,6 +161,7 @@ def main() -> None:
             command="PYTHONPATH=src python benchmarks/tensor_parallel_gpu.py "
             f"{args.directory.name} --size {args.size} --rounds {args.rounds}",
             results={
+                "config": {"layers": Checkpoint.open(args.directory).config.text.num_layers},
                 "medians": medians,
                 "equal_answers": num_same,
                 "answers": len(one),

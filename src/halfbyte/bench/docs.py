@@ -50,7 +50,8 @@ def where(record: Record) -> str:
     """The machine in a few words."""
     machine = record["machine"]
     if "gpu" in machine:
-        return str(machine["gpu"])
+        layers = record["results"].get("config", {}).get("layers")
+        return f"{machine['gpu']}" + (f", {layers} layers" if layers else "")
     return f"{machine['processor']}, {machine['threads']} threads"
 
 

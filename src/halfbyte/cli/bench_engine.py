@@ -1,6 +1,8 @@
 """`halfbyte bench engine`: the whole decoder on one GPU, synthetic weights, one record."""
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from halfbyte.errors import UsageError
@@ -31,8 +33,7 @@ def run(args: argparse.Namespace) -> int:
             name=args.record.stem,
             question="How fast does the whole decoder run on one GPU, "
             "and what share of its floor is that?",
-            command=f"halfbyte bench engine --geometry {args.geometry} --layers {args.layers} "
-            f"--weights {args.weights} --record benchmarks/records/{args.record.name}",
+            command=shlex.join(["halfbyte", *sys.argv[1:]]),
             results=results,
             samples=samples,
         )

@@ -1,6 +1,8 @@
 """`halfbyte bench kernels`: each product of a decoder layer on one GPU, one record."""
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 EXAMPLE = "  halfbyte bench kernels --record benchmarks/records/kernels-h200.json"
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             name=args.record.stem,
             question="What share of the copy rate does the streaming linear reach "
             "at each shape and batch?",
-            command=f"halfbyte bench kernels --record benchmarks/records/{args.record.name}",
+            command=shlex.join(["halfbyte", *sys.argv[1:]]),
             results=results,
             samples=samples,
         )
