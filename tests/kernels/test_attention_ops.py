@@ -1,6 +1,7 @@
 """Paged attention: every CPU implementation against dense attention in float64."""
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,14 @@ NATIVE = pytest.mark.skipif(
 )
 E4M3 = torch.float8_e4m3fn
 CASES = range(24)
+
+
+@pytest.fixture(params=["matrix unit", "vectors"])
+def unit(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Native attention with and without the matrix unit; the same twice where there is none."""
+    before = native.allow_tiles(request.param == "matrix unit")
+    yield request.param
+    native.allow_tiles(before)
 
 
 @dataclass
@@ -69,15 +78,19 @@ class Batch:
         return torch.cat(out)
 
 
-def make_batch(seed: int) -> Batch:
+def make_batch(
+    seed: int,
+    head_dims: Sequence[int] = (16, 24, 32, 64, 128),
+    earlier_tokens: Sequence[int] = (0, 1, 15, 16, 17, 255, 256, 300),
+) -> Batch:
     """Random geometry; queries and contexts around page, tile and split ends; pages shuffled."""
     dice = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    head_dim, kv_heads = dice.choice([16, 24, 32, 64, 128]), dice.choice([1, 2, 3])
+    head_dim, kv_heads = dice.choice(head_dims), dice.choice([1, 2, 3])
     heads, page_tokens = kv_heads * dice.choice([1, 3, 4, 12]), dice.choice([1, 4, 16, 32])
     queries = [dice.choice([1, 1, 2, 7, 0, 40]) for _ in range(dice.choice([1, 3, 5]))]
     queries[0] = max(queries[0], 1)
-    earlier = [dice.choice([0, 1, 15, 16, 17, 255, 256, 300]) for _ in queries]
+    earlier = [dice.choice(earlier_tokens) for _ in queries]
     lengths = [new + old for new, old in zip(queries, earlier, strict=True)]
     needed = [-(-length // page_tokens) for length in lengths]
     dtype = dice.choice([E4M3, E4M3, torch.bfloat16])
@@ -107,10 +120,27 @@ def test_any_ragged_batch_equals_dense_attention(name: str, seed: int) -> None:
     assert_bounded(result, batch.dense(torch.bfloat16), batch.dense(torch.float64))
 
 
+# Contexts about the ends of splits and of spans (1,024 tokens); widths that the matrix unit takes.
+LONG: dict[str, Sequence[int]] = {
+    "head_dims": (64, 64, 128, 192, 256),
+    "earlier_tokens": (0, 31, 255, 300, 1000, 1023, 1024, 2300),
+}
+
+
 @NATIVE
-@pytest.mark.parametrize("seed", CASES)
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("seed", range(12))
+def test_long_contexts_equal_dense_attention(seed: int) -> None:
+    batch = make_batch(seed, **LONG)
+    result = batch.run(native.paged_attention)
+    assert_bounded(result, batch.dense(torch.bfloat16), batch.dense(torch.float64))
+
+
+@NATIVE
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("seed", [*CASES, *range(100, 112)])
 def test_a_query_gets_the_same_bits_alone_in_chunks_and_on_one_thread(seed: int) -> None:
-    batch = make_batch(seed)
+    batch = make_batch(seed) if seed in CASES else make_batch(seed, **LONG)
     together = batch.run(native.paged_attention)
     threads = torch.get_num_threads()
     try:
@@ -124,6 +154,25 @@ def test_a_query_gets_the_same_bits_alone_in_chunks_and_on_one_thread(seed: int)
             if stop - count >= int(batch.starts[s]):
                 alone = batch.alone(s, count).run(native.paged_attention)
                 assert torch.equal(alone, together[stop - count : stop])
+
+
+@NATIVE
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("poison", ["keys", "queries"])
+def test_nan_reaches_the_queries_that_see_it_and_no_other(poison: str) -> None:
+    k_cache, v_cache = torch.randn(2, 40, 16, 1, 64).to(E4M3)
+    q = torch.randn(30, 3, 64).bfloat16()
+    if poison == "keys":
+        k_cache[38, 5] = float("nan")  # token 613, which queries 13 to 29 see
+        expected = torch.arange(30) >= 13
+    else:
+        q[13] = float("nan")
+        expected = torch.arange(30) == 13
+    out = native.paged_attention(
+        *(q, k_cache, v_cache, 1.0, 1.0, torch.arange(40, dtype=torch.int32)[None]),
+        *(torch.tensor([630]).int(), torch.tensor([0, 30]).int(), 0.125),
+    )
+    assert torch.equal(out.isnan().any(-1).any(-1), expected)
 
 
 @NATIVE

@@ -175,7 +175,8 @@ def measure(
     say(f"a prompt of {sizes.stall_tokens} tokens beside a stream")
     shallow = write_shallow(directory, scratch, sizes)
     room = 2 * sizes.stall_tokens + 4096
-    with served(shallow, threads, "--kv-cache-tokens", room) as server:
+    # Keys and values as the quantized model keeps them.
+    with served(shallow, threads, "--kv-cache-tokens", room, "--kv-cache", "fp8") as server:
         asyncio.run(_gaps(server.url, sizes, report))
         helpers += server.cpu_s()
     measured = watch.usage(helpers)

@@ -238,6 +238,7 @@ class Engine:
         num_decodes = sum(work.count == 1 and work.is_last for work in works)
         if self._speculator is not None:
             works = self._speculator.propose(works, self._scheduler)
+        self._sampler.prepare(work.sequence for work in works if work.is_last)
         if self._drafter is None:
             events = self._conclude(works, self._runner.run(works))
         else:
@@ -366,7 +367,8 @@ class Engine:
         return self._runner.failure
 
     def close(self) -> None:
-        """End the processes of other tensor-parallel ranks; no step can run then."""
+        """End threads and the processes of other tensor-parallel ranks; no step can run then."""
+        self._sampler.close()
         self._runner.close()
 
     def check(self) -> None:

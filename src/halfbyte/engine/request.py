@@ -111,8 +111,9 @@ class SamplingParams:
 class TokenMask(Protocol):
     """Which tokens may come next: a grammar, a budget, a forced sequence.
 
-    Belongs to one request. Called on the engine thread: `fill` before a token is chosen, then
-    `accept` with the token, in order, once a token; never again after `is_finished`.
+    Belongs to one request. `fill` before a token is chosen, then `accept` with the token, in order,
+    once a token; never again after `is_finished`. One call at a time, from a thread of the engine:
+    `fill` runs beside the model.
     """
 
     def fill(self, bitmask: NDArray[np.uint32]) -> None:

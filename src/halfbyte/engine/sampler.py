@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halfbyte.engine.masks import MaskFiller
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokenLogprobs
 from halfbyte.engine.sequence import Sequence
 from halfbyte.kernels import dispatch
@@ -58,15 +59,23 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._device = device
         self._hook = logits_hook
-        self._bitmask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
-        self._words = torch.from_numpy(self._bitmask.view(np.int32))
+        self._masks = MaskFiller(vocab_size)
         # A server sends one of very few lists, again and again.
         self._banned: dict[tuple[int, ...], Tensor] = {}
+
+    def prepare(self, sequences: Iterable[Sequence]) -> None:
+        """Start on what `choose` will need and no logits are needed for: their masks."""
+        self._masks.begin(sequence.request for sequence in sequences)
+
+    def close(self) -> None:
+        """End the threads that fill masks."""
+        self._masks.close()
 
     def choose(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[Choice]:
         """Choose one token for each row; `logits_RV` (f32) is changed in place.
 
-        A mask is filled here; the caller tells it which token was accepted.
+        A mask that `prepare` did not fill is filled here; the caller tells it which token was
+        accepted.
         """
         if self._hook is None and all(map(_is_plain, sequences)):
             self._ban(logits_RV, sequences)
@@ -134,15 +143,14 @@ class Sampler:
             self._mask(logits_V, request)
 
     def _mask(self, logits_V: Tensor, request: GenerationRequest) -> None:
-        assert request.mask is not None
         try:
-            request.mask.fill(self._bitmask)
+            words = self._masks.words(request)
         # A mask is foreign code; its failure ends its own request and no other.
         except Exception:
             logger.exception("the mask of request %s failed", request.request_id)
             logits_V.fill_(-torch.inf)
             return
-        dispatch.mask_logits(logits_V, self._words)
+        dispatch.mask_logits(logits_V, words)
 
     def _penalize(self, logits_V: Tensor, sequence: Sequence, params: SamplingParams) -> None:
         counts = sequence.counts

@@ -55,9 +55,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "hb_mask_logits": (_POINTER, _POINTER, _INT),
     "hb_paged_attention": (*[_POINTER] * 7, *[_LONG] * 4, *[_INT] * 6, _FLOAT, _FLOAT, _INT),
+    "hb_allow_tiles": (_INT,),
     "hb_fp8_to_nvfp4": (*[_POINTER] * 6, _LONG, _INT),
     "hb_largest_code": (_POINTER, _POINTER, _LONG, _INT),
 }
+_TELLING = ("hb_paged_attention", "hb_allow_tiles")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +88,7 @@ def _library() -> ctypes.CDLL:
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = signature
-        function.restype = ctypes.c_int if name == "hb_paged_attention" else None
+        function.restype = ctypes.c_int if name in _TELLING else None
     logger.info("native kernels: %s", path)
     return library
 
@@ -417,6 +419,13 @@ def paged_attention(
     if failed:
         raise MemoryError("paged attention could not allocate its scratch memory")
     return out_TNH
+
+
+def allow_tiles(allowed: bool) -> bool:
+    """Whether later calls of `paged_attention` may use the matrix unit of the processor, where it
+    has one (AMX); for tests and comparisons. Returns what held before.
+    """
+    return bool(_library().hb_allow_tiles(allowed))
 
 
 def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:

@@ -2,49 +2,21 @@
 //
 // A unit is a few neighbouring queries of one sequence and all query heads of one key/value head. The
 // context is walked in splits of 256 tokens from position 0: scores of a split (keys decoded and
-// transposed 16 tokens at a time), their maximum and exponentials, then weighted values; the splits'
-// results are merged in order. Splits are fixed by position, so a query's result does not depend on
-// its neighbours, on how a prompt is cut into chunks, or on the number of threads.
+// transposed 16 tokens at a time), their maximum and exponentials, then weighted values; the results
+// of four splits are merged in order, then those of these spans. Both are fixed by position, so a
+// query's result does not depend on its neighbours, on how a prompt is cut into chunks, or on the
+// number of threads.
 //
-// With few units (decode) the splits of a unit are items of their own and a second phase merges them.
+// With few units (decode) the spans of a unit are items of their own and a second phase merges them.
 //
 // Bytes: 2*C*K*H a sequence and query tile; FLOPs: 4*T*N*H*C. Limits: H a multiple of 4, at most 256.
 
 #include <stdlib.h>
 
+#include "attention.h"
 #include "pool.h"
-#include "vectors.h"
 
-enum { LANES = 16, SPLIT = 256, TILE = 16, MAX_ROWS = 32, MAX_HEAD = 256 };
-
-typedef struct {
-    const bf16 *q;                              // (tokens, heads, head_dim), dense
-    bf16 *out;                                  // the same
-    const uint8_t *k_cache, *v_cache;
-    long long page_stride, slot_stride, head_stride;  // elements
-    const int32_t *block_table;
-    const int32_t *context_lengths, *query_starts;
-    long long table_stride;
-    int num_sequences, page_tokens, num_heads, num_kv_heads, head_dim, is_fp8;
-    float score_scale, v_scale;
-    int tokens_per_unit, num_units, max_splits, is_split;
-    const int32_t *units;                       // (units, 3): sequence, first query, kv head
-    float *partial;                             // (units, splits, rows, 2 + head_dim)
-} attention;
-
-// The part of a unit that everything below works on.
-typedef struct {
-    int sequence, kv_head, num_rows, group;
-    int position[MAX_ROWS];                     // of the row's query
-    const bf16 *q[MAX_ROWS];
-    bf16 *out[MAX_ROWS];
-} unit;
-
-// Result of a row over some splits: softmax maximum, sum of exponentials, weighted values.
-typedef struct {
-    float max, sum;
-    float values[MAX_HEAD] __attribute__((aligned(64)));
-} state;
+enum { VECTOR_ROWS = 32 };  // of a unit without the matrix unit: their scores stay in the first cache
 
 static void read_unit(const attention *job, int index, unit *u) {
     const int32_t *entry = job->units + 3 * index;
@@ -64,111 +36,6 @@ static void read_unit(const attention *job, int index, unit *u) {
             u->out[u->num_rows] = job->out + head * (size_t)job->head_dim;
             u->num_rows++;
         }
-}
-
-// Element offsets in the caches of the tokens of a split; one division for all of them.
-INLINE void find_tokens(const attention *job, const unit *u, int first, int count,
-                        long long offsets[SPLIT]) {
-    const int32_t *page = job->block_table + u->sequence * job->table_stride + first / job->page_tokens;
-    int slot = first % job->page_tokens;
-    for (int t = 0; t < count; t++, slot++) {
-        if (slot == job->page_tokens) slot = 0, page++;
-        offsets[t] = *page * job->page_stride + slot * job->slot_stride + u->kv_head * job->head_stride;
-    }
-}
-
-// Rows of a page lie apart by the other heads' bytes, which the hardware's prefetching does not
-// follow well: ask for the next tile's keys and, as they come later, this tile's values.
-INLINE void prefetch_tile(const attention *job, int row_bytes, const long long *offsets, int count,
-                          int num_next) {
-    int width = job->is_fp8 ? 1 : 2;
-    for (int at = 0; at < row_bytes; at += 64) {
-        for (int t = 0; t < num_next; t++)
-            __builtin_prefetch(job->k_cache + offsets[TILE + t] * width + at);
-        for (int t = 0; t < count; t++) __builtin_prefetch(job->v_cache + offsets[t] * width + at);
-    }
-}
-
-// The same 64 bytes of 16 tokens -> word i of all tokens in vector i.
-#if HB_AVX512
-INLINE void transpose_words(const uint8_t *const row[TILE], int at, u8x64 words[TILE]) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(row[i] + at);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int n = 0; n < 2; n++) {
-            a[i + 2 * n] = _mm512_unpacklo_epi64(b[i + n], b[i + n + 2]);
-            a[i + 2 * n + 1] = _mm512_unpackhi_epi64(b[i + n], b[i + n + 2]);
-        }
-    // a[4 g + w], 128-bit lane q: word 4 q + w of tokens 4 g .. 4 g + 3
-    for (int w = 0; w < 4; w++) {
-        __m512i low = _mm512_shuffle_i32x4(a[w], a[4 + w], 0x88);
-        __m512i low_odd = _mm512_shuffle_i32x4(a[w], a[4 + w], 0xdd);
-        __m512i high = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0x88);
-        __m512i high_odd = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0xdd);
-        words[w] = (u8x64)_mm512_shuffle_i32x4(low, high, 0x88);
-        words[8 + w] = (u8x64)_mm512_shuffle_i32x4(low, high, 0xdd);
-        words[4 + w] = (u8x64)_mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
-        words[12 + w] = (u8x64)_mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
-    }
-}
-
-// Four codes of each token -> in each 16-byte lane the first two codes of its tokens, then the others.
-INLINE u8x64 split_pairs(u8x64 words) {
-    __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    return (u8x64)_mm512_shuffle_epi8((__m512i)words, _mm512_broadcast_i32x4(order));
-}
-#else
-INLINE void transpose_words(const uint8_t *const row[TILE], int at, u8x64 words[TILE]) {
-    for (int i = 0; i < TILE; i++)
-        for (int t = 0; t < TILE; t++) memcpy((uint8_t *)&words[i] + 4 * t, row[t] + at + 4 * i, 4);
-}
-
-INLINE u8x64 split_pairs(u8x64 words) {
-    uint8_t from[64], to[64];
-    memcpy(from, &words, sizeof from);
-    for (int t = 0; t < TILE; t++)
-        for (int n = 0; n < 4; n++)
-            to[(t / 4) * 16 + (n / 2) * 8 + (t % 4) * 2 + n % 2] = from[4 * t + n];
-    memcpy(&words, to, sizeof words);
-    return words;
-}
-#endif
-
-// Keys of 16 tokens as pairs of neighbouring features, tokens in the lanes: (head_dim / 2) vectors.
-INLINE void load_keys(const attention *job, int head_dim, const long long *offsets, int count,
-                      u16x32 *keys) {
-    const uint8_t *row[TILE];
-    int width = job->is_fp8 ? 1 : 2, row_bytes = head_dim * width;
-    for (int t = 0; t < TILE; t++)  // lanes without a token repeat the last one; nobody reads them
-        row[t] = job->k_cache + offsets[t < count ? t : count - 1] * width;
-    for (int at = 0; at < row_bytes; at += 64) {
-        u8x64 words[TILE];
-        int num_words = TILE;
-        if (row_bytes - at >= 64) {
-            transpose_words(row, at, words);
-        } else {
-            num_words = (row_bytes - at) / 4;
-            for (int i = 0; i < num_words; i++)
-                for (int t = 0; t < TILE; t++)
-                    memcpy((uint8_t *)&words[i] + 4 * t, row[t] + at + 4 * i, 4);
-        }
-        for (int i = 0; i < num_words; i++)
-            if (job->is_fp8)
-                decode_e4m3_64(split_pairs(words[i]), &keys[at / 2 + 2 * i], &keys[at / 2 + 2 * i + 1]);
-            else
-                memcpy(&keys[at / 4 + i], &words[i], 64);
-    }
-}
-
-// Widened values lie in groups of 64 in the order of decode_e4m3_64_f32 where whole groups are
-// decoded, else as stored: the place in the result of what stands at `i`.
-INLINE int place_of(const attention *job, int i) {
-    if (!job->is_fp8 || i >= job->head_dim / 64 * 64) return i;
-    return i / 64 * 64 + i / 4 % 4 * 16 + i / 16 % 4 * 4 + i % 4;
 }
 
 // Values of up to 16 tokens widened to f32: values[token][head_dim], see place_of.
@@ -319,6 +186,10 @@ INLINE void attend_split_of(const attention *job, const unit *u, int head_dim, i
 }
 
 static void attend_split(const attention *job, const unit *u, int split, state *results) {
+    if (job->use_tiles) {
+        hb_attend_split_on_tiles(job, u, split, results);
+        return;
+    }
     switch (job->head_dim) {
         case 64: attend_split_of(job, u, 64, split, results); break;
         case 128: attend_split_of(job, u, 128, split, results); break;
@@ -344,40 +215,56 @@ INLINE void finish(const attention *job, bf16 *out, float sum, const float *valu
         out[place_of(job, i)] = float_to_bf16(values[i] * scale);
 }
 
-// Phase of whole units: the splits one after the other.
+// All rows of a unit over the splits of one span. Rows whose query stands before it mean nothing.
+static void attend_span(const attention *job, const unit *u, int span, state *results) {
+    static __thread state now[MAX_ROWS];
+    int last = u->position[u->num_rows - 1];
+    for (int split = span * SPAN; split < (span + 1) * SPAN && split * SPLIT <= last; split++) {
+        if (split == span * SPAN) {
+            attend_split(job, u, split, results);
+            continue;
+        }
+        attend_split(job, u, split, now);
+        for (int r = 0; r < u->num_rows; r++)
+            if (u->position[r] >= split * SPLIT)
+                merge(&results[r].max, &results[r].sum, results[r].values, &now[r], job->head_dim);
+    }
+}
+
+// Phase of whole units: the spans one after the other.
 static void attend_unit(const void *context, int item) {
     const attention *job = context;
     unit u;
     static __thread state total[MAX_ROWS], now[MAX_ROWS];
     read_unit(job, item, &u);
-    for (int split = 0; split * SPLIT <= u.position[u.num_rows - 1]; split++) {
-        attend_split(job, &u, split, split == 0 ? total : now);
-        if (split == 0) continue;
+    attend_span(job, &u, 0, total);
+    for (int span = 1; span * SPAN * SPLIT <= u.position[u.num_rows - 1]; span++) {
+        attend_span(job, &u, span, now);
         for (int r = 0; r < u.num_rows; r++)
-            if (u.position[r] >= split * SPLIT)
+            if (u.position[r] >= span * SPAN * SPLIT)
                 merge(&total[r].max, &total[r].sum, total[r].values, &now[r], job->head_dim);
     }
     for (int r = 0; r < u.num_rows; r++) finish(job, u.out[r], total[r].sum, total[r].values);
 }
 
-INLINE float *partial_of(const attention *job, int index, int split, int row) {
+INLINE float *partial_of(const attention *job, int index, int span, int row) {
     size_t rows = (size_t)(job->tokens_per_unit * (job->num_heads / job->num_kv_heads));
-    size_t at = ((size_t)index * (size_t)job->max_splits + (size_t)split) * rows + (size_t)row;
+    size_t at = ((size_t)index * (size_t)job->max_spans + (size_t)span) * rows + (size_t)row;
     return job->partial + at * (size_t)(job->head_dim + 2);
 }
 
-// Phase of single splits; the item is unit * max_splits + split.
-static void attend_one_split(const void *context, int item) {
+// Phase of single spans; the item is unit * max_spans + span.
+static void attend_one_span(const void *context, int item) {
     const attention *job = context;
-    int index = item / job->max_splits, split = item % job->max_splits;
+    int index = item / job->max_spans, span = item % job->max_spans, start = span * SPAN * SPLIT;
     unit u;
     static __thread state now[MAX_ROWS];
     read_unit(job, index, &u);
-    if (split * SPLIT > u.position[u.num_rows - 1]) return;
-    attend_split(job, &u, split, now);
+    if (start > u.position[u.num_rows - 1]) return;
+    attend_span(job, &u, span, now);
     for (int r = 0; r < u.num_rows; r++) {
-        if (u.position[r] < split * SPLIT) continue;
-        float *to = partial_of(job, index, split, r);
+        if (u.position[r] < start) continue;
+        float *to = partial_of(job, index, span, r);
         to[0] = now[r].max, to[1] = now[r].sum;
         memcpy(to + 2, now[r].values, (size_t)job->head_dim * sizeof(float));
     }
@@ -389,12 +276,12 @@ static void merge_unit(const void *context, int item) {
     read_unit(job, item, &u);
     for (int r = 0; r < u.num_rows; r++) {
         state total, now;
-        for (int split = 0; split * SPLIT <= u.position[r]; split++) {
-            state *into = split == 0 ? &total : &now;
-            const float *from = partial_of(job, item, split, r);
+        for (int span = 0; span * SPAN * SPLIT <= u.position[r]; span++) {
+            state *into = span == 0 ? &total : &now;
+            const float *from = partial_of(job, item, span, r);
             into->max = from[0], into->sum = from[1];
             memcpy(into->values, from + 2, (size_t)job->head_dim * sizeof(float));
-            if (split > 0) merge(&total.max, &total.sum, total.values, &now, job->head_dim);
+            if (span > 0) merge(&total.max, &total.sum, total.values, &now, job->head_dim);
         }
         finish(job, u.out[r], total.sum, total.values);
     }
@@ -433,7 +320,9 @@ int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const u
                      .num_kv_heads = num_kv_heads, .head_dim = head_dim, .is_fp8 = is_fp8,
                      .score_scale = score_scale, .v_scale = v_scale};
     int group = num_heads / num_kv_heads;
-    job.tokens_per_unit = group >= MAX_ROWS ? 1 : MAX_ROWS / group;
+    job.use_tiles = hb_can_use_tiles(&job);
+    int most_rows = job.use_tiles ? MAX_ROWS : VECTOR_ROWS;
+    job.tokens_per_unit = group >= most_rows ? 1 : most_rows / group;
     int longest = 0, most = 0;
     for (int s = 0; s < num_sequences; s++) {
         int num_queries = query_starts[s + 1] - query_starts[s];
@@ -443,13 +332,13 @@ int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const u
     if (most == 0) return 0;
     if (most < job.tokens_per_unit) job.tokens_per_unit = most;
     job.num_units = list_units(&job, NULL);
-    job.max_splits = ceil_div(longest, SPLIT);
-    job.is_split = job.max_splits > 1 && job.num_units < 8 * num_threads;
-    size_t rows = (size_t)job.num_units * (size_t)job.max_splits *
+    job.max_spans = ceil_div(longest, SPAN * SPLIT);
+    job.is_spread = job.max_spans > 1 && job.num_units < 8 * num_threads;
+    size_t rows = (size_t)job.num_units * (size_t)job.max_spans *
                   (size_t)(job.tokens_per_unit * group);
     int32_t *units = malloc((size_t)job.num_units * 3 * sizeof(int32_t));
-    float *partial = job.is_split ? malloc(rows * (size_t)(head_dim + 2) * sizeof(float)) : NULL;
-    if (units == NULL || (job.is_split && partial == NULL)) {
+    float *partial = job.is_spread ? malloc(rows * (size_t)(head_dim + 2) * sizeof(float)) : NULL;
+    if (units == NULL || (job.is_spread && partial == NULL)) {
         free(units);
         free(partial);
         return 1;
@@ -457,9 +346,9 @@ int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const u
     list_units(&job, units);
     job.units = units, job.partial = partial;
     hb_phase whole[1] = {{attend_unit, job.num_units}};
-    hb_phase split[2] = {{attend_one_split, job.num_units * job.max_splits},
+    hb_phase spread[2] = {{attend_one_span, job.num_units * job.max_spans},
                          {merge_unit, job.num_units}};
-    if (job.is_split) hb_run(split, 2, &job, num_threads);
+    if (job.is_spread) hb_run(spread, 2, &job, num_threads);
     else hb_run(whole, 1, &job, num_threads);
     free(units);
     free(partial);

@@ -1,0 +1,83 @@
+"""Masks filled ahead: each request's own words, errors where they belong, no thread left."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from halfbyte.engine.masks import MaskFiller
+from halfbyte.engine.request import GenerationRequest, SamplingParams
+
+VOCAB = 70
+
+
+class Counting:
+    """Allows one token, the next at each acceptance; notes which thread filled."""
+
+    def __init__(self, token_id: int, *, fails: bool = False) -> None:
+        self.token_id = token_id
+        self.threads: list[str] = []
+        self._fails = fails
+
+    def fill(self, bitmask: NDArray[np.uint32]) -> None:
+        self.threads.append(threading.current_thread().name)
+        if self._fails:
+            raise ValueError("this grammar is broken")
+        bitmask[:] = 0
+        bitmask[self.token_id // 32] = np.uint32(1) << np.uint32(self.token_id % 32)
+
+    def accept(self, token_id: int) -> None:
+        self.token_id += 1
+
+    def is_finished(self) -> bool:
+        return False
+
+
+def request_of(name: str, mask: Counting | None) -> GenerationRequest:
+    return GenerationRequest(name, (1,), SamplingParams(), mask)
+
+
+def allowed(filler: MaskFiller, request: GenerationRequest) -> Sequence[int]:
+    words = filler.words(request).numpy().view(np.uint8)
+    return [int(i) for i in np.unpackbits(words, bitorder="little").nonzero()[0]]
+
+
+def test_each_request_gets_its_own_words_filled_ahead_then_directly() -> None:
+    filler = MaskFiller(VOCAB)
+    masks = [Counting(token_id) for token_id in range(0, 66, 3)]
+    requests = [request_of(f"r{n}", mask) for n, mask in enumerate(masks)]
+    for _ in range(3):
+        filler.begin([*requests, request_of("free", None)])
+        for request, mask in zip(requests, masks, strict=True):
+            assert allowed(filler, request) == [mask.token_id]
+            assert mask.threads.pop().startswith("masks")
+            mask.accept(mask.token_id)
+            # A speculated token further on: not begun, so filled by who asks.
+            assert allowed(filler, request) == [mask.token_id]
+            assert mask.threads.pop() == threading.current_thread().name
+    filler.close()
+
+
+def test_a_mask_that_fails_raises_for_its_own_request_only() -> None:
+    filler = MaskFiller(VOCAB)
+    good, bad = request_of("good", Counting(5)), request_of("bad", Counting(6, fails=True))
+    filler.begin([bad, good])
+    assert allowed(filler, good) == [5]
+    with pytest.raises(ValueError, match="this grammar is broken"):
+        filler.words(bad)
+    # Again, and nobody asks for it: it troubles no later step.
+    filler.begin([bad])
+    filler.begin([good])
+    assert allowed(filler, good) == [5]
+    filler.close()
+
+
+def test_closing_ends_the_threads() -> None:
+    before = set(threading.enumerate())
+    filler = MaskFiller(VOCAB)
+    filler.begin([request_of(f"r{n}", Counting(n)) for n in range(8)])
+    assert set(threading.enumerate()) - before
+    filler.close()
+    assert set(threading.enumerate()) <= before
