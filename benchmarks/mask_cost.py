@@ -7,8 +7,9 @@ it. Held requests follow a nested schema with enums, numbers, bounded strings an
 an array that cannot end before; the others run free. Both kinds take turns (A B A B ...) in one
 process over the same engine; every step in which all requests decode is timed. Masks are filled by
 threads while the model computes; what the step then waits for (the rest of filling, applying,
-accepting) is timed inside the held steps, too. The first round of each kind is a warm-up. The record says what others took of the processors meanwhile; a run in which that
-is more than 5 % writes none.
+accepting) is timed inside the held steps, too. The first round of each kind is a warm-up. The
+record says what others took of the processors meanwhile; a run in which that is more than 5 %
+writes none.
 
 Cost model: filling is 15 us at the median and 0.3 ms at the 99th percentile a sequence for 131k
 tokens (chat-format notes); applying it reads V bits and V logits: 49,152 x 4 bytes, 10 us. A step
