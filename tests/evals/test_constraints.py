@@ -1,5 +1,6 @@
 """Instruction-following verifiers where the package and the benchmark's later code differ."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,48 @@ def test_missing_tagger_refuses_instead_of_scoring_wrong(monkeypatch: pytest.Mon
     assert "averaged_perceptron_tagger_eng" in str(missing_resources([constraints.VERB_KIND]))
     with pytest.raises(UnsupportedError, match="tagger"):
         grade_constraints([constraints.VERB_KIND], [{}], "", "Run.")
+
+
+@pytest.mark.parametrize(
+    "text, follows",
+    [
+        ("Take the road to the hills.", True),
+        # The tagger takes it for a name, and the benchmark counts what the tagger says.
+        ("Run to the hills.", False),
+        ("Is it so?", True),
+        # A sentence of the same words that does not begin with its verb.
+        ("The hills run.", False),
+        ("Hills are steep.", False),
+        # Loose: without the first line, or without stars.
+        ("Answer:\nWrite it down.", True),
+        ("**Consider** this.", True),
+        ("", False),
+    ],
+)
+def test_first_word_is_judged_by_the_tagger(text: str, follows: bool) -> None:
+    if reason := missing_resources([constraints.VERB_KIND]):
+        pytest.skip(reason)
+    assert grade_constraints([constraints.VERB_KIND], [{}], "", text).value == follows
+
+
+def test_a_package_with_another_tagger_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "taggers" / "averaged_perceptron_tagger_eng"
+    folder.mkdir(parents=True)
+    assert not constraints._is_the_known_tagger(tmp_path)
+    for part in constraints._TAGGER_SHA256:
+        (folder / f"averaged_perceptron_tagger_eng.{part}.json").write_text("{}")
+    assert not constraints._is_the_known_tagger(tmp_path)
+
+
+def test_the_requirements_file_pins_the_tagger_that_the_message_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = (Path(__file__).parents[2] / "requirements/tagger-data.txt").read_text()
+    assert f"{constraints.TAGGER_PACKAGE} --hash=sha256:" in text
+    monkeypatch.setattr(constraints, "_has_resource", lambda path: "tagger" not in path)
+    assert f"--no-deps {constraints.TAGGER_PACKAGE} " in str(
+        missing_resources([constraints.VERB_KIND])
+    )
 
 
 def test_the_package_itself_stays_as_installed() -> None:

