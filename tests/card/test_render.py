@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,17 @@ def test_a_part_of_a_set_or_made_up_items_are_no_result_of_the_set(tmp_path: Pat
     card = render_card(given(tmp_path, arms=made_up))
     assert "model-index" not in metadata(card)
     assert card.count("made-up items") == 2
+
+
+def test_a_checkpoints_note_stands_at_the_head_and_under_limitations(tmp_path: Path) -> None:
+    noted = replace(checkpoint(), note="the vision tower is untrained")
+    choices: tuple[list[Any] | None, ...] = (None, [])
+    for arms in choices:
+        card = render_card(replace(given(tmp_path, arms=arms), checkpoint=noted))
+        head, _, limits = card.partition("## Limitations")
+        assert "**Note: the vision tower is untrained.**" in head
+        assert "The vision tower is untrained." in limits
+    assert "Note:" not in render_card(given(tmp_path))
 
 
 def test_small_evaluations_do_not_claim_equality(tmp_path: Path) -> None:

@@ -99,6 +99,17 @@ def test_page_says_what_was_not_measured_and_what_cannot_be_concluded(page: str)
         assert number in page
 
 
+def test_a_checkpoints_note_is_printed_once_above_the_scores(tmp_path: Path) -> None:
+    arms = [read_arm(write_arm(tmp_path, name, n)) for name, n in (("fp8", 12), ("mixed", 9))]
+    note = {"note": "an untrained <tower>"}
+    noted = [replace(arm, run=replace(arm.run, checkpoint=note)) for arm in arms]
+    for given in (noted, noted[:1]):
+        page = render_report(given, compare_arms(given))
+        assert page.count("<b>Note:</b> an untrained &lt;tower&gt;.") == 1
+        assert page.index("an untrained") < page.index("<h2>Accuracy")
+    assert "<b>Note:" not in render_report(arms, compare_arms(arms))
+
+
 def test_truncated_answers_are_shown_beside_accuracy(page: str) -> None:
     assert "truncated" in page and "unextracted" in page
     assert re.search(r'class="share length"[^>]*><title>length 5.0 %', page)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.fp8_source import NOTE_FILE
 from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.checkpoint.metadata import Quantization, read_config
 from halfbyte.config import ModelConfig
@@ -50,7 +51,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFacts:
-    """What a checkpoint folder says of itself; `formats` counts linears by format and group."""
+    """What a checkpoint folder says of itself; `formats` counts linears by format and group.
+
+    note  what its NOTE.txt says, "" without one; it belongs beside every figure
+    """
 
     folder: str
     config: ModelConfig
@@ -59,6 +63,7 @@ class CheckpointFacts:
     layers_by_format: Mapping[str, str]
     weight_bytes: int
     made_of: Mapping[str, Any]
+    note: str = ""
 
 
 def read_arm(folder: Path) -> Arm:
@@ -122,6 +127,7 @@ def read_checkpoint(folder: Path) -> CheckpointFacts:
         row[chosen] = row.get(chosen, 0) + 1
         layers.setdefault(f"{group} {chosen}", set()).add(int(linear.name.split(".")[1]))
     manifest = read_manifest(folder)
+    note = folder / NOTE_FILE
     return CheckpointFacts(
         folder=folder.resolve().name,
         config=config,
@@ -130,6 +136,7 @@ def read_checkpoint(folder: Path) -> CheckpointFacts:
         layers_by_format={name: spans(sorted(found)) for name, found in layers.items()},
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         made_of=manifest.made_of if manifest is not None else {},
+        note=" ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else "",
     )
 
 

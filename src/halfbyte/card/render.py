@@ -174,15 +174,19 @@ def _model_index(arm: Arm, repository: str | None) -> list[dict[str, Any]]:
 
 
 def _intro(given: CardInput) -> str:
+    note = f"\n\n**Note: {given.checkpoint.note}.**" if given.checkpoint.note else ""
     base = given.base_model or "its source checkpoint"
     if given.comparison is None:
-        return f"A quantized version of {base}. {NOT_MEASURED.capitalize()}: its difference to it."
+        return (
+            f"A quantized version of {base}. {NOT_MEASURED.capitalize()}: its difference to it."
+            f"{note}"
+        )
     word = {
         "GO": "no loss beyond the margins fixed beforehand was found",
         "NO-GO": "a loss beyond the margins fixed beforehand was found",
         "INCONCLUSIVE": "the evaluation was too small to say whether it loses accuracy",
     }[given.comparison.verdict]
-    return f"A quantized version of {base}: {word} ([comparison]({RECORDS}/comparison.json))."
+    return f"A quantized version of {base}: {word} ([comparison]({RECORDS}/comparison.json)).{note}"
 
 
 def _description(given: CardInput) -> str:
@@ -452,6 +456,8 @@ def _figures(given: CardInput, subject: str, words: Sequence[str]) -> str:
 
 def _limitations(given: CardInput) -> str:
     lines = [phrases.LIMITATIONS]
+    if given.checkpoint.note:
+        lines.append(f"{given.checkpoint.note[0].upper()}{given.checkpoint.note[1:]}.")
     arm = _candidate(given)
     absent = [
         title_of(n) for n in columns(given.arms)

@@ -69,6 +69,8 @@ def _head(arms: Sequence[Arm], comparison: Comparison | None) -> str:
     lines.append(
         f'<p class="soft">Model as served: {models}. Finished {arms[-1].run.finished}.</p>'
     )
+    notes = dict.fromkeys(note for a in arms if (note := a.run.checkpoint.get("note")))
+    lines += [f"<p><b>Note:</b> {escape(note)}.</p>" for note in notes]
     if comparison is None:
         return "".join(lines)
     lines.append(f"<p>{_verdict(comparison.verdict)} {_conclusion(comparison)}</p>")

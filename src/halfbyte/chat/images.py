@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -20,8 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from halfbyte.errors import RequestError
 
 # CLIP's statistics, which Pixtral was trained with (mistral-common, DATASET_MEAN and DATASET_STD).
-_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)
-_STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
+MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)
+STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
@@ -40,6 +41,7 @@ class ImageLayout:
 
     patch_pixels     side of a merged patch (28 for patch 14 merged 2x2)
     max_side_pixels  longer images are scaled down to this
+    whole_side       makes a scaled side whole: mistral-common rounds, transformers cuts off
 
     100 x 60 at patch 28 is 3 rows of 4: resized to 112 x 84, 3 * (4 + 1) = 15 tokens.
     """
@@ -49,12 +51,14 @@ class ImageLayout:
     image_token_id: int
     break_token_id: int
     end_token_id: int
+    whole_side: Callable[[float], int] = round
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """(columns, rows) of merged patches of an image of this many pixels."""
         ratio = max(width, height) / self.max_side_pixels
         if ratio > 1:
-            width, height = max(round(width / ratio), 1), max(round(height / ratio), 1)
+            width = max(self.whole_side(width / ratio), 1)
+            height = max(self.whole_side(height / ratio), 1)
         return -(-width // self.patch_pixels), -(-height // self.patch_pixels)
 
     def num_tokens(self, height: int, width: int) -> int:
@@ -70,7 +74,7 @@ class ImageLayout:
 
 @dataclass(frozen=True, slots=True)
 class ImageTokens:
-    """What mistral-common expects of an image encoder: ids, and pixels (3, height, width)."""
+    """An image as ids and pixels (3, height, width), by the names that mistral-common expects."""
 
     tokens: list[int]
     image: NDArray[np.float32]
@@ -89,17 +93,22 @@ class ImageEncoder:
 
     def __call__(self, chunk: Any) -> ImageTokens:
         """Tokens and pixels of one image chunk."""
-        columns, rows = self._layout.grid(*chunk.image.size)
-        patch = self._layout.patch_pixels
-        pixels = to_pixels(chunk.image, (columns * patch, rows * patch))
-        return ImageTokens(self._layout.tokens(columns, rows), pixels)
+        return encode_image(self._layout, chunk.image)
+
+
+def encode_image(layout: ImageLayout, image: Image.Image) -> ImageTokens:
+    """Tokens and pixels of one RGB image."""
+    columns, rows = layout.grid(*image.size)
+    patch = layout.patch_pixels
+    pixels = to_pixels(image, (columns * patch, rows * patch))
+    return ImageTokens(layout.tokens(columns, rows), pixels)
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
     """Resize an RGB image to (width, height) and normalize: float32 (3, height, width)."""
     resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
     values = np.asarray(resized, dtype=np.float32) / np.float32(255.0)
-    return np.ascontiguousarray(((values - _MEAN) / _STD).transpose(2, 0, 1))
+    return np.ascontiguousarray(((values - MEAN) / STD).transpose(2, 0, 1))
 
 
 def data_url_bytes(url: str, path: str, limits: ImageLimits) -> bytes:

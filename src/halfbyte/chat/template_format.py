@@ -3,7 +3,9 @@
 The template runs in Jinja's immutable sandbox. It sees the real strings, except that every control
 token typed by a user is broken by a guard character; the rendered text is then cut at the control
 tokens that are left, which only the template can have written, the guards are taken out, and the
-text between is encoded by a tokenizer that knows no control tokens.
+text between is encoded by a tokenizer that knows no control tokens. Of an image the template
+writes one token, which becomes the image's rows here; templates that take no parts get the token in
+a string.
 """
 
 import datetime
@@ -16,9 +18,12 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.sandbox
+from PIL import Image
 
 from halfbyte.chat import tools as tool_calls
-from halfbyte.chat.prompt import ControlTokens, EncodedPrompt
+from halfbyte.chat.images import ImageLayout, encode_image
+from halfbyte.chat.processor import processor_layout
+from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
 from halfbyte.chat.vocabulary import (
     Vocabulary,
     read_json,
@@ -27,6 +32,8 @@ from halfbyte.chat.vocabulary import (
 )
 from halfbyte.errors import CheckpointError, RequestError
 
+# What a template does with data it was not written for.
+_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError)
 # Private-use characters; one that the request does not contain is taken as the guard.
 _GUARDS = tuple(chr(code) for code in range(0xE000, 0xF8FF))
 
@@ -34,6 +41,9 @@ _GUARDS = tuple(chr(code) for code in range(0xE000, 0xF8FF))
 @dataclass(frozen=True, slots=True)
 class TemplateFormat:
     """A tokenizer.json, its chat template, and the names the template may ask for.
+
+    image_layout  None for a text-only checkpoint
+    takes_parts   whether the template writes the image token for an image part of a content list
 
     Such a model has no thoughts and no tool calls that we could tell from text, hence the empty
     fields that it shares with `MistralFormat`.
@@ -45,7 +55,8 @@ class TemplateFormat:
     control: ControlTokens = field(default_factory=ControlTokens)
     reasoning_efforts: tuple[str, ...] = ()
     default_effort: str | None = None
-    image_layout: None = None
+    image_layout: ImageLayout | None = None
+    takes_parts: bool = False
 
     def encode_prompt(self, text: str) -> EncodedPrompt:
         """A plain prompt: the text, after a bos where the tokenizer's config wants one."""
@@ -64,8 +75,9 @@ class TemplateFormat:
     ) -> EncodedPrompt:
         """Token ids of a conversation; see `MistralFormat.encode`.
 
-        Raises RequestError for images, for an effort other than "none", and with the template's
-        own words where it refuses the conversation.
+        Raises RequestError for images where the model takes none or its template drops one, for an
+        effort other than "none", and with the template's own words where it refuses the
+        conversation.
         """
         if self.template is None:
             raise RequestError(
@@ -77,19 +89,56 @@ class TemplateFormat:
                 param="reasoning_effort",
                 code="unsupported_value",
             )
-        plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+        images: list[Image.Image] = []
+        plain = [
+            _plain_message(message, index, images if self.image_layout else None)
+            for index, message in enumerate(messages)
+        ]
         if continue_final and plain[-1]["role"] != "assistant":
             raise RequestError(
                 "only an assistant's last message can be continued", param="messages"
             )
         guarding = _Guarding(self.vocabulary, plain, tools)
-        guarded = [guarding.value(message) for message in plain]
+        guarded = [self._with_image_tokens(guarding.value(message)) for message in plain]
         if continue_final:
             guarded[-1]["content"] += guarding.end
         text = self._render(guarded, [guarding.value(tool) for tool in tools], not continue_final)
         if continue_final:
             text = text[: text.rindex(guarding.end)]
-        return EncodedPrompt(tuple(guarding.encode(text)))
+        return self._with_images(guarding.encode(text), images)
+
+    def _with_image_tokens(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A guarded message as this template takes it: parts stay, or become one string."""
+        content = message["content"]
+        if isinstance(content, str) or self.takes_parts:
+            return message
+        assert self.image_layout is not None
+        token = self.vocabulary.control_names[self.image_layout.image_token_id]
+        texts = (part.get("text", token) for part in content)
+        return {**message, "content": "\n".join(texts)}
+
+    def _with_images(self, ids: list[int], images: Sequence[Image.Image]) -> EncodedPrompt:
+        """The prompt with each image token replaced by its image's rows of tokens."""
+        if self.image_layout is None or not images:
+            return EncodedPrompt(tuple(ids))
+        found = ids.count(self.image_layout.image_token_id)
+        if found != len(images):
+            raise RequestError(
+                f"the model's chat template writes {found} of {len(images)} images",
+                param="messages",
+                code="unsupported_content",
+            )
+        waiting = iter(images)
+        expanded: list[int] = []
+        placed: list[EncodedImage] = []
+        for token_id in ids:
+            if token_id != self.image_layout.image_token_id:
+                expanded.append(token_id)
+                continue
+            encoded = encode_image(self.image_layout, next(waiting))
+            placed.append(EncodedImage(encoded.image, len(expanded), len(encoded.tokens)))
+            expanded += encoded.tokens
+        return EncodedPrompt(tuple(expanded), tuple(placed))
 
     def _render(self, messages: list[Any], tools: list[Any], add_prompt: bool) -> str:
         assert self.template is not None
@@ -102,7 +151,7 @@ class TemplateFormat:
             )
         except _TemplateRefusalError as error:
             raise RequestError(str(error), param="messages") from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+        except _FAULTS as error:
             message = f"the model's chat template cannot render this conversation: {error}"
             raise RequestError(message, param="messages") from error
 
@@ -161,7 +210,10 @@ class _Guarding:
 
 
 def load_template_format(directory: Path) -> TemplateFormat:
-    """Read tokenizer.json, and the template from chat_template.jinja or tokenizer_config.json."""
+    """Read tokenizer.json, the processor's files, and the template.
+
+    The template is chat_template.jinja, else that of tokenizer_config.json.
+    """
     vocabulary = tokenizer_json_vocabulary(directory)
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
@@ -174,7 +226,29 @@ def load_template_format(directory: Path) -> TemplateFormat:
         if (text := token_text(config.get(key))) is not None
     }
     template = None if source is None else _compile(str(source), directory)
-    return TemplateFormat(vocabulary=vocabulary, template=template, template_names=names)
+    layout = processor_layout(directory, vocabulary.control)
+    takes_parts = False
+    if template is not None and layout is not None:
+        token = vocabulary.control_names[layout.image_token_id]
+        takes_parts = _takes_parts(template, names, token)
+    return TemplateFormat(
+        vocabulary=vocabulary,
+        template=template,
+        template_names=names,
+        image_layout=layout,
+        takes_parts=takes_parts,
+    )
+
+
+def _takes_parts(template: jinja2.Template, names: Mapping[str, str], image_token: str) -> bool:
+    """Whether an image part comes out as one image token; found out by trying."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": content}]
+    try:
+        text = template.render(messages=messages, tools=None, add_generation_prompt=True, **names)
+    except (_TemplateRefusalError, *_FAULTS):
+        return False
+    return text.count(image_token) == 1
 
 
 def _compile(source: str, directory: Path) -> jinja2.Template:
@@ -203,12 +277,20 @@ def _refuse(message: str) -> NoReturn:
     raise _TemplateRefusalError(message)
 
 
-def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message as templates expect it: content as one string, absent fields absent."""
+def _plain_message(
+    message: Mapping[str, Any], index: int, images: list[Image.Image] | None
+) -> dict[str, Any]:
+    """A message as templates expect it: absent fields absent, content one string.
+
+    With images the content is parts, {"type": "image"} or a text, and their pixels are appended to
+    `images`; None refuses them.
+    """
     plain = {key: value for key, value in message.items() if value is not None}
     content = plain.get("content")
     if isinstance(content, list):
-        plain["content"] = "\n".join(_part_text(part, index, n) for n, part in enumerate(content))
+        parts = [_plain_part(part, index, n, images) for n, part in enumerate(content)]
+        has_images = any(part["type"] == "image" for part in parts)
+        plain["content"] = parts if has_images else "\n".join(part["text"] for part in parts)
     plain.setdefault("content", "")
     if plain["role"] == "developer":
         plain["role"] = "system"
@@ -218,12 +300,18 @@ def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     return plain
 
 
-def _part_text(part: Mapping[str, Any], index: int, number: int) -> str:
+def _plain_part(
+    part: Mapping[str, Any], index: int, number: int, images: list[Image.Image] | None
+) -> dict[str, str]:
     if part["type"] == "text":
-        return str(part["text"])
+        return {"type": "text", "text": str(part["text"])}
+    if part["type"] == "image" and images is not None:
+        images.append(part["image"])
+        return {"type": "image"}
     path = f"messages[{index}].content[{number}]"
+    takes = "text only" if images is None else "text and images"
     raise RequestError(
-        f"{path}: this model takes text only, not {part['type']}",
+        f"{path}: this model takes {takes}, not {part['type']}",
         param=path,
         code="unsupported_content",
     )

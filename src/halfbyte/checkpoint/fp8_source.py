@@ -22,6 +22,8 @@ from halfbyte.errors import FormatError, UsageError
 from halfbyte.formats.fp8 import encode_fp8, fp8_scale
 from halfbyte.modules import decoder_linears
 
+# What a reader of any figure of a checkpoint must know; report and card print it.
+NOTE_FILE = "NOTE.txt"
 # Files beside the tensors that a server needs; whichever of them the source has are copied.
 COMPANION_FILES = (
     "generation_config.json",
@@ -37,6 +39,7 @@ COMPANION_FILES = (
     "processor_config.json",
     "SYSTEM_PROMPT.txt",
     "LICENSE",
+    NOTE_FILE,
 )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from halfbyte.errors import UsageError
 
 EXAMPLE = """  halfbyte import smollm2 build/demo/bf16
-  halfbyte import build/demo/bf16 build/demo/fp8 --to mistral-fp8"""
+  halfbyte import build/demo/bf16 build/demo/fp8 --to mistral-fp8
+  halfbyte import build/demo/bf16 build/images/bf16 --untrained-tower"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, help="GGUF: take the tokenizer files of this directory instead"
     )
     parser.add_argument(
+        "--untrained-tower",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="SEED",
+        help="from a bf16 text checkpoint, one that takes images: a small vision tower with random "
+        "weights, to show that images get through; its answers about them mean nothing",
+    )
+    parser.add_argument(
         "--calibration-tokens",
         type=Path,
         metavar="FILE.safetensors",
@@ -34,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.untrained_tower is not None:
+        return _with_tower(args)
     if args.to == "mistral-fp8":
         return _to_fp8(args)
     if args.calibration_tokens is not None:
@@ -46,6 +58,23 @@ def run(args: argparse.Namespace) -> int:
     source = path if path.suffix == ".gguf" else packaged_file(args.source)
     config = import_gguf(source, args.out, tokenizer=args.tokenizer)
     print(f"{args.out}: bf16, {config.text.num_layers} layers, from {source.name}")
+    return 0
+
+
+def _with_tower(args: argparse.Namespace) -> int:
+    if args.to != "bf16" or args.tokenizer is not None or args.calibration_tokens is not None:
+        raise UsageError("--untrained-tower goes with no other option; quantize what it writes")
+    if not Path(args.source).is_dir():
+        raise UsageError(f"{args.source}: import it first; --untrained-tower takes a checkpoint")
+    from halfbyte.checkpoint.fp8_source import NOTE_FILE
+    from halfbyte.checkpoint.untrained_tower import add_untrained_tower
+
+    config = add_untrained_tower(Path(args.source), args.out, seed=args.untrained_tower)
+    assert config.vision is not None
+    print(
+        f"{args.out}: bf16 with an untrained tower of {config.vision.num_layers} layers, images up "
+        f"to {config.vision.image_size} pixels; {NOTE_FILE} says what that means"
+    )
     return 0
 
 

@@ -78,8 +78,14 @@ def _health(root: str, headers: Mapping[str, str]) -> Any:
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """What identifies a checkpoint folder: its configuration's and index's hashes, its formats."""
+    """What identifies a checkpoint folder: its configuration's and index's hashes, its formats.
+
+    `note` is what its NOTE.txt says (`checkpoint.fp8_source` copies it from arm to arm), which
+    belongs beside every figure.
+    """
     about: dict[str, Any] = {"folder": folder.name}
+    if (folder / "NOTE.txt").is_file():
+        about["note"] = " ".join((folder / "NOTE.txt").read_text(encoding="utf-8").split())
     for name in ("config.json", "hf_quant_config.json", "model.safetensors.index.json"):
         if (folder / name).exists():
             about[f"{name} sha256"] = file_sha256(folder / name)

@@ -1,0 +1,81 @@
+"""Image layout of checkpoints with a tokenizer.json: what their Pixtral processor's files say.
+
+The tokens are those of `images.ImageLayout`; which they are, the patches and the largest side stand
+in processor_config.json and, in older releases, preprocessor_config.json. What would change the
+pixels is compared with what `images.to_pixels` does, never ignored.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfbyte.chat.images import MEAN, STD, ImageLayout
+from halfbyte.chat.vocabulary import read_json
+from halfbyte.errors import CheckpointError
+from halfbyte.log import logger
+
+_TOKENS = {
+    "image_token": "[IMG]",
+    "image_break_token": "[IMG_BREAK]",
+    "image_end_token": "[IMG_END]",
+}
+# What the processor does unless its file says otherwise; other values are not implemented.
+_FIXED: dict[str, Any] = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "resample": 3,  # bicubic
+    "rescale_factor": 1 / 255,
+    "image_mean": MEAN.tolist(),
+    "image_std": STD.tolist(),
+}
+
+
+def processor_layout(directory: Path, control: Mapping[str, int]) -> ImageLayout | None:
+    """The layout of a checkpoint's images, None if no Pixtral processor is there.
+
+    control  name -> id of the tokenizer's control tokens
+
+    Raises CheckpointError for image tokens that are no control tokens, and for settings that our
+    pixels do not follow. Sides are cut to whole pixels, as the processor does (decision 0030).
+    """
+    path = directory / "processor_config.json"
+    if not path.exists():
+        return None
+    processor = read_json(path)
+    kind = processor.get("processor_class", "PixtralProcessor")
+    if kind != "PixtralProcessor":
+        logger.warning("%s: %s is not implemented; images are refused", path, kind)
+        return None
+    older = directory / "preprocessor_config.json"
+    images = processor.get("image_processor") or (read_json(older) if older.exists() else {})
+    _check_pixels(images, path)
+    names = {key: str(processor.get(key, default)) for key, default in _TOKENS.items()}
+    for key, name in names.items():
+        if name not in control:
+            raise CheckpointError(f"{path}: {key} {name!r} is no control token of the tokenizer")
+    side = images.get("size", {}).get("longest_edge", 1024)
+    patch = processor.get("patch_size", 16) * processor.get("spatial_merge_size", 1)
+    if not all(isinstance(value, int) and value > 0 for value in (side, patch)):
+        raise CheckpointError(f"{path}: patches of {patch!r} and sides of {side!r} pixels")
+    return ImageLayout(
+        patch_pixels=patch,
+        max_side_pixels=side,
+        image_token_id=control[names["image_token"]],
+        break_token_id=control[names["image_break_token"]],
+        end_token_id=control[names["image_end_token"]],
+        whole_side=math.floor,
+    )
+
+
+def _check_pixels(images: Mapping[str, Any], path: Path) -> None:
+    for name, expected in _FIXED.items():
+        found = images.get(name)
+        if found is None:
+            continue
+        if not np.allclose(found, expected, rtol=0.0, atol=1e-6):
+            raise CheckpointError(f"{path}: {name} = {found!r}; only {expected!r} is implemented")
