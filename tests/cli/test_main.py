@@ -52,6 +52,17 @@ def test_user_errors_are_one_line_without_a_trace(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("flag", ["--limit", "--repeats", "--max-tokens", "--concurrency"])
+@pytest.mark.parametrize("value", ["0", "-3", "1.5"])
+def test_an_evaluation_of_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "plan", f"{flag}={value}"])
+    assert stop.value.code == 2
+    assert f"{value!r} is no whole number of at least 1" in capsys.readouterr().err
+
+
 def test_a_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
         EXAMPLE = ""

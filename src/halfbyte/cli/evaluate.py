@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.cli.plan import parse_count
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # names only: the hall is imported when the command runs
@@ -24,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("target", nargs="?", help="address of an OpenAI-compatible server, or a checkpoint folder")
     add("--suite", nargs="+", default=["pocket"], metavar="NAME", help="'seed', or benchmarks")
-    add("--repeats", type=int, help="answers per item (default: each benchmark's own)")
-    add("--limit", type=int, help="at most so many items of each benchmark, evenly spread")
+    add("--repeats", type=parse_count, help="answers per item (default: each benchmark's own)")
+    add("--limit", type=parse_count, help="at most so many items of each benchmark, evenly spread")
     add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
     add("--arm", help="name of this side of a comparison (default: that of --out)")
     add("--model", help="model name, where the server has several")
@@ -33,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.7)
     add("--top-p", type=float, default=0.95)
     add("--reasoning-effort", default="high", help="'' sends none")
-    add("--max-tokens", type=int, default=65_536, help="output limit of one answer")
-    add("--concurrency", type=int, help="requests in flight (default: each benchmark's own)")
+    add("--max-tokens", type=parse_count, default=65_536, help="output limit of one answer")
+    add(
+        "--concurrency", type=parse_count, help="requests in flight (default: each benchmark's own)"
+    )
     add("--retries", type=int, default=6, help="after a fault of the server")
     add("--judge", metavar="ENDPOINT", help="server of the judge (AA-LCR)")
     add("--judge-model", help="the judge's name as served; pin its revision with --judge-revision")

@@ -16,21 +16,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, help="checkpoint directory; config.json (and the index) will do"
     )
     parser.add_argument("--recipe", required=True, help="a recipe of the library, or a .yaml file")
-    parser.add_argument("--samples", type=_positive, help="calibration rows, not the recipe's")
-    parser.add_argument("--tokens-per-sample", type=_positive, help="likewise")
+    parser.add_argument("--samples", type=parse_count, help="calibration rows, not the recipe's")
+    parser.add_argument("--tokens-per-sample", type=parse_count, help="likewise")
     parser.add_argument("--device", default="cpu", help="where layers would run (%(default)s)")
     parser.add_argument("--memory", type=parse_bytes, help="as for quantize")
     parser.add_argument("--gpu-memory", type=parse_bytes, help="as for quantize")
     parser.add_argument("--disk-speed", type=parse_bytes, help="a second, instead of measuring")
     parser.add_argument("--no-timing", action="store_true", help="measure nothing, say no time")
     parser.add_argument("--gpu", nargs="+", help="h100, h200, b200, …; all if left out")
-    parser.add_argument("--tp", type=_positive, nargs="+", help="GPUs that share the model")
-    parser.add_argument("--context", type=_positive, help="tokens of a request; the model's most")
-    parser.add_argument("--requests", type=_positive, default=1, help="at once (%(default)s)")
+    parser.add_argument("--tp", type=parse_count, nargs="+", help="GPUs that share the model")
+    parser.add_argument("--context", type=parse_count, help="tokens of a request; the model's most")
+    parser.add_argument("--requests", type=parse_count, default=1, help="at once (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _positive(text: str) -> int:
+def parse_count(text: str) -> int:
+    """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)

@@ -20,6 +20,12 @@ from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals.tasks.data import file_sha256
 
 START_LIMIT_S = 900.0
+# Linux sends a process this signal when the thread that started it ends, however it ends; it is
+# asked for between fork and exec, and outlives the latter (prctl(2), PR_SET_PDEATHSIG = 1).
+_ASK_AND_RUN = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,8 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
 def serve(folder: Path, log: Path, extra: tuple[str, ...] = ()) -> Iterator[str]:
     """Run `halfbyte serve FOLDER` beside us; yields its address, ends it at the end.
 
+    If we are killed it ends too (Linux), or a resumed run would find its memory taken.
+
     Raises UnsupportedError with the end of its log if it does not come up.
     """
     port = _free_port()
@@ -114,13 +122,20 @@ def serve(folder: Path, log: Path, extra: tuple[str, ...] = ()) -> Iterator[str]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            ending_with_us(command), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         _wait_until_ready(child, f"http://127.0.0.1:{port}", log)
         yield f"http://127.0.0.1:{port}"
     finally:
         _end(child)
+
+
+def ending_with_us(command: list[str]) -> list[str]:
+    """The same command, told to end when its parent does; unchanged where that is not to be had."""
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-c", _ASK_AND_RUN, *command]
 
 
 def _free_port() -> int:
