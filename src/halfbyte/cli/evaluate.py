@@ -24,32 +24,48 @@ EXAMPLE = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("target", nargs="?", help="address of an OpenAI-compatible server, or a checkpoint folder")
-    add("--suite", nargs="+", default=["pocket"], metavar="NAME", help="'seed', or benchmarks")
+    add(
+        "--suite",
+        nargs="+",
+        default=["pocket"],
+        metavar="NAME",
+        help="'seed', or benchmarks (default: pocket)",
+    )
     add("--repeats", type=parse_count, help="answers per item (default: each benchmark's own)")
     add("--limit", type=parse_count, help="at most so many items of each benchmark, evenly spread")
     add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
     add("--arm", help="name of this side of a comparison (default: that of --out)")
     add("--model", help="model name, where the server has several")
     add("--data", type=Path, help="folder with benchmark items; see docs/evaluations.md")
-    add("--temperature", type=float, default=0.7)
-    add("--top-p", type=float, default=0.95)
-    add("--reasoning-effort", default="high", help="'' sends none")
-    add("--max-tokens", type=parse_count, default=65_536, help="output limit of one answer")
+    add("--temperature", type=float, default=0.7, help="(%(default)s)")
+    add("--top-p", type=float, default=0.95, help="(%(default)s)")
+    add("--reasoning-effort", default="high", help="(%(default)s); '' sends none")
+    add(
+        "--max-tokens",
+        type=parse_count,
+        default=65_536,
+        help="output limit of one answer (%(default)s)",
+    )
     add(
         "--concurrency", type=parse_count, help="requests in flight (default: each benchmark's own)"
     )
-    add("--retries", type=int, default=6, help="after a fault of the server")
+    add("--retries", type=int, default=6, help="after a fault of the server (%(default)s)")
     add("--judge", metavar="ENDPOINT", help="server of the judge (AA-LCR)")
     add("--judge-model", help="the judge's name as served; pin its revision with --judge-revision")
-    add("--judge-revision", default="not stated")
+    add("--judge-revision", default="not stated", help="which weights it has, for the record")
     add("--code-python", metavar="PATH", help="interpreter for generated code (SciCode)")
-    add("--code-wall-s", type=float, default=1800.0, help="wall clock of one step's tests")
+    add("--code-wall-s", type=float, default=1800.0, help="limit of one step's tests (%(default)s)")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     add("--skip-unscorable", action="store_true", help="leave out items no grader here can score")
     add("--allow-missing", action="store_true", help="record absent benchmarks as not measured")
     add("--partial", action="store_true", help="print scores although attempts are missing")
     add("--plan", action="store_true", help="say what a run can detect and costs; run nothing")
-    add("--throughput", type=float, default=5_000.0, help="output tokens/s, for --plan")
+    add(
+        "--throughput",
+        type=float,
+        default=5_000.0,
+        help="output tokens/s, for --plan (%(default)s)",
+    )
     add("--prompt-throughput", type=float, help="prompt tokens/s, for --plan (default: no time)")
     add("--pilot", type=Path, help="a run whose measured variances and lengths --plan uses")
 
