@@ -36,7 +36,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "tiny"
         config = tiny_config(layers=2, vision=True)
-        text = dataclasses.replace(config.text, vocab_size=800)
+        # Heads as wide as real models have them, so that the same kernels run.
+        text = dataclasses.replace(config.text, vocab_size=800, head_dim=64)
         write_tiny_checkpoint(directory, config=dataclasses.replace(config, text=text))
         shutil.copy(ROOT / "tests" / "data" / "chat" / "tekken" / "tekken.json", directory)
         command = [sys.executable, "-m", "halfbyte", "serve", directory, "--port", 0]
