@@ -140,6 +140,26 @@ def test_other_settings_are_not_mixed_into_a_run(
     assert len(stub.requests) == 5
 
 
+def test_no_server_is_started_for_a_run_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("a server was started")
+
+    with serving(all_right) as stub:
+        evaluate(stub.url, tmp_path, "--limit", "5")
+    monkeypatch.setattr("halfbyte.evals.endpoint.serve", refused)
+    (tmp_path / "weights").mkdir()
+    weights = str(tmp_path / "weights")
+    assert evaluate(weights, tmp_path, "--limit", "5", "--temperature", "0") == 2
+    assert "temperature" in capsys.readouterr().err
+    data = ["--suite", "aime2025", "--data", weights, "--out", str(tmp_path / "new")]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main(["evaluate", weights, *data]) == 2
+    assert "AIME" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_causes_are_told_apart_and_only_faults_are_missing(tmp_path: Path) -> None:
     kinds = dict(zip(ANSWERS, range(len(ANSWERS)), strict=True))
 

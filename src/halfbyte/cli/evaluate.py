@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
     from halfbyte.evals.endpoint import connect, describe_checkpoint, serve
-    from halfbyte.evals.evaluate import default_arm, evaluate
+    from halfbyte.evals.evaluate import default_arm, evaluate, prepare
     from halfbyte.evals.plan import format_plan, plan_run
     from halfbyte.evals.render import format_run
     from halfbyte.evals.tasks.suite import find_benchmarks
@@ -97,16 +97,17 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("evals") / arm
     key = _key(args.api_key_env)
     folder = Path(args.target)
+    endpoint = None if folder.is_dir() else connect(args.target, args.model, key)
+    config = _config(args, arm, out, benchmarks, key)
+    prepared = prepare(config)
     with contextlib.ExitStack() as stack:
         checkpoint = {}
-        url, model = args.target, args.model
-        if folder.is_dir():
+        if endpoint is None:
             checkpoint = describe_checkpoint(folder)
             url = stack.enter_context(serve(folder, out / "server.log"))
-        endpoint = connect(url, model, key, take_first=folder.is_dir())
-        config = _config(args, arm, out, benchmarks, key)
+            endpoint = connect(url, args.model, key, take_first=True)
         command = shlex.join(["halfbyte", *sys.argv[1:]])
-        result = evaluate(config, endpoint, checkpoint, command)
+        result = evaluate(config, endpoint, checkpoint, command, prepared)
     print(format_run(result, out / "run.json"))
     return 0 if all(b.status != "incomplete" for b in result.benchmarks.values()) else 1
 

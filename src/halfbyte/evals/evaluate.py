@@ -8,11 +8,11 @@ import datetime
 import os
 import platform
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals import sandbox
@@ -37,14 +37,39 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+class Prepared(NamedTuple):
+    """What a run needs and has: samples by benchmark, and why some benchmarks have none."""
+
+    loaded: Mapping[str, Loaded]
+    absent: Mapping[str, str]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load every item and check what needs no server, so that none is started in vain.
+
+    Raises UsageError (data missing, settings differ from the folder's run), UnsupportedError if a
+    grader's needs are not met.
+    """
+    if (config.out / "run.json").exists():
+        run = read_run(config.out / "run.json")
+        _refuse_if(config, differing(run.settings, config.settings()))
+    loaded, absent = _load_all(config)
+    _check_graders(config, loaded)
+    return Prepared(loaded, absent)
+
+
 def evaluate(
-    config: RunConfig, endpoint: Endpoint, checkpoint: Mapping[str, Any], command: str
+    config: RunConfig,
+    endpoint: Endpoint,
+    checkpoint: Mapping[str, Any],
+    command: str,
+    prepared: Prepared,
 ) -> RunRecord:
     """Run, or resume, and return the record that stands in ``config.out / "run.json"``.
 
     checkpoint  what is known of the weights behind the endpoint; {} if nothing
-    Raises UsageError (settings differ from the folder's run, data missing) before anything is
-    asked, UnsupportedError if a grader's needs are not met.
+    prepared    what `prepare` made of the same config
+    Raises UsageError (what is asked differs from the folder's run) before anything is asked.
     """
     # Optional dependency, extra `eval`: the one place that needs inspect-ai.
     try:
@@ -53,8 +78,7 @@ def evaluate(
         raise UnsupportedError(
             f"running benchmarks needs the eval extra ({missing}); pip install 'halfbyte[eval]'"
         ) from missing
-    loaded, absent = _load_all(config)
-    _check_graders(config, loaded)
+    loaded, absent = prepared
     run = _begin(config, endpoint, checkpoint, command)
     results: dict[str, BenchmarkResult] = dict(run.benchmarks)
     for benchmark in config.benchmarks:
@@ -169,11 +193,7 @@ def _begin(
             changed += [f"judge {text}" for text in differing_judges(run.judge, judge)]
         if run.sandbox and limits and run.sandbox.get("limits") != limits.get("limits"):
             changed.append("limits of generated code")
-        if changed:
-            raise UsageError(
-                f"{config.out} holds a run with other settings ({'; '.join(changed)}); "
-                "resume with the same ones, or choose another --out"
-            )
+        _refuse_if(config, changed)
         # Benchmarks that need a judge or a sandbox may come later than the others.
         return replace(run, judge=run.judge or judge, sandbox=run.sandbox or limits)
     run = RunRecord(
@@ -197,6 +217,14 @@ def _begin(
     config.out.mkdir(parents=True, exist_ok=True)
     write_run(path, run)
     return run
+
+
+def _refuse_if(config: RunConfig, changed: Sequence[str]) -> None:
+    if changed:
+        raise UsageError(
+            f"{config.out} holds a run with other settings ({'; '.join(changed)}); "
+            "resume with the same ones, or choose another --out"
+        )
 
 
 def _judge_of(config: RunConfig) -> dict[str, Any] | None:
