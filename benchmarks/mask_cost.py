@@ -5,19 +5,17 @@ Question: which share of a decode step does holding answers to a schema cost, al
 Method: the real engine, greedy, prompts of 64 tokens, 160 tokens a request, none of which may end
 it. Held requests follow a nested schema with enums, numbers, bounded strings and a pattern inside
 an array that cannot end before; the others run free. Both kinds take turns (A B A B ...) in one
-process over the same engine; every step in which all requests decode is timed. Masks are filled by
-threads while the model computes; what the step then waits for (the rest of filling, applying,
-accepting) is timed inside the held steps, too. The first round of each kind is a warm-up. The
-record says what others took of the processors meanwhile; a run in which that is more than 5 %
-writes none.
+process over the same engine; every step in which all requests decode is timed. What the step waits
+for (filling, which threads share, applying, accepting) is timed inside the held steps, too. The
+first round of each kind is a warm-up. The record says what others took of the processors meanwhile;
+a run in which that is more than 5 % writes none.
 
 Cost model: filling is 15 us at the median and 0.3 ms at the 99th percentile a sequence for 131k
 tokens (chat-format notes); applying it reads V bits and V logits: 49,152 x 4 bytes, 10 us. A step
 of the demo model reads 100 MB of weights, about 10 ms.
 
 Reading the result: `share_of_step` is what the paired medians differ by, which also holds the
-slower path through the sampler and what filling takes from the model's cores; `mask_share` only
-what was timed inside. The aim is 0.05 for both; the headline is the larger.
+slower path through the sampler; `mask_share` only what was timed inside. The aim is 0.05 for both; the headline is the larger.
 
 Last record: benchmarks/records/mask_cost.json.
 

@@ -69,8 +69,25 @@ def test_a_mask_that_fails_raises_for_its_own_request_only() -> None:
         filler.words(bad)
     # Again, and nobody asks for it: it troubles no later step.
     filler.begin([bad])
+    filler.forget()
     filler.begin([good])
     assert allowed(filler, good) == [5]
+    filler.close()
+
+
+def test_what_is_begun_is_not_begun_again_and_what_was_forgotten_is() -> None:
+    filler = MaskFiller(VOCAB)
+    first, second = Counting(5), Counting(6)
+    requests = [request_of("first", first), request_of("second", second)]
+    filler.begin(requests)
+    filler.begin(requests)
+    assert [allowed(filler, request) for request in requests] == [[5], [6]]
+    assert len(first.threads) == len(second.threads) == 1
+    filler.begin(requests)
+    filler.forget()
+    first.accept(5)
+    filler.begin(requests)
+    assert [allowed(filler, request) for request in requests] == [[6], [6]]
     filler.close()
 
 

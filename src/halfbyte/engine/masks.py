@@ -1,8 +1,9 @@
-"""Token masks filled while the model computes the logits that they will be laid over.
+"""Token masks of a batch, filled by a few threads at once; ahead of their use where that pays.
 
-What a mask allows next hangs on the tokens so far, not on the logits, so filling it need not wait
-for them: `begin` before the model runs, `words` when a token is chosen. A few threads share the
-masks of a batch; a fill is foreign code that lets other threads run.
+What a mask allows next hangs on the tokens so far, not on the logits. Where the model runs on
+another device, masks are begun before it and filled while it computes; on a CPU the two would only
+fight for cores, so they are begun when tokens are chosen. A fill is foreign code that lets other
+threads run.
 """
 
 import os
@@ -46,16 +47,17 @@ class MaskFiller:
         self._begun: dict[int, _Fill] = {}
 
     def begin(self, requests: Iterable[GenerationRequest]) -> None:
-        """Start filling the masks of those that have one; each may be asked for once."""
+        """Start filling the masks of those that have one and are not begun; each may be asked for
+        once. Only the requests of the last call are remembered.
+        """
+        masks = [(id(request), request.mask) for request in requests if request.mask is not None]
+        if all(key in self._begun and self._begun[key].mask is mask for key, mask in masks):
+            return
         self._settle()
-        masks = {id(request): request.mask for request in requests if request.mask is not None}
         # The first buffer is for masks that were not begun.
         self._begun = {
-            key: _Fill(mask, self._buffer(number))
-            for number, (key, mask) in enumerate(masks.items(), start=1)
+            key: _Fill(mask, self._buffer(number)) for number, (key, mask) in enumerate(masks, 1)
         }
-        if not self._begun:
-            return
         if self._threads is None:
             num_threads = min(os.cpu_count() or 1, _MAX_THREADS)
             self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="masks")
@@ -63,6 +65,11 @@ class MaskFiller:
         waiting = iter(list(self._begun.values()))
         num_tasks = min(len(self._begun), os.cpu_count() or 1, _MAX_THREADS)
         self._tasks = [self._threads.submit(_fill_all, waiting) for _ in range(num_tasks)]
+
+    def forget(self) -> None:
+        """Drop what was begun and not asked for, as after a step that failed."""
+        self._settle()
+        self._begun = {}
 
     def words(self, request: GenerationRequest) -> Tensor:
         """What the mask of this request allows next, int32 (ceil(V / 32),), good until the next

@@ -64,8 +64,10 @@ class Sampler:
         self._banned: dict[tuple[int, ...], Tensor] = {}
 
     def prepare(self, sequences: Iterable[Sequence]) -> None:
-        """Start on what `choose` will need and no logits are needed for: their masks."""
-        self._masks.begin(sequence.request for sequence in sequences)
+        """Before the model runs: start on what needs no logits, if other hands compute those."""
+        self._masks.forget()
+        if torch.device(self._device).type != "cpu":
+            self._masks.begin(sequence.request for sequence in sequences)
 
     def close(self) -> None:
         """End the threads that fill masks."""
@@ -74,7 +76,7 @@ class Sampler:
     def choose(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[Choice]:
         """Choose one token for each row; `logits_RV` (f32) is changed in place.
 
-        A mask that `prepare` did not fill is filled here; the caller tells it which token was
+        Masks that `prepare` did not begin are filled here; the caller tells them which token was
         accepted.
         """
         if self._hook is None and all(map(_is_plain, sequences)):
@@ -86,6 +88,8 @@ class Sampler:
                 self._hook(sequence.request, generated, logits_RV[row])
         reported = [row for row, s in enumerate(sequences) if s.request.params.logprobs is not None]
         raw_RV = logits_RV[reported] if reported else None
+        if sum(sequence.request.mask is not None for sequence in sequences) > 1:
+            self._masks.begin(sequence.request for sequence in sequences)
         for row, sequence in enumerate(sequences):
             self._adjust(logits_RV[row], sequence)
         self._ban(logits_RV, sequences)
