@@ -15,7 +15,8 @@ tokens (chat-format notes); applying it reads V bits and V logits: 49,152 x 4 by
 of the demo model reads 100 MB of weights, about 10 ms.
 
 Reading the result: `share_of_step` is what the paired medians differ by, which also holds the
-slower path through the sampler; `mask_share` only what was timed inside. The aim is 0.05 for both; the headline is the larger.
+slower path through the sampler; `mask_share` only what was timed inside. The aim is 0.05 for
+both; the headline is the larger.
 
 Last record: benchmarks/records/mask_cost.json.
 
