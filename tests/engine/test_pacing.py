@@ -1,6 +1,6 @@
 import pytest
 
-from halfbyte.engine.pacing import PrefillPacer
+from halfbyte.engine.pacing import PrefillPacer, SlicePacer
 
 
 def run_prompt(
@@ -67,3 +67,35 @@ def test_no_limit_when_none_is_wanted() -> None:
     pacer = PrefillPacer(None)
     pacer.observe(1.0, 1, 0)
     assert pacer.max_prefill_tokens() is None
+
+
+def test_slices_leave_running_answers_their_pace() -> None:
+    pacer = SlicePacer(2.0)
+    assert pacer.allowance_s(1) == 0.0
+    for seconds in (0.004, 0.004, 0.030, 0.004, 0.004):
+        pacer.observe(1, seconds, 0.0)
+    assert 0.5 * 0.004 < pacer.allowance_s(1) < 0.004
+    # Generating takes longer beside a prompt: the prompt pays for it, but never with everything.
+    for _ in range(20):
+        pacer.observe(1, 0.006, 0.003)
+    assert 0.006 + pacer.allowance_s(1) <= 2 * 0.004
+    for _ in range(20):
+        pacer.observe(1, 0.020, 0.003)
+    assert 0.0 < pacer.allowance_s(1) < 0.5 * 0.004
+
+
+def test_slices_follow_what_is_usual_for_as_many_answers() -> None:
+    pacer = SlicePacer(2.0)
+    for num_decodes, seconds in ((1, 0.004), (8, 0.016)):
+        for _ in range(9):
+            pacer.observe(num_decodes, seconds, 0.0)
+    many_s = pacer.allowance_s(8)
+    for _ in range(20):
+        pacer.observe(1, 0.004, 0.003)
+    assert pacer.allowance_s(1) == pytest.approx(many_s / 4)
+    # Never seen without a prompt: as it is now.
+    for _ in range(20):
+        pacer.observe(3, 0.008, 0.003)
+    assert pacer.allowance_s(3) == pytest.approx(many_s / 2)
+    # What was usual long ago widens nothing.
+    assert pacer.allowance_s(8) == pytest.approx(many_s / 2)

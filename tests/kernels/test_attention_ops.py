@@ -1,5 +1,6 @@
 """Paged attention: every CPU implementation against dense attention in float64."""
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bounded import assert_bounded
 from halfbyte.kernels import native, reference
-from halfbyte.kernels.dispatch import implementations
+from halfbyte.kernels.dispatch import SPAN_TOKENS, implementations
 
 NATIVE = pytest.mark.skipif(
     native.unavailable("cpu") is not None, reason="no C compiler on this machine"
@@ -154,6 +155,22 @@ def test_a_query_gets_the_same_bits_alone_in_chunks_and_on_one_thread(seed: int)
             if stop - count >= int(batch.starts[s]):
                 alone = batch.alone(s, count).run(native.paged_attention)
                 assert torch.equal(alone, together[stop - count : stop])
+
+
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("seed", [*range(4), *range(100, 112)])
+@pytest.mark.parametrize("name", implementations("attend_spans"))
+def test_attention_in_parts_has_the_bits_of_attention_in_one(name: str, seed: int) -> None:
+    batch = make_batch(seed) if seed in CASES else make_batch(seed, **LONG)
+    whole = batch.run(implementations("paged_attention")[name])
+    attend = implementations("attend_spans")[name]
+    num_spans = -(-int(batch.lengths.max()) // SPAN_TOKENS)
+    for size in range(1, num_spans + 1):
+        totals = torch.full((*batch.q_TNH.shape[:2], batch.q_TNH.shape[2] + 2), float("nan"))
+        for first in range(0, num_spans, size):
+            spans = range(first, min(first + size, num_spans))
+            out = batch.run(functools.partial(attend, spans=spans, totals=totals))
+        assert torch.equal(out, whole)
 
 
 @NATIVE

@@ -96,16 +96,37 @@ class PagedAttend:
     def __call__(
         self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rotation: Rotation
     ) -> Tensor:
+        q_TNH = self.store(layer, q_TNH, k_TKH, v_TKH, rotation, slice(None))
+        return dispatch.paged_attention(*self._arguments(layer, q_TNH))
+
+    def store(
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rotation: Rotation,
+        rows: slice,
+    ) -> Tensor:
+        """Rotate and remember some of the step's rows, which the arguments are; rotated q_TNH."""
         k_cache_PZKH, v_cache_PZKH = self.cache.layers[layer]
         k_scale, v_scale = self.cache.scales[layer]
         q_TNH, k_TKH = dispatch.rotate(q_TNH, k_TKH, rotation)
-        dispatch.store_kv(k_TKH, v_TKH, k_cache_PZKH, v_cache_PZKH, self.slots_T, k_scale, v_scale)
-        return dispatch.paged_attention(
+        slots_T = self.slots_T[rows]
+        dispatch.store_kv(k_TKH, v_TKH, k_cache_PZKH, v_cache_PZKH, slots_T, k_scale, v_scale)
+        return q_TNH
+
+    def attend_spans(self, layer: int, q_TNH: Tensor, spans: range, totals: Tensor) -> Tensor:
+        """A part of attention once all rows are stored (`dispatch.attend_spans`)."""
+        return dispatch.attend_spans(*self._arguments(layer, q_TNH), spans, totals)
+
+    def _arguments(
+        self, layer: int, q_TNH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, float, float, Tensor, Tensor, Tensor, float]:
+        return (
             q_TNH,
-            k_cache_PZKH,
-            v_cache_PZKH,
-            k_scale,
-            v_scale,
+            *self.cache.layers[layer],
+            *self.cache.scales[layer],
             self.block_table_SP,
             self.context_lengths_S,
             self.query_starts_S1,

@@ -5,6 +5,7 @@ CUDA kernels the next step is launched before the tokens of the last one are rea
 are chosen on the device: the scheduler then plans with places for tokens (decision 0039).
 """
 
+import math
 import secrets
 import time
 from collections.abc import Generator
@@ -19,7 +20,8 @@ from halfbyte.engine.blocks import BlockPool
 from halfbyte.engine.choose import can_hold, is_choosable
 from halfbyte.engine.config import EngineConfig as EngineConfig
 from halfbyte.engine.cuda_runner import CudaRunner, PendingTokens
-from halfbyte.engine.pacing import PrefillPacer
+from halfbyte.engine.drafter import Computed
+from halfbyte.engine.pacing import PrefillPacer, SlicePacer
 from halfbyte.engine.request import (
     Event,
     FinishEvent,
@@ -33,6 +35,7 @@ from halfbyte.engine.runner import Runner, load_runner
 from halfbyte.engine.sampler import IMPOSSIBLE, Choice, LogitsHook, Sampler, logprobs_of
 from halfbyte.engine.scheduler import Scheduler, Work
 from halfbyte.engine.sequence import Sequence
+from halfbyte.engine.slices import CHUNK_TOKENS, Chunk, Finished
 from halfbyte.engine.speculate import Guesser, Lookup, Pace, Speculator
 from halfbyte.errors import CapacityError, RequestError
 from halfbyte.log import logger
@@ -111,6 +114,11 @@ class Engine:
             num_ahead=0 if self._drafter is None else 1,
         )
         self._pacer = PrefillPacer(config.max_decode_slowdown)
+        # How long chunks of prompts may take beside running answers, where they can be sliced.
+        self._slice_pacer: SlicePacer | None = None
+        if config.max_decode_slowdown is not None and isinstance(runner, Runner):
+            self._slice_pacer = SlicePacer(config.max_decode_slowdown) if runner.can_slice else None
+        self._chunk: Chunk | None = None
         self._speculator = _make_speculator(config, guesser or self._drafter)
         # Only a runner that chooses on the device, undisturbed by hooks and guesses, runs ahead.
         is_free = logits_hook is None and self._speculator is None
@@ -211,13 +219,13 @@ class Engine:
         flight, self._flight = self._flight, None
         if flight is None:
             works = self._next_works()
-            if not works:
+            if not works and not self._scheduler.carried:
                 return []
             flight = self._launch(works)
             if flight is None:
                 return self._run(works)
         if self._scheduler.can_run_ahead():
-            ahead = self._scheduler.plan(self._pacer.max_prefill_tokens())
+            ahead = self._scheduler.plan(self._max_prefill_tokens())
             self._flight = self._launch(ahead)
             if self._flight is None:
                 self._planned = ahead
@@ -228,29 +236,75 @@ class Engine:
         planned, self._planned = self._planned, []
         works = [work for work in planned if work.sequence.slot is not None]
         if not works and self.has_work():
-            works = self._scheduler.plan(self._pacer.max_prefill_tokens())
-            assert works, "requests wait but nothing can run"
+            works = self._scheduler.plan(self._max_prefill_tokens())
+            assert works or self._scheduler.carried, "requests wait but nothing can run"
         return works
+
+    def _max_prefill_tokens(self) -> int | None:
+        """Of the next step, if it also generates."""
+        return self._pacer.max_prefill_tokens() if self._slice_pacer is None else CHUNK_TOKENS
 
     def _run(self, works: SequenceOf[Work]) -> list[Event]:
         """Compute a step and choose its tokens on the host."""
         started = time.perf_counter()
-        num_decodes = sum(work.count == 1 and work.is_last for work in works)
+        works = self._begin_chunk(works)
+        num_decodes = sum(map(_is_single, works))
+        is_sliced = self._chunk is not None
+        done = self._advance_chunk(num_decodes)
+        sliced_s = 0.0 if not is_sliced else time.perf_counter() - started
         if self._speculator is not None:
             works = self._speculator.propose(works, self._scheduler)
-        self._sampler.prepare(work.sequence for work in works if work.is_last)
+        all_works = [*works, *(() if done is None else done.works)]
+        self._sampler.prepare(work.sequence for work in all_works if work.is_last)
         if self._drafter is None:
-            events = self._conclude(works, self._runner.run(works))
+            logits_RV = self._runner.run(works) if works else None
+            events = self._conclude(all_works, _joined(logits_RV, done and done.logits_RV))
         else:
             assert isinstance(self._runner, Runner)
-            computed = self._runner.run_with_hidden(works)
-            events = self._conclude(works, computed.logits_RV)
-            self._drafter.follow(works, computed)
+            computed = self._runner.run_with_hidden(works) if works else None
+            if done is not None:
+                computed = Computed(
+                    _joined(computed and computed.logits_RV, done.logits_RV),
+                    _joined(computed and computed.hidden_TD, done.hidden_TD),
+                    self._runner.pages_of(all_works),
+                )
+            assert computed is not None
+            events = self._conclude(all_works, computed.logits_RV)
+            self._drafter.follow(all_works, computed)
         seconds = time.perf_counter() - started
         if self._speculator is not None:
-            self._speculator.observe(seconds, works)
-        self._observe(works, num_decodes, seconds)
+            self._speculator.observe(seconds - sliced_s, all_works)
+        if self._slice_pacer is not None and done is None and num_decodes == len(works):
+            self._slice_pacer.observe(num_decodes, seconds - sliced_s, sliced_s)
+        self._observe(all_works, num_decodes, seconds)
         return events
+
+    def _begin_chunk(self, works: SequenceOf[Work]) -> SequenceOf[Work]:
+        """Take the prompts out of a plan that also generates, to be computed in slices; the rest.
+
+        The chunk that was begun before is dropped if one of its sequences cannot go on.
+        """
+        if self._chunk is not None and self._chunk.works is not self._scheduler.carried:
+            self._chunk = None
+        singles = [work for work in works if _is_single(work)]
+        if self._slice_pacer is None or not singles or len(singles) == len(works):
+            return works
+        assert self._chunk is None and isinstance(self._runner, Runner)
+        prompts = [work for work in works if not _is_single(work)]
+        self._chunk = self._runner.begin(prompts)
+        self._scheduler.carry(prompts)
+        return singles
+
+    def _advance_chunk(self, num_decodes: int) -> Finished | None:
+        """Go on with a chunk for as long as running answers allow; to its end if there are none."""
+        if self._chunk is None:
+            return None
+        assert self._slice_pacer is not None
+        seconds = self._slice_pacer.allowance_s(num_decodes) if num_decodes else math.inf
+        done = self._chunk.advance(seconds)
+        if done is not None:
+            self._chunk = None
+        return done
 
     def _launch(self, works: SequenceOf[Work]) -> _Flight | None:
         """Start a step that chooses its tokens on the device; None if it cannot do so."""
@@ -291,7 +345,8 @@ class Engine:
 
     def _observe(self, works: SequenceOf[Work], num_decodes: int, seconds: float) -> None:
         num_tokens = sum(work.count for work in works)
-        self._pacer.observe(seconds, num_decodes, num_tokens - num_decodes)
+        if self._slice_pacer is None:
+            self._pacer.observe(seconds, num_decodes, num_tokens - num_decodes)
         self._num_steps += 1
         self._step_s += seconds
 
@@ -521,6 +576,16 @@ class Engine:
             return None
         sequence.has_prompt_logprobs = True
         return tuple(self._prompt_logprobs.pop(sequence.request.request_id))
+
+
+def _is_single(work: Work) -> bool:
+    """The work computes the last known token and no other: its sequence is generating."""
+    return work.count == 1 and work.is_last
+
+
+def _joined(first_XD: Tensor | None, second_XD: Tensor | None) -> Tensor:
+    """Rows of one after those of the other; one of them at least is there."""
+    return torch.cat([rows_XD for rows_XD in (first_XD, second_XD) if rows_XD is not None])
 
 
 def _make_speculator(config: EngineConfig, guesser: Guesser | None) -> Speculator | None:

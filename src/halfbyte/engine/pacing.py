@@ -7,6 +7,9 @@ while a prompt is worked in, however long the prompt.
 
 d is a median, so that one step that waited for something else does not widen all that follow; and
 while prompts keep coming, a step now and then only generates, so that d stays true.
+
+Where a chunk can stop anywhere (`slices`), a step has so much time for it instead of so many tokens
+(`SlicePacer`), and what generating takes beside it is measured in every step.
 """
 
 import statistics
@@ -21,6 +24,8 @@ _SHARE = 0.8
 # Of how many steps d is the median, and after how many steps with prompts it is measured again:
 # seldom enough to cost a prompt 3 % of its time, often enough to be right after a hundred steps.
 _NUM_DECODES = 9
+# Part of the allowance that prompts keep where generating beside them takes longer than alone.
+_LEAST_SHARE = 0.3
 _PROBE_EVERY = 16
 
 
@@ -63,6 +68,41 @@ class PrefillPacer:
         elif self._decode_s is not None:
             extra_s = max(seconds - self._decode_s, 0.05 * seconds)
             self._prompt_token_s = _smooth(self._prompt_token_s, extra_s / num_prompt_tokens)
+
+
+class SlicePacer:
+    """How long a step may work on prompts beside running answers."""
+
+    def __init__(self, max_slowdown: float) -> None:
+        """`max_slowdown` above 1."""
+        self._max_slowdown = max_slowdown
+        # By number of running answers: steps that did nothing else, as they were before a prompt.
+        self._usual_s: dict[int, deque[float]] = {}
+        # What generating took in the last steps, prompts beside it or not.
+        self._recent_s: deque[float] = deque(maxlen=_NUM_DECODES)
+
+    def allowance_s(self, num_decodes: int) -> float:
+        """Seconds for prompts in a step that generates for so many.
+
+        A prompt pushes weights out of the processor's caches, so generating itself takes longer
+        beside one; that counts against the prompt, but never takes all from it.
+        """
+        if not self._recent_s:
+            return 0.0
+        recent_s = statistics.median(self._recent_s)
+        usual_s = recent_s
+        if num_decodes in self._usual_s:
+            # What was usual may be long ago, when contexts were longer.
+            usual_s = min(statistics.median(self._usual_s[num_decodes]), recent_s)
+        extra_s = (self._max_slowdown - 1.0) * usual_s
+        return max(_SHARE * extra_s - (recent_s - usual_s), _LEAST_SHARE * extra_s)
+
+    def observe(self, num_decodes: int, decode_s: float, prompt_s: float) -> None:
+        """Learn from a step that generated for `decode_s` and worked on prompts for `prompt_s`."""
+        self._recent_s.append(decode_s)
+        if prompt_s == 0.0:
+            usual_s = self._usual_s.setdefault(num_decodes, deque(maxlen=_NUM_DECODES))
+            usual_s.append(decode_s)
 
 
 def _smooth(old: float | None, new: float) -> float:

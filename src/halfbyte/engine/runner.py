@@ -31,6 +31,7 @@ from halfbyte.engine.drafter import Computed, Drafter
 from halfbyte.engine.images import ImageEncoder, Placement
 from halfbyte.engine.sampler import Sampler
 from halfbyte.engine.scheduler import Work
+from halfbyte.engine.slices import Chunk, Costs
 from halfbyte.engine.workers import Workers, check_devices, config_of
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.library import unavailable
@@ -75,6 +76,14 @@ class Runner:
         blocks_per_sequence = -(-config.max_model_len // config.block_tokens)
         self._table = BlockTable(config.max_sequences, min(num_blocks, blocks_per_sequence))
         self._workers = workers
+        self._costs = Costs()
+
+    @property
+    def can_slice(self) -> bool:
+        """Whether `begin` works here: all ranks would have to stop at the same places, and on a
+        GPU the clock says nothing about what has been computed.
+        """
+        return self._workers is None and torch.device(self.device).type == "cpu"
 
     @property
     def weight_bytes(self) -> int:
@@ -116,6 +125,17 @@ class Runner:
         pages_SP = self._table.rows(works)
         batch = lay_out(works, pages_SP, self.cache, self.device)
         return Computed(*self.decoder.forward_with_hidden(_step(batch, placement)), pages_SP)
+
+    @torch.inference_mode()
+    def begin(self, works: SequenceOf[Work]) -> Chunk:
+        """Begin to compute the tokens of `works` in slices; only where `can_slice`."""
+        placement = None if self.images is None else self.images.place(works)
+        batch = lay_out(works, self._table.rows(works), self.cache, self.device)
+        return Chunk(works, self.decoder, _step(batch, placement), batch.attend, self._costs)
+
+    def pages_of(self, works: SequenceOf[Work]) -> NDArray[np.int32]:
+        """int32 (S, P): pages of each work's sequence as they are now."""
+        return self._table.rows(works)
 
     def drafter(self, sampler: Sampler) -> Drafter | None:
         """The draft model over this runner's pages, if there is one; guesses tokens by `sampler`.

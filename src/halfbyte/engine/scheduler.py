@@ -20,6 +20,7 @@ tokens and no more.
 import heapq
 from bisect import insort
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -79,6 +80,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        # Chunks that are being computed over several steps; none once one of them cannot go on.
+        self.carried: SequenceOf[Work] = ()
         self._free_slots = list(range(max_sequences))
         # Digest -> the running sequence that is about to compute it.
         self._promises: dict[bytes, Sequence] = {}
@@ -105,6 +108,8 @@ class Scheduler:
         max_prefill_tokens  narrower budget for prompts; applies only while others generate
         """
         works = self._plan_decodes()
+        if self.carried:
+            return works
         budget = self.max_batch_tokens - len(works)
         if works and max_prefill_tokens is not None:
             budget = min(budget, max_prefill_tokens)
@@ -125,6 +130,14 @@ class Scheduler:
             budget -= works[-1].count
         return works
 
+    def carry(self, works: SequenceOf[Work]) -> None:
+        """Note that these chunks, just planned, will be computed over several steps. Until they are
+        done (`advance` them then), or one of their sequences gives up its blocks, `plan` takes only
+        the generating; whether they still are to be done is seen at `carried`.
+        """
+        assert not self.carried
+        self.carried = works
+
     def can_run_ahead(self) -> bool:
         """Whether a step can be planned before the last one's tokens are known: nobody would have
         to give up its blocks.
@@ -133,6 +146,8 @@ class Scheduler:
 
     def advance(self, work: Work) -> None:
         """Note that the tokens of `work` are computed. Call before a new token is appended."""
+        if work in self.carried:
+            self.carried = ()
         self.begin(work)
         self.publish(work)
 
@@ -253,6 +268,8 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
+        if any(work.sequence is sequence for work in self.carried):
+            self.carried = ()
         self.running.remove(sequence)
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = None
@@ -285,6 +302,8 @@ class Scheduler:
             assert self.num_blocks_for(computed) <= have <= self.num_blocks_for(known), (
                 f"{have} blocks for {computed} computed of {known} tokens"
             )
+        for work in self.carried:
+            assert work.sequence.slot is not None and work.start == work.sequence.num_computed
         for digest, sequence in self._promises.items():
             assert sequence.slot is not None and digest in sequence.promised
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.formats.nvfp4 import EncodedNVFP4
+from halfbyte.kernels.reference import SPAN_TOKENS as SPAN_TOKENS
 from halfbyte.log import logger
 
 OPS = (
@@ -38,6 +39,7 @@ OPS = (
     "rotate",
     "store_kv",
     "paged_attention",
+    "attend_spans",
     "mask_logits",
     "largest_fp8_code",
     "fp8_to_nvfp4",
@@ -63,6 +65,11 @@ class Rotation(NamedTuple):
     cos_TH2: Tensor
     sin_TH2: Tensor
     query_scale_T: Tensor | None
+
+    def rows(self, rows: slice) -> "Rotation":
+        """Of some neighbouring tokens."""
+        scale_T = None if self.query_scale_T is None else self.query_scale_T[rows]
+        return Rotation(self.cos_TH2[rows], self.sin_TH2[rows], scale_T)
 
 
 class PreparedWeight(Protocol):
@@ -277,6 +284,38 @@ def paged_attention(
         context_lengths_S,
         query_starts_S1,
         softmax_scale,
+    )
+
+
+def attend_spans(
+    q_TNH: Tensor,
+    k_cache_PZKH: Tensor,
+    v_cache_PZKH: Tensor,
+    k_scale: float,
+    v_scale: float,
+    block_table_SP: Tensor,
+    context_lengths_S: Tensor,
+    query_starts_S1: Tensor,
+    softmax_scale: float,
+    spans: range,
+    totals: Tensor,
+) -> Tensor:
+    """`paged_attention` in parts, so that other work can come between: the same bits at the end.
+
+    spans   of SPAN_TOKENS of the context, for this call; call after call goes on where the last one
+            stopped, from 0 until the longest sequence's context is covered
+    totals  f32 (T, N, 2 + H), changed: what one call leaves to the next; its content is nobody
+            else's business
+    returns  as `paged_attention`; from any call but the last, nothing that means anything
+
+    Example: contexts [3000, 40]: spans range(0, 2), then range(2, 3), which writes both results.
+    """
+    attention = _for("attend_spans", q_TNH)
+    return attention(  # type: ignore[no-any-return]
+        *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
+        *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
+        spans,
+        totals,
     )
 
 

@@ -32,6 +32,7 @@ _MAX_HEAD = 256
 _MAX_GROUP = 32
 _NAN_SCALE = 0x7F
 _NAN_CODE = 0x7F
+_ALL_SPANS = 2**30
 _ITEM_CODES = 65536  # of which `cpu/requantize.c` tells the largest
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
@@ -54,7 +55,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *[_INT] * 5,
     ),
     "hb_mask_logits": (_POINTER, _POINTER, _INT),
-    "hb_paged_attention": (*[_POINTER] * 7, *[_LONG] * 4, *[_INT] * 6, _FLOAT, _FLOAT, _INT),
+    "hb_paged_attention": (
+        *[_POINTER] * 7,
+        *[_LONG] * 4,
+        *[_INT] * 6,
+        *(_FLOAT, _FLOAT),
+        *(_INT, _INT, _POINTER, _INT),
+    ),
     "hb_allow_tiles": (_INT,),
     "hb_fp8_to_nvfp4": (*[_POINTER] * 6, _LONG, _INT),
     "hb_largest_code": (_POINTER, _POINTER, _LONG, _INT),
@@ -389,6 +396,51 @@ def paged_attention(
             query_starts_S1,
             softmax_scale,
         )
+    return _attend(
+        *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
+        *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
+        spans=range(_ALL_SPANS),
+        totals=None,
+    )
+
+
+def attend_spans(
+    q_TNH: Tensor,
+    k_cache_PZKH: Tensor,
+    v_cache_PZKH: Tensor,
+    k_scale: float,
+    v_scale: float,
+    block_table_SP: Tensor,
+    context_lengths_S: Tensor,
+    query_starts_S1: Tensor,
+    softmax_scale: float,
+    spans: range,
+    totals: Tensor,
+) -> Tensor:
+    """See `dispatch.attend_spans`; the same bits as `paged_attention`."""
+    attend = _attend if _can_attend(q_TNH, k_cache_PZKH, v_cache_PZKH) else reference.attend_spans
+    return attend(
+        *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
+        *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
+        spans=spans,
+        totals=totals,
+    )
+
+
+def _attend(
+    q_TNH: Tensor,
+    k_cache_PZKH: Tensor,
+    v_cache_PZKH: Tensor,
+    k_scale: float,
+    v_scale: float,
+    block_table_SP: Tensor,
+    context_lengths_S: Tensor,
+    query_starts_S1: Tensor,
+    softmax_scale: float,
+    *,
+    spans: range,
+    totals: Tensor | None,
+) -> Tensor:
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
     # Kept in names until the call returns: a temporary's memory would be gone.
@@ -414,6 +466,9 @@ def paged_attention(
         k_cache_PZKH.dtype == torch.float8_e4m3fn,
         softmax_scale * k_scale,
         v_scale,
+        spans.start,
+        spans.stop,
+        _pointer(totals),
         torch.get_num_threads(),
     )
     if failed:

@@ -21,6 +21,9 @@ from halfbyte.formats.measure import chunk_values
 from halfbyte.formats.minifloat import E4M3_MAX, decode_e2m1, decode_e4m3
 from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, encode_nvfp4
 
+# Tokens of the context that attention in parts takes at once, from position 0 on.
+SPAN_TOKENS = 1024
+
 # Rows of a weight that `_product_f32` widens at a time: bounds its scratch memory to
 # 4096 x I x 4 bytes.
 _WIDENED_ROWS = 4096
@@ -215,6 +218,28 @@ def paged_attention(
         out_JKGH = torch.einsum("kgjc,ckh->jkgh", weights_KGJC, v_CKH)
         out_TNH[first:last] = out_JKGH.flatten(1, 2).to(q_TNH.dtype)
     return out_TNH
+
+
+def attend_spans(
+    q_TNH: Tensor,
+    k_cache_PZKH: Tensor,
+    v_cache_PZKH: Tensor,
+    k_scale: float,
+    v_scale: float,
+    block_table_SP: Tensor,
+    context_lengths_S: Tensor,
+    query_starts_S1: Tensor,
+    softmax_scale: float,
+    spans: range,
+    totals: Tensor,
+) -> Tensor:
+    """See `dispatch.attend_spans`; nothing is done before the last span, then all of it."""
+    if spans.stop * SPAN_TOKENS < int(context_lengths_S.max()):
+        return torch.empty_like(q_TNH)
+    return paged_attention(
+        *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
+        *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
+    )
 
 
 def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:

@@ -102,15 +102,41 @@ class DecoderLayer(nn.Module):
         delta_TD  what the layer before left to be added to the residual; None for nothing
         returns   (delta_TD, residual_TD), whose sum is the layer's output
         """
+        q_TNH, k_TKH, v_TKH, residual_TD = self.project(delta_TD, residual_TD, tap)
+        if tap is not None:
+            tap("attention.k", dispatch.rotate(q_TNH, k_TKH, rotation)[1])
+            tap("attention.v", v_TKH)
+        out_TNH = attend(layer, q_TNH, k_TKH, v_TKH, rotation)
+        return self.transform(out_TNH, residual_TD, tap)
+
+    def project(
+        self, delta_TD: Tensor | None, residual_TD: Tensor, tap: Tap | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The part of `advance` before attention: q_TNH, k_TKH, v_TKH and the residual stream.
+
+        Row by row, as `transform`: a caller may compute some rows now and others later.
+        """
         if delta_TD is None:
             normed_TD = dispatch.rms_norm(residual_TD, self.attention_norm_D, self._eps)
         else:
             normed_TD, residual_TD = dispatch.add_rms_norm(
                 delta_TD, residual_TD, self.attention_norm_D, self._eps
             )
-        attended_TD = self._attention(normed_TD, layer, attend, rotation, tap)
+        if tap is not None:
+            tap("attention.input", normed_TD)
+        fused_TMH = self.qkv(normed_TD).view(normed_TD.shape[0], -1, self._head_dim)
+        q_TNH, k_TKH, v_TKH = torch.split(fused_TMH, self._heads, dim=1)
+        return q_TNH, k_TKH, v_TKH, residual_TD
+
+    def transform(
+        self, out_TNH: Tensor, residual_TD: Tensor, tap: Tap | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The part of `advance` behind attention, whose result `out_TNH` is."""
+        out_TD = out_TNH.flatten(1)
+        if tap is not None:
+            tap("attention.o.input", out_TD)
         normed_TD, residual_TD = dispatch.add_rms_norm(
-            attended_TD, residual_TD, self.mlp_norm_D, self._eps
+            self.o(out_TD), residual_TD, self.mlp_norm_D, self._eps
         )
         if tap is not None:
             tap("mlp.input", normed_TD)
@@ -118,21 +144,6 @@ class DecoderLayer(nn.Module):
         if tap is not None:
             tap("mlp.down.input", hidden_TF)
         return self.down(hidden_TF), residual_TD
-
-    def _attention(
-        self, x_TD: Tensor, layer: int, attend: Attend, rotation: Rotation, tap: Tap | None
-    ) -> Tensor:
-        fused_TMH = self.qkv(x_TD).view(x_TD.shape[0], -1, self._head_dim)
-        q_TNH, k_TKH, v_TKH = torch.split(fused_TMH, self._heads, dim=1)
-        if tap is not None:
-            tap("attention.input", x_TD)
-            tap("attention.k", dispatch.rotate(q_TNH, k_TKH, rotation)[1])
-            tap("attention.v", v_TKH)
-        out_TNH = attend(layer, q_TNH, k_TKH, v_TKH, rotation)
-        out_TD = out_TNH.flatten(1)
-        if tap is not None:
-            tap("attention.o.input", out_TD)
-        return self.o(out_TD)
 
 
 class Decoder(nn.Module):
@@ -170,10 +181,11 @@ class Decoder(nn.Module):
     @property
     def num_weight_bytes(self) -> int:
         """Bytes of all weights as held in memory."""
-        layers = sum(layer.num_weight_bytes for layer in self._layers())
+        layers = sum(layer.num_weight_bytes for layer in self.decoder_layers())
         return layers + self.embedding_VD.nbytes + self.norm_D.nbytes + self.head.num_bytes
 
-    def _layers(self) -> list[DecoderLayer]:
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers in order, for who walks them itself."""
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     @torch.inference_mode()
@@ -187,9 +199,18 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward_with_hidden(self, step: Step) -> tuple[Tensor, Tensor]:
         """As `forward`, and what the head reads, of every row: (logits_RV, hidden_TD)."""
-        hidden_TD = self._normed(self._residual(step))
-        rows_R = step.logit_rows_R
-        return self.logits(hidden_TD if rows_R is None else hidden_TD[rows_R]), hidden_TD
+        return self.concluded(None, self._residual(step), step.logit_rows_R)
+
+    @torch.inference_mode()
+    def concluded(
+        self, delta_TD: Tensor | None, residual_TD: Tensor, logit_rows_R: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(logits_RV, hidden_TD) of what the last layer left."""
+        if delta_TD is not None:
+            residual_TD = residual_TD + delta_TD
+        hidden_TD = self._normed(residual_TD)
+        rows = slice(None) if logit_rows_R is None else logit_rows_R
+        return self.logits(hidden_TD[rows]), hidden_TD
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -203,7 +224,7 @@ class Decoder(nn.Module):
         residual_TD = self.embed(step)
         rotation = self.rotary.at(step.positions_T)
         delta_TD: Tensor | None = None
-        for index, layer in enumerate(self._layers()):
+        for index, layer in enumerate(self.decoder_layers()):
             delta_TD, residual_TD = layer.advance(
                 delta_TD, residual_TD, index, step.attend, rotation
             )

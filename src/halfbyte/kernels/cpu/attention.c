@@ -8,6 +8,7 @@
 // number of threads.
 //
 // With few units (decode) the spans of a unit are items of their own and a second phase merges them.
+// So it is where a call computes a few spans only and a later one goes on from what is kept of them.
 //
 // Bytes: 2*C*K*H a sequence and query tile; FLOPs: 4*T*N*H*C. Limits: H a multiple of 4, at most 256.
 
@@ -249,14 +250,16 @@ static void attend_unit(const void *context, int item) {
 
 INLINE float *partial_of(const attention *job, int index, int span, int row) {
     size_t rows = (size_t)(job->tokens_per_unit * (job->num_heads / job->num_kv_heads));
-    size_t at = ((size_t)index * (size_t)job->max_spans + (size_t)span) * rows + (size_t)row;
+    size_t place = (size_t)index * (size_t)job->num_spans + (size_t)(span - job->first_span);
+    size_t at = place * rows + (size_t)row;
     return job->partial + at * (size_t)(job->head_dim + 2);
 }
 
-// Phase of single spans; the item is unit * max_spans + span.
+// Phase of single spans; the item is unit * num_spans + span, counted from the first.
 static void attend_one_span(const void *context, int item) {
     const attention *job = context;
-    int index = item / job->max_spans, span = item % job->max_spans, start = span * SPAN * SPLIT;
+    int index = item / job->num_spans, span = job->first_span + item % job->num_spans;
+    int start = span * SPAN * SPLIT;
     unit u;
     static __thread state now[MAX_ROWS];
     read_unit(job, index, &u);
@@ -270,20 +273,36 @@ static void attend_one_span(const void *context, int item) {
     }
 }
 
+// What is kept of a query and head from one call to the next.
+INLINE float *kept_of(const attention *job, const bf16 *q) {
+    size_t row = (size_t)(q - job->q) / (size_t)job->head_dim;
+    return job->totals ? job->totals + row * (size_t)(job->head_dim + 2) : NULL;
+}
+
+INLINE void read_state(const attention *job, const float *from, state *to) {
+    to->max = from[0], to->sum = from[1];
+    memcpy(to->values, from + 2, (size_t)job->head_dim * sizeof(float));
+}
+
 static void merge_unit(const void *context, int item) {
     const attention *job = context;
     unit u;
     read_unit(job, item, &u);
     for (int r = 0; r < u.num_rows; r++) {
         state total, now;
-        for (int span = 0; span * SPAN * SPLIT <= u.position[r]; span++) {
-            state *into = span == 0 ? &total : &now;
-            const float *from = partial_of(job, item, span, r);
-            into->max = from[0], into->sum = from[1];
-            memcpy(into->values, from + 2, (size_t)job->head_dim * sizeof(float));
+        float *kept = kept_of(job, u.q[r]);
+        int span = job->first_span, end = span + job->num_spans;
+        if (span > 0) read_state(job, kept, &total);
+        for (; span < end && span * SPAN * SPLIT <= u.position[r]; span++) {
+            read_state(job, partial_of(job, item, span, r), span == 0 ? &total : &now);
             if (span > 0) merge(&total.max, &total.sum, total.values, &now, job->head_dim);
         }
-        finish(job, u.out[r], total.sum, total.values);
+        if (job->is_end) {
+            finish(job, u.out[r], total.sum, total.values);
+            continue;
+        }
+        kept[0] = total.max, kept[1] = total.sum;
+        memcpy(kept + 2, total.values, (size_t)job->head_dim * sizeof(float));
     }
 }
 
@@ -304,13 +323,16 @@ static int list_units(const attention *job, int32_t *units) {
     return count;
 }
 
-// Returns 0, or 1 if memory ran out.
+// Computes the spans [first_span, stop_span) of the context. With `totals` a call leaves there what
+// the next one goes on from, and only the one that reaches the end writes `out`; without it a call
+// computes all. Returns 0, or 1 if memory ran out.
 int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const uint8_t *v_cache,
                        const int32_t *block_table, const int32_t *context_lengths,
                        const int32_t *query_starts, long long page_stride, long long slot_stride,
                        long long head_stride, long long table_stride, int num_sequences,
                        int page_tokens, int num_heads, int num_kv_heads, int head_dim, int is_fp8,
-                       float score_scale, float v_scale, int num_threads) {
+                       float score_scale, float v_scale, int first_span, int stop_span,
+                       float *totals, int num_threads) {
     attention job = {.q = q, .out = out, .k_cache = k_cache, .v_cache = v_cache,
                      .page_stride = page_stride, .slot_stride = slot_stride,
                      .head_stride = head_stride, .block_table = block_table,
@@ -318,7 +340,8 @@ int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const u
                      .table_stride = table_stride, .num_sequences = num_sequences,
                      .page_tokens = page_tokens, .num_heads = num_heads,
                      .num_kv_heads = num_kv_heads, .head_dim = head_dim, .is_fp8 = is_fp8,
-                     .score_scale = score_scale, .v_scale = v_scale};
+                     .score_scale = score_scale, .v_scale = v_scale,
+                     .first_span = first_span, .totals = totals};
     int group = num_heads / num_kv_heads;
     job.use_tiles = hb_can_use_tiles(&job);
     int most_rows = job.use_tiles ? MAX_ROWS : VECTOR_ROWS;
@@ -332,9 +355,12 @@ int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const u
     if (most == 0) return 0;
     if (most < job.tokens_per_unit) job.tokens_per_unit = most;
     job.num_units = list_units(&job, NULL);
-    job.max_spans = ceil_div(longest, SPAN * SPLIT);
-    job.is_spread = job.max_spans > 1 && job.num_units < 8 * num_threads;
-    size_t rows = (size_t)job.num_units * (size_t)job.max_spans *
+    int end_span = ceil_div(longest, SPAN * SPLIT);
+    job.is_end = stop_span >= end_span;
+    job.num_spans = (job.is_end ? end_span : stop_span) - first_span;
+    if (job.num_spans <= 0) return 0;
+    job.is_spread = totals != NULL || (job.num_spans > 1 && job.num_units < 8 * num_threads);
+    size_t rows = (size_t)job.num_units * (size_t)job.num_spans *
                   (size_t)(job.tokens_per_unit * group);
     int32_t *units = malloc((size_t)job.num_units * 3 * sizeof(int32_t));
     float *partial = job.is_spread ? malloc(rows * (size_t)(head_dim + 2) * sizeof(float)) : NULL;
@@ -346,7 +372,7 @@ int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const u
     list_units(&job, units);
     job.units = units, job.partial = partial;
     hb_phase whole[1] = {{attend_unit, job.num_units}};
-    hb_phase spread[2] = {{attend_one_span, job.num_units * job.max_spans},
+    hb_phase spread[2] = {{attend_one_span, job.num_units * job.num_spans},
                          {merge_unit, job.num_units}};
     if (job.is_spread) hb_run(spread, 2, &job, num_threads);
     else hb_run(whole, 1, &job, num_threads);

@@ -21,9 +21,11 @@ typedef struct {
     long long table_stride;
     int num_sequences, page_tokens, num_heads, num_kv_heads, head_dim, is_fp8;
     float score_scale, v_scale;
-    int tokens_per_unit, num_units, max_spans, is_spread, use_tiles;
+    int tokens_per_unit, num_units, is_spread, use_tiles;
+    int first_span, num_spans, is_end;          // of this call; whether no span comes after them
     const int32_t *units;                       // (units, 3): sequence, first query, kv head
     float *partial;                             // (units, spans, rows, 2 + head_dim)
+    float *totals;                              // (tokens, heads, 2 + head_dim) between calls, or NULL
 } attention;
 
 // The part of a unit that everything below works on.

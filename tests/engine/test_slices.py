@@ -1,0 +1,240 @@
+"""Chunks of prompts carried through the layers between the steps of running answers."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine_driver import (
+    GREEDY,
+    Answer,
+    Mixed,
+    assert_equal,
+    assert_same,
+    drain,
+    load,
+    needs_exact_kernels,
+    prompt_of,
+    request,
+    run_alone,
+    speculating,
+)
+from halfbyte.engine import core
+from halfbyte.engine.core import Engine
+from halfbyte.engine.request import GenerationRequest, SamplingParams
+from halfbyte.engine.slices import CHUNK_TOKENS
+from halfbyte.model.decoder import DecoderLayer
+
+ROOM: dict[str, Any] = {"max_model_len": 2200, "kv_cache_tokens": 2560}
+# Nothing but the least, everything at once, and what the clock makes of times in between.
+PLANS: dict[str, Sequence[float]] = {
+    "least": [0.0],
+    "whole": [math.inf],
+    "turns": [0.0, 0.0002, 0.0, math.inf, 0.001],
+}
+STREAM = SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True)
+
+
+class Plan:
+    """A pacer that allows what it is told, and counts the steps in which it was asked."""
+
+    def __init__(self, seconds: Iterable[float]) -> None:
+        self._seconds = itertools.cycle(seconds)
+        self.num_asked = 0
+
+    def allowance_s(self, num_decodes: int) -> float:
+        assert num_decodes > 0
+        self.num_asked += 1
+        return next(self._seconds)
+
+    def observe(self, num_decodes: int, decode_s: float, prompt_s: float) -> None:
+        pass
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Plan:
+    """How every engine that is loaded afterwards paces its chunks."""
+    seconds = PLANS[getattr(request, "param", "least")]
+    plan = Plan(seconds)
+    monkeypatch.setattr(core, "SlicePacer", lambda max_slowdown: plan)
+    return plan
+
+
+def beside_a_stream(engine: Engine, *requests: GenerationRequest) -> dict[str, Answer]:
+    """Requests that arrive while another generates, which ends when they have ended."""
+    answers = {"stream": Answer([], [])}
+    engine.add(request("stream", prompt_of(5, 77), STREAM))
+    for _ in range(3):
+        for event in engine.step():
+            answers[event.request_id].take(event)
+    for item in requests:
+        engine.add(item)
+        answers[item.request_id] = Answer([], [])
+    while any(answers[item.request_id].finish is None for item in requests):
+        for event in engine.step():
+            answers[event.request_id].take(event)
+        engine.check()
+    engine.abort("stream")
+    engine.check()
+    stats = engine.stats()
+    assert stats.free_blocks == stats.total_blocks
+    return answers
+
+
+@needs_exact_kernels
+@pytest.mark.parametrize("kv_cache", ["fp8", "bf16"])
+@pytest.mark.parametrize("plan", PLANS, indirect=True)
+def test_slices_change_no_bit(tiny: Path, plan: Plan, kv_cache: str) -> None:
+    params = [GREEDY, SamplingParams(max_tokens=9, seed=4, logprobs=3, ignore_eos=True)]
+    # Contexts of one span and of two, and what is left of a chunk.
+    prompts = [prompt_of(length, seed) for seed, length in enumerate((1090, 33, 70, 2))]
+    requests = [request(str(i), prompt, params[i % 2]) for i, prompt in enumerate(prompts)]
+    whole = load(tiny, kv_cache=kv_cache, max_decode_slowdown=None, **ROOM)
+    wanted = beside_a_stream(whole, *requests)
+    assert plan.num_asked == 0
+    found = beside_a_stream(load(tiny, kv_cache=kv_cache, **ROOM), *requests)
+    assert plan.num_asked > 1190 // CHUNK_TOKENS
+    for name in map(str, range(len(prompts))):
+        assert_equal(found[name], wanted[name])
+    streamed = min(len(found["stream"].token_ids), len(wanted["stream"].token_ids))
+    assert streamed > 8
+    assert found["stream"].token_ids[:streamed] == wanted["stream"].token_ids[:streamed]
+
+
+@needs_exact_kernels
+def test_a_stream_gets_a_token_in_every_step(tiny: Path, plan: Plan) -> None:
+    engine = load(tiny, **ROOM)
+    engine.add(request("stream", prompt_of(5, 77), STREAM))
+    engine.step()
+    engine.add(request("long", prompt_of(300, 1), GREEDY))
+    before = engine.stats().generated_tokens
+    for num_steps in range(1, 100):
+        assert [event.request_id for event in engine.step()] == ["stream"]
+        assert engine.stats().generated_tokens == before + num_steps
+    # Three parts a layer at least, and those of rows in four pieces each.
+    assert engine.stats().steps == 100
+
+
+@needs_exact_kernels
+def test_prompt_logprobs_come_from_every_slice(tiny: Path, plan: Plan) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2, ignore_eos=True)
+    prompt = prompt_of(100, 3)
+    alone = run_alone(load(tiny, **ROOM), prompt, params)
+    found = beside_a_stream(load(tiny, **ROOM), request("told", prompt, params))["told"]
+    assert found.prompt_logprobs is not None
+    assert_equal(found, alone)
+
+
+def test_a_chunk_is_finished_at_once_when_the_streams_end(
+    tiny: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny, **ROOM)
+    engine.add(request("stream", prompt_of(5, 77), STREAM))
+    engine.step()
+    engine.add(request("long", prompt_of(80, 1), GREEDY))
+    for _ in range(5):
+        engine.step()
+    rows = []
+    project = DecoderLayer.project
+
+    def counted(self: DecoderLayer, delta: Any, residual: torch.Tensor, tap: Any = None) -> Any:
+        rows.append(len(residual))
+        return project(self, delta, residual, tap)
+
+    monkeypatch.setattr(DecoderLayer, "project", counted)
+    engine.abort("stream")
+    num_asked = plan.num_asked
+    engine.step()
+    # The first layer had been projected: its rows are not computed again.
+    assert sum(rows) == CHUNK_TOKENS
+    answers = {"long": Answer([], [])}
+    drain(engine, answers)
+    assert plan.num_asked == num_asked
+    assert_same(answers["long"], run_alone(load(tiny, **ROOM), prompt_of(80, 1)))
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 9, 15])
+def test_an_abort_in_a_chunk_frees_its_blocks_and_hurts_nobody(
+    tiny: Path, plan: Plan, num_steps: int
+) -> None:
+    engine = load(tiny, max_model_len=320, kv_cache_tokens=320, block_tokens=4)
+    alone = run_alone(engine, prompt_of(120, 8))
+    answers = {name: Answer([], []) for name in ("stream", "gone", "next", "beside")}
+    engine.add(request("stream", prompt_of(5, 77), GREEDY))
+    engine.step()
+    # Two prompts share the chunk: the second must not lose its place with the first.
+    engine.add(request("gone", prompt_of(17, 7)))
+    engine.add(request("beside", prompt_of(24, 9)))
+    for _ in range(num_steps):
+        for event in engine.step():
+            answers[event.request_id].take(event)
+    engine.abort("gone")
+    engine.check()
+    # Takes over the blocks that the chunk was being written to.
+    engine.add(request("next", prompt_of(120, 8)))
+    drain(engine, answers)
+    assert_same(answers["next"], alone)
+    assert_same(answers["beside"], run_alone(engine, prompt_of(24, 9)))
+    stats = engine.stats()
+    assert stats.free_blocks == stats.total_blocks
+
+
+@needs_exact_kernels
+def test_a_prompt_that_is_preempted_in_a_chunk_starts_again(tiny: Path, plan: Plan) -> None:
+    options: dict[str, Any] = {"max_model_len": 160, "kv_cache_tokens": 160, "block_tokens": 4}
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, logprobs=2)
+    prompts = {"old": prompt_of(20, 1), "young": prompt_of(84, 2)}
+    wanted = {
+        name: run_alone(load(tiny, **options), prompt, params if name == "old" else GREEDY)
+        for name, prompt in prompts.items()
+    }
+    engine = load(tiny, prefix_cache=False, **options)
+    answers = {name: Answer([], []) for name in prompts}
+    engine.add(request("old", prompts["old"], params))
+    for event in engine.step():
+        answers[event.request_id].take(event)
+    engine.add(request("young", prompts["young"]))
+    drain(engine, answers)
+    assert engine.stats().preemptions > 0
+    for name, answer in answers.items():
+        assert_equal(answer, wanted[name])
+
+
+def test_a_prefix_is_shared_only_behind_the_last_layer(tiny: Path, plan: Plan) -> None:
+    engine = load(tiny, **ROOM)
+    engine.add(request("stream", prompt_of(5, 77), STREAM))
+    engine.step()
+    cached = engine.stats().cached_blocks
+    prompt = prompt_of(64, 5)
+    answers = {name: Answer([], []) for name in ("stream", "first", "second")}
+    engine.add(request("first", prompt))
+    engine.add(request("second", [*prompt, 9]))
+    for _ in range(4):
+        engine.step()
+    assert engine.stats().cached_blocks == cached
+    while answers["second"].finish is None:
+        for event in engine.step():
+            answers[event.request_id].take(event)
+        engine.check()
+    finish = answers["second"].finish
+    assert finish.cached_tokens == 64
+    assert_same(answers["second"], run_alone(load(tiny, **ROOM), [*prompt, 9]))
+
+
+@needs_exact_kernels
+@pytest.mark.parametrize("plan", PLANS, indirect=True)
+def test_guesses_beside_a_chunk_change_no_answer(tiny: Path, plan: Plan) -> None:
+    prompt = prompt_of(90, 6)
+    stream = run_alone(load(tiny, **ROOM), prompt_of(5, 77), STREAM)
+    wanted = run_alone(load(tiny, **ROOM), prompt)
+    guesser = Mixed({"stream": stream.token_ids, "late": wanted.token_ids})
+    engine = speculating(tiny, guesser, **ROOM)
+    found = beside_a_stream(engine, request("late", prompt))
+    assert_equal(found["late"], wanted)
+    num_streamed = len(found["stream"].token_ids)
+    assert found["stream"].token_ids == stream.token_ids[:num_streamed]
+    assert engine.stats().accepted_tokens > 0 and plan.num_asked > 0
