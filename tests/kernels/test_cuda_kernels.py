@@ -33,12 +33,16 @@ def _weight(format_: str, rows: int, columns: int):
     """A tiled weight of all codes and scales, and its values in float64, on the device."""
     generator = torch.Generator().manual_seed(rows + columns)
     scale = (torch.rand(rows, generator=generator) + 0.5).cuda()
-    if format_ == "nvfp4":
+    if format_ in ("nvfp4", "nvfp4_fast"):
         shape = (rows, columns // 2)
         codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).cuda()
         shape = (rows, columns // 16)
         scales = torch.randint(1, 0x7F, shape, dtype=torch.uint8, generator=generator).cuda()
         scales = scales.view(torch.float8_e4m3fn)
+        if format_ == "nvfp4_fast":
+            tiled = repack.tile_nvfp4(codes, scales, scale, is_fast=True)
+            values = repack.fast_values(tiled).double() * tiled.row_scale_O.double()[:, None]
+            return tiled, values[:rows, :columns]
         tiled = repack.tile_nvfp4(codes, scales, scale)
         unpacked = torch.stack((codes & 15, codes >> 4), -1).reshape(rows, columns)
         wide = decode_e2m1(unpacked).double() * scales.double().repeat_interleave(16, 1)
@@ -48,17 +52,9 @@ def _weight(format_: str, rows: int, columns: int):
     return repack.tile_rows(w, scale, format_), w.double() * scale.double()[:, None]
 
 
-def _fast_values(format_rows: int, columns: int):
-    """What the fast products multiply: the NVFP4 weight's values rounded to e4m3, in float64."""
-    tiled, _ = _weight("nvfp4", format_rows, columns)
-    rounded = repack.round_nvfp4_to_e4m3(tiled).double() * 8.0
-    scales = tiled.row_scale_O.double()[:, None] / repack.NVFP4_GAIN
-    return tiled, (rounded * scales)[:format_rows, :columns]
-
-
-def _activations(product: str, tokens: int, columns: int) -> torch.Tensor:
+def _activations(format_: str, tokens: int, columns: int) -> torch.Tensor:
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
-    dtype = {"nvfp4": torch.float16, "bf16": torch.bfloat16}.get(product, torch.float8_e4m3fn)
+    dtype = {"nvfp4": torch.float16, "bf16": torch.bfloat16}.get(format_, torch.float8_e4m3fn)
     return x.to(dtype).cuda()
 
 
@@ -78,41 +74,38 @@ def test_streaming_linear(library, format_: str, tokens: int) -> None:
         assert _error(y, x.double() @ exact.t()) < bound, (rows, columns)
 
 
-@pytest.mark.parametrize("tokens", [33, 64, 65, 128])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 17, 33, 64, 65, 128])
 def test_streaming_linear_in_fp8(library, tokens: int) -> None:
     for rows, columns in ((256, 128), (1024, 4096), (600, 1040)):
-        tiled, rounded = _fast_values(rows, columns)
+        tiled, rounded = _weight("nvfp4_fast", rows, columns)
         x = _activations("nvfp4_fast", tokens, columns)
-        y = stream_product(library, tiled, x, product="nvfp4_fast")[:, :rows]
+        y = stream_product(library, tiled, x)[:, :rows]
         assert _error(y, x.double() @ rounded.t()) < 1e-3, (rows, columns)
 
 
-@pytest.mark.parametrize("product", ["nvfp4", "fp8", "bf16", "nvfp4_fast"])
+@pytest.mark.parametrize("format_", ["nvfp4", "fp8", "bf16", "nvfp4_fast"])
 @pytest.mark.parametrize("tokens", [64, 128])
-def test_blocks_of_a_cluster_share_activations(library, product: str, tokens: int) -> None:
-    stored = "nvfp4" if product == "nvfp4_fast" else product
-    tiled, _ = _weight(stored, 1024, 4096)
-    x = _activations(product, tokens, 4096)
-    alone = choose_config(product, columns_for(tokens))
+def test_blocks_of_a_cluster_share_activations(library, format_: str, tokens: int) -> None:
+    tiled, _ = _weight(format_, 1024, 4096)
+    x = _activations(format_, tokens, 4096)
+    alone = choose_config(format_, columns_for(tokens))
     alone = replace(alone, promote=4)
     together = replace(alone, cluster=2)
-    y = stream_product(library, tiled, x, config=together, product=product)
-    expected = stream_product(library, tiled, x, config=alone, product=product)
+    y = stream_product(library, tiled, x, config=together)
+    expected = stream_product(library, tiled, x, config=alone)
     # The same terms; only where the work is cut along K differs.
     assert _error(y, expected.double()) < (1e-3 if x.element_size() == 1 else 2e-6)
 
 
-@pytest.mark.parametrize("product", ["nvfp4", "nvfp4_fast"])
+@pytest.mark.parametrize("format_", ["nvfp4", "nvfp4_fast"])
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 2300])
-def test_prefill_linear(library, product: str, tokens: int) -> None:
+def test_prefill_linear(library, format_: str, tokens: int) -> None:
     for rows, columns in ((256, 128), (1024, 4096), (600, 1040)):
-        tiled, values = _weight("nvfp4", rows, columns)
-        if product == "nvfp4_fast":
-            tiled, values = _fast_values(rows, columns)
-        x = _activations(product, tokens, columns)
-        y = prefill_product(library, tiled, x, product)  # into NaN
+        tiled, values = _weight(format_, rows, columns)
+        x = _activations(format_, tokens, columns)
+        y = prefill_product(library, tiled, x)  # into NaN
         assert _error(y[:, :rows], x.double() @ values.t()) < 3e-3, (rows, columns)  # bf16
-        assert torch.equal(y, prefill_product(library, tiled, x, product))
+        assert torch.equal(y, prefill_product(library, tiled, x))
 
 
 def _plain_result(y_TO: torch.Tensor) -> LinearResult:
@@ -238,9 +231,9 @@ def test_decoding_to_rows_is_exact(library, rows: int, columns: int) -> None:
     run("decode_nvfp4_bf16", tiled, target, 256.0)
     assert torch.allclose(target.double(), exact, rtol=1e-7, atol=0)
     codes = torch.full((rows, columns), float("nan"), device="cuda").to(torch.float8_e4m3fn)
-    run("decode_nvfp4_e4m3", tiled, codes, 32.0)
-    wanted = (target.float() / 8.0).to(torch.float8_e4m3fn)
-    assert torch.equal(codes.view(torch.uint8), wanted.view(torch.uint8))
+    tiled, _ = _weight("nvfp4_fast", rows, columns)
+    run("decode_nvfp4_e4m3", tiled, codes)
+    assert torch.equal(codes.float(), repack.fast_values(tiled).float())  # -0 and 0 are equal
     tiled, _ = _weight("fp8", rows, columns)
     run("untile_8bit", tiled, codes)
     assert torch.equal(codes.view(torch.uint8), repack.untile_rows(tiled).view(torch.uint8))

@@ -37,25 +37,99 @@ def test_nvfp4_tiles_are_undone_whatever_the_shape(
     assert weight.row_scale_O[0] == 0.25 * 256
 
 
-def test_paired_activations_meet_the_weights_of_the_same_feature() -> None:
-    # Feature f of a chunk belongs to lane t, register half h, element e: f = 8 h + 2 t + e.
-    codes = torch.arange(32, dtype=torch.uint8)[None].view(torch.float8_e4m3fn)
-    paired = repack.pair_activations(codes).view(torch.uint8)[0].tolist()
-    first = [8 * h + 2 * t + e for t in range(4) for h in range(2) for e in range(2)]
-    assert paired == first + [16 + feature for feature in first]
-
-
-def test_rounding_to_e4m3_is_of_the_true_value_over_eight() -> None:
-    codes, scales = _random_nvfp4(256, 128, seed=3)
-    weight = repack.tile_nvfp4(codes, scales, torch.full((256,), 0.5))
-    unpacked = torch.stack((codes & 15, codes >> 4), -1).reshape(256, 128)
+@settings(max_examples=10, deadline=None)
+@given(
+    rows=st.integers(1, 20).map(lambda n: n * 24),
+    columns=st.integers(1, 24).map(lambda n: n * 16),
+    slice_rows=st.sampled_from([64, 128, 4096]),
+)
+def test_fast_tiles_hold_values_rounded_to_e4m3_whatever_the_shape(
+    rows: int, columns: int, slice_rows: int
+) -> None:
+    codes, scales = _random_nvfp4(rows, columns, seed=rows * 1000 + columns)
+    scales.view(torch.uint8)[0] = 0  # a row of zeros
+    scales.view(torch.uint8)[1] = 1  # nothing but the least scale
+    tensor_scale_O = torch.rand(rows) + 0.5
+    weight = repack.tile_nvfp4(codes, scales, tensor_scale_O, slice_rows=slice_rows, is_fast=True)
+    values = repack.fast_values(weight).float()
+    assert bool(torch.isfinite(values).all())
+    assert not values[rows:].any() and not values[:, columns:].any()
+    found = values[:rows, :columns] * weight.row_scale_O[:rows, None] / tensor_scale_O[:, None]
+    unpacked = torch.stack((codes & 15, codes >> 4), -1).reshape(rows, columns)
     exact = decode_e2m1(unpacked) * scales.float().repeat_interleave(16, 1)
-    rounded = repack.round_nvfp4_to_e4m3(weight).float() * 8.0
-    assert not rounded.isnan().any()
-    half_step = (exact.abs() * 2.0**-4).clamp(min=8.0 * 2.0**-10)
-    assert bool(((rounded - exact).abs() <= half_step).all())
-    product = rounded * weight.row_scale_O[:, None] / repack.FAST_GAIN / 8.0
-    assert torch.allclose(product, rounded * 0.5, rtol=1e-6)
+    # Half a step of e4m3, or of e2m1 times the least scale: the row's largest over 2**10.
+    largest_O1 = scales.float().amax(-1, keepdim=True)
+    bound = torch.maximum(exact.abs() * 2.0**-4, largest_O1 * 2.0**-10)
+    assert bool(((found - exact).abs() <= bound * 1.0001).all())
+
+
+def test_fast_codes_and_scales_are_undone() -> None:
+    codes = torch.randint(0, 256, (128, 192), dtype=torch.uint8)
+    assert torch.equal(repack.unpack_fast_codes(repack.pack_fast_codes(codes)), codes)
+    scales = torch.randint(0, 256, (128, 24), dtype=torch.uint8)
+    assert torch.equal(repack.unpack_fast_scales(repack.pack_fast_scales(scales)), scales)
+
+
+def _select_bytes(low: int, high: int, selector: int) -> int:
+    """`prmt.b32` in its default mode."""
+    source = (low | high << 32).to_bytes(8, "little")
+    chosen = []
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        byte = source[nibble & 7]
+        chosen.append((0xFF if byte & 0x80 else 0) if nibble & 8 else byte)
+    return int.from_bytes(bytes(chosen), "little")
+
+
+def _look_up_as_the_kernel_does(codes: int, scales: int, index: int) -> list[int]:
+    """`three_halves`, `magnitudes_of` and `look_up` of primitives.cu in Python integers."""
+    mantissas = scales & 0x07070707
+    grows = (mantissas + 0x07070707) & ~(mantissas + 0x02020202) & 0x08080808
+    larger = scales + 0x04040404 + (grows >> 3)
+    one, more = index, 4 + index
+    low = _select_bytes(scales, larger, more << 12 | one << 8 | one << 4 | 8 | one) - 0x800
+    high = _select_bytes(scales, larger, more << 12 | one << 8 | more << 4 | one) + 0x10100808
+    words = []
+    for half in (codes, codes >> 16):
+        values = _select_bytes(low, high, half & 0x7777)
+        signs = ~(_select_bytes(0x40404040, 0x40404040, half) * 2) & 0x80808080
+        words.append(values | signs)
+    return [byte for word in words for byte in word.to_bytes(4, "little")]
+
+
+def test_looked_up_bytes_are_the_rounded_values_for_every_scale_and_code() -> None:
+    # Every byte from 2**-5 to 60, in every place of a word; codes 0 to 7 and 8 to 15.
+    for first in range(16, 104):
+        scales = [first, 16 + (first * 7) % 88, 103, 16 + (first * 31) % 88]
+        word = int.from_bytes(bytes(scales), "little")
+        for index, scale in enumerate(scales):
+            value = torch.tensor([scale], dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+            for start in (0, 8):
+                codes = list(range(start, start + 8))
+                packed = sum(code << 4 * i for i, code in enumerate(codes))
+                found = _look_up_as_the_kernel_does(packed, word, index)
+                exact = decode_e2m1(torch.tensor(codes, dtype=torch.uint8)) * value
+                wanted = exact.to(torch.float8_e4m3fn)
+                got = torch.tensor(found, dtype=torch.uint8).view(torch.float8_e4m3fn)
+                assert torch.equal(got.float(), wanted.float()), (scale, codes)
+
+
+def test_paired_activations_meet_the_weights_of_the_same_feature() -> None:
+    """A product over a unit in the order in which lanes and registers hold it."""
+    generator = torch.Generator().manual_seed(7)
+    codes, scales = _random_nvfp4(64, 128, seed=8)
+    weight = repack.tile_nvfp4(codes, scales, torch.ones(64), is_fast=True)
+    values = repack.fast_values(weight).double()[:64]
+    x = torch.randn(1, 128, generator=generator).to(torch.float8_e4m3fn)
+    chunks = repack.pair_activations(x).double().view(2, 4, 4, 4)  # half chunk t byte
+    unit = weight.data[0, 0, :4096].view(2, 4, 8, 4, 2, 8)  # half strip g t p byte
+    nibbles = torch.stack((unit & 15, unit >> 4), -1).reshape(2, 4, 8, 4, 2, 4, 4)
+    scale_bytes = weight.data[0, 0, 4096:].view(4, 8, 4, 2, 2)  # strip g t half p
+    scale = scale_bytes.view(torch.float8_e4m3fn).double().permute(3, 0, 1, 2, 4)
+    held = (decode_e2m1(nibbles).double() * scale[..., None, None]).to(torch.float8_e4m3fn)
+    # half strip g t p chunk byte against half chunk t byte
+    sums = torch.einsum("hsgtpcb,hctb->sgp", held.double(), chunks).reshape(64)
+    assert torch.allclose(sums, values @ x.double()[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from halfbyte.config import RopeConfig, TextConfig
 from halfbyte.kernels.repack import (
-    FAST_GAIN,
     TiledWeight,
-    round_nvfp4_to_e4m3,
+    fast_values,
     untile_nvfp4,
     untile_rows,
 )
@@ -49,9 +48,9 @@ def _config(head_dim: int = 128, num_layers: int = 3, is_full_width: bool = Fals
     )
 
 
-def _decoded(weight: TiledWeight, *, is_fast: bool = False) -> Tensor:
-    if is_fast:
-        values = round_nvfp4_to_e4m3(weight).double() / FAST_GAIN
+def _decoded(weight: TiledWeight) -> Tensor:
+    if weight.format == "nvfp4_fast":
+        values = fast_values(weight).double()
     elif weight.format == "nvfp4":
         codes, scales = untile_nvfp4(weight)
         from halfbyte.formats.minifloat import decode_e2m1
@@ -62,10 +61,9 @@ def _decoded(weight: TiledWeight, *, is_fast: bool = False) -> Tensor:
     return values * weight.row_scale_O.double()[:, None]
 
 
-def _linear(x: Tensor, linear, *, is_fast: bool = False) -> Tensor:
-    is_fast = is_fast and linear.weight.format == "nvfp4"
-    w = _decoded(linear.weight, is_fast=is_fast)[:, : x.shape[1]]
-    if is_fast:
+def _linear(x: Tensor, linear) -> Tensor:
+    w = _decoded(linear.weight)[:, : x.shape[1]]
+    if linear.weight.format == "nvfp4_fast":
         s = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448.0
         x = (x.float() / s).to(torch.float8_e4m3fn).double() * s
     if linear.weight.format == "fp8":
@@ -79,7 +77,7 @@ def _norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * w.float()).bfloat16()
 
 
-def _plain_logits(weights, rotary, token_ids: Tensor, *, is_fast: bool = False) -> Tensor:
+def _plain_logits(weights, rotary, token_ids: Tensor) -> Tensor:
     """Logits of every position of one sequence, with keys and values as stored."""
     c = weights.config
     x = weights.embedding_VD[token_ids]
@@ -107,15 +105,15 @@ def _plain_logits(weights, rotary, token_ids: Tensor, *, is_fast: bool = False) 
         p = scores.masked_fill(mask, -torch.inf).softmax(-1)
         out = torch.einsum("nij,jnh->inh", p, values).reshape(t, n * h).bfloat16()
         x = x + _linear(out, layer.o)[:, : c.width]
-        y = _linear(_norm(x, layer.mlp_norm_D, c.norm_eps), layer.gate_up, is_fast=is_fast)
+        y = _linear(_norm(x, layer.mlp_norm_D, c.norm_eps), layer.gate_up)
         gate, up = y[:, : c.mlp_width].float(), y[:, c.mlp_width : 2 * c.mlp_width].float()
         z = (torch.nn.functional.silu(gate) * up).bfloat16()
-        x = x + _linear(z, layer.down, is_fast=is_fast)[:, : c.width]
+        x = x + _linear(z, layer.down)[:, : c.width]
     x = _norm(x, weights.norm_D, c.norm_eps)
     return (x.double() @ _decoded(weights.head.weight)[: c.vocab_size].t()).float()
 
 
-def _setup(batch: int, head_dim: int = 128, context: int = 1024, config=None):
+def _setup(batch: int, head_dim: int = 128, context: int = 1024, config=None, mode: str = "exact"):
     from halfbyte.bench.synthetic import random_weights
     from halfbyte.kernels.cuda.library import KernelLibrary
     from halfbyte.model.cuda_decoder import DecodeStep, Rotary, make_cache
@@ -124,7 +122,7 @@ def _setup(batch: int, head_dim: int = 128, context: int = 1024, config=None):
     config = config or _config(head_dim)
     library = KernelLibrary(device)
     formats = ("fp8", "nvfp4", "nvfp4") if config.num_layers == 3 else ("nvfp4",)
-    weights = random_weights(library, config, formats)
+    weights = random_weights(library, config, formats, mode=mode)
     pages = batch * context // PAGE + 1
     cache = make_cache(config, pages, PAGE, device)
     rotary = Rotary(config, device)
@@ -149,11 +147,11 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize(
     "batch,mode",
-    [*((b, "exact") for b in (1, 5, 16, 40, 64, 128)), (40, "fast"), (128, "fast")],
+    [(batch, mode) for batch in (1, 5, 16, 40, 64, 128) for mode in ("exact", "fast")],
 )
 def test_greedy_decoding_follows_the_plain_model(batch: int, mode: str) -> None:
-    _, weights, _, rotary, make = _setup(batch)
-    step = make(mode=mode)
+    _, weights, _, rotary, make = _setup(batch, mode=mode)
+    step = make()
     first = step.token_ids_T.clone()
     for _ in range(24):
         step.run()
@@ -161,7 +159,7 @@ def test_greedy_decoding_follows_the_plain_model(batch: int, mode: str) -> None:
     tokens = torch.cat((first[None], step.history[:24]))
     last = step.read_logits()
     for s in {0, batch - 1, batch // 2}:
-        logits = _plain_logits(weights, rotary, tokens[:-1, s], is_fast=mode == "fast")
+        logits = _plain_logits(weights, rotary, tokens[:-1, s])
         chosen = logits.gather(1, tokens[1:, s : s + 1])[:, 0]
         # FP8 activations that round the other way move a logit by a few hundredths of a deviation.
         assert _relative(last[s], logits[-1]) < 0.05 * _FLIPS[mode]
@@ -173,8 +171,8 @@ def test_greedy_decoding_follows_the_plain_model(batch: int, mode: str) -> None:
 @pytest.mark.parametrize("batch,mode", [(2, "exact"), (128, "exact"), (128, "fast")])
 def test_full_width_layer_against_float64(batch: int, mode: str) -> None:
     config = _config(num_layers=1, is_full_width=True)
-    _, weights, _, rotary, make = _setup(batch, context=32, config=config)
-    step = make(mode=mode)
+    _, weights, _, rotary, make = _setup(batch, context=32, config=config, mode=mode)
+    step = make()
     first = step.token_ids_T.clone()
     for _ in range(4):
         step.run()
@@ -182,7 +180,7 @@ def test_full_width_layer_against_float64(batch: int, mode: str) -> None:
     tokens = torch.cat((first[None], step.history[:4]))
     last = step.read_logits()
     for s in {0, batch - 1}:
-        expected = _plain_logits(weights, rotary, tokens[:-1, s], is_fast=mode == "fast")[-1]
+        expected = _plain_logits(weights, rotary, tokens[:-1, s])[-1]
         assert _relative(last[s], expected) < 0.02 * _FLIPS[mode]
     torch.cuda.empty_cache()
 
@@ -190,12 +188,12 @@ def test_full_width_layer_against_float64(batch: int, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_graph_equals_eager_and_two_runs_are_identical(mode: str) -> None:
     for batch in (1, 16, 128):
-        _, _, cache, _, make = _setup(batch)
+        _, _, cache, _, make = _setup(batch, mode=mode)
         runs = []
         for how in ("eager", "graph", "plain"):
             for t in (*cache.keys, *cache.values):
                 t.fill_(0x7F)  # NaN: nothing unwritten may be read
-            step = make(overlaps=how != "plain", mode=mode)
+            step = make(overlaps=how != "plain")
             if how == "graph":
                 step.capture()
             for _ in range(40):
@@ -208,20 +206,20 @@ def test_graph_equals_eager_and_two_runs_are_identical(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize("products", [(), ("nvfp4", "nvfp4_fast")])
-def test_prefill_then_decode_continues_the_prompt(mode: str, products: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("formats", [(), ("nvfp4", "nvfp4_fast")])
+def test_prefill_then_decode_continues_the_prompt(mode: str, formats: tuple[str, ...]) -> None:
     from halfbyte.model.cuda_decoder import Prefill
 
-    library, weights, cache, rotary, make = _setup(1)
+    library, weights, cache, rotary, make = _setup(1, mode=mode)
     prompt = (torch.arange(300, device="cuda") * 37) % 2048
     step = make()
     slots = step.block_table_TP[0].long().repeat_interleave(PAGE) * PAGE
     slots = slots + torch.arange(PAGE, device="cuda").repeat(step.block_table_TP.shape[1])
     prefill = Prefill(
-        library, weights, cache, 512, rotary=rotary, mode=mode, decoded_products=frozenset(products)
+        library, weights, cache, 512, rotary=rotary, decoded_formats=frozenset(formats)
     )
     logits = prefill.run(prompt, slots[:300])
-    expected = _plain_logits(weights, rotary, prompt, is_fast=mode == "fast")[-1]
+    expected = _plain_logits(weights, rotary, prompt)[-1]
     assert _relative(logits, expected) < 0.03 * _FLIPS[mode]
     step.token_ids_T[0] = int(expected.argmax())
     step.positions_T[0] = 300

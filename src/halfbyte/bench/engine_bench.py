@@ -10,7 +10,7 @@ Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = 
     plus the context's keys and values; prefill floor = FLOP of each linear / the rate of its
     format.
 Reading the result: share of the floor, against ceilings measured in the same run. The product rate
-    of NVFP4 layers is bf16's in "exact", FP8's in "fast" (decode: from 33 sequences on). Ceilings
+    of NVFP4 layers is bf16's in "exact", FP8's in "fast" (weights prepared for that). Ceilings
     are those of short bursts; under seconds of products the board's power limit lowers them
     (benchmarks/notes-kernels.md).
 Last record: benchmarks/records/engine-h200.json
@@ -39,28 +39,25 @@ from halfbyte.kernels.cuda.library import (
 )
 from halfbyte.kernels.repack import TileFormat
 from halfbyte.model.cuda_decoder import (
-    FAST_COLUMNS,
     CudaWeights,
     DecodeStep,
     KvCache,
     Mode,
     Prefill,
-    PrefillMode,
     Rotary,
     make_cache,
 )
 
 PAGE_SLOTS = 16
-_FORMATS: tuple[TileFormat, ...] = ("fp8", "nvfp4", "bf16")
+_FORMATS: tuple[TileFormat, ...] = ("fp8", "nvfp4", "nvfp4_fast", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A decode measurement: sequences, the tokens each already has, how NVFP4 is multiplied."""
+    """A decode measurement: sequences, and the tokens each already has."""
 
     batch: int
     context: int
-    mode: Mode = "exact"
 
 
 POINTS = (
@@ -69,8 +66,6 @@ POINTS = (
     Point(16, 128),
     Point(64, 128),
     Point(128, 128),
-    Point(64, 128, "fast"),
-    Point(128, 128, "fast"),
     Point(1, 32768),
     Point(8, 8192),
 )
@@ -85,11 +80,6 @@ def compile_all(num_layers: int) -> None:
         partial(linear_code, format_, columns, choose_config(format_, columns))
         for format_ in _FORMATS
         for columns in COLUMNS
-    ]
-    tasks += [
-        partial(linear_code, "nvfp4_fast", columns, choose_config("nvfp4_fast", columns))
-        for columns in COLUMNS
-        if columns >= FAST_COLUMNS
     ]
     tasks.append(partial(prefill_code, "nvfp4"))
     tasks += [
@@ -120,7 +110,8 @@ def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> f
     by_bytes = num_bytes / ceilings.copy_tb_per_s / 1e9
     rate = {
         "fp8": ceilings.fp8_tflop_per_s,
-        "nvfp4": ceilings.fp8_tflop_per_s if point.mode == "fast" else ceilings.bf16_tflop_per_s,
+        "nvfp4": ceilings.bf16_tflop_per_s,
+        "nvfp4_fast": ceilings.fp8_tflop_per_s,
         "bf16": ceilings.bf16_tflop_per_s,
     }
     by_flop = by_parts = 0.0
@@ -164,7 +155,6 @@ def run_decode(
         rotary=Rotary(config, device),
         max_context_tokens=max_context,
         overlaps=overlaps,
-        mode=point.mode,
     )
     _fill_state(step, cache, point)
     start = time.perf_counter()
@@ -181,7 +171,7 @@ def run_decode(
         "kind": "decode",
         "batch": point.batch,
         "context": point.context,
-        "mode": point.mode,
+        "mode": weights.mode,
         "median_ms": median,
         "samples_ms": samples,
         "tokens_per_s": point.batch / median * 1e3,
@@ -195,15 +185,13 @@ def run_decode(
     }
 
 
-def prefill_floor_ms(
-    weights: CudaWeights, num_tokens: int, mode: PrefillMode, ceilings: Ceilings
-) -> float:
+def prefill_floor_ms(weights: CudaWeights, num_tokens: int, ceilings: Ceilings) -> float:
     """Products at their rates; attention and the unpacking not counted."""
     total = 0.0
     for layer in weights.layers:
         for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
             weight = linear.weight
-            in_fp8 = weight.format == "fp8" or mode == "fast"
+            in_fp8 = weight.format in ("fp8", "nvfp4_fast")
             rate = ceilings.fp8_fast_tflop_per_s if in_fp8 else ceilings.bf16_tflop_per_s
             total += 2.0 * num_tokens * weight.out_features * weight.in_features / rate / 1e9
     return total
@@ -213,7 +201,6 @@ def run_prefill(
     library: KernelLibrary,
     weights: CudaWeights,
     num_tokens: int,
-    mode: PrefillMode,
     ceilings: Ceilings,
     *,
     repeats: int = 3,
@@ -228,7 +215,6 @@ def run_prefill(
         cache,
         num_tokens,
         rotary=Rotary(config, device),
-        mode=mode,
         fast_accumulation=fast_accumulation,
     )
     token_ids = torch.randint(0, config.vocab_size, (num_tokens,), device=device)
@@ -238,11 +224,11 @@ def run_prefill(
         logits = prefill.run(token_ids, slots)
     assert bool(torch.isfinite(logits).all())
     median = statistics.median(samples)
-    floor = prefill_floor_ms(weights, num_tokens, mode, ceilings)
+    floor = prefill_floor_ms(weights, num_tokens, ceilings)
     return {
         "kind": "prefill",
         "tokens": num_tokens,
-        "mode": mode,
+        "mode": weights.mode,
         "fp8_sums": "tensor core" if fast_accumulation else "promoted to f32",
         "median_ms": median,
         "samples_ms": samples,
@@ -252,10 +238,10 @@ def run_prefill(
     }
 
 
-def make_weights(library: KernelLibrary, num_layers: int) -> CudaWeights:
+def make_weights(library: KernelLibrary, num_layers: int, mode: Mode = "exact") -> CudaWeights:
     """Random weights of the medium geometry in its mixed format."""
     config = medium_geometry(num_layers)
-    return random_weights(library, config, mixed_formats(num_layers))
+    return random_weights(library, config, mixed_formats(num_layers), mode=mode)
 
 
 def format_row(row: dict[str, Any]) -> str:
@@ -314,14 +300,24 @@ def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
     start, library, weights = run_start(num_layers, device)
     rows = [start]
     print(start, flush=True)
+    rows += _run_mode(library, weights, ceilings)
+    # Both do not fit at once.
+    del weights
+    torch.cuda.empty_cache()
+    rows += _run_mode(library, make_weights(library, num_layers, "fast"), ceilings)
+    return ceilings, rows
+
+
+def _run_mode(
+    library: KernelLibrary, weights: CudaWeights, ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    rows = []
     for point in POINTS:
         rows.append(run_decode(library, weights, point, ceilings))
         print(format_row(rows[-1]), flush=True)
         torch.cuda.empty_cache()
-    modes: tuple[PrefillMode, ...] = ("exact", "fast")
-    for mode in modes:
-        for num_tokens in PROMPTS:
-            rows.append(run_prefill(library, weights, num_tokens, mode, ceilings))
-            print(format_row(rows[-1]), flush=True)
-            torch.cuda.empty_cache()
-    return ceilings, rows
+    for num_tokens in PROMPTS:
+        rows.append(run_prefill(library, weights, num_tokens, ceilings))
+        print(format_row(rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+    return rows

@@ -18,22 +18,16 @@ import torch
 from halfbyte.bench.gpu import time_graph_ms
 from halfbyte.bench.synthetic import make_tables, random_weight
 from halfbyte.kernels.cuda.library import (
-    STORED,
     KernelLibrary,
-    Product,
     StreamConfig,
-    choose_config,
     columns_for,
     stage_bytes,
 )
 from halfbyte.kernels.cuda.ops import stream_launch
-from halfbyte.kernels.repack import K_BLOCK, TiledWeight
-from halfbyte.model.cuda_decoder import FAST_COLUMNS
+from halfbyte.kernels.repack import K_BLOCK, TiledWeight, TileFormat
 
 TOKENS = (1, 4, 16, 64, 128)
-# NVFP4 rounded to e4m3 in registers is made for many rows only.
-_FEWEST_COLUMNS: dict[Product, int] = {"nvfp4_fast": FAST_COLUMNS}
-SHAPES: tuple[tuple[str, Product, int, int], ...] = (
+SHAPES: tuple[tuple[str, TileFormat, int, int], ...] = (
     ("qkv", "fp8", 14336, 12288),
     ("o", "fp8", 12288, 12288),
     ("gate_up", "nvfp4", 57344, 12288),
@@ -50,14 +44,13 @@ def time_linear(
     num_tokens: int,
     config: StreamConfig | None,
     *,
-    product: Product | None = None,
     overlaps: bool = True,
 ) -> dict[str, Any]:
     """Milliseconds a product, over the weights in turn."""
     weight, device = weights[0], library.device
     columns = columns_for(num_tokens)
     x = torch.randn(weight.num_k_blocks * K_BLOCK[weight.format], columns, device=device)
-    if weight.format == "fp8" or product == "nvfp4_fast":
+    if weight.format in ("fp8", "nvfp4_fast"):
         activations = (x * 50.0).clamp(-448, 448).to(torch.float8_e4m3fn)
     else:
         activations = x.to(torch.float16 if weight.format == "nvfp4" else torch.bfloat16)
@@ -74,7 +67,6 @@ def time_linear(
             out=out,
             config=config,
             overlaps=overlaps,
-            product=product,
         )
         for each in weights
     ]
@@ -98,11 +90,11 @@ def time_linear(
     }
 
 
-def variants(product: Product, columns: int) -> list[StreamConfig]:
+def variants(format_: TileFormat, columns: int) -> list[StreamConfig]:
     """Block shapes worth a comparison: (groups, tiles, registers, steps, ring KiB)."""
-    if product == "nvfp4_fast":
-        return [choose_config(product, columns)]
-    if product != "nvfp4":
+    if format_ == "nvfp4_fast":
+        return fast_variants(columns)
+    if format_ != "nvfp4":
         choices: tuple[tuple[int, int, int, int, int], ...] = ((4, 1, 0, 4, 172), (4, 1, 0, 4, 104))
         if columns == 128:
             choices = ((2, 1, 0, 4, 214), (2, 1, 0, 4, 172))
@@ -114,9 +106,24 @@ def variants(product: Product, columns: int) -> list[StreamConfig]:
         choices = ((2, 2, 232, 4, 214), (2, 2, 232, 8, 214), (2, 2, 232, 4, 172))
     made = []
     for groups, tiles, registers, steps, ring in choices:
-        stages = min(8, ring * 1024 // stage_bytes(product, columns, groups * tiles))
+        stages = min(8, ring * 1024 // stage_bytes(format_, columns, groups * tiles))
         made.append(StreamConfig(groups, tiles, stages, registers, steps))
     return list(dict.fromkeys(made))
+
+
+def fast_variants(columns: int) -> list[StreamConfig]:
+    """Block shapes of the fast product: (groups, tiles, registers, ring KiB, promote)."""
+    choices = [(2, 1, 0, 214, 4), (4, 1, 0, 214, 4)]
+    if columns == 128:
+        choices = [(2, 1, 0, 214, 4), (2, 1, 232, 214, 4), (2, 1, 0, 214, 0), (2, 2, 232, 214, 0)]
+        choices += [(4, 1, 0, 214, 0)]
+    elif columns == 64:
+        choices += [(2, 1, 0, 214, 0), (4, 1, 0, 214, 0), (2, 2, 0, 214, 0)]
+    made = []
+    for groups, tiles, registers, ring, promote in choices:
+        stages = min(8, ring * 1024 // stage_bytes("nvfp4_fast", columns, groups * tiles))
+        made.append(StreamConfig(groups, tiles, stages, registers, promote=promote))
+    return made
 
 
 def run_kernels(
@@ -125,23 +132,22 @@ def run_kernels(
     """A row for each shape, number of tokens and (with `compares`) block shape."""
     tables = make_tables(library.device)
     rows = []
-    for name, product, out, in_ in SHAPES:
+    for name, format_, out, in_ in SHAPES:
         count = 1 if name == "head" else num_weights
-        stored = STORED[product]
-        weights = [random_weight(library, tables, stored, out, in_, i) for i in range(count)]
+        weights = [random_weight(library, tables, format_, out, in_, i) for i in range(count)]
         for num_tokens in tokens:
-            if columns_for(num_tokens) < _FEWEST_COLUMNS.get(product, 0):
-                continue
             configs: list[StreamConfig | None] = [None]
             if compares:
-                configs = list(variants(product, columns_for(num_tokens)))
+                configs = list(variants(format_, columns_for(num_tokens)))
             for config in configs:
                 if config is not None and out % config.tile_rows:
                     continue
-                row = time_linear(library, weights, num_tokens, config, product=product)
-                used = config or library.linear(product, columns_for(num_tokens))[1]
+                row = time_linear(library, weights, num_tokens, config)
+                used = config or library.linear(format_, columns_for(num_tokens))[1]
                 shape = f"{used.groups}x{used.tiles}x{used.group_steps} stages {used.stages}"
-                rows.append({"linear": name, "format": product, "block": shape, **row})
+                if format_ == "nvfp4_fast":
+                    shape += f" promote {used.promote} registers {used.consumer_registers}"
+                rows.append({"linear": name, "format": format_, "block": shape, **row})
         del weights
         torch.cuda.empty_cache()
     return rows

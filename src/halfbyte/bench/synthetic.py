@@ -25,9 +25,10 @@ from halfbyte.kernels.repack import (
     TiledWeight,
     TileFormat,
     encode_scales,
+    fast_scales,
     padded,
 )
-from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights
+from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights, Mode
 from halfbyte.modules import WeightFormat
 
 # Largest of the few hundred million normal values of a matrix, in standard deviations.
@@ -67,6 +68,7 @@ class Tables:
 
     codes: Tensor  # 256 e2m1 codes
     scale_bytes: Tensor  # 4096 encoded block scales
+    fast_scale_bytes: Tensor  # the same for "nvfp4_fast"
     e4m3_bytes: Tensor  # 4096 e4m3 codes
 
 
@@ -78,12 +80,16 @@ def make_tables(device: torch.device, seed: int = 0) -> Tables:
     unit = scales.float() * _LARGEST_SIGMA / 448.0 / 6.0
     codes = encode_e2m1(blocks / unit[:, None]).flatten().sort().values
     encoded = encode_scales(scales).sort().values
+    # As one row, so that all have one gain.
+    fast = fast_scales(torch.zeros(1, scales.numel() * 8, dtype=torch.uint8), scales[None])[1]
+    fast = fast.flatten().sort().values
     quantiles = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     normal = math.sqrt(2.0) * torch.erfinv(2.0 * quantiles - 1.0)
     e4m3 = encode_e4m3(normal.float() * 448.0 / _LARGEST_SIGMA)
     return Tables(
         codes[:: codes.numel() // 256][:256].contiguous().to(device),
         encoded[:: encoded.numel() // 4096][:4096].contiguous().to(device),
+        fast[:: fast.numel() // 4096][:4096].contiguous().to(device),
         e4m3.view(torch.uint8).to(device),
     )
 
@@ -109,21 +115,24 @@ def random_weight(
             part.normal_(0.0, deviation)
         return TiledWeight(format_, data, torch.ones(rows, device=device), rows, in_features)
     data = torch.empty(shape, dtype=torch.uint8, device=device)
-    is_nvfp4 = format_ == "nvfp4"
+    drawn = {"nvfp4": tables.scale_bytes, "nvfp4_fast": tables.fast_scale_bytes}
     arguments = (
         data,
         ctypes.c_int64(data.numel() // 4),
         tables.codes,
-        tables.scale_bytes if is_nvfp4 else tables.e4m3_bytes,
+        drawn.get(format_, tables.e4m3_bytes),
         UNIT_BYTES[format_] // 4,
-        4096 // 4 if is_nvfp4 else 0,
+        4096 // 4 if format_ in drawn else 0,
+        int(format_ == "nvfp4"),
         seed,
     )
     kernel = library.layout()["fill_random"]
     launch = Launch(kernel, (4096, 1, 1), 256, arguments, overlaps=False)
     launch.run(torch.cuda.current_stream().cuda_stream)
-    # Largest weight = largest code * largest scale * tensor scale (FP8: largest code * scale).
-    largest = 6.0 * 448.0 / NVFP4_GAIN if is_nvfp4 else 448.0
+    # Largest weight = largest code * largest scale * tensor scale (FP8: largest code * scale). The
+    # largest scale is 448: 2**-3 of it is what the fast product has.
+    gains = {"nvfp4": 6.0 / NVFP4_GAIN, "nvfp4_fast": 6.0 / 8.0}
+    largest = 448.0 * gains.get(format_, 1.0)
     row_scale = torch.full((rows,), _LARGEST_SIGMA * deviation / largest, device=device)
     return TiledWeight(format_, data, row_scale, rows, in_features)
 
@@ -135,6 +144,7 @@ def random_weights(
     *,
     attention_format: TileFormat = "fp8",
     seed: int = 0,
+    mode: Mode = "exact",
 ) -> CudaWeights:
     """All weights of a decoder in its mixed format. Norm weights are near 1."""
     tables = make_tables(library.device, seed)
@@ -151,7 +161,7 @@ def random_weights(
             return random_weight(library, tables, format_, out, in_, number)
 
         # Normalised inputs reach about 6; attention's average and the MLP's product less.
-        gain = {"fp8": 8.0 / 448.0, "nvfp4": 1.0, "bf16": 1.0}
+        gain = {"fp8": 8.0 / 448.0, "nvfp4": 1.0, "nvfp4_fast": 1.0, "bf16": 1.0}
         return CudaLayer(
             norm(),
             CudaLinear(weight(attention_format, query + 2 * kv, width, 0), gain[attention_format]),
@@ -169,5 +179,8 @@ def random_weights(
     for part in torch.split(embedding, 4096):
         part.normal_()
     head = random_weight(library, tables, "bf16", config.vocab_size, width, seed)
-    layers = tuple(layer(index, mlp) for index, mlp in enumerate(mlp_formats))
+    nvfp4: TileFormat = "nvfp4_fast" if mode == "fast" else "nvfp4"
+    layers = tuple(
+        layer(index, nvfp4 if mlp == "nvfp4" else mlp) for index, mlp in enumerate(mlp_formats)
+    )
     return CudaWeights(config, embedding, layers, norm(), CudaLinear(head))

@@ -567,7 +567,11 @@ def load_rank(
         shard = shard_of(checkpoint.config.text, communicator.rank, communicator.size)
     with torch.inference_mode():
         weights = load_cuda_weights(
-            checkpoint, device, num_spare_embeddings=MAX_ROWS if has_images else 0, shard=shard
+            checkpoint,
+            device,
+            num_spare_embeddings=MAX_ROWS if has_images else 0,
+            shard=shard,
+            mode=config.prefill,
         )
     return library, weights
 
@@ -601,7 +605,7 @@ def build_runner(
     longest = config.max_model_len or text.max_positions
     max_pages = -(-longest // config.block_tokens)
     _free_what_is_gone()
-    compile_kernels(weights, config.block_tokens, sizes, config.prefill)
+    compile_kernels(weights, config.block_tokens, sizes)
     shared = SharedBuffers()
 
     def executor(cache: KvCache, inputs: RowInputs) -> HopperExecutor:
@@ -612,7 +616,6 @@ def build_runner(
             inputs,
             sizes=sizes,
             max_batch_tokens=config.max_batch_tokens,
-            prefill=config.prefill,
             shared=shared,
             communicator=communicator,
         )

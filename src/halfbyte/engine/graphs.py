@@ -24,7 +24,6 @@ from halfbyte.kernels.cuda.library import (
     COLUMNS,
     HeadShape,
     KernelLibrary,
-    Product,
     attention_code,
     choose_config,
     columns_for,
@@ -37,14 +36,12 @@ from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.log import logger
 from halfbyte.model.cuda_decoder import (
     ACTIVATION_KIND,
-    FAST_COLUMNS,
     Chunk,
     CudaWeights,
     DecodeStep,
     KvCache,
     Prefill,
     PrefillBatch,
-    PrefillMode,
     Serving,
     SharedBuffers,
     layer_linears,
@@ -167,9 +164,7 @@ class Executor(Protocol):
     def facts(self) -> dict[str, object]: ...
 
 
-def compile_kernels(
-    weights: CudaWeights, page_slots: int, sizes: Sequence[int], mode: PrefillMode
-) -> None:
+def compile_kernels(weights: CudaWeights, page_slots: int, sizes: Sequence[int]) -> None:
     """Compile what steps of these sizes need, in parallel, into the cache on disk."""
     config = weights.config
     heads = HeadShape(config.head_dim, config.num_heads, config.num_kv_heads)
@@ -177,14 +172,12 @@ def compile_kernels(
     formats = sorted({linear.weight.format for linear in linears})
     # The head takes any number of rows of a prefill.
     widths = sorted({columns_for(size) for size in sizes} | set(COLUMNS))
-    products: list[tuple[Product, int]] = [(kind, width) for width in widths for kind in formats]
-    if mode == "fast" and "nvfp4" in formats:
-        products += [("nvfp4_fast", width) for width in widths if width >= FAST_COLUMNS]
     tasks: list[Callable[[], bytes]] = [
-        partial(linear_code, product, width, choose_config(product, width))
-        for product, width in products
+        partial(linear_code, format_, width, choose_config(format_, width))
+        for width in widths
+        for format_ in formats
     ]
-    if mode == "exact" and "nvfp4" in formats:
+    if "nvfp4" in formats:
         tasks.append(partial(prefill_code, "nvfp4"))
     tasks += [
         partial(elementwise_code, config.width, config.mlp_width, blocks, heads)
@@ -212,7 +205,6 @@ class HopperExecutor:
         *,
         sizes: tuple[int, ...],
         max_batch_tokens: int,
-        prefill: PrefillMode,
         shared: SharedBuffers,
         communicator: Communicator | None = None,
     ) -> None:
@@ -235,11 +227,9 @@ class HopperExecutor:
             cache,
             max_batch_tokens,
             rotary=self._rotary.at,
-            mode=prefill,
             fast_accumulation=True,
             all_reduce=all_reduce,
         )
-        self._mode = prefill
         self._steps: dict[int, DecodeStep] = {}
         self._capture_s = 0.0
         self._graph_bytes = 0
@@ -305,7 +295,6 @@ class HopperExecutor:
             self._cache,
             size,
             rotary=self._rotary.at,
-            mode=self._mode,
             max_context_tokens=self._inputs.table.shape[1] * self._cache.page_slots,
             serving=Serving(prepare, self._logits_TV[:size], self._shared, self._all_reduce),
         )
@@ -383,6 +372,6 @@ class HopperExecutor:
             "graph_bytes": self._graph_bytes,
             "graph_capture_s": round(self._capture_s, 2),
             "shared_bytes": self._shared.num_bytes,
-            "prefill": self._mode,
+            "prefill": self._weights.mode,
             "ranks": self._communicator.size,
         }

@@ -7,14 +7,23 @@ permuted so that a thread of the tensor-core product ends up with two neighbouri
     FP8    K block of 128, 8192 bytes: [chunk of 16 inputs][row][16 bytes]
     bf16   K block of  64, 8192 bytes: [chunk of  8 inputs][row][16 bytes]
     NVFP4  K block of 128, 4608 bytes: [half][warp][lane][16 bytes] codes, [warp][8][16] scales
+    NVFP4 for the fast product, likewise: [half][warp][lane][16] codes, [warp][lane][4] scales
 
-NVFP4 codes lie in the registers' order of an m64k16 operand, eight codes a 32-bit word, four words
-(k-steps of 16 inputs) a thread and load. In each 16-bit half of a word the codes of the operand's
-four registers put sign | magnitude at bits 15|11-9, 12|8-6, 14|5-3, 13|2-0: nine integer
-operations make four fp16 pairs, each value times 2**-14. A block scale s becomes the byte of
-exponent (5 bits) and mantissa (3 bits) of fp16(s * 2**6), which holds every e4m3 value >= 0; four
-of them lie in a word so that three operations make two fp16 pairs. Code times scale is exact in
-fp16, 2**-8 too small; the weight's row scale makes up for it.
+NVFP4 codes for the exact product lie in the registers' order of an m64k16 operand, eight codes a
+32-bit word, four words (k-steps of 16 inputs) a thread and load. In each 16-bit half of a word the
+codes of the operand's four registers put sign | magnitude at bits 15|11-9, 12|8-6, 14|5-3,
+13|2-0: nine integer operations make four fp16 pairs, each value times 2**-14. A block scale s
+becomes the byte of exponent (5 bits) and mantissa (3 bits) of fp16(s * 2**6), which holds every
+e4m3 value >= 0; four of them lie in a word so that three operations make two fp16 pairs. Code times
+scale is exact in fp16, 2**-8 too small; the weight's row scale makes up for it.
+
+The fast product multiplies values rounded to e4m3, which it looks up: a lane holds whole 16-blocks,
+so that the eight magnitudes of one scale, in two words, serve sixteen codes. Of 64 inputs (a
+"half"), lane t of four has block t of rows 2g and 2g + 1: 16 bytes as the checkpoint stores them, a
+row after the other. Its four scales (half, row) are one word. A scale is stored as the e4m3 byte
+of s * 2**k, where k puts a row's largest at exponent 12 (`fast_scales`): six times it stays below
+448, and the half of every scale from 2**-5 on is a normal number, so that seven magnitudes come
+from two bytes by adding to their exponents.
 
 Every function here runs on any device; `untile_*` is the exact inverse of `tile_*` up to padding.
 Shape legend: O, I out and in features; B 16-blocks along I; R 64-row tiles; C K blocks.
@@ -27,21 +36,22 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import FormatError
-from halfbyte.formats.minifloat import decode_e2m1
+from halfbyte.formats.minifloat import decode_e2m1, encode_e2m1
 
 ROWS = 64  # of a unit
 # Rows are padded to this many so that one block of the grid always has whole tiles.
 TILE_ROWS = 256
-UNIT_BYTES = {"fp8": 8192, "bf16": 8192, "nvfp4": 4608}
-K_BLOCK = {"fp8": 128, "bf16": 64, "nvfp4": 128}
+UNIT_BYTES = {"fp8": 8192, "bf16": 8192, "nvfp4": 4608, "nvfp4_fast": 4608}
+K_BLOCK = {"fp8": 128, "bf16": 64, "nvfp4": 128, "nvfp4_fast": 128}
 # Code value 2**-14 times scale 2**6.
 NVFP4_GAIN = 2.0**8
-# An NVFP4 value rounded to e4m3 is code * block scale / 8, at most 336: this many times too large.
-FAST_GAIN = NVFP4_GAIN / 8
+# Largest and least block scale of the fast product, as powers of two.
+_FAST_TOP = 5
+_FAST_LEAST = -5
 _SIGN_BIT = (15, 12, 14, 13)  # per operand register
 _MAGNITUDE_BIT = (9, 6, 3, 0)
 
-TileFormat = Literal["fp8", "nvfp4", "bf16"]
+TileFormat = Literal["fp8", "nvfp4", "nvfp4_fast", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +191,12 @@ def unpack_scales(units: Tensor) -> Tensor:
 
 
 def tile_nvfp4(
-    codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor, *, slice_rows: int = 4096
+    codes_OI2: Tensor,
+    scale_OB: Tensor,
+    tensor_scale_O: Tensor,
+    *,
+    slice_rows: int = 4096,
+    is_fast: bool = False,
 ) -> TiledWeight:
     """Prepare an NVFP4 weight; members of a fused group are stacked.
 
@@ -189,6 +204,7 @@ def tile_nvfp4(
     scale_OB        e4m3 >= 0; not modified
     tensor_scale_O  f32, of each row
     slice_rows      rows repacked at a time, which bounds the scratch memory to 20 bytes a code
+    is_fast         for the product that rounds to e4m3 (format "nvfp4_fast")
     """
     out, in_ = codes_OI2.shape[0], codes_OI2.shape[1] * 2
     if (scale_OB.view(torch.uint8) > 0x7E).any():
@@ -196,23 +212,98 @@ def tile_nvfp4(
     rows, columns = padded(out, TILE_ROWS), padded(in_, 128)
     shape = (rows // ROWS, columns // 128, UNIT_BYTES["nvfp4"])
     data = torch.zeros(shape, dtype=torch.uint8, device=codes_OI2.device)
+    row_scale_O = tensor_scale_O * (1.0 if is_fast else NVFP4_GAIN)
     for start in range(0, out, slice_rows):
         stop = min(out, start + slice_rows)
-        packed = codes_OI2[start:stop]
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(stop - start, in_)
+        packed, scales = codes_OI2[start:stop], scale_OB[start:stop]
         whole = padded(stop - start, ROWS)
         tiles = slice(start // ROWS, (start + whole) // ROWS)
-        data[tiles, :, :4096] = pack_operand_words(_pad(codes, whole, columns))
-        scales = encode_scales(scale_OB[start:stop])
-        data[tiles, :, 4096:] = pack_scales(_pad(scales, whole, columns // 16))
-    gain = _padded_scales(tensor_scale_O * NVFP4_GAIN, rows)
-    return TiledWeight("nvfp4", data, gain, rows, in_)
+        if is_fast:
+            packed, encoded, gain_O = fast_scales(packed, scales)
+            row_scale_O[start:stop] *= gain_O
+            data[tiles, :, :4096] = pack_fast_codes(_pad(packed, whole, columns // 2))
+            data[tiles, :, 4096:] = pack_fast_scales(_pad(encoded, whole, columns // 16))
+        else:
+            codes = _unpacked(packed)
+            data[tiles, :, :4096] = pack_operand_words(_pad(codes, whole, columns))
+            encoded = encode_scales(scales)
+            data[tiles, :, 4096:] = pack_scales(_pad(encoded, whole, columns // 16))
+    scale = _padded_scales(row_scale_O, rows)
+    return TiledWeight("nvfp4_fast" if is_fast else "nvfp4", data, scale, rows, in_)
 
 
 def untile_nvfp4(weight: TiledWeight) -> tuple[Tensor, Tensor]:
-    """Codes (O, I) unpacked uint8 and scales (O, B) f32 of a tiled weight, padding included."""
-    codes = unpack_operand_words(weight.data[..., :4096].contiguous())
-    return codes, decode_scales(unpack_scales(weight.data[..., 4096:].contiguous()))
+    """Codes (O, I) unpacked uint8 and scales (O, B) f32 of a tiled weight, padding included.
+
+    Of "nvfp4_fast" the codes and scales that the product works with (`fast_scales`).
+    """
+    codes, scales = weight.data[..., :4096].contiguous(), weight.data[..., 4096:].contiguous()
+    if weight.format == "nvfp4_fast":
+        scale_OB = unpack_fast_scales(scales).view(torch.float8_e4m3fn).float()
+        return _unpacked(unpack_fast_codes(codes)), scale_OB
+    return unpack_operand_words(codes), decode_scales(unpack_scales(scales))
+
+
+def _unpacked(codes_OI2: Tensor) -> Tensor:
+    """Two codes a byte, low nibble first -> one a byte."""
+    pairs = torch.stack((codes_OI2 & 15, codes_OI2 >> 4), dim=-1)
+    return pairs.reshape(codes_OI2.shape[0], codes_OI2.shape[1] * 2)
+
+
+def fast_scales(codes_OI2: Tensor, scale_OB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale bytes and the gain of each row for the fast product.
+
+    Scales times 2**k, the row's largest then in [32, 64); exact, but for scales more than 2**10
+    below the largest: their blocks are rounded again to the least scale, 2**-5.
+
+    returns  uint8 (O, I / 2), not to be modified; e4m3 bytes (O, B); f32 (O,), which makes up for
+             2**k
+    """
+    scale_OB = scale_OB.float()
+    exponent_O1 = torch.frexp(scale_OB.amax(-1, keepdim=True)).exponent - 1
+    gain_O1 = torch.ldexp(torch.ones_like(scale_OB[:, :1]), exponent_O1 - _FAST_TOP)
+    wanted_OB = scale_OB / gain_O1
+    least = 2.0**_FAST_LEAST
+    is_small_OB = wanted_OB < least
+    encoded_OB = wanted_OB.clamp(min=least).to(torch.float8_e4m3fn).view(torch.uint8)
+    if is_small_OB.any():
+        blocks_XJ = codes_OI2.view(*scale_OB.shape, 8)[is_small_OB]
+        values_XI = decode_e2m1(_unpacked(blocks_XJ)) * (wanted_OB[is_small_OB] / least)[:, None]
+        again_XI = encode_e2m1(values_XI)
+        codes_OI2 = codes_OI2.clone()
+        again_XJ = again_XI[:, 0::2] | again_XI[:, 1::2] << 4
+        codes_OI2.view(*scale_OB.shape, 8)[is_small_OB] = again_XJ
+    return codes_OI2, encoded_OB, gain_O1[:, 0]
+
+
+def pack_fast_codes(codes_OI2: Tensor) -> Tensor:
+    """Packed codes (O, I / 2), two a byte -> uint8 (R, C, 4096) as the fast product reads them."""
+    out, half_width = codes_OI2.shape
+    parts = codes_OI2.reshape(out // ROWS, 4, 8, 2, half_width // 64, 2, 4, 8)
+    # R strip g p C half t byte -> R C half strip g t p byte
+    return parts.permute(0, 4, 5, 1, 2, 6, 3, 7).reshape(out // ROWS, half_width // 64, 4096)
+
+
+def unpack_fast_codes(units: Tensor) -> Tensor:
+    """Undo `pack_fast_codes`: uint8 (R, C, 4096) -> (64 R, 64 C)."""
+    num_tiles, num_blocks, _ = units.shape
+    parts = units.view(num_tiles, num_blocks, 2, 4, 8, 4, 2, 8)
+    return parts.permute(0, 3, 4, 6, 1, 2, 5, 7).reshape(num_tiles * ROWS, num_blocks * 64)
+
+
+def pack_fast_scales(bytes_OB: Tensor) -> Tensor:
+    """Scale bytes (O, B) -> uint8 (R, C, 512): a lane's word holds (half, row) in this order."""
+    out, blocks = bytes_OB.shape
+    parts = bytes_OB.reshape(out // ROWS, 4, 8, 2, blocks // 8, 2, 4)
+    # R strip g p C half t -> R C strip g t half p
+    return parts.permute(0, 4, 1, 2, 6, 5, 3).reshape(out // ROWS, blocks // 8, 512)
+
+
+def unpack_fast_scales(units: Tensor) -> Tensor:
+    """Undo `pack_fast_scales`: uint8 (R, C, 512) -> (64 R, 8 C)."""
+    num_tiles, num_blocks, _ = units.shape
+    parts = units.view(num_tiles, num_blocks, 4, 8, 4, 2, 2)
+    return parts.permute(0, 2, 3, 6, 1, 5, 4).reshape(num_tiles * ROWS, num_blocks * 8)
 
 
 def _padded_scales(scale_O: Tensor, rows: int) -> Tensor:
@@ -241,20 +332,22 @@ def untile_rows(weight: TiledWeight) -> Tensor:
 
 
 def pair_activations(x_TI: Tensor) -> Tensor:
-    """E4m3 activations as the fast NVFP4 product reads them: (T, I) -> (T, I), I % 16 == 0.
+    """E4m3 activations as the fast NVFP4 product reads them: (T, I) -> (T, I), I % 64 == 0.
 
-    Of 16 features, 2t, 2t + 1, 8 + 2t and 9 + 2t lie at 4t to 4t + 3 (t = 0..3): a lane of an
-    operand that was packed for fp16 holds these four weights. Twin of OUT_E4M3_PAIRED.
+    Of 64 features, 16 t + 4 c to 16 t + 4 c + 3 lie at 16 c + 4 t (c, t = 0..3): chunk c meets the
+    weights that the lanes t hold of their blocks. Twin of OUT_E4M3_PAIRED.
     """
     tokens, features = x_TI.shape
-    pairs = x_TI.contiguous().view(torch.uint8).view(tokens, features // 16, 2, 4, 2)
-    return pairs.transpose(2, 3).reshape(tokens, features).view(x_TI.dtype)
+    fours = x_TI.contiguous().view(torch.uint8).view(tokens, features // 64, 4, 4, 4)
+    return fours.transpose(2, 3).reshape(tokens, features).view(x_TI.dtype)
 
 
-def round_nvfp4_to_e4m3(weight: TiledWeight) -> Tensor:
-    """Code times block scale / 8, rounded to e4m3, (O, I): what the fast products multiply."""
+def fast_values(weight: TiledWeight) -> Tensor:
+    """Code times block scale of "nvfp4_fast", rounded to e4m3, (O, I): what the product multiplies;
+    what padding rows hold means nothing.
+    """
     codes, scales = untile_nvfp4(weight)
-    values = decode_e2m1(codes) * scales.repeat_interleave(16, dim=1) / 8.0
+    values = decode_e2m1(codes) * scales.repeat_interleave(16, dim=1)
     return values.to(torch.float8_e4m3fn)
 
 

@@ -5,8 +5,8 @@ A decode step of a fixed number of sequences is 9 launches a layer, each allowed
 the one ahead of it has finished (its weights depend on nothing), captured into one CUDA graph that
 also chooses the tokens and moves every sequence on. Attention products take activations rounded to
 FP8 by the checkpoint's input scale; NVFP4 products decode weights exactly and take bf16 activations
-(exact in fp16), unless mode "fast" runs them in FP8: values rounded to e4m3, activations rounded by
-each token's largest value (prefill, and decode from 33 sequences on).
+(exact in fp16). Prepared as "nvfp4_fast" they run in FP8 instead, in decoding and prefill alike:
+values rounded to e4m3, activations rounded by each token's largest value.
 
 Shapes: T tokens (decode: one a sequence), D model width, F MLP width, V vocabulary, P pages,
 Z slots in a page, K key/value heads, H head size.
@@ -32,7 +32,6 @@ from halfbyte.kernels.cuda.library import (
     HeadShape,
     KernelLibrary,
     OutKind,
-    Product,
     StreamConfig,
     StreamPlan,
     attention_warps,
@@ -42,24 +41,21 @@ from halfbyte.kernels.cuda.library import (
 )
 from halfbyte.kernels.cuda.ops import prefill_launch, stream_product, sum_slots
 from halfbyte.kernels.repack import (
-    FAST_GAIN,
     K_BLOCK,
     TiledWeight,
+    TileFormat,
     padded,
     pair_activations,
     tile_activations,
 )
 
 Mode = Literal["exact", "fast"]
-PrefillMode = Mode
-ACTIVATION_KIND: dict[Product, OutKind] = {
+ACTIVATION_KIND: dict[TileFormat, OutKind] = {
     "fp8": "e4m3",
     "nvfp4": "f16",
     "bf16": "bf16",
     "nvfp4_fast": "e4m3_paired",
 }
-# Fewer sequences are bound by the weights' bytes, which are the same in both modes.
-FAST_COLUMNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +98,12 @@ class CudaWeights:
     norm_D: Tensor
     head: CudaLinear
     vocab: range | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """How NVFP4 weights were prepared to multiply: "fast" is in FP8."""
+        formats = {li.weight.format for la in self.layers for li in layer_linears(la)}
+        return "fast" if "nvfp4_fast" in formats else "exact"
 
     @property
     def num_logits(self) -> int:
@@ -279,10 +281,9 @@ class DecodeStep:
         max_context_tokens: int,
         max_steps: int = 4096,
         choice: Choice | None = None,
-        configs: dict[Product, StreamConfig] | None = None,
+        configs: dict[TileFormat, StreamConfig] | None = None,
         overlaps: bool = True,
         serving: Serving | None = None,
-        mode: Mode = "exact",
     ) -> None:
         self._library = library
         self._weights = weights
@@ -293,7 +294,6 @@ class DecodeStep:
         self._shared = SharedBuffers() if serving is None else serving.shared
         self._overlaps = overlaps
         self._configs = configs or {}
-        self._mode = mode
         self.num_tokens = num_tokens
         self._columns = columns_for(num_tokens)
         device, config = library.device, weights.config
@@ -348,14 +348,10 @@ class DecodeStep:
         self._activations: dict[tuple[str, int], Tensor] = {}
         self._token_scales = torch.ones(2, self.num_tokens, device=device)
 
-    def _product(self, linear: CudaLinear) -> Product:
-        is_fast = self._mode == "fast" and self._columns >= FAST_COLUMNS
-        return "nvfp4_fast" if is_fast and linear.weight.format == "nvfp4" else linear.weight.format
-
     def _kernel(self, linear: CudaLinear) -> tuple[Kernel, StreamPlan]:
-        product = self._product(linear)
-        config = self._configs.get(product) or choose_config(product, self._columns)
-        kernel, _ = self._library.linear(product, self._columns, config)
+        format_ = linear.weight.format
+        config = self._configs.get(format_) or choose_config(format_, self._columns)
+        kernel, _ = self._library.linear(format_, self._columns, config)
         return kernel, plan_stream(linear.weight, config, self._library.num_multiprocessors)
 
     def _plan(self, linear: CudaLinear) -> StreamPlan:
@@ -364,7 +360,7 @@ class DecodeStep:
     def _activation(self, name: str, linear: CudaLinear) -> _Activation:
         """The input buffer of `linear`; linears of the same place and size share one."""
         weight = linear.weight
-        kind = ACTIVATION_KIND[self._product(linear)]
+        kind = ACTIVATION_KIND[weight.format]
         element = 1 if kind.startswith("e4m3") else 2
         num_bytes = weight.num_k_blocks * K_BLOCK[weight.format] * element * self._columns
         key = (name + kind, num_bytes)
@@ -401,7 +397,7 @@ class DecodeStep:
         weight = linear.weight
         kernel, plan = self._kernel(linear)
         is_fast = x.token_scale_T is not None
-        row_scale = weight.row_scale_O * (1.0 / FAST_GAIN if is_fast else linear.input_scale)
+        row_scale = weight.row_scale_O * (1.0 if is_fast else linear.input_scale)
         out = self._out if rounds else None
         arguments = (
             weight.data,
@@ -679,11 +675,10 @@ def attend_to_end(q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, scale: float) -> 
 class Prefill:
     """Many tokens at once through every layer.
 
-    "exact" multiplies NVFP4 layers in fp16 (every value is exact there) as a decode step does,
-    "fast" in FP8: values rounded to e4m3, activations rounded by each token's largest value. FP8
-    layers are the same in both. Keys and values are read as stored. Products of `decoded_products`
-    decode NVFP4 weights in registers (prefill.cu); the others read a layer at a time from a scratch
-    buffer through the library.
+    NVFP4 layers multiply in fp16, where every value is exact, or in FP8 (`CudaWeights.mode`), as a
+    decode step does. Keys and values are read as stored. Formats of `decoded_formats` are decoded
+    in registers (prefill.cu); the others read a layer at a time from a scratch buffer through the
+    library.
     """
 
     def __init__(
@@ -694,17 +689,16 @@ class Prefill:
         max_tokens: int,
         *,
         rotary: RotaryFunction,
-        mode: PrefillMode = "exact",
         fast_accumulation: bool = False,
         all_reduce: Callable[[Tensor], object] | None = None,
-        decoded_products: frozenset[Product] = frozenset({"nvfp4"}),
+        decoded_formats: frozenset[TileFormat] = frozenset({"nvfp4"}),
     ) -> None:
         self._library = library
-        self._decoded_products = decoded_products
+        self._decoded_formats = decoded_formats
         self._weights = weights
         self._cache = cache
         self._rotary = rotary
-        self._mode = mode
+        self._mode = weights.mode
         self._fast_accumulation = fast_accumulation
         self._all_reduce = all_reduce
         config, device = weights.config, library.device
@@ -714,7 +708,7 @@ class Prefill:
         self._epsilon = config.norm_eps
         self._workspace = torch.zeros(0, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
-        element = {"fp8": 1, "nvfp4": 2 if mode == "exact" else 1, "bf16": 2}
+        element = {"fp8": 1, "nvfp4": 2, "nvfp4_fast": 1, "bf16": 2}
         sizes = [
             li.weight.data.shape[0]
             * 64
@@ -735,16 +729,12 @@ class Prefill:
     def _row_scale(self, linear: CudaLinear) -> Tensor:
         kind = self._kind(linear)
         if kind in ("e4m3_token", "e4m3_paired"):
-            return linear.weight.row_scale_O / FAST_GAIN
+            return linear.weight.row_scale_O
         return linear.weight.row_scale_O * (1.0 if kind == "bf16" else linear.input_scale)
-
-    def _product_kind(self, linear: CudaLinear) -> Product:
-        is_fast = self._mode == "fast" and linear.weight.format == "nvfp4"
-        return "nvfp4_fast" if is_fast else linear.weight.format
 
     def _is_decoded(self, linear: CudaLinear) -> bool:
         """Whether its weights are decoded inside the product."""
-        return self._product_kind(linear) in self._decoded_products
+        return linear.weight.format in self._decoded_formats
 
     def _launch(
         self, kernel: Kernel, grid: tuple[int, int, int], num_threads: int, *arguments: Argument
@@ -756,35 +746,36 @@ class Prefill:
         """The weight as the library wants it, in the scratch buffer: (O, I) e4m3 or bf16."""
         weight = linear.weight
         row_tiles, k_blocks = weight.data.shape[:2]
+        gain: tuple[Argument, ...] = ()
+        name, row_bytes = "untile_8bit", k_blocks * 128
+        is_bf16 = weight.format in ("nvfp4", "bf16")
         if weight.format == "nvfp4":
-            exact = self._mode == "exact"
-            name = "decode_nvfp4_bf16" if exact else "decode_nvfp4_e4m3"
-            row_bytes = k_blocks * 128 * (2 if exact else 1)
-            gain: tuple[Argument, ...] = (1.0 if exact else FAST_GAIN,)
-        else:
-            name, row_bytes, gain = "untile_8bit", k_blocks * 128, ()
-            exact = weight.format == "bf16"
+            name, row_bytes, gain = "decode_nvfp4_bf16", k_blocks * 256, (1.0,)
+        elif weight.format == "nvfp4_fast":
+            name = "decode_nvfp4_e4m3"
         arguments = (weight.data, self._scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
         self._launch(self._layout[name], (k_blocks, row_tiles, 1), 128, *arguments)
         rows = self._scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
-        return rows.view(torch.bfloat16 if exact else torch.float8_e4m3fn)
+        return rows.view(torch.bfloat16 if is_bf16 else torch.float8_e4m3fn)
 
     def _kind(self, linear: CudaLinear) -> str:
         """Suffix of the kernel that writes this linear's input."""
-        product = self._product_kind(linear)
-        if linear.weight.format == "nvfp4" and not self._is_decoded(linear):
-            return "bf16" if self._mode == "exact" else "e4m3_token"
-        return ACTIVATION_KIND[product]
+        format_ = linear.weight.format
+        if not self._is_decoded(linear):
+            plain: dict[TileFormat, str] = {"nvfp4": "bf16", "nvfp4_fast": "e4m3_token"}
+            return plain.get(format_, ACTIVATION_KIND[format_])
+        return ACTIVATION_KIND[format_]
 
     def _input(self, linear: CudaLinear, num_tokens: int) -> Tensor:
         """Room for a linear's input: (T, I), or in 16-byte chunks (I / chunk, T padded, 16)."""
         weight = linear.weight
         columns = weight.num_k_blocks * K_BLOCK[weight.format]
         if self._is_decoded(linear):
-            per_chunk = 8 if self._mode == "exact" else 16
+            per_chunk = 8 if weight.format == "nvfp4" else 16
             shape = (columns // per_chunk, padded(num_tokens, PREFILL_COLUMNS), 16)
             chunks = torch.empty(shape, dtype=torch.uint8, device=self._library.device)
-            chunks[weight.in_features // per_chunk :] = 0
+            # Features may be permuted within 64; what is written comes later.
+            chunks[weight.in_features // 64 * (64 // per_chunk) :] = 0
             return chunks
         dtype = torch.bfloat16 if self._kind(linear) == "bf16" else torch.float8_e4m3fn
         x_TI = torch.empty(num_tokens, columns, dtype=dtype, device=self._library.device)
@@ -803,11 +794,10 @@ class Prefill:
             x_chunks,
             self._row_scales[id(linear)],
             y_TO,
-            self._product_kind(linear),
         )
         launch.run(torch.cuda.current_stream().cuda_stream)
         self._last = y_TO
-        is_fast = self._mode == "fast"
+        is_fast = linear.weight.format == "nvfp4_fast"
         return LinearResult(
             out=y_TO.data_ptr(),
             token_scale=self._token_scale_T.data_ptr() if is_fast else None,
@@ -844,7 +834,8 @@ class Prefill:
             chunk_stride = ctypes.c_int64(x_TI.shape[1] * 16)
             return x_TI, chunk_stride, ctypes.c_int64(16), _kernel_scale(linear)
         row_bytes = x_TI.shape[1] * x_TI.element_size()
-        scale = 1.0 if linear.weight.format == "nvfp4" else linear.input_scale
+        is_nvfp4 = linear.weight.format in ("nvfp4", "nvfp4_fast")
+        scale = 1.0 if is_nvfp4 else linear.input_scale
         return x_TI, ctypes.c_int64(16), ctypes.c_int64(row_bytes), scale
 
     def _norm(
@@ -972,12 +963,14 @@ class Prefill:
     def _tiled(self, x_TI: Tensor, linear: CudaLinear, room: Tensor) -> Tensor:
         """Attention's output for an NVFP4 product; no shipped format has one, so not fused."""
         num_tokens, width = x_TI.shape
-        if self._mode == "exact":
+        if linear.weight.format == "nvfp4":
             x = (x_TI / linear.input_scale).to(torch.float16)
         else:
             scale_T = x_TI.abs().amax(-1).clamp(min=1e-12) / 448.0
             self._token_scale_T[:num_tokens] = scale_T
-            x = pair_activations((x_TI / scale_T[:, None]).to(torch.float8_e4m3fn))
+            whole = torch.zeros(num_tokens, padded(width, 64), device=x_TI.device)
+            whole[:, :width] = x_TI / scale_T[:, None]
+            x = pair_activations(whole.to(torch.float8_e4m3fn))
         if width * x.element_size() % 128:  # whole K blocks
             room.zero_()
         tiled = tile_activations(x, room.shape[1])

@@ -24,7 +24,7 @@ from halfbyte.checkpoint.shards import StoredTensor, bytes_of, fill_columns
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.kernels.repack import tile_nvfp4, tile_rows
 from halfbyte.log import logger
-from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights
+from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights, Mode
 from halfbyte.model.parallel import Shard, Slice, shard_of, slice_of
 from halfbyte.modules import CacheFormat
 
@@ -61,6 +61,8 @@ def reason_against(
         return f"width {text.width}, MLP {text.mlp_width}; multiples of 64 and 8 are needed"
     if prefill == "fast" and text.mlp_width > 48 * 1024:
         return f"MLP of {text.mlp_width}; prefill in mode fast takes {48 * 1024}"
+    if prefill == "fast" and text.mlp_width % 16:
+        return f"MLP of {text.mlp_width}; prefill in mode fast needs a multiple of 16"
     for layer in range(text.num_layers):
         prefix = f"decoder.{layer}"
         for group in _groups(prefix):
@@ -364,12 +366,14 @@ def load_cuda_weights(
     num_threads: int | None = None,
     num_spare_embeddings: int = 0,
     shard: Shard | None = None,
+    mode: Mode = "exact",
 ) -> CudaWeights:
     """The text model in streaming order on `device`; `reason_against` must have found nothing.
 
     num_spare_embeddings  zero rows behind the vocabulary's, for vectors of images
     shard                 a tensor-parallel rank's part; its embedding has one zero row more, ahead
                           of the spare ones (`parallel.embedding_rows`)
+    mode                  how NVFP4 weights will multiply: "exact", or "fast" in FP8
     Raises CheckpointError for a tensor that cannot be read and for one that nothing reads.
     """
     text = checkpoint.config.text
@@ -396,7 +400,7 @@ def load_cuda_weights(
         for index in range(text.num_layers):
             if index + 1 < text.num_layers:
                 _start_layer(tensors, checkpoint, index + 1)
-            layers.append(_take_layer(tensors, checkpoint, index))
+            layers.append(_take_layer(tensors, checkpoint, index, mode))
         tensors.check_all_taken()
     part = None if shard.is_whole else vocab
     return CudaWeights(shard.local(text), embedding_VD, tuple(layers), norm_D, head, part)
@@ -417,9 +421,9 @@ def _start_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int) -> None:
             tensors.start_stacked(group, "weight_scale")
 
 
-def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int) -> CudaLayer:
+def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int, mode: Mode) -> CudaLayer:
     prefix = f"decoder.{index}"
-    qkv, o, gate_up, down = (_take_linear(tensors, checkpoint, g) for g in _groups(prefix))
+    qkv, o, gate_up, down = (_take_linear(tensors, checkpoint, g, mode) for g in _groups(prefix))
     k_scale = tensors.optional_scalar(f"{prefix}.attention.k_scale")
     v_scale = tensors.optional_scalar(f"{prefix}.attention.v_scale")
     return CudaLayer(
@@ -434,7 +438,9 @@ def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int) -> CudaLa
     )
 
 
-def _take_linear(tensors: _Tensors, checkpoint: Checkpoint, group: list[str]) -> CudaLinear:
+def _take_linear(
+    tensors: _Tensors, checkpoint: Checkpoint, group: list[str], mode: Mode
+) -> CudaLinear:
     """A group's weights as one tiled weight, and what its input is divided by."""
     format_ = checkpoint.format_of(group[0])
     w_OI = tensors.take_stacked(group, "weight")
@@ -452,7 +458,8 @@ def _take_linear(tensors: _Tensors, checkpoint: Checkpoint, group: list[str]) ->
         return CudaLinear(weight, max(known))
     scale_OB = tensors.take_stacked(group, "weight_scale")
     scales = [tensors.scalar(f"{name}.tensor_scale") for name in group]
-    weight = tile_nvfp4(w_OI, scale_OB, _per_row(scales, sizes, w_OI))
+    tensor_scale_O = _per_row(scales, sizes, w_OI)
+    weight = tile_nvfp4(w_OI, scale_OB, tensor_scale_O, is_fast=mode == "fast")
     return CudaLinear(weight, f16_divisor(max(known)) if known else 1.0)
 
 

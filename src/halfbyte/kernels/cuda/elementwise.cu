@@ -204,7 +204,7 @@ SILU_KERNEL(silu_mul_bf16, OUT_BF16)
 
 // The same with each token quantized by its own largest value, its features kept in registers between;
 // sixteen features, a whole chunk of e4m3, a thread. Grid (NORM_BLOCKS, tokens), a cluster a token.
-constexpr int SILU_CHUNKS = MLP_WIDTH / 16 / NORM_BLOCKS;
+constexpr int SILU_CHUNKS = (MLP_WIDTH / 16 + NORM_BLOCKS - 1) / NORM_BLOCKS;
 constexpr int SILU_ROUNDS = (SILU_CHUNKS + NORM_THREADS - 1) / NORM_THREADS;
 template <int KIND>
 DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64 token_stride,
@@ -217,7 +217,7 @@ DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64
 #pragma unroll
   for (int round = 0; round < SILU_ROUNDS; ++round) {
     const int chunk = round * NORM_THREADS + threadIdx.x;
-    if (chunk < SILU_CHUNKS) {
+    if (chunk < SILU_CHUNKS && blockIdx.x * SILU_CHUNKS + chunk < MLP_WIDTH / 16) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float v[8];
@@ -235,7 +235,7 @@ DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64
 #pragma unroll
   for (int round = 0; round < SILU_ROUNDS; ++round) {
     const int chunk = round * NORM_THREADS + threadIdx.x;
-    if (chunk < SILU_CHUNKS) {
+    if (chunk < SILU_CHUNKS && blockIdx.x * SILU_CHUNKS + chunk < MLP_WIDTH / 16) {
       float v[2][8];
       unpack_bf16(kept[round][0], v[0]);
       unpack_bf16(kept[round][1], v[1]);
@@ -247,11 +247,16 @@ DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64
           pairs[half][i] = pack_e4m3(v[half][2 * i] / scale, v[half][2 * i + 1] / scale);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        words[i] = KIND == OUT_E4M3_PAIRED ? pairs[0][i] | pairs[1][i] << 16
-                                           : pairs[i / 2][i % 2 * 2] | pairs[i / 2][i % 2 * 2 + 1] << 16;
-      u8* at = out + static_cast<i64>(blockIdx.x * SILU_CHUNKS + chunk) * chunk_stride +
-               static_cast<i64>(blockIdx.y) * token_stride;
-      *reinterpret_cast<uint4*>(at) = make_uint4(words[0], words[1], words[2], words[3]);
+        words[i] = pairs[i / 2][i % 2 * 2] | pairs[i / 2][i % 2 * 2 + 1] << 16;
+      const int block = blockIdx.x * SILU_CHUNKS + chunk;
+      u8* row = out + static_cast<i64>(blockIdx.y) * token_stride;
+      if (KIND == OUT_E4M3_PAIRED) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          *reinterpret_cast<u32*>(row + (block / 4 * 4 + i) * chunk_stride + block % 4 * 4) = words[i];
+      } else {
+        *reinterpret_cast<uint4*>(row + block * chunk_stride) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
   }
   if (NORM_BLOCKS > 1) {   // a block may not leave while others write to it

@@ -27,11 +27,11 @@ DEVICE u32 f16_pair_to_bf16(u32 pair, float gain) {
   return pack_bf16(f16_low(pair) * gain, f16_high(pair) * gain);
 }
 
-// Decoded code * block scale, times `gain` (a power of two): exact in bf16, rounded once in e4m3.
-template <bool TO_E4M3>
-DEVICE void decode_unit(const u8* tiles, u8* rows, int k_blocks, i64 row_bytes, float gain) {
+// Decoded code * block scale, times `gain` (a power of two): exact in bf16.
+extern "C" __global__ void __launch_bounds__(128)
+    decode_nvfp4_bf16(const u8* tiles, u8* rows, int k_blocks, i64 row_bytes, float gain) {
   const u8* unit = tiles + (static_cast<i64>(blockIdx.y) * k_blocks + blockIdx.x) * 4608;
-  constexpr int ROW = TO_E4M3 ? 128 : 256;
+  constexpr int ROW = 256;
   __shared__ __align__(16) u8 tile[64][ROW + 16];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const uint4 scales = *reinterpret_cast<const uint4*>(unit + 4096 + (warp * 8 + g) * 16);
@@ -50,11 +50,7 @@ DEVICE void decode_unit(const u8* tiles, u8* rows, int k_blocks, i64 row_bytes, 
       for (int r = 0; r < 4; ++r) {
         const u32 value = r % 2 == 0 ? scale_by_low(pairs[r], scale) : scale_by_high(pairs[r], scale);
         const int row = warp * 16 + g * 2 + r % 2, k = (half * 4 + step) * 16 + r / 2 * 8 + t * 2;
-        if (TO_E4M3)
-          *reinterpret_cast<u16*>(&tile[row][k]) =
-              static_cast<u16>(pack_e4m3(f16_low(value) * gain, f16_high(value) * gain));
-        else
-          *reinterpret_cast<u32*>(&tile[row][k * 2]) = f16_pair_to_bf16(value, gain);
+        *reinterpret_cast<u32*>(&tile[row][k * 2]) = f16_pair_to_bf16(value, gain);
       }
     }
   }
@@ -66,13 +62,30 @@ DEVICE void decode_unit(const u8* tiles, u8* rows, int k_blocks, i64 row_bytes, 
     *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(&tile[row][chunk * 16]);
   }
 }
-extern "C" __global__ void __launch_bounds__(128)
-    decode_nvfp4_bf16(const u8* tiles, u8* rows, int k_blocks, i64 row_bytes, float gain) {
-  decode_unit<false>(tiles, rows, k_blocks, row_bytes, gain);
+
+// Units of the fast product to rows of e4m3: a thread decodes its lane's blocks as the product does.
+template <int HALF>
+DEVICE void decode_fast_half(const u8* unit, u32 scales, u32 larger, u8* row, i64 row_bytes) {
+  const Magnitudes of[2] = {magnitudes_of<HALF * 2>(scales, larger), magnitudes_of<HALF * 2 + 1>(scales, larger)};
+  const uint4 codes = reinterpret_cast<const uint4*>(unit)[HALF * 128 + threadIdx.x];
+  const u32 words[2][2] = {{codes.x, codes.y}, {codes.z, codes.w}};
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+    u32 values[4];
+    look_up(words[p][0], of[p], values[0], values[1]);
+    look_up(words[p][1], of[p], values[2], values[3]);
+    *reinterpret_cast<uint4*>(row + p * row_bytes + HALF * 64) =
+        make_uint4(values[0], values[1], values[2], values[3]);
+  }
 }
 extern "C" __global__ void __launch_bounds__(128)
-    decode_nvfp4_e4m3(const u8* tiles, u8* rows, int k_blocks, i64 row_bytes, float gain) {
-  decode_unit<true>(tiles, rows, k_blocks, row_bytes, gain);
+    decode_nvfp4_e4m3(const u8* tiles, u8* rows, int k_blocks, i64 row_bytes) {
+  const u8* unit = tiles + (static_cast<i64>(blockIdx.y) * k_blocks + blockIdx.x) * 4608;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u32 scales = reinterpret_cast<const u32*>(unit + 4096)[threadIdx.x], larger = three_halves(scales);
+  u8* row = rows + (blockIdx.y * 64 + warp * 16 + lane / 4 * 2) * row_bytes + blockIdx.x * 128 + lane % 4 * 16;
+  decode_fast_half<0>(unit, scales, larger, row, row_bytes);
+  decode_fast_half<1>(unit, scales, larger, row, row_bytes);
 }
 
 DEVICE u32 mix(u32 x) {   // a finalizer with good avalanche (public domain constants of lowbias32)
@@ -80,12 +93,12 @@ DEVICE u32 mix(u32 x) {   // a finalizer with good avalanche (public domain cons
   return x;
 }
 
-// Units of random weights for benchmarks. In every period of words the first `num_code_words` are NVFP4
-// operand words of codes drawn from `codes` (256 equally likely ones), the rest scale words of bytes
-// drawn from `bytes` (4096 equally likely ones); without code words all are plain such bytes.
+// Units of random weights for benchmarks. In every period of words the first `num_code_words` hold codes
+// drawn from `codes` (256 equally likely ones), the rest bytes drawn from `bytes` (4096 equally likely
+// ones): as NVFP4's operand and scale words if `has_operands`, else as nibbles and plain bytes.
 extern "C" __global__ void __launch_bounds__(256)
     fill_random(u32* words, i64 num_words, const u8* codes, const u8* bytes, int period_words,
-                int num_code_words, u32 seed) {
+                int num_code_words, int has_operands, u32 seed) {
   __shared__ u8 code_table[256], byte_table[4096];
   for (int i = threadIdx.x; i < 4096; i += blockDim.x) byte_table[i] = bytes[i];
   code_table[threadIdx.x] = codes[threadIdx.x];
@@ -101,11 +114,15 @@ extern "C" __global__ void __launch_bounds__(256)
         const u32 source = half == 0 ? a : b;
         const u32 c0 = code_table[source & 255], c1 = code_table[source >> 8 & 255];
         const u32 c2 = code_table[source >> 16 & 255], c3 = code_table[source >> 24];
+        if (!has_operands) {
+          word |= (c0 | c1 << 4 | c2 << 8 | c3 << 12) << 16 * half;
+          continue;
+        }
         const u32 bits = (c0 >> 3) << 15 | (c0 & 7) << 9 | (c1 >> 3) << 12 | (c1 & 7) << 6 |
                          (c2 >> 3) << 14 | (c2 & 7) << 3 | (c3 >> 3) << 13 | (c3 & 7);
         word |= bits << 16 * half;
       }
-    } else if (num_code_words > 0) {
+    } else if (has_operands) {
       const u32 even = byte_table[a & 4095] << 7 | byte_table[a >> 12 & 4095] << 23;
       const u32 odd = byte_table[b & 4095] << 7 | byte_table[b >> 12 & 4095] << 23;
       word = even | __byte_perm(odd, odd, 0x0321);

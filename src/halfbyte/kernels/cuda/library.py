@@ -23,15 +23,7 @@ from halfbyte.kernels.repack import (
 
 # Columns (padded tokens) the streaming linear is compiled for.
 COLUMNS = (8, 16, 32, 64, 128)
-# What a streaming linear multiplies: stored weights of a format, or NVFP4 ones rounded to e4m3.
-Product = Literal["fp8", "nvfp4", "bf16", "nvfp4_fast"]
-_PRODUCT_NUMBER: dict[Product, int] = {"fp8": 0, "nvfp4": 1, "bf16": 2, "nvfp4_fast": 3}
-STORED: dict[Product, TileFormat] = {
-    "fp8": "fp8",
-    "nvfp4": "nvfp4",
-    "bf16": "bf16",
-    "nvfp4_fast": "nvfp4",
-}
+_FORMAT_NUMBER: dict[TileFormat, int] = {"fp8": 0, "nvfp4": 1, "bf16": 2, "nvfp4_fast": 3}
 # Shared memory that a ring may take, so that the small kernel ahead still fits beside it. More than
 # half of a multiprocessor's: were there room for two, the blocks of the next linear would settle in
 # pairs where this one ends first, and the step would take a third longer (measured).
@@ -53,7 +45,8 @@ class StreamConfig:
     consumer_registers   a multiplying thread's registers; 0 leaves them as compiled
     group_steps          k-steps of NVFP4 decoded before they are multiplied, 4 or 8
     cluster              blocks that share their activations, 1, 2 or 4
-    promote              K blocks of e4m3 terms the tensor core adds before they are added in f32
+    promote              K blocks of e4m3 terms the tensor core adds before they are added in f32;
+                         nvfp4_fast: 0 = all
     """
 
     groups: int
@@ -78,35 +71,34 @@ class StreamConfig:
         return self.groups * 128 + (128 if self.consumer_registers else 32)
 
 
-def stage_bytes(product: Product, columns: int, row_tiles: int) -> int:
+def stage_bytes(format_: TileFormat, columns: int, row_tiles: int) -> int:
     """Shared memory of one K block: weights of `row_tiles` and activations of `columns` tokens."""
-    stored = STORED[product]
-    activation = K_BLOCK[stored] * (1 if product in ("fp8", "nvfp4_fast") else 2) * columns
-    return row_tiles * UNIT_BYTES[stored] + activation
+    activation = K_BLOCK[format_] * (1 if format_ in ("fp8", "nvfp4_fast") else 2) * columns
+    return row_tiles * UNIT_BYTES[format_] + activation
 
 
-def choose_config(product: Product, columns: int) -> StreamConfig:
+def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
     """The block shape that measured best; see benchmarks/notes-kernels.md."""
     promote = 1
-    if product == "fp8" and columns == 128:
+    if format_ == "fp8" and columns == 128:
         # Two sets of sums a thread (see linear.cu): a smaller tile, or they would spill.
         groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
-    elif product == "nvfp4_fast":
+    elif format_ == "nvfp4_fast":
         groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
         promote = 4
-    elif product == "nvfp4" and columns <= 16:
+    elif format_ == "nvfp4" and columns <= 16:
         groups, tiles, registers, ring = 2, 2, 0, _RING_BYTES
     elif columns < 128:
         groups, tiles, registers, ring = 4, 1, 0, _RING_BYTES
     else:
         groups, tiles, registers, ring = 2, 2, 232, _RING_BYTES_ALONE
-    stages = min(_MAX_STAGES, ring // stage_bytes(product, columns, groups * tiles))
+    stages = min(_MAX_STAGES, ring // stage_bytes(format_, columns, groups * tiles))
     return StreamConfig(groups, tiles, stages, registers, promote=promote)
 
 
 # Tokens of a tile of the prefill linear, and its block shapes: two blocks share their tokens.
 PREFILL_COLUMNS = 256
-PREFILL_CONFIGS: dict[Product, StreamConfig] = {
+PREFILL_CONFIGS: dict[TileFormat, StreamConfig] = {
     "nvfp4": StreamConfig(2, 1, 3, 232, cluster=2),
     "nvfp4_fast": StreamConfig(2, 1, 5, 232, cluster=2),
 }
@@ -248,14 +240,14 @@ class KernelLibrary:
         return self._made[key]
 
     def linear(
-        self, product: Product, columns: int, config: StreamConfig | None = None
+        self, format_: TileFormat, columns: int, config: StreamConfig | None = None
     ) -> tuple[Kernel, StreamConfig]:
         """The streaming linear for `columns` tokens, and the block shape it was compiled for."""
-        config = config or choose_config(product, columns)
-        size = config.stages * stage_bytes(product, columns, config.groups * config.tiles)
+        config = config or choose_config(format_, columns)
+        size = config.stages * stage_bytes(format_, columns, config.groups * config.tiles)
         kernels = self._make(
-            ("linear", product, columns, config),
-            lambda: linear_code(product, columns, config),
+            ("linear", format_, columns, config),
+            lambda: linear_code(format_, columns, config),
             {"stream_linear": size},
         )
         return kernels["stream_linear"], config
@@ -288,13 +280,13 @@ class KernelLibrary:
         code = lambda: compile_kernel("gather", {})
         return self._make(("gather",), code, {"gather_f32": 0})["gather_f32"]
 
-    def prefill_linear(self, product: Product) -> tuple[Kernel, StreamConfig]:
+    def prefill_linear(self, format_: TileFormat) -> tuple[Kernel, StreamConfig]:
         """The linear for many tokens and NVFP4 weights (prefill.cu), and its block shape."""
-        config = PREFILL_CONFIGS[product]
-        size = config.stages * stage_bytes(product, PREFILL_COLUMNS, config.groups * config.tiles)
+        config = PREFILL_CONFIGS[format_]
+        size = config.stages * stage_bytes(format_, PREFILL_COLUMNS, config.groups * config.tiles)
         kernels = self._make(
-            ("prefill", product),
-            lambda: prefill_code(product),
+            ("prefill", format_),
+            lambda: prefill_code(format_),
             {"prefill_linear": size},
         )
         return kernels["prefill_linear"], config
@@ -306,15 +298,15 @@ class KernelLibrary:
         return self._make(("layout",), code, dict.fromkeys(names, 0))
 
 
-def prefill_code(product: Product) -> bytes:
+def prefill_code(format_: TileFormat) -> bytes:
     """Machine code of the prefill linear; fills the cache on disk."""
-    defines = _block_defines(product, PREFILL_COLUMNS, PREFILL_CONFIGS[product])
-    return compile_kernel("prefill", defines, generated=wgmma_source(product, PREFILL_COLUMNS))
+    defines = _block_defines(format_, PREFILL_COLUMNS, PREFILL_CONFIGS[format_])
+    return compile_kernel("prefill", defines, generated=wgmma_source(format_, PREFILL_COLUMNS))
 
 
-def _block_defines(product: Product, columns: int, config: StreamConfig) -> dict[str, int]:
+def _block_defines(format_: TileFormat, columns: int, config: StreamConfig) -> dict[str, int]:
     return {
-        "FORMAT": _PRODUCT_NUMBER[product],
+        "FORMAT": _FORMAT_NUMBER[format_],
         "N": columns,
         "GROUPS": config.groups,
         "TILES": config.tiles,
@@ -326,10 +318,10 @@ def _block_defines(product: Product, columns: int, config: StreamConfig) -> dict
     }
 
 
-def linear_code(product: Product, columns: int, config: StreamConfig) -> bytes:
+def linear_code(format_: TileFormat, columns: int, config: StreamConfig) -> bytes:
     """Machine code of the streaming linear; fills the cache on disk."""
-    defines = _block_defines(product, columns, config)
-    return compile_kernel("linear", defines, generated=wgmma_source(product, columns))
+    defines = _block_defines(format_, columns, config)
+    return compile_kernel("linear", defines, generated=wgmma_source(format_, columns))
 
 
 def elementwise_code(width: int, mlp_width: int, norm_blocks: int, heads: HeadShape) -> bytes:

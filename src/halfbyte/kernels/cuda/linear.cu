@@ -10,12 +10,12 @@
 // Bytes: weights once (FP8 1, NVFP4 0.5625, bf16 2 a weight), activations once a cluster. FLOP: 2 T O I.
 // Limits: output features whole tiles, K whole blocks (the preparer pads), T <= N.
 //
-// NVFP4_FAST reads NVFP4 weights too, but rounds code times scale to e4m3 in registers and multiplies
-// e4m3 activations, at twice the rate. Its activations' 16-byte chunks are permuted (OUT_E4M3_PAIRED).
+// NVFP4_FAST looks up code times scale rounded to e4m3, in units of their own order, and multiplies e4m3
+// activations, at twice the rate. Its activations are permuted in groups of 64 (OUT_E4M3_PAIRED).
 //
 // Set by the compiler's caller: FORMAT, N, GROUPS, TILES, STAGES, CLUSTER, GROUP_STEPS (k-steps of NVFP4
 // decoded before they are multiplied: 4 overlaps within a warpgroup, 8 among them), PROMOTE (K blocks
-// of e4m3 terms the tensor core adds up by itself), CONSUMER_REGISTERS (0: no register trade between the
+// of e4m3 terms the tensor core adds up by itself; NVFP4_FAST: 0 = all), CONSUMER_REGISTERS (0: no register trade between the
 // roles; else the copying role is a whole warpgroup); wgmma_* are generated for N.
 
 struct Stretch {
@@ -145,7 +145,7 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const u32 weights = ring + group * TILES * UNIT_BYTES;
   const u32 rows = lane / 8 * (N * 16) + lane % 8 * 16;
-  Cursor at = {weights + warp * 512 + lane * 16, weights + 4096 + (warp * 8 + (lane >> 2)) * 16,
+  Cursor at = {weights + warp * 512 + lane * 16, weights + scales_of(warp, lane),
                0, full, empty, 0, STAGES};
   u32 tokens = ring + ROW_TILES * UNIT_BYTES + rows - at.codes;   // from the codes, which step
   for (int unit = work.begin; unit < work.end;) {
@@ -201,13 +201,13 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   float sums[TILES][NUM_SUMS];
   const u32 weights = ring + group * TILES * UNIT_BYTES;
-  Cursor at = {weights + warp * 512 + lane * 16, weights + 4096 + (warp * 8 + (lane >> 2)) * 16,
+  Cursor at = {weights + warp * 512 + lane * 16, weights + scales_of(warp, lane),
                ((ring + ROW_TILES * UNIT_BYTES) & 0x3FFFF) / 16 | N << 16, full, empty_of(empty, lane), 0, STAGES};
   u32 release = 0;   // barrier of the stage that products in flight still read; 0 in lanes that have none
   for (int unit = work.begin; unit < work.end;) {
     const int tile = unit / y.k_blocks;
     const int tile_end = min((tile + 1) * y.k_blocks, work.end);
-#if FORMAT == NVFP4_FAST
+#if FORMAT == NVFP4_FAST && PROMOTE > 0
     float terms[TILES][NUM_SUMS];
     clear(sums);
     for (; unit < tile_end;) {

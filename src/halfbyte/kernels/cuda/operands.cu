@@ -28,6 +28,11 @@ DEVICE u64 operand(u32 address, u32 k_stride, u32 row_stride) {
          static_cast<u64>(row_stride >> 4) << 32;
 }
 
+// Where a lane's scales lie in a unit.
+DEVICE u32 scales_of(int warp, int lane) {
+  return 4096 + (FORMAT == NVFP4_FAST ? (warp * 32 + lane) * 4 : (warp * 8 + (lane >> 2)) * 16);
+}
+
 // A stage is free when every block of the cluster has read it: lane i tells block i.
 DEVICE u32 empty_of(u32 empty, int lane) {
   return CLUSTER == 1 ? empty : address_in_block(empty, lane % CLUSTER);
@@ -57,23 +62,16 @@ DEVICE void decode_half(const uint4& codes, const uint4& scales, int half, u32 (
   }
 }
 #else
-// Two 16-blocks of codes a k-step of 32: code times scale is exact in fp16, then rounded to e4m3. A
-// register takes the four weights of a row that this lane holds of one block; the activations' chunks
-// are in that order too.
-DEVICE void decode_half(const uint4& codes, const uint4& scales, int half, u32 (&a)[2][4]) {
-  const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
-  const u32 pair0 = half == 0 ? scales.x : scales.z, pair1 = half == 0 ? scales.y : scales.w;
-  const u32 scale[4] = {scales_even(pair0), scales_odd(pair0), scales_even(pair1), scales_odd(pair1)};
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    u32 pairs[4];
-    unpack_e2m1(words[step], pairs);
-    u32* row = &a[step / 2][step % 2 * 2];
-    row[0] = f16_to_e4m3(times_32(scale_by_low(pairs[0], scale[step])),
-                         times_32(scale_by_low(pairs[2], scale[step])));
-    row[1] = f16_to_e4m3(times_32(scale_by_high(pairs[1], scale[step])),
-                         times_32(scale_by_high(pairs[3], scale[step])));
-  }
+// Half a K block, 64 inputs: two k-steps of 32. A lane has a whole 16-block of each of its two rows, row 2g's
+// in x and y of `codes`, and looks its codes up among the magnitudes of that block's scale.
+template <int HALF>
+DEVICE void decode_half(const uint4& codes, u32 scales, u32 larger, u32 (&a)[2][4]) {
+  const Magnitudes even = magnitudes_of<HALF * 2>(scales, larger);
+  const Magnitudes odd = magnitudes_of<HALF * 2 + 1>(scales, larger);
+  look_up(codes.x, even, a[0][0], a[0][2]);
+  look_up(codes.z, odd, a[0][1], a[0][3]);
+  look_up(codes.y, even, a[1][0], a[1][2]);
+  look_up(codes.w, odd, a[1][1], a[1][3]);
 }
 #endif
 
@@ -135,28 +133,32 @@ DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (
   }
 }
 #else
-// One K block in e4m3: as above, half a row tile is two k-steps.
+// One K block in e4m3, likewise.
+template <int HALF>
+DEVICE void multiply_half(u32 tokens, const u32 (&a)[2][4], bool is_fresh, float (&sums)[NUM_SUMS]) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 2; ++step)
+    wgmma_rs(sums, a[step], static_cast<u64>(128 / 16) << 32 | (tokens + (HALF * 2 + step) * 2 * N),
+             !(is_fresh && HALF == 0 && step == 0));
+  wgmma_commit();
+  // One group may stay in flight: it reads this half's registers, the next decodes the other.
+  wgmma_wait<1>();
+}
 DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (&sums)[TILES][NUM_SUMS]) {
   u32 a[2][2][4];
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     // All loads of a row tile at once: one latency instead of two.
-    const uint4 scales = load_shared_16(at.scales + r * UNIT_BYTES);
+    const u32 scales = load_shared_4(at.scales + r * UNIT_BYTES);
     const uint4 codes[2] = {load_shared_16(at.codes + r * UNIT_BYTES),
                             load_shared_16(at.codes + r * UNIT_BYTES + 2048)};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      decode_half(codes[half], scales, half, a[half]);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + (half * 2 + step) * 2 * N);
-        wgmma_rs(sums[r], a[half][step], tokens, !(is_fresh && half == 0 && step == 0));
-      }
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (r == 0 && half == 0 && release != 0) release_stage(release);
-    }
+    const u32 larger = three_halves(scales);
+    decode_half<0>(codes[0], scales, larger, a[0]);
+    multiply_half<0>(at.tokens, a[0], is_fresh, sums[r]);
+    if (r == 0 && release != 0) release_stage(release);
+    decode_half<1>(codes[1], scales, larger, a[1]);
+    multiply_half<1>(at.tokens, a[1], is_fresh, sums[r]);
   }
 }
 #endif

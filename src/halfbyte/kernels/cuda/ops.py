@@ -15,14 +15,12 @@ from halfbyte.kernels.cuda.driver import Launch, LinearResult
 from halfbyte.kernels.cuda.library import (
     PREFILL_COLUMNS,
     KernelLibrary,
-    Product,
     StreamConfig,
     StreamPlan,
     columns_for,
     plan_stream,
 )
 from halfbyte.kernels.repack import (
-    FAST_GAIN,
     K_BLOCK,
     TiledWeight,
     padded,
@@ -42,10 +40,9 @@ def stream_launch(
     out: Tensor | None = None,
     config: StreamConfig | None = None,
     overlaps: bool = True,
-    product: Product | None = None,
 ) -> tuple[Launch, StreamPlan]:
     """The launch of one streaming product on tiled activations, and how its work is dealt."""
-    kernel, config = library.linear(product or weight.format, columns_for(num_tokens), config)
+    kernel, config = library.linear(weight.format, columns_for(num_tokens), config)
     plan = plan_stream(weight, config, library.num_multiprocessors)
     arguments = (
         weight.data,
@@ -74,37 +71,26 @@ def stream_product(
     x_TI: Tensor,
     *,
     config: StreamConfig | None = None,
-    product: Product | None = None,
 ) -> Tensor:
     """X @ w^T as f32 (T, O padded): activations already in the format's dtype, scales applied.
 
-    x_TI      e4m3 (FP8, NVFP4 as "nvfp4_fast"), fp16 (NVFP4) or bf16; T <= 128; its own scale is
-              the caller's to apply
-    product   "nvfp4_fast" rounds code times block scale to e4m3; the weight's format if None
+    x_TI   e4m3 ("fp8", "nvfp4_fast"), fp16 ("nvfp4") or bf16; T <= 128; its own scale is the
+           caller's to apply
     """
-    product = product or weight.format
     num_tokens = x_TI.shape[0]
     columns = weight.num_k_blocks * K_BLOCK[weight.format]
     x = torch.zeros(num_tokens, columns, dtype=x_TI.dtype, device=x_TI.device)
     x.view(torch.uint8)[:, : x_TI.shape[1] * x.element_size()] = x_TI.contiguous().view(torch.uint8)
-    if product == "nvfp4_fast":
+    if weight.format == "nvfp4_fast":
         x = pair_activations(x)
     tiled = tile_activations(x, columns_for(num_tokens))
-    _, used = library.linear(product, columns_for(num_tokens), config)
+    _, used = library.linear(weight.format, columns_for(num_tokens), config)
     plan = plan_stream(weight, used, library.num_multiprocessors)
     partial = torch.empty(
         plan.num_slots, num_tokens, weight.out_features, device=x_TI.device
     ).fill_(float("nan"))
-    gain = FAST_GAIN if product == "nvfp4_fast" else 1.0
     launch, plan = stream_launch(
-        library,
-        weight,
-        tiled,
-        weight.row_scale_O / gain,
-        partial,
-        num_tokens,
-        config=config,
-        product=product,
+        library, weight, tiled, weight.row_scale_O, partial, num_tokens, config=config
     )
     launch.run(torch.cuda.current_stream().cuda_stream)
     return sum_slots(partial, plan)
@@ -116,7 +102,6 @@ def prefill_launch(
     activations: Tensor,
     row_scale_O: Tensor,
     out_TO: Tensor,
-    product: Product,
     *,
     overlaps: bool = False,
 ) -> Launch:
@@ -124,7 +109,7 @@ def prefill_launch(
 
     activations   as `tile_activations` makes them, tokens padded to a multiple of PREFILL_COLUMNS
     """
-    kernel, config = library.prefill_linear(product)
+    kernel, config = library.prefill_linear(weight.format)
     num_tokens = out_TO.shape[0]
     arguments = (
         weight.data,
@@ -143,21 +128,17 @@ def prefill_launch(
     return Launch(kernel, grid, threads, arguments, cluster=config.cluster, overlaps=overlaps)
 
 
-def prefill_product(
-    library: KernelLibrary, weight: TiledWeight, x_TI: Tensor, product: Product
-) -> Tensor:
+def prefill_product(library: KernelLibrary, weight: TiledWeight, x_TI: Tensor) -> Tensor:
     """X @ w^T as bf16 (T, O padded) for any number of rows; activations as `stream_product`'s."""
     x = torch.zeros(x_TI.shape[0], weight.num_k_blocks * 128, dtype=x_TI.dtype, device=x_TI.device)
     x.view(torch.uint8)[:, : x_TI.shape[1] * x.element_size()] = x_TI.contiguous().view(torch.uint8)
-    if product == "nvfp4_fast":
+    if weight.format == "nvfp4_fast":
         x = pair_activations(x)
     tiled = tile_activations(x, padded(x.shape[0], PREFILL_COLUMNS))
     out_TO = torch.full(
         (x.shape[0], weight.out_features), torch.nan, dtype=torch.bfloat16, device=x.device
     )
-    gain = FAST_GAIN if product == "nvfp4_fast" else 1.0
-    row_scale_O = weight.row_scale_O / gain
-    launch = prefill_launch(library, weight, tiled, row_scale_O, out_TO, product)
+    launch = prefill_launch(library, weight, tiled, weight.row_scale_O, out_TO)
     launch.run(torch.cuda.current_stream().cuda_stream)
     return out_TO
 

@@ -88,7 +88,7 @@ DEVICE void consume(u16* out, const float* row_scale, int stride, int num_tokens
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   float sums[1][NUM_SUMS];
   const u32 weights = ring + group * UNIT_BYTES;
-  Cursor at = {weights + warp * 512 + lane * 16, weights + 4096 + (warp * 8 + (lane >> 2)) * 16,
+  Cursor at = {weights + warp * 512 + lane * 16, weights + scales_of(warp, lane),
                ((ring + ROW_TILES * UNIT_BYTES) & 0x3FFFF) / 16 | N << 16, full, empty_of(empty, lane), 0, STAGES};
   u32 release = 0;   // barrier of the stage that products in flight still read; 0 in lanes that have none
   for (int index = work.first; index < work.num_items(); index += work.step) {

@@ -95,6 +95,11 @@ DEVICE void bulk_load_all(u32 destination, const void* source, u32 num_bytes, u3
       : "memory");
 }
 
+DEVICE u32 load_shared_4(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
 DEVICE uint4 load_shared_16(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -132,20 +137,6 @@ DEVICE u32 pack_e4m3(float low, float high) {
 DEVICE u32 e4m3_to_f16(u32 two_codes) {
   u32 y;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(static_cast<u16>(two_codes)));
-  return y;
-}
-// Four e4m3 codes of two fp16 pairs, the first pair in the low half; nearest even, saturating.
-DEVICE u32 f16_to_e4m3(u32 first, u32 second) {
-  u32 y;
-  asm("{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f16x2 l, %1; cvt.rn.satfinite.e4m3x2.f16x2 h, %2; "
-      "mov.b32 %0, {l, h};}"
-      : "=r"(y)
-      : "r"(first), "r"(second));
-  return y;
-}
-DEVICE u32 times_32(u32 pair) {
-  u32 y;
-  asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(pair), "r"(0x50005000u));
   return y;
 }
 DEVICE float f16_low(u32 pair) {
@@ -186,6 +177,40 @@ DEVICE void unpack_e2m1(u32 word, u32 (&pairs)[4]) {
 // The four scales of two k-steps: fp16 pairs (row 2g, row 2g+1), each scale times 2^6.
 DEVICE u32 scales_even(u32 word) { return word & 0x7F807F80u; }
 DEVICE u32 scales_odd(u32 word) { return __byte_perm(word, word, 0x2103) & 0x7F807F80u; }
+
+// Bytes of two words by the low four nibbles of `selector`: bits 0-2 choose, bit 3 takes eight copies of
+// the chosen byte's sign instead (which `__byte_perm` does not offer).
+DEVICE u32 select_bytes(u32 low, u32 high, u32 selector) {
+  u32 y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
+  return y;
+}
+// The eight magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 of e2m1 times a block scale, rounded to e4m3.
+struct Magnitudes {
+  u32 low, high;
+};
+// Four e4m3 scales times 3/2, nearest even: the byte grows by 5 where the mantissa is 1 to 5, else by 4.
+DEVICE u32 three_halves(u32 scales) {
+  const u32 mantissas = scales & 0x07070707u;
+  const u32 grows = (mantissas + 0x07070707u) & ~(mantissas + 0x02020202u) & 0x08080808u;
+  return scales + 0x04040404u + (grows >> 3);
+}
+// Of scale I of four, each from 2^-5 to 60 (kernels/repack.py): doubling adds 8 to the byte.
+template <int I>
+DEVICE Magnitudes magnitudes_of(u32 scales, u32 larger) {
+  constexpr u32 ONE = I, THREE_HALVES = 4 + I, ZERO = 8 | I;   // a scale's sign bit is 0
+  return {select_bytes(scales, larger, THREE_HALVES << 12 | ONE << 8 | ONE << 4 | ZERO) - 0x00000800u,
+          select_bytes(scales, larger, THREE_HALVES << 12 | ONE << 8 | THREE_HALVES << 4 | ONE) + 0x10100808u};
+}
+// Eight codes of one block, a nibble each, as two times four e4m3 values.
+DEVICE void look_up(u32 codes, const Magnitudes& of, u32& first, u32& second) {
+  constexpr u32 POSITIVE = 0x40404040u;   // copied for positive codes, its sign (0) for negative ones
+  const u32 selector = codes & 0x77777777u, later = codes >> 16;
+  first = select_bytes(of.low, of.high, selector) |
+          (~(select_bytes(POSITIVE, POSITIVE, codes) * 2) & 0x80808080u);
+  second = select_bytes(of.low, of.high, selector >> 16) |
+           (~(select_bytes(POSITIVE, POSITIVE, later) * 2) & 0x80808080u);
+}
 
 // ---- reductions -----------------------------------------------------------------------------------
 
@@ -282,8 +307,8 @@ DEVICE void load_result(const LinearResult& y, int token, int feature, float (&v
 
 // Address of a 16-byte chunk of features is base + chunk * chunk_stride + token * token_stride:
 // tiled for the streaming linears (chunk_stride = 16 * padded tokens), row-major for libraries.
-// OUT_E4M3_PAIRED permutes a 16-byte chunk as NVFP4_FAST of linear.cu holds its weights: features 2t,
-// 2t + 1, 8 + 2t, 9 + 2t lie at bytes 4t to 4t + 3.
+// OUT_E4M3_PAIRED permutes 64 features as NVFP4_FAST of linear.cu holds its weights: 16 t + 4 c to
+// 16 t + 4 c + 3 lie at bytes 4t to 4t + 3 of chunk c.
 enum { OUT_F16 = 0, OUT_E4M3 = 1, OUT_BF16 = 2, OUT_E4M3_PAIRED = 3 };
 
 // Eight features, already rounded to bf16. `scale` divides for e4m3 and multiplies for fp16.
@@ -291,10 +316,12 @@ template <int KIND>
 DEVICE void store_activation(u8* base, i64 chunk_stride, i64 token_stride, int token, int feature,
                              const float (&v)[8], float scale) {
   if (KIND == OUT_E4M3_PAIRED) {
-    u8* at = base + (feature >> 4) * chunk_stride + token * token_stride + (feature & 8) / 4;
+    u8* at = base + (feature >> 6 << 2 | (feature & 8) >> 2) * chunk_stride + token * token_stride +
+             (feature >> 4 & 3) * 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      *reinterpret_cast<u16*>(at + 4 * i) = static_cast<u16>(pack_e4m3(v[2 * i] / scale, v[2 * i + 1] / scale));
+    for (int i = 0; i < 2; ++i)
+      *reinterpret_cast<u32*>(at + i * chunk_stride) = pack_e4m3(v[4 * i] / scale, v[4 * i + 1] / scale) |
+                                                       pack_e4m3(v[4 * i + 2] / scale, v[4 * i + 3] / scale) << 16;
   } else if (KIND == OUT_E4M3) {
     uint2 codes;
     codes.x = pack_e4m3(v[0] / scale, v[1] / scale) | pack_e4m3(v[2] / scale, v[3] / scale) << 16;
