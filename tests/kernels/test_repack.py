@@ -89,11 +89,11 @@ def _look_up_as_the_kernel_does(codes: int, scales: int, index: int) -> list[int
     one, more = index, 4 + index
     low = _select_bytes(scales, larger, more << 12 | one << 8 | one << 4 | 8 | one) - 0x800
     high = _select_bytes(scales, larger, more << 12 | one << 8 | more << 4 | one) + 0x10100808
-    words = []
-    for half in (codes, codes >> 16):
-        values = _select_bytes(low, high, half & 0x7777)
-        signs = ~(_select_bytes(0x40404040, 0x40404040, half) * 2) & 0x80808080
-        words.append(values | signs)
+    selectors = codes & 0x77777777
+    words = [
+        _select_bytes(low, high, selectors) | codes & 0x80808080,
+        _select_bytes(low, high, selectors >> 16) | codes << 4 & 0x80808080,
+    ]
     return [byte for word in words for byte in word.to_bytes(4, "little")]
 
 
@@ -106,8 +106,12 @@ def test_looked_up_bytes_are_the_rounded_values_for_every_scale_and_code() -> No
             value = torch.tensor([scale], dtype=torch.uint8).view(torch.float8_e4m3fn).float()
             for start in (0, 8):
                 codes = list(range(start, start + 8))
-                packed = sum(code << 4 * i for i, code in enumerate(codes))
-                found = _look_up_as_the_kernel_does(packed, word, index)
+                packed = torch.tensor(
+                    [a | b << 4 for a, b in zip(codes[::2], codes[1::2], strict=True)]
+                )
+                row = packed.to(torch.uint8).repeat(64, 16)
+                unit = repack.pack_fast_codes(row)[0, 0, :4].numpy().tobytes()
+                found = _look_up_as_the_kernel_does(int.from_bytes(unit, "little"), word, index)
                 exact = decode_e2m1(torch.tensor(codes, dtype=torch.uint8)) * value
                 wanted = exact.to(torch.float8_e4m3fn)
                 got = torch.tensor(found, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -122,7 +126,8 @@ def test_paired_activations_meet_the_weights_of_the_same_feature() -> None:
     values = repack.fast_values(weight).double()[:64]
     x = torch.randn(1, 128, generator=generator).to(torch.float8_e4m3fn)
     chunks = repack.pair_activations(x).double().view(2, 4, 4, 4)  # half chunk t byte
-    unit = weight.data[0, 0, :4096].view(2, 4, 8, 4, 2, 8)  # half strip g t p byte
+    unit = repack._move_signs(weight.data[0, 0, :4096], back=True)
+    unit = unit.view(2, 4, 8, 4, 2, 8)  # half strip g t p byte
     nibbles = torch.stack((unit & 15, unit >> 4), -1).reshape(2, 4, 8, 4, 2, 4, 4)
     scale_bytes = weight.data[0, 0, 4096:].view(4, 8, 4, 2, 2)  # strip g t half p
     scale = scale_bytes.view(torch.float8_e4m3fn).double().permute(3, 0, 1, 2, 4)

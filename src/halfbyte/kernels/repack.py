@@ -20,10 +20,11 @@ scale is exact in fp16, 2**-8 too small; the weight's row scale makes up for it.
 The fast product multiplies values rounded to e4m3, which it looks up: a lane holds whole 16-blocks,
 so that the eight magnitudes of one scale, in two words, serve sixteen codes. Of 64 inputs (a
 "half"), lane t of four has block t of rows 2g and 2g + 1: 16 bytes as the checkpoint stores them, a
-row after the other. Its four scales (half, row) are one word. A scale is stored as the e4m3 byte
-of s * 2**k, where k puts a row's largest at exponent 12 (`fast_scales`): six times it stays below
-448, and the half of every scale from 2**-5 on is a normal number, so that seven magnitudes come
-from two bytes by adding to their exponents.
+row after the other, but for the signs, which lie in a word as those of e4m3 values would: of codes
+0 to 3 at bits 7, 15, 23, 31, of codes 4 to 7 four bits lower. Its four scales (half, row) are one
+word. A scale is stored as the e4m3 byte of s * 2**k, where k puts a row's largest at exponent 12
+(`fast_scales`): six times it stays below 448, and the half of every scale from 2**-5 on is a normal
+number, so that seven magnitudes come from two bytes by adding to their exponents.
 
 Every function here runs on any device; `untile_*` is the exact inverse of `tile_*` up to padding.
 Shape legend: O, I out and in features; B 16-blocks along I; R 64-row tiles; C K blocks.
@@ -279,7 +280,9 @@ def fast_scales(codes_OI2: Tensor, scale_OB: Tensor) -> tuple[Tensor, Tensor, Te
 def pack_fast_codes(codes_OI2: Tensor) -> Tensor:
     """Packed codes (O, I / 2), two a byte -> uint8 (R, C, 4096) as the fast product reads them."""
     out, half_width = codes_OI2.shape
-    parts = codes_OI2.reshape(out // ROWS, 4, 8, 2, half_width // 64, 2, 4, 8)
+    parts = _move_signs(codes_OI2, back=False).reshape(
+        out // ROWS, 4, 8, 2, half_width // 64, 2, 4, 8
+    )
     # R strip g p C half t byte -> R C half strip g t p byte
     return parts.permute(0, 4, 5, 1, 2, 6, 3, 7).reshape(out // ROWS, half_width // 64, 4096)
 
@@ -288,7 +291,21 @@ def unpack_fast_codes(units: Tensor) -> Tensor:
     """Undo `pack_fast_codes`: uint8 (R, C, 4096) -> (64 R, 64 C)."""
     num_tiles, num_blocks, _ = units.shape
     parts = units.view(num_tiles, num_blocks, 2, 4, 8, 4, 2, 8)
-    return parts.permute(0, 3, 4, 6, 1, 2, 5, 7).reshape(num_tiles * ROWS, num_blocks * 64)
+    packed = parts.permute(0, 3, 4, 6, 1, 2, 5, 7).reshape(num_tiles * ROWS, num_blocks * 64)
+    return _move_signs(packed, back=True)
+
+
+def _move_signs(packed: Tensor, *, back: bool) -> Tensor:
+    """Signs of the eight codes in a word of four bytes from bits 4 i + 3 to 8 i + 7 (i < 4) and
+    8 (i - 4) + 3 (i >= 4), or back.
+    """
+    words = packed.contiguous().view(torch.int32)
+    moved = words & 0x77777777
+    for i in range(8):
+        places = (4 * i + 3, 8 * i + 7 if i < 4 else 8 * (i - 4) + 3)
+        source, target = reversed(places) if back else places
+        moved |= (words >> source & 1) << target
+    return moved.view(torch.uint8)
 
 
 def pack_fast_scales(bytes_OB: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(256)
         const u32 source = half == 0 ? a : b;
         const u32 c0 = code_table[source & 255], c1 = code_table[source >> 8 & 255];
         const u32 c2 = code_table[source >> 16 & 255], c3 = code_table[source >> 24];
-        if (!has_operands) {
+        if (!has_operands) {   // random signs stay random wherever they lie
           word |= (c0 | c1 << 4 | c2 << 8 | c3 << 12) << 16 * half;
           continue;
         }

@@ -142,22 +142,23 @@ DEVICE void multiply_half(u32 tokens, const u32 (&a)[2][4], bool is_fresh, float
     wgmma_rs(sums, a[step], static_cast<u64>(128 / 16) << 32 | (tokens + (HALF * 2 + step) * 2 * N),
              !(is_fresh && HALF == 0 && step == 0));
   wgmma_commit();
-  // One group may stay in flight: it reads this half's registers, the next decodes the other.
-  wgmma_wait<1>();
 }
 DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (&sums)[TILES][NUM_SUMS]) {
   u32 a[2][2][4];
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
-    // All loads of a row tile at once: one latency instead of two.
     const u32 scales = load_shared_4(at.scales + r * UNIT_BYTES);
-    const uint4 codes[2] = {load_shared_16(at.codes + r * UNIT_BYTES),
-                            load_shared_16(at.codes + r * UNIT_BYTES + 2048)};
+    const uint4 first = load_shared_16(at.codes + r * UNIT_BYTES);
     const u32 larger = three_halves(scales);
-    decode_half<0>(codes[0], scales, larger, a[0]);
+    // One group stays in flight: it reads the other half's registers.
+    wgmma_wait<1>();
+    decode_half<0>(first, scales, larger, a[0]);
     multiply_half<0>(at.tokens, a[0], is_fresh, sums[r]);
+    // Loaded behind the products, or the compiler would decode it ahead of them.
+    const uint4 second = load_shared_16(at.codes + r * UNIT_BYTES + 2048);
+    wgmma_wait<1>();
     if (r == 0 && release != 0) release_stage(release);
-    decode_half<1>(codes[1], scales, larger, a[1]);
+    decode_half<1>(second, scales, larger, a[1]);
     multiply_half<1>(at.tokens, a[1], is_fresh, sums[r]);
   }
 }

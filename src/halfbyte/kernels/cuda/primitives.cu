@@ -179,7 +179,7 @@ DEVICE u32 scales_even(u32 word) { return word & 0x7F807F80u; }
 DEVICE u32 scales_odd(u32 word) { return __byte_perm(word, word, 0x2103) & 0x7F807F80u; }
 
 // Bytes of two words by the low four nibbles of `selector`: bits 0-2 choose, bit 3 takes eight copies of
-// the chosen byte's sign instead (which `__byte_perm` does not offer).
+// the chosen byte's sign instead.
 DEVICE u32 select_bytes(u32 low, u32 high, u32 selector) {
   u32 y;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
@@ -202,14 +202,12 @@ DEVICE Magnitudes magnitudes_of(u32 scales, u32 larger) {
   return {select_bytes(scales, larger, THREE_HALVES << 12 | ONE << 8 | ONE << 4 | ZERO) - 0x00000800u,
           select_bytes(scales, larger, THREE_HALVES << 12 | ONE << 8 | THREE_HALVES << 4 | ONE) + 0x10100808u};
 }
-// Eight codes of one block, a nibble each, as two times four e4m3 values.
+// A word of eight codes of one block (`pack_fast_codes` of kernels/repack.py) as two times four e4m3 values:
+// magnitudes are selectors, signs lie where the values' signs go, the second four's four bits lower.
 DEVICE void look_up(u32 codes, const Magnitudes& of, u32& first, u32& second) {
-  constexpr u32 POSITIVE = 0x40404040u;   // copied for positive codes, its sign (0) for negative ones
-  const u32 selector = codes & 0x77777777u, later = codes >> 16;
-  first = select_bytes(of.low, of.high, selector) |
-          (~(select_bytes(POSITIVE, POSITIVE, codes) * 2) & 0x80808080u);
-  second = select_bytes(of.low, of.high, selector >> 16) |
-           (~(select_bytes(POSITIVE, POSITIVE, later) * 2) & 0x80808080u);
+  const u32 selectors = codes & 0x77777777u;
+  first = select_bytes(of.low, of.high, selectors) | (codes & 0x80808080u);
+  second = select_bytes(of.low, of.high, selectors >> 16) | (codes * 16 & 0x80808080u);
 }
 
 // ---- reductions -----------------------------------------------------------------------------------
