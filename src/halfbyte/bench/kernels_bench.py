@@ -91,39 +91,32 @@ def time_linear(
 
 
 def variants(format_: TileFormat, columns: int) -> list[StreamConfig]:
-    """Block shapes worth a comparison: (groups, tiles, registers, steps, ring KiB)."""
+    """Block shapes worth a comparison: (groups, tiles, registers, promote, ring KiB)."""
+    choices: tuple[tuple[int, int, int, int, int], ...]
     if format_ == "nvfp4_fast":
-        return fast_variants(columns)
-    if format_ != "nvfp4":
-        choices: tuple[tuple[int, int, int, int, int], ...] = ((4, 1, 0, 4, 172), (4, 1, 0, 4, 104))
+        choices = ((2, 1, 0, 16, 214), (2, 1, 0, 4, 214), (4, 1, 0, 16, 214))
         if columns == 128:
-            choices = ((2, 1, 0, 4, 214), (2, 1, 0, 4, 172))
+            choices = (
+                (2, 1, 0, 16, 214),
+                (2, 1, 0, 4, 214),
+                (2, 1, 0, 0, 214),
+                (2, 2, 232, 0, 214),
+            )
+    elif format_ != "nvfp4":
+        choices = ((4, 1, 0, 1, 172), (4, 1, 0, 1, 104))
+        if columns == 128:
+            choices = ((2, 1, 0, 1, 214), (2, 1, 0, 1, 172))
     elif columns <= 16:
-        choices = ((4, 1, 0, 4, 172), (4, 1, 0, 4, 104), (2, 2, 0, 4, 172), (2, 2, 0, 4, 104))
+        choices = ((4, 1, 0, 1, 172), (4, 1, 0, 1, 104), (2, 2, 0, 1, 172), (2, 2, 0, 1, 104))
     elif columns <= 64:
-        choices = ((4, 1, 0, 4, 172), (4, 1, 0, 8, 172), (2, 2, 0, 4, 172), (2, 2, 0, 8, 214))
+        choices = ((4, 1, 0, 1, 172), (2, 2, 0, 1, 172))
     else:
-        choices = ((2, 2, 232, 4, 214), (2, 2, 232, 8, 214), (2, 2, 232, 4, 172))
+        choices = ((2, 2, 232, 1, 214), (2, 2, 232, 1, 172))
     made = []
-    for groups, tiles, registers, steps, ring in choices:
+    for groups, tiles, registers, promote, ring in choices:
         stages = min(8, ring * 1024 // stage_bytes(format_, columns, groups * tiles))
-        made.append(StreamConfig(groups, tiles, stages, registers, steps))
-    return list(dict.fromkeys(made))
-
-
-def fast_variants(columns: int) -> list[StreamConfig]:
-    """Block shapes of the fast product: (groups, tiles, registers, ring KiB, promote)."""
-    choices = [(2, 1, 0, 214, 4), (4, 1, 0, 214, 4)]
-    if columns == 128:
-        choices = [(2, 1, 0, 214, 4), (2, 1, 232, 214, 4), (2, 1, 0, 214, 0), (2, 2, 232, 214, 0)]
-        choices += [(4, 1, 0, 214, 0)]
-    elif columns == 64:
-        choices += [(2, 1, 0, 214, 0), (4, 1, 0, 214, 0), (2, 2, 0, 214, 0)]
-    made = []
-    for groups, tiles, registers, ring, promote in choices:
-        stages = min(8, ring * 1024 // stage_bytes("nvfp4_fast", columns, groups * tiles))
         made.append(StreamConfig(groups, tiles, stages, registers, promote=promote))
-    return made
+    return list(dict.fromkeys(made))
 
 
 def run_kernels(
@@ -144,9 +137,9 @@ def run_kernels(
                     continue
                 row = time_linear(library, weights, num_tokens, config)
                 used = config or library.linear(format_, columns_for(num_tokens))[1]
-                shape = f"{used.groups}x{used.tiles}x{used.group_steps} stages {used.stages}"
-                if format_ == "nvfp4_fast":
-                    shape += f" promote {used.promote} registers {used.consumer_registers}"
+                shape = f"{used.groups}x{used.tiles} stages {used.stages}"
+                if format_ in ("fp8", "nvfp4_fast"):
+                    shape += f" promote {used.promote}"
                 rows.append({"linear": name, "format": format_, "block": shape, **row})
         del weights
         torch.cuda.empty_cache()
@@ -155,10 +148,10 @@ def run_kernels(
 
 def format_rows(rows: list[dict[str, Any]], copy_tb_per_s: float) -> str:
     """A table of `run_kernels`' rows."""
-    lines = ["linear   format     tokens  block             ms     TB/s  share   TFLOP/s"]
+    lines = ["linear   format     tokens  block                      ms     TB/s  share   TFLOP/s"]
     for row in rows:
         lines.append(
-            f"{row['linear']:8} {row['format']:10} {row['tokens']:6}  {row['block']:15} "
+            f"{row['linear']:8} {row['format']:10} {row['tokens']:6}  {row['block']:24} "
             f"{row['median_ms']:7.4f} {row['tb_per_s']:7.3f} "
             f"{row['tb_per_s'] / copy_tb_per_s:6.1%} "
             f"{row['tflop_per_s']:8.1f}"

@@ -261,6 +261,11 @@ def _kernel_scale(linear: CudaLinear) -> float:
     return 1.0 / linear.input_scale if linear.weight.format == "nvfp4" else linear.input_scale
 
 
+def norm_blocks(columns: int) -> int:
+    """Blocks that share a token's norm, so that few tokens fill the device too."""
+    return 8 if columns <= 32 else 2
+
+
 class DecodeStep:
     """One decode step for a fixed number of sequences: static buffers, launches, a graph.
 
@@ -437,7 +442,7 @@ class DecodeStep:
 
     def _add_norm(self, result: LinearResult | None, weight_D: Tensor, x: _Activation) -> None:
         config = self._weights.config
-        blocks = 8 if self._columns <= 32 else 2
+        blocks = norm_blocks(self._columns)
         kernels = _elementwise(self._library, config, blocks)
         name = f"{'norm' if result is None else 'add_norm'}_{x.kind}"
         arguments = (

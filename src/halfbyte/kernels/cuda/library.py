@@ -43,7 +43,6 @@ class StreamConfig:
     tiles                64-row tiles each of them holds
     stages               K blocks in the shared-memory ring
     consumer_registers   a multiplying thread's registers; 0 leaves them as compiled
-    group_steps          k-steps of NVFP4 decoded before they are multiplied, 4 or 8
     cluster              blocks that share their activations, 1, 2 or 4
     promote              K blocks of e4m3 terms the tensor core adds before they are added in f32;
                          nvfp4_fast: 0 = all
@@ -53,7 +52,6 @@ class StreamConfig:
     tiles: int
     stages: int
     consumer_registers: int = 0
-    group_steps: int = 4
     cluster: int = 1
     promote: int = 1
 
@@ -85,7 +83,7 @@ def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
         groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
     elif format_ == "nvfp4_fast":
         groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
-        promote = 4
+        promote = 16
     elif format_ == "nvfp4" and columns <= 16:
         groups, tiles, registers, ring = 2, 2, 0, _RING_BYTES
     elif columns < 128:
@@ -311,7 +309,6 @@ def _block_defines(format_: TileFormat, columns: int, config: StreamConfig) -> d
         "GROUPS": config.groups,
         "TILES": config.tiles,
         "STAGES": config.stages,
-        "GROUP_STEPS": config.group_steps,
         "CLUSTER": config.cluster,
         "PROMOTE": config.promote,
         "CONSUMER_REGISTERS": config.consumer_registers,

@@ -13,10 +13,9 @@
 // NVFP4_FAST looks up code times scale rounded to e4m3, in units of their own order, and multiplies e4m3
 // activations, at twice the rate. Its activations are permuted in groups of 64 (OUT_E4M3_PAIRED).
 //
-// Set by the compiler's caller: FORMAT, N, GROUPS, TILES, STAGES, CLUSTER, GROUP_STEPS (k-steps of NVFP4
-// decoded before they are multiplied: 4 overlaps within a warpgroup, 8 among them), PROMOTE (K blocks
-// of e4m3 terms the tensor core adds up by itself; NVFP4_FAST: 0 = all), CONSUMER_REGISTERS (0: no register trade between the
-// roles; else the copying role is a whole warpgroup); wgmma_* are generated for N.
+// Set by the compiler's caller: FORMAT, N, GROUPS, TILES, STAGES, CLUSTER, PROMOTE (K blocks of e4m3 terms
+// the tensor core adds up by itself; NVFP4_FAST: 0 = all), CONSUMER_REGISTERS (0: no register trade
+// between the roles; else the copying role is a whole warpgroup); wgmma_* are generated for N.
 
 struct Stretch {
   int begin, end;
@@ -228,11 +227,7 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
     for (; unit < tile_end; ++unit) {
       barrier_wait(at.full, at.parity);
       multiply_stage(at, is_fresh, release, sums);
-#if GROUP_STEPS == 8
-      if (lane < CLUSTER) release_stage(at.empty);
-#else
       release = lane < CLUSTER ? at.empty : 0;
-#endif
       is_fresh = false;
       at.step();
     }

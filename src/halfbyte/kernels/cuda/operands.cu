@@ -96,39 +96,28 @@ struct Cursor {
 
 #if FORMAT == NVFP4
 // One K block: decode half a row tile, multiply it while the next half is decoded.
+DEVICE void multiply_half(u32 tokens, int half, const u32 (&a)[4][4], bool is_fresh, float (&sums)[NUM_SUMS]) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    wgmma_rs(sums, a[step], static_cast<u64>(128 / 16) << 32 | (tokens + (half * 4 + step) * 2 * N),
+             !(is_fresh && half == 0 && step == 0));
+  wgmma_commit();
+}
 DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (&sums)[TILES][NUM_SUMS]) {
   u32 a[2][4][4];
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
-    // All loads of a row tile at once: one latency instead of two.
     const uint4 scales = load_shared_16(at.scales + r * UNIT_BYTES);
-    const uint4 codes[2] = {load_shared_16(at.codes + r * UNIT_BYTES),
-                            load_shared_16(at.codes + r * UNIT_BYTES + 2048)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      decode_half(codes[half], scales, half, a[half]);
-#if GROUP_STEPS == 8
-      if (half == 0) continue;
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 8; ++step) {
-        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + step * 2 * N);
-        wgmma_rs(sums[r], a[step / 4][step % 4], tokens, !(is_fresh && step == 0));
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
-#else
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const u64 tokens = static_cast<u64>(128 / 16) << 32 | (at.tokens + (half * 4 + step) * 2 * N);
-        wgmma_rs(sums[r], a[half][step], tokens, !(is_fresh && half == 0 && step == 0));
-      }
-      wgmma_commit();
-      // One group may stay in flight: it reads this half's registers, the next decodes the other.
+      // Loaded behind the products ahead, or the compiler would decode it between them.
+      const uint4 codes = load_shared_16(at.codes + r * UNIT_BYTES + half * 2048);
+      // One group may stay in flight: it reads the other half's registers.
       wgmma_wait<1>();
-      if (r == 0 && half == 0 && release != 0) release_stage(release);
-#endif
+      if (r == 0 && half == 1 && release != 0) release_stage(release);
+      decode_half(codes, scales, half, a[half]);
+      multiply_half(at.tokens, half, a[half], is_fresh, sums[r]);
     }
   }
 }
@@ -147,14 +136,11 @@ DEVICE void multiply_stage(const Cursor& at, bool is_fresh, u32 release, float (
   u32 a[2][2][4];
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
-    const u32 scales = load_shared_4(at.scales + r * UNIT_BYTES);
+    const u32 scales = load_shared_4(at.scales + r * UNIT_BYTES), larger = three_halves(scales);
     const uint4 first = load_shared_16(at.codes + r * UNIT_BYTES);
-    const u32 larger = three_halves(scales);
-    // One group stays in flight: it reads the other half's registers.
     wgmma_wait<1>();
     decode_half<0>(first, scales, larger, a[0]);
     multiply_half<0>(at.tokens, a[0], is_fresh, sums[r]);
-    // Loaded behind the products, or the compiler would decode it ahead of them.
     const uint4 second = load_shared_16(at.codes + r * UNIT_BYTES + 2048);
     wgmma_wait<1>();
     if (r == 0 && release != 0) release_stage(release);

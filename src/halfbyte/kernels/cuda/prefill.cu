@@ -11,7 +11,7 @@
 // Limits: output features whole tiles, TILES 1; `tokens` may be any number, activations padded to N.
 //
 // Set by the compiler's caller: FORMAT (NVFP4 or NVFP4_FAST), N, GROUPS, TILES, STAGES, CLUSTER,
-// CONSUMER_REGISTERS, GROUP_STEPS 4; wgmma_rs is generated for N.
+// CONSUMER_REGISTERS; wgmma_rs is generated for N.
 
 constexpr int CHUNK_BYTES = N * 16;                            // 16 bytes of N tokens
 constexpr int NUM_CHUNKS = ACTIVATION_BYTES / CHUNK_BYTES;     // of a K block
