@@ -190,7 +190,7 @@ def test_norm_and_silu_are_their_twins(library, kind: str, blocks: int, is_tiled
     name = f"silu_mul_{kind}"
     if per_token:
         arguments = (result, mlp_width, data, *strides, scale, token_scale)
-        _launch(kernels[name], (blocks, tokens, 1), threads, *arguments, cluster=blocks)
+        _launch(kernels[name], (blocks, tokens, 1), 512, *arguments, cluster=blocks)
     else:
         grid = (-(-mlp_width // 2048), tokens, 1)
         if blocks == 1:

@@ -12,7 +12,9 @@ Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = 
 Reading the result: share of the floor, against ceilings measured in the same run. The product rate
     of NVFP4 layers is bf16's in "exact", FP8's in "fast" (weights prepared for that). Ceilings
     are those of short bursts; under seconds of products the board's power limit lowers them
-    (benchmarks/notes-kernels.md).
+    (benchmarks/notes-kernels.md): rows also give the floor at product rates after a second of
+    products, the clock and power seen, and the share of the time that the tensor cores need at that
+    clock.
 Last record: benchmarks/records/engine-h200.json
 """
 
@@ -24,14 +26,23 @@ from typing import Any
 
 import torch
 
-from halfbyte.bench.gpu import Ceilings, measure_ceilings, time_ms
+from halfbyte.bench.gpu import (
+    TENSOR_FLOP_PER_CYCLE,
+    Board,
+    Ceilings,
+    measure_ceilings,
+    time_ms,
+    watch_board,
+)
 from halfbyte.bench.synthetic import medium_geometry, mixed_formats, random_weights
 from halfbyte.kernels.cuda.library import (
     COLUMNS,
+    PREFILL_CONFIGS,
     HeadShape,
     KernelLibrary,
     attention_code,
     choose_config,
+    columns_for,
     compile_together,
     elementwise_code,
     linear_code,
@@ -45,6 +56,7 @@ from halfbyte.model.cuda_decoder import (
     Mode,
     Prefill,
     Rotary,
+    layer_linears,
     make_cache,
 )
 
@@ -81,7 +93,7 @@ def compile_all(num_layers: int) -> None:
         for format_ in _FORMATS
         for columns in COLUMNS
     ]
-    tasks.append(partial(prefill_code, "nvfp4"))
+    tasks += [partial(prefill_code, format_) for format_ in PREFILL_CONFIGS]
     tasks += [
         partial(elementwise_code, config.width, config.mlp_width, blocks, heads)
         for blocks in (1, 2, 8)
@@ -100,6 +112,30 @@ def _fill_state(step: DecodeStep, cache: KvCache, point: Point) -> None:
     page = step.block_table_TP[:, point.context // PAGE_SLOTS].long()
     step.slots_T.copy_(page * PAGE_SLOTS + point.context % PAGE_SLOTS)
     step.token_ids_T.random_(0, 1000)
+
+
+def tensor_ms(weights: CudaWeights, num_tokens: int, sm_mhz: float, *, with_head: bool) -> float:
+    """Time of the tensor cores alone at a clock, if nothing ever waited; attention not counted."""
+    num_sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    linears = [li for la in weights.layers for li in layer_linears(la)]
+    cycles = 0.0
+    for linear in [*linears, weights.head] if with_head else linears:
+        weight = linear.weight
+        flop = 2.0 * num_tokens * weight.out_features * weight.in_features
+        in_fp8 = weight.format in ("fp8", "nvfp4_fast")
+        cycles += flop / (TENSOR_FLOP_PER_CYCLE * (2 if in_fp8 else 1) * num_sms)
+    return cycles / sm_mhz / 1e3
+
+
+def _board_facts(
+    board: Board, weights: CudaWeights, num_tokens: int, median_ms: float, *, with_head: bool
+) -> dict[str, float]:
+    """What a row says of clock, power and the share of time that the tensor cores need at it."""
+    facts = board.facts()
+    if not facts:
+        return {}
+    busy_ms = tensor_ms(weights, num_tokens, facts["sm_mhz"], with_head=with_head)
+    return {**facts, "tensor_share": busy_ms / median_ms}
 
 
 def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> float:
@@ -161,9 +197,12 @@ def run_decode(
     step.capture()
     torch.cuda.synchronize()
     capture_s = time.perf_counter() - start
-    samples = time_ms(step.replay, warmups=5, repeats=steps)
+    with watch_board(device) as board:
+        samples = time_ms(step.replay, warmups=5, repeats=steps)
     median = statistics.median(samples)
     floor = decode_floor_ms(weights, point, ceilings)
+    sustained_floor = decode_floor_ms(weights, point, ceilings.sustained())
+    columns = columns_for(point.batch)  # what a product is padded to
     chosen = step.history[: int(step.step_count)]
     assert bool(((chosen >= 0) & (chosen < config.vocab_size)).all())
     assert bool(torch.isfinite(step.residual_TD.float()).all())
@@ -178,6 +217,9 @@ def run_decode(
         "tb_per_s": weights.num_step_bytes / median / 1e9,
         "floor_ms": floor,
         "share_of_floor": floor / median,
+        "sustained_floor_ms": sustained_floor,
+        "share_of_sustained_floor": sustained_floor / median,
+        **_board_facts(board, weights, columns, median, with_head=True),
         "launches": step.num_launches,
         "capture_s": capture_s,
         "buffers_bytes": torch.cuda.memory_allocated() - before,
@@ -220,11 +262,13 @@ def run_prefill(
     token_ids = torch.randint(0, config.vocab_size, (num_tokens,), device=device)
     slots = torch.arange(num_tokens, device=device)
     with torch.inference_mode():
-        samples = time_ms(lambda: prefill.run(token_ids, slots), warmups=1, repeats=repeats)
+        with watch_board(device) as board:
+            samples = time_ms(lambda: prefill.run(token_ids, slots), warmups=1, repeats=repeats)
         logits = prefill.run(token_ids, slots)
     assert bool(torch.isfinite(logits).all())
     median = statistics.median(samples)
     floor = prefill_floor_ms(weights, num_tokens, ceilings)
+    sustained_floor = prefill_floor_ms(weights, num_tokens, ceilings.sustained())
     return {
         "kind": "prefill",
         "tokens": num_tokens,
@@ -235,6 +279,9 @@ def run_prefill(
         "tokens_per_s": num_tokens / median * 1e3,
         "floor_ms": floor,
         "share_of_floor": floor / median,
+        "sustained_floor_ms": sustained_floor,
+        "share_of_sustained_floor": sustained_floor / median,
+        **_board_facts(board, weights, num_tokens, median, with_head=False),
     }
 
 
@@ -251,12 +298,21 @@ def format_row(row: dict[str, Any]) -> str:
             f"decode  batch {row['batch']:4} context {row['context']:6} {row['mode']:5} "
             f"{row['median_ms']:8.3f} ms "
             f"{row['tokens_per_s']:8.1f} tok/s {row['tb_per_s']:6.3f} TB/s "
-            f"floor {row['floor_ms']:7.2f} ms share {row['share_of_floor']:6.1%}"
+            f"floor {row['floor_ms']:7.2f} ms share {row['share_of_floor']:6.1%}{_board(row)}"
         )
     return (
         f"prefill {row['tokens']:6} {row['mode']:5} {row['median_ms']:9.2f} ms "
         f"{row['tokens_per_s']:8.1f} tok/s floor {row['floor_ms']:8.2f} ms "
-        f"share {row['share_of_floor']:6.1%}"
+        f"share {row['share_of_floor']:6.1%}{_board(row)}"
+    )
+
+
+def _board(row: dict[str, Any]) -> str:
+    if "sm_mhz" not in row:
+        return ""
+    return (
+        f" ({row['share_of_sustained_floor']:.1%} of the sustained one); {row['sm_mhz']:.0f} MHz, "
+        f"{row['power_w']:.0f} W, tensor cores {row['tensor_share']:.1%}"
     )
 
 

@@ -4,9 +4,13 @@ A share of a ceiling means something only against ceilings measured on the same 
 run, so every record carries both.
 """
 
+import ctypes
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +61,8 @@ class Ceilings:
     bf16_tflop_per_s    an 8192^3 product of random values through torch
     fp8_tflop_per_s     the same in e4m3 with f32 sums promoted (`_scaled_mm`)
     fp8_fast_tflop_per_s  the same with the tensor core's own sums
+    bf16_sustained_tflop_per_s, fp8_sustained_tflop_per_s   the bf16 product and the last one after
+        a second of nothing else, which is when the board has come down to its power limit
     """
 
     copy_tb_per_s: float
@@ -64,10 +70,94 @@ class Ceilings:
     bf16_tflop_per_s: float
     fp8_tflop_per_s: float
     fp8_fast_tflop_per_s: float
+    bf16_sustained_tflop_per_s: float
+    fp8_sustained_tflop_per_s: float
+
+    def sustained(self) -> "Ceilings":
+        """The same with product rates that the power limit leaves."""
+        return replace(
+            self,
+            bf16_tflop_per_s=self.bf16_sustained_tflop_per_s,
+            fp8_tflop_per_s=min(self.fp8_tflop_per_s, self.fp8_sustained_tflop_per_s),
+            fp8_fast_tflop_per_s=self.fp8_sustained_tflop_per_s,
+        )
+
+
+# FLOP of one multiprocessor's tensor cores in a cycle, dense, in 16 bits and in FP8 (NVIDIA H100
+# whitepaper: 989 and 1979 TFLOP/s at 132 x 1.83 GHz).
+TENSOR_FLOP_PER_CYCLE = 4096
+_SUSTAINED_S = 1.2
+
+
+@dataclass(slots=True)
+class Board:
+    """What the board said of itself while something ran: clock of the multiprocessors, power."""
+
+    sm_mhz: list[int] = field(default_factory=list)
+    power_w: list[float] = field(default_factory=list)
+    limit_w: float | None = None
+
+    def facts(self) -> dict[str, float]:
+        """Medians, for a row of a record; empty where the board was not asked."""
+        if not self.sm_mhz:
+            return {}
+        facts = {
+            "sm_mhz": float(statistics.median(self.sm_mhz)),
+            "power_w": float(statistics.median(self.power_w)),
+        }
+        return facts if self.limit_w is None else {**facts, "power_limit_w": self.limit_w}
+
+
+@contextmanager
+def watch_board(device: torch.device) -> Iterator[Board]:
+    """Ask the driver's management library every 20 ms; nothing is seen where there is none."""
+    seen, stop = Board(), threading.Event()
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        yield seen
+        return
+    handle = ctypes.c_void_p()
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    found = library.nvmlInit_v2() == 0
+    found = found and library.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)) == 0
+    value = ctypes.c_uint()
+
+    def ask(name: str, *extra: int) -> int | None:
+        status = getattr(library, name)(handle, *extra, ctypes.byref(value))
+        return value.value if status == 0 else None
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            mhz, milliwatts = ask("nvmlDeviceGetClockInfo", 1), ask("nvmlDeviceGetPowerUsage")
+            if mhz is not None and milliwatts is not None:
+                seen.sm_mhz.append(mhz)
+                seen.power_w.append(milliwatts / 1000)
+
+    if found and (limit := ask("nvmlDeviceGetEnforcedPowerLimit")) is not None:
+        seen.limit_w = limit / 1000
+    thread = threading.Thread(target=watch, name="board", daemon=True)
+    if found:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        if found:
+            thread.join()
+
+
+def sustained_ms(work: Callable[[], object], seconds: float = _SUSTAINED_S) -> float:
+    """Milliseconds of one `work` at the end of so many seconds of it."""
+    end = time.monotonic() + seconds
+    samples = time_ms(work, repeats=10)
+    while time.monotonic() < end:
+        samples = time_ms(work, warmups=0, repeats=20)
+    return statistics.median(samples)
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Copy and product rates; a few gigabytes and a second."""
+    """Copy and product rates; a few gigabytes and four seconds."""
     num_bytes = 1 << 32
     source = torch.randint(0, 255, (num_bytes // 8,), dtype=torch.int64, device=device)
     target = torch.empty_like(source)
@@ -88,6 +178,8 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
     fp8 = statistics.median(time_ms(product(False), repeats=20))
     fast = statistics.median(time_ms(product(True), repeats=20))
+    bf16_sustained = sustained_ms(lambda: a @ b.t())
+    fp8_sustained = sustained_ms(product(True))
     flop = 2.0 * side**3
     return Ceilings(
         2 * num_bytes / copy / 1e9,
@@ -95,6 +187,8 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         flop / bf16 / 1e9,
         flop / fp8 / 1e9,
         flop / fast / 1e9,
+        flop / bf16_sustained / 1e9,
+        flop / fp8_sustained / 1e9,
     )
 
 
@@ -121,6 +215,11 @@ def results_and_samples(
 def headline(row: Mapping[str, Any]) -> dict[str, str]:
     """What, figure and comparison of a decode or prefill row, for the generated tables."""
     floor = f"floor {row['floor_ms']:.1f} ms ({row['share_of_floor']:.0%} of its speed)"
+    if row.get("tensor_share", 0.0) > 0.5:
+        floor += (
+            f"; tensor cores {row['tensor_share']:.0%} busy at the {row['sm_mhz']:.0f} MHz that "
+            f"{row['power_w']:.0f} W leave"
+        )
     if row["kind"] == "decode":
         what = f"decode, batch {row['batch']}, context {row['context']}"
         what += ", fast" if row["mode"] == "fast" else ""

@@ -22,6 +22,7 @@ from halfbyte.config import TextConfig
 from halfbyte.kernels.cuda.compiler import compile_kernel
 from halfbyte.kernels.cuda.library import (
     COLUMNS,
+    PREFILL_CONFIGS,
     HeadShape,
     KernelLibrary,
     attention_code,
@@ -177,8 +178,7 @@ def compile_kernels(weights: CudaWeights, page_slots: int, sizes: Sequence[int])
         for width in widths
         for format_ in formats
     ]
-    if "nvfp4" in formats:
-        tasks.append(partial(prefill_code, "nvfp4"))
+    tasks += [partial(prefill_code, format_) for format_ in formats if format_ in PREFILL_CONFIGS]
     tasks += [
         partial(elementwise_code, config.width, config.mlp_width, blocks, heads)
         for blocks in (8, 2, 1)

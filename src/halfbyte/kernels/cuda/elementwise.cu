@@ -27,16 +27,16 @@ DEVICE void store_to_block(u32 address, u32 rank, float value) {
 }
 
 // Sum over a token's NORM_BLOCKS blocks (one cluster), in the same order everywhere.
-template <bool IS_MAX>
+template <bool IS_MAX, int THREADS = NORM_THREADS>
 DEVICE float row_reduce(float value) {
-  __shared__ float warps[NORM_THREADS / 32];
+  __shared__ float warps[THREADS / 32];
   __shared__ float blocks[16];
   value = IS_MAX ? warp_max(value) : warp_sum(value);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
   float total = 0.0f;
 #pragma unroll
-  for (int i = 0; i < NORM_THREADS / 32; ++i) total = IS_MAX ? fmaxf(total, warps[i]) : total + warps[i];
+  for (int i = 0; i < THREADS / 32; ++i) total = IS_MAX ? fmaxf(total, warps[i]) : total + warps[i];
   if (NORM_BLOCKS > 1) {
     if (threadIdx.x < NORM_BLOCKS) store_to_block(shared_address(&blocks[cluster_rank()]), threadIdx.x, total);
     cluster_arrive();
@@ -168,8 +168,9 @@ NORM_KERNEL(add_norm_e4m3_paired, OUT_E4M3_PAIRED, true, true)
 // silu(gate) * up of eight features, of results rounded to bf16, rounded to bf16 itself.
 DEVICE void silu_times_up(const LinearResult& y, int token, int feature, int mlp_width, float (&v)[8]) {
   float up[8];
-  load_result<MAY_SPLIT>(y, token, feature, v);
-  load_result<MAY_SPLIT>(y, token, mlp_width + feature, up);
+  // Many threads hide the latency of a slot better than few that hold several.
+  load_result<MAY_SPLIT, 1>(y, token, feature, v);
+  load_result<MAY_SPLIT, 1>(y, token, mlp_width + feature, up);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float gate = round_to_bf16(v[i]);
@@ -193,7 +194,7 @@ DEVICE void silu_mul(const LinearResult& y, int mlp_width, u8* out, i64 chunk_st
   store_activation<KIND>(out, chunk_stride, token_stride, token, feature, v, scale);
 }
 #define SILU_KERNEL(NAME, KIND)                                                              \
-  extern "C" __global__ void __launch_bounds__(256)                                         \
+  extern "C" __global__ void __launch_bounds__(256, 6)                                      \
       NAME(LinearResult y, int mlp_width, u8* out, i64 chunk_stride, i64 token_stride,       \
            float scale, int num_tokens) {                                                   \
     silu_mul<KIND>(y, mlp_width, out, chunk_stride, token_stride, scale, num_tokens);        \
@@ -202,61 +203,42 @@ SILU_KERNEL(silu_mul_f16, OUT_F16)
 SILU_KERNEL(silu_mul_e4m3, OUT_E4M3)
 SILU_KERNEL(silu_mul_bf16, OUT_BF16)
 
-// The same with each token quantized by its own largest value, its features kept in registers between;
-// sixteen features, a whole chunk of e4m3, a thread. Grid (NORM_BLOCKS, tokens), a cluster a token.
-constexpr int SILU_CHUNKS = (MLP_WIDTH / 16 + NORM_BLOCKS - 1) / NORM_BLOCKS;
-constexpr int SILU_ROUNDS = (SILU_CHUNKS + NORM_THREADS - 1) / NORM_THREADS;
+// The same with each token quantized by its own largest value, its features kept in registers between.
+// Grid (NORM_BLOCKS, tokens), a cluster a token.
+constexpr int SILU_THREADS = 512;
+constexpr int SILU_CHUNKS = (MLP_WIDTH / 8 + NORM_BLOCKS - 1) / NORM_BLOCKS;   // 8 features each, of one block
+constexpr int SILU_ROUNDS = (SILU_CHUNKS + SILU_THREADS - 1) / SILU_THREADS;
 template <int KIND>
 DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64 token_stride,
                            float* token_scale_out) {
   let_next_kernel_start();
   if (NORM_BLOCKS > 1) cluster_arrive();   // says: this block runs, others may write to it
   wait_for_previous_kernels();
-  uint4 kept[SILU_ROUNDS][2];
+  uint4 kept[SILU_ROUNDS];
   float largest = 0.0f;
 #pragma unroll
   for (int round = 0; round < SILU_ROUNDS; ++round) {
-    const int chunk = round * NORM_THREADS + threadIdx.x;
-    if (chunk < SILU_CHUNKS && blockIdx.x * SILU_CHUNKS + chunk < MLP_WIDTH / 16) {
+    const int in_block = round * SILU_THREADS + threadIdx.x;
+    const int feature = (blockIdx.x * SILU_CHUNKS + in_block) * 8;
+    if (in_block < SILU_CHUNKS && feature < MLP_WIDTH) {
+      float v[8];
+      silu_times_up(y, blockIdx.y, feature, MLP_WIDTH, v);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float v[8];
-        const int feature = (blockIdx.x * SILU_CHUNKS + chunk) * 16 + half * 8;
-        silu_times_up(y, blockIdx.y, feature, MLP_WIDTH, v);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(v[i]));
-        kept[round][half] = pack_8_bf16(v);
-      }
+      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(v[i]));
+      kept[round] = pack_8_bf16(v);
     }
   }
   if (NORM_BLOCKS > 1) cluster_wait();
-  const float scale = fmaxf(row_reduce<true>(largest), 1e-12f) / E4M3_MAX;
+  const float scale = fmaxf(row_reduce<true, SILU_THREADS>(largest), 1e-12f) / E4M3_MAX;
   if (blockIdx.x == 0 && threadIdx.x == 0) token_scale_out[blockIdx.y] = scale;
 #pragma unroll
   for (int round = 0; round < SILU_ROUNDS; ++round) {
-    const int chunk = round * NORM_THREADS + threadIdx.x;
-    if (chunk < SILU_CHUNKS && blockIdx.x * SILU_CHUNKS + chunk < MLP_WIDTH / 16) {
-      float v[2][8];
-      unpack_bf16(kept[round][0], v[0]);
-      unpack_bf16(kept[round][1], v[1]);
-      u32 pairs[2][4], words[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          pairs[half][i] = pack_e4m3(v[half][2 * i] / scale, v[half][2 * i + 1] / scale);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        words[i] = pairs[i / 2][i % 2 * 2] | pairs[i / 2][i % 2 * 2 + 1] << 16;
-      const int block = blockIdx.x * SILU_CHUNKS + chunk;
-      u8* row = out + static_cast<i64>(blockIdx.y) * token_stride;
-      if (KIND == OUT_E4M3_PAIRED) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          *reinterpret_cast<u32*>(row + (block / 4 * 4 + i) * chunk_stride + block % 4 * 4) = words[i];
-      } else {
-        *reinterpret_cast<uint4*>(row + block * chunk_stride) = make_uint4(words[0], words[1], words[2], words[3]);
-      }
+    const int in_block = round * SILU_THREADS + threadIdx.x;
+    const int feature = (blockIdx.x * SILU_CHUNKS + in_block) * 8;
+    if (in_block < SILU_CHUNKS && feature < MLP_WIDTH) {
+      float v[8];
+      unpack_bf16(kept[round], v);
+      store_activation<KIND>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
     }
   }
   if (NORM_BLOCKS > 1) {   // a block may not leave while others write to it
@@ -265,7 +247,7 @@ DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64
   }
 }
 #define SILU_TOKEN_KERNEL(NAME, KIND)                                                            \
-  extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                    \
+  extern "C" __global__ void __launch_bounds__(SILU_THREADS, SILU_ROUNDS > 1 ? 2 : 3)           \
       NAME(LinearResult y, int mlp_width, u8* out, i64 chunk_stride, i64 token_stride, float,    \
            float* token_scale_out) {                                                            \
     silu_mul_token<KIND>(y, out, chunk_stride, token_stride, token_scale_out);                   \

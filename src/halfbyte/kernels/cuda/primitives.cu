@@ -258,16 +258,15 @@ DEVICE void load_8_bf16(const u16* at, float (&v)[8]) {
 }
 
 // Eight consecutive output features of one token, summed over the slots in order, not rounded. A caller
-// that knows that everything is in `out` says so with MAY_SPLIT false.
-template <bool MAY_SPLIT>
+// that knows that everything is in `out` says so with MAY_SPLIT false. AHEAD slots' loads are in flight
+// before the first addition: one latency instead of several, for eight registers each.
+template <bool MAY_SPLIT, int AHEAD = 4>
 DEVICE void load_result(const LinearResult& y, int token, int feature, float (&v)[8]) {
   const i64 at = static_cast<i64>(token) * y.stride + feature;
   const int count = MAY_SPLIT && y.slot_counts != nullptr ? y.slot_counts[feature >> y.tile_shift] : 1;
   if (!MAY_SPLIT || (count == 1 && y.out != nullptr)) {
     load_8_bf16(y.out + at, v);
   } else {
-    // Four slots' loads in flight before the first addition: one latency instead of four.
-    constexpr int AHEAD = 4;
     float4 slots[AHEAD][2];
     const float* partial = y.partial + at;
 #pragma unroll
@@ -282,6 +281,7 @@ DEVICE void load_result(const LinearResult& y, int token, int feature, float (&v
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
       if (i < count) add_slot(slots[i], v);
+#pragma unroll 1
     for (int i = AHEAD; i < count; ++i) {
       const float4* p = reinterpret_cast<const float4*>(partial + i * y.slot_stride);
       const float4 slot[2] = {p[0], p[1]};
