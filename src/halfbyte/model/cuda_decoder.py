@@ -264,7 +264,12 @@ def _kernel_scale(linear: CudaLinear) -> float:
 
 
 def norm_blocks(columns: int) -> int:
-    """Blocks that share a token's norm, so that few tokens fill the device too."""
+    """Blocks that share a token which is looked at as a whole: few tokens fill a device too."""
+    return 8 if columns <= 32 else 2
+
+
+def silu_blocks(columns: int) -> int:
+    """Likewise of SiLU that rounds each token by its own largest value."""
     return 8 if columns <= 32 else 2
 
 
@@ -506,8 +511,9 @@ class DecodeStep:
         kernels = _elementwise(self._library, config, 8)
         if x.token_scale_T is not None:
             per_token = (gate_up, config.mlp_width, *x.arguments(), x.token_scale_T)
-            kernel = kernels["silu_mul_e4m3_paired"]
-            self._add(kernel, (8, self.num_tokens, 1), 512, per_token, cluster=8)
+            blocks = silu_blocks(self._columns)
+            kernel = _elementwise(self._library, config, blocks)["silu_mul_e4m3_paired"]
+            self._add(kernel, (blocks, self.num_tokens, 1), 512, per_token, cluster=blocks)
             return
         grid = (-(-config.mlp_width // (8 * 256)), self.num_tokens, 1)
         arguments = (gate_up, config.mlp_width, *x.arguments(), self.num_tokens)

@@ -19,6 +19,10 @@ DEVICE u32 cluster_rank() {
   return rank;
 }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+// Says that this block runs, so that others may write to it; nothing written before is made visible.
+DEVICE void cluster_arrive_running() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 DEVICE void store_to_block(u32 address, u32 rank, float value) {
   u32 remote;
@@ -26,7 +30,9 @@ DEVICE void store_to_block(u32 address, u32 rank, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
 
-// Sum over a token's NORM_BLOCKS blocks (one cluster), in the same order everywhere.
+// Sum over a token's NORM_BLOCKS blocks (one cluster), in the same order everywhere. Nobody writes to a
+// block any more once it is through the last one, so that it may end. Arriving waits for what the block
+// has stored: stores to global memory belong behind it.
 template <bool IS_MAX, int THREADS = NORM_THREADS>
 DEVICE float row_reduce(float value) {
   __shared__ float warps[THREADS / 32];
@@ -72,7 +78,7 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
   uint4 gain[NORM_ROUNDS], x[NORM_ROUNDS];
   float squares = 0.0f;
   let_next_kernel_start();
-  if (NORM_BLOCKS > 1) cluster_arrive();   // says: this block runs, others may write to it
+  if (NORM_BLOCKS > 1) cluster_arrive_running();
 #pragma unroll
   for (int round = 0; round < NORM_ROUNDS; ++round) {
     const int chunk = round * NORM_THREADS + threadIdx.x;
@@ -80,15 +86,15 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
       gain[round] = *reinterpret_cast<const uint4*>(weight + (blockIdx.x * NORM_CHUNKS + chunk) * 8);
   }
   wait_for_previous_kernels();
-  // All loads before the first store, so that they are in flight together.
-  float delta[NORM_ROUNDS][8];
+  // All loads before the first sum and store, so that they are in flight together.
+  Pending<MAY_SPLIT, MAY_SPLIT ? 3 : 1> delta[NORM_ROUNDS];
 #pragma unroll
   for (int round = 0; round < NORM_ROUNDS; ++round) {
     const int chunk = round * NORM_THREADS + threadIdx.x;
     if (chunk < NORM_CHUNKS) {
       const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
       x[round] = *reinterpret_cast<const uint4*>(residual + static_cast<i64>(token) * WIDTH + feature);
-      if (HAS_RESULT) load_result<MAY_SPLIT>(y, token, feature, delta[round]);
+      if (HAS_RESULT) delta[round].fetch(y, token, feature);
     }
   }
 #pragma unroll
@@ -99,10 +105,11 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
       float v[8];
       unpack_bf16(x[round], v);
       if (HAS_RESULT) {
+        float by[8];
+        delta[round].sum(y, token, feature, by);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = round_to_bf16(v[i] + round_to_bf16(delta[round][i]));
+        for (int i = 0; i < 8; ++i) v[i] = round_to_bf16(v[i] + round_to_bf16(by[i]));
         x[round] = pack_8_bf16(v);
-        *reinterpret_cast<uint4*>(residual + static_cast<i64>(token) * WIDTH + feature) = x[round];
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
@@ -115,6 +122,10 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
   for (int round = 0; round < NORM_ROUNDS; ++round) {
     const int chunk = round * NORM_THREADS + threadIdx.x;
     if (chunk < NORM_CHUNKS) {
+      if (HAS_RESULT) {
+        const int feature = (blockIdx.x * NORM_CHUNKS + chunk) * 8;
+        *reinterpret_cast<uint4*>(residual + static_cast<i64>(token) * WIDTH + feature) = x[round];
+      }
       float v[8], by[8];
       unpack_bf16(x[round], v);
       unpack_bf16(gain[round], by);
@@ -141,10 +152,6 @@ DEVICE void norm(LinearResult y, u16* residual, const u16* weight, float epsilon
       store_activation<KIND>(out, chunk_stride, token_stride, token, feature, v, scale);
     }
   }
-  if (NORM_BLOCKS > 1) {   // a block may not leave while others write to it
-    cluster_arrive();
-    cluster_wait();
-  }
 }
 
 #define NORM_KERNEL(NAME, KIND, HAS_RESULT, PER_TOKEN)                                               \
@@ -165,18 +172,26 @@ NORM_KERNEL(add_norm_e4m3_token, OUT_E4M3, true, true)
 NORM_KERNEL(norm_e4m3_paired, OUT_E4M3_PAIRED, false, true)
 NORM_KERNEL(add_norm_e4m3_paired, OUT_E4M3_PAIRED, true, true)
 
-// silu(gate) * up of eight features, of results rounded to bf16, rounded to bf16 itself.
-DEVICE void silu_times_up(const LinearResult& y, int token, int feature, int mlp_width, float (&v)[8]) {
-  float up[8];
-  // Many threads hide the latency of a slot better than few that hold several.
-  load_result<MAY_SPLIT, 1>(y, token, feature, v);
-  load_result<MAY_SPLIT, 1>(y, token, mlp_width + feature, up);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float gate = round_to_bf16(v[i]);
-    v[i] = round_to_bf16(__fdividef(gate, 1.0f + __expf(-gate)) * round_to_bf16(up[i]));
+// silu(gate) * up of eight features, of results rounded to bf16, rounded to bf16 itself. Most tiles of
+// these linears come whole: one slot ahead.
+struct Gated {
+  Pending<MAY_SPLIT, 1> gate, up;
+
+  DEVICE void fetch(const LinearResult& y, int token, int feature, int mlp_width) {
+    gate.fetch(y, token, feature);
+    up.fetch(y, token, mlp_width + feature);
   }
-}
+  DEVICE void product(const LinearResult& y, int token, int feature, int mlp_width, float (&v)[8]) const {
+    float by[8];
+    gate.sum(y, token, feature, v);
+    up.sum(y, token, mlp_width + feature, by);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = round_to_bf16(v[i]);
+      v[i] = round_to_bf16(__fdividef(x, 1.0f + __expf(-x)) * round_to_bf16(by[i]));
+    }
+  }
+};
 
 // Grid (ceil(mlp_width / 8 / threads), tokens); `up` starts at feature mlp_width of the result.
 // Of many tokens (MAY_SPLIT false: grid (ceil(mlp_width / 256), ceil(tokens / 8))) a warp takes four
@@ -189,8 +204,10 @@ DEVICE void silu_mul(const LinearResult& y, int mlp_width, u8* out, i64 chunk_st
   const int token = MAY_SPLIT ? blockIdx.y : blockIdx.y * 8 + threadIdx.x % 8;
   const int feature = (MAY_SPLIT ? blockIdx.x * blockDim.x + threadIdx.x : blockIdx.x * 32 + threadIdx.x / 8) * 8;
   if (feature >= mlp_width || token >= num_tokens) return;
+  Gated gated;
+  gated.fetch(y, token, feature, mlp_width);
   float v[8];
-  silu_times_up(y, token, feature, mlp_width, v);
+  gated.product(y, token, feature, mlp_width, v);
   store_activation<KIND>(out, chunk_stride, token_stride, token, feature, v, scale);
 }
 #define SILU_KERNEL(NAME, KIND)                                                              \
@@ -212,20 +229,32 @@ template <int KIND>
 DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64 token_stride,
                            float* token_scale_out) {
   let_next_kernel_start();
-  if (NORM_BLOCKS > 1) cluster_arrive();   // says: this block runs, others may write to it
+  if (NORM_BLOCKS > 1) cluster_arrive_running();
   wait_for_previous_kernels();
   uint4 kept[SILU_ROUNDS];
   float largest = 0.0f;
+  constexpr int TOGETHER = 2;   // rounds whose loads are in flight at a time
 #pragma unroll
-  for (int round = 0; round < SILU_ROUNDS; ++round) {
-    const int in_block = round * SILU_THREADS + threadIdx.x;
-    const int feature = (blockIdx.x * SILU_CHUNKS + in_block) * 8;
-    if (in_block < SILU_CHUNKS && feature < MLP_WIDTH) {
-      float v[8];
-      silu_times_up(y, blockIdx.y, feature, MLP_WIDTH, v);
+  for (int start = 0; start < SILU_ROUNDS; start += TOGETHER) {
+    Gated gated[TOGETHER];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(v[i]));
-      kept[round] = pack_8_bf16(v);
+    for (int i = 0; i < TOGETHER; ++i) {
+      const int in_block = (start + i) * SILU_THREADS + threadIdx.x;
+      const int feature = (blockIdx.x * SILU_CHUNKS + in_block) * 8;
+      if (start + i < SILU_ROUNDS && in_block < SILU_CHUNKS && feature < MLP_WIDTH)
+        gated[i].fetch(y, blockIdx.y, feature, MLP_WIDTH);
+    }
+#pragma unroll
+    for (int i = 0; i < TOGETHER; ++i) {
+      const int in_block = (start + i) * SILU_THREADS + threadIdx.x;
+      const int feature = (blockIdx.x * SILU_CHUNKS + in_block) * 8;
+      if (start + i < SILU_ROUNDS && in_block < SILU_CHUNKS && feature < MLP_WIDTH) {
+        float v[8];
+        gated[i].product(y, blockIdx.y, feature, MLP_WIDTH, v);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(v[j]));
+        kept[start + i] = pack_8_bf16(v);
+      }
     }
   }
   if (NORM_BLOCKS > 1) cluster_wait();
@@ -240,10 +269,6 @@ DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64
       unpack_bf16(kept[round], v);
       store_activation<KIND>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
     }
-  }
-  if (NORM_BLOCKS > 1) {   // a block may not leave while others write to it
-    cluster_arrive();
-    cluster_wait();
   }
 }
 #define SILU_TOKEN_KERNEL(NAME, KIND)                                                            \
@@ -292,12 +317,14 @@ extern "C" __global__ void __launch_bounds__(256)
   const int head = blockIdx.y * heads_per_block + threadIdx.x / LANES;
   if (head >= NUM_HEADS + 2 * NUM_KV_HEADS) return;
   const int token = blockIdx.x, i0 = threadIdx.x % LANES * 8;
-  float low[8], high[8];
-  load_result<MAY_SPLIT>(y, token, head * HEAD_SIZE + i0, low);
-  load_result<MAY_SPLIT>(y, token, head * HEAD_SIZE + HALF + i0, high);
-  float cosine[8], sine[8];
+  Pending<MAY_SPLIT, MAY_SPLIT ? 2 : 1> first, second;
+  first.fetch(y, token, head * HEAD_SIZE + i0);
+  second.fetch(y, token, head * HEAD_SIZE + HALF + i0);
+  float low[8], high[8], cosine[8], sine[8];
   load_8_f32(cosines + token * HALF + i0, cosine);
   load_8_f32(sines + token * HALF + i0, sine);
+  first.sum(y, token, head * HEAD_SIZE + i0, low);
+  second.sum(y, token, head * HEAD_SIZE + HALF + i0, high);
   const bool is_value = head >= NUM_HEADS + NUM_KV_HEADS;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

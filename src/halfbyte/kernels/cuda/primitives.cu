@@ -242,11 +242,6 @@ DEVICE int owner_of(int unit, int num_units, int num_blocks) {
   return ((unit + 1) * num_blocks - 1) / num_units;
 }
 
-DEVICE void add_slot(const float4 (&slot)[2], float (&v)[8]) {
-  v[0] += slot[0].x; v[1] += slot[0].y; v[2] += slot[0].z; v[3] += slot[0].w;
-  v[4] += slot[1].x; v[5] += slot[1].y; v[6] += slot[1].z; v[7] += slot[1].w;
-}
-
 DEVICE void load_8_bf16(const u16* at, float (&v)[8]) {
   const uint4 raw = *reinterpret_cast<const uint4*>(at);
   const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -257,48 +252,85 @@ DEVICE void load_8_bf16(const u16* at, float (&v)[8]) {
   }
 }
 
-// Eight consecutive output features of one token, summed over the slots in order, not rounded. A caller
-// that knows that everything is in `out` says so with MAY_SPLIT false. AHEAD slots' loads are in flight
-// before the first addition: one latency instead of several, for eight registers each.
-template <bool MAY_SPLIT, int AHEAD = 4>
-DEVICE void load_result(const LinearResult& y, int token, int feature, float (&v)[8]) {
-  const i64 at = static_cast<i64>(token) * y.stride + feature;
-  const int count = MAY_SPLIT && y.slot_counts != nullptr ? y.slot_counts[feature >> y.tile_shift] : 1;
-  if (!MAY_SPLIT || (count == 1 && y.out != nullptr)) {
-    load_8_bf16(y.out + at, v);
-  } else {
-    float4 slots[AHEAD][2];
-    const float* partial = y.partial + at;
+// Eight consecutive output features of one token, on their way. Loads are issued by `fetch` without a
+// branch, so that those of several chunks are in flight together; `sum` waits for them. AHEAD slots are
+// fetched ahead, for eight registers each; further ones are read one after another. A caller that knows
+// that everything is in `out` says so with MAY_SPLIT false.
+template <bool MAY_SPLIT, int AHEAD>
+struct Pending {
+  float4 slots[AHEAD][2];   // of a result in `out` the first holds its eight bf16
+  int count;                // contributors; 0: in `out`
+
+  DEVICE void fetch(const LinearResult& y, int token, int feature) {
+    const i64 at = static_cast<i64>(token) * y.stride + feature;
+    count = MAY_SPLIT && y.slot_counts != nullptr ? y.slot_counts[feature >> y.tile_shift] : 1;
+    if (!MAY_SPLIT || (count == 1 && y.out != nullptr)) count = 0;
+    const float4* first = reinterpret_cast<const float4*>(
+        count == 0 ? reinterpret_cast<const u8*>(y.out + at) : reinterpret_cast<const u8*>(y.partial + at));
+    slots[0][0] = first[0];
+    if (MAY_SPLIT) {
+      if (count > 0) slots[0][1] = first[1];
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      if (i < count) {
-        slots[i][0] = *reinterpret_cast<const float4*>(partial + i * y.slot_stride);
-        slots[i][1] = *reinterpret_cast<const float4*>(partial + i * y.slot_stride + 4);
+      for (int i = 1; i < AHEAD; ++i) {
+        if (i < count) {
+          const float4* slot = reinterpret_cast<const float4*>(y.partial + at + i * y.slot_stride);
+          slots[i][0] = slot[0];
+          slots[i][1] = slot[1];
+        }
       }
     }
+  }
+
+  static DEVICE void add(const float4 (&slot)[2], float (&v)[8]) {
+    v[0] += slot[0].x; v[1] += slot[0].y; v[2] += slot[0].z; v[3] += slot[0].w;
+    v[4] += slot[1].x; v[5] += slot[1].y; v[6] += slot[1].z; v[7] += slot[1].w;
+  }
+
+  // Summed over the slots in order, scaled, not rounded.
+  DEVICE void sum(const LinearResult& y, int token, int feature, float (&v)[8]) const {
+    if (!MAY_SPLIT || count == 0) {
+      const float4 raw = slots[0][0];
+      const u32 words[4] = {__float_as_uint(raw.x), __float_as_uint(raw.y), __float_as_uint(raw.z),
+                            __float_as_uint(raw.w)};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        v[2 * i] = __uint_as_float(words[i] << 16);
+        v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+      }
+    } else {
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-      if (i < count) add_slot(slots[i], v);
+      for (int i = 0; i < 8; ++i) v[i] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i)
+        if (i < count) add(slots[i], v);
+      const float* partial = y.partial + static_cast<i64>(token) * y.stride + feature;
 #pragma unroll 1
-    for (int i = AHEAD; i < count; ++i) {
-      const float4* p = reinterpret_cast<const float4*>(partial + i * y.slot_stride);
-      const float4 slot[2] = {p[0], p[1]};
-      add_slot(slot, v);
+      for (int i = AHEAD; i < count; ++i) {
+        const float4* more = reinterpret_cast<const float4*>(partial + i * y.slot_stride);
+        const float4 slot[2] = {more[0], more[1]};
+        add(slot, v);
+      }
+    }
+    if (y.row_scale != nullptr) {
+      const float4* scales = reinterpret_cast<const float4*>(y.row_scale + feature);
+      const float4 low = scales[0], high = scales[1];
+      v[0] *= low.x; v[1] *= low.y; v[2] *= low.z; v[3] *= low.w;
+      v[4] *= high.x; v[5] *= high.y; v[6] *= high.z; v[7] *= high.w;
+    }
+    if (y.token_scale != nullptr) {
+      const float scale = y.token_scale[token];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] *= scale;
     }
   }
-  if (y.row_scale != nullptr) {
-    const float4* scales = reinterpret_cast<const float4*>(y.row_scale + feature);
-    const float4 low = scales[0], high = scales[1];
-    v[0] *= low.x; v[1] *= low.y; v[2] *= low.z; v[3] *= low.w;
-    v[4] *= high.x; v[5] *= high.y; v[6] *= high.z; v[7] *= high.w;
-  }
-  if (y.token_scale != nullptr) {
-    const float scale = y.token_scale[token];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] *= scale;
-  }
+};
+
+// The same at once.
+template <bool MAY_SPLIT>
+DEVICE void load_result(const LinearResult& y, int token, int feature, float (&v)[8]) {
+  Pending<MAY_SPLIT, 4> result;
+  result.fetch(y, token, feature);
+  result.sum(y, token, feature, v);
 }
 
 // ---- activations of the next linear ----------------------------------------------------------------
