@@ -81,12 +81,13 @@ def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
     if format_ == "fp8" and columns == 128:
         # Two sets of sums a thread (see linear.cu): a smaller tile, or they would spill.
         groups, tiles, registers, ring = 2, 1, 0, _RING_BYTES_ALONE
+        promote = 4
     elif format_ == "nvfp4_fast":
         groups, tiles, registers, ring = 4, 1, 0, _RING_BYTES
         promote = 16
         if columns == 128:
             groups, ring = 2, _RING_BYTES_ALONE
-    elif format_ == "nvfp4" and columns <= 16:
+    elif format_ == "nvfp4" and columns in (8, 16, 64):
         groups, tiles, registers, ring = 2, 2, 0, _RING_BYTES
     elif columns < 128:
         groups, tiles, registers, ring = 4, 1, 0, _RING_BYTES
