@@ -512,7 +512,7 @@ def fast_against_exact(model: Path) -> dict[str, Any]:
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(held_out.read_text("utf-8")).ids
     windows = [ids[i : i + 1024] for i in range(0, min(len(ids) - 1024, 8192), 1024)]
     limits: dict[str, Any] = {"max_model_len": 1024, "kv_cache": "auto", "max_batch_tokens": 1024}
-    engines = [load(model, prefill=mode, **limits) for mode in ("exact", "fast")]
+    engines = [load(model, products=mode, **limits) for mode in ("exact", "fast")]
     result: dict[str, Any] = {"tokens": sum(map(len, windows))}
     for name, chunk in (("prefill", 1024), ("decode", 128)):
         kls: list[float] = []

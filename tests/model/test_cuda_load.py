@@ -11,7 +11,7 @@ import torch
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.minifloat import decode_e2m1
-from halfbyte.kernels.repack import untile_nvfp4, untile_rows
+from halfbyte.kernels.repack import fast_values, untile_nvfp4, untile_rows
 from halfbyte.model.cuda_decoder import CudaLinear
 from halfbyte.model.cuda_load import (
     TensorReader,
@@ -45,9 +45,32 @@ def decoded(linear: CudaLinear) -> torch.Tensor:
     if weight.format == "nvfp4":
         codes, scales = untile_nvfp4(weight)
         values = decode_e2m1(codes).double() * scales.double().repeat_interleave(16, 1) / 256.0
+    elif weight.format == "nvfp4_fast":
+        values = fast_values(weight).double()
     else:
         values = untile_rows(weight).double()
     return values * weight.row_scale_O.double()[:, None]
+
+
+def test_fast_weights_are_the_exact_ones_rounded_to_e4m3(variants: dict[str, Path]) -> None:
+    checkpoint = Checkpoint.open(variants["mixed"])
+    exact = load_cuda_weights(checkpoint, CPU, num_threads=3)
+    fast = load_cuda_weights(checkpoint, CPU, num_threads=3, mode="fast")
+    assert (exact.mode, fast.mode) == ("exact", "fast")
+    assert fast.num_bytes == exact.num_bytes
+    formats = set()
+    for ours, theirs in zip(fast.layers, exact.layers, strict=True):
+        for a, b in ((ours.gate_up, theirs.gate_up), (ours.down, theirs.down)):
+            formats.add((a.weight.format, b.weight.format))
+            if b.weight.format != "nvfp4":
+                assert torch.equal(a.weight.data, b.weight.data)
+                continue
+            values, wanted = decoded(a), decoded(b)
+            largest_O1 = wanted.abs().amax(1, keepdim=True)
+            bound = torch.maximum(wanted.abs() * 2.0**-4, largest_O1 * 2.0**-10)
+            assert bool(((values - wanted).abs() <= bound * 1.0001).all())
+            assert not torch.equal(values, wanted)
+    assert formats == {("fp8", "fp8"), ("nvfp4_fast", "nvfp4")}
 
 
 @pytest.mark.parametrize("kind", ["bf16", "native", "fp8", "mixed"])

@@ -34,7 +34,7 @@ _OUR_ENGINES = {
     "kv_cache_tokens": None,
     "mode": "auto",
     "kv_cache": "auto",
-    "prefill": "exact",
+    "products": "exact",
     "deterministic": False,
     "speculative": None,
     "num_speculative_tokens": None,
@@ -138,10 +138,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of keys and values (auto: as the checkpoint names)",
     )
     engine.add_argument(
-        "--prefill",
+        "--products",
         default="exact",
         choices=["exact", "fast"],
-        help="on a Hopper GPU: NVFP4 layers of many rows in 16 bit, or in FP8 (%(default)s)",
+        help="on a Hopper GPU: NVFP4 layers multiply in 16 bit, or faster in FP8 (%(default)s)",
     )
     engine.add_argument(
         "--deterministic",

@@ -39,8 +39,8 @@ class EngineConfig:
                             on the CUDA kernels, weight_only elsewhere
     kv_cache                "auto" = as the checkpoint names
     gpu_memory_utilization  share of the device's memory for weights and cache together
-    prefill                 on the CUDA kernels: multiply NVFP4 layers of long prompts, and of
-                            steps of 64 rows and more, exactly (in 16 bit) or fast (in FP8)
+    products                on the CUDA kernels: multiply NVFP4 layers exactly (in 16 bit) or fast
+                            (in FP8: decision 0036)
     deterministic           on the CUDA kernels: a sequence's tokens do not depend on what else is
                             in the batch, at a cost in speed (decision 0040)
     max_decode_slowdown     how much longer than usual running answers may wait for a token while
@@ -65,7 +65,7 @@ class EngineConfig:
     device: str = "cpu"
     kv_cache: CacheFormat | Literal["auto"] = "auto"
     gpu_memory_utilization: float = 0.9
-    prefill: Literal["exact", "fast"] = "exact"
+    products: Literal["exact", "fast"] = "exact"
     deterministic: bool = False
     max_decode_slowdown: float | None = 2.0
     accept: tuple[str, ...] = ()

@@ -571,7 +571,7 @@ def load_rank(
             device,
             num_spare_embeddings=MAX_ROWS if has_images else 0,
             shard=shard,
-            mode=config.prefill,
+            mode=config.products,
         )
     return library, weights
 

@@ -372,6 +372,6 @@ class HopperExecutor:
             "graph_bytes": self._graph_bytes,
             "graph_capture_s": round(self._capture_s, 2),
             "shared_bytes": self._shared.num_bytes,
-            "prefill": self._weights.mode,
+            "products": self._weights.mode,
             "ranks": self._communicator.size,
         }

@@ -218,7 +218,7 @@ def reason_against_kernels(checkpoint: Checkpoint, config: EngineConfig) -> str 
         checkpoint,
         kv_cache,
         config.block_tokens,
-        prefill=config.prefill,
+        products=config.products,
         num_ranks=config.tensor_parallel_size,
     )
 

@@ -42,7 +42,7 @@ def reason_against(
     kv_cache: CacheFormat,
     block_tokens: int,
     *,
-    prefill: str = "exact",
+    products: str = "exact",
     num_ranks: int = 1,
 ) -> str | None:
     """Why the CUDA kernels cannot run this model; None when they can. Reads no tensor data."""
@@ -59,10 +59,8 @@ def reason_against(
         return f"{text.num_heads // text.num_kv_heads} query heads a KV head; the kernels take 16"
     if text.width % 64 or text.mlp_width % 8:
         return f"width {text.width}, MLP {text.mlp_width}; multiples of 64 and 8 are needed"
-    if prefill == "fast" and text.mlp_width > 48 * 1024:
-        return f"MLP of {text.mlp_width}; prefill in mode fast takes {48 * 1024}"
-    if prefill == "fast" and text.mlp_width % 16:
-        return f"MLP of {text.mlp_width}; prefill in mode fast needs a multiple of 16"
+    if products == "fast" and text.mlp_width > 48 * 1024:
+        return f"MLP of {text.mlp_width}; fast products take {48 * 1024}"
     for layer in range(text.num_layers):
         prefix = f"decoder.{layer}"
         for group in _groups(prefix):

@@ -40,7 +40,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel_size=args.tensor_parallel_size,
         kv_cache=args.kv_cache,
-        prefill=args.prefill,
+        products=args.products,
         deterministic=args.deterministic,
         accept=tuple(args.accept),
         speculative=args.speculative,
