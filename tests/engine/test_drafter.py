@@ -217,6 +217,38 @@ def test_guesses_are_those_of_a_head_that_starts_from_scratch(
     assert num_ties <= 2
 
 
+def test_a_prompt_in_slices_reaches_the_head(
+    tiny: Path, random_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[float | None, dict[int, list[int]]] = {2.0: {}, None: {}}
+    for slowdown, guesses in told.items():
+        engine = drafting(tiny, random_head, max_decode_slowdown=slowdown)
+        drafter = engine._drafter
+        assert drafter is not None
+        guess = drafter.guess
+
+        def noted(
+            wanted: Sequence[tuple[EngineSequence, int]],
+            guess: Any = guess,
+            guesses: dict[int, list[int]] = guesses,
+        ) -> list[list[int]]:
+            found: list[list[int]] = guess(wanted)
+            for (sequence, _), token_ids in zip(wanted, found, strict=True):
+                if sequence.request.request_id == "late":
+                    guesses[sequence.num_generated] = token_ids
+            return found
+
+        monkeypatch.setattr(drafter, "guess", noted)
+        answers = {name: Answer([], []) for name in ("stream", "late")}
+        engine.add(request("stream", SHARED, replace(GREEDY, max_tokens=100)))
+        for event in engine.step():
+            answers[event.request_id].take(event)
+        engine.add(request("late", prompt_of(90, 31)))
+        drain(engine, answers)
+        assert (engine._chunk is None) and engine.stats().free_blocks == engine.stats().total_blocks
+    assert told[2.0] == told[None] != {}
+
+
 def test_found_prefixes_are_as_long_as_without_a_head(tiny: Path, random_head: Path) -> None:
     engine = drafting(tiny, random_head)
     first, again = (run_alone(engine, SHARED) for _ in range(2))

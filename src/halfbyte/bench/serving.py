@@ -4,9 +4,10 @@ Question: how much does a token cost at 32 streams over HTTP beyond the model's 
     sooner does a fully cached 4k prompt have its first token; how long does a running stream wait
     for a token while a 32k prompt arrives?
 Method: `halfbyte serve` in a process of its own, asked over sockets with a reader that only counts
-    events. Overhead: 32 greedy streams at once, ends ignored; a step is the time of a stream from
-    its first event to its last, a token, against the time of the model's own call with the same 32
-    sequences in this process, in turns (A B A B). Cached: a prompt of 4,096 tokens of text never
+    events. Overhead: 32 greedy streams at once, ends ignored, prompts found in the cache; a step is
+    what answers of 160 tokens take longer than answers of 40, a token, against the time of the
+    model's own call with the same 32 sequences at the same lengths in this process, in turns
+    (A B A B). Cached: a prompt of 4,096 tokens of text never
     seen before, then again. Stall: one stream; gaps between its tokens alone, and while a prompt of
     32k tokens is taken in, on a model of the same widths with fewer layers and random weights, so
     that it ends in minutes.
@@ -50,7 +51,8 @@ from halfbyte.model.tiny import write_tiny_checkpoint
 
 STREAMS = 32
 STREAM_TOKENS = 160
-PROMPT_TOKENS = 64
+# Four blocks and a token: found in the cache, such prompts all begin in one step.
+PROMPT_TOKENS = 65
 CACHED_TOKENS = 4096
 STALL_TOKENS = 32_000
 # Widths are the model's; these layers of them.
@@ -69,6 +71,11 @@ class Sizes:
     # Gaps of the stream that runs alone.
     usual_tokens: int = 2000
     repeats: int = 5
+
+    @property
+    def short_tokens(self) -> int:
+        """Of the shorter answers: by then all streams have long been generating."""
+        return self.stream_tokens // 4
 
 
 @dataclass(slots=True)
@@ -165,6 +172,8 @@ def measure(
         asyncio.run(_first_tokens(server.url, sizes, report))
         say(f"{sizes.streams} streams")
         solo = _Solo(directory, sizes)
+        solo.steps()
+        asyncio.run(_served_s(server.url, sizes, sizes.short_tokens))
         for _ in range(sizes.repeats):
             model, engine = solo.steps()
             report.note("model step, ms", model)
@@ -398,13 +407,25 @@ class _Solo:
             if len(events) == sizes.streams and engine.stats().running == sizes.streams:
                 model.append(self._timed.seconds * 1000)
                 whole.append(seconds * 1000)
-        # The first of them still held prompts.
-        return model[5:], whole[5:]
+        count = sizes.stream_tokens - sizes.short_tokens
+        return model[-count:], whole[-count:]
 
 
 async def _served_step(url: str, sizes: Sizes) -> float:
-    """Milliseconds in which each of the streams gets a token, over HTTP."""
-    body = {"max_tokens": sizes.stream_tokens, "ignore_eos": True}
+    """Milliseconds in which each of the streams gets a token, over HTTP.
+
+    From what longer answers take longer: the beginning is the same in both, and nothing is read
+    off events, which tokens without text of their own do not make.
+    """
+    short_s = await _served_s(url, sizes, sizes.short_tokens)
+    long_s = await _served_s(url, sizes, sizes.stream_tokens)
+    return (long_s - short_s) / (sizes.stream_tokens - sizes.short_tokens) * 1000
+
+
+async def _served_s(url: str, sizes: Sizes, num_tokens: int) -> float:
+    """Seconds until all streams have got so many tokens."""
+    body = {"max_tokens": num_tokens, "ignore_eos": True}
+    started = time.perf_counter()
     streams = await asyncio.gather(
         *(
             open_stream(url, "/v1/completions", {**body, "prompt": prompt})
@@ -412,9 +433,8 @@ async def _served_step(url: str, sizes: Sizes) -> float:
         )
     )
     await asyncio.gather(*(stream.follow() for stream in streams))
-    # Tokens without text of their own make no event, hence the count that was asked for.
-    spans = [stream.times[-1] - stream.times[0] for stream in streams]
-    return statistics.median(spans) / (sizes.stream_tokens - 1) * 1000
+    # The event that says why a stream ended comes in any case.
+    return max(stream.times[-1] for stream in streams) - started
 
 
 # --- stall ----------------------------------------------------------------------------------
