@@ -350,7 +350,8 @@ int hb_paged_attention(const bf16 *q, bf16 *out, const uint8_t *k_cache, const u
     for (int s = 0; s < num_sequences; s++) {
         int num_queries = query_starts[s + 1] - query_starts[s];
         if (num_queries > most) most = num_queries;
-        if (num_queries > 0 && context_lengths[s] > longest) longest = context_lengths[s];
+        // A caller that goes span by span stops at the longest context, queried or not.
+        if ((num_queries > 0 || totals) && context_lengths[s] > longest) longest = context_lengths[s];
     }
     if (most == 0) return 0;
     if (most < job.tokens_per_unit) job.tokens_per_unit = most;
