@@ -6,7 +6,7 @@ Method: the real engine, greedy, prompts of 64 tokens, 160 tokens a request, non
 it. Held requests follow a nested schema with enums, numbers, bounded strings and a pattern inside
 an array that cannot end before; the others run free. Both kinds take turns (A B A B ...) in one
 process over the same engine; every step in which all requests decode is timed. What the step waits
-for (filling, which threads share, applying, accepting) is timed inside the held steps, too. The
+for (filling, applying, accepting) is timed inside the held steps, too. The
 first round of each kind is a warm-up. The record says what others took of the processors meanwhile;
 a run in which that is more than 5 % writes none.
 

@@ -70,7 +70,7 @@ class Sampler:
             self._masks.begin(sequence.request for sequence in sequences)
 
     def close(self) -> None:
-        """End the threads that fill masks."""
+        """End the thread that fills masks."""
         self._masks.close()
 
     def choose(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[Choice]:
@@ -88,8 +88,6 @@ class Sampler:
                 self._hook(sequence.request, generated, logits_RV[row])
         reported = [row for row, s in enumerate(sequences) if s.request.params.logprobs is not None]
         raw_RV = logits_RV[reported] if reported else None
-        if sum(sequence.request.mask is not None for sequence in sequences) > 1:
-            self._masks.begin(sequence.request for sequence in sequences)
         for row, sequence in enumerate(sequences):
             self._adjust(logits_RV[row], sequence)
         self._ban(logits_RV, sequences)
