@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
             mixed_recipe(layers=args.layers[0]),
             calibration_tokens=args.work / "tokens.safetensors",
             memory_bytes=parse_bytes(args.memory),
-        )
+        ),
+        owns_process=True,
     )
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))

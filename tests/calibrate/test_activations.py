@@ -53,6 +53,30 @@ def test_a_killed_run_goes_on_with_whole_rows(tmp_path: Path, in_memory: bool) -
     again.close()
 
 
+@pytest.mark.parametrize("written", range(len(ROWS) + 1))
+def test_released_rows_are_read_from_disk_whenever_that_is(tmp_path: Path, written: int) -> None:
+    activations = Activations(ROWS, 4, tmp_path)
+    run(activations, 0)
+    for number, row in enumerate(rows_of(1)):
+        if number == written:
+            activations.release()
+        assert torch.equal(activations.read(number), rows_of(0)[number])
+        activations.write(number, row)
+    activations.advance(1)
+    activations.release()
+    for number, row in enumerate(rows_of(1)):
+        assert torch.equal(activations.read(number), row)
+        assert activations.read(number) is not activations.read(number), "still in memory"
+    activations.close()
+
+
+def test_rows_that_are_nowhere_else_are_not_released() -> None:
+    activations = Activations(ROWS, 4)
+    run(activations, 0)
+    activations.release()
+    assert torch.equal(activations.read(1), rows_of(0)[1])
+
+
 def test_stored_rows_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     (tmp_path / "activations-1").write_bytes(b"short")
     for layer in (0, 1):

@@ -1,22 +1,26 @@
 """Layer-by-layer runs: the same as the whole decoder, in any order of rows."""
 
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from halfbyte.calibrate.activations import Activations
+from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError
 from halfbyte.calibrate.observers import PercentileObserver
 from halfbyte.calibrate.stream import TAPS, input_maxima, stream_layers
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
-from halfbyte.errors import FormatError
+from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats.measure import relative_error
+from halfbyte.machine import Held
 from halfbyte.model.attention import DenseAttend
-from halfbyte.model.decoder import Step
-from halfbyte.model.load import load_decoder
+from halfbyte.model.decoder import DecoderLayer, Step
+from halfbyte.model.load import load_decoder, load_layer
 from halfbyte.model.tiny import write_tiny_checkpoint
 from tolerances import STREAMED_LAYERS
 
@@ -71,6 +75,112 @@ def test_more_rows_only_raise_maxima_and_repeats_change_nothing(tiny: Checkpoint
 
 def test_prefetching_changes_nothing(tiny: Checkpoint) -> None:
     assert collect(tiny, some_rows(), prefetch=True) == collect(tiny, some_rows())
+
+
+class Gauge:
+    """Stands for the system: says that as much is held as it was told to."""
+
+    def __init__(self) -> None:
+        self.resident = 0
+
+    def __call__(self) -> Held:
+        return Held(self.resident, self.resident, self.resident, self.resident, 1)
+
+
+def loads(
+    monkeypatch: pytest.MonkeyPatch, before_load: Callable[[int], None] = lambda layer: None
+) -> list[tuple[int, bool]]:
+    """Fills with every layer that is loaded from now on, and whether it was prefetched."""
+    seen: list[tuple[int, bool]] = []
+
+    def watched(checkpoint: Checkpoint, layer: int, **options: Any) -> DecoderLayer:
+        seen.append((layer, threading.current_thread() is not threading.main_thread()))
+        before_load(layer)
+        return load_layer(checkpoint, layer, **options)
+
+    monkeypatch.setattr("halfbyte.calibrate.stream.load_layer", watched)
+    return seen
+
+
+def statistics_of(tiny: Checkpoint, **options: Any) -> list[dict[str, float]]:
+    return [
+        {tap: float(magnitude) for tap, magnitude in statistics.observed.items()}
+        for statistics in stream_layers(tiny, some_rows(), **options)
+    ]
+
+
+def test_tight_memory_ends_prefetching_and_changes_nothing(
+    tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer's rows use up what the second layer, being prefetched, needed."""
+    straight = collect(tiny, some_rows())
+    gauge = Gauge()
+    budget = MemoryBudget(1 << 30, limit_data=False, measure=gauge)
+    tokens = [row.numel() for row in some_rows()]
+    activations = Activations(tokens, tiny.config.text.width, tmp_path)
+
+    def tighten(done: int, _: int) -> None:
+        if done == 2:
+            gauge.resident = int(0.95 * (1 << 30))
+
+    seen = loads(monkeypatch)
+    options = {"budget": budget, "prefetch": True, "progress": tighten}
+    assert statistics_of(tiny, activations=activations, **options) == straight
+    assert seen == [(0, False), (1, True), (1, False), (2, False)]
+    assert activations.read(0) is not activations.read(0), "rows are still in memory"
+    activations.close()
+
+
+def test_a_layer_that_is_being_prefetched_stops_for_want_of_room(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, gauge = collect(tiny, some_rows()), Gauge()
+    budget = MemoryBudget(1 << 30, limit_data=False, measure=gauge)
+
+    def tighten(layer: int) -> None:
+        # Room for norms and scales, and for what rows take: they are asked for by no number.
+        gauge.resident = int(0.92 * (1 << 30)) - 1000 if layer == 1 else 0
+
+    seen = loads(monkeypatch, tighten)
+    assert statistics_of(tiny, budget=budget, prefetch=True) == straight
+    assert seen == [(0, False), (1, True), (1, False), (2, False)]
+
+
+def test_a_refusal_of_the_system_costs_the_prefetched_layer_only(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = collect(tiny, some_rows())
+
+    def refuse(layer: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    seen = loads(monkeypatch, refuse)
+    assert collect(tiny, some_rows(), prefetch=True) == straight
+    assert seen == [(0, False), (1, True), (1, False), (2, False)]
+
+
+def test_an_error_of_a_prefetched_layer_is_no_reason_to_load_it_again(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_second(layer: int) -> None:
+        if layer == 1:
+            raise CheckpointError("shard 3 is damaged")
+
+    seen = loads(monkeypatch, break_second)
+    with pytest.raises(CheckpointError, match="shard 3"):
+        collect(tiny, some_rows(), prefetch=True)
+    assert seen == [(0, False), (1, True)]
+
+
+def test_a_layer_without_room_is_refused_before_it_is_read(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge = Gauge()
+    gauge.resident = int(0.985 * (1 << 20))
+    budget = MemoryBudget(1 << 20, limit_data=False, measure=gauge)
+    with pytest.raises(OverBudgetError, match=r"--memory 0\.00 GiB"):
+        list(stream_layers(tiny, some_rows(), budget=budget))
 
 
 def test_streamed_layers_compute_what_the_decoder_computes(tiny: Checkpoint) -> None:

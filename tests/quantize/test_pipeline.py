@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from halfbyte.calibrate.budget import OverBudgetError
 from halfbyte.calibrate.stream import TAPS
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, FormatError, HalfbyteError, UsageError
+from halfbyte.log import logger
 from halfbyte.model.load import load_layer
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import decoder_linears
@@ -316,6 +318,69 @@ def test_a_full_gpu_keeps_what_is_done_and_says_what_was_planned(
     done: list[int] = []
     quantize(config, lambda layer, _: done.append(layer))
     assert len(done) == LAYERS - 2
+
+
+def out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, layers: set[int], error: Exception, times: int
+) -> None:
+    """Loading these layers fails so many times each."""
+    load, left = load_layer, dict.fromkeys(layers, times)
+
+    def refused(checkpoint: Checkpoint, layer: int, **options: Any) -> Any:
+        if left.get(layer):
+            left[layer] -= 1
+            raise error
+        return load(checkpoint, layer, **options)
+
+    monkeypatch.setattr("halfbyte.calibrate.stream.load_layer", refused)
+
+
+REFUSED = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+@pytest.mark.parametrize("error", [REFUSED, MemoryError(), OverBudgetError("--memory 1 GiB: full")])
+def test_a_run_that_comes_to_the_end_of_its_memory_goes_on_once_by_itself(
+    source: Path,
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    config = QuantizeConfig(
+        source, tmp_path / "out", RECIPE, calibration_tokens=tokens, memory_bytes=1 << 40
+    )
+    quantize(replace(config, output=tmp_path / "straight"))
+    # Twice: a prefetched layer that has no room is loaded when its turn comes.
+    out_of_memory(monkeypatch, {2}, error, times=2)
+    done: list[int] = []
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("WARNING", logger.name)
+    quantize(config, lambda layer, _: done.append(layer))
+    assert done == [1, 2, 3, 4, 5, 6]
+    assert "going on after 3 finished steps" in caplog.text
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+    assert left_behind(tmp_path / "out") == ["out", "straight"]
+
+
+def test_a_run_whose_memory_ends_twice_keeps_what_is_done_and_says_what_to_do(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = QuantizeConfig(
+        source, tmp_path / "out", RECIPE, calibration_tokens=tokens, memory_bytes=1 << 40
+    )
+    quantize(replace(config, output=tmp_path / "straight"))
+    out_of_memory(monkeypatch, {2}, REFUSED, times=3)
+    with pytest.raises(CapacityError) as caught:
+        quantize(config)
+    said = str(caught.value)
+    assert "--memory 1024.00 GiB: the system refuses more, with nothing in memory besides" in said
+    assert "give it more, or rows shorter than 33 tokens; 3 finished steps are kept in" in said
+    assert left_behind(tmp_path / "out") == [".out.halfbyte-work", "straight"]
+    done: list[int] = []
+    quantize(config, lambda layer, _: done.append(layer))
+    assert done == [3, 4, 5, 6]
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
 
 
 class _KilledError(BaseException):

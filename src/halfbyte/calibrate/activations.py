@@ -28,7 +28,8 @@ class Activations:
     row_tokens  length of each row, which says where it lies in a file
     directory   where a file per layer boundary goes, `activations-L` being the inputs of layer L;
                 None keeps everything in memory only
-    in_memory   with a directory: also keep rows in memory, so that files are written, never read
+    in_memory   with a directory: also keep rows in memory, so that files are written, never read,
+                until `release` drops them
 
     `advance(L)` turns what was written into the inputs of layer L, `settle()` returns when they are
     durable, `forget(L)` drops them. Between `settle` for one layer and `forget` after the next one
@@ -64,7 +65,13 @@ class Activations:
 
     def read(self, row: int) -> Tensor:
         """The input of the layer at work for one row, on the CPU; not to be modified."""
-        return self._load(row) if self._memory is None else self._memory[row]
+        memory = self._memory
+        return self._load(row) if memory is None else memory[row]
+
+    def release(self) -> None:
+        """Keep rows on disk only from now on, if they are there at all; from any thread."""
+        if self._directory is not None:
+            self._memory = None
 
     def write(self, row: int, x_TD: Tensor) -> None:
         """Keep the layer's output for one row, which is the next layer's input; x is not copied.
@@ -72,8 +79,9 @@ class Activations:
         In memory it replaces the row's input at once, so a row must be read before it is written.
         """
         self._check(row, x_TD)
-        if self._memory is not None:
-            self._memory[row] = x_TD
+        memory = self._memory
+        if memory is not None:
+            memory[row] = x_TD
         if self._directory is not None:
             self._submit(row, x_TD, None, None)
 
@@ -99,8 +107,8 @@ class Activations:
         assert self._writing is not None, "no row was written"
         file, self._writing = self._writing, None
         self._close_reading()
-        if self._memory is None:
-            self._reading = self._partial().open("rb")
+        # Opened even if nothing is read from it: `release` may come at any time.
+        self._reading = self._partial().open("rb")
         self._settling = self._pool.submit(_make_durable, file, self._partial(), self._path(layer))
 
     def settle(self) -> None:
@@ -115,9 +123,10 @@ class Activations:
         if not path.exists() or path.stat().st_size != self.num_bytes:
             raise CheckpointError(f"{path}: the stored inputs of layer {layer} are not whole")
         self._reading = path.open("rb")
-        if self._memory is not None:
+        memory = self._memory
+        if memory is not None:
             for row in range(len(self.row_tokens)):
-                self._memory[row] = self._load(row)
+                memory[row] = self._load(row)
 
     def forget(self, layer: int) -> None:
         """Drop the stored inputs of `layer`, which nobody will ask for again."""
@@ -172,11 +181,12 @@ class Activations:
                 done()
 
     def _remember(self, row: int, lent_TD: Tensor) -> None:
-        if self._memory is None:
+        memory = self._memory
+        if memory is None:
             return
-        kept = self._memory.get(row)
+        kept = memory.get(row)
         if kept is None:
-            self._memory[row] = lent_TD.clone()
+            memory[row] = lent_TD.clone()
         else:
             kept.copy_(lent_TD)
 

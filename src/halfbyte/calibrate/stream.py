@@ -5,14 +5,18 @@ are run one by one, without padding, so that results depend neither on their ord
 size. Called by `quantize.pipeline`.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
+from halfbyte.calibrate.budget import MemoryBudget, is_refusal
 from halfbyte.calibrate.lanes import make_lane
 from halfbyte.calibrate.observers import AmaxObserver, MakeObserver, Observer
 from halfbyte.checkpoint.reader import Checkpoint
@@ -77,6 +81,7 @@ def stream_layers(
     first_layer: int = 0,
     prefetch: bool = False,
     progress: Progress | None = None,
+    budget: MemoryBudget | None = None,
 ) -> Iterator[LayerStatistics]:
     """Run all rows through the layers in order; yields each layer's statistics when it is done.
 
@@ -85,28 +90,40 @@ def stream_layers(
                  one's inputs; with `first_layer` > 0 they must hold that layer's inputs already
     prefetch     load the next layer while this one computes: half the waiting, a second layer's
                  memory
+    budget       host memory to stay within: prefetching and rows in memory are given up for it
 
     The layer is freed before it is yielded, so the caller has its memory. Raises FormatError if
-    an activation is NaN or infinite: the weights are broken or the source decodes wrongly.
+    an activation is NaN or infinite: the weights are broken or the source decodes wrongly;
+    OverBudgetError if the layer at work alone is too much for the budget.
     """
     place = torch.device(device)
     if activations is None:
         activations = Activations([row.numel() for row in rows], checkpoint.config.text.width)
+    budget = MemoryBudget(None) if budget is None else budget
+    budget.held_for_speed(activations.release)
     if first_layer == 0:
-        _embed(checkpoint, rows, activations)
-    runner = _Runner(checkpoint, place, activations, make_observer, progress)
+        _embed(checkpoint, rows, activations, budget)
+    runner = _Runner(checkpoint, place, activations, make_observer, progress, budget)
     layers = range(first_layer, checkpoint.config.text.num_layers)
-    load = _Loader(checkpoint, place)
-    with ThreadPoolExecutor(1, thread_name_prefix="next-layer") as pool:
-        loading: Future[DecoderLayer] | None = None
+    with _Loader(checkpoint, place, budget) as loader:
         for layer in layers:
-            loaded = load(layer) if loading is None else loading.result()
-            loading = None
+            loaded = loader.take(layer)
             if prefetch and layer != layers[-1]:
-                loading = pool.submit(load, layer + 1)
+                loader.prefetch(layer + 1)
             statistics = runner.run(layer, loaded)
             del loaded
             yield statistics
+
+
+class _GivenUpError(Exception):
+    """A layer that is being prefetched is not wanted any more, or has no room."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefetched:
+    layer: int
+    is_dropped: threading.Event
+    loading: Future[DecoderLayer]
 
 
 class _Loader:
@@ -114,26 +131,93 @@ class _Loader:
 
     One stream, because memory that a stream has freed is given out again on that stream only. It is
     free by then: `_Runner.run` waits for everything that used a layer.
+
+    Prefetching is for speed alone. It ends for good when memory gets tight, or when the system
+    refuses memory to a layer that is being prefetched; that layer is loaded when its turn comes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, budget: MemoryBudget) -> None:
         self._checkpoint = checkpoint
         self._device = device
+        self._budget = budget
         is_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="next-layer")
+        self._lock = threading.Lock()
+        self._next: _Prefetched | None = None
+        self._prefetches = True
+        budget.held_for_speed(self.give_up)
 
-    def __call__(self, layer: int) -> DecoderLayer:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.give_up()
+        self._pool.shutdown()
+
+    def take(self, layer: int) -> DecoderLayer:
+        """The layer, prefetched or loaded now."""
+        with self._lock:
+            prefetched, self._next = self._next, None
+        if prefetched is not None:
+            assert prefetched.layer == layer, f"{prefetched.layer} was prefetched, not {layer}"
+            try:
+                return prefetched.loading.result()
+            except Exception as error:
+                if not (isinstance(error, _GivenUpError) or is_refusal(error)):
+                    raise
+        if prefetched is not None:
+            # Out here, since the error holds what its frames held.
+            del prefetched
+            self.give_up()
+        return self._load(layer, self._budget.check)
+
+    def prefetch(self, layer: int) -> None:
+        """Begin to load the layer that will be taken next."""
+        is_dropped = threading.Event()
+
+        def before(num_bytes: int) -> None:
+            if is_dropped.is_set() or not self._budget.has_room(num_bytes):
+                raise _GivenUpError
+
+        with self._lock:
+            if self._prefetches:
+                loading = self._pool.submit(self._load, layer, before)
+                self._next = _Prefetched(layer, is_dropped, loading)
+
+    def give_up(self) -> None:
+        """Drop a prefetched layer and prefetch none from now on; from any thread but its own."""
+        with self._lock:
+            dropped, self._next = self._next, None
+            self._prefetches = False
+        if dropped is not None:
+            dropped.is_dropped.set()
+            wait([dropped.loading])
+
+    def _load(self, layer: int, before: Callable[[int], object]) -> DecoderLayer:
         if self._stream is None:
-            return load_layer(self._checkpoint, layer, device=self._device)
+            return load_layer(self._checkpoint, layer, device=self._device, before=before)
         with torch.cuda.stream(self._stream):
-            loaded = load_layer(self._checkpoint, layer, device=self._device)
+            loaded = load_layer(self._checkpoint, layer, device=self._device, before=before)
         self._stream.synchronize()
         return loaded
 
 
-def _embed(checkpoint: Checkpoint, rows: Sequence[Tensor], activations: Activations) -> None:
+def _embed(
+    checkpoint: Checkpoint,
+    rows: Sequence[Tensor],
+    activations: Activations,
+    budget: MemoryBudget,
+) -> None:
+    budget.check(checkpoint.num_bytes("embedding.weight"))
     table_VD = checkpoint.tensor("embedding.weight")
     for number, row in enumerate(rows):
+        budget.check()
         activations.write(number, table_VD[row])
     activations.advance(0)
 
@@ -148,8 +232,10 @@ class _Runner:
         activations: Activations,
         make_observer: MakeObserver,
         progress: Progress | None,
+        budget: MemoryBudget,
     ) -> None:
         self._activations = activations
+        self._budget = budget
         self._make_observer = make_observer
         self._progress = progress
         table = RotaryTable(checkpoint.config.text, device)
@@ -179,6 +265,7 @@ class _Runner:
         all_tokens = self._activations.row_tokens
         fetched_TD = self._lane.fetch(0)
         for number, tokens in enumerate(all_tokens):
+            self._budget.check()
             x_TD = self._lane.arrive(fetched_TD)
             x_TD = module(x_TD, layer, DenseAttend([0, tokens]), self._rotation_of(tokens), tap)
             if number + 1 < len(all_tokens):

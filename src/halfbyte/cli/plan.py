@@ -38,9 +38,9 @@ def parse_count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from halfbyte.machine import available_bytes
     from halfbyte.quantize.capacity import Text, estimate, format_estimate, measure
     from halfbyte.quantize.hosting import format_hosting, host, host_here
-    from halfbyte.quantize.memory import available_bytes
     from halfbyte.quantize.survey import survey
     from halfbyte.recipe.plan import make_plan
     from halfbyte.recipe.schema import load_recipe

@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose arithmetic: the reference's on CPUs, on GPUs, or one rounding (%(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="where layers run (%(default)s)")
-    parser.add_argument("--memory", type=parse_bytes, help="host memory to stay within, as 12GiB")
+    parser.add_argument(
+        "--memory",
+        type=parse_bytes,
+        help="host memory that is not exceeded, as 12GiB: a run that would ends, and can go on",
+    )
     parser.add_argument(
         "--gpu-memory", type=parse_bytes, help="GPU memory to stay within; a device must be given"
     )
@@ -105,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
             with_errors=args.report is not None,
             restart=args.restart,
             accept=tuple(args.accept),
-        )
+        ),
+        owns_process=True,
     )
     if args.report is not None:
         print("report: {} and {}".format(*write_report(result.record, args.report)))

@@ -5,7 +5,6 @@ values; that one is printed and shown.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +13,7 @@ from halfbyte.config import TextConfig
 from halfbyte.engine.cache import bytes_per_token
 from halfbyte.errors import CapacityError, UsageError
 from halfbyte.log import logger
+from halfbyte.machine import available_bytes
 from halfbyte.model.linear import Mode
 from halfbyte.modules import CacheFormat
 
@@ -139,7 +139,10 @@ def free_cache_bytes(config: EngineConfig) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(int(free - (1.0 - config.gpu_memory_utilization) * total), 0)
-    return int(_available_bytes() * _CPU_SHARE / config.tensor_parallel_size)
+    available = available_bytes()
+    # Systems that do not say get a modest cache.
+    available = 4 << 30 if available is None else available
+    return int(available * _CPU_SHARE / config.tensor_parallel_size)
 
 
 def _validate(config: EngineConfig, text: TextConfig) -> None:
@@ -188,18 +191,3 @@ def _mb(amount: int, block_bytes: int | None = None, config: EngineConfig | None
     if block_bytes is not None and config is not None:
         amount = -(-amount // config.block_tokens) * block_bytes
     return f"{amount / 1e6:,.1f} MB"
-
-
-def _available_bytes() -> int:
-    """Free memory of the machine or of the container it runs in, whichever is less."""
-    amounts = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                amounts.append(int(line.split()[1]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        amounts.append(max(int(limit.read_text()) - int(used.read_text()), 0))
-    # Neither file exists outside Linux; a modest cache then.
-    return min(amounts, default=4 * 2**30)

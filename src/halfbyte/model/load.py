@@ -4,7 +4,7 @@ The reader knows files and dialects; here the canonical tensors of a linear beco
 `model.linear` takes, on the device where they run. A tensor-parallel rank reads its slices only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -26,6 +26,9 @@ from halfbyte.model.vision import (
     num_layers_used,
 )
 
+# Told how many bytes of host memory are about to be taken; may raise to have the load end there.
+BeforeTaking = Callable[[int], object]
+
 _ATTENTION = ("q", "k", "v")
 _GATED = ("gate", "up")
 
@@ -40,7 +43,9 @@ class _Source:
         mode: Mode,
         dtype: torch.dtype,
         shard: Shard | None = None,
+        before: BeforeTaking | None = None,
     ) -> None:
+        self._before = before
         self._shard = shard or shard_of(checkpoint.config.text, 0, 1)
         self._checkpoint = checkpoint
         self._names = frozenset(checkpoint.names())
@@ -51,6 +56,8 @@ class _Source:
 
     def tensor(self, name: str) -> torch.Tensor:
         self._taken.add(name)
+        if self._before is not None:
+            self._before(self._checkpoint.num_bytes(name))
         return self._checkpoint.tensor(name).to(self.device)
 
     def dense(self, name: str) -> torch.Tensor:
@@ -74,21 +81,32 @@ class _Source:
     def decoded(self, names: Iterable[str]) -> FusedLinear:
         """A group with its weights decoded to bf16, widened to the compute dtype."""
         group = [self.stored(name) for name in names]
+        rows = [linear.weight.shape[0] for linear in group]
         if len(group) == 1:
+            self._will_make(group, rows[0])
             return FusedLinear(
                 dispatch.prepare_bf16(_decode(group[0]).to(self.dtype)), "bf16", None
             )
-        rows = [linear.weight.shape[0] for linear in group]
         fused_OI: torch.Tensor | None = None
         for number, part in enumerate(rows):
             # One decoded member at a time beside the group: a group of the 128B model has 1.4 GB.
+            self._will_make(group, part if number else part + sum(rows))
             weight_OI = _decode(group[number])
             if fused_OI is None:
                 fused_OI = weight_OI.new_empty((sum(rows), weight_OI.shape[1]), dtype=self.dtype)
             start = sum(rows[:number])
             fused_OI[start : start + part] = weight_OI
         assert fused_OI is not None, "an empty group"
+        # The kernels lay out a copy.
+        self._will_make(group, sum(rows))
         return FusedLinear(dispatch.prepare_bf16(fused_OI), "bf16", None)
+
+    def _will_make(self, group: list[StoredLinear], num_rows: int) -> None:
+        """So many decoded rows of a group are about to be made."""
+        if self._before is not None and self.device.type == "cpu":
+            weight = group[0].weight
+            width = weight.shape[1] * (2 if group[0].format == "nvfp4" else 1)
+            self._before(num_rows * width * self.dtype.itemsize)
 
     def rows(self, name: str, rows: range) -> torch.Tensor:
         """Rows of an unquantized tensor in the compute dtype."""
@@ -203,10 +221,19 @@ def load_decoder(
 
 
 def load_layer(
-    checkpoint: Checkpoint, layer: int, *, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    layer: int,
+    *,
+    device: torch.device | str = "cpu",
+    before: BeforeTaking | None = None,
 ) -> DecoderLayer:
-    """One decoder layer with its weights decoded to bf16, whatever the dialect; for calibration."""
-    source = _Source(checkpoint, torch.device(device), "weight_only", torch.bfloat16)
+    """One decoder layer with its weights decoded to bf16, whatever the dialect; for calibration.
+
+    before  told of every large piece of host memory before it is taken, in bytes; what it raises
+            ends the load
+    """
+    place = torch.device(device)
+    source = _Source(checkpoint, place, "weight_only", torch.bfloat16, before=before)
     prefix = f"decoder.{layer}"
     attention, mlp = f"{prefix}.attention", f"{prefix}.mlp"
     return DecoderLayer(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.calibrate.budget import MemoryBudget
 from halfbyte.calibrate.stream import KEYS, VALUES, LayerStatistics
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
@@ -100,20 +101,24 @@ def quantize_layer(
     statistics: LayerStatistics | None,
     profile: Profile,
     device: torch.device,
+    budget: MemoryBudget | None = None,
 ) -> Iterator[QuantizedLinear]:
     """Encode the linears of one layer, one after another, in model order.
 
     statistics  what calibration saw of this layer; None pins input scales (data-free)
-    Raises FormatError that names the linear.
+    budget      host memory to stay within
+    Raises FormatError that names the linear, OverBudgetError where the budget has no room for one.
     """
+    budget = MemoryBudget(None) if budget is None else budget
     prefix = f"decoder.{layer}."
     names = [name for name in plan.formats if name.startswith(prefix)]
     groups = list(dict.fromkeys(fused_partners(name) for name in names))
-    for held in _read_ahead(checkpoint, groups, device):
+    for held in _read_ahead(checkpoint, groups, device, budget):
         quantized = [p for p in held if plan.formats[p] != "bf16"]
         maxima = shared_maxima({p: held[p].amax() for p in quantized}, plan.formats)
         for name, source in held.items():
             chosen = plan.formats[name]
+            budget.check(_made_bytes(source, chosen) if device.type == "cpu" else 0)
             tensors = _encode(source, chosen, maxima.get(name), profile, plan.scales.weights)
             if chosen != "bf16":
                 tensors[f"{name}.input_scale"] = _input_scale(
@@ -123,12 +128,19 @@ def quantize_layer(
 
 
 def _read_ahead(
-    checkpoint: Checkpoint, groups: Sequence[tuple[str, ...]], device: torch.device
+    checkpoint: Checkpoint,
+    groups: Sequence[tuple[str, ...]],
+    device: torch.device,
+    budget: MemoryBudget,
 ) -> Iterator[dict[str, SourceWeight]]:
     """The groups one after another, the next one read while one is encoded."""
 
     def read(group: tuple[str, ...]) -> dict[str, SourceWeight]:
-        return {name: read_weight(checkpoint, name, device) for name in group}
+        weights = {}
+        for name in group:
+            budget.check(checkpoint.num_bytes(f"{name}.weight"))
+            weights[name] = read_weight(checkpoint, name, device)
+        return weights
 
     with ThreadPoolExecutor(1, thread_name_prefix="next-group") as pool:
         reading = pool.submit(read, groups[0])
@@ -137,6 +149,14 @@ def _read_ahead(
             if following is not None:
                 reading = pool.submit(read, following)
             yield held
+
+
+def _made_bytes(source: SourceWeight, chosen: WeightFormat) -> int:
+    """Bytes of what a weight becomes; 0 if its bytes are kept as they are."""
+    if chosen == ("bf16" if source.scale is None else "fp8"):
+        return 0
+    bits = {"bf16": 16, "fp8": 8, "nvfp4": 4.5}[chosen]
+    return int(source.stored.numel() * bits / 8)
 
 
 def _encode(

@@ -1,11 +1,11 @@
 """How the memory of a run is spent: what a layer needs, and what the rest of the budget buys.
 
 The budget is a promise, so the estimate counts every large tensor that is alive at the worst
-moment; a budget that cannot hold one layer is refused before work begins.
+moment; a budget that cannot hold one layer is refused before work begins. `calibrate.budget` keeps
+the promise while the work runs, should the estimate be wrong.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,6 +13,7 @@ from halfbyte.calibrate.activations import MOST_PENDING
 from halfbyte.config import ModelConfig, TextConfig
 from halfbyte.errors import CapacityError
 from halfbyte.formats.measure import GPU_CHUNK_VALUES
+from halfbyte.machine import available_bytes
 from halfbyte.modules import decoder_linears
 
 # The interpreter, torch and its threads, tokenizer, file buffers (measured: 0.6 GB) ...
@@ -43,17 +44,6 @@ class MemoryPlan:
     activations_in_memory: bool
     prefetch: bool
     gpu_peak_bytes: int | None = None
-
-
-def available_bytes() -> int | None:
-    """Memory that this machine could give now; None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return None
 
 
 def layer_peak_bytes(text: TextConfig, longest_row_tokens: int) -> int:

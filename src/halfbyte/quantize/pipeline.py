@@ -3,14 +3,16 @@
 Everything that can be wrong is looked for before anything heavy begins (`job`). Then decoder
 layers go by one at a time: calibration runs the layer, its linears are encoded and put in their
 places on disk, the journal notes it. A run that is killed goes on after the last noted layer
-(decision 0017).
+(decision 0017); so does one, once and by itself, that came to the end of its memory (decision
+0025).
 """
 
+import gc
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
+from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal, trim_heap
 from halfbyte.calibrate.stream import LayerStatistics, stream_layers
 from halfbyte.checkpoint.writer import check_target
 from halfbyte.errors import CapacityError, FormatError
@@ -52,9 +55,20 @@ class QuantizeResult:
 
 
 def quantize(
-    config: QuantizeConfig, on_layer: Callable[[int, int], None] | None = None
+    config: QuantizeConfig,
+    on_layer: Callable[[int, int], None] | None = None,
+    *,
+    owns_process: bool = False,
 ) -> QuantizeResult:
     """Quantize a checkpoint; `on_layer(done, total)` is called after each layer.
+
+    owns_process  this process does nothing else, as with `halfbyte quantize`: all that it holds
+                  counts against `memory_bytes`, and on a CPU the system is told to refuse more.
+                  Otherwise what it held before is left out, and nothing but the run is kept back
+
+    `memory_bytes` is kept (decision 0025): when memory gets tight, what is held for speed is given
+    up; if that is not enough the run goes on once after its last finished step with nothing besides
+    the layer at work, and then ends with CapacityError, its finished steps kept.
 
     Raises UsageError, CheckpointError or CapacityError before anything heavy begins if the job
     cannot be done, FormatError if a weight turns out to hold NaN or nothing but zeros. The output
@@ -65,8 +79,14 @@ def quantize(
     started = time.perf_counter()
     check_target(config.output)
     job = validate(config)
-    with locked(work_directory(config.output)) as _:
-        entries = _run(job, on_layer)
+    budget = MemoryBudget(
+        config.memory_bytes,
+        owns_process=owns_process,
+        limit_data=owns_process and torch.device(config.device).type == "cpu",
+    )
+    with locked(work_directory(config.output)) as _, budget:
+        entries = _run(job, budget, on_layer)
+        _warn_over(budget)
     checkpoint = job.checkpoint
     record = run_record(job, entries)
     return QuantizeResult(
@@ -80,7 +100,9 @@ def quantize(
     )
 
 
-def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[dict[str, Any]]:
+def _run(
+    job: Job, budget: MemoryBudget, on_layer: Callable[[int, int], None] | None
+) -> list[dict[str, Any]]:
     """The heavy part; keeps the work directory when going on from it makes sense.
 
     Returns the journal's entries, those of earlier runs included.
@@ -99,7 +121,7 @@ def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[dict[str
             _begin(job, staging, journal)
         if job.config.gpu_memory_bytes is not None:
             limit_gpu(torch.device(job.config.device), job.config.gpu_memory_bytes)
-        _Progress(job, staging, journal, entries).run(on_layer)
+        _finish(job, budget, staging, journal, entries, on_layer)
     except FormatError:
         # A weight that cannot be encoded will be the same next time.
         staging.discard()
@@ -112,12 +134,78 @@ def _run(job: Job, on_layer: Callable[[int, int], None] | None) -> list[dict[str
         if not entries:
             staging.discard()
             raise CapacityError(_full(job, error, "nothing was left behind")) from error
-        kept = f"{len(entries)} finished steps are kept in {work}: make room and run again"
+        do = "" if isinstance(error, OverBudgetError) else "make room and "
+        kept = f"{len(entries)} finished steps are kept in {work}: {do}run again"
         raise CapacityError(_full(job, error, kept)) from error
     finally:
         staging.close()
         journal.close()
     return entries
+
+
+def _finish(
+    job: Job,
+    budget: MemoryBudget,
+    staging: Staging,
+    journal: Journal,
+    entries: list[dict[str, Any]],
+    on_layer: Callable[[int, int], None] | None,
+) -> None:
+    """All remaining steps; where memory ends once more with nothing held for speed.
+
+    Raises OverBudgetError if it ends even so.
+    """
+    try:
+        _Progress(job, budget, staging, journal, entries).run(on_layer)
+        return
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        said = _said(error, budget)
+    # Out here, since the error held what its frames held.
+    budget.give_up()
+    gc.collect()
+    trim_heap()
+    logger.warning(
+        "%s; going on after %d finished steps with nothing in memory besides the layer at work",
+        said,
+        len(entries),
+    )
+    lean = replace(job.memory, prefetch=False, activations_in_memory=False)
+    try:
+        _Progress(replace(job, memory=lean), budget, staging, journal, entries).run(on_layer)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        raise OverBudgetError(_out_of_memory(job, budget, error)) from error
+
+
+def _out_of_memory(job: Job, budget: MemoryBudget, error: Exception) -> str:
+    longest = max((row.numel() for row in job.rows or ()), default=0)
+    do = "quantize where more is free" if budget.budget_bytes is None else "give it more"
+    shorter = f", or rows shorter than {longest} tokens" if longest else ""
+    return (
+        f"{_said(error, budget)}, with nothing in memory besides the layer at work (peak "
+        f"{budget.peak_bytes / 2**30:.2f} GiB): {do}{shorter}"
+    )
+
+
+def _said(error: Exception, budget: MemoryBudget) -> str:
+    if isinstance(error, OverBudgetError):
+        return str(error)
+    given = "out of memory"
+    if budget.budget_bytes is not None:
+        given = f"--memory {budget.budget_bytes / 2**30:.2f} GiB"
+    return f"{given}: the system refuses more"
+
+
+def _warn_over(budget: MemoryBudget) -> None:
+    """Say so if the promise was broken all the same: that is a mistake of ours."""
+    if budget.budget_bytes is not None and budget.peak_bytes > budget.budget_bytes:
+        say_once(
+            f"this process has held {budget.peak_bytes / 2**30:.2f} GiB, more than --memory "
+            f"{budget.budget_bytes / 2**30:.2f} GiB; please report it"
+        )
 
 
 def _full(job: Job, error: Exception, what_is_left: str) -> str:
@@ -160,9 +248,15 @@ class _Progress:
     """Takes the steps of a run that the journal does not list yet, in order."""
 
     def __init__(
-        self, job: Job, staging: Staging, journal: Journal, entries: list[dict[str, Any]]
+        self,
+        job: Job,
+        budget: MemoryBudget,
+        staging: Staging,
+        journal: Journal,
+        entries: list[dict[str, Any]],
     ) -> None:
         self._job = job
+        self._budget = budget
         self._staging = staging
         self._journal = journal
         self._entries = entries
@@ -220,6 +314,7 @@ class _Progress:
                 activations=activations,
                 first_layer=first,
                 prefetch=self._job.memory.prefetch,
+                budget=self._budget,
             ):
                 yield statistics.layer, statistics
                 activations.forget(statistics.layer)
@@ -231,7 +326,13 @@ class _Progress:
         hashes = self._copy(export.layer_norms(job.checkpoint, layer))
         records = []
         linears = quantize_layer(
-            job.checkpoint, layer, job.plan, statistics, job.config.profile, self._device
+            job.checkpoint,
+            layer,
+            job.plan,
+            statistics,
+            job.config.profile,
+            self._device,
+            self._budget,
         )
         writing: Future[dict[str, str]] | None = None
         for linear in linears:
@@ -258,7 +359,6 @@ class _Progress:
         encoded_s = time.perf_counter() - started
         self._make_durable()
         peaks = peak_memory_bytes(self._device)
-        self._warn_over(job.config.memory_bytes, peaks["host"])
         self._finish_step(
             f"layer {layer}",
             hashes,
@@ -279,18 +379,10 @@ class _Progress:
             encoded_s,
         )
 
-    @staticmethod
-    def _warn_over(budget_bytes: int | None, peak_bytes: int) -> None:
-        """Say so if the promise was broken: that is a bug of the plan."""
-        if budget_bytes is not None and peak_bytes > budget_bytes:
-            say_once(
-                f"this process has held more than --memory {budget_bytes / 2**30:.2f} GiB; if it "
-                "did nothing else before, the plan is wrong: please report it"
-            )
-
     def _copy(self, names: Sequence[str]) -> dict[str, str]:
         hashes: dict[str, str] = {}
         for name in names:
+            self._budget.check(self._job.checkpoint.num_bytes(name))
             hashes |= self._write(name, self._job.checkpoint.tensor(name))
         return hashes
 

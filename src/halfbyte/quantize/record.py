@@ -6,11 +6,11 @@ Holds no paths. Times and memory are those of the steps, whichever run took them
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from halfbyte.machine import held
 from halfbyte.quantize.job import Job
 from halfbyte.recipe.plan import plan_sizes
 
@@ -27,12 +27,9 @@ def peak_memory_bytes(device: torch.device) -> dict[str, int]:
 
 def _host_peak_bytes() -> int:
     """VmHWM where the system states it: ru_maxrss may be that of the process we came from."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
+    holds = held()
+    if holds is not None:
+        return holds.peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

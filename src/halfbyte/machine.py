@@ -1,0 +1,114 @@
+"""What this machine can give and what this process holds: memory, as the system states it.
+
+Everything is read from /proc and from cgroups. Other systems do not say, and get None.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
+# v1 writes "no limit" as the largest multiple of a page that fits 63 bits.
+_NO_LIMIT = 1 << 60
+
+
+class Held(NamedTuple):
+    """Memory of this process, in bytes.
+
+    resident   pages in memory now, those of files it has mapped (libraries) included
+    peak       the most that was ever resident
+    anonymous  the part of `resident` that belongs to no file
+    data       private writable memory it has asked for, touched or not; what RLIMIT_DATA limits
+    threads    how many it runs (a count)
+    """
+
+    resident: int
+    peak: int
+    anonymous: int
+    data: int
+    threads: int
+
+
+def held(proc: Path = _PROC) -> Held | None:
+    """What this process holds; None where the system does not say."""
+    try:
+        lines = (proc / "self" / "status").read_text().splitlines()
+    except OSError:
+        return None
+    stated = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+    try:
+        resident, peak, anonymous, data = (
+            int(stated[name][0]) << 10 for name in ("VmRSS", "VmHWM", "RssAnon", "VmData")
+        )
+        return Held(resident, peak, anonymous, data, int(stated["Threads"][0]))
+    except (KeyError, ValueError, IndexError):
+        return None
+
+
+def available_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
+    """Memory that could be had now without swapping; None where the system does not say.
+
+    The least of what the machine has and what the limits of this process's cgroup (v1 or v2) and
+    of those around it leave. Cached files that would be given up count as available, as they do in
+    MemAvailable.
+    """
+    amounts = [_left(folder) for folder in _memory_cgroups(proc, cgroups)]
+    try:
+        for line in (proc / "meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                amounts.append(int(line.split()[1]) << 10)
+    except OSError:
+        pass
+    return min((amount for amount in amounts if amount is not None), default=None)
+
+
+def _memory_cgroups(proc: Path, cgroups: Path) -> Iterator[Path]:
+    """Folders of this process's memory cgroup and of those around it, both versions."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            roots = [cgroups, cgroups / "unified"]
+        elif "memory" in controllers.split(","):
+            roots = [cgroups / "memory"]
+        else:
+            continue
+        for root in roots:
+            # In a container the path may be the host's, which is not visible here: the root is.
+            folder = root / path.lstrip("/")
+            if ".." in folder.parts or not folder.is_dir():
+                folder = root
+            yield folder
+            while folder != root:
+                folder = folder.parent
+                yield folder
+
+
+def _left(folder: Path) -> int | None:
+    """What the limit of one cgroup leaves; None if it has none."""
+    for limit_name, used_name, cache_name in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = (folder / limit_name).read_text().strip()
+            used = int((folder / used_name).read_text())
+        except (OSError, ValueError):
+            continue
+        if limit == "max" or int(limit) >= _NO_LIMIT:
+            return None
+        return max(int(limit) - used + _stated(folder / "memory.stat", cache_name), 0)
+    return None
+
+
+def _stated(path: Path, name: str) -> int:
+    """One number of a file of `name number` lines; 0 if it is not there."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)

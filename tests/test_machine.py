@@ -1,0 +1,112 @@
+"""What the system says about memory, read from made-up trees and from the real one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.machine import available_bytes, held
+
+MIB = 1 << 20
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+def available(root: Path, cgroup: str, files: dict[str, str], free_mib: int = 900) -> int | None:
+    proc = {
+        "meminfo": f"MemTotal: 9999999 kB\nMemAvailable: {free_mib << 10} kB\n",
+        "self/cgroup": cgroup,
+    }
+    return available_bytes(tree(root / "proc", proc), tree(root / "cgroups", files))
+
+
+def v2(limit: str, used_mib: int, cache_mib: int = 0) -> dict[str, str]:
+    return {
+        "memory.max": f"{limit}\n",
+        "memory.current": f"{used_mib * MIB}\n",
+        "memory.stat": f"anon 5\nactive_file 77\ninactive_file {cache_mib * MIB}\nslab 9\n",
+    }
+
+
+def within(folder: str, files: dict[str, str]) -> dict[str, str]:
+    return {f"{folder}/{name}": content for name, content in files.items()}
+
+
+def test_without_limits_the_machine_decides(tmp_path: Path) -> None:
+    assert available(tmp_path, "0::/\n", {}) == 900 * MIB
+
+
+def test_a_limit_of_the_own_group_counts_and_its_cached_files_can_be_given_up(
+    tmp_path: Path,
+) -> None:
+    files = within("a/b", v2(str(600 * MIB), used_mib=250, cache_mib=50))
+    assert available(tmp_path, "0::/a/b\n", files) == 400 * MIB
+
+
+def test_a_tighter_limit_around_the_own_group_counts(tmp_path: Path) -> None:
+    files = {
+        **within("a/b", v2("max", used_mib=100)),
+        **within("a", v2(str(300 * MIB), used_mib=100)),
+    }
+    assert available(tmp_path, "0::/a/b\n", files) == 200 * MIB
+
+
+def test_the_machine_decides_where_a_limit_leaves_more(tmp_path: Path) -> None:
+    files = within("a", v2(str(5000 * MIB), used_mib=1))
+    assert available(tmp_path, "0::/a\n", files) == 900 * MIB
+
+
+def test_a_group_beyond_its_limit_leaves_nothing(tmp_path: Path) -> None:
+    assert available(tmp_path, "0::/a\n", within("a", v2(str(10 * MIB), used_mib=11))) == 0
+
+
+@pytest.mark.parametrize("path", ["/docker/4f2a", "/../../outside"])
+def test_in_a_container_the_root_of_what_is_visible_counts(tmp_path: Path, path: str) -> None:
+    assert available(tmp_path, f"0::{path}\n", v2(str(64 * MIB), used_mib=4)) == 60 * MIB
+
+
+def v1(limit_bytes: int, used_mib: int, cache_mib: int = 0) -> dict[str, str]:
+    return {
+        "memory.limit_in_bytes": f"{limit_bytes}\n",
+        "memory.usage_in_bytes": f"{used_mib * MIB}\n",
+        "memory.stat": f"cache 1\ninactive_file 3\ntotal_inactive_file {cache_mib * MIB}\n",
+    }
+
+
+def test_the_first_version_of_cgroups_is_read_too(tmp_path: Path) -> None:
+    files = {
+        **within("memory/jobs/7", v1(1 << 63 - 12, used_mib=100)),
+        **within("memory/jobs", v1(500 * MIB, used_mib=300, cache_mib=20)),
+    }
+    cgroup = "9:cpu,cpuacct:/elsewhere\n4:hugetlb,memory:/jobs/7\n0::/\n"
+    assert available(tmp_path, cgroup, files) == 220 * MIB
+
+
+def test_a_system_that_does_not_say_gets_none(tmp_path: Path) -> None:
+    assert available_bytes(tmp_path, tmp_path) is None
+    assert held(tmp_path) is None
+    tree(tmp_path, {"self/status": "Name:\tpython\nVmRSS:\t7 kB\n"})
+    assert held(tmp_path) is None
+
+
+def test_what_this_process_takes_is_seen() -> None:
+    before = held()
+    if before is None:
+        pytest.skip("this system does not say")
+    taken = torch.ones(64 * MIB, dtype=torch.uint8)
+    now = held()
+    assert now is not None
+    for name in ("resident", "anonymous", "data"):
+        grown = getattr(now, name) - getattr(before, name)
+        assert 60 * MIB < grown < 80 * MIB, name
+    # The system counts per processor and adds up now and then.
+    assert now.peak + MIB > now.resident > now.anonymous > taken.numel()
+    del taken
+    after = held()
+    assert after is not None and after.resident < now.resident - 60 * MIB
+    assert after.peak + MIB > now.peak
