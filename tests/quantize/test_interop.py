@@ -1,15 +1,24 @@
 """Sources and readers of others: Mistral's own layout in, transformers on the other side."""
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from halfbyte.chat.images import ImageLayout, to_pixels
+from halfbyte.chat.processor import processor_layout
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import verify
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
@@ -155,11 +164,61 @@ def test_an_export_of_a_native_source_has_what_a_server_needs(exports: Path) -> 
     assert vision["size"] == {"longest_edge": 280}
 
 
-def test_transformers_reads_the_image_processor_of_a_native_source(exports: Path) -> None:
+@pytest.mark.parametrize("name", ["native-out", "hub-out"])
+@pytest.mark.parametrize("width, height", [(28, 28), (27, 29), (100, 61), (641, 479), (900, 40)])
+def test_transformers_makes_the_pixels_that_we_make_from_the_exported_settings(
+    exports: Path, name: str, width: int, height: int
+) -> None:
+    """Its image processor on Pillow, loaded from the export, which needs no torchvision."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torchvision", reason="transformers' image processors need torchvision")
-    processor = transformers.AutoImageProcessor.from_pretrained(exports / "native-out")
-    assert type(processor).__name__.startswith("PixtralImageProcessor")
+    processor = transformers.AutoImageProcessor.from_pretrained(exports / name, backend="pil")
+    assert type(processor).__name__ == "PixtralImageProcessorPil"
+    assert CONFIG.vision is not None
+    patch = CONFIG.vision.patch_size * CONFIG.vision.spatial_merge_size
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = Image.fromarray(values)
+    # PixtralProcessor hands the side of a merged patch on.
+    (expected,) = processor(picture, return_tensors="np", patch_size=patch)["pixel_values"]
+    layout = ImageLayout(patch, CONFIG.vision.image_size, 10, 12, 13, whole_side=math.floor)
+    columns, rows = layout.grid(width, height)
+    assert np.array_equal(to_pixels(picture, (columns * patch, rows * patch)), expected)
+
+
+def test_the_exported_processor_merges_patches_as_the_model_does(exports: Path) -> None:
+    """What `PixtralProcessor` reads; without it patches have 16 pixels and none are merged."""
+    assert CONFIG.vision is not None
+    ids = {"[IMG]": CONFIG.vision.image_token_id, "[IMG_BREAK]": 12, "[IMG_END]": 13}
+    layout = processor_layout(exports / "native-out", ids)
+    assert layout is not None
+    assert layout.patch_pixels == 2 * 14 and layout.max_side_pixels == 280
+
+
+@pytest.mark.parametrize("width, height", [(27, 29), (100, 61), (641, 479)])
+def test_transformers_makes_the_image_tokens_that_we_make(
+    exports: Path, tmp_path: Path, width: int, height: int
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchvision", reason="transformers' PixtralProcessor needs torchvision")
+    names = ["<unk>", "<s>", "</s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "see"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens(names[:6])
+    shutil.copytree(exports / "native-out", tmp_path / "out")
+    tokenizer.save(str(tmp_path / "out/tokenizer.json"))
+    (tmp_path / "out/tekken.json").unlink()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (tmp_path / "out/tokenizer_config.json").write_text(json.dumps(settings))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert type(processor).__name__ == "PixtralProcessor"
+    picture = Image.new("RGB", (width, height), "red")
+    made = processor(text="see [IMG]", images=[picture])
+    layout = processor_layout(tmp_path / "out", vocabulary)
+    assert layout is not None
+    columns, rows = layout.grid(width, height)
+    ids = torch.as_tensor(made["input_ids"]).flatten().tolist()
+    assert ids == [6, *layout.tokens(columns, rows)]
+    assert tuple(made["pixel_values"].shape[-2:]) == (rows * 28, columns * 28)
 
 
 def test_transformers_loads_what_was_passed_through(exports: Path) -> None:

@@ -126,6 +126,17 @@ def _made_for_servers(checkpoint: Checkpoint, there: Iterable[str]) -> dict[str,
             "rescale_factor": 1 / 255,
             "size": {"longest_edge": vision.image_size},
         }
+        # The processor takes its patches from here, not from the file above, or 16 and no merging.
+        # A hub source's own tokenizer decides what its images are.
+        if checkpoint.layout == "mistral":
+            made["processor_config.json"] = {
+                "processor_class": "PixtralProcessor",
+                "patch_size": vision.patch_size,
+                "spatial_merge_size": vision.spatial_merge_size,
+                "image_token": "[IMG]",
+                "image_break_token": "[IMG_BREAK]",
+                "image_end_token": "[IMG_END]",
+            }
     return made
 
 
