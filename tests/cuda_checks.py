@@ -8,6 +8,7 @@
     python tests/cuda_checks.py compare MODEL OUT.json OTHER.json
                                                            a real model against both, on a GPU
     python tests/cuda_checks.py speed LAYERS [RECORD]      the engine on the big geometry
+    python tests/cuda_checks.py draft LAYERS [RECORD]      what a draft model's guesses cost there
     python tests/cuda_checks.py fast MODEL                 mode "fast" against "exact", on a GPU
     python tests/cuda_checks.py vision                     the image encoder, on a GPU
     python tests/cuda_checks.py start DIR LAYERS [RECORD]  a checkpoint of it, from page cache
@@ -33,11 +34,14 @@ import torch
 
 from halfbyte.bench import record
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.cuda_runner import CudaRunner, build_runner
+from halfbyte.engine.drafter import Computed, PlainDraftModel
 from halfbyte.engine.graphs import HopperExecutor
-from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
+from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams, TokensEvent
+from halfbyte.engine.scheduler import Work
 from halfbyte.kernels import dispatch
 from halfbyte.model.cuda_decoder import Mode
 from halfbyte.model.cuda_load import load_cuda_weights
@@ -51,7 +55,14 @@ NEAR_TIE = {"mixed": 0.56, "fp8": 0.56, "bf16": 0.11}
 RELATIVE = {"mixed": 0.2, "fp8": 0.2, "bf16": 0.04}
 # Tokens of a place that are followed from one computation to the next.
 CONTENDERS = 16
+SMALL: dict[str, Any] = {
+    "max_model_len": 512,
+    "kv_cache_tokens": 8192,
+    "mode": "fp8_declared",
+    "max_decode_slowdown": None,
+}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+Images = Sequence[tuple[int, tuple[ImageInput, ...]]]
 LENGTHS = (1, 2, 15, 16, 17, 31, 64, 100, 128, 129, 200, 333)
 
 
@@ -62,30 +73,31 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return token_ids
 
 
-def request(request_id: str, prompt: Sequence[int], params: SamplingParams) -> GenerationRequest:
-    return GenerationRequest(request_id, tuple(prompt), params)
+def request(
+    request_id: str,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    images: tuple[ImageInput, ...] = (),
+) -> GenerationRequest:
+    return GenerationRequest(request_id, tuple(prompt), params, images=images)
 
 
 def load(directory: Path, device: str = "cuda", **options: Any) -> Engine:
     """An engine with small limits; on the CPU in what the kernels compute."""
-    defaults: dict[str, Any] = {
-        "max_model_len": 512,
-        "kv_cache_tokens": 8192,
-        "kv_cache": "fp8",
-        "device": device,
-        "mode": "fp8_declared",
-        "max_decode_slowdown": None,
-    }
+    defaults: dict[str, Any] = {**SMALL, "kv_cache": "fp8", "device": device}
     return Engine.load(directory, replace(EngineConfig(), **(defaults | options)))
 
 
 def answers(
-    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams = GREEDY,
+    images: Images = (),
 ) -> list[list[int]]:
-    """Tokens of prompts that arrive together."""
+    """Tokens of prompts that arrive together; `images` of some, by their number."""
     found: list[list[int]] = [[] for _ in prompts]
     for index, prompt in enumerate(prompts):
-        engine.add(request(str(index), prompt, params))
+        engine.add(request(str(index), prompt, params, dict(images).get(index, ())))
     while engine.has_work():
         for event in engine.step():
             if isinstance(event, TokensEvent):
@@ -95,13 +107,17 @@ def answers(
 
 
 def answers_with_gaps(
-    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    images: Images = (),
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Tokens, and how far the two best log-probs of each lie apart."""
     tokens: list[list[int]] = [[] for _ in prompts]
     gaps: list[list[float]] = [[] for _ in prompts]
     for index, prompt in enumerate(prompts):
-        engine.add(request(str(index), prompt, replace(params, logprobs=2)))
+        seen = dict(images).get(index, ())
+        engine.add(request(str(index), prompt, replace(params, logprobs=2), seen))
     while engine.has_work():
         for event in engine.step():
             if isinstance(event, TokensEvent):
@@ -294,6 +310,167 @@ def check_deterministic(directory: Path, **options: Any) -> str:
     return f"{len(prompts)} prompts alone and among 52; log-probs identical in {exact}"
 
 
+def check_images(directory: Path, **options: Any) -> dict[str, Any]:
+    """Answers about pictures, among others, through graphs and prefills, also found again."""
+    prompts: list[list[int]] = []
+    images: list[tuple[int, tuple[ImageInput, ...]]] = []
+    generator = torch.Generator().manual_seed(8)
+    for index, length in enumerate((9, 30, 40, 70, 200)):
+        text = [token for token in prompt_of(length, index) if token not in (10, 12, 13)]
+        if index == 1:
+            prompts.append(text)
+            continue
+        rows, columns = 2 + index, 3 + index
+        pixels = torch.randn(3, rows * 28, columns * 28, generator=generator).numpy()
+        layout = [*([10] * columns + [12]) * rows]
+        layout[-1] = 13
+        prompts.append([*text[:5], *layout, *text[5:]])
+        images.append((index, (ImageInput.of(pixels, 5, len(layout)),)))
+    near_tie = NEAR_TIE["bf16"]
+    wanted, gaps = answers_with_gaps(load(directory, "cpu"), prompts, GREEDY, images)
+    blind = answers(load(directory, "cpu"), prompts)
+    assert sum(a != b for a, b in zip(blind, wanted, strict=True)) >= 3, "pictures change nothing"
+    engine = load(directory, **options)
+    counts: dict[str, Any] = {}
+    for turn in ("first", "again"):
+        counts = count_differences(answers(engine, prompts, GREEDY, images), wanted, gaps, near_tie)
+        assert counts["others"] == 0, (turn, counts)
+    # Alone each is a graph's rows, together they are a prefill's.
+    engine.clear_prefix_cache()
+    for index, seen in images:
+        found = answers(engine, [prompts[index]], GREEDY, [(0, seen)])
+        alone = count_differences(found, [wanted[index]], [gaps[index]], near_tie)
+        assert alone["others"] == 0, (index, alone)
+    runner = runner_of(engine)
+    counts["replays"], counts["prefills"] = runner.num_replays, runner.num_prefills
+    assert engine.stats().cached_tokens > 0
+    del counts["gaps"]
+    return counts
+
+
+def check_draft_model(directory: Path, head: str) -> str:
+    """What a draft model makes of given states beside the CPU; answers with and without it."""
+    drafts: dict[str, Any] = {
+        "speculative": str(directory.parent / head),
+        "adaptive_speculation": False,
+    }
+
+    def force(_: GenerationRequest, known: Sequence[int], logits_V: torch.Tensor) -> None:
+        # The same tokens on both, or guesses cannot be compared.
+        logits_V[len(known) % 300 + 5] = 1e4
+
+    def start(device: str) -> Engine:
+        config: dict[str, Any] = {**SMALL, "kv_cache": "fp8", "device": device, **drafts}
+        engine = Engine.load(directory, replace(EngineConfig(), **config), logits_hook=force)
+        assert engine._drafter is not None
+        if isinstance(engine._drafter.model, PlainDraftModel):
+            # As the kernels keep them.
+            cache = engine._drafter.model.cache
+            engine._drafter.model.cache = PagedCache(
+                Checkpoint.open_eagle(directory.parent / head).config.text,
+                format="fp8",
+                num_pages=cache.num_pages,
+                block_tokens=cache.block_tokens,
+                kv_scales=[(1.0, 1.0)] * 2,
+            )
+        return engine
+
+    def guessed(
+        engine: Engine, lengths: Sequence[int], given: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """What comes behind some prompts, then behind forced guesses; from the states that are
+        `given`, or the engine's own, which are then added there.
+        """
+        drafter = engine._drafter
+        assert drafter is not None
+        states = iter(list(given))
+        follow = drafter.follow
+
+        def noted(works: Sequence[Work], computed: Computed) -> None:
+            taken = next(states, None)
+            if taken is None:
+                given.append(computed.hidden_TD.clone())
+            else:
+                error = relative(computed.hidden_TD.cpu(), taken)
+                assert error < RELATIVE[directory.name], (lengths, error)
+                computed = computed._replace(hidden_TD=taken.to(computed.hidden_TD.device))
+            follow(works, computed)
+
+        engine.clear_prefix_cache()
+        for length in lengths:
+            engine.add(request(f"p{length}", prompt_of(length, length), GREEDY))
+        drafter.follow = noted  # type: ignore[method-assign]
+        engine.step()
+        drafter.follow = follow  # type: ignore[method-assign]
+        assert drafter._last is not None
+        sequences = list(engine._scheduler.running)
+        assert [s.num_generated for s in sequences] == [1] * len(lengths)
+        for sequence in sequences:
+            engine._scheduler.reserve(sequence, 4)
+        last = drafter._last
+        found = []
+        for ahead in range(4):
+            logits_SV = drafter.model.logits(last.hidden_SD)
+            if last.logits_SV is not None:
+                assert relative(last.logits_SV, logits_SV) < 1e-3, "a graph has another head"
+            found += [last.hidden_SD.float().cpu(), logits_SV.cpu()]
+            ids = [(17 * ahead + i) % 500 + 5 for i in range(len(lengths))]
+            last = drafter._extend(sequences, ids, last.hidden_SD, ahead + 1)
+        for length in lengths:
+            engine.abort(f"p{length}")
+        engine.check()
+        return found
+
+    cpu, gpu = (start(device) for device in ("cpu", "cuda"))
+    runner = runner_of(gpu)
+    assert runner._draft is not None and isinstance(runner._draft.executor, HopperExecutor)
+    largest: list[float] = []
+    for lengths in ((33,), (99,), (333,), (20, 37, 260), tuple(range(17, 117, 4))):
+        given: list[torch.Tensor] = []
+        wanted, found = (guessed(engine, lengths, given) for engine in (cpu, gpu))
+        errors = [relative(ours, theirs) for ours, theirs in zip(found, wanted, strict=True)]
+        largest = [max(pair) for pair in zip(errors, largest or errors, strict=True)]
+    # Two layers where the bound is for six; four times over, as a guess goes on from a guess.
+    assert max(largest) < RELATIVE[directory.name] * (2 / 6 * 4) ** 0.5, largest
+    prompts = [prompt_of(length, length) for length in LENGTHS]
+    prompts += [prompt_of(40, 3)[:20] * 5]
+    plain = answers(load(directory, deterministic=True), prompts)
+    engine = load(directory, deterministic=True, **drafts)
+    assert answers(engine, prompts) == plain
+    stats = engine.stats()
+    assert stats.proposed_tokens > 0
+    return (
+        f"relative errors {[f'{x:.4f}' for x in largest]} of states and logits, guess by guess; "
+        f"{len(prompts)} answers the same with {stats.proposed_tokens} guesses, "
+        f"{stats.accepted_tokens} right"
+    )
+
+
+def check_lookup(directory: Path) -> str:
+    """Guesses from the text itself: the same answers, bit for bit, some of the guesses right."""
+    few = tuple(token for token in range(515) if token not in (5, 6, 7))
+    prompts = [[5, 6, 7, 5, 7, 6, 6, 5] * 5, [7, 6] * 70, [5] * 9]
+    counts = []
+    for params in (
+        replace(GREEDY, banned_token_ids=few),
+        SamplingParams(temperature=0.8, seed=3, max_tokens=24, banned_token_ids=few),
+    ):
+        plain = answers(load(directory, deterministic=True), prompts, params)
+        engine = load(
+            directory, deterministic=True, speculative="ngram", adaptive_speculation=False
+        )
+        assert answers(engine, prompts, params) == plain, params
+        stats = engine.stats()
+        assert 0 < stats.accepted_tokens < stats.proposed_tokens
+        counts.append(f"{stats.accepted_tokens} of {stats.proposed_tokens}")
+    return f"guesses right: {', '.join(counts)}"
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm of the difference, as a share of the norm."""
+    return float((found - wanted).float().norm() / wanted.float().norm())
+
+
 CHECKS: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
     ("mixed", check_weights_are_the_same, {}),
     ("mixed", check_graph_equals_eager, {}),
@@ -307,6 +484,11 @@ CHECKS: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
     ("mixed", check_device_and_host_choose_alike, {}),
     ("mixed", check_masks_are_those_of_the_cpu, {}),
     ("mixed", check_deterministic, {}),
+    ("seeing", check_images, {}),
+    ("seeing", check_images, {"max_batch_tokens": 64}),
+    ("mixed", check_lookup, {}),
+    ("mixed", check_draft_model, {"head": "eagle-fp8"}),
+    ("bf16", check_draft_model, {"head": "eagle-bf16"}),
     ("mixed", check_weights_are_the_same, {"mode": "fast"}),
     ("mixed", check_graph_equals_eager, {"products": "fast"}),
     ("mixed", check_two_runs_are_identical, {"products": "fast"}),
@@ -332,7 +514,7 @@ def run_checks(folder: Path) -> int:
 
 def write_checkpoints(folder: Path) -> None:
     """The variants that `run` wants, in a geometry that the kernels take."""
-    from halfbyte.model.tiny import write_tiny_checkpoint
+    from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint, write_tiny_eagle
 
     sys.path.insert(0, str(Path(__file__).parent))
     from hopper import hopper_config, write_fp8, write_mixed
@@ -341,6 +523,10 @@ def write_checkpoints(folder: Path) -> None:
     write_tiny_checkpoint(folder / "bf16", config=hopper_config())
     write_fp8(folder / "fp8", hopper_config())
     write_mixed(folder / "mixed", folder / "fp8", folder)
+    seeing = replace(hopper_config(), vision=tiny_config(vision=True).vision)
+    write_tiny_checkpoint(folder / "seeing", config=seeing)
+    write_tiny_eagle(folder / "eagle-bf16", hopper_config())
+    write_tiny_eagle(folder / "eagle-fp8", hopper_config(), dialect="mistral-fp8")
 
 
 def real_prompts(model: Path, count: int = 200) -> list[list[int]]:
@@ -738,6 +924,84 @@ def start_big(directory: Path, num_layers: int) -> dict[str, Any]:
     return result
 
 
+def draft_speed(num_layers: int, guesses: int = 3) -> dict[str, Any]:
+    """What a draft model of two layers adds to a step, random weights: no guess is right."""
+    from halfbyte.bench.synthetic import (
+        make_tables,
+        medium_geometry,
+        mixed_formats,
+        random_weight,
+        random_weights,
+    )
+    from halfbyte.kernels.cuda.library import KernelLibrary
+    from halfbyte.model.cuda_decoder import CudaLinear
+
+    library = KernelLibrary(torch.device("cuda", 0))
+    geometry = medium_geometry(num_layers)
+    weights = random_weights(library, geometry, mixed_formats(num_layers))
+    # Two layers, all in FP8, over the target's embedding and head.
+    own = random_weights(library, replace(geometry, num_layers=2, vocab_size=64), ("fp8", "fp8"))
+    fuse = random_weight(library, make_tables(library.device), "fp8", 12288, 2 * 12288, 99)
+    draft = replace(
+        own,
+        config=replace(geometry, num_layers=2),
+        embedding_VD=weights.embedding_VD,
+        head=weights.head,
+        fuse=CudaLinear(fuse, 8.0 / 448.0),
+    )
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "layers": num_layers,
+        "guesses": guesses,
+        "draft_weight_bytes": draft.num_bytes,
+    }
+    plain = EngineConfig(
+        device="cuda",
+        max_model_len=8192,
+        max_sequences=64,
+        mode="fp8_declared",
+        max_decode_slowdown=None,
+    )
+    drafting = replace(
+        plain, speculative="draft", num_speculative_tokens=guesses, adaptive_speculation=False
+    )
+    for name, config, one in (("plain", plain, None), ("draft", drafting, draft)):
+        runner, resolved = build_runner(library, weights, config, None, one)
+        engine = Engine(runner, resolved)
+        rows: dict[str, Any] = {"kv_cache_tokens": resolved.kv_cache_tokens}
+        for batch in (1, 4, 16):
+            found = _decode_ms(engine, batch)
+            rows[f"decode_{batch}_ms"] = found["ahead" if one is None else "host"]
+        rows["prompt_2048_ms"] = _prompt_ms(engine, 2000)
+        if runner._draft is not None:
+            for size in (1, 4, 16, 64):
+                rows[f"draft_graph_{size}_ms"] = _time_ms(
+                    partial(runner._draft.executor.replay, size)
+                )
+            rows["verify_graph_4_ms"] = _time_ms(partial(runner.decoder.replay, 4))
+        result[name] = rows
+        print(json.dumps(rows), flush=True)
+        del engine, runner
+    return result
+
+
+def draft_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """The table of `draft_speed`."""
+    plain, draft = found["plain"], found["draft"]
+    rows = []
+    for batch in (1, 4, 16):
+        with_it, without = draft[f"decode_{batch}_ms"], plain[f"decode_{batch}_ms"]
+        rows.append(
+            {
+                "what": f"a step with {found['guesses']} guesses of an EAGLE head, batch {batch}",
+                "figure": f"{with_it:.1f} ms",
+                "against": f"plain {without:.1f} ms; it pays from "
+                f"{with_it / without:.2f} tokens a step",
+            }
+        )
+    return rows
+
+
 def _time_ms(function: Callable[[], Any], repeats: int = 10) -> float:
     function()
     torch.cuda.synchronize()
@@ -857,6 +1121,14 @@ def main() -> int:
             "What does batch-invariant decoding cost the serving engine?",
             speed(int(arguments[0])),
             deterministic_rows,
+            arguments[1:],
+        )
+    elif command == "draft":
+        report(
+            "draft_model",
+            "What do the guesses of an EAGLE head cost on a GPU?",
+            draft_speed(int(arguments[0])),
+            draft_rows,
             arguments[1:],
         )
     elif command == "fast":

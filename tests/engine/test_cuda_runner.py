@@ -18,7 +18,7 @@ from cuda_twin import TwinExecutor, twin_engine
 from engine_driver import GREEDY, Answer, drain, load, prompt_of, request, run, run_alone
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
-from halfbyte.engine.cuda_runner import CudaRunner, PageTable, Staging, check_limits, lay_out_rows
+from halfbyte.engine.cuda_runner import CudaRunner, check_limits
 from halfbyte.engine.graphs import (
     MAX_ROWS,
     graph_sizes,
@@ -33,6 +33,7 @@ from halfbyte.engine.request import (
     ImageInput,
     SamplingParams,
 )
+from halfbyte.engine.rows import PageTable, Staging, lay_out_rows
 from halfbyte.engine.scheduler import Work
 from halfbyte.engine.sequence import Sequence
 from halfbyte.errors import UsageError

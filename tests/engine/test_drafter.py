@@ -1,6 +1,6 @@
 """An EAGLE head beside the engine: its entries are the right ones, and no answer depends on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cuda_twin import TwinDraft, TwinExecutor, twin_engine
 from engine_driver import (
     GREEDY,
     Answer,
@@ -25,6 +26,7 @@ from engine_driver import (
 )
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.core import Engine
+from halfbyte.engine.cuda_runner import CudaRunner
 from halfbyte.engine.request import ImageInput, SamplingParams
 from halfbyte.engine.sequence import Sequence as EngineSequence
 from halfbyte.errors import CheckpointError, UnsupportedError
@@ -93,14 +95,36 @@ def knowing_tensors(target: Path) -> dict[str, Tensor]:
     return replaced
 
 
-def drafting(target: Path, head: Path, **options: Any) -> Engine:
-    # Chunks by the clock would differ from run to run.
-    steady = {"adaptive_speculation": False, "max_decode_slowdown": None}
-    options = {"num_speculative_tokens": 4, **steady} | options
-    return load(target, speculative=str(head), **options)
+# Chunks by the clock would differ from run to run.
+STEADY = {
+    "num_speculative_tokens": 4,
+    "adaptive_speculation": False,
+    "max_decode_slowdown": None,
+}
 
 
-def test_a_head_that_knows_the_model_is_always_right(tmp_path: Path, tiny: Path) -> None:
+def plain_drafting(target: Path, head: Path, **options: Any) -> Engine:
+    return load(target, speculative=str(head), **(STEADY | options))
+
+
+def twin_drafting(target: Path, head: Path, **options: Any) -> Engine:
+    """The CUDA runner, its device a twin in plain ops."""
+    return twin_engine(target, speculative=str(head), **(STEADY | options))
+
+
+Drafting = Callable[..., Engine]
+RUNNERS: dict[str, Drafting] = {"plain": plain_drafting, "cuda": twin_drafting}
+
+
+@pytest.fixture(params=RUNNERS)
+def drafting(request: pytest.FixtureRequest) -> Drafting:
+    """An engine with a draft model, on either runner: target, head, options."""
+    return RUNNERS[request.param]
+
+
+def test_a_head_that_knows_the_model_is_always_right(
+    tmp_path: Path, tiny: Path, drafting: Drafting
+) -> None:
     """Greedy and drawn: one step gives five tokens, by the right token at the right place."""
     silent = tmp_path / "silent"
     write_tiny_checkpoint(silent, layers=2)
@@ -128,9 +152,11 @@ def test_a_head_that_knows_the_model_is_always_right(tmp_path: Path, tiny: Path)
     ids=["batch", "bf16", "chunks", "blocks", "preempted"],
 )
 def test_every_answer_equals_the_plain_one(
-    forgetful: Path, knowing_head: Path, options: dict[str, Any]
+    forgetful: Path, knowing_head: Path, drafting: Drafting, options: dict[str, Any]
 ) -> None:
     """With a head that is right about half of the time, over everything a request may ask."""
+    if options.get("kv_cache") == "bf16" and drafting is twin_drafting:
+        pytest.skip("the CUDA runner's cache is FP8")
     kinds = (
         replace(GREEDY, max_tokens=24),
         SAMPLED,
@@ -198,7 +224,7 @@ def test_guesses_are_those_of_a_head_that_starts_from_scratch(
     """Chunks, found prefixes, accepted and fallen guesses leave the entries as they should be."""
     decoder = load_decoder(Checkpoint.open(tiny))
     head = load_eagle(Checkpoint.open_eagle(random_head), decoder.config)
-    engine = drafting(tiny, random_head, kv_cache="bf16", **options)
+    engine = plain_drafting(tiny, random_head, kv_cache="bf16", **options)
     watched = Watched(engine)
     turns = [SHARED, [*SHARED, *prompt_of(9, 1)], [*SHARED[:40], *prompt_of(9, 2)]]
     for turn in turns:
@@ -222,7 +248,7 @@ def test_a_prompt_in_slices_reaches_the_head(
 ) -> None:
     told: dict[float | None, dict[int, list[int]]] = {2.0: {}, None: {}}
     for slowdown, guesses in told.items():
-        engine = drafting(tiny, random_head, max_decode_slowdown=slowdown)
+        engine = plain_drafting(tiny, random_head, max_decode_slowdown=slowdown)
         drafter = engine._drafter
         assert drafter is not None
         guess = drafter.guess
@@ -249,7 +275,61 @@ def test_a_prompt_in_slices_reaches_the_head(
     assert told[2.0] == told[None] != {}
 
 
-def test_found_prefixes_are_as_long_as_without_a_head(tiny: Path, random_head: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_batch_tokens": 12, "max_sequences": 4}, {"block_tokens": 4}, {"max_sequences": 2}],
+    ids=["whole", "chunks", "blocks", "queue"],
+)
+def test_rows_of_a_graph_or_a_prefill_give_the_guesses_of_the_plain_runner(
+    tiny: Path, random_head: Path, options: dict[str, Any]
+) -> None:
+    """Steps of up to 128 rows and of more, in company that comes and goes."""
+    seen = []
+    engines = [make(tiny, random_head, **options) for make in RUNNERS.values()]
+    for engine in engines:
+        watched = Watched(engine)
+        for turn in (SHARED, [*SHARED, *prompt_of(9, 1)], [*SHARED[:8], *prompt_of(135, 2)]):
+            items = [
+                request(str(i), [*turn, *[7] * i], replace(GREEDY, max_tokens=9 + i))
+                for i in range(3)
+            ]
+            run(engine, items)
+        assert engine.stats().cached_tokens > 0
+        seen.append(watched.seen)
+    assert len(seen[0]) > 40 and seen[0] == seen[1]
+    runner = engines[1]._runner
+    assert isinstance(runner, CudaRunner) and runner.num_replays > 0
+    assert (runner.num_prefills > 0) == ("max_batch_tokens" not in options)
+    assert runner._draft is not None and isinstance(runner._draft.executor, TwinDraft)
+    assert len(runner._draft.executor.replayed) > 40
+    assert (runner._draft.executor.num_prefills > 0) == (runner.num_prefills > 0)
+
+
+def test_a_head_goes_with_deterministic_steps(forgetful: Path, knowing_head: Path) -> None:
+    """Guesses are more rows of the one graph, and a row does not depend on others."""
+    wanted = run_alone(twin_engine(forgetful, deterministic=True), SHARED)
+    engine = twin_drafting(forgetful, knowing_head, deterministic=True)
+    items = [request("me", SHARED), *(request(str(i), prompt_of(9 + i, i)) for i in range(9))]
+    assert_equal(run(engine, items)["me"], wanted)
+    assert engine.stats().accepted_tokens > 0
+    assert isinstance(engine._runner, CudaRunner)
+    assert isinstance(engine._runner.decoder, TwinExecutor)
+    assert set(engine._runner.decoder.replayed) == {64}
+
+
+def test_the_engine_runs_ahead_unless_there_is_a_head(tiny: Path, random_head: Path) -> None:
+    plain, engine = twin_engine(tiny), twin_drafting(tiny, random_head)
+    assert plain._ahead is plain._runner and plain._drafter is None
+    assert engine._ahead is None and engine._drafter is not None
+    assert "draft_model" not in plain.facts()
+    assert "draft_model" in engine.facts()
+    head = load_eagle(Checkpoint.open_eagle(random_head), TARGET.text)
+    assert engine.stats().weight_bytes == plain.stats().weight_bytes + head.num_weight_bytes
+
+
+def test_found_prefixes_are_as_long_as_without_a_head(
+    tiny: Path, random_head: Path, drafting: Drafting
+) -> None:
     engine = drafting(tiny, random_head)
     first, again = (run_alone(engine, SHARED) for _ in range(2))
     assert again.token_ids == first.token_ids
@@ -258,7 +338,9 @@ def test_found_prefixes_are_as_long_as_without_a_head(tiny: Path, random_head: P
 
 
 @pytest.mark.parametrize("steps", range(1, 7))
-def test_abort_in_any_state_leaks_no_block(forgetful: Path, knowing_head: Path, steps: int) -> None:
+def test_abort_in_any_state_leaks_no_block(
+    forgetful: Path, knowing_head: Path, drafting: Drafting, steps: int
+) -> None:
     engine = drafting(forgetful, knowing_head, max_sequences=2, max_batch_tokens=20, block_tokens=4)
     answers = {str(i): Answer([], []) for i in range(4)}
     for name in answers:
@@ -276,7 +358,7 @@ def test_abort_in_any_state_leaks_no_block(forgetful: Path, knowing_head: Path, 
     assert engine.stats().free_blocks == engine.stats().total_blocks
 
 
-def test_pictures_reach_the_head(tmp_path: Path) -> None:
+def test_pictures_reach_the_head(tmp_path: Path, drafting: Drafting) -> None:
     """The embedding of an entry is the picture's vector where the next token is a picture's."""
     target = tmp_path / "seeing"
     config = write_tiny_checkpoint(target, layers=2, vision=True)
@@ -293,7 +375,7 @@ def test_pictures_reach_the_head(tmp_path: Path) -> None:
         found = run_alone(engine, prompt, GREEDY, images=picture)
         assert_equal(found, run_alone(load(target), prompt, GREEDY, images=picture))
         assert engine._drafter is not None
-        guesses.append(engine._drafter.cache.layers[0][0].clone())
+        guesses.append(engine._drafter.model.cache.layers[0][0].clone())
         assert watched.seen
     # Entries 8 to 13 see the picture as the next token; entry 3 does not.
     first, second = (k.flatten(0, 1) for k in guesses)
@@ -301,7 +383,7 @@ def test_pictures_reach_the_head(tmp_path: Path) -> None:
     assert not torch.equal(first[8], second[8])
 
 
-def test_two_engines_do_not_share_a_head(tiny: Path, random_head: Path) -> None:
+def test_two_engines_do_not_share_a_head(tiny: Path, random_head: Path, drafting: Drafting) -> None:
     engines = [drafting(tiny, random_head) for _ in range(2)]
     answers = [{"a": Answer([], [])} for _ in engines]
     for engine, prompt in zip(engines, (SHARED, PROMPTS[4]), strict=True):
@@ -314,7 +396,7 @@ def test_two_engines_do_not_share_a_head(tiny: Path, random_head: Path) -> None:
         assert_equal(found["a"], run_alone(load(tiny), prompt))
 
 
-def test_figures_count_the_head(tiny: Path, random_head: Path) -> None:
+def test_figures_count_the_head(tiny: Path, random_head: Path, drafting: Drafting) -> None:
     plain, engine = load(tiny).stats(), drafting(tiny, random_head).stats()
     assert engine.weight_bytes > plain.weight_bytes
     # Two layers of bf16 beside two of FP8, for each position.
@@ -323,12 +405,14 @@ def test_figures_count_the_head(tiny: Path, random_head: Path) -> None:
 
 def test_a_head_over_several_processes_is_refused(tiny: Path, random_head: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"one process only; use --speculative ngram"):
-        drafting(tiny, random_head, tensor_parallel_size=2)
+        plain_drafting(tiny, random_head, tensor_parallel_size=2)
 
 
-def test_a_directory_without_a_head_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_a_directory_without_a_head_is_refused(
+    tiny: Path, tmp_path: Path, drafting: Drafting
+) -> None:
     with pytest.raises(CheckpointError, match="no params"):
-        load(tiny, speculative=str(tmp_path))
+        drafting(tiny, tmp_path)
     write_tiny_eagle(tmp_path / "other", tiny_config(layers=1))
     head = tmp_path / "other"
     assert drafting(tiny, head, num_speculative_tokens=None).config.num_speculative_tokens == 3
@@ -336,7 +420,9 @@ def test_a_directory_without_a_head_is_refused(tiny: Path, tmp_path: Path) -> No
     assert len(answers["a"].token_ids) == 2
 
 
-def test_entries_need_no_more_room_than_tokens(tiny: Path, random_head: Path) -> None:
+def test_entries_need_no_more_room_than_tokens(
+    tiny: Path, random_head: Path, drafting: Drafting
+) -> None:
     """At the end of the context nothing is guessed beyond it."""
     engine = drafting(tiny, random_head, max_model_len=64, kv_cache_tokens=64, block_tokens=4)
     found = run_alone(engine, SHARED, replace(GREEDY, max_tokens=None))

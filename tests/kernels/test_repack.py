@@ -220,3 +220,5 @@ def test_activations_are_chunk_major() -> None:
     assert tiled.shape == (16, 8, 16)
     assert torch.equal(tiled[5, 2].view(torch.float16), x[2, 40:48])
     assert not tiled[:, 3:].any()
+    assert torch.equal(repack.untile_activations(tiled, 8, 3, 128, torch.float16), x)
+    assert torch.equal(repack.untile_activations(tiled, 8, 2, 96, torch.float16), x[:2, :96])

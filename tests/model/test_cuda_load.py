@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from halfbyte.model.cuda_decoder import CudaLinear
 from halfbyte.model.cuda_load import (
     TensorReader,
     f16_divisor,
+    load_cuda_draft,
     load_cuda_weights,
     reason_against,
+    reason_against_draft,
 )
 from halfbyte.model.parallel import shard_of
-from halfbyte.model.tiny import write_tiny_checkpoint
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint, write_tiny_eagle
 from hopper import hopper_config, write_fp8, write_mixed, write_native
 
 CPU = torch.device("cpu")
@@ -154,6 +157,50 @@ def test_every_weight_survives_the_way_to_the_device(kind: str, variants: dict[s
         decoded(weights.head)[: text.vocab_size, : text.width],
         checkpoint.tensor("head.weight").double(),
     )
+
+
+@pytest.mark.parametrize("dialect", ["none", "mistral-fp8"])
+def test_a_draft_model_borrows_its_targets_ends(
+    dialect: Literal["none", "mistral-fp8"], variants: dict[str, Path], tmp_path: Path
+) -> None:
+    target = load_cuda_weights(Checkpoint.open(variants["mixed"]), CPU, num_threads=3)
+    write_tiny_eagle(tmp_path / "head", hopper_config(), dialect=dialect)
+    checkpoint = Checkpoint.open_eagle(tmp_path / "head")
+    assert reason_against_draft(checkpoint, 16) is None
+    draft = load_cuda_draft(checkpoint, target, num_threads=3)
+    assert draft.embedding_VD is target.embedding_VD and draft.head is target.head
+    assert draft.fuse is not None and len(draft.layers) == 2
+    groups: list[tuple[CudaLinear, list[str]]] = [(draft.fuse, ["eagle.fuse"])]
+    for index, layer in enumerate(draft.layers):
+        attention, mlp = f"decoder.{index}.attention", f"decoder.{index}.mlp"
+        groups += [
+            (layer.qkv, [f"{attention}.{short}" for short in ("q", "k", "v")]),
+            (layer.o, [f"{attention}.o"]),
+            (layer.gate_up, [f"{mlp}.gate", f"{mlp}.up"]),
+            (layer.down, [f"{mlp}.down"]),
+        ]
+    for linear, names in groups:
+        check_linear(checkpoint, linear, names)
+        assert linear.weight.format == ("bf16" if dialect == "none" else "fp8")
+        if dialect == "mistral-fp8":
+            scales = [checkpoint.scalar(f"{name}.input_scale") for name in names]
+            assert linear.input_scale == max(scales)
+    own = [linear.weight.num_bytes for linear, _ in groups]
+    norms = [
+        draft.norm_D,
+        *(n for la in draft.layers for n in (la.attention_norm_D, la.mlp_norm_D)),
+    ]
+    assert draft.num_bytes == sum(own) + sum(norm.nbytes for norm in norms)
+
+
+def test_a_draft_model_that_the_kernels_cannot_run_is_named(tmp_path: Path) -> None:
+    write_tiny_eagle(tmp_path / "head", tiny_config(layers=1))
+    reason = reason_against_draft(Checkpoint.open_eagle(tmp_path / "head"), 16)
+    assert reason is not None and reason.startswith("draft model head: heads of 32")
+    write_tiny_checkpoint(tmp_path / "other", config=hopper_config())
+    other = load_cuda_weights(Checkpoint.open(tmp_path / "other"), CPU, num_threads=3)
+    with pytest.raises(CheckpointError, match="does not fit the model's"):
+        load_cuda_draft(Checkpoint.open_eagle(tmp_path / "head"), other)
 
 
 def test_pieces_of_any_size_make_the_same_tensor(variants: dict[str, Path]) -> None:

@@ -16,6 +16,16 @@ from halfbyte.engine.cache import PagedAttend, PagedCache
 from halfbyte.engine.scheduler import Work
 
 
+class Places(NamedTuple):
+    """Where works lie: int64 slot of the cache of each row, and each work's row of the page table.
+
+    They hold until the next step is planned, also for sequences that have ended since.
+    """
+
+    slots_T: NDArray[np.int64]
+    table_rows_S: list[int]
+
+
 class BlockTable:
     """Block lists of the running sequences as rows of one array, extended as they grow."""
 
@@ -24,7 +34,26 @@ class BlockTable:
 
     def rows(self, works: SequenceOf[Work]) -> NDArray[np.int32]:
         """int32 (S, P): pages of each work's sequence, as wide as the longest of them."""
-        slots, width = [], 1
+        return self.pages(self._update(works), max(1, *(len(w.sequence.blocks) for w in works)))
+
+    def pages(self, slots: SequenceOf[int], width: int) -> NDArray[np.int32]:
+        """int32 (S, `width`): the first pages in rows of the table."""
+        pages_SP: NDArray[np.int32] = self._pages[list(slots), :width]
+        return pages_SP
+
+    def places(self, works: SequenceOf[Work], block_tokens: int) -> Places:
+        """Where the works' rows lie."""
+        table_rows = self._update(works)
+        slots = []
+        for row, work in zip(table_rows, works, strict=True):
+            positions = np.arange(work.start, work.start + work.num_rows)
+            pages = self._pages[row, positions // block_tokens].astype(np.int64)
+            slots.append(pages * block_tokens + positions % block_tokens)
+        return Places(np.concatenate(slots), table_rows)
+
+    def _update(self, works: SequenceOf[Work]) -> list[int]:
+        """Bring the rows of the works' sequences up to date: each one's row."""
+        slots = []
         for work in works:
             sequence = work.sequence
             slot, blocks = sequence.slot, sequence.blocks
@@ -33,9 +62,7 @@ class BlockTable:
                 self._pages[slot, sequence.num_tabled : len(blocks)] = blocks[sequence.num_tabled :]
                 sequence.num_tabled = len(blocks)
             slots.append(slot)
-            width = max(width, len(blocks))
-        pages_SP: NDArray[np.int32] = self._pages[slots, :width]
-        return pages_SP
+        return slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -179,6 +179,11 @@ def _validate(config: EngineConfig, text: TextConfig) -> None:
         )
 
 
+def draft_directory(config: EngineConfig) -> str | None:
+    """Where the draft model lies, if one is wanted."""
+    return None if config.speculative == NGRAM else config.speculative
+
+
 def _num_speculative_tokens(config: EngineConfig) -> int | None:
     """Guesses a step: texts repeat themselves for long, a draft model is sure of a few tokens."""
     if config.speculative is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from halfbyte.engine.blocks import BlockPool
 from halfbyte.engine.choose import can_hold, is_choosable
 from halfbyte.engine.config import EngineConfig as EngineConfig
-from halfbyte.engine.cuda_runner import CudaRunner, PendingTokens
+from halfbyte.engine.cuda_runner import CudaRunner
 from halfbyte.engine.drafter import Computed
 from halfbyte.engine.pacing import PrefillPacer, SlicePacer
 from halfbyte.engine.request import (
@@ -31,6 +31,7 @@ from halfbyte.engine.request import (
     TokenLogprobs,
     TokensEvent,
 )
+from halfbyte.engine.rows import PendingTokens
 from halfbyte.engine.runner import Runner, load_runner
 from halfbyte.engine.sampler import IMPOSSIBLE, Choice, LogitsHook, Sampler, logprobs_of
 from halfbyte.engine.scheduler import Scheduler, Work
@@ -105,7 +106,7 @@ class Engine:
         self._runner = runner
         self._pool = BlockPool(config.kv_cache_tokens // config.block_tokens, config.block_tokens)
         self._sampler = Sampler(text.vocab_size, text.eos_token_ids, config.device, logits_hook)
-        self._drafter = runner.drafter(self._sampler) if isinstance(runner, Runner) else None
+        self._drafter = runner.drafter(self._sampler)
         self._scheduler = Scheduler(
             self._pool,
             max_sequences=config.max_sequences,
@@ -260,13 +261,13 @@ class Engine:
             logits_RV = self._runner.run(works) if works else None
             events = self._conclude(all_works, _joined(logits_RV, done and done.logits_RV))
         else:
-            assert isinstance(self._runner, Runner)
             computed = self._runner.run_with_hidden(works) if works else None
             if done is not None:
+                assert isinstance(self._runner, Runner)
                 computed = Computed(
                     _joined(computed and computed.logits_RV, done.logits_RV),
                     _joined(computed and computed.hidden_TD, done.hidden_TD),
-                    self._runner.pages_of(all_works),
+                    self._runner.places_of(all_works),
                 )
             assert computed is not None
             events = self._conclude(all_works, computed.logits_RV)

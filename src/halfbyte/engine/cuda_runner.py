@@ -10,11 +10,11 @@ Shapes: T rows, R rows with logits, V vocabulary, P pages, S sequences.
 
 import gc
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,219 +23,54 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.engine.batch import ChunkPlace, RowStep
-from halfbyte.engine.cache import PagedCache
+from halfbyte.engine.batch import ChunkPlace, Places, RowStep
+from halfbyte.engine.cache import PagedCache, bytes_per_token
 from halfbyte.engine.choose import BanTable, ChoicePlan, choose_tokens, plan_choice
-from halfbyte.engine.config import EngineConfig, free_cache_bytes, resolve
+from halfbyte.engine.config import EngineConfig, draft_directory, free_cache_bytes, resolve
+from halfbyte.engine.cuda_drafter import CudaDraftModel
+from halfbyte.engine.drafter import Computed, Drafter
 from halfbyte.engine.graphs import (
     MAX_ROWS,
+    DraftExecutor,
     Executor,
     HopperExecutor,
     RowInputs,
     compile_kernels,
     graph_sizes,
-    look_up,
     make_inputs,
     size_for,
 )
-from halfbyte.engine.images import ImageEncoder, Placement
+from halfbyte.engine.images import ImageEncoder
+from halfbyte.engine.rows import (
+    PageTable,
+    PendingTokens,
+    Staging,
+    count_singles,
+    lay_out_rows,
+    place_images,
+    prefill_batch,
+)
+from halfbyte.engine.sampler import Sampler
 from halfbyte.engine.scheduler import Work
 from halfbyte.engine.workers import Workers, config_of
 from halfbyte.errors import UsageError
 from halfbyte.kernels.cuda.library import KernelLibrary
 from halfbyte.log import logger
-from halfbyte.model.cuda_decoder import (
-    Chunk,
-    CudaWeights,
-    KvCache,
-    PrefillBatch,
-    SharedBuffers,
-    Singles,
-    make_cache,
-)
-from halfbyte.model.cuda_load import load_cuda_weights
+from halfbyte.model.cuda_decoder import CudaWeights, KvCache, SharedBuffers, make_cache
+from halfbyte.model.cuda_load import load_cuda_draft, load_cuda_weights
 from halfbyte.model.load import load_vision
 from halfbyte.model.parallel import Communicator, Solo, shard_of
 from halfbyte.model.vision import VisionModel
 
-# Steps whose staging memory may be in use at once: one runs, one waits, and one to spare.
-_IN_FLIGHT = 3
 # Kept free beside the cache: what captured graphs hold for themselves, and the libraries.
 _RESERVED_BYTES = 512 * 2**20
 
 
-class Staging:
-    """Host memory that the device reads or writes while the host goes on.
+class Draft(NamedTuple):
+    """A draft model's executor over the runner's inputs, and its cache, of the target's pages."""
 
-    A ring of pinned buffers (plain memory without a GPU); one is used again only when the copy
-    that last used it is done.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._is_cuda = device.type == "cuda"
-        self._ring: deque[tuple[Tensor, Any]] = deque()
-
-    def _take(self, num_values: int) -> Tensor:
-        buffer = None
-        if len(self._ring) > _IN_FLIGHT * 4:
-            buffer, event = self._ring.popleft()
-            if event is not None:
-                event.synchronize()
-        if buffer is None or buffer.numel() < num_values:
-            count = max(1024, 1 << (num_values - 1).bit_length())
-            buffer = torch.empty(count, dtype=torch.int64, pin_memory=self._is_cuda)
-        return buffer
-
-    def _mark(self, buffer: Tensor) -> Any:
-        event = None
-        if self._is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._ring.append((buffer, event))
-        return event
-
-    def send(self, *arrays: NDArray[Any]) -> list[Tensor]:
-        """Copies of 8-byte arrays on the device, in one transfer."""
-        total = sum(array.size for array in arrays)
-        buffer = self._take(max(total, 1))
-        host = buffer.numpy()
-        start = 0
-        for array in arrays:
-            assert array.dtype.itemsize == 8, array.dtype
-            host[start : start + array.size] = array.reshape(-1).view(np.int64)
-            start += array.size
-        device = torch.empty(total, dtype=torch.int64, device=self._device)
-        device.copy_(buffer[:total], non_blocking=True)
-        self._mark(buffer)
-        sent, start = [], 0
-        for array in arrays:
-            part = device[start : start + array.size]
-            if array.dtype == np.float64:
-                part = part.view(torch.float64)
-            sent.append(part.view(array.shape))
-            start += array.size
-        return sent
-
-    def fetch(self, tokens_R: Tensor) -> "PendingTokens":
-        """Start to copy tokens to the host."""
-        count = tokens_R.numel()
-        buffer = torch.empty(0, dtype=torch.int64) if count == 0 else self._take(count)
-        buffer[:count].copy_(tokens_R, non_blocking=True)
-        return PendingTokens(buffer[:count], self._mark(buffer) if count else None)
-
-
-class PendingTokens(NamedTuple):
-    """Tokens on their way to the host; read them before `_IN_FLIGHT` further steps are launched."""
-
-    buffer: Tensor
-    event: Any
-    workers: Workers | None = None
-
-    def wait(self) -> list[int]:
-        """The tokens, once they have arrived. WorkerError if a rank they depend on is lost."""
-        with nullcontext() if self.workers is None else self.workers.awaiting():
-            if self.event is not None:
-                self.event.synchronize()
-        token_ids: list[int] = self.buffer.tolist()
-        return token_ids
-
-
-class PageTable:
-    """Pages of the running sequences on the device, row by row, written as they grow."""
-
-    def __init__(self, table: Tensor, staging: Staging) -> None:
-        """`table` int32, one row for each slot and a last one for a sequence without."""
-        self._table = table
-        self._staging = staging
-
-    @property
-    def spare_row(self) -> int:
-        """The row of a sequence that has no slot."""
-        return self._table.shape[0] - 1
-
-    def update(self, works: SequenceOf[Work]) -> list[int]:
-        """Bring the rows of the works' sequences up to date: each one's row."""
-        rows, places_X, pages_X = self.changes(works)
-        self.apply(places_X, pages_X)
-        return rows
-
-    def changes(
-        self, works: SequenceOf[Work]
-    ) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
-        """Each work's row, and which pages to write where in the flat table; counted as written."""
-        width = self._table.shape[1]
-        places: list[int] = []
-        pages: list[int] = []
-        rows = []
-        for work in works:
-            sequence = work.sequence
-            row = self.spare_row if sequence.slot is None else sequence.slot
-            known = 0 if sequence.slot is None else sequence.num_tabled
-            blocks = sequence.blocks
-            places += range(row * width + known, row * width + len(blocks))
-            pages += blocks[known:]
-            if sequence.slot is not None:
-                sequence.num_tabled = len(blocks)
-            rows.append(row)
-        return rows, np.array(places, dtype=np.int64), np.array(pages, dtype=np.int64)
-
-    def apply(self, places_X: NDArray[np.int64], pages_X: NDArray[np.int64]) -> None:
-        """Write what `changes` found, on this rank's device."""
-        if places_X.size:
-            sent = self._staging.send(places_X, pages_X)
-            self._table.view(-1).index_copy_(0, sent[0], sent[1].int())
-
-
-class Layout(NamedTuple):
-    """A step's rows: one int64 array as `RowInputs.packed_5T`, and which rows have logits."""
-
-    packed_5T: NDArray[np.int64]
-    logit_rows: list[int]
-
-
-def lay_out_rows(
-    works: SequenceOf[Work], table_rows: SequenceOf[int], block_tokens: int, num_rows: int
-) -> Layout:
-    """Works as rows, padded to `num_rows` with rows that store nothing and read one slot.
-
-    Logits: of the last known token of each sequence that the step reaches and of the proposals
-    behind it, and of every token of a sequence that wants prompt log-probs.
-
-    Example, blocks of 4, 4 rows: A prefills tokens [5 6] at 0 in page 7, table row 0; B, table row
-    1, decodes at position 5 in page 3 a token that the step before chose at its row 2:
-      ids [5 6 0 0], sources [-1 -1 2 -1], positions [0 1 5 0], slots [28 29 13 -1],
-      tables [0 0 1 0], logit rows [1 2].
-    """
-    packed_5T = np.zeros((5, num_rows), dtype=np.int64)
-    packed_5T[1] = packed_5T[3] = -1
-    logit_rows: list[int] = []
-    row = 0
-    for work, table_row in zip(works, table_rows, strict=True):
-        sequence, stop = work.sequence, work.start + work.count
-        last = work.start + work.num_rows
-        part = packed_5T[:, row : row + work.num_rows]
-        part[0, : work.count] = sequence.token_ids[work.start : stop]
-        part[0, work.count :] = work.proposals
-        if sequence.num_pending:
-            # Only the last token can be unknown, and only the work that reaches it has it.
-            assert work.is_last and sequence.num_pending == 1 and not work.proposals
-            part[0, -1] = 0
-            part[1, -1] = sequence.pending_row
-        positions = np.arange(work.start, last)
-        first_block = work.start // block_tokens
-        blocks = np.array(sequence.blocks[first_block : -(-last // block_tokens)], dtype=np.int64)
-        part[2] = positions
-        part[3] = blocks[positions // block_tokens - first_block] * block_tokens
-        part[3] += positions % block_tokens
-        part[4] = table_row
-        if sequence.wants_prompt_logprobs:
-            logit_rows += range(row, row + work.count)
-        elif work.is_last:
-            logit_rows.append(row + work.count - 1)
-        logit_rows += range(row + work.count, row + work.num_rows)
-        row += work.num_rows
-    return Layout(packed_5T, logit_rows)
+    executor: DraftExecutor
+    cache: PagedCache
 
 
 class CudaRunner:
@@ -248,10 +83,14 @@ class CudaRunner:
         config: EngineConfig,
         vision: VisionModel | None = None,
         workers: Workers | None = None,
+        draft: Draft | None = None,
     ) -> None:
-        """`config` is resolved; without `vision` requests have no images."""
+        """`config` is resolved; without `vision` requests have no images, without `draft` there is
+        no draft model.
+        """
         assert config.kv_cache_tokens is not None and config.max_model_len is not None
         self._workers = workers
+        self._draft = draft
         self.decoder = executor
         self.cache = cache
         self.device = executor.inputs.packed_5T.device
@@ -266,7 +105,8 @@ class CudaRunner:
 
     def facts(self) -> dict[str, object]:
         """What runs the model and what it holds, for people."""
-        return {**self.decoder.facts(), **self._facts}
+        draft = {} if self._draft is None else {"draft_model": self._draft.executor.facts()}
+        return {**self.decoder.facts(), **draft, **self._facts}
 
     def add_facts(self, facts: Mapping[str, object]) -> None:
         """What the loader knows."""
@@ -274,8 +114,9 @@ class CudaRunner:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights of all ranks."""
+        """Of the weights of all ranks, a draft model's included."""
         others = 0 if self._workers is None else self._workers.weight_bytes
+        others += 0 if self._draft is None else self._draft.executor.num_weight_bytes
         return self.decoder.num_weight_bytes + others
 
     @property
@@ -311,6 +152,27 @@ class CudaRunner:
         with self._all_ranks(step):
             logits_RV, is_own = self._compute(step, vectors_ID)
         return logits_RV if is_own else logits_RV.clone()
+
+    @torch.inference_mode()
+    def run_with_hidden(self, works: SequenceOf[Work]) -> Computed:
+        """As `run`, with the hidden states that a draft model reads. One process only."""
+        assert self._workers is None
+        self._enter()
+        step, vectors_ID = self._plan(works, 0)
+        logits_RV, hidden_TD = self._compute_with_hidden(step, vectors_ID)
+        num_rows = sum(work.num_rows for work in works)
+        _, _, _, slots_T, tables_T = step.packed_5T[:, :num_rows]
+        firsts = np.cumsum([0, *(work.num_rows for work in works[:-1])])
+        places = Places(slots_T, tables_T[firsts].tolist())
+        return Computed(logits_RV, hidden_TD[:num_rows], places)
+
+    def drafter(self, sampler: Sampler) -> Drafter | None:
+        """The draft model over this runner's pages, if there is one; guesses by `sampler`."""
+        if self._draft is None:
+            return None
+        executor, cache = self._draft
+        model = CudaDraftModel(executor, cache, self._table, self._staging, self.images)
+        return Drafter(model, sampler)
 
     def run_alone(self, work: Work) -> Tensor:
         """As `run`, for a sequence that has blocks but no slot: it is not scheduled."""
@@ -382,8 +244,9 @@ class CudaRunner:
             if size is None:
                 image_rows_I, vectors_ID = placement.rows_I.cpu().numpy(), placement.vectors_ID
             else:
-                self._place_images(placement, layout.packed_5T)
-        num_singles = _num_singles(works) if size is None else 0
+                vocab_size = self.decoder.config.vocab_size
+                place_images(placement, layout.packed_5T, self.decoder.spare_VD, vocab_size)
+        num_singles = count_singles(works) if size is None else 0
         step = RowStep(
             places_X,
             pages_X,
@@ -397,16 +260,6 @@ class CudaRunner:
             num_chosen,
         )
         return step, vectors_ID
-
-    def _place_images(self, placement: Placement, packed_5T: NDArray[np.int64]) -> None:
-        """Vectors of images become rows behind the vocabulary's embeddings, and their numbers
-        the rows' token ids.
-        """
-        assert placement.vectors_ID is not None
-        rows = placement.rows_I.tolist()
-        self.decoder.spare_VD[: len(rows)].copy_(placement.vectors_ID)
-        vocab_size = self.decoder.config.vocab_size
-        packed_5T[0, rows] = np.arange(vocab_size, vocab_size + len(rows))
 
     def _chunks(
         self, works: SequenceOf[Work], table_rows: SequenceOf[int], num_singles: int
@@ -423,57 +276,63 @@ class CudaRunner:
         """Logits of the wanted rows, and whether they are no one else's memory."""
         self._table.apply(step.places_X, step.pages_X)
         if step.size is None:
-            return self._prefill(step, vectors_ID), True
-        (packed_5T,) = self._staging.send(step.packed_5T)
-        self.decoder.inputs.packed_5T[:, : step.size].copy_(packed_5T)
+            residual_TD = self._prefill(step, vectors_ID)
+            if not step.logit_rows_R.size:
+                return torch.empty(0, self.decoder.config.vocab_size, device=self.device), True
+            residual_RD = residual_TD.index_select(0, self._sent(step.logit_rows_R))
+            return self.decoder.logits(self.decoder.normed(residual_RD)), True
+        return self._logits_of(step, self._replay(step, step.size))
+
+    def _compute_with_hidden(
+        self, step: RowStep, vectors_ID: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of the wanted rows, the caller's to change, and hidden states of all rows."""
+        self._table.apply(step.places_X, step.pages_X)
+        if step.size is not None:
+            logits_RV, is_own = self._logits_of(step, self._replay(step, step.size))
+            hidden_TD = self.decoder.hidden(step.size)
+            return logits_RV if is_own else logits_RV.clone(), hidden_TD
+        hidden_TD = self.decoder.normed(self._prefill(step, vectors_ID))
+        if not step.logit_rows_R.size:
+            return torch.empty(0, self.decoder.config.vocab_size, device=self.device), hidden_TD
+        hidden_RD = hidden_TD.index_select(0, self._sent(step.logit_rows_R))
+        return self.decoder.logits(hidden_RD), hidden_TD
+
+    def _sent(self, array: NDArray[np.int64]) -> Tensor:
+        (sent,) = self._staging.send(array)
+        return sent
+
+    def _replay(self, step: RowStep, size: int) -> Tensor:
+        """Logits of all rows of a graph, overwritten by the next step."""
+        self.decoder.inputs.packed_5T[:, :size].copy_(self._sent(step.packed_5T))
         self._num_replays += 1
-        logits_TV = self.decoder.replay(step.size)
+        return self.decoder.replay(size)
+
+    def _logits_of(self, step: RowStep, logits_TV: Tensor) -> tuple[Tensor, bool]:
+        """The wanted rows of a graph's, and whether they are no one else's memory."""
         if self.decoder.communicator.rank > 0:
             return logits_TV, True
         rows = step.logit_rows_R
         if np.array_equal(rows, np.arange(len(rows))):
             return logits_TV[: len(rows)], False
-        (rows_R,) = self._staging.send(rows)
-        return logits_TV.index_select(0, rows_R), True
+        return logits_TV.index_select(0, self._sent(rows)), True
 
     def _prefill(self, step: RowStep, vectors_ID: Tensor | None) -> Tensor:
+        """The residual stream after the last layer, (T, D)."""
         self._num_prefills += 1
-        (packed_5T, logit_rows_R) = self._staging.send(step.packed_5T, step.logit_rows_R)
-        token_ids_T, sources_T, positions_T, slots_T, tables_T = packed_5T
-        inputs: RowInputs = self.decoder.inputs
-        singles = None
-        if step.num_singles:
-            table = inputs.table[:, : step.table_width]
-            table = table.index_select(0, tables_T[: step.num_singles])
-            singles = Singles(table, (positions_T[: step.num_singles] + 1).int())
-        chunks = []
-        for chunk in step.chunks:
-            pages_P = inputs.table[chunk.table_row, : chunk.num_pages].long()
-            chunks.append(Chunk(chunk.first_row, chunk.num_rows, chunk.start, pages_P))
         image_rows_I = None
         if step.image_rows_I is not None:
             image_rows_I = torch.from_numpy(step.image_rows_I).to(self.device)
-        batch = PrefillBatch(
-            look_up(token_ids_T, sources_T, inputs.last_tokens),
-            positions_T,
-            slots_T,
-            tuple(chunks),
-            singles,
+        batch = prefill_batch(
+            self.decoder.inputs,
+            self._sent(step.packed_5T),
+            step.num_singles,
+            step.table_width,
+            step.chunks,
             image_rows_I,
             vectors_ID,
         )
-        residual_TD = self.decoder.prefill(batch)
-        if not step.logit_rows_R.size:
-            return torch.empty(0, self.decoder.config.vocab_size, device=self.device)
-        return self.decoder.head(residual_TD.index_select(0, logit_rows_R))
-
-
-def _num_singles(works: SequenceOf[Work]) -> int:
-    """Leading works of a single token each."""
-    for index, work in enumerate(works):
-        if work.num_rows > 1:
-            return index
-    return len(works)
+        return self.decoder.prefill(batch)
 
 
 def paged_kv(cache: PagedCache) -> KvCache:
@@ -518,6 +377,7 @@ def load_cuda_runner(
     library, weights = load_rank(checkpoint, local, communicator)
     with torch.inference_mode():
         vision = load_vision(checkpoint, device=library.device)
+        draft = _load_draft(config, weights)
     torch.cuda.synchronize()
     weights_s = time.perf_counter() - start
 
@@ -533,7 +393,14 @@ def load_cuda_runner(
     if workers is not None:
         workers.connect()
     runner, resolved = build_runner(
-        library, weights, local, vision, communicator=communicator, settle=settle, workers=workers
+        library,
+        weights,
+        local,
+        vision,
+        draft,
+        communicator=communicator,
+        settle=settle,
+        workers=workers,
     )
     facts = {
         "load_weights_s": round(weights_s, 2),
@@ -549,6 +416,20 @@ def load_cuda_runner(
         time.perf_counter() - start,
     )
     return runner, resolved
+
+
+def _load_draft(config: EngineConfig, target: CudaWeights) -> CudaWeights | None:
+    directory = draft_directory(config)
+    if directory is None:
+        return None
+    draft = load_cuda_draft(Checkpoint.open_eagle(directory), target)
+    logger.info(
+        "%s: draft model of %d layers, %.1f MB of weights",
+        Path(directory).name,
+        draft.config.num_layers,
+        draft.num_bytes / 1e6,
+    )
+    return draft
 
 
 def load_rank(
@@ -589,6 +470,7 @@ def build_runner(
     weights: CudaWeights,
     config: EngineConfig,
     vision: VisionModel | None = None,
+    draft: CudaWeights | None = None,
     *,
     communicator: Communicator | None = None,
     settle: Callable[[int], EngineConfig] | None = None,
@@ -597,6 +479,7 @@ def build_runner(
     """A runner over weights that lie on the device: sizes the cache by what is left beside the
     memory that steps need, which is taken first.
 
+    draft         a draft model's weights, where this is the only rank
     communicator  connected; every rank builds at the same time, as steps are tried and captured
     settle        free bytes -> the resolved configuration; by this rank alone if None
     """
@@ -605,13 +488,14 @@ def build_runner(
     longest = config.max_model_len or text.max_positions
     max_pages = -(-longest // config.block_tokens)
     _free_what_is_gone()
-    compile_kernels(weights, config.block_tokens, sizes)
+    for each in (weights,) if draft is None else (weights, draft):
+        compile_kernels(each, config.block_tokens, sizes)
     shared = SharedBuffers()
 
-    def executor(cache: KvCache, inputs: RowInputs) -> HopperExecutor:
+    def executor(model: CudaWeights, cache: KvCache, inputs: RowInputs) -> HopperExecutor:
         return HopperExecutor(
             library,
-            weights,
+            model,
             cache,
             inputs,
             sizes=sizes,
@@ -624,25 +508,46 @@ def build_runner(
         return make_inputs(config.max_sequences + 1, num_pages, config.max_sequences, device)
 
     # Everything that steps share, against a cache of one page; what it leaves is the cache's.
-    trial = executor(make_cache(text, 1, config.block_tokens, device), inputs(1))
-    trial.allocate()
-    if config.max_batch_tokens > sizes[-1]:
-        trial.warm_up(config.max_batch_tokens)
-    del trial
+    def try_steps(model: CudaWeights) -> None:
+        trial_cache = make_cache(model.config, 1, config.block_tokens, device)
+        trial = executor(model, trial_cache, inputs(1))
+        trial.allocate()
+        if config.max_batch_tokens > sizes[-1]:
+            trial.warm_up(config.max_batch_tokens, gives_hidden=draft is not None)
+
+    try_steps(weights)
+    if draft is not None:
+        try_steps(draft)
     tables = (sum(sizes) * 2 + config.max_sequences + 1) * max_pages * 4
+    tables *= 1 if draft is None else 2
     reserved = _RESERVED_BYTES + tables
     free_bytes = max(0, free_cache_bytes(config) - reserved)
-    resolved = resolve(config, text, "fp8", free_bytes) if settle is None else settle(free_bytes)
+    draft_bytes = 0 if draft is None else bytes_per_token(draft.config, "fp8")
+    if settle is None or draft is not None:
+        resolved = resolve(config, text, "fp8", free_bytes, draft_token_bytes=draft_bytes)
+    else:
+        resolved = settle(free_bytes)
     assert resolved.kv_cache_tokens is not None and resolved.max_model_len is not None
-    cache = PagedCache(
-        text,
-        format="fp8",
-        num_pages=resolved.kv_cache_tokens // config.block_tokens,
-        block_tokens=config.block_tokens,
-        kv_scales=[(layer.k_scale, layer.v_scale) for layer in weights.layers],
-        device=device,
-    )
+    num_pages = resolved.kv_cache_tokens // config.block_tokens
+
+    def make_paged(model: CudaWeights) -> PagedCache:
+        return PagedCache(
+            model.config,
+            format="fp8",
+            num_pages=num_pages,
+            block_tokens=config.block_tokens,
+            kv_scales=[(layer.k_scale, layer.v_scale) for layer in model.layers],
+            device=device,
+        )
+
+    cache = make_paged(weights)
     pages = -(-resolved.max_model_len // config.block_tokens)
-    final = executor(paged_kv(cache), inputs(pages))
+    final = executor(weights, paged_kv(cache), inputs(pages))
     final.capture()
-    return CudaRunner(final, cache, resolved, vision, workers), resolved
+    made = None
+    if draft is not None:
+        draft_cache = make_paged(draft)
+        beside = executor(draft, paged_kv(draft_cache), final.inputs)
+        beside.capture()
+        made = Draft(beside, draft_cache)
+    return CudaRunner(final, cache, resolved, vision, workers, made), resolved

@@ -18,15 +18,13 @@ Shapes: T entries, S sequences, D model width, V vocabulary.
 """
 
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from halfbyte.engine.batch import BlockTable, attend_over
-from halfbyte.engine.cache import PagedAttend, PagedCache
+from halfbyte.engine.batch import BlockTable, Places, attend_over
+from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.images import ImageEncoder
 from halfbyte.engine.sampler import Sampler
 from halfbyte.engine.scheduler import Work
@@ -40,22 +38,64 @@ class Computed(NamedTuple):
 
     logits_RV  as `Runner.run`
     hidden_TD  of every row of the step, behind the final norm
-    pages_SP   int32, pages of each work's sequence as they were in the step
+    places     of the step's works
     """
 
     logits_RV: Tensor
     hidden_TD: Tensor
-    pages_SP: NDArray[np.int32]
+    places: Places
 
 
-class Drafter:
-    """Guesses by an EAGLE head. Its figures are guesses, too: no answer depends on them."""
+class Entries(NamedTuple):
+    """Entries to compute, a span of each of some sequences.
+
+    works      what their embeddings are of: the span's positions, each one further
+    token_ids  the tokens there, (T,)
+    """
+
+    works: SequenceOf[Work]
+    token_ids: list[int]
+    places: Places
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Positions [start, stop) of each sequence's entries."""
+        return [(work.start - 1, work.start - 1 + work.count) for work in self.works]
+
+
+class Guessed(NamedTuple):
+    """What some entries give: hidden states to go on from, and their logits if they came along."""
+
+    hidden_SD: Tensor
+    logits_SV: Tensor | None
+
+
+class DraftModel(Protocol):
+    """A draft model's layers over a cache of its own, in the target's pages."""
+
+    @property
+    def cache(self) -> PagedCache: ...
+
+    def places_of(self, works: SequenceOf[Work]) -> Places:
+        """As they are now."""
+
+    def advance(self, entries: Entries, hidden_TD: Tensor, wanted_rows: SequenceOf[int]) -> Guessed:
+        """Compute entries and remember their K and V; what the wanted rows give.
+
+        hidden_TD  the target's at the entries, or what this gave for it
+        """
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """The target's head: f32 (S, V), the caller's to change."""
+
+
+class PlainDraftModel:
+    """An `EagleHead` in plain ops, beside the target in plain ops."""
 
     def __init__(
         self,
         head: EagleHead,
         decoder: Decoder,
-        sampler: Sampler,
         table: BlockTable,
         *,
         num_pages: int,
@@ -66,7 +106,6 @@ class Drafter:
         """`table` is the runner's, `decoder` the target, whose embedding and head are used."""
         self._head = head
         self._decoder = decoder
-        self._sampler = sampler
         self._table = table
         self._device = device
         self._images = images
@@ -79,8 +118,39 @@ class Drafter:
             kv_scales=(),
             device=device,
         )
+
+    def places_of(self, works: SequenceOf[Work]) -> Places:
+        return self._table.places(works, self.cache.block_tokens)
+
+    def advance(self, entries: Entries, hidden_TD: Tensor, wanted_rows: SequenceOf[int]) -> Guessed:
+        spans = entries.spans
+        num_pages = -(-max(stop for _, stop in spans) // self.cache.block_tokens)
+        pages_SP = self._table.pages(entries.places.table_rows_S, num_pages)
+        positions_T, attend = attend_over(spans, pages_SP, self.cache, self._device)
+        placement = None if self._images is None else self._images.place(entries.works)
+        step = Step(
+            torch.tensor(entries.token_ids, dtype=torch.int64, device=self._device),
+            positions_T,
+            attend,
+            None,
+            None if placement is None else placement.rows_I,
+            None if placement is None else placement.vectors_ID,
+        )
+        guessed_TD: Tensor = self._head(self._decoder.embed(step), hidden_TD, positions_T, attend)
+        return Guessed(guessed_TD[list(wanted_rows)], None)
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        return self._decoder.logits(hidden_SD)
+
+
+class Drafter:
+    """Guesses by a draft model. Its figures are guesses, too: no answer depends on them."""
+
+    def __init__(self, model: DraftModel, sampler: Sampler) -> None:
+        self.model = model
+        self._sampler = sampler
         # What the last entry of each generating sequence gave, and in which row it stands.
-        self._hidden_SD: Tensor | None = None
+        self._last: Guessed | None = None
         self._row_of: dict[int, int] = {}
 
     def follow(self, works: SequenceOf[Work], computed: Computed) -> None:
@@ -88,34 +158,32 @@ class Drafter:
 
         Call when the step is concluded, for all of its works; the sequences may have ended.
         """
-        spans: list[tuple[int, int]] = []
         shifted: list[Work] = []
+        token_ids: list[int] = []
         rows: list[int] = []
-        kept: list[int] = []
+        table_rows: list[int] = []
         last_rows: list[int] = []
         first_row = 0
         self._row_of.clear()
-        for index, work in enumerate(works):
-            sequence = work.sequence
-            count = min(sequence.num_computed, len(sequence.token_ids) - 1) - work.start
+        for work, table_row in zip(works, computed.places.table_rows_S, strict=True):
+            sequence, start = work.sequence, work.start
+            count = min(sequence.num_computed, len(sequence.token_ids) - 1) - start
             if count > 0:
-                kept.append(index)
-                spans.append((work.start, work.start + count))
-                shifted.append(Work(sequence, work.start + 1, count))
+                table_rows.append(table_row)
+                shifted.append(Work(sequence, start + 1, count))
+                token_ids += sequence.token_ids[start + 1 : start + 1 + count]
                 rows += range(first_row, first_row + count)
                 if sequence.slot is not None and sequence.is_decoding:
                     self._row_of[sequence.arrival] = len(last_rows)
                     last_rows.append(len(rows) - 1)
             first_row += work.num_rows
-        if not spans:
+        if not shifted:
             return
         hidden_TD = computed.hidden_TD
         if len(rows) < len(hidden_TD):
             hidden_TD = hidden_TD[rows]
-        pages_SP = computed.pages_SP[kept]
-        positions_T, attend = attend_over(spans, pages_SP, self.cache, self._device)
-        guessed_TD = self._head(self._embed(shifted, attend), hidden_TD, positions_T, attend)
-        self._hidden_SD = guessed_TD[last_rows]
+        places = Places(computed.places.slots_T[rows], table_rows)
+        self._last = self.model.advance(Entries(shifted, token_ids, places), hidden_TD, last_rows)
 
     def confidence(self, sequence: Sequence) -> int | None:
         """One class; no guess for a sequence that was not in the last step."""
@@ -123,14 +191,17 @@ class Drafter:
 
     def guess(self, wanted: SequenceOf[tuple[Sequence, int]]) -> list[list[int]]:
         """Token after token for all sequences together, each as far as it wants."""
-        assert self._hidden_SD is not None
+        assert self._last is not None
         guesses: list[list[int]] = [[] for _ in wanted]
         active = list(range(len(wanted)))
-        hidden_SD = self._hidden_SD[[self._row_of[sequence.arrival] for sequence, _ in wanted]]
+        rows = [self._row_of[sequence.arrival] for sequence, _ in wanted]
+        last = _select(self._last, rows)
         num_ahead = 0
         while True:
             sequences = [wanted[i][0] for i in active]
-            logits_SV = self._decoder.logits(hidden_SD)
+            logits_SV = last.logits_SV
+            if logits_SV is None:
+                logits_SV = self.model.logits(last.hidden_SD)
             chosen = self._sampler.guess(logits_SV, sequences, num_ahead)
             for index, token_id in zip(active, chosen, strict=True):
                 guesses[index].append(token_id)
@@ -139,10 +210,10 @@ class Drafter:
             if not places:
                 return guesses
             active = [active[place] for place in places]
-            hidden_SD = self._extend(
+            last = self._extend(
                 [wanted[i][0] for i in active],
                 [guesses[i][-1] for i in active],
-                hidden_SD[places],
+                last.hidden_SD[places],
                 num_ahead,
             )
 
@@ -152,47 +223,25 @@ class Drafter:
     @property
     def num_bytes(self) -> int:
         """Of the cache."""
-        return self.cache.num_bytes
+        return self.model.cache.num_bytes
 
     def _extend(
         self,
         sequences: SequenceOf[Sequence],
-        token_ids: SequenceOf[int],
+        token_ids: list[int],
         hidden_SD: Tensor,
         num_ahead: int,
-    ) -> Tensor:
+    ) -> Guessed:
         """One more entry each, behind the known tokens: what it gives, (S, D)."""
         starts = [len(sequence.token_ids) - 2 + num_ahead for sequence in sequences]
-        works = [
-            Work(sequence, start, 1) for sequence, start in zip(sequences, starts, strict=True)
-        ]
-        positions_S, attend = attend_over(
-            [(start, start + 1) for start in starts],
-            self._table.rows(works),
-            self.cache,
-            self._device,
-        )
-        ids_S = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        embedded_SD = self._decoder.embed(Step(ids_S, positions_S, attend))
-        guessed_SD: Tensor = self._head(embedded_SD, hidden_SD, positions_S, attend)
-        return guessed_SD
+        pairs = list(zip(sequences, starts, strict=True))
+        places = self.model.places_of([Work(sequence, start, 1) for sequence, start in pairs])
+        shifted = [Work(sequence, start + 1, 1) for sequence, start in pairs]
+        entries = Entries(shifted, token_ids, places)
+        return self.model.advance(entries, hidden_SD, range(len(sequences)))
 
-    def _embed(self, works: SequenceOf[Work], attend: PagedAttend) -> Tensor:
-        """Embeddings of the works' tokens, images in their places."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        for work in works:
-            stop = work.start + work.count
-            token_ids += work.sequence.token_ids[work.start : stop]
-            positions += range(work.start, stop)
-        placement = None if self._images is None else self._images.place(works)
-        return self._decoder.embed(
-            Step(
-                torch.tensor(token_ids, dtype=torch.int64, device=self._device),
-                torch.tensor(positions, dtype=torch.int64, device=self._device),
-                attend,
-                None,
-                None if placement is None else placement.rows_I,
-                None if placement is None else placement.vectors_ID,
-            )
-        )
+
+def _select(guessed: Guessed, rows: list[int]) -> Guessed:
+    logits_SV = guessed.logits_SV
+    # A copy even of all rows: what is drawn from is changed.
+    return Guessed(guessed.hidden_SD[rows], None if logits_SV is None else logits_SV[rows])

@@ -45,7 +45,6 @@ from halfbyte.model.cuda_decoder import (
     PrefillBatch,
     Serving,
     SharedBuffers,
-    layer_linears,
 )
 from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
@@ -159,8 +158,58 @@ class Executor(Protocol):
     def prefill(self, batch: PrefillBatch) -> Tensor:
         """The residual stream after the last layer, (T, D)."""
 
-    def head(self, residual_RD: Tensor) -> Tensor:
-        """Logits f32 (R, V) of rows of `prefill`'s result."""
+    def normed(self, residual_RD: Tensor) -> Tensor:
+        """Rows of `prefill`'s result behind the final norm, (R, D)."""
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """The head: f32 (R, V) of rows behind the final norm."""
+
+    def hidden(self, size: int) -> Tensor:
+        """What the head read in the last `replay` of this size: (size, D), the caller's."""
+
+    def facts(self) -> dict[str, object]: ...
+
+
+class DraftExecutor(Protocol):
+    """Computes entries of a draft model (`drafter`), with the rows of an `Executor`'s inputs: a row
+    of entry p holds the token at p + 1, position p and its slot.
+    """
+
+    @property
+    def config(self) -> TextConfig: ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+
+    @property
+    def inputs(self) -> RowInputs: ...
+
+    @property
+    def spare_VD(self) -> Tensor:
+        """As `Executor.spare_VD`."""
+
+    @property
+    def hidden_TD(self) -> Tensor:
+        """Where the hidden states beside the tokens of a `replay` are put, (MAX_ROWS, D)."""
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Of its own weights."""
+
+    def replay(self, size: int) -> Tensor:
+        """As `Executor.replay`: logits of the guesses."""
+
+    def hidden(self, size: int) -> Tensor:
+        """The guesses of the last `replay`, behind the draft model's norm: (size, D)."""
+
+    def prefill(self, batch: PrefillBatch) -> Tensor:
+        """The residual stream after the last layer, (T, D); `batch` has hidden states."""
+
+    def normed(self, residual_RD: Tensor) -> Tensor:
+        """Rows of `prefill`'s result behind the draft model's norm, (R, D)."""
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """The target's head."""
 
     def facts(self) -> dict[str, object]: ...
 
@@ -169,8 +218,7 @@ def compile_kernels(weights: CudaWeights, page_slots: int, sizes: Sequence[int])
     """Compile what steps of these sizes need, in parallel, into the cache on disk."""
     config = weights.config
     heads = HeadShape(config.head_dim, config.num_heads, config.num_kv_heads)
-    linears = [weights.head, *(li for la in weights.layers for li in layer_linears(la))]
-    formats = sorted({linear.weight.format for linear in linears})
+    formats = sorted({linear.weight.format for linear in weights.linears})
     # The head takes any number of rows of a prefill.
     widths = sorted({columns_for(size) for size in sizes} | set(COLUMNS))
     tasks: list[Callable[[], bytes]] = [
@@ -194,7 +242,7 @@ def compile_kernels(weights: CudaWeights, page_slots: int, sizes: Sequence[int])
 
 
 class HopperExecutor:
-    """Graphs, prefill and head over one set of weights and one cache."""
+    """Graphs, prefill and head over one set of weights and one cache; a draft model's as well."""
 
     def __init__(
         self,
@@ -229,6 +277,12 @@ class HopperExecutor:
             rotary=self._rotary.at,
             fast_accumulation=True,
             all_reduce=all_reduce,
+            shared=shared,
+        )
+        # Graphs of a draft model read it.
+        num_hidden = 0 if weights.fuse is None else MAX_ROWS
+        self.hidden_TD = torch.zeros(
+            num_hidden, weights.config.width, dtype=torch.bfloat16, device=library.device
         )
         self._steps: dict[int, DecodeStep] = {}
         self._capture_s = 0.0
@@ -288,6 +342,8 @@ class HopperExecutor:
             step.context_lengths_T.copy_(rows.context_lengths_T)
             step.slots_T.copy_(rows.slots_T)
             step.block_table_TP.copy_(rows.block_table_TP)
+            if self._weights.fuse is not None:
+                step.join(self.hidden_TD[:size])
 
         return DecodeStep(
             self._library,
@@ -304,14 +360,22 @@ class HopperExecutor:
         self._make_step(self._sizes[-1])
 
     @torch.inference_mode()
-    def warm_up(self, num_tokens: int) -> None:
-        """Run a prefill of so many tokens that stores nothing: its memory is held from then on."""
+    def warm_up(self, num_tokens: int, *, gives_hidden: bool = False) -> None:
+        """Run a prefill of so many tokens that stores nothing: its memory is held from then on.
+
+        gives_hidden  every row's state behind the norm will be asked for, not only the last one's
+        """
         device = self._library.device
         positions_T = torch.arange(num_tokens, device=device)
         slots_T = torch.full_like(positions_T, -1)
         chunk = Chunk(0, num_tokens, 0, positions_T[:0])
         batch = PrefillBatch(torch.zeros_like(positions_T), positions_T, slots_T, (chunk,))
-        self.head(self.prefill(batch)[-1:])
+        if self._weights.fuse is not None:
+            hidden_TD = self.hidden_TD[:1].expand(num_tokens, -1)
+            batch = replace(batch, hidden_TD=hidden_TD.contiguous())
+        residual_TD = self.prefill(batch)
+        hidden_TD = self.normed(residual_TD if gives_hidden else residual_TD[-1:])
+        self.logits(hidden_TD[-1:])
         torch.cuda.synchronize()
 
     @torch.inference_mode()
@@ -356,14 +420,19 @@ class HopperExecutor:
         token_ids_T = self._rows_of(batch.token_ids_T)
         return self._prefill.forward(replace(batch, token_ids_T=token_ids_T))
 
-    def head(self, residual_RD: Tensor) -> Tensor:
-        parts = [self._head(part) for part in torch.split(residual_RD, MAX_ROWS)]
+    def normed(self, residual_RD: Tensor) -> Tensor:
+        return self._prefill.normed(residual_RD)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        parts = [self._logits(part) for part in torch.split(hidden_RD, MAX_ROWS)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _head(self, residual_RD: Tensor) -> Tensor:
-        x_RD = self._prefill.normed(residual_RD)
-        logits_RV = stream_product(self._library, self._weights.head.weight, x_RD)
+    def _logits(self, hidden_RD: Tensor) -> Tensor:
+        logits_RV = stream_product(self._library, self._weights.head.weight, hidden_RD)
         return self._whole(logits_RV)
+
+    def hidden(self, size: int) -> Tensor:
+        return self._steps[size].read_hidden()
 
     def facts(self) -> dict[str, object]:
         return {

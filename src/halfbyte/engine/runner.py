@@ -20,14 +20,15 @@ from halfbyte.engine.batch import (
     Batch,
     BlockTable,
     Indices,
+    Places,
     batch_of,
     indices_of,
     lay_out,
 )
 from halfbyte.engine.cache import PagedCache, bytes_per_token
-from halfbyte.engine.config import NGRAM, EngineConfig, free_cache_bytes, resolve
+from halfbyte.engine.config import EngineConfig, draft_directory, free_cache_bytes, resolve
 from halfbyte.engine.cuda_runner import CudaRunner, load_cuda_runner
-from halfbyte.engine.drafter import Computed, Drafter
+from halfbyte.engine.drafter import Computed, Drafter, PlainDraftModel
 from halfbyte.engine.images import ImageEncoder, Placement
 from halfbyte.engine.sampler import Sampler
 from halfbyte.engine.scheduler import Work
@@ -36,7 +37,7 @@ from halfbyte.engine.workers import Workers, check_devices, config_of
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.library import unavailable
 from halfbyte.log import logger
-from halfbyte.model.cuda_load import reason_against
+from halfbyte.model.cuda_load import reason_against, reason_against_draft
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_decoder, load_eagle, load_vision
@@ -122,9 +123,9 @@ class Runner:
         """As `run`, with the hidden states that a draft model reads. One process only."""
         assert self._workers is None
         placement = None if self.images is None else self.images.place(works)
-        pages_SP = self._table.rows(works)
-        batch = lay_out(works, pages_SP, self.cache, self.device)
-        return Computed(*self.decoder.forward_with_hidden(_step(batch, placement)), pages_SP)
+        batch = lay_out(works, self._table.rows(works), self.cache, self.device)
+        computed = self.decoder.forward_with_hidden(_step(batch, placement))
+        return Computed(*computed, self.places_of(works))
 
     @torch.inference_mode()
     def begin(self, works: SequenceOf[Work]) -> Chunk:
@@ -133,27 +134,24 @@ class Runner:
         batch = lay_out(works, self._table.rows(works), self.cache, self.device)
         return Chunk(works, self.decoder, _step(batch, placement), batch.attend, self._costs)
 
-    def pages_of(self, works: SequenceOf[Work]) -> NDArray[np.int32]:
-        """int32 (S, P): pages of each work's sequence as they are now."""
-        return self._table.rows(works)
+    def places_of(self, works: SequenceOf[Work]) -> Places:
+        """Where the works' rows lie as they are now."""
+        return self._table.places(works, self.cache.block_tokens)
 
     def drafter(self, sampler: Sampler) -> Drafter | None:
-        """The draft model over this runner's pages, if there is one; guesses tokens by `sampler`.
-
-        A decoder of another kind must have `embed`, `logits` and `forward_with_hidden` for it.
-        """
+        """The draft model over this runner's pages, if there is one; guesses by `sampler`."""
         if self._eagle is None:
             return None
-        return Drafter(
+        model = PlainDraftModel(
             self._eagle,
             self.decoder,
-            sampler,
             self._table,
             num_pages=self.cache.num_pages,
             block_tokens=self.cache.block_tokens,
             device=self.device,
             images=self.images,
         )
+        return Drafter(model, sampler)
 
     def run_alone(self, work: Work) -> Tensor:
         """As `run`, for a sequence that has blocks but no slot: it is not scheduled."""
@@ -210,17 +208,20 @@ def reason_against_kernels(checkpoint: Checkpoint, config: EngineConfig) -> str 
         return f"HALFBYTE_KERNELS={os.environ['HALFBYTE_KERNELS']} is set"
     if config.mode not in ("auto", "fp8_declared"):
         return f"mode {config.mode}; the kernels compute fp8_declared"
-    if _draft_directory(config) is not None:
-        return "an EAGLE head, which reads hidden states that the kernels do not give"
     stored = checkpoint.quantization.kv_cache
     kv_cache = stored if config.kv_cache == "auto" else config.kv_cache
-    return reason_against(
+    reason = reason_against(
         checkpoint,
         kv_cache,
         config.block_tokens,
         products=config.products,
         num_ranks=config.tensor_parallel_size,
     )
+    directory = draft_directory(config)
+    if reason is None and directory is not None:
+        draft = Checkpoint.open_eagle(directory)
+        reason = reason_against_draft(draft, config.block_tokens, products=config.products)
+    return reason
 
 
 def load_runner(
@@ -251,7 +252,7 @@ def load_runner(
         config = replace(config, mode="weight_only")
     if config.tensor_parallel_size == 1:
         return _load_ranks(checkpoint, config, None, uses_kernels=reason is None)
-    if _draft_directory(config) is not None:
+    if draft_directory(config) is not None:
         raise UnsupportedError(
             "an EAGLE head runs beside a model in one process only; use --speculative ngram, or "
             f"tensor-parallel size 1 instead of {config.tensor_parallel_size}"
@@ -314,12 +315,8 @@ def _load(
     return runner, resolved
 
 
-def _draft_directory(config: EngineConfig) -> str | None:
-    return None if config.speculative == NGRAM else config.speculative
-
-
 def _load_eagle(config: EngineConfig, target: TextConfig) -> EagleHead | None:
-    directory = _draft_directory(config)
+    directory = draft_directory(config)
     if directory is None:
         return None
     assert config.mode != "auto"

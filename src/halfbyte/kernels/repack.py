@@ -379,3 +379,16 @@ def tile_activations(x_TI: Tensor, num_columns: int) -> Tensor:
     target = torch.zeros(row_bytes // 16, num_columns, 16, dtype=torch.uint8, device=rows.device)
     target[:, :tokens] = rows.view(tokens, row_bytes // 16, 16).permute(1, 0, 2)
     return target
+
+
+def untile_activations(
+    data: Tensor, num_columns: int, num_rows: int, row_elements: int, dtype: torch.dtype
+) -> Tensor:
+    """The first rows of what `tile_activations` made, (num_rows, row_elements).
+
+    row_elements   of `dtype`, a multiple of 16 bytes; what pads a row to whole K blocks is left out
+    """
+    num_chunks = row_elements * dtype.itemsize // 16
+    chunks = data.view(-1)[: num_chunks * num_columns * 16].view(num_chunks, num_columns, 16)
+    rows = chunks[:, :num_rows].permute(1, 0, 2).reshape(num_rows, num_chunks * 16)
+    return rows.view(dtype)

@@ -47,11 +47,14 @@ from halfbyte.kernels.repack import (
     padded,
     pair_activations,
     tile_activations,
+    untile_activations,
 )
 
 Mode = Literal["exact", "fast"]
 # Prompts of more tokens multiply faster through the library, by some per cent at 8192 (measured).
 DECODED_TOKENS = 2048
+# Rows of a prefill that are normed at once.
+_NORM_ROWS = 1024
 ACTIVATION_KIND: dict[TileFormat, OutKind] = {
     "fp8": "e4m3",
     "nvfp4": "f16",
@@ -92,6 +95,8 @@ class CudaWeights:
 
     config   the rank's heads and MLP width; `vocab_size` is the whole model's
     vocab    the rows of the vocabulary in embedding and head; None = all
+    fuse     a draft model's (`model.eagle`), which joins an embedding and a hidden state; embedding
+             and head are then those of the model that it guesses for
     """
 
     config: TextConfig
@@ -100,11 +105,12 @@ class CudaWeights:
     norm_D: Tensor
     head: CudaLinear
     vocab: range | None = None
+    fuse: CudaLinear | None = None
 
     @property
     def mode(self) -> Mode:
         """How NVFP4 weights were prepared to multiply: "fast" is in FP8."""
-        formats = {li.weight.format for la in self.layers for li in layer_linears(la)}
+        formats = {linear.weight.format for linear in self.linears}
         return "fast" if "nvfp4_fast" in formats else "exact"
 
     @property
@@ -114,15 +120,24 @@ class CudaWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights."""
-        linears = [self.head, *(li for la in self.layers for li in layer_linears(la))]
-        norms = [
+        """Bytes of all weights, without those that a draft model borrows."""
+        ends = [self.head] if self.fuse is None else [self.fuse]
+        linears = [*ends, *(li for la in self.layers for li in layer_linears(la))]
+        dense = [
             self.norm_D,
             *(n for la in self.layers for n in (la.attention_norm_D, la.mlp_norm_D)),
         ]
+        if self.fuse is None:
+            dense.append(self.embedding_VD)
         return sum(li.weight.num_bytes for li in linears) + sum(
-            t.numel() * t.element_size() for t in (self.embedding_VD, *norms)
+            t.numel() * t.element_size() for t in dense
         )
+
+    @property
+    def linears(self) -> tuple[CudaLinear, ...]:
+        """Every product of a step."""
+        ends = (self.head,) if self.fuse is None else (self.fuse, self.head)
+        return (*ends, *(li for la in self.layers for li in layer_linears(la)))
 
     @property
     def num_step_bytes(self) -> int:
@@ -273,6 +288,14 @@ def silu_blocks(columns: int) -> int:
     return 8 if columns <= 32 else 2
 
 
+def joined_input(fuse: CudaLinear, embedded_TD: Tensor, hidden_TD: Tensor) -> Tensor:
+    """What a draft model's first product reads, rounded as its format wants: (T, 2 D)."""
+    x_TI = torch.cat((embedded_TD, hidden_TD), dim=-1)
+    if fuse.weight.format == "bf16":
+        return x_TI
+    return (x_TI.float() / fuse.input_scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
 class DecodeStep:
     """One decode step for a fixed number of sequences: static buffers, launches, a graph.
 
@@ -338,15 +361,9 @@ class DecodeStep:
         self._build()
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def _all_linears(self) -> list[CudaLinear]:
-        return [
-            self._weights.head,
-            *(li for la in self._weights.layers for li in layer_linears(la)),
-        ]
-
     def _make_buffers(self) -> None:
         device, config = self._library.device, self._weights.config
-        plans = [self._plan(linear) for linear in self._all_linears()]
+        plans = [self._plan(linear) for linear in self._weights.linears]
         num_out = self.num_tokens * max(p.out_features for p in plans)
         self._out = self._shared.take("out", num_out, torch.bfloat16, device)
         num_partial = self.num_tokens * max(p.num_slots * p.out_features for p in plans)
@@ -522,11 +539,15 @@ class DecodeStep:
     def _build(self) -> None:
         weights, config = self._weights, self._weights.config
         kernels = _elementwise(self._library, config, 8)
-        embed = (weights.embedding_VD, self.token_ids_T, self.residual_TD)
-        self._add(kernels["embed"], (self.num_tokens, 1, 1), 256, embed)
-        if self._serving is not None and self._serving.all_reduce is not None:
-            self._launches.append(_Collective(self._serving.all_reduce, self.residual_TD))
         result: LinearResult | None = None
+        if weights.fuse is None:
+            embed = (weights.embedding_VD, self.token_ids_T, self.residual_TD)
+            self._add(kernels["embed"], (self.num_tokens, 1, 1), 256, embed)
+            if self._serving is not None and self._serving.all_reduce is not None:
+                self._launches.append(_Collective(self._serving.all_reduce, self.residual_TD))
+        else:
+            self._joined = self._activation("fuse", weights.fuse)
+            result = self._add_linear(weights.fuse, self._joined)
         for index, layer in enumerate(weights.layers):
             x = self._activation("qkv", layer.qkv)
             self._add_norm(result, layer.attention_norm_D, x)
@@ -540,7 +561,7 @@ class DecodeStep:
             x = self._activation("down", layer.down)
             self._add_silu(gate_up, x)
             result = self._reduced(layer.down, self._add_linear(layer.down, x))
-        x = self._activation("head", weights.head)
+        x = self._head_input = self._activation("head", weights.head)
         self._add_norm(result, weights.norm_D, x)
         self.logits = self._add_linear(weights.head, x, rounds=False)
         if self._serving is None:
@@ -587,6 +608,25 @@ class DecodeStep:
         used = plan.num_slots * self.num_tokens * plan.out_features
         partial = self._partial[:used].view(plan.num_slots, self.num_tokens, plan.out_features)
         return sum_slots(partial, plan)[:, : self._weights.config.vocab_size]
+
+    def read_hidden(self) -> Tensor:
+        """What the head read in the last step, behind the final norm: bf16 (T, D), a copy."""
+        return untile_activations(
+            self._head_input.data,
+            self._columns,
+            self.num_tokens,
+            self._weights.config.width,
+            torch.bfloat16,
+        )
+
+    def join(self, hidden_TD: Tensor) -> None:
+        """Enqueue what a draft model starts from: its tokens' embeddings beside `hidden_TD`."""
+        fuse = self._weights.fuse
+        assert fuse is not None
+        x_TI = joined_input(fuse, self._weights.embedding_VD[self.token_ids_T], hidden_TD)
+        tiled = tile_activations(x_TI, self._columns).view(-1)
+        self._joined.data[: tiled.numel()].copy_(tiled)
+        self.residual_TD.zero_()
 
     def run(self) -> None:
         """Enqueue one step on the current stream, without a graph."""
@@ -660,6 +700,7 @@ class PrefillBatch:
     """A ragged batch: first single tokens of sequences, then chunks of prompts.
 
     image_rows_I   rows whose embedding is replaced by `image_vectors_ID`, which rank 0 alone has
+    hidden_TD      what a draft model reads beside the embeddings
     """
 
     token_ids_T: Tensor
@@ -669,6 +710,7 @@ class PrefillBatch:
     singles: Singles | None = None
     image_rows_I: Tensor | None = None
     image_vectors_ID: Tensor | None = None
+    hidden_TD: Tensor | None = None
 
 
 def attend_to_end(q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, scale: float) -> Tensor:
@@ -706,7 +748,9 @@ class Prefill:
         fast_accumulation: bool = False,
         all_reduce: Callable[[Tensor], object] | None = None,
         decoded_formats: frozenset[TileFormat] | None = None,
+        shared: SharedBuffers | None = None,
     ) -> None:
+        """`shared` holds the scratch buffer; none needs to outlive a forward."""
         self._library = library
         self._decoded_formats = decoded_formats
         self._weights = weights
@@ -723,22 +767,22 @@ class Prefill:
         self._workspace = torch.zeros(0, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
         element = {"fp8": 1, "nvfp4": 2, "nvfp4_fast": 1, "bf16": 2}
+        products = [linear for linear in weights.linears if linear is not weights.head]
         sizes = [
             li.weight.data.shape[0]
             * 64
             * li.weight.num_k_blocks
             * K_BLOCK[li.weight.format]
             * element[li.weight.format]
-            for layer in weights.layers
-            for li in layer_linears(layer)
+            for li in products
             if not self._is_decoded(li)
         ]
-        self._scratch = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
+        self._scratch = (shared or SharedBuffers()).take(
+            "decoded", max(sizes, default=0), torch.uint8, device
+        )
         self._token_scale_T = torch.ones(max_tokens, device=device)
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
-        self._row_scales = {
-            id(li): self._row_scale(li) for layer in weights.layers for li in layer_linears(layer)
-        }
+        self._row_scales = {id(linear): self._row_scale(linear) for linear in products}
 
     def _row_scale(self, linear: CudaLinear) -> Tensor:
         kind = self._kind(linear)
@@ -1036,6 +1080,13 @@ class Prefill:
             self._all_reduce(residual_TD)
         num_tokens = self._num_tokens = residual_TD.shape[0]
         result: LinearResult | None = None
+        if weights.fuse is not None:
+            assert batch.hidden_TD is not None
+            joined_TI = joined_input(weights.fuse, residual_TD, batch.hidden_TD)
+            x = self._input(weights.fuse, num_tokens)
+            x[:, : joined_TI.shape[1]] = joined_TI
+            result = self._product(weights.fuse, x, num_tokens)
+            residual_TD.zero_()
         for index, layer in enumerate(weights.layers):
             x = self._norm(result, residual_TD, layer.attention_norm_D, layer.qkv)
             qkv = self._product(layer.qkv, x, num_tokens)
@@ -1069,6 +1120,12 @@ class Prefill:
 
     def normed(self, residual_RD: Tensor) -> Tensor:
         """Rows of `forward`'s result as the head reads them, bf16."""
-        x_RD = residual_RD.float()
-        x_RD = x_RD * torch.rsqrt(x_RD.square().mean(-1, keepdim=True) + self._epsilon)
-        return (x_RD * self._weights.norm_D.float()).to(torch.bfloat16)
+        normed_RD = torch.empty_like(residual_RD)
+        # In parts: all of a long prefill's rows in f32, several times over, are gigabytes.
+        for part_RD, out_RD in zip(
+            torch.split(residual_RD, _NORM_ROWS), torch.split(normed_RD, _NORM_ROWS), strict=True
+        ):
+            x_RD = part_RD.float()
+            x_RD = x_RD * torch.rsqrt(x_RD.square().mean(-1, keepdim=True) + self._epsilon)
+            out_RD.copy_(x_RD * self._weights.norm_D.float())
+        return normed_RD

@@ -25,6 +25,7 @@ from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.kernels.repack import tile_nvfp4, tile_rows
 from halfbyte.log import logger
 from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights, Mode
+from halfbyte.model.load import check_draft
 from halfbyte.model.parallel import Shard, Slice, shard_of, slice_of
 from halfbyte.modules import CacheFormat
 
@@ -33,6 +34,7 @@ _QKV, _GATED = ("q", "k", "v"), ("gate", "up")
 # Largest activation of a layer as a multiple of the largest one calibration saw.
 _HEADROOM = 4.0
 _F16_MAX = 65504.0
+_FUSE = "eagle.fuse"
 
 Role = Literal["weight", "weight_scale"]
 
@@ -75,6 +77,19 @@ def reason_against(
             if lacking:
                 return f"{lacking[0]} is FP8 without an input scale, which FP8 products need"
     return None
+
+
+def reason_against_draft(
+    checkpoint: Checkpoint, block_tokens: int, *, products: str = "exact"
+) -> str | None:
+    """Why the CUDA kernels cannot run this draft model (`Checkpoint.open_eagle`)."""
+    reason = reason_against(checkpoint, "fp8", block_tokens, products=products)
+    format_ = checkpoint.format_of(_FUSE)
+    if reason is None and format_ == "fp8" and f"{_FUSE}.input_scale" not in checkpoint:
+        reason = f"{_FUSE} is FP8 without an input scale, which FP8 products need"
+    if reason is None and format_ == "nvfp4":
+        reason = f"{_FUSE} is NVFP4; the kernels want it in FP8 or bf16"
+    return None if reason is None else f"draft model {checkpoint.directory.name}: {reason}"
 
 
 def _groups(prefix: str) -> tuple[list[str], ...]:
@@ -313,11 +328,15 @@ class _Tensors:
         self._stacks[tuple(names)] = whole
 
     def _part(self, linear: str, role: Role) -> Slice:
+        if linear == _FUSE:  # of no layer, and never shared
+            return Slice(0, range(self.num_rows(linear)))
         head_dim = self._checkpoint.config.text.head_dim
         return slice_of(self._shard, head_dim, linear, role, self._checkpoint.format_of(linear))
 
     def num_rows(self, linear: str) -> int:
         """Output features of a linear that this rank holds."""
+        if linear == _FUSE:
+            return self._checkpoint.shape(f"{linear}.weight")[0]
         part = self._part(linear, "weight")
         whole = self._checkpoint.shape(f"{linear}.weight")[0]
         return len(part.indices) if part.axis == 0 else whole
@@ -402,6 +421,33 @@ def load_cuda_weights(
         tensors.check_all_taken()
     part = None if shard.is_whole else vocab
     return CudaWeights(shard.local(text), embedding_VD, tuple(layers), norm_D, head, part)
+
+
+def load_cuda_draft(
+    checkpoint: Checkpoint, target: CudaWeights, *, num_threads: int | None = None
+) -> CudaWeights:
+    """A draft model (`Checkpoint.open_eagle`) beside the model that it guesses for, on its device.
+
+    `reason_against_draft` must have found nothing. Raises CheckpointError as `load_cuda_weights`
+    does, and if the two do not fit together.
+    """
+    text = checkpoint.config.text
+    check_draft(checkpoint, target.config)
+    with TensorReader(target.embedding_VD.device, num_threads=num_threads) as reader:
+        tensors = _Tensors(checkpoint, reader, shard_of(text, 0, 1))
+        tensors.start_stacked([_FUSE], "weight")
+        tensors.start("norm.weight")
+        _start_layer(tensors, checkpoint, 0)
+        fuse = _take_linear(tensors, checkpoint, [_FUSE], target.mode)
+        norm_D = tensors.take("norm.weight").to(torch.bfloat16)
+        layers = []
+        for index in range(text.num_layers):
+            if index + 1 < text.num_layers:
+                _start_layer(tensors, checkpoint, index + 1)
+            layers.append(_take_layer(tensors, checkpoint, index, target.mode))
+        tensors.check_all_taken()
+    head = target.head
+    return CudaWeights(text, target.embedding_VD, tuple(layers), norm_D, head, fuse=fuse)
 
 
 def _check_bf16(checkpoint: Checkpoint, name: str) -> None:

@@ -247,6 +247,20 @@ def load_layer(
     )
 
 
+def check_draft(checkpoint: Checkpoint, target: TextConfig) -> None:
+    """Raise CheckpointError if a draft model is not made for a target of this config."""
+    text = checkpoint.config.text
+    for field, ours, theirs in (
+        ("width", text.width, target.width),
+        ("vocab_size", text.vocab_size, target.vocab_size),
+    ):
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {field} {ours} does not fit the model's {theirs}; an "
+                "EAGLE head serves only the model it was trained for"
+            )
+
+
 def load_eagle(
     checkpoint: Checkpoint,
     target: TextConfig,
@@ -259,15 +273,7 @@ def load_eagle(
     Raises CheckpointError if the two do not fit together.
     """
     text = checkpoint.config.text
-    for field, ours, theirs in (
-        ("width", text.width, target.width),
-        ("vocab_size", text.vocab_size, target.vocab_size),
-    ):
-        if ours != theirs:
-            raise CheckpointError(
-                f"{checkpoint.directory}: {field} {ours} does not fit the model's {theirs}; an "
-                "EAGLE head serves only the model it was trained for"
-            )
+    check_draft(checkpoint, target)
     source = _Source(checkpoint, torch.device(device), mode, torch.bfloat16)
     head = EagleHead(
         text,
