@@ -250,6 +250,63 @@ def test_padding_of_the_models_head_is_never_allowed(
     assert not bitmask[24:].any()
 
 
+@pytest.mark.parametrize(
+    ("lark", "banned", "parts"),
+    [
+        (json_schema_grammar(CITY, lenient=False), (EOS, 64 + ord("z")), ('{"city": "Zürich 8"}',)),
+        (regex_grammar("[ab]{2,9}c?"), (), ("ababb",)),
+        (choice_grammar(["ab", "abc", "x y"]), (), ("ab",)),
+        ("start: <[3]>\n", (3,), ()),
+        ("tools", (), CALL),
+    ],
+    ids=["schema", "regex", "choice", "stuck", "tools"],
+)
+@pytest.mark.parametrize("thinks", [False, True])
+def test_one_token_is_judged_as_all_are(
+    lark: str,
+    banned: tuple[int, ...],
+    parts: tuple[str | int, ...],
+    thinks: bool,
+    compiler: GrammarCompiler,
+    mistral: MistralFormat,
+) -> None:
+    """Beyond what `fill` sets, `allows` takes only other cuts of the one text that may follow."""
+    if lark == "tools":
+        lark = tools_grammar(TOOLS, mistral.control, choice="auto", parallel=True)
+    ids = [THINK, 64 + ord("h"), 64 + 0xC3, 64 + 0xA9, END_THINK] if thinks else []
+    for part in parts:
+        ids += [part] if isinstance(part, int) else mistral.vocabulary.encode_text(part)
+
+    def fresh() -> Mask:
+        mask: Mask = compiler.mask(compiler.compile(lark, "p"), banned)
+        return ThoughtMask(mistral.vocabulary, mistral.control, mask, 3) if thinks else mask
+
+    num_more = 0
+    for count in range(len(ids) + 1):
+        first, second = fresh(), fresh()
+        padded = np.full(25, 0xFFFFFFFF, dtype=np.uint32)
+        first.fill(padded)
+        assert not padded[23] >> 28 and not padded[24]
+        for token_id in ids[:count]:
+            first.accept(token_id)
+            second.accept(token_id)
+        singly = {token_id for token_id in range(800) if first.allows(token_id)}
+        together = allowed(second)
+        if second.problem is None:
+            assert together <= singly
+            num_more += len(singly - together)
+        # What was asked has left no trace.
+        assert allowed(first) == together
+        assert singly == together or len(together) == 1 or second.problem is not None
+        assert thinks or not singly & set(banned)
+        for token_id in singly - together:
+            third = fresh()
+            for known in [*ids[:count], token_id]:
+                third.accept(known)
+            assert third.problem is None and not allowed(third) & set(banned)
+    assert num_more < 40
+
+
 def test_thought_passes_before_the_schema(
     compiler: GrammarCompiler, mistral: MistralFormat
 ) -> None:

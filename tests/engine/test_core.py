@@ -292,6 +292,9 @@ class Forced:
         self.left = list(token_ids)
         self.accepted: list[int] = []
 
+    def allows(self, token_id: int) -> bool:
+        return token_id == self.left[0]
+
     def fill(self, bitmask: NDArray[np.uint32]) -> None:
         bitmask[:] = 0
         token_id = self.left[0]
@@ -326,6 +329,9 @@ def test_masks_hold_their_own_request_only(tiny: Path) -> None:
 
 
 class Broken(Forced):
+    def allows(self, token_id: int) -> bool:
+        raise ValueError("no grammar")
+
     def fill(self, bitmask: NDArray[np.uint32]) -> None:
         raise ValueError("no grammar")
 

@@ -286,6 +286,9 @@ class Alternating:
     def __init__(self) -> None:
         self.accepted: list[int] = []
 
+    def allows(self, token_id: int) -> bool:
+        return token_id % 2 == len(self.accepted) % 2
+
     def fill(self, bitmask: NDArray[np.uint32]) -> None:
         bitmask[:] = 0x55555555 << (len(self.accepted) % 2)
 

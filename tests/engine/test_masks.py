@@ -21,6 +21,9 @@ class Counting:
         self.threads: list[str] = []
         self._fails = fails
 
+    def allows(self, token_id: int) -> bool:
+        return token_id == self.token_id
+
     def fill(self, bitmask: NDArray[np.uint32]) -> None:
         self.threads.append(threading.current_thread().name)
         if self._fails:
@@ -88,6 +91,21 @@ def test_what_is_begun_is_not_begun_again_and_what_was_forgotten_is() -> None:
     first.accept(5)
     filler.begin(requests)
     assert [allowed(filler, request) for request in requests] == [[6], [6]]
+    filler.close()
+
+
+def test_a_token_that_was_allowed_makes_what_was_begun_stale() -> None:
+    filler = MaskFiller(VOCAB)
+    mask = Counting(5)
+    request = request_of("a", mask)
+    filler.begin([request])
+    assert not filler.allows(request, 6)
+    assert filler.allows(request, 5)
+    mask.accept(5)
+    assert allowed(filler, request) == [6]
+    filler.begin([request])
+    assert not filler.allows(request, 5)
+    assert allowed(filler, request) == [6]
     filler.close()
 
 

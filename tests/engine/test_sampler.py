@@ -161,8 +161,13 @@ class Only:
 
     def __init__(self, allowed: set[int]) -> None:
         self._allowed = allowed
+        self.num_fills = 0
+
+    def allows(self, token_id: int) -> bool:
+        return token_id in self._allowed
 
     def fill(self, bitmask: NDArray[np.uint32]) -> None:
+        self.num_fills += 1
         bitmask[:] = 0
         bitmask[-1] = np.uint32(0xFFFFFFFF) << np.uint32(VOCAB % 32)
         for token_id in self._allowed:
@@ -191,6 +196,92 @@ def test_masks_leave_exactly_what_they_allow(allowed: set[int], twice: bool) -> 
     closed = LOGITS.clone()
     reference.mask_logits(closed, torch.from_numpy(sampler._masks._buffers[0].view(np.int32)))
     assert torch.equal(closed, logits)
+
+
+@pytest.mark.parametrize("allowed", [{0, 1, 4}, {4, 5}, {3, 700}, set(range(2, VOCAB))])
+def test_draws_under_a_mask_follow_the_masked_distribution(allowed: set[int]) -> None:
+    """Also where the first draw, made without it, stands."""
+    count = 4000
+    masks = [Only(allowed) for _ in range(count)]
+    sampler = Sampler(VOCAB, (0,))
+    sequences = [
+        Sequence(
+            GenerationRequest("a", (1,), SamplingParams(temperature=1.0), mask),
+            arrival=0,
+            seed=seed,
+            max_tokens=99,
+        )
+        for seed, mask in enumerate(masks)
+    ]
+    found = Counter(c.token_id for c in sampler.choose(LOGITS.repeat(count, 1), sequences))
+    assert set(found) <= allowed
+    wanted = normalized({token_id: float(PROBS[token_id]) for token_id in allowed})
+    common = {token_id: p for token_id, p in wanted.items() if p * count > 5}
+    rest = 1.0 - sum(common.values())
+    if rest > 1e-6:
+        common[-1] = rest
+        found[-1] = sum(n for token_id, n in found.items() if token_id not in common)
+    assert chi_square_p(Counter({i: found[i] for i in common}), common) > CHI_SQUARE_P
+    # Masks are filled only where the first draw fell.
+    stood = sum(float(PROBS[token_id]) for token_id in allowed)
+    filled = sum(mask.num_fills for mask in masks)
+    assert abs(filled - count * (1 - stood)) < 5 * math.sqrt(count / 4)
+
+
+@pytest.mark.parametrize(
+    ("params", "fills"),
+    [
+        (SamplingParams(temperature=0.0), 0),
+        (SamplingParams(temperature=0.8, top_k=1), 0),
+        (SamplingParams(temperature=0.0, banned_token_ids=(1,)), 1),
+        (SamplingParams(temperature=0.0, logit_bias={2: 9.0}), 1),
+    ],
+    ids=["greedy", "filtered", "banned", "biased"],
+)
+def test_a_mask_is_filled_only_where_the_first_draw_falls(
+    params: SamplingParams, fills: int
+) -> None:
+    mask = Only({1, 4, 5})
+    sampler = Sampler(VOCAB, (0,))
+    logits = LOGITS[None].clone()
+    made = Sequence(GenerationRequest("a", (1,), params, mask), arrival=0, seed=1, max_tokens=9)
+    (choice,) = sampler.choose(logits, [made])
+    assert choice.token_id in ({1} if fills == 0 else {1, 4, 5} - set(params.banned_token_ids))
+    assert mask.num_fills == fills
+
+
+def test_filters_look_at_the_model_first_then_at_what_the_mask_leaves() -> None:
+    """top-p 0.5 keeps 1 and 3 of the model; of what the mask leaves 3 and 5."""
+    allowed = {3, 4, 5}
+    sampler = Sampler(VOCAB, (0,))
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    sequences = [
+        Sequence(
+            GenerationRequest("a", (1,), params, Only(allowed)), arrival=0, seed=seed, max_tokens=9
+        )
+        for seed in range(4000)
+    ]
+    found = Counter(c.token_id for c in sampler.choose(LOGITS.repeat(4000, 1), sequences))
+    # First 0.30 : 0.25; where 1 was drawn, of 0.25 : 0.02 : 0.08 the first alone reaches a half.
+    assert found == {3: 4000}
+    wider = replace(params, top_p=0.9)
+    sequences = [
+        Sequence(
+            GenerationRequest("a", (1,), wider, Only(allowed)), arrival=0, seed=seed, max_tokens=9
+        )
+        for seed in range(4000)
+    ]
+    found = Counter(c.token_id for c in sampler.choose(LOGITS.repeat(4000, 1), sequences))
+    # The model's 0.30 0.25 0.20 0.08 0.05 and 0.02 reach 0.9 exactly; what is refused is drawn
+    # again from 0.25 : 0.08, 94 % of what the mask leaves.
+    first = {token_id: float(PROBS[token_id]) / 0.9 for token_id in allowed}
+    again = 1.0 - sum(first.values())
+    wanted = {
+        3: first[3] + again * 0.25 / 0.33,
+        5: first[5] + again * 0.08 / 0.33,
+        4: first[4],
+    }
+    assert chi_square_p(found, wanted) > CHI_SQUARE_P
 
 
 def test_different_bans_stay_in_their_rows() -> None:

@@ -246,6 +246,10 @@ class Recorder:
         self.length = length
         self.state = 0
 
+    def allows(self, token_id: int) -> bool:
+        self.calls.append(("allows", self.state))
+        return token_id in self.allowed()
+
     def fill(self, bitmask: NDArray[np.uint32]) -> None:
         bitmask[:] = 0
         for token_id in self.allowed():

@@ -59,6 +59,9 @@ class CompiledGrammar:
 class Mask(Protocol):
     """The engine's TokenMask (engine.request), which this room may not import."""
 
+    def allows(self, token_id: int) -> bool:
+        """Whether this token may come next; False also where only `fill` can tell."""
+
     def fill(self, bitmask: Bitmask) -> None:
         """Write which tokens may come next: bit 1 is allowed."""
 
@@ -182,10 +185,21 @@ class GrammarMask:
         self, grammar: CompiledGrammar, vocabulary: Vocabulary, banned_token_ids: Sequence[int]
     ) -> None:
         self._matcher = grammar.matcher.deep_copy()
+        self._vocab_size = vocabulary.size
         self._num_words = -(-vocabulary.size // 32)
         self._eos_token_ids = vocabulary.eos_token_ids
         self._allowed = ~token_bits(banned_token_ids, self._num_words)
         self._is_stuck = False
+
+    def allows(self, token_id: int) -> bool:
+        """Whether the grammar goes on with this token; also with one that `fill` leaves out, as it
+        sets but one token where only one text may follow.
+        """
+        if self._is_stuck or token_id >= self._vocab_size:
+            return False
+        if not self._allowed[token_id // 32] >> token_id % 32 & 1:
+            return False
+        return not self._matcher.is_error() and self._matcher.validate_tokens([token_id]) == 1
 
     def fill(self, bitmask: Bitmask) -> None:
         """Write which tokens may come next; words beyond the tokenizer's vocabulary are cleared."""
@@ -240,12 +254,26 @@ class ThoughtMask:
         self._inner = inner
         self._budget = budget
         self._num_words = -(-vocabulary.size // 32)
-        self._control = token_bits(tuple(vocabulary.control_names), self._num_words)
+        # Nor is the padding of the model's head text.
+        padding = range(vocabulary.size, self._num_words * 32)
+        self._control = token_bits((*vocabulary.control_names, *padding), self._num_words)
         self._end = token_bits((self._end_think,), self._num_words)
         self._token_bytes = vocabulary.token_bytes
         self._num_thought_tokens = 0
         self._pending = b""
         self._state = "start"
+
+    def allows(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+        if self._state != "thought":
+            if self._state == "start" and token_id == self._think:
+                return True
+            return self._inner is None or self._inner.allows(token_id)
+        if token_id == self._end_think:
+            return True
+        word, bit = divmod(token_id, 32)
+        is_text = word < self._num_words and not self._control[word] >> bit & 1
+        return is_text and not self._is_spent()
 
     def fill(self, bitmask: Bitmask) -> None:
         """Write which tokens may come next."""

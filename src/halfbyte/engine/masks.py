@@ -45,8 +45,8 @@ class MaskFiller:
         self._begun: dict[int, _Fill] = {}
 
     def begin(self, requests: Iterable[GenerationRequest]) -> None:
-        """Start filling the masks of those that have one and are not begun; each may be asked for
-        once. Only the requests of the last call are remembered.
+        """Start filling the masks of those that have one and are not begun; each is good for one
+        token. Only the requests of the last call are remembered.
         """
         masks = [(id(request), request.mask) for request in requests if request.mask is not None]
         if all(key in self._begun and self._begun[key].mask is mask for key, mask in masks):
@@ -66,6 +66,17 @@ class MaskFiller:
         """Drop what was begun and not asked for, as after a step that failed."""
         self._settle()
         self._begun = {}
+
+    def allows(self, request: GenerationRequest, token_id: int) -> bool:
+        """`TokenMask.allows`; if so, the token counts as chosen. Raises what the mask raised."""
+        assert request.mask is not None
+        # It may be at work on this mask.
+        self._settle()
+        allowed = request.mask.allows(token_id)
+        if allowed:
+            # What was begun is of the token before the next one.
+            self._begun.pop(id(request), None)
+        return allowed
 
     def words(self, request: GenerationRequest) -> Tensor:
         """What the mask of this request allows next, int32 (ceil(V / 32),), good until the next

@@ -111,10 +111,18 @@ class SamplingParams:
 class TokenMask(Protocol):
     """Which tokens may come next: a grammar, a budget, a forced sequence.
 
-    Belongs to one request. `fill` before a token is chosen, then `accept` with the token, in order,
-    once a token; never again after `is_finished`. One call at a time, from a thread of the engine:
-    `fill` runs beside the model.
+    Belongs to one request. `fill` or `allows` before a token is chosen, then `accept` with the
+    token, in order, once a token; never again after `is_finished`. One call at a time, from a
+    thread of the engine: `fill` runs beside the model.
     """
+
+    def allows(self, token_id: int) -> bool:
+        """Whether this one may come next; False also where only `fill` can tell.
+
+        Everything that `fill` sets is right, but it may leave out tokens that this allows: where a
+        grammar leaves one text to say, all but one way to cut it into tokens.
+        """
+        ...
 
     def fill(self, bitmask: NDArray[np.uint32]) -> None:
         """Set bit i % 32 of word i // 32 for each allowed token i; clear all others.
@@ -124,7 +132,7 @@ class TokenMask(Protocol):
         ...
 
     def accept(self, token_id: int) -> None:
-        """Advance past a token that the last `fill` allowed."""
+        """Advance past a token that `allows` or the last `fill` allowed."""
         ...
 
     def is_finished(self) -> bool:
