@@ -4,6 +4,8 @@ import argparse
 import importlib
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,32 @@ def test_a_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib, "import_module", lambda _: Gone)
     assert main(["gone"]) == 0
     assert len(duplicated) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "wanted"),
+    [
+        ("serve", None, "PASSIVE"),
+        ("serve", "ACTIVE", "ACTIVE"),
+        ("bench serve", None, "PASSIVE"),
+        ("bench cpu", None, "None"),
+        ("inspect", None, "None"),
+    ],
+)
+def test_threads_of_a_server_do_not_spin(command: str, given: str | None, wanted: str) -> None:
+    """Set before torch is loaded, or OpenMP does not ask."""
+    code = f"""
+import contextlib, os, sys
+from halfbyte.cli.main import main
+was_loaded = "torch" in sys.modules
+with contextlib.suppress(SystemExit):
+    main([*{command.split()!r}, "/nowhere"])
+print(was_loaded, os.environ.get("OMP_WAIT_POLICY"))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-2:] == ["False", wanted]

@@ -25,9 +25,10 @@ from engine_driver import (
 )
 from halfbyte.engine import core
 from halfbyte.engine.core import Engine
-from halfbyte.engine.request import GenerationRequest, SamplingParams
+from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from halfbyte.engine.slices import CHUNK_TOKENS
 from halfbyte.model.decoder import DecoderLayer
+from halfbyte.model.tiny import write_tiny_checkpoint
 
 ROOM: dict[str, Any] = {"max_model_len": 2200, "kv_cache_tokens": 2560}
 # Nothing but the least, everything at once, and what the clock makes of times in between.
@@ -127,6 +128,44 @@ def test_prompt_logprobs_come_from_every_slice(tiny: Path, plan: Plan) -> None:
     found = beside_a_stream(load(tiny, **ROOM), request("told", prompt, params))["told"]
     assert found.prompt_logprobs is not None
     assert_equal(found, alone)
+
+
+@needs_exact_kernels
+@pytest.mark.parametrize("plan", PLANS, indirect=True)
+def test_pictures_go_through_slices(tmp_path: Path, plan: Plan) -> None:
+    """Two of them, larger than a chunk; again from the cache, and one with other pixels."""
+    write_tiny_checkpoint(tmp_path / "seeing", layers=2, vision=True)
+    generator = torch.Generator().manual_seed(3)
+    # 6 rows of 7 image tokens, each row closed by a break, the last by the end of the image.
+    layout = [*([10] * 7 + [12]) * 6]
+    layout[-1] = 13
+    text = [token for token in prompt_of(60, 4) if token not in (10, 12, 13)]
+    prompt = [*text[:20], *layout, *text[20:40], *layout, *text[40:]]
+    size = 3, 6 * 28, 7 * 28
+    pictures = [torch.randn(size, generator=generator).numpy() for _ in range(3)]
+    offsets = 20, 40 + len(layout)
+
+    def asked(name: str, *numbers: int) -> GenerationRequest:
+        pairs = zip(numbers, offsets, strict=True)
+        seen = tuple(ImageInput.of(pictures[i], at, len(layout)) for i, at in pairs)
+        params = SamplingParams(temperature=0.0, max_tokens=9, logprobs=2, ignore_eos=True)
+        return GenerationRequest(name, tuple(prompt), params, images=seen)
+
+    whole = load(tmp_path / "seeing", max_decode_slowdown=None, **ROOM)
+    sliced = load(tmp_path / "seeing", **ROOM)
+    for requests in (
+        [asked("ab", 0, 1)],
+        [asked("ab", 0, 1), asked("ac", 0, 2), asked("bb", 1, 1)],
+    ):
+        wanted = beside_a_stream(whole, *requests)
+        assert plan.num_asked == 0 or requests[1:]
+        found = beside_a_stream(sliced, *requests)
+        for item in requests:
+            assert_equal(found[item.request_id], wanted[item.request_id])
+    assert plan.num_asked > 2 * len(prompt) // CHUNK_TOKENS
+    answers = [found[name].logprobs for name in ("ab", "ac", "bb")]
+    assert answers[0] != answers[1] != answers[2]
+    assert sliced.stats().cached_tokens == whole.stats().cached_tokens > len(prompt)
 
 
 def test_a_chunk_is_finished_at_once_when_the_streams_end(

@@ -13,6 +13,7 @@ from types import ModuleType
 import halfbyte
 from halfbyte import log
 from halfbyte.errors import HalfbyteError
+from halfbyte.machine import let_threads_sleep
 
 # name -> (module in halfbyte.cli, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -33,6 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "card": ("card", "a model card from records"),
     "bench": ("bench", "measure speed and write a record"),
 }
+# Commands that run the engine and no other implementation beside it.
+_SERVING = ("serve", "chat", "evaluate")
 
 
 def overview() -> str:
@@ -80,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: no command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if name in _SERVING or (name == "bench" and arguments[:1] == ["serve"]):
+        let_threads_sleep()
     module = importlib.import_module(f"halfbyte.cli.{COMMANDS[name][0]}")
     args = build_parser(name, module).parse_args(arguments)
     log.configure(level=args.log_level)

@@ -9,6 +9,7 @@ S sequences of a step, N query heads, L layers.
 """
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,9 +67,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     """Zeros, because a kernel may load (and mask) slots that were never written."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type == "cpu":
-        # numpy asks the system for zero pages, which become memory when touched; torch would
-        # write all of them now.
-        flat = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))
+        # The system's zero pages, which become memory when touched; torch would write all of them
+        # now. numpy would ask for huge ones, and an answer that is first to touch one waits for it:
+        # up to 40 ms on a virtual machine.
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages = mmap.mmap(-1, max(num_bytes, 1), flags=private)
+        flat = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8)[:num_bytes])
     else:
         flat = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     return flat.view(dtype).view(shape)

@@ -251,7 +251,7 @@ class Engine:
         works = self._begin_chunk(works)
         num_decodes = sum(map(_is_single, works))
         is_sliced = self._chunk is not None
-        done = self._advance_chunk(num_decodes)
+        done = self._advance_chunk(num_decodes, started)
         sliced_s = 0.0 if not is_sliced else time.perf_counter() - started
         if self._speculator is not None:
             works = self._speculator.propose(works, self._scheduler)
@@ -296,13 +296,16 @@ class Engine:
         self._scheduler.carry(prompts)
         return singles
 
-    def _advance_chunk(self, num_decodes: int) -> Finished | None:
-        """Go on with a chunk for as long as running answers allow; to its end if there are none."""
+    def _advance_chunk(self, num_decodes: int, started: float) -> Finished | None:
+        """Go on with a chunk for as long as running answers allow; to its end if there are none.
+
+        started   of the step: beginning a chunk counts, too
+        """
         if self._chunk is None:
             return None
         assert self._slice_pacer is not None
         seconds = self._slice_pacer.allowance_s(num_decodes) if num_decodes else math.inf
-        done = self._chunk.advance(seconds)
+        done = self._chunk.advance(started + seconds)
         if done is not None:
             self._chunk = None
         return done
@@ -586,7 +589,10 @@ def _is_single(work: Work) -> bool:
 
 def _joined(first_XD: Tensor | None, second_XD: Tensor | None) -> Tensor:
     """Rows of one after those of the other; one of them at least is there."""
-    return torch.cat([rows_XD for rows_XD in (first_XD, second_XD) if rows_XD is not None])
+    parts = [rows_XD for rows_XD in (first_XD, second_XD) if rows_XD is not None]
+    # One part as it is: torch copies a row of logits with all of its threads, which then spin for
+    # milliseconds, in the way of the kernels' own.
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _make_speculator(config: EngineConfig, guesser: Guesser | None) -> Speculator | None:

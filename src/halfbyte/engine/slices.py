@@ -90,6 +90,8 @@ class Chunk:
         self._next_residual_TD = torch.empty_like(self._residual_TD)
         config = decoder.config
         self._num_rows = len(self._residual_TD)
+        rows_R = step.logit_rows_R
+        self._num_logits = self._num_rows if rows_R is None else len(rows_R)
         self._q_TNH = self._residual_TD.new_empty(
             (self._num_rows, config.num_heads, config.head_dim)
         )
@@ -102,15 +104,22 @@ class Chunk:
         self._num_done = 0
 
     @torch.inference_mode()
-    def advance(self, seconds: float) -> Finished | None:
-        """Go on for about so long, a little in any case; the result once all layers are through."""
-        deadline = time.perf_counter() + seconds
+    def advance(self, deadline: float) -> Finished | None:
+        """Go on about until then, a little in any case; the result once all layers are through.
+
+        deadline  by `time.perf_counter`
+        """
         is_first = True
         while self._layer < len(self._layers):
             if not self._advance_part(deadline, is_first=is_first):
                 return None
             is_first = False
+        started = time.perf_counter()
+        kind = ("conclude", self._num_logits.bit_length())
+        if not is_first and self._costs.num_fitting(kind, deadline - started) == 0:
+            return None
         computed = self._decoder.concluded(self._delta_TD, self._residual_TD, self._logit_rows_R)
+        self._costs.note(kind, 1, time.perf_counter() - started)
         return Finished(self.works, *computed)
 
     def _advance_part(self, deadline: float, *, is_first: bool) -> bool:

@@ -236,7 +236,7 @@ class Decoder(nn.Module):
         """Embeddings of the step's tokens, image vectors in their places: x_TD."""
         if self.communicator.size > 1:
             return self._embed_share(step)
-        x_TD = self.embedding_VD[step.token_ids_T]
+        x_TD = _looked_up(self.embedding_VD, step.token_ids_T)
         if step.image_rows_I is not None and step.image_vectors_ID is not None:
             x_TD[step.image_rows_I] = step.image_vectors_ID.to(x_TD.dtype)
         return x_TD
@@ -245,10 +245,19 @@ class Decoder(nn.Module):
         """Each row comes from the rank that holds it, zeros from all others: the sum is exact."""
         row_T = step.token_ids_T - self._vocab.start
         is_other_T = (row_T < 0) | (row_T >= len(self._vocab))
-        x_TD = self.embedding_VD[row_T.masked_fill(is_other_T, 0)]
+        x_TD = _looked_up(self.embedding_VD, row_T.masked_fill(is_other_T, 0))
         x_TD.masked_fill_(is_other_T[:, None], 0)
         if step.image_rows_I is not None:
             x_TD[step.image_rows_I] = 0
             if step.image_vectors_ID is not None:
                 x_TD[step.image_rows_I] = step.image_vectors_ID.to(x_TD.dtype)
         return self.communicator.all_reduce(x_TD)
+
+
+def _looked_up(table_VD: Tensor, ids_T: Tensor) -> Tensor:
+    """Rows of a table, a copy."""
+    if table_VD.device.type != "cpu":
+        return table_VD[ids_T]
+    # As bytes through numpy: torch asks its threads even for a few rows (see `RotaryTable.at`).
+    rows = table_VD.view(torch.uint8).numpy()[ids_T.numpy()]
+    return torch.from_numpy(rows).view(table_VD.dtype)

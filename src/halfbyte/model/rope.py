@@ -11,6 +11,7 @@ parameters mean.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,9 +65,15 @@ class RotaryTable:
     def at(self, positions_T: Tensor) -> Rotation:
         """The rotation of tokens at these positions (int64, on the table's device)."""
         angles_TH2 = positions_T.double()[:, None] * self._frequencies_H2
-        cos_TH2 = (angles_TH2.cos() * self._factor).float()
-        sin_TH2 = (angles_TH2.sin() * self._factor).float()
-        return Rotation(cos_TH2, sin_TH2, self._query_scale(positions_T))
+        if angles_TH2.device.type == "cpu":
+            # torch asks its threads even for a few, and they spin on in the kernels' way.
+            angles = angles_TH2.numpy()
+            cos_TH2, sin_TH2 = torch.from_numpy(np.cos(angles)), torch.from_numpy(np.sin(angles))
+        else:
+            cos_TH2, sin_TH2 = angles_TH2.cos(), angles_TH2.sin()
+        factor = self._factor
+        query_scale_T = self._query_scale(positions_T)
+        return Rotation((cos_TH2 * factor).float(), (sin_TH2 * factor).float(), query_scale_T)
 
     def _query_scale(self, positions_T: Tensor) -> Tensor | None:
         beta, length = self._rope.llama_4_scaling_beta, self._rope.original_max_positions
