@@ -15,13 +15,16 @@ tokens (chat-format notes); applying it reads V bits and V logits: 49,152 x 4 by
 tokens that the mask refuses cost that; to ask for one is 1 us. A step of the demo model reads
 100 MB of weights, about 10 ms.
 
+With `OMP_WAIT_POLICY` as `halfbyte serve` sets it (decision 0028).
+
 Reading the result: `share_of_step` is what the paired medians differ by, which also holds the
 slower path through the sampler; `mask_share` only what was timed inside. The aim is 0.05 for
 both; the headline is the larger.
 
 Last record: benchmarks/records/mask_cost.json.
 
-Run: PYTHONPATH=src python benchmarks/mask_cost.py build/demo/mixed --threads 2
+Run: OMP_WAIT_POLICY=PASSIVE PYTHONPATH=src
+    python benchmarks/mask_cost.py build/demo/mixed --threads 2
 """
 
 import argparse
@@ -226,7 +229,8 @@ def main() -> None:
         args.out,
         name="mask_cost",
         question="Which share of a decode step does holding answers to a JSON schema cost?",
-        command="PYTHONPATH=src python benchmarks/mask_cost.py build/demo/mixed "
+        command="OMP_WAIT_POLICY=PASSIVE PYTHONPATH=src python benchmarks/mask_cost.py "
+        "build/demo/mixed "
         f"--threads {args.threads}",
         results=results,
         samples=samples,

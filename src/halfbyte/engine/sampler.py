@@ -94,18 +94,12 @@ class Sampler:
             self._adjust(logits_RV[row], sequence)
         self._ban(logits_RV, sequences)
         token_ids = self._draw(logits_RV, sequences)
-        refused = [
-            row
-            for row, sequence in enumerate(sequences)
-            if sequence.request.mask is not None
-            and not self._allows(sequence.request, token_ids[row])
-        ]
-        if refused:
-            for row in refused:
-                self._mask(logits_RV[row], sequences[row].request)
-            again = self._draw(logits_RV[refused], [sequences[row] for row in refused], attempt=1)
-            for row, token_id in zip(refused, again, strict=True):
-                token_ids[row] = token_id
+        for row, sequence in enumerate(sequences):
+            request = sequence.request
+            if request.mask is not None and not self._allows(request, token_ids[row]):
+                self._mask(logits_RV[row], request)
+                # Row by row, as a view: torch would copy several with all of its threads (0028).
+                (token_ids[row],) = self._draw(logits_RV[row : row + 1], [sequence], attempt=1)
         choices = [Choice(token_id) for token_id in token_ids]
         if raw_RV is not None:
             num_top = [sequences[row].request.params.logprobs or 0 for row in reported]
