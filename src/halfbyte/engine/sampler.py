@@ -31,6 +31,8 @@ LogitsHook = Callable[[GenerationRequest, SequenceOf[int], Tensor], None]
 
 # Most filters leave fewer tokens than this; sorting the whole vocabulary costs ten times as much.
 _CANDIDATES = 256
+# Tokens that a mask leaves are drawn from alone if they are no more than this.
+_FEW = 4096
 
 
 # Where no token is possible: all are banned or masked, or the logits are not numbers.
@@ -99,7 +101,7 @@ class Sampler:
             if request.mask is not None and not self._allows(request, token_ids[row]):
                 self._mask(logits_RV[row], request)
                 # Row by row, as a view: torch would copy several with all of its threads (0028).
-                (token_ids[row],) = self._draw(logits_RV[row : row + 1], [sequence], attempt=1)
+                token_ids[row] = self._draw_again(logits_RV[row : row + 1], sequence)
         choices = [Choice(token_id) for token_id in token_ids]
         if raw_RV is not None:
             num_top = [sequences[row].request.params.logprobs or 0 for row in reported]
@@ -183,6 +185,18 @@ class Sampler:
 
     def _ids(self, ids: Iterable[int]) -> Tensor:
         return torch.tensor(list(ids), dtype=torch.int64, device=self._device)
+
+    def _draw_again(self, logits_1V: Tensor, sequence: Sequence) -> int:
+        """From what a mask has left."""
+        if logits_1V.device.type == "cpu":
+            # Mostly that is a few tokens, which are drawn from faster alone.
+            ids = np.flatnonzero(logits_1V.numpy()[0] > -np.inf)
+            if 0 < len(ids) <= _FEW:
+                few_1C = torch.from_numpy(logits_1V.numpy()[:, ids])
+                (place,) = self._draw(few_1C, [sequence], attempt=1)
+                return place if place == IMPOSSIBLE else int(ids[place])
+        (token_id,) = self._draw(logits_1V, [sequence], attempt=1)
+        return token_id
 
     def _draw(
         self,
@@ -317,8 +331,10 @@ def _draw_filtered(
     total_R1 = logits_RV.exp().sum(-1, keepdim=True, dtype=torch.float64)
     num_candidates = min(max(_CANDIDATES, *(p.top_k for p in params)), vocab_size)
     weights_RC, ids_RC = _most_likely(logits_RV, num_candidates)
-    if num_candidates < vocab_size and not _covers(weights_RC, total_R1, params):
-        weights_RC, ids_RC = _most_likely(logits_RV, vocab_size)
+    while num_candidates < vocab_size and not _covers(weights_RC, total_R1, params):
+        # What a mask leaves may be flat; even then sorting all of it is rarely needed.
+        num_candidates = min(num_candidates * 8, vocab_size)
+        weights_RC, ids_RC = _most_likely(logits_RV, num_candidates)
     kept_RC = _filter(weights_RC, total_R1, params)
     drawn: list[int] = ids_RC.gather(1, _invert(kept_RC, uniform_R1))[:, 0].tolist()
     return drawn
