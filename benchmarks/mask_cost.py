@@ -231,7 +231,7 @@ def main() -> None:
         question="Which share of a decode step does holding answers to a JSON schema cost?",
         command="OMP_WAIT_POLICY=PASSIVE PYTHONPATH=src python benchmarks/mask_cost.py "
         "build/demo/mixed "
-        f"--threads {args.threads}",
+        f"--threads {args.threads} --rounds {args.rounds}",
         results=results,
         samples=samples,
     )
