@@ -23,11 +23,14 @@ pytestmark = pytest.mark.skipif(held() is None, reason="this system does not say
 MIB = 1 << 20
 LAYERS = 2
 
-# The plan is replaced by one that promises everything, or nothing but the layer at work. Before the
-# process ends it waits to be looked at.
+# The plan is replaced by one that promises everything, or nothing but the layer at work. The next
+# layer is all there before work goes on: how far it would have got is a matter of the machine.
+# Before the process ends it waits to be looked at.
 _RUN = """
 import sys
 from pathlib import Path
+from concurrent.futures import wait
+from halfbyte.calibrate.stream import _Loader
 from halfbyte.errors import CapacityError
 from halfbyte.quantize import job
 from halfbyte.quantize.memory import MemoryPlan
@@ -35,6 +38,12 @@ from halfbyte.quantize.pipeline import quantize
 from halfbyte.recipe.schema import load_recipe
 source, output, tokens = map(Path, sys.argv[1:4])
 is_lavish, budget = sys.argv[4] == "lavish", int(sys.argv[5]) or None
+begin = _Loader.prefetch
+def prefetch(self, layer):
+    begin(self, layer)
+    if self._next is not None:
+        wait([self._next.loading])
+_Loader.prefetch = prefetch
 job.plan_memory = lambda *_, **__: MemoryPlan(0, is_lavish, is_lavish)
 config = job.QuantizeConfig(source, output, load_recipe("fp8"), calibration_tokens=tokens,
                             memory_bytes=budget, with_errors=False)
