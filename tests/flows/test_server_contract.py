@@ -176,11 +176,11 @@ async def test_parse_gives_a_typed_object(stand: Stand) -> None:
         b: Literal["x", "y"]
 
     answer = await stand.client.chat.completions.parse(
-        model="tiny", messages=HELLO, response_format=Answer, max_tokens=100
+        model="tiny", messages=HELLO, response_format=Answer, max_tokens=100, temperature=0
     )
     assert isinstance(answer.choices[0].message.parsed, Answer)
     told = await stand.client.responses.parse(
-        model="tiny", input="Hello", text_format=Answer, max_output_tokens=100
+        model="tiny", input="Hello", text_format=Answer, max_output_tokens=100, temperature=0
     )
     assert isinstance(told.output_parsed, Answer)
 
