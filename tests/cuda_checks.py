@@ -61,6 +61,13 @@ SMALL: dict[str, Any] = {
     "mode": "fp8_declared",
     "max_decode_slowdown": None,
 }
+LARGE = EngineConfig(
+    device="cuda",
+    max_model_len=8192,
+    max_sequences=64,
+    mode="fp8_declared",
+    max_decode_slowdown=None,
+)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 Images = Sequence[tuple[int, tuple[ImageInput, ...]]]
 LENGTHS = (1, 2, 15, 16, 17, 31, 64, 100, 128, 129, 200, 333)
@@ -824,14 +831,7 @@ def speed(num_layers: int) -> dict[str, Any]:
     library = KernelLibrary(torch.device("cuda", 0))
     weights = random_weights(library, medium_geometry(num_layers), mixed_formats(num_layers))
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "layers": num_layers}
-    plain = EngineConfig(
-        device="cuda",
-        max_model_len=8192,
-        max_sequences=64,
-        mode="fp8_declared",
-        max_decode_slowdown=None,
-    )
-    for name, config in (("plain", plain), ("deterministic", replace(plain, deterministic=True))):
+    for name, config in (("plain", LARGE), ("deterministic", replace(LARGE, deterministic=True))):
         start = time.perf_counter()
         runner, resolved = build_runner(library, weights, config)
         engine = Engine(runner, resolved)
@@ -955,17 +955,10 @@ def draft_speed(num_layers: int, guesses: int = 3) -> dict[str, Any]:
         "guesses": guesses,
         "draft_weight_bytes": draft.num_bytes,
     }
-    plain = EngineConfig(
-        device="cuda",
-        max_model_len=8192,
-        max_sequences=64,
-        mode="fp8_declared",
-        max_decode_slowdown=None,
-    )
     drafting = replace(
-        plain, speculative="draft", num_speculative_tokens=guesses, adaptive_speculation=False
+        LARGE, speculative="draft", num_speculative_tokens=guesses, adaptive_speculation=False
     )
-    for name, config, one in (("plain", plain, None), ("draft", drafting, draft)):
+    for name, config, one in (("plain", LARGE, None), ("draft", drafting, draft)):
         runner, resolved = build_runner(library, weights, config, None, one)
         engine = Engine(runner, resolved)
         rows: dict[str, Any] = {"kv_cache_tokens": resolved.kv_cache_tokens}

@@ -125,14 +125,15 @@ def look_up(token_ids_T: Tensor, sources_T: Tensor, last_tokens: Tensor) -> Tens
     return torch.where(sources_T >= 0, found_T, token_ids_T)
 
 
-class Executor(Protocol):
-    """Computes steps; `HopperExecutor` with kernels, a twin in plain torch in tests (0038)."""
+class RowExecutor(Protocol):
+    """Computes steps of rows, of a model or of a draft model beside it."""
 
     @property
     def config(self) -> TextConfig: ...
 
     @property
-    def num_weight_bytes(self) -> int: ...
+    def num_weight_bytes(self) -> int:
+        """Of its own weights."""
 
     @property
     def sizes(self) -> tuple[int, ...]: ...
@@ -146,14 +147,13 @@ class Executor(Protocol):
         as token id `vocab_size` + i. Rank 0 of several has them.
         """
 
-    @property
-    def communicator(self) -> Communicator:
-        """The ranks that compute every step together; rank 0 alone gets logits."""
-
     def replay(self, size: int) -> Tensor:
         """Run a step of the first `size` rows of `inputs`: logits f32 (size, V), overwritten by
         the next step.
         """
+
+    def hidden(self, size: int) -> Tensor:
+        """What the head read in the last `replay` of this size: (size, D), the caller's."""
 
     def prefill(self, batch: PrefillBatch) -> Tensor:
         """The residual stream after the last layer, (T, D)."""
@@ -164,54 +164,28 @@ class Executor(Protocol):
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """The head: f32 (R, V) of rows behind the final norm."""
 
-    def hidden(self, size: int) -> Tensor:
-        """What the head read in the last `replay` of this size: (size, D), the caller's."""
-
     def facts(self) -> dict[str, object]: ...
 
 
-class DraftExecutor(Protocol):
-    """Computes entries of a draft model (`drafter`), with the rows of an `Executor`'s inputs: a row
-    of entry p holds the token at p + 1, position p and its slot.
+class Executor(RowExecutor, Protocol):
+    """Computes the model's steps; `HopperExecutor` with kernels, a twin in plain torch in tests
+    (0038).
     """
 
     @property
-    def config(self) -> TextConfig: ...
+    def communicator(self) -> Communicator:
+        """The ranks that compute every step together; rank 0 alone gets logits."""
 
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
 
-    @property
-    def inputs(self) -> RowInputs: ...
-
-    @property
-    def spare_VD(self) -> Tensor:
-        """As `Executor.spare_VD`."""
+class DraftExecutor(RowExecutor, Protocol):
+    """Computes entries of a draft model (`drafter`), with the rows of an `Executor`'s inputs: a row
+    of entry p holds the token at p + 1, position p and its slot. A `prefill`'s batch has hidden
+    states; norm and head are those that give guesses.
+    """
 
     @property
     def hidden_TD(self) -> Tensor:
         """Where the hidden states beside the tokens of a `replay` are put, (MAX_ROWS, D)."""
-
-    @property
-    def num_weight_bytes(self) -> int:
-        """Of its own weights."""
-
-    def replay(self, size: int) -> Tensor:
-        """As `Executor.replay`: logits of the guesses."""
-
-    def hidden(self, size: int) -> Tensor:
-        """The guesses of the last `replay`, behind the draft model's norm: (size, D)."""
-
-    def prefill(self, batch: PrefillBatch) -> Tensor:
-        """The residual stream after the last layer, (T, D); `batch` has hidden states."""
-
-    def normed(self, residual_RD: Tensor) -> Tensor:
-        """Rows of `prefill`'s result behind the draft model's norm, (R, D)."""
-
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """The target's head."""
-
-    def facts(self) -> dict[str, object]: ...
 
 
 def compile_kernels(weights: CudaWeights, page_slots: int, sizes: Sequence[int]) -> None:
