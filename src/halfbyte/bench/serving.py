@@ -8,8 +8,8 @@ Method: `halfbyte serve` in a process of its own, asked over sockets with a read
     what answers of 160 tokens take longer than answers of 40, a token, against the time of the
     model's own call with the same 32 sequences at the same lengths in this process, in turns
     (A B A B). Cached: a prompt of 4,096 tokens of text never
-    seen before, then again. Stall: one stream; gaps between its tokens alone, and while a prompt of
-    32k tokens is taken in, on a model of the same widths with fewer layers and random weights, so
+    seen before, then again. Stall: one stream; gaps between its tokens alone, then while a prompt of
+    32k tokens is taken in, then alone again, on a model of the same widths with fewer layers and random weights, so
     that it ends in minutes.
 Cost model: what is not the model is some 40 us a token here: scheduling, sampling, detokenizing,
     one frame of JSON and a socket write. Both sides share the processors.
@@ -183,7 +183,7 @@ def measure(
     del solo
     say(f"a prompt of {sizes.stall_tokens} tokens beside a stream")
     shallow = write_shallow(directory, scratch, sizes)
-    room = 2 * sizes.stall_tokens + 4096
+    room = 3 * sizes.stall_tokens + 8192
     # Keys and values as the quantized model keeps them.
     with served(shallow, threads, "--kv-cache-tokens", room, "--kv-cache", "fp8") as server:
         asyncio.run(_gaps(server.url, sizes, report))
@@ -445,7 +445,7 @@ def write_shallow(directory: Path, scratch: Path, sizes: Sizes) -> Path:
     target = scratch / "shallow"
     config, _, _ = read_config(directory)
     text = dataclasses.replace(
-        config.text, num_layers=sizes.stall_layers, max_positions=sizes.stall_tokens + 4096
+        config.text, num_layers=sizes.stall_layers, max_positions=2 * sizes.stall_tokens + 4096
     )
     write_tiny_checkpoint(target, config=dataclasses.replace(config, text=text, vision=None))
     for name in ("tekken.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -455,7 +455,9 @@ def write_shallow(directory: Path, scratch: Path, sizes: Sizes) -> Path:
 
 
 async def _gaps(url: str, sizes: Sizes, report: Report) -> None:
-    """Gaps of one stream alone, then while a long prompt is taken in."""
+    """Gaps of one stream alone, while a long prompt is taken in, and alone again behind it: by
+    then its own context is longer, as it was beside the prompt.
+    """
     content = text_of(url, sizes.stall_tokens, seed=99)
     # One letter for ever: every token has text, so every step makes an event.
     body = {"prompt": "Hello", "ignore_eos": True, "logit_bias": {_letter(url): 100}}
@@ -463,7 +465,7 @@ async def _gaps(url: str, sizes: Sizes, report: Report) -> None:
     await usual.follow()
     report.note("gap alone, ms", _gaps_ms(usual.times, usual.times[0], usual.times[-1]))
     # A step takes one token of the prompt at least, save the few that measure the stream alone.
-    runs_on = {**body, "max_tokens": sizes.stall_tokens * 11 // 10}
+    runs_on = {**body, "max_tokens": sizes.stall_tokens * 11 // 10 + sizes.usual_tokens}
     running = await open_stream(url, "/v1/completions", runs_on)
     follow = asyncio.create_task(running.follow())
     while len(running.times) < 20:
@@ -477,8 +479,14 @@ async def _gaps(url: str, sizes: Sizes, report: Report) -> None:
         await asyncio.sleep(0.01)
     if running.times[-1] < ended:
         raise CapacityError("the stream ended before the prompt was taken in; make it longer")
+    behind = len(running.times)
+    while len(running.times) < behind + sizes.usual_tokens and not follow.done():
+        await asyncio.sleep(0.01)
     follow.cancel()
     await asyncio.gather(follow, return_exceptions=True)
+    # The first of them may have begun beside the prompt.
+    later = running.times[behind + 1 : behind + sizes.usual_tokens]
+    report.note("gap alone, ms", _gaps_ms(later, later[0], later[-1]))
     report.note("gap beside a prompt, ms", _gaps_ms(running.times, started, ended))
     report.note("prompt beside a stream, s", [ended - started])
 
