@@ -2,11 +2,12 @@
 
 import gc
 import mmap
+import weakref
 from pathlib import Path
 
 import pytest
 
-from halfbyte.machine import available_bytes, held
+from halfbyte.machine import available_bytes, held, settle_heap
 
 MIB = 1 << 20
 
@@ -116,3 +117,22 @@ def test_what_this_process_takes_is_seen() -> None:
     after = held()
     assert after is not None and after.resident < now.resident - 60 * MIB
     assert after.peak + MIB > now.peak
+
+
+def test_a_settled_heap_is_passed_over_until_it_is_settled_again() -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.itself = self
+
+    engine = Engine()
+    gone = weakref.ref(engine)
+    try:
+        settle_heap()
+        assert gc.get_freeze_count() > 1000
+        del engine
+        gc.collect()
+        assert gone() is not None
+        settle_heap()
+        assert gone() is None
+    finally:
+        gc.unfreeze()

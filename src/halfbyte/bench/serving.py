@@ -47,6 +47,7 @@ from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.runner import load_runner
 from halfbyte.errors import CapacityError, UnsupportedError
 from halfbyte.log import logger
+from halfbyte.machine import settle_heap
 from halfbyte.model.tiny import write_tiny_checkpoint
 
 STREAMS = 32
@@ -459,6 +460,7 @@ async def _gaps(url: str, sizes: Sizes, report: Report) -> None:
     then its own context is longer, as it was beside the prompt.
     """
     content = text_of(url, sizes.stall_tokens, seed=99)
+    settle_heap()  # a collection here would look like a gap there
     # One letter for ever: every token has text, so every step makes an event.
     body = {"prompt": "Hello", "ignore_eos": True, "logit_bias": {_letter(url): 100}}
     usual = await open_stream(url, "/v1/completions", {**body, "max_tokens": sizes.usual_tokens})

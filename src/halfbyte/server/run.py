@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from halfbyte.errors import UsageError
 from halfbyte.log import logger
+from halfbyte.machine import settle_heap
 from halfbyte.server.backend import Backend
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -129,6 +130,7 @@ def serve(
 ) -> bool:
     """Serve until a signal; False if the application did not start or its engine died."""
     server = _server(app, on_ready, admin)
+    settle_heap()
     asyncio.run(server.serve(sockets=[listener]))
     return server.started
 
