@@ -7,10 +7,10 @@ Method: `halfbyte serve` in a process of its own, asked over sockets with a read
     events. Overhead: 32 greedy streams at once, ends ignored, prompts found in the cache; a step is
     what answers of 160 tokens take longer than answers of 40, a token, against the time of the
     model's own call with the same 32 sequences at the same lengths in this process, in turns
-    (A B A B). Cached: a prompt of 4,096 tokens of text never
-    seen before, then again. Stall: one stream; gaps between its tokens alone, then while a prompt of
-    32k tokens is taken in, then alone again, on a model of the same widths with fewer layers and random weights, so
-    that it ends in minutes.
+    (A B A B). Cached: a prompt of 4,096 tokens of text never seen before, then again. Stall: one
+    stream; gaps between its tokens alone, then while a prompt of 32k tokens is taken in, then alone
+    again, on a model of the same widths with fewer layers and random weights, so that it ends in
+    minutes.
 Cost model: what is not the model is some 40 us a token here: scheduling, sampling, detokenizing,
     one frame of JSON and a socket write. Both sides share the processors.
 Reading the result: overhead under 15 %, cached under 1/10, the longest gap under twice the usual
