@@ -97,6 +97,16 @@ def test_blocks_of_a_cluster_share_activations(library, format_: str, tokens: in
     assert _error(y, expected.double()) < (1e-3 if x.element_size() == 1 else 2e-6)
 
 
+@pytest.mark.parametrize("format_", ["nvfp4", "fp8", "bf16", "nvfp4_fast"])
+@pytest.mark.parametrize("tokens", [1, 33, 128])
+def test_a_ring_is_filled_many_times(library, format_: str, tokens: int) -> None:
+    """What the copier may overwrite too soon: 32 K blocks and more for each block of the grid."""
+    tiled, values = _weight(format_, 33792, 1024)
+    x = _activations(format_, tokens, 1024)
+    y = stream_product(library, tiled, x)[:, :33792]
+    assert _error(y, x.double() @ values.t()) < (2e-6 if format_ in ("nvfp4", "bf16") else 3e-3)
+
+
 @pytest.mark.parametrize("format_", ["nvfp4", "nvfp4_fast"])
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 2300])
 def test_prefill_linear(library, format_: str, tokens: int) -> None:

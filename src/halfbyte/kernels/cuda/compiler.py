@@ -17,6 +17,8 @@ from halfbyte.errors import UnsupportedError
 _HERE = Path(__file__).parent
 # wgmma and its companions exist for this exact architecture only.
 ARCHITECTURE = "sm_90a"
+# Set, kernels are compiled such that compute-sanitizer's racecheck can follow them (operands.cu).
+RACECHECK_VARIABLE = "HALFBYTE_RACECHECK"
 # Files that come in front of another.
 _BEFORE = {"linear": ("operands",), "prefill": ("operands",)}
 
@@ -146,6 +148,8 @@ def compile_kernel(
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17"]
     if max_registers is not None:
         options.append(f"--maxrregcount={max_registers}")
+    if os.environ.get(RACECHECK_VARIABLE):
+        defines = {**defines, "EVERY_LANE_RELEASES": 1}
     source = full_source(name, defines, generated)
     nvrtc = load_nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()

@@ -172,7 +172,7 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
               load_matrices(at.codes + tokens + (half * 8 + pair * 4) * (N * 16) + j * 128, b[j][pair]);
           if (r == TILES - 1 && half == 1) {
             __syncwarp();
-            if (lane == 0) barrier_arrive(at.empty);
+            if (releases(lane)) release_stage(at.empty);
           }
           decode_half(codes, scales, half, a);
 #pragma unroll
@@ -215,7 +215,7 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
       for (; unit < window_end; ++unit) {
         barrier_wait(at.full, at.parity);
         multiply_stage(at, is_fresh, release, terms);
-        release = lane < CLUSTER ? at.empty : 0;
+        release = releases(lane) ? at.empty : 0;
         is_fresh = false;
         at.step();
       }
@@ -227,7 +227,7 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
     for (; unit < tile_end; ++unit) {
       barrier_wait(at.full, at.parity);
       multiply_stage(at, is_fresh, release, sums);
-      release = lane < CLUSTER ? at.empty : 0;
+      release = releases(lane) ? at.empty : 0;
       is_fresh = false;
       at.step();
     }
@@ -281,7 +281,7 @@ DEVICE void consume(const Output& y, Stretch work, int group, u32 ring, u32 full
                        operand(at + ROW_TILES * UNIT_BYTES, N * 16, 128), is_fresh, target);
         wgmma_wait<1>();
         if (release != 0) release_stage(release);
-        release = lane < CLUSTER ? empty_here + 8 * stage : 0;
+        release = releases(lane) ? empty_here + 8 * stage : 0;
         is_fresh = false;
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
@@ -307,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * 128 + COPIERS, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, GROUPS * 4 * CLUSTER);
+      barrier_init(empty + 8 * stage, GROUPS * 4 * RELEASES * CLUSTER);
     }
     barrier_init_fence();
   }

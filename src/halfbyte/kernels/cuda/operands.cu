@@ -34,6 +34,20 @@ DEVICE u32 scales_of(int warp, int lane) {
 }
 
 // A stage is free when every block of the cluster has read it: lane i tells block i.
+#ifdef EVERY_LANE_RELEASES
+// For compute-sanitizer's racecheck, which takes an arrival as that of one lane's reads, though a warp
+// came together ahead of it (benchmarks/racecheck_control.cu): every reader arrives at every block.
+constexpr int RELEASES = 32;
+DEVICE bool releases(int) { return true; }
+DEVICE u32 empty_of(u32 empty, int) { return empty; }
+DEVICE void release_stage(u32 barrier) {
+  if (CLUSTER == 1) barrier_arrive(barrier);
+  else
+    for (u32 rank = 0; rank < CLUSTER; ++rank) barrier_arrive_remote(address_in_block(barrier, rank));
+}
+#else
+constexpr int RELEASES = 1;   // arrivals of a warp at a stage's barrier
+DEVICE bool releases(int lane) { return lane < CLUSTER; }
 DEVICE u32 empty_of(u32 empty, int lane) {
   return CLUSTER == 1 ? empty : address_in_block(empty, lane % CLUSTER);
 }
@@ -43,6 +57,7 @@ DEVICE void release_stage(u32 barrier) {
   else
     barrier_arrive_remote(barrier);
 }
+#endif
 
 #if FORMAT == NVFP4 || FORMAT == NVFP4_FAST
 

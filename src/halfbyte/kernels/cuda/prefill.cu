@@ -97,7 +97,7 @@ DEVICE void consume(u16* out, const float* row_scale, int stride, int num_tokens
     for (int k_block = 0; k_block < work.k_blocks; ++k_block) {
       barrier_wait(at.full, at.parity);
       multiply_stage(at, is_fresh, release, sums);
-      release = lane < CLUSTER ? at.empty : 0;
+      release = releases(lane) ? at.empty : 0;
       is_fresh = false;
       at.step();
     }
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * 128 + COPIERS, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, GROUPS * 4 * CLUSTER);
+      barrier_init(empty + 8 * stage, GROUPS * 4 * RELEASES * CLUSTER);
     }
     barrier_init_fence();
   }
