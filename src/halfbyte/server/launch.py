@@ -15,6 +15,7 @@ from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.service import EngineService
 from halfbyte.errors import UsageError
+from halfbyte.machine import settle_heap
 from halfbyte.server.app import create_app
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
 from halfbyte.server.gate import AccessLog, log_access
@@ -118,7 +119,10 @@ def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:
         return EngineService(engine, max_requests=front.limits.queued_requests * 2)
 
     def load_again() -> EngineService:
-        return service_of(Engine.load(directory, config))
+        settle_heap()  # what is left of the dead engine
+        again = service_of(Engine.load(directory, config))
+        settle_heap()
+        return again
 
     resolved = engine.config
     app = create_app(

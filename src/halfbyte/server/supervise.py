@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from halfbyte.engine.request import Event, GenerationRequest
 from halfbyte.errors import CapacityError
 from halfbyte.log import logger
-from halfbyte.machine import settle_heap
 
 _POLL_S = 0.25
 
@@ -139,16 +138,10 @@ class Supervisor:
         # Two sets of weights may not fit: the dead engine goes before the new one comes.
         del dead
         try:
-            engine = await asyncio.to_thread(self._load_settled)
+            engine = await asyncio.to_thread(self._load)
         except Exception:
             logger.exception("the engine could not be loaded again")
             return
         await engine.start()
         self._engine = engine
         logger.info("the engine runs again")
-
-    def _load_settled(self) -> Engine:
-        settle_heap()  # what is left of the dead engine
-        engine = self._load()
-        settle_heap()
-        return engine
