@@ -479,8 +479,6 @@ async def _gaps(url: str, sizes: Sizes, report: Report) -> None:
     ended = prompt.times[0]
     while running.times[-1] < ended and not follow.done():
         await asyncio.sleep(0.01)
-    if running.times[-1] < ended:
-        raise CapacityError("the stream ended before the prompt was taken in; make it longer")
     behind = len(running.times)
     while len(running.times) < behind + sizes.usual_tokens and not follow.done():
         await asyncio.sleep(0.01)
@@ -488,6 +486,8 @@ async def _gaps(url: str, sizes: Sizes, report: Report) -> None:
     await asyncio.gather(follow, return_exceptions=True)
     # The first of them may have begun beside the prompt.
     later = running.times[behind + 1 : behind + sizes.usual_tokens]
+    if len(later) < 2:
+        raise CapacityError("the stream ended before the prompt was taken in; make it longer")
     report.note("gap alone, ms", _gaps_ms(later, later[0], later[-1]))
     report.note("gap beside a prompt, ms", _gaps_ms(running.times, started, ended))
     report.note("prompt beside a stream, s", [ended - started])
