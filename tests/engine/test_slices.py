@@ -46,6 +46,7 @@ class Plan:
     def __init__(self, seconds: Iterable[float]) -> None:
         self._seconds = itertools.cycle(seconds)
         self.num_asked = 0
+        self.observed: list[tuple[int, bool]] = []
 
     def allowance_s(self, num_decodes: int) -> float:
         assert num_decodes > 0
@@ -53,7 +54,8 @@ class Plan:
         return next(self._seconds)
 
     def observe(self, num_decodes: int, decode_s: float, prompt_s: float) -> None:
-        pass
+        assert decode_s > 0
+        self.observed.append((num_decodes, prompt_s > 0))
 
 
 @pytest.fixture
@@ -118,6 +120,21 @@ def test_a_stream_gets_a_token_in_every_step(tiny: Path, plan: Plan) -> None:
         assert engine.stats().generated_tokens == before + num_steps
     # Three parts a layer at least, and those of rows in four pieces each.
     assert engine.stats().steps == 100
+
+
+@pytest.mark.parametrize("plan", ["least", "whole"], indirect=True)
+def test_the_pacer_sees_every_step_that_generates(tiny: Path, plan: Plan) -> None:
+    """Those in which a chunk ends, too: at first each step begins one and ends it."""
+    engine = load(tiny, **ROOM)
+    engine.add(request("stream", prompt_of(5, 77), STREAM))
+    for _ in range(4):
+        engine.step()
+    alone = len(plan.observed)
+    assert plan.observed == [(1, False)] * alone and alone >= 3
+    engine.add(request("long", prompt_of(300, 1), GREEDY))
+    for _ in range(5):
+        engine.step()
+    assert plan.observed[alone:] == [(1, True)] * 5
 
 
 @needs_exact_kernels

@@ -14,7 +14,8 @@ Method: `halfbyte serve` in a process of its own, asked over sockets with a read
 Cost model: what is not the model is some 40 us a token here: scheduling, sampling, detokenizing,
     one frame of JSON and a socket write. Both sides share the processors.
 Reading the result: overhead under 15 %, cached under 1/10, the longest gap under twice the usual
-    99th percentile. Other programs spoil the gaps first; a disturbed run is refused.
+    99th percentile. Other programs spoil the gaps first; a disturbed run is refused. What a virtual
+    machine takes for itself shows in the gaps of the stream alone, too: they are counted likewise.
 Last record: benchmarks/records/serving.json
 """
 
@@ -70,7 +71,7 @@ class Sizes:
     stall_tokens: int = STALL_TOKENS
     stall_layers: int = STALL_LAYERS
     # Gaps of the stream that runs alone.
-    usual_tokens: int = 2000
+    usual_tokens: int = 5000
     repeats: int = 5
 
     @property
@@ -93,7 +94,8 @@ class Report:
     def figures(self) -> dict[str, float]:
         """The three answers and what they are made of."""
         middle = {name: statistics.median(values) for name, values in self.samples.items()}
-        usual = percentile(self.samples["gap alone, ms"], 0.99)
+        alone = self.samples["gap alone, ms"]
+        usual = percentile(alone, 0.99)
         beside = self.samples["gap beside a prompt, ms"]
         longest = max(beside)
         return {
@@ -105,13 +107,15 @@ class Report:
             "cached_first_token_ms": middle["first token cached, ms"],
             "cached_share": middle["first token cached, ms"] / middle["first token uncached, ms"],
             "usual_gap_p99_ms": usual,
-            "usual_gap_longest_ms": max(self.samples["gap alone, ms"]),
+            "usual_gap_longest_ms": max(alone),
             "gap_p99_beside_a_prompt_ms": percentile(beside, 0.99),
             "longest_gap_beside_a_prompt_ms": longest,
             "gap_p99_ratio": percentile(beside, 0.99) / usual,
             "gap_ratio": longest / usual,
             "gaps_over_the_bar": sum(gap >= 2 * usual for gap in beside),
             "gaps_beside_a_prompt": len(beside),
+            "usual_gaps_over_the_bar": sum(gap >= 2 * usual for gap in alone),
+            "usual_gaps": len(alone),
             "prompt_s": middle["prompt beside a stream, s"],
         }
 
@@ -130,7 +134,8 @@ class Report:
                 f"{found['gap_p99_beside_a_prompt_ms']:.1f} ms: {found['gap_p99_ratio']:.2f}x "
                 f"(bar: 2x), longest {found['longest_gap_beside_a_prompt_ms']:.1f} ms, "
                 f"{found['gaps_over_the_bar']:.0f} of {found['gaps_beside_a_prompt']:.0f} over "
-                f"it; the prompt took {found['prompt_s']:.0f} s",
+                f"it (alone {found['usual_gaps_over_the_bar']:.0f} of "
+                f"{found['usual_gaps']:.0f}); the prompt took {found['prompt_s']:.0f} s",
                 f"other processes used {self.usage.foreign:.1%} of the processors, "
                 f"{self.usage.steal:.1%} were stolen",
             ]
@@ -165,6 +170,14 @@ def measure(
     report = Report()
     watch = Watch()
     helpers = 0.0
+    # First, as long as this process holds no model: what it does then cannot delay a reading.
+    say(f"a prompt of {sizes.stall_tokens} tokens beside a stream")
+    shallow = write_shallow(directory, scratch, sizes)
+    room = 3 * sizes.stall_tokens + 8192
+    # Keys and values as the quantized model keeps them.
+    with served(shallow, threads, "--kv-cache-tokens", room, "--kv-cache", "fp8") as server:
+        asyncio.run(_gaps(server.url, sizes, report))
+        helpers += server.cpu_s()
     tokens = sizes.streams * (PROMPT_TOKENS + sizes.stream_tokens + 32)
     room = max(tokens, 8 * sizes.cached_tokens)
     flags = ("--kv-cache-tokens", room, "--max-sequences", sizes.streams)
@@ -180,14 +193,6 @@ def measure(
             report.note("model step, ms", model)
             report.note("engine step, ms", engine)
             report.note("served step, ms", [asyncio.run(_served_step(server.url, sizes))])
-        helpers += server.cpu_s()
-    del solo
-    say(f"a prompt of {sizes.stall_tokens} tokens beside a stream")
-    shallow = write_shallow(directory, scratch, sizes)
-    room = 3 * sizes.stall_tokens + 8192
-    # Keys and values as the quantized model keeps them.
-    with served(shallow, threads, "--kv-cache-tokens", room, "--kv-cache", "fp8") as server:
-        asyncio.run(_gaps(server.url, sizes, report))
         helpers += server.cpu_s()
     measured = watch.usage(helpers)
     report.usage = measured
@@ -208,7 +213,8 @@ def write_record(report: Report, path: Path, command: str) -> None:
          f"{found['gap_p99_ratio']:.2f}x", "of the usual one; bar: under 2x"),
         ("the longest of them", f"{found['gap_ratio']:.2f}x",
          f"of the usual 99th percentile; {found['gaps_over_the_bar']:.0f} of "
-         f"{found['gaps_beside_a_prompt']:.0f} gaps above the bar"),
+         f"{found['gaps_beside_a_prompt']:.0f} gaps above the bar, alone "
+         f"{found['usual_gaps_over_the_bar']:.0f} of {found['usual_gaps']:.0f}"),
     ]  # fmt: skip
     records.write(
         path,

@@ -275,7 +275,9 @@ class Engine:
         seconds = time.perf_counter() - started
         if self._speculator is not None:
             self._speculator.observe(seconds - sliced_s, all_works)
-        if self._slice_pacer is not None and done is None and num_decodes == len(works):
+        if self._slice_pacer is not None and works and num_decodes == len(works):
+            # Short chunks end in the step that begins them: without those, whatever slowed the
+            # steps ahead of a prompt would go on being the measure.
             self._slice_pacer.observe(num_decodes, seconds - sliced_s, sliced_s)
         self._observe(all_works, num_decodes, seconds)
         return events
