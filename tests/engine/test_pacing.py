@@ -84,6 +84,20 @@ def test_slices_leave_running_answers_their_pace() -> None:
     assert 0.0 < pacer.allowance_s(1) < 0.5 * 0.004
 
 
+def test_what_is_usual_outlasts_the_reading_of_a_prompt() -> None:
+    """Reading a long prompt into tokens takes processors from a dozen steps just ahead of it."""
+    pacer = SlicePacer(2.0)
+    for _ in range(60):
+        pacer.observe(1, 0.004, 0.0)
+    before_s = pacer.allowance_s(1)
+    for _ in range(15):
+        pacer.observe(1, 0.007, 0.0)
+    assert 0.0 < pacer.allowance_s(1) < before_s
+    for _ in range(9):
+        pacer.observe(1, 0.004, 0.003)
+    assert pacer.allowance_s(1) == pytest.approx(before_s)
+
+
 def test_slices_follow_what_is_usual_for_as_many_answers() -> None:
     pacer = SlicePacer(2.0)
     for num_decodes, seconds in ((1, 0.004), (8, 0.016)):

@@ -182,6 +182,26 @@ def test_together_arriving_equal_prompts_are_computed_once() -> None:
     assert machine.answers == {str(i): expected(prompt, 1) for i in range(3)}
 
 
+@pytest.mark.parametrize("max_batch_tokens", [50, 300])
+def test_a_long_prompt_is_promised_piece_by_piece(max_batch_tokens: int) -> None:
+    """Digests of all its blocks at once would hold up the step that admits it."""
+    machine = Machine(num_blocks=600, max_sequences=4, max_batch_tokens=max_batch_tokens)
+    prompt = [0, 1, 2, 2, 1] * 80
+    maker = machine.add(prompt, 1)
+    machine.add(prompt, 1)
+    machine.add([1, *prompt], 1)  # shares nothing
+    num_waiting = 0
+    while maker.slot is None or maker.num_uncomputed > max_batch_tokens:
+        works = machine.step()
+        known = maker.num_computed // 2
+        assert known <= len(maker.digests) <= known + 64
+        num_waiting += all(work.sequence.arrival != 1 for work in works)
+    assert num_waiting > 0
+    machine.run()
+    assert machine.num_computed_tokens == 400 + 2 + 401
+    assert machine.answers["0"] == machine.answers["1"] == expected(prompt, 1)
+
+
 def test_waiting_for_a_promised_prefix_survives_the_abort_of_its_maker() -> None:
     machine = Machine(num_blocks=40, max_batch_tokens=3)
     prompt = [0, 1, 2, 0, 1, 2, 2, 1, 0]

@@ -59,6 +59,10 @@ class BlockPool:
         """Blocks that nobody holds but whose content can still be found."""
         return len(self._cached)
 
+    def knows(self, digest: bytes) -> bool:
+        """Whether a block with this content can be found."""
+        return digest in self._block_of
+
     def find(self, digests: Iterable[bytes]) -> list[int]:
         """Blocks of the longest known beginning; changes nothing."""
         found = []

@@ -182,9 +182,13 @@ class Engine:
                 )
             self._runner.images.validate(request)
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises RequestError if it can never run or its id is in use."""
-        self.validate(request)
+    def add(self, request: GenerationRequest, *, is_validated: bool = False) -> None:
+        """Queue a request. Raises RequestError if it can never run or its id is in use.
+
+        is_validated  by `validate`, which takes a millisecond for a long prompt
+        """
+        if not is_validated:
+            self.validate(request)
         if request.request_id in self._request_ids:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         params = request.params

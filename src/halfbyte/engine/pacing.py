@@ -24,6 +24,9 @@ _SHARE = 0.8
 # Of how many steps d is the median, and after how many steps with prompts it is measured again:
 # seldom enough to cost a prompt 3 % of its time, often enough to be right after a hundred steps.
 _NUM_DECODES = 9
+# Of how many the usual time beside no prompt is: more than go by while a long prompt is read into
+# tokens, which takes processors from the steps.
+_NUM_USUAL = 65
 # Part of the allowance that prompts keep where generating beside them takes longer than alone.
 _LEAST_SHARE = 0.3
 _PROBE_EVERY = 16
@@ -101,7 +104,7 @@ class SlicePacer:
         """Learn from a step that generated for `decode_s` and worked on prompts for `prompt_s`."""
         self._recent_s.append(decode_s)
         if prompt_s == 0.0:
-            usual_s = self._usual_s.setdefault(num_decodes, deque(maxlen=_NUM_DECODES))
+            usual_s = self._usual_s.setdefault(num_decodes, deque(maxlen=_NUM_USUAL))
             usual_s.append(decode_s)
 
 

@@ -19,7 +19,7 @@ tokens and no more.
 
 import heapq
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from operator import attrgetter
@@ -28,6 +28,8 @@ from halfbyte.engine.blocks import BlockPool
 from halfbyte.engine.sequence import Sequence
 
 _ARRIVAL = attrgetter("arrival")
+# Blocks ahead of what a sequence has computed that others wait for instead of computing them, too.
+_PROMISED_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,13 +166,17 @@ class Scheduler:
         # A block whose end was computed before the tokens behind it were known comes late.
         first = max(work.start - self.num_ahead, 0) // block_tokens
         last = (work.start + work.count) // block_tokens
-        if first < last:
-            sequence.extend_digests(block_tokens, self.num_ahead)
+        if first == last:
+            return
+        sequence.extend_digests(block_tokens, self.num_ahead, last)
         for index in range(first, min(last, len(sequence.digests))):
             digest = sequence.digests[index]
             self.pool.publish(sequence.blocks[index], digest)
             if self._promises.get(digest) is sequence:
                 del self._promises[digest]
+                sequence.promised.remove(digest)
+        if sequence.slot is not None:
+            self._promise(sequence, last)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks for up to `num_tokens` behind the known ones; for how many they suffice.
@@ -228,24 +234,40 @@ class Scheduler:
         sequence.num_computed = 0
         insort(self.waiting, sequence, key=_ARRIVAL)
 
-    def _reusable_digests(self, sequence: Sequence) -> list[bytes]:
-        """Digests of the blocks that may come from the cache: at least one token is computed."""
+    def _reusable_digests(self, sequence: Sequence) -> Iterator[bytes]:
+        """Digests of the blocks that may come from the cache: at least one token is computed.
+
+        Each is computed when it is asked for: all of a long prompt's at once would hold up a step.
+        """
         if not self.prefix_cache or sequence.wants_prompt_logprobs:
-            return []
-        sequence.extend_digests(self.pool.block_tokens, self.num_ahead)
-        return sequence.digests[: (len(sequence.token_ids) - 1) // self.pool.block_tokens]
+            return
+        block_tokens = self.pool.block_tokens
+        limit = (len(sequence.token_ids) - 1) // block_tokens
+        yield from sequence.digests[:limit]
+        for index in range(len(sequence.digests), limit):
+            sequence.extend_digests(block_tokens, self.num_ahead, index + 1)
+            if index == len(sequence.digests):
+                return
+            yield sequence.digests[index]
 
     def _awaits_promise(self, sequence: Sequence) -> bool:
         """Whether the next block it lacks is just being computed by another."""
         if not self._promises:
             return False
         digests = self._reusable_digests(sequence)
-        known = len(self.pool.find(digests))
-        return known < len(digests) and digests[known] in self._promises
+        lacking = next((digest for digest in digests if not self.pool.knows(digest)), None)
+        return lacking in self._promises
+
+    def _promise(self, sequence: Sequence, first: int) -> None:
+        """Let others wait for the blocks from `first` on, which it is about to compute."""
+        last = first + _PROMISED_BLOCKS
+        sequence.extend_digests(self.pool.block_tokens, self.num_ahead, last)
+        for digest in sequence.digests[first:last]:
+            if self._promises.setdefault(digest, sequence) is sequence:
+                sequence.promised.add(digest)
 
     def _admit(self, sequence: Sequence) -> bool:
-        digests = self._reusable_digests(sequence)
-        found = self.pool.find(digests)
+        found = self.pool.find(self._reusable_digests(sequence))
         num_new = self.num_blocks_for(len(sequence.token_ids)) - len(found)
         # Without room to grow, the newcomer would be the next to be preempted.
         if not self.pool.can_hold(found, num_new + len(self.running)):
@@ -257,10 +279,7 @@ class Scheduler:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
         if self.prefix_cache:
-            sequence.extend_digests(self.pool.block_tokens, self.num_ahead)
-            for digest in sequence.digests[len(found) :]:
-                if self._promises.setdefault(digest, sequence) is sequence:
-                    sequence.promised.append(digest)
+            self._promise(sequence, len(found))
         sequence.slot = heapq.heappop(self._free_slots)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_ARRIVAL)
@@ -278,7 +297,7 @@ class Scheduler:
         for digest in sequence.promised:
             if self._promises.get(digest) is sequence:
                 del self._promises[digest]
-        sequence.promised = []
+        sequence.promised.clear()
 
     def check(self, other_holders: Iterable[list[int]] = ()) -> None:
         """Recompute slots, promises and block counts from the sequences and assert they agree.

@@ -62,7 +62,7 @@ class Sequence:
         # Digests of the leading full blocks, as far as computed.
         self.digests: list[bytes] = []
         # Digests that this running sequence is going to publish; others wait for them.
-        self.promised: list[bytes] = []
+        self.promised: set[bytes] = set()
         # Prompt tokens found in the cache at the first admission; None before it.
         self.cached_tokens: int | None = None
         # Place among the running sequences, below max_sequences; None while waiting.
@@ -124,13 +124,14 @@ class Sequence:
         self.token_ids[-self.num_pending] = token_id
         self.num_pending -= 1
 
-    def extend_digests(self, block_tokens: int, num_ahead: int = 0) -> None:
-        """Compute the digests of all full blocks of known tokens.
+    def extend_digests(self, block_tokens: int, num_ahead: int, count: int) -> None:
+        """Compute the digests of the first `count` blocks, as far as known tokens fill them.
 
         num_ahead  tokens behind a block that its content depends on; always the same number
         """
         num_known = len(self.token_ids) - self.num_pending
-        while (len(self.digests) + 1) * block_tokens + num_ahead <= num_known:
+        count = min(count, (num_known - num_ahead) // block_tokens)
+        while len(self.digests) < count:
             start = len(self.digests) * block_tokens
             stop = start + block_tokens + num_ahead
             parent = self.digests[-1] if self.digests else ROOT_DIGEST

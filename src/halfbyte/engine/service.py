@@ -216,7 +216,7 @@ class EngineService:
                 return True
             wait = False
             if isinstance(command, _Add):
-                self.engine.add(command.request)
+                self.engine.add(command.request, is_validated=True)
             elif isinstance(command, _Abort):
                 self._send(self.engine.abort(command.request_id))
             elif isinstance(command, _ClearPrefixCache):
