@@ -48,9 +48,8 @@ def let_threads_sleep() -> None:
 def settle_heap() -> None:
     """Collect garbage now, and let later collections pass over what is left.
 
-    A full collection looks at every object of the libraries, and no token leaves meanwhile: 260,000
-    of them took 140 ms (seen once, without a record). Garbage among them, an engine that died, goes
-    when this is called again.
+    A full collection looks at every object of the libraries, hundreds of thousands, and no token
+    leaves meanwhile. Garbage among them, an engine that died, goes when this is called again.
     """
     gc.unfreeze()
     gc.collect()

@@ -185,7 +185,7 @@ class Engine:
     def add(self, request: GenerationRequest, *, is_validated: bool = False) -> None:
         """Queue a request. Raises RequestError if it can never run or its id is in use.
 
-        is_validated  by `validate`, which takes a millisecond for a long prompt
+        is_validated  by `validate`, which a long prompt need not go through twice
         """
         if not is_validated:
             self.validate(request)

@@ -175,8 +175,7 @@ class Scheduler:
             if self._promises.get(digest) is sequence:
                 del self._promises[digest]
                 sequence.promised.remove(digest)
-        if sequence.slot is not None:
-            self._promise(sequence, last)
+        self._promise(sequence, last)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks for up to `num_tokens` behind the known ones; for how many they suffice.
