@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.bench import docs
-from halfbyte.bench.record import read, write
+from halfbyte.bench.record import own_command, read, write
 from halfbyte.errors import CheckpointError
 
 PAGE = "before\n<!-- generated: speed -->\nold\n<!-- end generated -->\nafter\n"
@@ -23,6 +23,24 @@ def make_root(tmp_path: Path) -> Path:
         samples={"decode_s": [0.1, 0.2]},
     )
     return tmp_path
+
+
+RECORDS = sorted((Path(__file__).parents[2] / "benchmarks" / "records").glob("*.json"))
+
+
+def test_a_recorded_command_names_no_folder_of_its_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = tmp_path / "records" / "a b.json"
+    words = ["-m", "bench", "serve", str(tmp_path / "demo"), f"--record={record}", "/models/big"]
+    monkeypatch.setattr("sys.argv", words)
+    assert own_command() == "halfbyte bench serve demo '--record=records/a b.json' /models/big"
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_published_commands_can_be_run_elsewhere(path: Path) -> None:
+    assert not [word for word in read(path)["command"].split() if word.startswith("/")]
 
 
 def test_block_is_replaced_and_the_rest_is_kept(tmp_path: Path) -> None:

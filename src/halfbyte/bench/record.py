@@ -12,8 +12,10 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +51,14 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
+
+
+def own_command() -> str:
+    """The `halfbyte` command that runs, to be repeated elsewhere: paths inside the working
+    directory are relative to it.
+    """
+    here = f"{Path.cwd()}{os.sep}"
+    return shlex.join(["halfbyte", *(word.replace(here, "") for word in sys.argv[1:])])
 
 
 def read(path: Path) -> dict[str, Any]:

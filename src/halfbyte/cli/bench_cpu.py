@@ -1,8 +1,6 @@
 """`halfbyte bench cpu DIR --base BF16DIR`."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 
@@ -26,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # Imported here so that --help needs no torch.
     from halfbyte.bench.cpu_decode import measure, write_record
+    from halfbyte.bench.record import own_command
 
     report = measure(
         args.directory,
@@ -37,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
     )
     print(report.table())
-    write_record(report, args.record, shlex.join(["halfbyte", *sys.argv[1:]]))
+    write_record(report, args.record, own_command())
     print(f"recorded in {args.record}")
     return 0

@@ -1,8 +1,6 @@
 """`halfbyte bench engine`: the whole decoder on one GPU, synthetic weights, one record."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 from halfbyte.errors import UsageError
@@ -20,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from halfbyte.bench.engine_bench import run_engine
     from halfbyte.bench.gpu import results_and_samples
-    from halfbyte.bench.record import write
+    from halfbyte.bench.record import own_command, write
 
     if args.layers < 6:
         raise UsageError(f"--layers {args.layers}: the mixed format needs at least 6")
@@ -33,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
             name=args.record.stem,
             question="How fast does the whole decoder run on one GPU, "
             "and what share of its floor is that?",
-            command=shlex.join(["halfbyte", *sys.argv[1:]]),
+            command=own_command(),
             results=results,
             samples=samples,
         )

@@ -1,8 +1,6 @@
 """`halfbyte bench kernels`: each product of a decoder layer on one GPU, one record."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 EXAMPLE = "  halfbyte bench kernels --record benchmarks/records/kernels-h200.json"
@@ -18,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
 
     from halfbyte.bench.gpu import measure_ceilings, results_and_samples
     from halfbyte.bench.kernels_bench import TOKENS, format_rows, run_kernels
-    from halfbyte.bench.record import write
+    from halfbyte.bench.record import own_command, write
     from halfbyte.kernels.cuda.library import KernelLibrary
 
     device = torch.device("cuda")
@@ -35,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             name=args.record.stem,
             question="What share of the copy rate does the streaming linear reach "
             "at each shape and batch?",
-            command=shlex.join(["halfbyte", *sys.argv[1:]]),
+            command=own_command(),
             results=results,
             samples=samples,
         )

@@ -1,8 +1,6 @@
 """`halfbyte bench serve DIR`."""
 
 import argparse
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # Imported here so that --help needs no torch.
+    from halfbyte.bench.record import own_command
     from halfbyte.bench.serving import Sizes, measure, write_record
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -34,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
         )
     print(report.table())
-    write_record(report, args.record, shlex.join(["halfbyte", *sys.argv[1:]]))
+    write_record(report, args.record, own_command())
     print(f"recorded in {args.record}")
     return 0
