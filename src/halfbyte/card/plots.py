@@ -1,8 +1,11 @@
-"""Small SVG plots for the report: intervals on a common axis, stacked shares. Text out."""
+"""Small SVG plots for the report: intervals on a common axis, stacked shares."""
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from markupsafe import Markup
+
+from halfbyte.page import Mark, drawing, text_mark
 
 _ROW, _LEFT, _WIDTH, _RIGHT, _TOP = 26, 200, 420, 190, 8
 
@@ -20,10 +23,10 @@ class Interval(NamedTuple):
 
 def intervals(
     rows: Sequence[Interval], *, title: str, unit: str, marks: Sequence[float] = (0.0,)
-) -> str:
+) -> Markup:
     """One line per estimate with its interval; vertical lines at `marks`."""
     if not rows:
-        return ""
+        return Markup("")
     values = [v for r in rows for v in (r.low, r.mid, r.high) if v == v] + list(marks)
     low, high = min(values), max(values)
     pad = 0.05 * (high - low) or 1.0
@@ -32,36 +35,37 @@ def intervals(
     def x(value: float) -> float:
         return _LEFT + (value - low) / (high - low) * _WIDTH
 
-    height = _TOP + _ROW * len(rows) + 34
-    parts = []
     bottom = _TOP + _ROW * len(rows)
+
+    def upright(kind: str, value: float) -> Mark:
+        return Mark(
+            "line", {"class": kind, "x1": x(value), "x2": x(value), "y1": _TOP, "y2": bottom}
+        )
+
+    marks_drawn = []
     for tick in _ticks(low, high):
-        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" '
-                     f'y2="{bottom}"/><text class="tick" x="{x(tick):.1f}" y="{bottom + 16}" '
-                     f'text-anchor="middle">{tick:g}</text>')  # fmt: skip
-    for index, mark in enumerate(marks):
-        name = "zero" if index == 0 else "margin"
-        parts.append(f'<line class="{name}" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{_TOP}" '
-                     f'y2="{bottom}"/>')  # fmt: skip
+        words = text_mark(x(tick), bottom + 16, f"{tick:g}", anchor="middle", kind="tick")
+        marks_drawn += [upright("grid", tick), words]
+    marks_drawn += [upright("margin" if n else "zero", mark) for n, mark in enumerate(marks)]
     for index, row in enumerate(rows):
-        y = _TOP + _ROW * index + _ROW / 2
-        label = row.label if len(row.label) <= 28 else row.label[:27] + "…"
-        parts.append(f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}'
-                     "</text>")  # fmt: skip
-        if row.low == row.low and row.high == row.high:
-            parts.append(f'<line class="bar {row.kind}" x1="{x(row.low):.1f}" '
-                         f'x2="{x(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')  # fmt: skip
-        if row.mid == row.mid:
-            parts.append(
-                f'<circle class="dot {row.kind}" cx="{x(row.mid):.1f}" cy="{y:.1f}" r="4"/>'
-            )
-        parts.append(f'<text class="note" x="{_LEFT + _WIDTH + 12}" y="{y + 4:.1f}">'
-                     f"{escape(row.note)}</text>")  # fmt: skip
-    parts.append(f'<text class="tick" x="{_LEFT + _WIDTH / 2}" y="{bottom + 31}" '
-                 f'text-anchor="middle">{escape(unit)}</text>')  # fmt: skip
-    total = _LEFT + _WIDTH + _RIGHT
-    return (f'<svg viewBox="0 0 {total} {height}" role="img" aria-label="{escape(title)}">'
-            f"<title>{escape(title)}</title>{''.join(parts)}</svg>")  # fmt: skip
+        marks_drawn += _estimate(row, x, _TOP + _ROW * index + _ROW / 2)
+    middle = _LEFT + _WIDTH / 2
+    marks_drawn.append(text_mark(middle, bottom + 31, unit, anchor="middle", kind="tick"))
+    return drawing(_LEFT + _WIDTH + _RIGHT, bottom + 34, marks_drawn, title=title)
+
+
+def _estimate(row: Interval, x: Callable[[float], float], y: float) -> list[Mark]:
+    """One line of a plot: its name, its interval, its point and its note; no number, no mark."""
+    label = row.label if len(row.label) <= 28 else row.label[:27] + "…"
+    marks = [text_mark(_LEFT - 10, y + 4, label, anchor="end")]
+    if row.low == row.low and row.high == row.high:
+        ends = {"x1": x(row.low), "x2": x(row.high), "y1": y, "y2": y}
+        marks.append(Mark("line", {"class": f"bar {row.kind}", **ends}))
+    if row.mid == row.mid:
+        marks.append(
+            Mark("circle", {"class": f"dot {row.kind}", "cx": x(row.mid), "cy": y, "r": 4})
+        )
+    return [*marks, text_mark(_LEFT + _WIDTH + 12, y + 4, row.note, kind="note")]
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -72,24 +76,21 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round((first + i) * step, 10) for i in range(count)]
 
 
-def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, title: str) -> str:
+def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, title: str) -> Markup:
     """Stacked bars of shares that add up to at most one; each share's kind is its CSS class."""
     if not rows:
-        return ""
-    height = _TOP + _ROW * len(rows) + 8
-    parts = []
+        return Markup("")
+    marks = []
     for index, (label, members) in enumerate(rows):
         y = _TOP + _ROW * index + 4
-        parts.append(
-            f'<text x="{_LEFT - 10}" y="{y + 13}" text-anchor="end">{escape(label)}</text>'
-        )
+        marks.append(text_mark(_LEFT - 10, y + 13, label, anchor="end"))
         start = 0.0
         for kind, share in members:
             if share > 0:
-                parts.append(f'<rect class="share {kind}" x="{_LEFT + start * _WIDTH:.1f}" y="{y}" '
-                             f'width="{share * _WIDTH:.1f}" height="18"><title>{escape(kind)} '
-                             f"{100 * share:.1f} %</title></rect>")  # fmt: skip
+                place = {"x": _LEFT + start * _WIDTH, "y": y, "width": share * _WIDTH, "height": 18}
+                title_of_share = f"{kind} {100 * share:.1f} %"
+                marks.append(
+                    Mark("rect", {"class": f"share {kind}", **place}, title=title_of_share)
+                )
             start += share
-    total = _LEFT + _WIDTH + _RIGHT
-    return (f'<svg viewBox="0 0 {total} {height}" role="img" aria-label="{escape(title)}">'
-            f"<title>{escape(title)}</title>{''.join(parts)}</svg>")  # fmt: skip
+    return drawing(_LEFT + _WIDTH + _RIGHT, _TOP + _ROW * len(rows) + 8, marks, title=title)
