@@ -58,7 +58,9 @@ def render_page(room: str, template: str, style: str, **values: Any) -> str:
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     page = _environment(room).get_template(template)
-    return page.render(style=css, policy=policy, **values) + "\n"
+    text = page.render(style=css, policy=policy, **values) + "\n"
+    # Records may hold half a surrogate pair, which no UTF-8 file does.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def drawing(width: float, height: float, marks: Sequence[Mark], *, title: str) -> Markup:

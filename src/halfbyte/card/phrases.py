@@ -41,7 +41,7 @@ Ask it:
 
 ```sh
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '{"model": "TITLE", "messages": [{"role": "user", "content": "Hello"}]}'
+  -d BODY
 ```
 
 Check that the files are whole, and evaluate it again:

@@ -142,7 +142,7 @@ def _difference(comparison: Comparison | None) -> dict[str, Any] | None:
     )  # fmt: skip
     head = ["benchmark", "difference", "SE", "SE repeats", "SE unpaired", "lost / won", "p (Holm)",
             "margin", "verdict", "what would decide"]  # fmt: skip
-    cells = [
+    cells: list[list[str | Cell]] = [
         [
             row.title,
             Cell(
@@ -313,7 +313,7 @@ def _provenance(arm: Arm) -> dict[str, str]:
 
 
 def _asked(arm: Arm) -> Table:
-    rows = [
+    rows: list[list[str | Cell]] = [
         [r.title, r.source, r.licence, r.prompt_id, Cell(r.prompts_sha256[:16], kind="code"),
          r.scorer, str(r.provenance.get("revision") or "by hash"),
          Cell(_hashes(r), kind="wrap code")]
