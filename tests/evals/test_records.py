@@ -1,13 +1,24 @@
 """Journals and the small texts around a run."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
+from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals.plan import format_plan, plan_run
 from halfbyte.evals.reasoning import split_reasoning
-from halfbyte.evals.records import Journal, newest, read_lines, read_run, time_spent
+from halfbyte.evals.records import (
+    BenchmarkResult,
+    Journal,
+    is_name,
+    newest,
+    read_lines,
+    read_run,
+    time_spent,
+)
 from halfbyte.evals.tasks.suite import find_benchmarks
 
 
@@ -87,3 +98,26 @@ def test_plan_names_cost_and_what_can_be_seen() -> None:
     assert with_prompts[0].hours == pytest.approx(lines[0].hours + 198 * 16 * 350 / 10_000 / 3600)
     with pytest.raises(UsageError, match="plans nothing"):
         plan_run(find_benchmarks(["gpqa_diamond"]), 16, None, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc", "a/b", "a\\b", ".", "..", "", "a\nb", "a\x1b[2J", "x" * 101]
+)
+def test_a_name_is_never_a_path(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not is_name(name)
+    command = ["evaluate", "http://127.0.0.1:9", "--arm", name, "--out", str(tmp_path / "o")]
+    assert main(command) == 2
+    assert "an arm is named by" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    result = {field.name: None for field in dataclasses.fields(BenchmarkResult)}
+    row = {"format": 1, "benchmarks": {name: result}}
+    (tmp_path / "run.json").write_text(json.dumps(row))
+    with pytest.raises(UsageError, match="is no path"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fp8", "127.0.0.1:8000", "größer 2", "a..b", "中"])
+def test_names_that_are_names_stay(name: str) -> None:
+    assert is_name(name)

@@ -1,13 +1,19 @@
 """The report: everything in the record is on the page, nothing is fetched, nothing breaks it."""
 
+import base64
 import copy
+import hashlib
+import html
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from halfbyte.cli.main import main
@@ -107,6 +113,65 @@ def test_names_from_outside_cannot_become_markup(record: dict[str, Any]) -> None
     text = " ".join(reader.text)
     for part in ("<script>", "<b>&amp;", "<i>x", "<u>y", "<s>", "<em>z", "<q>"):
         assert part in text
+
+
+MARKUP = st.lists(
+    st.sampled_from(
+        ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='x", "</style>",
+         "</title></svg>", "<!--", "]]>", "&lt;", "{{ 1 }}", "{0}", "\0", "\ud800", "\n", "a"]
+    ),
+    min_size=1, max_size=6,
+).map("".join)  # fmt: skip
+
+
+def filled(value: Any, text: str, name: str = "") -> Any:
+    """A record with each of its texts replaced, and names of kinds of work and of files, too.
+
+    Names of linears stay: the page takes the layer's number from them.
+    """
+    if isinstance(value, str):
+        return value if value.startswith("decoder.") else text
+    if isinstance(value, dict):
+        renamed = name in ("seconds", "files", "parts", "observed", "output_db")
+        return {
+            (text + key if renamed else key): filled(one, text, key) for key, one in value.items()
+        }
+    if isinstance(value, list):
+        return [filled(one, text, name) for one in value]
+    return value
+
+
+def tags(page: str) -> list[tuple[str, list[str]]]:
+    found: list[tuple[str, list[str]]] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found.append((tag, [name for name, _ in attrs]))
+
+    Tags().feed(page)
+    return found
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(MARKUP)
+def test_no_text_of_a_record_becomes_a_tag(record: dict[str, Any], text: str) -> None:
+    member = {
+        "name": "m", "dataset": "d", "origin": "o", "revision": "r", "taken_rows": 1,
+        "requested_rows": 2, "num_tokens": 3,
+        "splits": [{"name": "s", "read": {"rows": 4, "sha256": "ab"}, "rows": [1, 2]}],
+    }  # fmt: skip
+    record["calibration"]["provenance"] = {"blend": "b", "members": [member]}
+    page, plain = (render(filled(record, given)) for given in (text, "x"))
+    assert tags(page) == tags(plain) and len(tags(page)) > 100
+    page.encode()
+
+
+def test_the_page_admits_its_own_style_and_nothing_else(record: dict[str, Any]) -> None:
+    page = render(record)
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert policy in html.unescape(page)
 
 
 def test_a_run_without_data_or_errors_still_has_a_report(record: dict[str, Any]) -> None:

@@ -1,8 +1,11 @@
 import asyncio
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from halfbyte.errors import UsageError
 from halfbyte.server.client import ChatClient
@@ -108,3 +111,40 @@ def test_a_server_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="no answer"):
         client.first_model()
     client.close()
+
+
+class Says(ChatClient):
+    """A server that says what a test gives, in any field that is shown."""
+
+    def __init__(self, *deltas: dict[str, Any]) -> None:
+        self.deltas = deltas
+
+    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for delta in self.deltas:
+            yield {"choices": [{"delta": delta, "finish_reason": None}]}
+
+
+CONTROLS = st.text(
+    st.sampled_from("\x1b\x07\x9b\x9d\x90\r\b\x7f\0[]0;52c2JmH\u202e\u2066\ud800 a\n")
+)
+
+
+@settings(deadline=None)
+@given(st.lists(CONTROLS, min_size=1, max_size=6), st.booleans())
+def test_no_answer_commands_the_terminal(pieces: list[str], is_terminal: bool) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+    call = {"index": 0, "id": "c", "function": {"name": pieces[0], "arguments": ""}}
+    more = {"index": 0, "function": {"arguments": pieces[-1]}}
+    deltas: list[dict[str, Any]] = [{"reasoning_content": piece} for piece in pieces]
+    deltas += [{"content": piece} for piece in pieces]
+    deltas += [{"tool_calls": [call]}, {"tool_calls": [more]}]
+    terminal = Terminal(Says(*deltas), pieces[0], out=Screen())
+    waiting = iter(["Hi", "/" + pieces[0], "/quit"])
+    terminal.loop(lambda prompt: next(waiting))
+    shown = said(terminal).replace("\x1b[2m", "").replace("\x1b[0m", "")
+    assert all(c in "\n\t" or c.isprintable() for c in shown)
+    # What is kept and sent back is what was said.
+    assert terminal.turns[-1]["content"] == "".join(pieces) or not "".join(pieces)

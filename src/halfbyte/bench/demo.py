@@ -28,6 +28,7 @@ from halfbyte.bench.fidelity import Comparison, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.errors import CapacityError, UnsupportedError, UsageError
 from halfbyte.log import logger
+from halfbyte.printable import own
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
@@ -72,7 +73,8 @@ class Narrator:
         def show(done: int, total: int) -> None:
             if sys.stdout.isatty():
                 end = "\r" + " " * 40 + "\r" if done == total else ""
-                print(f"\r      {unit} {done} of {total}{end}", end="", flush=True)
+                line = f"\r      {unit} {done} of {total}{end}"
+                print(line, end="", flush=True, file=own(sys.stdout))
 
         return show
 

@@ -15,9 +15,7 @@ from urllib.parse import quote
 # underscore within a word and an ampersand before a blank are nothing but themselves.
 _SIGNS = re.compile(r"[\\`*\[\]<>|$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|&(?=[#A-Za-z])")
 # What means something at the beginning of a line only: headings, lists, fences, rules.
-_OPENING = re.compile(
-    r"#{1,6}(?=\s|$)|[-+](?=\s|$)|[-=]+(?=\s*$)|(?P<number>\d{1,9})(?=[.)](?:\s|$))"
-)
+_OPENING = re.compile(r"#{1,6}(?=\s|$)|[-+=](?![0-9A-Za-z.])|(?P<number>\d{1,9})(?=[.)](?:\s|$))")
 # Control characters have no place in a card, and neither has what turns the direction of text.
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from halfbyte.errors import UsageError
+from halfbyte.printable import own
 
 EXAMPLE = """  halfbyte compare build/demo/bf16 build/demo/mixed --text held_out.txt
   halfbyte compare big-fp8/ --text held_out.txt --save-baseline fp8.safetensors
@@ -105,4 +106,5 @@ def _check(args: argparse.Namespace) -> None:
 
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
-        print(f"\r{done}/{total} windows", end="" if done < total else "\n", file=sys.stderr)
+        end = "" if done < total else "\n"
+        print(f"\r{done}/{total} windows", end=end, file=own(sys.stderr))

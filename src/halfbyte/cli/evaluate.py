@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.evals.endpoint import connect, describe_checkpoint, serve
     from halfbyte.evals.evaluate import default_arm, evaluate, prepare
     from halfbyte.evals.plan import format_plan, plan_run
+    from halfbyte.evals.records import is_name
     from halfbyte.evals.render import format_run
     from halfbyte.evals.tasks.suite import find_benchmarks
 
@@ -93,7 +94,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.target is None:
         raise UsageError("evaluate what? give an endpoint or a checkpoint folder (or --plan)")
-    arm = args.arm or (args.out.name if args.out else default_arm(args.target))
+    named_by = args.out.resolve().name if args.out else default_arm(args.target)
+    arm = named_by if args.arm is None else args.arm
+    if not is_name(arm):
+        raise UsageError(
+            f"--arm {arm!r}: an arm is named by 1 to 100 printable characters without / and \\; "
+            "the run's folder is what --out says"
+        )
     out = args.out or Path("evals") / arm
     key = _key(args.api_key_env)
     folder = Path(args.target)

@@ -14,6 +14,7 @@ import halfbyte
 from halfbyte import log
 from halfbyte.errors import HalfbyteError
 from halfbyte.machine import let_threads_sleep
+from halfbyte.printable import printable_output
 
 # name -> (module in halfbyte.cli, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -71,7 +72,15 @@ def build_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 is success, 1 a failed check, 2 a mistake in what was asked."""
+    """Run one command; 0 is success, 1 a failed check, 2 a mistake in what was asked.
+
+    Whatever it prints of files, servers and models commands the terminal nothing.
+    """
+    with printable_output():
+        return _run(argv)
+
+
+def _run(argv: list[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())

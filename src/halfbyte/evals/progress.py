@@ -7,16 +7,18 @@ from typing import TextIO
 
 from halfbyte.evals.records import Record
 from halfbyte.evals.stats import accuracy_interval
+from halfbyte.printable import own, printable
 
 
 class Progress:
     """Counts of one benchmark; prints to a stream no more often than `every_s`."""
 
-    def __init__(self, title: str, total: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
+        """`stream` is stderr unless another is given."""
         self._title = title
         self._total = total
-        self._stream = stream
-        self._is_terminal = stream.isatty()
+        self._stream = own(sys.stderr) if stream is None else stream
+        self._is_terminal = self._stream.isatty()
         self._every_s = 0.5 if self._is_terminal else 10.0
         self._started = time.monotonic()
         self._shown = self._started
@@ -55,7 +57,7 @@ class Progress:
             return
         self._shown_done = self._done
         self._shown = time.monotonic()
-        line = self.line(self._shown - self._started)
+        line = printable(self.line(self._shown - self._started))
         if self._is_terminal:
             self._stream.write(f"\r\x1b[2K{line}" + ("\n" if last else ""))
         else:

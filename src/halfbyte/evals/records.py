@@ -267,7 +267,16 @@ def read_run(path: Path) -> RunRecord:
     if row.get("format") != FORMAT:
         raise UsageError(f"{file}: format {row.get('format')!r}, this version reads {FORMAT}")
     results = {k: BenchmarkResult(**v) for k, v in row.pop("benchmarks").items()}
+    for name in results:
+        if not is_name(name):
+            raise UsageError(f"{file}: benchmark {name!r}: a folder of the run is no path")
     return RunRecord(**row, benchmarks=results)
+
+
+def is_name(text: str) -> bool:
+    """Whether text can name an arm or a benchmark: up to 100 printable characters, no path."""
+    is_path = "/" in text or "\\" in text or text in (".", "..")
+    return 0 < len(text) <= 100 and text.isprintable() and not is_path
 
 
 def newest(folder: Path, stem: str, suffix: str) -> Path | None:

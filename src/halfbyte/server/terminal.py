@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from halfbyte.errors import UsageError
+from halfbyte.printable import own, printable
 from halfbyte.server.client import Answer, ChatClient
 
 HELP = """\
@@ -21,18 +22,21 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 @dataclass
 class Terminal:
-    """One conversation. `settings` are request fields that go along with every question."""
+    """One conversation. `settings` are request fields that go along with every question.
+
+    What model and server say is shown by `_say`, which leaves a terminal nothing to obey.
+    """
 
     client: ChatClient
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
-    out: TextIO = field(default_factory=lambda: sys.stdout)
+    out: TextIO = field(default_factory=lambda: own(sys.stdout))
     turns: list[dict[str, Any]] = field(default_factory=list)
 
     def loop(self, read_line: Any = input) -> None:
         """Read questions until the end of input."""
-        self._write(f"{self.model}. /help lists the commands.\n")
+        self._say(f"{self.model}. /help lists the commands.\n")
         while True:
             try:
                 text = _read(read_line)
@@ -117,7 +121,7 @@ class Terminal:
             self._write("" if not self._has_colours else _PLAIN if kind == "content" else _DIM)
             if before != "content" or kind == "call":
                 self._write("\n")
-        self._write(text)
+        self._say(text)
 
     def _show_speed(self, answer: Answer, first_s: float, total_s: float) -> None:
         count = answer.usage.get("completion_tokens", 0)
@@ -132,13 +136,17 @@ class Terminal:
         try:
             yield
         except UsageError as error:
-            self._write(f"error: {error}\n")
+            self._say(f"error: {error}\n")
 
     @property
     def _has_colours(self) -> bool:
         return self.out.isatty()
 
+    def _say(self, text: str) -> None:
+        self._write(printable(text))
+
     def _write(self, text: str) -> None:
+        """Our own text and control sequences."""
         self.out.write(text)
         self.out.flush()
 
