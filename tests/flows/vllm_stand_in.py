@@ -54,13 +54,18 @@ def read_flags(words: list[str]) -> dict[str, str]:
 
 
 class StandIn:
-    """The application; `script` are the deltas of a chat answer."""
+    """The application; `script` are the deltas of a chat answer.
+
+    A delta's `tokens` are ids that its chunk has log-probs of, text or not; without them a chunk
+    with content has one.
+    """
 
     def __init__(self, key: str) -> None:
         self._key = key
         self.seen: list[dict[str, Any]] = []
         self.script: list[dict[str, Any]] = [{"content": "Hel"}, {"content": "lo"}]
         self.finish = "stop"
+        self.last: dict[str, Any] = {}
         self.hang = False
         self.refuse: tuple[int, dict[str, Any]] | None = None
         self.num_open = 0
@@ -106,17 +111,11 @@ class StandIn:
         try:
             for index in range(body.get("n", 1)):
                 for delta in [{"role": "assistant", "content": ""}, *self.script]:
-                    choice: dict[str, Any] = {"index": index, "delta": delta}
-                    if body.get("logprobs") and delta.get("content"):
-                        top = [{"token": "token_id:101", "logprob": -1.5}]
-                        row = {"token": "token_id:100", "logprob": -0.5, "top_logprobs": top}
-                        choice["logprobs"] = {"content": [row]}
-                    yield _event({"choices": [{**choice, "finish_reason": None}]})
+                    yield _event({"choices": [_chunk(index, delta, bool(body.get("logprobs")))]})
                 if self.hang:
                     await asyncio.sleep(3600)
-                yield _event(
-                    {"choices": [{"index": index, "delta": {}, "finish_reason": self.finish}]}
-                )
+                last = {"delta": {}, "finish_reason": self.finish, **self.last}
+                yield _event({"choices": [{"index": index, **last}]})
             yield _event({"choices": [], "usage": _usage()})
             yield "data: [DONE]\n\n"
         finally:
@@ -149,6 +148,21 @@ class StandIn:
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(chunks(), media_type="text/event-stream")
+
+
+def _chunk(index: int, delta: dict[str, Any], has_logprobs: bool) -> dict[str, Any]:
+    delta = dict(delta)
+    ids = delta.pop("tokens", [100] if delta.get("content") else [])
+    choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": None}
+    if has_logprobs and ids:
+        choice["logprobs"] = {"content": token_rows(ids)}
+    return choice
+
+
+def token_rows(ids: list[int]) -> list[dict[str, Any]]:
+    """Log-probs as vLLM writes them when it is asked for ids."""
+    top = [{"token": "token_id:101", "logprob": -1.5}]
+    return [{"token": f"token_id:{i}", "logprob": -i / 200, "top_logprobs": top} for i in ids]
 
 
 def _usage() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import random
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from flows.vllm_stand_in import StandIn
+from flows.vllm_stand_in import StandIn, token_rows
 from halfbyte.chat.tokens import load_chat
 from halfbyte.server.app import create_app
 from halfbyte.server.config import Limits, ServerConfig
@@ -24,6 +25,7 @@ from server.scripted import ScriptedService
 from server.test_chat_api import HELLO, TOOL, both
 
 KEY = "inner"
+THINK, END_THINK, CALLS = 34, 35, 9
 CHAT = "/v1/chat/completions"
 
 
@@ -70,6 +72,7 @@ def _fresh(inner: tuple[StandIn, int]) -> None:
     stand_in.seen.clear()
     stand_in.script = [{"content": "Hel"}, {"content": "lo"}]
     stand_in.finish, stand_in.hang, stand_in.refuse = "stop", False, None
+    stand_in.last = {}
 
 
 async def test_plain_answer(front: Front) -> None:
@@ -102,6 +105,66 @@ async def test_thought_and_calls(front: Front) -> None:
         told = await client.post("/v1/responses", json={"model": "m", "input": "Hello"})
         kinds = [item["type"] for item in told.json()["output"]]
         assert kinds == ["reasoning", "message", "function_call"]
+
+
+def ids_of(bench: Bench, answer: dict[str, Any]) -> list[int]:
+    return [round(-200 * token.logprob) for token in answer["tokens"]]
+
+
+async def test_log_probs_of_tokens_without_text_arrive(front: Front) -> None:
+    bench, stand_in = front
+    stand_in.script = [
+        {"content": "a", "tokens": [1]},
+        {"content": "", "tokens": [2]},
+        {"content": "é", "tokens": [3]},
+        {"tokens": [4]},
+    ]
+    answer = await both(bench, logprobs=True, top_logprobs=1, n=2)
+    assert answer["content"] == "aé" and ids_of(bench, answer) == [1, 2, 3, 4]
+    assert ids_of(bench, answer["choices"][1]) == [1, 2, 3, 4]
+
+
+async def test_log_probs_of_any_split_arrive_in_order(front: Front) -> None:
+    """Chunks with text, without, with several tokens, and what comes with the finish reason."""
+    bench, stand_in = front
+    draw = random.Random(7)
+    for _ in range(25):
+        ids = list(range(100, 100 + draw.randint(1, 32)))
+        rest = list(ids)
+        script: list[dict[str, Any]] = []
+        while rest:
+            count = draw.randint(1, min(4, len(rest)))
+            text = draw.choice([{"content": "x"}, {"content": ""}, {"content": None}, {}])
+            script.append({**text, "tokens": rest[:count]})
+            rest = rest[count:]
+        stand_in.last = {"logprobs": {"content": token_rows(script.pop()["tokens"])}}
+        stand_in.script = script
+        answer = await both(bench, logprobs=True, top_logprobs=1)
+        assert ids_of(bench, answer) == ids
+
+
+async def test_log_probs_are_of_the_content(front: Front) -> None:
+    """As our own engine has it: neither those of thoughts and calls, nor those of their marks."""
+    bench, stand_in = front
+    call = {"index": 0, "id": "abcdefghi", "type": "function"}
+    stand_in.script = [
+        {"tokens": [THINK]},
+        {"reasoning": "h", "tokens": [101]},
+        {"tokens": [102]},
+        {"reasoning": "m", "tokens": [103]},
+        {"tokens": [END_THINK]},
+        {"tokens": [104]},
+        {"content": "é", "tokens": [105]},
+        {"content": "!", "tokens": [106]},
+        {"tokens": [CALLS]},
+        {"tool_calls": [{**call, "function": {"name": "f", "arguments": ""}}], "tokens": [107]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}], "tokens": [108]},
+    ]
+    stand_in.finish = "tool_calls"
+    stand_in.last = {"logprobs": {"content": token_rows([109])}}
+    answer = await both(bench, tools=[TOOL], logprobs=True, top_logprobs=1)
+    assert answer["reasoning"] == "hm" and answer["calls"] == [["f", "{}"]]
+    assert ids_of(bench, answer) == [104, 105, 106]
 
 
 async def test_our_fields_in_vllms_words(front: Front) -> None:

@@ -104,6 +104,11 @@ class Router:
         """Whether this token, if it comes next, is part of the content."""
         return self._state is _State.CONTENT and not self._vocabulary.is_control(token_id)
 
+    def is_mark(self, token_id: int) -> bool:
+        """Whether this token begins or ends a thought or a part of a call."""
+        c = self._control
+        return token_id in (c.think, c.end_think, c.tool_calls, c.args)
+
     def feed(self, token_id: int) -> list[Delta]:
         """What became certain with this token. After `stopped_by` is set, feed nothing more."""
         assert self.stopped_by is None, "fed after a stop string"

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -137,14 +138,16 @@ class VllmUpstream:
             "max_completion_tokens": job.choices[0].request.params.max_tokens,
             **_chat_options(request),
         }
-        calls: dict[int, int] = {}
+        told_so_far = [_Told() for _ in job.choices]
         async with contextlib.aclosing(self._chunks("/v1/chat/completions", body)) as chunks:
             async for chunk in chunks:
                 _note_usage(chunk, job)
                 pieces = [
                     piece
                     for told in chunk.get("choices", ())
-                    for piece in _chat_pieces(told, job.choices[told["index"]], calls)
+                    for piece in _chat_pieces(
+                        told, job.choices[told["index"]], told_so_far[told["index"]]
+                    )
                 ]
                 if pieces:
                     yield pieces
@@ -284,10 +287,29 @@ def _present(body: dict[str, Any]) -> dict[str, Any]:
 # --- answers --------------------------------------------------------------------------------
 
 
-def _chat_pieces(told: Mapping[str, Any], choice: Choice, calls: dict[int, int]) -> Iterator[Piece]:
-    """Pieces of one choice of a chunk. `calls` counts the calls of each choice so far."""
+@dataclass(slots=True)
+class _Told:
+    """What the chunks of one choice have told so far.
+
+    num_calls  tool calls that have begun
+    shown      what the last text was a part of; None before any
+    held       log-probs of tokens that no text has come of yet: a part of a character, say
+    """
+
+    num_calls: int = 0
+    shown: type[Delta] | None = None
+    held: tuple[TokenEntry, ...] = ()
+
+
+def _chat_pieces(told: Mapping[str, Any], choice: Choice, so_far: _Told) -> Iterator[Piece]:
+    """Pieces of one choice of a chunk.
+
+    Log-probs are those of the content. A chunk without text may be a part of anything: its entries
+    wait for the text that follows, and for the end where none does.
+    """
     delta = told.get("delta") or {}
-    entries = _chat_entries(told, choice)
+    entries = so_far.held + _chat_entries(told, choice)
+    so_far.held = ()
     found: list[Delta] = []
     thought = delta.get("reasoning") or delta.get("reasoning_content")
     if thought:
@@ -297,20 +319,23 @@ def _chat_pieces(told: Mapping[str, Any], choice: Choice, calls: dict[int, int])
         choice.shown_chars += len(delta["content"])
     for call in delta.get("tool_calls") or ():
         function = call.get("function") or {}
-        if function.get("name") and call["index"] >= calls.get(choice.index, 0):
-            calls[choice.index] = call["index"] + 1
+        if function.get("name") and call["index"] >= so_far.num_calls:
+            so_far.num_calls = call["index"] + 1
             found.append(CallStart(call["index"], call["id"], function["name"]))
         if function.get("arguments"):
             found.append(CallArguments(call["index"], function["arguments"]))
     for one in found:
-        has_entries = isinstance(one, Content)
-        yield Piece(choice.index, one, entries if has_entries else ())
+        so_far.shown = type(one)
+        yield Piece(choice.index, one, entries if isinstance(one, Content) else ())
+    if not found:
+        so_far.held = entries
     if told.get("finish_reason"):
         reason = told["finish_reason"]
-        if calls.get(choice.index) and reason == "stop":
+        if so_far.num_calls and reason == "stop":
             reason = "tool_calls"
         choice.reason = reason
-        yield Piece(choice.index, None, (), reason)
+        is_content = so_far.shown in (None, Content)
+        yield Piece(choice.index, None, so_far.held if is_content else (), reason)
 
 
 def _text_pieces(told: Mapping[str, Any], choice: Choice) -> Iterator[Piece]:
@@ -337,14 +362,16 @@ def _text_pieces(told: Mapping[str, Any], choice: Choice) -> Iterator[Piece]:
             for token, value, top in rows
         )
     if told.get("text") or entries:
-        yield Piece(choice.index, Content(told["text"]), entries)
-        choice.shown_chars += len(told["text"])
+        text = told.get("text") or ""
+        yield Piece(choice.index, Content(text), entries)
+        choice.shown_chars += len(text)
     if told.get("finish_reason"):
         choice.reason = told["finish_reason"]
         yield Piece(choice.index, None, (), told["finish_reason"])
 
 
 def _chat_entries(told: Mapping[str, Any], choice: Choice) -> tuple[TokenEntry, ...]:
+    """Log-probs of a chunk's tokens, but for those that mark thoughts and calls."""
     rows = (told.get("logprobs") or {}).get("content") or ()
     return tuple(
         TokenEntry(
@@ -356,6 +383,7 @@ def _chat_entries(told: Mapping[str, Any], choice: Choice) -> tuple[TokenEntry, 
             choice.shown_chars,
         )
         for row in rows
+        if not choice.router.is_mark(_token_id(row["token"]))
     )
 
 
