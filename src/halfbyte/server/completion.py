@@ -234,9 +234,14 @@ def _finish_reason(backend: Backend, choice: Choice, event: FinishEvent) -> str:
         )
     if event.reason in ("stop", "length"):
         return event.reason
-    message = event.message or "the answer was aborted"
+    is_draining = event.reason == "abort" and backend.admission.is_draining
+    ended = "the server is shutting down" if is_draining else "the answer was aborted"
     is_passing = event.reason == "abort" or not backend.service.is_ready
-    raise RequestError(message, code="engine_error", status=503 if is_passing else 500)
+    raise RequestError(
+        event.message or ended,
+        code="shutting_down" if is_draining else "engine_error",
+        status=503 if is_passing else 500,
+    )
 
 
 def _count_usage(usage: Usage, choice: Choice) -> None:
