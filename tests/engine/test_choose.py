@@ -15,8 +15,9 @@ from halfbyte.engine.choose import (
     is_choosable,
     plan_choice,
 )
+from halfbyte.engine.draw import IMPOSSIBLE
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.engine.sampler import IMPOSSIBLE, Sampler
+from halfbyte.engine.sampler import Sampler
 from halfbyte.engine.sequence import Sequence
 
 VOCAB = 700

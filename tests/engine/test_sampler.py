@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from halfbyte.engine.draw import IMPOSSIBLE
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.engine.sampler import IMPOSSIBLE, Sampler, logprobs_of, uniform
+from halfbyte.engine.sampler import Sampler, logprobs_of, uniform
 from halfbyte.engine.sequence import Sequence
 from halfbyte.kernels import reference
 from tolerances import CHI_SQUARE_P
@@ -330,3 +331,43 @@ def test_filters_never_draw_what_they_exclude(
     whole = kept.sum() if top_k else torch.tensor(1.0)
     # Everything better than the token is short of top_p, or the token would not be needed.
     assert kept[:rank].sum() <= top_p * whole * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 7e-46, 1e-45, 1e-38, 1e-20, 9e-6])
+def test_temperature_that_f32_cannot_divide_by_is_greedy(
+    temperature: float, filters: dict[str, float]
+) -> None:
+    params = replace(SamplingParams(temperature=temperature), **filters)
+    assert params.is_greedy
+    assert choose(params) == 1
+    assert choose(replace(params, logprobs=2)) == 1
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_logits_that_are_no_numbers_end_their_own_row_only(
+    temperature: float, filters: dict[str, float]
+) -> None:
+    params = replace(SamplingParams(temperature=temperature), **filters)
+    rows = LOGITS.repeat(4, 1)
+    rows[0, 5] = torch.inf
+    rows[1, 5] = torch.nan
+    rows[2] = -torch.inf
+    choices = Sampler(VOCAB, (0,)).choose(rows, [sequence(params, seed=i) for i in range(4)])
+    assert [choice.token_id for choice in choices[:3]] == [IMPOSSIBLE] * 3
+    assert 0 <= choices[3].token_id < VOCAB
+
+
+@pytest.mark.parametrize("top_k", [2**31, 2**63, 2**64, 10**30])
+def test_top_k_beyond_every_vocabulary_is_none(top_k: int) -> None:
+    params = SamplingParams(top_k=top_k, top_p=0.8)
+    for seed in range(20):
+        assert choose(params, seed=seed) == choose(replace(params, top_k=0), seed=seed)
+
+
+def test_equal_alternatives_are_reported_in_the_order_of_their_ids() -> None:
+    flat = torch.zeros(2, 500)
+    for num_top in ([5, 5], [5, 20], [20, 5]):
+        found = logprobs_of(flat, [7, 7], num_top)
+        assert [[i for i, _ in item.top] for item in found] == [list(range(n)) for n in num_top]

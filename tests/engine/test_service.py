@@ -64,6 +64,25 @@ async def test_slow_reader_gets_everything_merged(service: EngineService) -> Non
     assert isinstance(events[-1], FinishEvent)
 
 
+async def test_what_nobody_reads_is_not_kept(
+    service: EngineService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.engine.service.MAX_UNREAD", 100)
+    with_alternatives = replace(LONG, logprobs=20)
+    async with aclosing(service.generate(request("unread", PROMPT, with_alternatives))) as stream:
+        await anext(stream)
+        reading = asyncio.create_task(answer_of(service, request("read", PROMPT, LONG)))
+        # The engine goes on for others, and this one's blocks are free long before its end.
+        answer = await reading
+        assert answer.finish is not None and answer.finish.reason == "length"
+        await until_idle(service.engine)
+        rest = [event async for event in stream]
+    assert isinstance(rest[-1], FinishEvent) and rest[-1].reason == "abort"
+    assert "not read" in (rest[-1].message or "")
+    assert sum(len(event.token_ids) for event in rest[:-1]) <= 100  # type: ignore[union-attr]
+    assert service.stats().generated_tokens < 200
+
+
 async def test_closing_a_stream_frees_its_blocks(service: EngineService) -> None:
     stream = service.generate(request("gone", PROMPT, LONG))
     await anext(stream)
@@ -115,16 +134,22 @@ async def test_full_service_refuses(tiny: Path) -> None:
     await service.stop()
 
 
-async def test_death_of_the_engine_reaches_everyone(tiny: Path) -> None:
+class Panic(BaseException):
+    """What a library in another language raises: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [MemoryError, SystemExit, KeyboardInterrupt, GeneratorExit, Panic])
+async def test_death_of_the_engine_reaches_everyone(tiny: Path, kind: type[BaseException]) -> None:
     def die(item: GenerationRequest, generated: Sequence[int], logits_V: torch.Tensor) -> None:
         if item.request_id == "deadly" and len(generated) == 3:
-            raise MemoryError("no more")
+            raise kind("no more")
 
     service = EngineService(load(tiny, die))
     await service.start()
     assert service.is_alive
     items = [request("deadly", PROMPT), request("victim", PROMPT, LONG)]
-    answers = await asyncio.gather(*(answer_of(service, item) for item in items))
+    async with asyncio.timeout(20):
+        answers = await asyncio.gather(*(answer_of(service, item) for item in items))
     for answer in answers:
         assert answer.finish is not None and answer.finish.reason == "error"
         assert "no more" in (answer.finish.message or "")

@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import gzip
+import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from halfbyte.errors import RequestError
 from halfbyte.server import fetch
@@ -46,7 +49,44 @@ def test_addresses_that_are_not_public(address: str) -> None:
 
 
 def test_public_addresses() -> None:
-    assert is_public("93.184.216.34") and is_public("2606:2800:220:1:248:1893:25c8:1946")
+    for address in (
+        "93.184.216.34",
+        "1.1.1.1",
+        "::ffff:93.184.216.34",
+        "64:ff9b::5db8:d822",
+        "2606:2800:220:1:248:1893:25c8:1946",
+        "2a00:1450:4001::1",
+    ):
+        assert is_public(address), address
+
+
+# First and last addresses of what must not be reached, and one between.
+NETWORKS = [
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
+    "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16",
+    "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+    "::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64", "2001::/32",
+    "2001:2::/48", "2001:10::/28", "2001:db8::/32", "3fff::/20", "4000::/3", "5f00::/16",
+    "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
+]  # fmt: skip
+
+
+@given(st.sampled_from(NETWORKS), st.data())
+def test_no_address_of_a_special_network_is_public_in_any_guise(
+    network: str, data: st.DataObject
+) -> None:
+    within = ipaddress.ip_network(network)
+    offset = data.draw(
+        st.sampled_from([0, within.num_addresses - 1]) | st.integers(0, within.num_addresses - 1)
+    )
+    address = within[offset]
+    assert not is_public(str(address))
+    if isinstance(address, ipaddress.IPv4Address):
+        number = int(address)
+        # Compatible, mapped, translated, and the well-known prefix of NAT64.
+        for prefix in (0, 0xFFFF << 32, 0xFFFF << 48, 0x64FF9B << 96):
+            assert not is_public(str(ipaddress.IPv6Address(prefix | number)))
+        assert not is_public(str(ipaddress.IPv6Address(0x2002 << 112 | number << 80)))
 
 
 def test_allowlist() -> None:

@@ -17,7 +17,8 @@ EOS = 2
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
 # Other tests: drain_s in flows (the process), retry_after_s with each 429 and 503 here.
-TESTED_ELSEWHERE = {"drain_s", "retry_after_s"}
+# Those of connections in flows (test_server_connections).
+TESTED_ELSEWHERE = {"drain_s", "retry_after_s", "connections", "head_s", "body_s", "stall_s"}
 
 
 def chat(**change: Any) -> dict[str, Any]:
@@ -33,6 +34,11 @@ def picture(width: int, height: int) -> dict[str, Any]:
 
 def seen(*pictures: dict[str, Any]) -> dict[str, Any]:
     return chat(messages=[{"role": "user", "content": list(pictures)}])
+
+
+def said(num_parts: int) -> dict[str, Any]:
+    part = {"type": "text", "text": "x"}
+    return chat(messages=[{"role": "user", "content": [part] * num_parts}])
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -56,6 +62,14 @@ CASES: list[tuple[str, int, str, Any, Any, int]] = [
     # limit, its value, path, a body within it, one over it, the status
     ("body_bytes", 300, CHAT, chat(), chat(user="u" * 300), 413),
     ("body_brackets", 3, CHAT, chat(), chat(user="["), 400),
+    ("body_values", 9, CHAT, chat(), chat(user="," * 10), 400),
+    ("body_keys", 6, CHAT, chat(), chat(metadata={"a": 1, "b": 2}), 400),
+    ("body_keys", 9, "/v1/completions", {"model": "m", "prompt": ":" * 2000},
+     {"model": "m", "prompt": "x", "metadata": {f"k{i}": 1 for i in range(200)}}, 400),
+    ("parts", 2, CHAT, said(2), said(3), 400),
+    ("stop_tokens", 2, CHAT, chat(stop_token_ids=[5, 6]), chat(stop_token_ids=[5] * 3), 400),
+    ("biased_tokens", 2, CHAT, chat(logit_bias={"5": 1, "6": 1}),
+     chat(logit_bias={"5": 1, "6": 1, "7": 1}), 400),
     ("messages", 3, CHAT, chat(messages=HELLO * 3), chat(messages=HELLO * 4), 400),
     ("choices", 2, CHAT, chat(n=2), chat(n=3), 400),
     ("choices", 2, "/v1/completions", {"model": "m", "prompt": "x", "n": 2},
@@ -134,6 +148,20 @@ async def test_compiling_too_long_is_400(
     assert slow.status_code == 400 and slow.json()["error"]["code"] == "schema_too_complex"
 
 
+async def test_token_requests_have_their_own_room(make_bench: MakeBench) -> None:
+    bench = make_bench("x", EOS, limits=Limits(token_requests=1, queued_requests=1))
+    text = "word " * 2000
+    async with bench.http() as client:
+        for path, body in (
+            ("/tokenize", {"prompt": text}),
+            ("/detokenize", {"tokens": [5] * 4000}),
+        ):
+            both = await asyncio.gather(*(client.post(path, json=body) for _ in range(2)))
+            assert sorted(answer.status_code for answer in both) == [200, 429]
+            assert "retry-after" in max(both, key=lambda answer: answer.status_code).headers
+        assert (await client.post("/tokenize", json={"prompt": text})).status_code == 200
+
+
 async def test_keys_have_their_own_room(make_bench: MakeBench) -> None:
     bench = make_bench(
         "x", EOS, service={"hang_at": 0}, api_keys=("a", "b"), limits=Limits(requests_per_key=1)
@@ -160,7 +188,7 @@ async def test_keys_have_their_own_room(make_bench: MakeBench) -> None:
 
 def test_every_limit_is_tested_and_on() -> None:
     names = {one.name for one in dataclasses.fields(Limits)}
-    tested = {case[0] for case in CASES} | {"request_s", "compile_s"}
+    tested = {case[0] for case in CASES} | {"request_s", "compile_s", "token_requests"}
     assert tested | TESTED_ELSEWHERE == names
     assert all(getattr(Limits(), name) > 0 for name in names)
 

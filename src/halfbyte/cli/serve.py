@@ -59,6 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="fetch http(s) images from this host; .example.com for all below; off without",
     )
+    network.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name this server is reached by, beside addresses, localhost and names without a "
+        "dot; .example.com for all below, * for any; may be given several times",
+    )
+    network.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages of this origin (https://chat.example.com, * for any) may use the API; "
+        "may be given several times; none without",
+    )
     network.add_argument("--drain-seconds", type=float, default=30.0, help="(%(default)s)")
     network.add_argument(
         "--limit",
@@ -182,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.server.config import Limits, read_limits
     from halfbyte.server.gate import file_log, log_access
     from halfbyte.server.launch import Front, engine_config, launch, launch_vllm, read_keys
+    from halfbyte.server.origins import read_hosts, read_origins
     from halfbyte.server.run import address, free_port, listen, serve
     from halfbyte.server.tracing import open_tracing
 
@@ -196,6 +213,8 @@ def run(args: argparse.Namespace) -> int:
         names=names,
         keys=read_keys(args.api_key, args.api_key_file),
         image_hosts=tuple(args.image_url_host),
+        allowed_hosts=(*read_hosts(args.allowed_host), *_own_name(args.host)),
+        allowed_origins=read_origins(args.allow_origin),
         limits=limits,
         vllm_metric_names=args.vllm_metric_names,
         access_log=log_access if args.access_log is None else file_log(args.access_log),
@@ -220,6 +239,11 @@ def run(args: argparse.Namespace) -> int:
             )
             print(f"admin routes at {address(admin_listener)}", flush=True)
         return 0 if serve(app, listener, app.state.announce, admin) else 1
+
+
+def _own_name(host: str) -> tuple[str, ...]:
+    """The name given to --host: whoever listens on a name is asked for by it."""
+    return () if not host.strip("0123456789.:abcdefABCDEF") else (host.lower(),)
 
 
 def _plan_vllm(

@@ -16,12 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halfbyte.engine.sampler import IMPOSSIBLE, uniform
+from halfbyte.engine.draw import (
+    IMPOSSIBLE,
+    NUM_CANDIDATES,
+    filtered,
+    invert,
+    ranked,
+    tempered,
+)
+from halfbyte.engine.sampler import uniform
 from halfbyte.engine.sequence import Sequence
 
-# As in `sampler`: enough for any row whose top-k is no larger.
-_CANDIDATES = 256
 MAX_BAN_LISTS = 64
+# No vocabulary has more tokens; a larger top-k is none.
+MAX_TOP_K = 2**31
 
 
 def is_choosable(sequence: Sequence) -> bool:
@@ -65,21 +73,22 @@ def plan_choice(sequences: SequenceOf[Sequence]) -> ChoicePlan:
     numbers = np.ones((5, len(sequences)))
     for row, sequence in enumerate(sequences):
         params = sequence.request.params
-        if params.temperature == 0.0:
+        if params.is_greedy:
             continue
         if params.top_p == 1.0 and params.top_k == 0 and params.min_p == 0.0:
             open_rows.append(row)
         else:
             filtered_rows.append(row)
-            top_ks.append(params.top_k)
+            top_ks.append(min(params.top_k, MAX_TOP_K))
         drawn = uniform(sequence.seed, sequence.num_generated)
-        numbers[:, row] = (params.temperature, params.top_p, params.min_p, params.top_k, drawn)
+        top_k = min(params.top_k, MAX_TOP_K)
+        numbers[:, row] = (params.temperature, params.top_p, params.min_p, top_k, drawn)
     # Without a top-k nobody knows here how far top-p and min-p reach.
     is_bounded = bool(top_ks) and min(top_ks) > 0
     return ChoicePlan(
         tuple(open_rows),
         tuple(filtered_rows),
-        max(_CANDIDATES, *top_ks) if is_bounded else 0,
+        max(NUM_CANDIDATES, *top_ks) if is_bounded else 0,
         numbers,
         tuple(sequence.request.params.banned_token_ids for sequence in sequences),
     )
@@ -131,8 +140,8 @@ def choose_tokens(
     rows        the plan's open and filtered rows, int64 on the device; None likewise
     """
     best_R, tokens_R = logits_RV.max(dim=-1)
-    # A row of -inf has no token; NaN compares false, too.
-    is_possible_R = best_R > -torch.inf
+    # A row of -inf has no token, an infinite one no distribution; NaN compares false, too.
+    is_possible_R = (best_R > -torch.inf) & (best_R < torch.inf)
     if plan.draws:
         assert numbers_5R is not None and rows is not None
         tokens_R = tokens_R.clone()
@@ -152,39 +161,13 @@ def choose_tokens(
 
 def _draw(logits_XV: Tensor, numbers_5X: Tensor, num_candidates: int | None) -> Tensor:
     """One token a row; `num_candidates` None draws from everything."""
-    temperature, top_p, min_p, top_k, uniform_X = numbers_5X[:, :, None].unbind()
-    # Shifted first: a tiny temperature must not overflow to inf - inf.
-    tempered_XV = (logits_XV - logits_XV.amax(-1, keepdim=True)) / temperature.float()
-    vocab_size = tempered_XV.shape[-1]
+    temperature, top_p, min_p, top_k, uniform_X1 = numbers_5X[:, :, None].unbind()
+    tempered_XV = tempered(logits_XV, temperature.float())
     if num_candidates is None:
-        return _invert(tempered_XV.exp().double(), uniform_X).clamp_(max=vocab_size - 1)[:, 0]
+        return invert(tempered_XV.exp().double(), uniform_X1)[:, 0]
     total_X1 = tempered_XV.exp().sum(-1, keepdim=True, dtype=torch.float64)
-    if 0 < num_candidates < vocab_size:
-        values_XC, ids_XC = tempered_XV.topk(num_candidates, dim=-1)
-    else:
-        values_XC, ids_XC = tempered_XV.sort(dim=-1, descending=True)
-    weights_XC = values_XC.double().exp()
-    kept_XC = _filter(weights_XC, total_X1, top_p, min_p, top_k)
-    index_X1 = _invert(kept_XC, uniform_X).clamp_(max=ids_XC.shape[-1] - 1)
-    return ids_XC.gather(1, index_X1)[:, 0]
-
-
-def _filter(
-    weights_XC: Tensor, total_X1: Tensor, top_p: Tensor, min_p: Tensor, top_k: Tensor
-) -> Tensor:
-    """Zero the weights that top-k, then top-p, then min-p drop; the best token always stays."""
-    rank_C = torch.arange(weights_XC.shape[1], device=weights_XC.device)
-    has_top_k = top_k > 0
-    kept_XC = weights_XC * ((rank_C < top_k) | ~has_top_k)
-    # What top-p refers to: everything, or what top-k left.
-    whole_X1 = torch.where(has_top_k, kept_XC.sum(-1, keepdim=True), total_X1)
-    before_XC = kept_XC.cumsum(-1) - kept_XC
-    # 1.0 keeps all; its product with a rounded sum might not.
-    kept_XC = kept_XC * ((before_XC < top_p * whole_X1) | (top_p == 1.0))
-    return kept_XC * (weights_XC >= min_p * weights_XC[:, :1])
-
-
-def _invert(weights_XC: Tensor, uniform_X1: Tensor) -> Tensor:
-    """Index in each row, drawn by weights that need not sum to one: int64 (X, 1)."""
-    cumulative_XC = weights_XC.cumsum(-1)
-    return torch.searchsorted(cumulative_XC, uniform_X1 * cumulative_XC[:, -1:], right=True)
+    values_XC, ids_XC = ranked(tempered_XV, num_candidates or tempered_XV.shape[-1])
+    kept_XC = filtered(values_XC.double().exp(), total_X1, top_k, top_p, min_p)
+    places_X1 = invert(kept_XC, uniform_X1)
+    ids_X1 = ids_XC.gather(1, places_X1.clamp(min=0))
+    return torch.where(places_X1 < 0, IMPOSSIBLE, ids_X1)[:, 0]

@@ -21,6 +21,7 @@ from halfbyte.engine.choose import can_hold, is_choosable
 from halfbyte.engine.config import EngineConfig as EngineConfig
 from halfbyte.engine.cuda_runner import CudaRunner
 from halfbyte.engine.drafter import Computed
+from halfbyte.engine.draw import IMPOSSIBLE
 from halfbyte.engine.pacing import PrefillPacer, SlicePacer
 from halfbyte.engine.request import (
     Event,
@@ -33,7 +34,7 @@ from halfbyte.engine.request import (
 )
 from halfbyte.engine.rows import PendingTokens
 from halfbyte.engine.runner import Runner, load_runner
-from halfbyte.engine.sampler import IMPOSSIBLE, Choice, LogitsHook, Sampler, logprobs_of
+from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, logprobs_of
 from halfbyte.engine.scheduler import Scheduler, Work
 from halfbyte.engine.sequence import Sequence
 from halfbyte.engine.slices import CHUNK_TOKENS, Chunk, Finished
@@ -521,7 +522,7 @@ class Engine:
         else:
             sequence.append(token_id)
         self._generated_tokens += 1
-        is_end = token_id in params.stop_token_ids or (
+        is_end = token_id in sequence.stop_token_ids or (
             not params.ignore_eos and token_id in self.eos_token_ids
         )
         if not is_end or prompt_logprobs is not None:
@@ -614,8 +615,8 @@ def _accept_mask(request: GenerationRequest, token_id: int) -> str | None:
     assert request.mask is not None
     try:
         request.mask.accept(token_id)
-    # A mask is foreign code; its failure ends its own request and no other.
-    except Exception as error:
+    # A mask is foreign code; its failure, a panic included, ends its own request and no other.
+    except BaseException as error:
         logger.exception("the mask of request %s failed", request.request_id)
         return f"the token mask failed: {error}"
     return None

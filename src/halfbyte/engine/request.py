@@ -17,6 +17,10 @@ from halfbyte.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+# Below it a draw is greedy: the second best token would need a logit within a few thousandths of a
+# thousandth of the best one's, and what is 0 in f32 would divide by it.
+MIN_TEMPERATURE = 1e-5
+
 # Alternatives a client may ask for at a position; OpenAI's limit.
 MAX_LOGPROBS = 20
 
@@ -26,7 +30,7 @@ class SamplingParams:
     """How the tokens of one answer are chosen.
 
     max_tokens           most tokens to generate; None = what the context leaves
-    temperature          0 takes the most likely token (greedy)
+    temperature          0, or less than MIN_TEMPERATURE, takes the most likely token (greedy)
     top_p, top_k, min_p  1.0, 0 and 0.0 switch them off; they apply after the temperature, top_k
                          first, then top_p, then min_p (a share of the largest probability)
     presence_penalty, frequency_penalty
@@ -62,6 +66,11 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken and nothing is drawn."""
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:

@@ -19,6 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halfbyte.engine.draw import (
+    IMPOSSIBLE,
+    NUM_CANDIDATES,
+    filtered,
+    invert,
+    ranked,
+    tempered,
+)
 from halfbyte.engine.masks import MaskFiller
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokenLogprobs
 from halfbyte.engine.sequence import Sequence
@@ -29,14 +37,8 @@ from halfbyte.log import logger
 # generated so far; for tests that need a model to say certain things.
 LogitsHook = Callable[[GenerationRequest, SequenceOf[int], Tensor], None]
 
-# Most filters leave fewer tokens than this; sorting the whole vocabulary costs ten times as much.
-_CANDIDATES = 256
 # Tokens that a mask leaves are drawn from alone if they are no more than this.
 _FEW = 4096
-
-
-# Where no token is possible: all are banned or masked, or the logits are not numbers.
-IMPOSSIBLE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class Sampler:
         if sequence.counts is not None:
             self._penalize(logits_V, sequence, params)
         if sequence.num_generated < params.min_tokens:
-            ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
+            ends = {*sequence.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
             if ends:
                 logits_V[self._ids(ends)] = -torch.inf
 
@@ -156,15 +158,15 @@ class Sampler:
         """Whether a token drawn without the mask stands."""
         try:
             return token_id == IMPOSSIBLE or self._masks.allows(request, token_id)
-        # `_mask` asks again and says so.
-        except Exception:
+        # `_mask` asks again and says so. A panic of foreign code is no Exception.
+        except BaseException:
             return False
 
     def _mask(self, logits_V: Tensor, request: GenerationRequest) -> None:
         try:
             words = self._masks.words(request)
         # A mask is foreign code; its failure ends its own request and no other.
-        except Exception:
+        except BaseException:
             logger.exception("the mask of request %s failed", request.request_id)
             logits_V.fill_(-torch.inf)
             return
@@ -208,7 +210,7 @@ class Sampler:
         open_, filtered = [], []
         for row, sequence in enumerate(sequences):
             params = sequence.request.params
-            if params.temperature == 0.0:
+            if params.is_greedy:
                 continue
             if params.top_p == 1.0 and params.top_k == 0 and params.min_p == 0.0:
                 open_.append(row)
@@ -236,9 +238,9 @@ def _best(logits_RV: Tensor) -> list[int]:
     else:
         values_R, ids_R = logits_RV.max(dim=-1)
         best, token_ids = values_R.tolist(), ids_R.tolist()
-    # A row of -inf has no token; NaN compares false, too.
+    # A row of -inf has no token, an infinite one no distribution; NaN compares false, too.
     return [
-        token_id if value > -math.inf else IMPOSSIBLE
+        token_id if -math.inf < value < math.inf else IMPOSSIBLE
         for token_id, value in zip(token_ids, best, strict=True)
     ]
 
@@ -265,7 +267,7 @@ def logprobs_of(
     most = max(num_top)
     if most == 0:
         return [TokenLogprobs(i, value) for i, value in zip(token_ids, own, strict=True)]
-    values_RC, top_RC = logprobs_RV.topk(most, dim=-1)
+    values_RC, top_RC = ranked(logprobs_RV, most)
     return [
         TokenLogprobs(token_id, value, tuple(zip(top[:wanted], values[:wanted], strict=True)))
         for token_id, value, wanted, top, values in zip(
@@ -278,7 +280,7 @@ def _is_plain(sequence: Sequence) -> bool:
     """Greedy and nothing else asked: one argmax serves all such rows."""
     params = sequence.request.params
     return (
-        params.temperature == 0.0
+        params.is_greedy
         and params.logprobs is None
         and sequence.counts is None
         and sequence.request.mask is None
@@ -289,9 +291,7 @@ def _is_plain(sequence: Sequence) -> bool:
 
 def _tempered(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
     temperatures = [sequence.request.params.temperature for sequence in sequences]
-    scale_R1 = torch.tensor(temperatures, device=logits_RV.device)[:, None]
-    # Shifted first: a tiny temperature must not overflow to inf - inf.
-    return (logits_RV - logits_RV.amax(-1, keepdim=True)) / scale_R1
+    return tempered(logits_RV, torch.tensor(temperatures, device=logits_RV.device)[:, None])
 
 
 def _uniforms(
@@ -304,18 +304,8 @@ def _uniforms(
     return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
-def _invert(weights_RC: Tensor, uniform_R1: Tensor) -> Tensor:
-    """Index in each row, drawn by weights that need not sum to one: int64 (R, 1).
-
-    The first index whose cumulative weight exceeds the target has a weight above zero.
-    """
-    cumulative_RC = weights_RC.double().cumsum(-1)
-    target_R1 = uniform_R1 * cumulative_RC[:, -1:]
-    return torch.searchsorted(cumulative_RC, target_R1, right=True)
-
-
 def _draw_open(logits_RV: Tensor, sequences: SequenceOf[Sequence], uniform_R1: Tensor) -> list[int]:
-    drawn: list[int] = _invert(logits_RV.exp(), uniform_R1)[:, 0].tolist()
+    drawn: list[int] = invert(logits_RV.exp().double(), uniform_R1)[:, 0].tolist()
     return drawn
 
 
@@ -329,20 +319,29 @@ def _draw_filtered(
     params = [sequence.request.params for sequence in sequences]
     vocab_size = logits_RV.shape[-1]
     total_R1 = logits_RV.exp().sum(-1, keepdim=True, dtype=torch.float64)
-    num_candidates = min(max(_CANDIDATES, *(p.top_k for p in params)), vocab_size)
-    weights_RC, ids_RC = _most_likely(logits_RV, num_candidates)
-    while num_candidates < vocab_size and not _covers(weights_RC, total_R1, params):
+    # Any top-k of the vocabulary's size or more is none, however large.
+    top_ks = [min(p.top_k, vocab_size) for p in params]
+    num_candidates = min(max(NUM_CANDIDATES, *top_ks), vocab_size)
+    values_RC, ids_RC = ranked(logits_RV, num_candidates)
+    while num_candidates < vocab_size and not _covers(values_RC.double().exp(), total_R1, params):
         # What a mask leaves may be flat; even then sorting all of it is rarely needed.
         num_candidates = min(num_candidates * 8, vocab_size)
-        weights_RC, ids_RC = _most_likely(logits_RV, num_candidates)
-    kept_RC = _filter(weights_RC, total_R1, params)
-    drawn: list[int] = ids_RC.gather(1, _invert(kept_RC, uniform_R1))[:, 0].tolist()
+        values_RC, ids_RC = ranked(logits_RV, num_candidates)
+
+    def column(values: SequenceOf[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits_RV.device)[:, None]
+
+    kept_RC = filtered(
+        values_RC.double().exp(),
+        total_R1,
+        column(top_ks),
+        column([p.top_p for p in params]),
+        column([p.min_p for p in params]),
+    )
+    places_R1 = invert(kept_RC, uniform_R1)
+    ids_R1 = ids_RC.gather(1, places_R1.clamp(min=0))
+    drawn: list[int] = torch.where(places_R1 < 0, IMPOSSIBLE, ids_R1)[:, 0].tolist()
     return drawn
-
-
-def _most_likely(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values_RC, ids_RC = logits_RV.topk(count, dim=-1)
-    return values_RC.double().exp(), ids_RC
 
 
 def _covers(weights_RC: Tensor, total_R1: Tensor, params: SequenceOf[SamplingParams]) -> bool:
@@ -353,21 +352,3 @@ def _covers(weights_RC: Tensor, total_R1: Tensor, params: SequenceOf[SamplingPar
         p.top_k > 0 or (p.top_p < 1.0 and share >= p.top_p) or last < p.min_p or last == 0.0
         for p, share, last in zip(params, share_R, last_R, strict=True)
     )
-
-
-def _filter(weights_RC: Tensor, total_R1: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
-    """Zero the weights that top-k, then top-p, then min-p drop; the best token always stays."""
-    num_candidates = weights_RC.shape[1]
-    device = weights_RC.device
-    rank_C = torch.arange(num_candidates, device=device)
-    top_k = [p.top_k or num_candidates for p in params]
-    kept_RC = weights_RC * (rank_C < torch.tensor(top_k, device=device)[:, None])
-    # What top-p refers to: everything, or what top-k left.
-    has_top_k = torch.tensor([p.top_k > 0 for p in params], device=device)[:, None]
-    whole_R1 = torch.where(has_top_k, kept_RC.sum(-1, keepdim=True), total_R1)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
-    before_RC = kept_RC.cumsum(-1) - kept_RC
-    # 1.0 keeps all; its product with a rounded sum might not.
-    kept_RC = kept_RC * ((before_RC < top_p * whole_R1) | (top_p == 1.0))
-    min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)[:, None]
-    return kept_RC * (weights_RC >= min_p * weights_RC[:, :1])

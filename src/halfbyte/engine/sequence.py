@@ -44,6 +44,7 @@ class Sequence:
         "request",
         "seed",
         "slot",
+        "stop_token_ids",
         "token_ids",
     )
 
@@ -55,6 +56,8 @@ class Sequence:
         self.arrival = arrival
         self.seed = seed
         self.max_tokens = max_tokens
+        # Looked up for every token.
+        self.stop_token_ids = frozenset(request.params.stop_token_ids)
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0

@@ -1,8 +1,8 @@
 """The engine's asyncio face: a stream of events per request, one thread that runs the steps.
 
 Calls arrive on the event loop and become commands; the engine's thread takes them between steps.
-Events travel back in one hop a step. What a slow reader has not fetched is merged, so a mailbox
-holds at most the tokens of its own answer.
+Events travel back in one hop a step. What a slow reader has not fetched is merged; a reader that
+fetches nothing for too long loses its answer, so that no mailbox grows without end.
 """
 
 import asyncio
@@ -18,6 +18,10 @@ from halfbyte.errors import CapacityError, RequestError
 from halfbyte.log import logger
 
 Argument = TypeVar("Argument")
+
+# Tokens, and alternatives reported with them, that may wait for one reader: some 2 MB. A reader
+# that is alive takes them within a step or two; sockets hold a thousand more.
+MAX_UNREAD = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,25 @@ class _Mailbox:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._has_mail = asyncio.Event()
+        self._num_unread = 0
+        self.num_tokens = 0
+        # The last event is in; what comes late is dropped.
+        self.is_closed = False
+
+    @property
+    def is_overfull(self) -> bool:
+        """More waits than any reader should leave."""
+        return self._num_unread > MAX_UNREAD
 
     def put(self, event: Event) -> None:
+        if self.is_closed:
+            return
+        if isinstance(event, TokensEvent):
+            self.num_tokens += len(event.token_ids)
+            self._num_unread += len(event.token_ids)
+            self._num_unread += sum(len(one.top) for one in event.logprobs or ())
+        else:
+            self.is_closed = True
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent) and isinstance(event, TokensEvent):
             self._events[-1] = _joined(last, event)
@@ -60,7 +81,13 @@ class _Mailbox:
         await self._has_mail.wait()
         self._has_mail.clear()
         events, self._events = self._events, []
+        self._num_unread = 0
         return events
+
+    def give_up(self, finish: FinishEvent) -> None:
+        """Forget what waits and end."""
+        self._events.clear()
+        self.put(finish)
 
 
 def _joined(first: TokensEvent, second: TokensEvent) -> TokensEvent:
@@ -184,8 +211,18 @@ class EngineService:
         for event in events:
             mailbox = self._mailboxes.get(event.request_id)
             # None: the reader has gone, its abort is on the way.
-            if mailbox is not None:
-                mailbox.put(event)
+            if mailbox is None:
+                continue
+            mailbox.put(event)
+            if mailbox.is_overfull and not mailbox.is_closed:
+                message = (
+                    f"the answer was ended after {mailbox.num_tokens} tokens: they were not read, "
+                    "and this many are not kept"
+                )
+                mailbox.give_up(
+                    FinishEvent(event.request_id, "abort", None, 0, 0, mailbox.num_tokens, message)
+                )
+                self._commands.put(_Abort(event.request_id))
 
     def _fail_all(self, message: str) -> None:
         for request_id, mailbox in self._mailboxes.items():
@@ -198,8 +235,9 @@ class EngineService:
             while self._obey():
                 if self.engine.has_work():
                     self._send(self.engine.step())
-        # Whatever it is, it must be seen by those who wait, not only in a log.
-        except Exception as error:
+        # Whatever it is, it must be seen by those who wait, not only in a log: an exit called
+        # for by a library and a panic of foreign code are no Exception.
+        except BaseException as error:
             logger.exception("the engine has failed")
             self._failure = f"the engine has failed: {type(error).__name__}: {error}"
             self._call(self._fail_all, self._failure)

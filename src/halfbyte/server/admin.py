@@ -16,6 +16,7 @@ from halfbyte.server import process
 from halfbyte.server.app import METRICS_TYPE, add_error_handlers, add_health
 from halfbyte.server.backend import Backend, Running
 from halfbyte.server.gate import AccessLog, Gate, Keys, log_access
+from halfbyte.server.origins import Origins
 
 
 def create_admin(backend: Backend, *, access_log: AccessLog | None = log_access) -> FastAPI:
@@ -28,7 +29,12 @@ def create_admin(backend: Backend, *, access_log: AccessLog | None = log_access)
     add_health(app, backend)
     add_error_handlers(app, backend)
     app.add_middleware(
-        Gate, keys=Keys(backend.config.api_keys), metrics=None, access_log=access_log
+        Gate,
+        keys=Keys(backend.config.api_keys),
+        metrics=None,
+        access_log=access_log,
+        # No page of another origin, whoever may use the API.
+        origins=Origins(backend.config.allowed_hosts),
     )
     return app
 

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -22,15 +22,26 @@ from halfbyte.server.chat_api import chat_frames, chat_response
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.gate import OPEN_PATHS, AccessLog, Gate, Keys, log_access
 from halfbyte.server.openapi import describe, request_body, returns_text
+from halfbyte.server.origins import Origins
 from halfbyte.server.pages import add_pages
-from halfbyte.server.prepare import check_token_ids, encode_resolved, resolved_messages
+from halfbyte.server.prepare import (
+    check_token_ids,
+    encode_plain,
+    encode_resolved,
+    resolved_messages,
+)
 from halfbyte.server.problems import error_body, response_of
 from halfbyte.server.responses_api import responses_frames, responses_response
 from halfbyte.server.responses_wire import ResponsesRequest
-from halfbyte.server.stream import DONE, EventStream, read_body, until_disconnect
+from halfbyte.server.stream import DONE, EventStream, reading_body, until_disconnect
 from halfbyte.server.supervise import Supervisor
 from halfbyte.server.text_api import text_frames, text_response
 from halfbyte.server.tracing import Tracing
+
+# Bytes of a body that is read on the event loop.
+_SHORT_BODY = 16_384
+
+Asked = TypeVar("Asked", bound=wire.Wire)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -66,6 +77,7 @@ def create_app(
         finally:
             backend.admission.is_draining = True
             await service.stop(drain_s=config.limits.drain_s)
+            backend.texts.close()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
@@ -90,6 +102,7 @@ def create_app(
         metrics=backend.metrics,
         access_log=access_log,
         tracing=tracing,
+        origins=Origins(config.allowed_hosts, config.allowed_origins),
     )
     app.openapi = lambda: describe(  # type: ignore[method-assign]
         app, asks_for_key=bool(config.api_keys), open_paths=OPEN_PATHS
@@ -97,11 +110,18 @@ def create_app(
     return app
 
 
-async def read(backend: Backend, request: Request, kind: type[wire.Request]) -> wire.Request:
-    """The validated body of a request."""
+async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
+    """The validated body of a request, none of whose texts and lists is beyond all bounds."""
     limits = backend.config.limits
-    body = await read_body(request, limits.body_bytes)
-    return wire.parse(kind, wire.parse_json(body, limits.body_brackets))
+    async with reading_body(request, limits, backend.body_room) as body:
+
+        def parse() -> Asked:
+            asked = wire.parse(kind, wire.parse_json(body), limits)
+            backend.texts.check_request(asked)
+            return asked
+
+        # A thread costs as much as reading a few kilobytes.
+        return await asyncio.to_thread(parse) if len(body) > _SHORT_BODY else parse()
 
 
 async def respond(
@@ -178,6 +198,19 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
         """Token ids of a plain prompt, or of a conversation as the model would see it."""
         asked = await read(backend, request, wire.TokenizeRequest)
         backend.check_model(asked.model)
+        with backend.token_request():
+            token_ids = await tokens_of(asked)
+            body: dict[str, Any] = {
+                "tokens": token_ids,
+                "count": len(token_ids),
+                "max_model_len": backend.config.max_model_len,
+                "token_strs": None,
+            }
+            if asked.return_token_strs:
+                body["token_strs"] = [vocabulary.piece(token_id) for token_id in token_ids]
+            return await asyncio.to_thread(JSONResponse, body)
+
+    async def tokens_of(asked: wire.TokenizeRequest) -> Sequence[int]:
         if asked.messages is not None:
             encoded = await encode_resolved(
                 backend,
@@ -186,28 +219,22 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
                 reasoning_effort=asked.reasoning_effort,
                 continue_final=asked.continues_final,
             )
-            token_ids = list(encoded.token_ids)
-        elif asked.add_special_tokens:
-            token_ids = list(backend.chat.encode_prompt(asked.prompt or "").token_ids)
-        else:
-            token_ids = vocabulary.encode_text(asked.prompt or "")
-        body: dict[str, Any] = {
-            "tokens": token_ids,
-            "count": len(token_ids),
-            "max_model_len": backend.config.max_model_len,
-            "token_strs": None,
-        }
-        if asked.return_token_strs:
-            body["token_strs"] = [vocabulary.piece(token_id) for token_id in token_ids]
-        return JSONResponse(body)
+            return encoded.token_ids
+        prompt = asked.prompt or ""
+        return await encode_plain(backend, prompt, with_start=asked.add_special_tokens)
 
     @app.post("/detokenize", **request_body(wire.DetokenizeRequest, "detokenize"))
     async def detokenize(request: Request) -> Response:
         """Text of token ids, control tokens by name."""
         asked = await read(backend, request, wire.DetokenizeRequest)
         backend.check_model(asked.model)
-        check_token_ids(backend, asked.tokens, "tokens")
-        return JSONResponse({"prompt": vocabulary.decode(asked.tokens, keep_control=True)})
+        with backend.token_request():
+
+            def decode() -> Response:
+                check_token_ids(backend, asked.tokens, "tokens")
+                return JSONResponse({"prompt": vocabulary.decode(asked.tokens, keep_control=True)})
+
+            return await asyncio.to_thread(decode)
 
 
 def _add_state(app: FastAPI, backend: Backend) -> None:

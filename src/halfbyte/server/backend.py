@@ -15,7 +15,9 @@ from halfbyte.server.call import Call
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.metrics import Metrics
 from halfbyte.server.pieces import Piece
+from halfbyte.server.stream import BodyRoom
 from halfbyte.server.supervise import Supervisor
+from halfbyte.server.texts import Texts
 
 
 class Admission:
@@ -91,6 +93,9 @@ class Backend:
         self.running: dict[str, Running] = {}
         self.admission = Admission(config, self.metrics)
         limits = config.limits
+        self.texts = Texts(chat.vocabulary, config.max_model_len)
+        self.body_room = BodyRoom(4 * limits.body_bytes)
+        self._num_token_requests = 0
         self.compiler = GrammarCompiler(
             chat.vocabulary,
             GrammarLimits(max_source_bytes=limits.schema_bytes, max_depth=limits.schema_depth),
@@ -103,6 +108,19 @@ class Backend:
             for thinking in (False, True)
             for tools in (False, True)
         }
+
+    @contextlib.contextmanager
+    def token_request(self) -> Iterator[None]:
+        """Hold one place of /tokenize and /detokenize; 429 if there is none."""
+        limit = self.config.limits.token_requests
+        if self._num_token_requests >= limit:
+            message = f"{limit} requests for tokens are in work, as many as may be; try again later"
+            raise RequestError(message, code="queue_full", status=429)
+        self._num_token_requests += 1
+        try:
+            yield
+        finally:
+            self._num_token_requests -= 1
 
     def banned_in_chat(self, *, thinking: bool, tools: bool) -> tuple[int, ...]:
         """Ids that an answer of a conversation may not contain."""

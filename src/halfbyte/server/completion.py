@@ -151,16 +151,17 @@ async def _run_choices(backend: Backend, job: Job) -> AsyncGenerator[list[Piece]
             async for batch in pieces:
                 yield batch
         return
-    queue: asyncio.Queue[list[Piece] | BaseException | None] = asyncio.Queue()
+    # Bounded, so that what a slow client leaves waits in the engine's mailboxes, which are, too.
+    queue: asyncio.Queue[list[Piece] | BaseException | None] = asyncio.Queue(len(job.choices))
 
     async def feed_queue(choice: Choice) -> None:
         try:
             async with contextlib.aclosing(_run_choice(backend, job, choice)) as pieces:
                 async for batch in pieces:
-                    queue.put_nowait(batch)
-            queue.put_nowait(None)
+                    await queue.put(batch)
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.create_task(feed_queue(choice)) for choice in job.choices]
     try:
@@ -233,9 +234,14 @@ def _finish_reason(backend: Backend, choice: Choice, event: FinishEvent) -> str:
         )
     if event.reason in ("stop", "length"):
         return event.reason
-    message = event.message or "the answer was aborted"
+    is_draining = event.reason == "abort" and backend.admission.is_draining
+    ended = "the server is shutting down" if is_draining else "the answer was aborted"
     is_passing = event.reason == "abort" or not backend.service.is_ready
-    raise RequestError(message, code="engine_error", status=503 if is_passing else 500)
+    raise RequestError(
+        event.message or ended,
+        code="shutting_down" if is_draining else "engine_error",
+        status=503 if is_passing else 500,
+    )
 
 
 def _count_usage(usage: Usage, choice: Choice) -> None:

@@ -16,18 +16,34 @@ class Limits:
 
     body_brackets      arrays and objects of a body, brackets in texts included; tiny ones by the
                        million would be read for seconds, in which nothing else happens
+    body_values        values of a body, likewise: its commas
+    body_keys          names of fields, likewise: its colons behind a quotation mark
+    parts              parts of contents, and tool calls, of all messages together
+    stop_tokens        stop_token_ids of a request
+    biased_tokens      tokens in a request's logit_bias
+    token_requests     /tokenize and /detokenize at once; more get 429
     queued_requests    answers admitted at once, running ones included; more get 429
     requests_per_key   answers admitted at once for one API key
     request_s          wall clock of one request, from its admission
     drain_s            how long running answers may go on after SIGTERM
+    connections        open at once; one more closes the one that has idled longest, or gets 503.
+                       Fewer, where the process may not open as many files
+    head_s             for a request's head to arrive, and for the rest of a body after its answer
+    body_s             for a request's body to arrive, and a second more for every 10 kB of it
+    stall_s            in which a client must take something of what waits for it
     """
 
-    body_bytes: int = 64_000_000
-    body_brackets: int = 1_000_000
+    body_bytes: int = 32_000_000
+    body_brackets: int = 200_000
+    body_values: int = 1_000_000
+    body_keys: int = 200_000
     messages: int = 4096
+    parts: int = 8192
     choices: int = 16
     stops: int = 16
     stop_chars: int = 1000
+    stop_tokens: int = 256
+    biased_tokens: int = 4096
     prompts: int = 128
     tools: int = 256
     images: int = 32
@@ -36,11 +52,16 @@ class Limits:
     schema_bytes: int = 262_144
     schema_depth: int = 64
     compile_s: float = 10.0
+    token_requests: int = 64
     queued_requests: int = 512
     requests_per_key: int = 256
     request_s: float = 3600.0
     drain_s: float = 30.0
     retry_after_s: int = 2
+    connections: int = 1024
+    head_s: float = 10.0
+    body_s: float = 20.0
+    stall_s: float = 120.0
 
 
 def read_limits(settings: Iterable[str], base: Limits) -> Limits:
@@ -83,6 +104,8 @@ class ServerConfig:
     max_model_len   most tokens of a prompt and its answer together
     vocab_size      rows of the model's head, padding included
     api_keys        empty = no key is asked for
+    allowed_hosts   names that requests may ask for, beside addresses and local names
+    allowed_origins origins whose web pages may use the API
     facts           further lines for /health: resolved engine configuration, fallbacks
     """
 
@@ -93,4 +116,6 @@ class ServerConfig:
     limits: Limits = field(default_factory=Limits)
     image_fetch: ImageFetch = field(default_factory=ImageFetch)
     vllm_metric_names: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     facts: tuple[tuple[str, object], ...] = ()

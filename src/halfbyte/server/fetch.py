@@ -15,6 +15,33 @@ import httpx
 from halfbyte.errors import RequestError
 from halfbyte.server.config import ImageFetch
 
+# What the public internet does not route, by IANA's special-purpose registries, and ranges that
+# once meant something else. Listed here because Python's own tables differ between versions.
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "0.0.0.0/8",
+            "100.64.0.0/10",  # carrier NAT
+            "192.0.0.0/24",  # protocol assignments
+            "192.0.2.0/24",
+            "192.88.99.0/24",  # relays of 6to4, retired
+            "198.18.0.0/15",
+            "198.51.100.0/24",
+            "203.0.113.0/24",
+            "224.0.0.0/3",  # multicast, reserved, broadcast
+            "2001::/23",  # protocol assignments: Teredo, benchmarking, ORCHID
+            "2001:db8::/32",
+            "2620:4f:8000::/48",
+            "3fff::/20",
+        ),
+    )
+)
+# The only part of IPv6 that is handed out; all else is local, retired, or without a meaning yet.
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+# An IPv4 address in the last 32 bits, for the gateways of the network.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
 
 async def fetch_image(url: str, path: str, policy: ImageFetch, max_bytes: int) -> bytes:
     """The bytes behind an image URL. RequestError for all that the policy forbids or that fails."""
@@ -104,13 +131,14 @@ def is_public(address: str) -> bool:
     value = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(value, ipaddress.IPv6Address):
         hidden = value.ipv4_mapped or value.sixtofour
-        if value.teredo is not None:
-            hidden = value.teredo[1]
-        if value in ipaddress.ip_network("64:ff9b::/96"):
+        if value in _NAT64:
             hidden = ipaddress.IPv4Address(int(value) & 0xFFFFFFFF)
         if hidden is not None:
             return is_public(str(hidden))
-    return value.is_global and not value.is_multicast
+        if value not in _GLOBAL_UNICAST:
+            return False
+    is_listed = any(value in network for network in _NOT_PUBLIC)
+    return value.is_global and not is_listed
 
 
 def _refused(path: str, reason: str) -> RequestError:

@@ -1,4 +1,4 @@
-"""The middleware around all routes: request ids, API keys, the access log, HTTP counters."""
+"""The middleware around all routes: origins, API keys, request ids, the access log, counters."""
 
 import base64
 import binascii
@@ -12,12 +12,14 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from halfbyte.errors import RequestError, UsageError
 from halfbyte.log import logger
 from halfbyte.server.call import Call
 from halfbyte.server.metrics import Metrics
+from halfbyte.server.origins import Origins
 from halfbyte.server.problems import response_of
 from halfbyte.server.tracing import Tracing
 
@@ -26,6 +28,9 @@ OPEN_PATHS = frozenset({"/health", "/health/ready"})
 
 # Takes a line of JSON.
 AccessLog = Callable[[str], None]
+
+# Read by us or by whoever stands in front of us; two of one would be two answers to one question.
+_ONCE = (b"authorization", b"host", b"origin", b"content-type", b"sec-fetch-site")
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 
@@ -85,9 +90,11 @@ class Gate:
         metrics: Metrics | None,
         access_log: AccessLog | None,
         tracing: Tracing | None = None,
+        origins: Origins,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._origins = origins
         self._metrics = metrics
         self._access_log = access_log
         self._tracing = tracing
@@ -108,12 +115,25 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                marked = [*message.get("headers", ()), (b"x-request-id", call.request_id.encode())]
+                marked = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", call.request_id.encode()),
+                    *self._origins.response_headers(headers),
+                ]
                 message = {**message, "headers": marked}
             await send(message)
 
         try:
             try:
+                _check_framing(scope)
+                self._origins.check(scope["method"], headers)
+                preflight = self._origins.preflight(scope["method"], headers)
+                if preflight is not None:
+                    # Browsers send no key with it.
+                    answer = Response(status_code=204)
+                    answer.raw_headers += preflight
+                    await answer(scope, receive, send_marked)
+                    return
                 if scope["path"] not in OPEN_PATHS:
                     sent = headers.get(b"authorization", b"").decode("latin-1")
                     call.key = self._keys.name_of(sent)
@@ -131,6 +151,30 @@ class Gate:
                 self._tracing.end(span, route, status, call)
             if self._access_log is not None:
                 self._access_log(_line(scope, call, status, time.perf_counter() - start))
+
+
+def _check_framing(scope: Scope) -> None:
+    """RequestError for a head that two readers could understand in two ways."""
+    names = [name for name, _ in scope["headers"]]
+    if scope["http_version"] not in ("1.0", "1.1"):
+        raise RequestError(
+            f"HTTP/{scope['http_version']} is not spoken here; HTTP/1.1 is",
+            code="unsupported_http_version",
+            status=505,
+        )
+    if b"content-length" in names and b"transfer-encoding" in names:
+        raise RequestError(
+            "the request has both Content-Length and Transfer-Encoding; send one of them",
+            code="invalid_http",
+        )
+    for name in _ONCE:
+        if names.count(name) > 1:
+            shown = name.decode().title()
+            raise RequestError(
+                f"the request has {names.count(name)} {shown} headers; send one",
+                param=shown,
+                code="invalid_http",
+            )
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

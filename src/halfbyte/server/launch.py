@@ -71,6 +71,8 @@ class Front:
     names: tuple[str, ...]
     keys: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     limits: Limits = DEFAULT_LIMITS
     vllm_metric_names: bool = False
     access_log: AccessLog | None = log_access
@@ -88,6 +90,8 @@ class Front:
             limits=self.limits,
             image_fetch=ImageFetch(hosts=self.image_hosts),
             vllm_metric_names=self.vllm_metric_names,
+            allowed_hosts=self.allowed_hosts,
+            allowed_origins=self.allowed_origins,
             facts=tuple((f"engine_{key}", value) for key, value in facts.items()),
         )
 

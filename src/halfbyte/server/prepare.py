@@ -24,6 +24,11 @@ from halfbyte.server.backend import Backend
 from halfbyte.server.completion import Choice, Job
 from halfbyte.server.fetch import fetch_image
 from halfbyte.server.pieces import Usage
+from halfbyte.server.texts import prompt_texts
+from halfbyte.server.wire import check_count
+
+# Messages that are made plain on the event loop.
+_FEW_MESSAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,11 @@ async def resolved_messages(
     backend: Backend, messages: Sequence[wire.Message]
 ) -> list[dict[str, Any]]:
     """Messages as plain objects, their images fetched and decoded."""
-    plain = [message.model_dump(exclude_none=True) for message in messages]
+
+    def dump() -> list[dict[str, Any]]:
+        return [message.model_dump(exclude_none=True) for message in messages]
+
+    plain = dump() if len(messages) <= _FEW_MESSAGES else await asyncio.to_thread(dump)
     await _resolve_images(backend, plain)
     return plain
 
@@ -174,7 +183,12 @@ async def encode_resolved(
             path = f"messages[{index}].prefix"
             raise RequestError(f"{path}: only the last message can be one", param=path)
 
+    # Tools that the model's format has no place for are in no prompt.
+    shown = tools if backend.chat.control.has_tools else ()
+    texts = tuple(prompt_texts(messages, shown))
+
     def encode() -> EncodedPrompt:
+        backend.texts.check_tokens(texts, "messages")
         return backend.chat.encode(
             messages,
             tools=tools,
@@ -183,7 +197,7 @@ async def encode_resolved(
             continue_final=continue_final,
         )
 
-    return await asyncio.to_thread(encode)
+    return await backend.texts.aside(sum(map(len, texts)), encode)
 
 
 async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> None:
@@ -232,12 +246,24 @@ def _image_inputs(prompt: EncodedPrompt) -> tuple[ImageInput, ...]:
     )
 
 
+async def encode_plain(backend: Backend, text: str, *, with_start: bool = True) -> tuple[int, ...]:
+    """Token ids of a plain prompt, with what the model's prompts begin with or without."""
+
+    def encode() -> tuple[int, ...]:
+        backend.texts.check_tokens((text,), "prompt")
+        if not with_start:
+            return tuple(backend.chat.vocabulary.encode_text(text))
+        return backend.chat.encode_prompt(text).token_ids
+
+    return await backend.texts.aside(len(text), encode)
+
+
 async def _prompt_ids(backend: Backend, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        encoded = await asyncio.to_thread(backend.chat.encode_prompt, prompt)
-        if not encoded.token_ids:
+        token_ids = await encode_plain(backend, prompt)
+        if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
-        return encoded.token_ids
+        return token_ids
     check_token_ids(backend, prompt, "prompt")
     return tuple(prompt)
 
@@ -258,16 +284,6 @@ def check_token_ids(backend: Backend, token_ids: Sequence[int], param: str) -> N
 # --- limits and parameters ------------------------------------------------------------------
 
 
-def check_count(count: int, limit: int, param: str, *, what: str | None = None) -> None:
-    """400 for more of something than the limit."""
-    if count > limit:
-        raise RequestError(
-            f"{param}: {count} {what or 'entries'}; the limit is {limit}",
-            param=param,
-            code="limit_exceeded",
-        )
-
-
 def check_sampling(backend: Backend, request: wire.Sampling) -> None:
     """Model name and the limits of what every completion has; cheap, done before admission."""
     backend.check_model(request.model)
@@ -278,6 +294,8 @@ def check_sampling(backend: Backend, request: wire.Sampling) -> None:
         check_count(len(stop), limits.stop_chars, "stop", what="characters in one stop string")
     if isinstance(request, wire.CompletionRequest):
         check_count(len(request.prompts) * request.n, limits.prompts, "prompt", what="answers")
+    check_count(len(request.stop_token_ids or ()), limits.stop_tokens, "stop_token_ids")
+    check_count(len(request.logit_bias or ()), limits.biased_tokens, "logit_bias")
     check_token_ids(backend, [int(key) for key in request.logit_bias or ()], "logit_bias")
     check_token_ids(backend, request.stop_token_ids or (), "stop_token_ids")
 

@@ -16,11 +16,16 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
     504: "timeout_error",
+    505: "invalid_request_error",
 }
+# The rest of the request is not read; what follows on the connection could not be told from it.
+_CLOSING_STATUSES = (408, 505)
+_CLOSING_CODES = ("invalid_http",)
 
 
 def error_body(
@@ -31,7 +36,7 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def status_and_body(error: Exception) -> tuple[int, dict[str, Any]]:
+def status_and_body(error: BaseException) -> tuple[int, dict[str, Any]]:
     """What a client is told about an exception; internals stay inside."""
     if isinstance(error, RequestError):
         body = error_body(str(error), error.status, param=error.param, code=error.code)
@@ -45,12 +50,14 @@ def status_and_body(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, error_body("the server failed on this request", 500, code="internal_error")
 
 
-def response_of(error: Exception, retry_after_s: int = 2) -> JSONResponse:
+def response_of(error: BaseException, retry_after_s: int = 2) -> JSONResponse:
     """An error response; 429 and 503 say when to come back, 401 how to identify."""
     status, body = status_and_body(error)
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(retry_after_s)
+    if status in _CLOSING_STATUSES or body["error"]["code"] in _CLOSING_CODES:
+        headers["Connection"] = "close"
     if status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="halfbyte", charset="UTF-8"'
     return JSONResponse(body, status_code=status, headers=headers)

@@ -1,5 +1,6 @@
 """/v1/responses: the pieces of an answer as output items, and as the events that build them."""
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -20,6 +21,9 @@ from halfbyte.server.responses_wire import ResponsesRequest, as_input_error
 from halfbyte.server.stream import frame
 
 Event = dict[str, Any]
+
+# Items that are turned into messages on the event loop.
+_FEW_ITEMS = 64
 
 
 async def responses_response(
@@ -63,7 +67,8 @@ async def _events(
     backend: Backend, request: ResponsesRequest, call: Call
 ) -> AsyncGenerator[Event, None]:
     """All events, from response.created to the one that carries the finished response."""
-    chat = _renamed(request)
+    is_short = isinstance(request.input, str) or len(request.input) <= _FEW_ITEMS
+    chat = _renamed(request) if is_short else await asyncio.to_thread(_renamed, request)
     check_sampling(backend, chat)
     with backend.admission.admit(call.key, 1):
         try:

@@ -40,7 +40,9 @@ def _form(value: Any) -> str:
 
 _Part = Annotated[InputText | InputImage | OutputText | Refusal, Field(discriminator="type")]
 _Parts = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[_Part], Tag("list")], Discriminator(_form)
+    Annotated[str, Tag("string")]
+    | Annotated[list[_Part], Tag("list"), Field(max_length=wire.MOST_PARTS)],
+    Discriminator(_form),
 ]
 
 
@@ -74,8 +76,8 @@ class ReasoningText(Wire):
 class ReasoningItem(Wire):
     IGNORED = frozenset({"id", "status", "encrypted_content"})
     type: Literal["reasoning"]
-    summary: list[ReasoningText] = Field(default_factory=list)
-    content: list[ReasoningText] = Field(default_factory=list)
+    summary: list[ReasoningText] = Field(default_factory=list, max_length=wire.MOST_PARTS)
+    content: list[ReasoningText] = Field(default_factory=list, max_length=wire.MOST_PARTS)
 
 
 def _item_form(value: Any) -> str:
@@ -151,14 +153,15 @@ class ResponsesRequest(Wire):
     )
     model: str
     input: Annotated[
-        Annotated[str, Tag("string")] | Annotated[list[Item], Tag("list"), Field(min_length=1)],
+        Annotated[str, Tag("string")]
+        | Annotated[list[Item], Tag("list"), Field(min_length=1, max_length=wire.MOST_MESSAGES)],
         Discriminator(_form),
     ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    tools: list[FunctionTool] = Field(default_factory=list)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning: ReasoningSettings | None = None

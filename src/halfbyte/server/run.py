@@ -1,11 +1,13 @@
 """Runs an application on a socket: in the foreground until a signal, or behind a caller.
 
-Uvicorn does HTTP. What is ours: the moment of readiness, and an orderly end - on SIGTERM or SIGINT
-the server stops accepting, lets running answers finish for the drain time, and returns normally.
+Uvicorn does HTTP, within the bounds of `connections`. What is ours: the moment of readiness, and an
+orderly end - on SIGTERM or SIGINT the server stops accepting, lets running answers finish for the
+drain time, ends the others with an error that says so, and returns normally.
 """
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import threading
@@ -19,6 +21,10 @@ from halfbyte.errors import UsageError
 from halfbyte.log import logger
 from halfbyte.machine import settle_heap
 from halfbyte.server.backend import Backend
+from halfbyte.server.connections import Bounds, Listener, bounded
+
+# In which answers that were ended say so, before their connections are closed.
+_LAST_WORDS_S = 3
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -58,7 +64,8 @@ class _Server(uvicorn.Server):
             return
         if self._admin is not None:
             app, listener = self._admin
-            self._admin_server = _Quiet(_config(app, drain_s=1))
+            bounds = Bounds.of(self._backend.config.limits, share=0.1)
+            self._admin_server = _Quiet(_config(app, bounds, drain_s=1))
             self._admin_task = asyncio.create_task(
                 self._admin_server.serve(sockets=[listener]), name="admin listener"
             )
@@ -66,10 +73,18 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """The admin listener goes last: draining is when it is wanted."""
+        ending = asyncio.create_task(self._end_answers(), name="end of draining")
         await super().shutdown(sockets)
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
         if self._admin_server is not None and self._admin_task is not None:
             self._admin_server.should_exit = True
             await self._admin_task
+
+    async def _end_answers(self) -> None:
+        """When the drain time is over: end what runs, so that every stream gets its last frame."""
+        await asyncio.sleep(self._backend.config.limits.drain_s)
+        await self._backend.service.stop(drain_s=0.0)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -103,8 +118,7 @@ def address(listener: socket.socket) -> str:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. UsageError if it cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = Listener(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -160,17 +174,22 @@ def serving(app: FastAPI, admin: Admin | None = None) -> Iterator[str]:
 
 def _server(app: FastAPI, on_ready: Callable[[str], None], admin: Admin | None = None) -> _Server:
     backend: Backend = app.state.backend
-    config = _config(app, drain_s=backend.config.limits.drain_s)
+    limits = backend.config.limits
+    # The admin listener has a share of its own: it is wanted most when the other one is full.
+    bounds = Bounds.of(limits, share=1.0 if admin is None else 0.9)
+    config = _config(app, bounds, drain_s=limits.drain_s + _LAST_WORDS_S)
     return _Server(config, backend, on_ready, admin)
 
 
-def _config(app: FastAPI, *, drain_s: float) -> uvicorn.Config:
+def _config(app: FastAPI, bounds: Bounds, *, drain_s: float) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=bounded(bounds),
+        backlog=bounds.backlog,
         log_config=None,
         access_log=False,
         ws="none",
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(int(drain_s), 1),
+        timeout_graceful_shutdown=max(math.ceil(drain_s), 1),
     )

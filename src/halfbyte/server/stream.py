@@ -7,7 +7,7 @@ sent: queued, in a prefill, or collecting an answer that is not streamed.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,11 +15,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from halfbyte.errors import RequestError
+from halfbyte.server import wire
+from halfbyte.server.config import Limits
 from halfbyte.server.problems import response_of, status_and_body
 
 Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
+
+# Bodies up to here are read without asking for room.
+_SMALL_BODY = 1_000_000
+# A body that comes more slowly is given up, some time after its beginning.
+_SLOWEST_BYTES_S = 50_000
 
 
 def frame(value: Any, event: str | None = None) -> bytes:
@@ -93,7 +100,10 @@ class EventStream(Response):
             except OSError:
                 # The connection broke under us; the watcher says the same.
                 return
-            except Exception as error:
+            except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+                raise
+            # A panic of foreign code is no Exception, and must not cut the stream off.
+            except BaseException as error:
                 await self._fail(error, has_started, scope, receive, send)
                 return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -111,7 +121,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": raw})
 
     async def _fail(
-        self, error: Exception, has_started: bool, scope: Scope, receive: Receive, send: Send
+        self, error: BaseException, has_started: bool, scope: Scope, receive: Receive, send: Send
     ) -> None:
         if not has_started:
             await response_of(error, self._retry_after_s)(scope, receive, send)
@@ -147,20 +157,87 @@ async def until_disconnect(
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The whole body; 413 as soon as it is known to exceed the limit."""
-    too_large = RequestError(
+class BodyRoom:
+    """Bytes of large bodies that are read at once; more of them wait, first come, first served."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def hold(self, num_bytes: int, patience_s: float) -> AsyncIterator[None]:
+        """Keep room for so many while the body runs; RequestError (503) if none is free in time."""
+        num_bytes = min(num_bytes, self._size)
+        try:
+            async with asyncio.timeout(patience_s), self._turn:
+                while self._free < num_bytes:
+                    self._freed.clear()
+                    await self._freed.wait()
+                self._free -= num_bytes
+        except TimeoutError as error:
+            message = "the server is reading as many large requests as it can; try again"
+            raise RequestError(message, code="too_busy", status=503) from error
+        try:
+            yield
+        finally:
+            self._free += num_bytes
+            self._freed.set()
+
+
+@contextlib.asynccontextmanager
+async def reading_body(
+    request: Request, limits: Limits, room: BodyRoom
+) -> AsyncIterator[bytearray]:
+    """The whole body, counted as it comes; a large one has its room while this is open.
+
+    RequestError: 413 as soon as it is known to exceed the limit, 400 for too much structure, 408
+    when it does not come in time.
+    """
+    most = limits.body_bytes
+    sent = request.headers.get("content-length", "")
+    # 20 digits are what h11 lets through.
+    length = int(sent) if sent.isascii() and sent.isdigit() else None
+    if length is not None and length > most:
+        raise _too_large(most)
+    structure = wire.Structure(limits)
+    body = bytearray()
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + limits.body_s
+    chunks = request.stream()
+    async with contextlib.AsyncExitStack() as stack:
+        has_room = False
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline_s + len(body) / _SLOWEST_BYTES_S):
+                    chunk = await anext(chunks, None)
+            except TimeoutError as error:
+                raise RequestError(
+                    f"the request's body did not come within {limits.body_s:g} s and "
+                    f"{_SLOWEST_BYTES_S:,} bytes a second",
+                    code="timeout",
+                    status=408,
+                ) from error
+            if chunk is None:
+                break
+            body += chunk
+            if len(body) > most:
+                raise _too_large(most)
+            structure.add(chunk)
+            if not has_room and len(body) > _SMALL_BODY:
+                has_room = True
+                waiting_since_s = loop.time()
+                await stack.enter_async_context(
+                    room.hold(most if length is None else length, limits.body_s)
+                )
+                deadline_s += loop.time() - waiting_since_s
+        yield body
+
+
+def _too_large(limit_bytes: int) -> RequestError:
+    return RequestError(
         f"the body exceeds {limit_bytes:,} bytes", code="request_too_large", status=413
     )
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit_bytes:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
-    return bytes(body)
 
 
 async def _until_disconnect(receive: Receive) -> None:

@@ -137,11 +137,17 @@ class Supervisor:
             await dead.stop()
         # Two sets of weights may not fit: the dead engine goes before the new one comes.
         del dead
-        try:
-            engine = await asyncio.to_thread(self._load)
-        except Exception:
-            logger.exception("the engine could not be loaded again")
+        engine = await asyncio.to_thread(self._load_or_log)
+        if engine is None:
             return
         await engine.start()
         self._engine = engine
         logger.info("the engine runs again")
+
+    def _load_or_log(self) -> Engine | None:
+        try:
+            return self._load()
+        # An exit or a panic is no Exception, and would end the server from within a task.
+        except BaseException:
+            logger.exception("the engine could not be loaded again")
+            return None

@@ -5,6 +5,7 @@ sender expects it to change something. Fields known to change nothing here are l
 with their reason in docs/api.md. A null means absent.
 """
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic_core
@@ -22,6 +23,15 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from halfbyte.errors import RequestError
+from halfbyte.server.config import Limits
+
+# The most that any configuration takes: token ids, texts, messages, parts of one, tools, stops.
+MOST_IDS = 2**20
+MOST_TEXTS = 4096
+MOST_MESSAGES = 2**16
+MOST_PARTS = 1024
+MOST_TOOLS = 4096
+MOST_STOPS = 1024
 
 
 class Wire(BaseModel):
@@ -106,7 +116,8 @@ class ThinkingPart(Wire):
     IGNORED = frozenset({"closed", "signature"})
     type: Literal["thinking"]
     thinking: Annotated[
-        Annotated[str, Tag("string")] | Annotated[list[ThinkingText], Tag("list")],
+        Annotated[str, Tag("string")]
+        | Annotated[list[ThinkingText], Tag("list"), Field(max_length=MOST_PARTS)],
         Discriminator(_thinking_form),
     ]
 
@@ -116,7 +127,8 @@ def _content_form(value: Any) -> str:
 
 
 _TextParts = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[TextPart], Tag("parts")],
+    Annotated[str, Tag("string")]
+    | Annotated[list[TextPart], Tag("parts"), Field(max_length=MOST_PARTS)],
     Discriminator(_content_form),
 ]
 _UserParts = Annotated[
@@ -124,7 +136,7 @@ _UserParts = Annotated[
     | Annotated[
         list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
         Tag("parts"),
-        Field(min_length=1),
+        Field(min_length=1, max_length=MOST_PARTS),
     ],
     Discriminator(_content_form),
 ]
@@ -133,6 +145,7 @@ _AssistantParts = Annotated[
     | Annotated[
         list[Annotated[TextPart | RefusalPart | ThinkingPart, Field(discriminator="type")]],
         Tag("parts"),
+        Field(max_length=MOST_PARTS),
     ],
     Discriminator(_content_form),
 ]
@@ -293,7 +306,9 @@ def _stop_form(value: Any) -> str:
 
 Stop = Annotated[
     Annotated[str, Tag("string"), Field(min_length=1)]
-    | Annotated[list[Annotated[str, Field(min_length=1)]], Tag("list")],
+    | Annotated[
+        list[Annotated[str, Field(min_length=1)]], Tag("list"), Field(max_length=MOST_STOPS)
+    ],
     Discriminator(_stop_form),
 ]
 
@@ -320,8 +335,8 @@ class Sampling(Wire):
     repetition_penalty: float = Field(default=1.0, gt=0.01, le=100)
     seed: Int64 | None = None
     stop: Stop | None = None
-    stop_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=MOST_IDS)
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=MOST_IDS)
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
     stream: bool = False
@@ -369,19 +384,19 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     IGNORED = _REQUEST_IGNORED
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MOST_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     max_reasoning_tokens: int | None = Field(default=None, ge=0)
     continue_final_message: bool = False
-    modalities: list[Literal["text"]] | None = None
+    modalities: list[Literal["text"]] | None = Field(default=None, max_length=8)
     verbosity: Literal["medium"] | None = None
 
     @model_validator(mode="after")
@@ -408,12 +423,12 @@ def _prompt_form(value: Any) -> str:
     return "lists of tokens" if isinstance(first, list) else "tokens"
 
 
-_Tokens = Annotated[list[int], Field(min_length=1)]
+_Tokens = Annotated[list[int], Field(min_length=1, max_length=MOST_IDS)]
 Prompt = Annotated[
     Annotated[str, Tag("string")]
-    | Annotated[list[str], Tag("strings")]
+    | Annotated[list[str], Tag("strings"), Field(max_length=MOST_TEXTS)]
     | Annotated[_Tokens, Tag("tokens")]
-    | Annotated[list[_Tokens], Tag("lists of tokens")],
+    | Annotated[list[_Tokens], Tag("lists of tokens"), Field(max_length=MOST_TEXTS)],
     Discriminator(_prompt_form),
 ]
 
@@ -453,8 +468,8 @@ class TokenizeRequest(Wire):
     IGNORED = frozenset({"add_generation_prompt"})
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
-    tools: list[Tool] | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MOST_MESSAGES)
+    tools: list[Tool] | None = Field(default=None, max_length=MOST_TOOLS)
     reasoning_effort: str | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = True
@@ -476,7 +491,7 @@ class DetokenizeRequest(Wire):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[int] = Field(max_length=MOST_IDS)
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -484,27 +499,60 @@ class DetokenizeRequest(Wire):
 Request = TypeVar("Request", bound=Wire)
 
 
-def parse_json(body: bytes, max_brackets: int) -> Any:
-    """JSON of a body. RequestError for what is not: NaN, lone surrogates, endless nesting.
+_KEY = re.compile(rb'"\s*:')
+# Numbers of more digits are slow to read, the slower the longer.
+_LONG_NUMBER = 500
+_MOST_LONG_NUMBERS = 1000
 
-    Also for more opening brackets than the limit, counted before anything is read.
-    """
-    num_brackets = body.count(b"[") + body.count(b"{")
-    if num_brackets > max_brackets:
-        raise RequestError(
-            f"the body has {num_brackets:,} opening brackets; the limit is {max_brackets:,}",
-            code="limit_exceeded",
-        )
+
+class Structure:
+    """Counts of a body as it arrives; more than the limits of anything is refused unread."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._most = {
+            "opening brackets": limits.body_brackets,
+            "commas": limits.body_values,
+            "field names": limits.body_keys,
+            f"numbers of over {_LONG_NUMBER} digits": _MOST_LONG_NUMBERS,
+        }
+        self._counts = dict.fromkeys(self._most, 0)
+
+    def add(self, chunk: bytes) -> None:
+        """Count one more piece. RequestError beyond a limit."""
+        # A colon costs little to count and most bodies have few; which of them end a name is looked
+        # at where there are many. A piece that begins with one may continue a name.
+        num_names = chunk.count(b":")
+        if num_names > 100:
+            num_names = len(_KEY.findall(chunk)) + 1
+        blocks = range(0, len(chunk) - _LONG_NUMBER + 1, _LONG_NUMBER)
+        num_long = sum(chunk[start : start + _LONG_NUMBER].isdigit() for start in blocks)
+        found = (chunk.count(b"[") + chunk.count(b"{"), chunk.count(b","), num_names, num_long)
+        for (what, most), count in zip(self._most.items(), found, strict=True):
+            self._counts[what] += count
+            if self._counts[what] > most:
+                raise RequestError(
+                    f"the body has more than {most:,} {what}, those in texts included",
+                    code="limit_exceeded",
+                )
+
+
+def parse_json(body: bytes | bytearray) -> Any:
+    """JSON of a body. RequestError for what is not: NaN, lone surrogates, endless nesting."""
     try:
         return pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def parse(kind: type[Request], value: Any) -> Request:
-    """Validate a decoded body; the first problem becomes a RequestError with its path."""
+def parse(kind: type[Request], value: Any, limits: Limits | None = None) -> Request:
+    """Validate a decoded body; the first problem becomes a RequestError with its path.
+
+    limits  what lists may hold, looked at before any of them is read
+    """
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
+    if limits is not None:
+        _check_lists(value, limits)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -517,6 +565,49 @@ def parse(kind: type[Request], value: Any) -> Request:
         code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
         message = f"{path}: {text}" if path else text
         raise RequestError(message, param=path or None, code=code) from error
+
+
+def _check_lists(body: dict[str, Any], limits: Limits) -> None:
+    """400 for more entries of something than a server takes."""
+    prompt = body.get("prompt")
+    is_one_prompt = not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int)
+    for name, value, limit in (
+        ("messages", body.get("messages"), limits.messages),
+        ("input", body.get("input"), limits.messages),
+        ("tools", body.get("tools"), limits.tools),
+        ("prompt", None if is_one_prompt else prompt, limits.prompts),
+        ("stop", body.get("stop"), limits.stops),
+        ("stop_token_ids", body.get("stop_token_ids"), limits.stop_tokens),
+        ("logit_bias", body.get("logit_bias"), limits.biased_tokens),
+    ):
+        if isinstance(value, (list, dict)):
+            check_count(len(value), limit, name, what=_COUNTED.get(name))
+
+    for name in ("messages", "input"):
+        items = body.get(name)
+        if isinstance(items, list):
+            num_parts = sum(map(_num_parts, items))
+            check_count(num_parts, limits.parts, name, what="parts and tool calls")
+
+
+_COUNTED = {"prompt": "answers", "stop": "stop strings"}
+
+
+def _num_parts(item: Any) -> int:
+    """Parts and tool calls of a message or item."""
+    if not isinstance(item, dict):
+        return 0
+    return sum(len(value) for value in item.values() if isinstance(value, list))
+
+
+def check_count(count: int, limit: int, param: str, *, what: str | None = None) -> None:
+    """400 for more of something than the limit."""
+    if count > limit:
+        raise RequestError(
+            f"{param}: {count} {what or 'entries'}; the limit is {limit}",
+            param=param,
+            code="limit_exceeded",
+        )
 
 
 def _path(location: tuple[str | int, ...], value: Any) -> str:
