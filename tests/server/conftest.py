@@ -73,7 +73,15 @@ def make_bench(mistral: MistralFormat) -> MakeBench:
         **config: Any,
     ) -> Bench:
         scripted = ScriptedService(lambda request: (), **(service or {}))
-        settings = {"model_names": ("m",), "max_model_len": 4096, "vocab_size": 800, **config}
+        settings = {
+            "model_names": ("m",),
+            "max_model_len": 4096,
+            "vocab_size": 800,
+            # A misspelt field in a test is a mistake of the test.
+            "unknown_fields": "refuse",
+            "strict_effort": True,
+            **config,
+        }
         app = create_app(
             Supervisor(scripted, lambda: scripted), chat, ServerConfig(**settings), access_log=None
         )

@@ -118,6 +118,7 @@ class ScriptedService:
             3,
             completion,
             message,
+            None if stop is None or request.params.logprobs is None else self._logprobs(stop, 1),
         )
 
     def _logprobs(self, token_id: int, num_top: int) -> TokenLogprobs:

@@ -172,3 +172,45 @@ def test_tokenizer_larger_than_the_model_is_refused(chatml: TemplateFormat) -> N
     service = ScriptedService(lambda request: ())
     with pytest.raises(CheckpointError, match="435 tokens, the model only 400"):
         create_app(Supervisor(service, lambda: service), chatml, ServerConfig(("m",), 100, 400))
+
+
+async def test_model_cards_have_what_each_client_reads(make_bench: MakeBench) -> None:
+    bench = make_bench(model_names=("m", "n"))
+    async with bench.http() as http:
+        ours = (await http.get("/v1/models")).json()
+        one = (await http.get("/v1/models/n")).json()
+        headers = {"anthropic-version": "2023-06-01"}
+        theirs = (await http.get("/v1/models", headers=headers)).json()
+    assert [card["id"] for card in ours["data"]] == ["m", "n"] and one == ours["data"][1]
+    assert one["type"] == "base" and one["aliases"] == ["m"]
+    assert one["capabilities"]["function_calling"] and one["max_context_length"] == 4096
+    assert theirs["first_id"] == "m" and theirs["last_id"] == "n" and not theirs["has_more"]
+    assert {card["type"] for card in theirs["data"]} == {"model"}
+
+
+@pytest.mark.parametrize(
+    "path, meant",
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/v1//chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", None),
+        ("/v2/chat/completions", None),
+        ("/embeddings", None),
+    ],
+)
+async def test_a_wrong_base_url_is_told_the_right_one(
+    make_bench: MakeBench, path: str, meant: str | None
+) -> None:
+    async with make_bench().http() as http:
+        answer = await http.post(path, json={})
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 404
+    assert (f"did you mean {meant}?" in message) if meant else ("mean" not in message)
+
+
+async def test_harnesses_find_the_special_tokens(make_bench: MakeBench) -> None:
+    async with make_bench().http() as http:
+        told = (await http.get("/tokenizer_info")).json()
+    assert told["bos_token"] == "<s>" and told["eos_token"] == "</s>"
+    assert told["eos_token_id"] == 2

@@ -55,7 +55,7 @@ def assert_error(body: dict[str, Any], param: str | None = None) -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
         ({"frobnicate": 1}, "frobnicate"),
-        ({"functions": []}, "functions"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"reasoning_effort": "medium"}, "reasoning_effort"),
         ({"max_reasoning_tokens": -1}, "max_reasoning_tokens"),
         ({"tool_choice": "required"}, "tool_choice"),

@@ -22,8 +22,24 @@ from server.conftest import MakeBench
 EOS = 2
 
 
-ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
-PATHS = (*ASKED, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics")
+ASKED = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+)
+PATHS = (
+    *ASKED,
+    "/v1/models",
+    "/v1/models/{name}",
+    "/tokenizer_info",
+    "/health",
+    "/ready",
+    "/metrics",
+)
 CASES = [(path, GenerationMode.POSITIVE) for path in PATHS]
 # Without a body there is nothing to get wrong.
 CASES += [(path, GenerationMode.NEGATIVE) for path in ASKED]

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -58,8 +59,9 @@ async def test_echo_with_logprobs_scores_the_prompt(make_bench: MakeBench) -> No
     assert answer["texts"] == {0: "Hello é éx"}
     found = answer["logprobs"]
     prompt, text = bench.ids("Hello é"), bench.ids(" éx")
-    assert found["token_logprobs"] == [None, *[-i / 1000 for i in (*prompt, *text)]]
-    assert len(found["tokens"]) == len(found["text_offset"]) == 1 + len(prompt) + len(text)
+    # The token that ended the answer is counted, hence it has its entry.
+    assert found["token_logprobs"] == [None, *[-i / 1000 for i in (*prompt, *text, EOS)]]
+    assert len(found["tokens"]) == len(found["text_offset"]) == 1 + len(prompt) + len(text) + 1
     assert found["text_offset"] == sorted(found["text_offset"])
     assert found["top_logprobs"][0] is None and found["top_logprobs"][1]
 
@@ -102,3 +104,36 @@ async def test_bad_requests(make_bench: MakeBench, change: dict[str, Any]) -> No
         assert answer.status_code == 400, answer.text
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert not bench.service.requests
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 3, 50])
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("stop", [None, " two", "o t"])
+async def test_every_counted_token_has_an_entry(
+    make_bench: MakeBench, max_tokens: int, ends: bool, stop: str | None
+) -> None:
+    """Harnesses slice the entries by counts of tokens: one missing shifts all scores."""
+    # A control token in the middle has no text, part of a character neither.
+    script = ["one", 3, " two", 64 + 0xF0, *([EOS] if ends else [])]
+    request = {"prompt": "Héllo", "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    answer = await both(make_bench(*script), **request, stop=stop)
+    found, usage = answer["logprobs"], answer["usage"]
+    for values in found.values():
+        assert len(values) == usage.prompt_tokens + usage.completion_tokens
+
+
+async def test_a_token_without_text_has_its_frame_and_usage_runs_along(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench("a", 3, 3, "b", EOS)
+    body = {
+        "model": "m",
+        "prompt": "x",
+        "stream": True,
+        "stream_options": {"continuous_usage_stats": True},
+    }
+    async with bench.http() as http:
+        text = (await http.post("/v1/completions", json=body)).text
+    chunks = [json.loads(one[6:]) for one in text.split("\n\n")[:-2]]
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["a", "", "", "b", ""]
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5]

@@ -218,8 +218,8 @@ async def test_our_limits_stand_in_front(front: Front) -> None:
         {"messages": [{"role": "user", "content": [part]}]},
         {"messages": [{"role": "user", "content": "word " * 20_000}]},
         {"response_format": {"type": "regex", "regex": "("}},
-        {"mm_processor_kwargs": {}},
-        {"reasoning_effort": "max"},
+        {"mm_processor_kwargs": {"size": 1}},
+        {"reasoning_effort": "very"},
         {"chat_template": "{{ x }}"},
     ]
     async with bench.http() as client:

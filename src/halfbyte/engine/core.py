@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Generator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -533,7 +533,10 @@ class Engine:
                 logprobs = () if is_end else (choice.logprobs,)
             events.append(TokensEvent(request.request_id, token_ids, logprobs, prompt_logprobs))
         if is_end:
-            events.append(self._finish(sequence, "stop", stop_token_id=token_id))
+            finish = self._finish(sequence, "stop", stop_token_id=token_id)
+            if params.logprobs is not None:
+                finish = replace(finish, stop_logprobs=choice.logprobs)
+            events.append(finish)
         elif mask is not None and mask.is_finished():
             events.append(self._finish(sequence, "stop"))
         elif sequence.num_settled >= sequence.max_tokens:

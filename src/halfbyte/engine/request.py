@@ -220,6 +220,7 @@ class FinishEvent:
     cached_tokens      prompt tokens found in the prefix cache when it was first admitted
     completion_tokens  generated tokens, the ending one included
     message            what went wrong, for reason "error"
+    stop_logprobs      those of `stop_token_id`, where log-probs were asked for
     """
 
     request_id: str
@@ -229,6 +230,7 @@ class FinishEvent:
     cached_tokens: int
     completion_tokens: int
     message: str | None = None
+    stop_logprobs: TokenLogprobs | None = None
 
 
 Event = TokensEvent | FinishEvent

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -15,12 +16,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import halfbyte
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
-from halfbyte.server import wire
+from halfbyte.server import foreign, wire
 from halfbyte.server.backend import Backend, Upstream
 from halfbyte.server.call import Call
 from halfbyte.server.chat_api import chat_frames, chat_response
 from halfbyte.server.config import ServerConfig
+from halfbyte.server.dialect import Dialect, dialect_of
 from halfbyte.server.gate import OPEN_PATHS, AccessLog, Gate, Keys, log_access
+from halfbyte.server.messages_api import count_tokens, messages_frames, messages_response
+from halfbyte.server.messages_wire import CountRequest, MessagesRequest
 from halfbyte.server.openapi import describe, request_body, returns_text
 from halfbyte.server.origins import Origins
 from halfbyte.server.pages import add_pages
@@ -30,7 +34,7 @@ from halfbyte.server.prepare import (
     encode_resolved,
     resolved_messages,
 )
-from halfbyte.server.problems import error_body, response_of
+from halfbyte.server.problems import body_for, error_body, response_of
 from halfbyte.server.responses_api import responses_frames, responses_response
 from halfbyte.server.responses_wire import ResponsesRequest
 from halfbyte.server.stream import DONE, EventStream, reading_body, until_disconnect
@@ -113,15 +117,28 @@ def create_app(
 async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
     """The validated body of a request, none of whose texts and lists is beyond all bounds."""
     limits = backend.config.limits
+    call: Call = request.state.call
+    accepts = backend.config.unknown_fields == "accept"
     async with reading_body(request, limits, backend.body_room) as body:
 
-        def parse() -> Asked:
-            asked = wire.parse(kind, wire.parse_json(body), limits)
+        def parse() -> tuple[Asked, Dialect, list[str]]:
+            notes: list[str] = []
+            sent = wire.parse_json(body)
+            told = sent if isinstance(sent, dict) else {}
+            dialect = dialect_of(backend.config.dialect, call.path, call.user_agent, told)
+            left_out: list[str] = []
+            translated = foreign.translate(kind, sent, notes.append)
+            asked = wire.parse(kind, translated, limits, left_out if accepts else None)
             backend.texts.check_request(asked)
-            return asked
+            if left_out:
+                notes.append("unknown fields, which change nothing here: " + ", ".join(left_out))
+            return asked, dialect, notes
 
         # A thread costs as much as reading a few kilobytes.
-        return await asyncio.to_thread(parse) if len(body) > _SHORT_BODY else parse()
+        is_long = len(body) > _SHORT_BODY
+        asked, call.dialect, notes = await asyncio.to_thread(parse) if is_long else parse()
+    call.warn(notes)
+    return asked
 
 
 async def respond(
@@ -176,6 +193,21 @@ def _add_completions(app: FastAPI, backend: Backend) -> None:
         if not asked.stream:
             return await respond(backend, request, responses_response(backend, asked, call))
         return _stream(responses_frames(backend, asked, call), call, error_tail=b"")
+
+    @app.post("/v1/messages", **request_body(MessagesRequest, "message"))
+    async def messages(request: Request) -> Response:
+        """Continue a conversation, over Anthropic's wire."""
+        asked = await read(backend, request, MessagesRequest)
+        call = request.state.call
+        if not asked.stream:
+            return await respond(backend, request, messages_response(backend, asked, call))
+        return _stream(messages_frames(backend, asked, call), call, error_tail=b"")
+
+    @app.post("/v1/messages/count_tokens", **request_body(CountRequest, "count_tokens"))
+    async def count(request: Request) -> Response:
+        """Count the tokens of a prompt, over Anthropic's wire."""
+        asked = await read(backend, request, CountRequest)
+        return JSONResponse(await count_tokens(backend, asked))
 
     def _stream(
         frames: AsyncGenerator[bytes, None], call: Call, error_tail: bytes = DONE
@@ -237,31 +269,86 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
             return await asyncio.to_thread(decode)
 
 
+def _is_anthropic(request: Request) -> bool:
+    """Whether a client of that API asks; it names its version in every request."""
+    return "anthropic-version" in request.headers
+
+
 def _add_state(app: FastAPI, backend: Backend) -> None:
     config = backend.config
     started = int(time.time())
 
-    def model_card(name: str) -> dict[str, Any]:
+    chat = backend.chat
+
+    def model_card(name: str, request: Request) -> dict[str, Any]:
+        if _is_anthropic(request):
+            made = datetime.datetime.fromtimestamp(started, datetime.UTC)
+            return {
+                "type": "model",
+                "id": name,
+                "display_name": name,
+                "created_at": made.isoformat().replace("+00:00", "Z"),
+            }
         return {
             "id": name,
             "object": "model",
             "created": started,
             "owned_by": "halfbyte",
             "max_model_len": config.max_model_len,
+            # What Mistral's clients read, and programs that list local models.
+            "type": "base",
+            "name": name,
+            "aliases": [other for other in config.model_names if other != name],
+            "max_context_length": config.max_model_len,
+            "context_length": config.max_model_len,
+            "default_model_temperature": config.sampling.temperature,
+            "capabilities": {
+                "completion_chat": True,
+                "completion_fim": False,
+                "function_calling": chat.control.has_tools,
+                "fine_tuning": False,
+                "vision": chat.image_layout is not None,
+                "reasoning": chat.control.has_thinking,
+            },
         }
 
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         """The names this server answers to."""
-        return JSONResponse(
-            {"object": "list", "data": [model_card(name) for name in config.model_names]}
-        )
+        cards = [model_card(name, request) for name in config.model_names]
+        if _is_anthropic(request):
+            ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"]}
+            return JSONResponse({"data": cards, "has_more": False, **ends})
+        return JSONResponse({"object": "list", "data": cards})
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str, request: Request) -> Response:
         """One of them."""
         backend.check_model(name)
-        return JSONResponse(model_card(name))
+        return JSONResponse(model_card(name, request))
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """What harnesses ask before they send token ids: the special tokens by name."""
+        vocabulary = chat.vocabulary
+
+        def named(token_id: int | None) -> str | None:
+            return None if token_id is None else vocabulary.piece(token_id)
+
+        ends = vocabulary.eos_token_ids
+        return JSONResponse(
+            {
+                "tokenizer_class": type(chat).__name__,
+                "vocab_size": vocabulary.size,
+                "model_max_length": config.max_model_len,
+                "bos_token": named(vocabulary.bos_token_id),
+                "bos_token_id": vocabulary.bos_token_id,
+                "eos_token": named(ends[0] if ends else None),
+                "eos_token_id": ends[0] if ends else None,
+                "eos_token_ids": list(ends),
+                "chat_template": None,
+            }
+        )
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=returns_text(METRICS_TYPE))
     async def metrics() -> Response:
@@ -287,6 +374,10 @@ def add_health(app: FastAPI, backend: Backend) -> None:
             "tools": backend.chat.control.has_tools,
             "images": backend.chat.image_layout is not None,
             "limits": dataclasses.asdict(config.limits),
+            "sampling": dataclasses.asdict(config.sampling),
+            "unknown_fields": config.unknown_fields,
+            "strict_effort": config.strict_effort,
+            "dialect": config.dialect,
             "image_url_hosts": list(config.image_fetch.hosts),
             "engine": backend.engine_figures(),
             "engine_restarts": backend.service.num_restarts,
@@ -304,17 +395,23 @@ def add_health(app: FastAPI, backend: Backend) -> None:
 
 def add_error_handlers(app: FastAPI, backend: Backend) -> None:
     async def known(request: Request, error: Exception) -> Response:
-        return response_of(error, backend.config.limits.retry_after_s)
+        return response_of(error, backend.config.limits.retry_after_s, path=request.url.path)
 
     async def http(request: Request, error: Exception) -> Response:
         """Starlette's own: no such path, no such method."""
         assert isinstance(error, HTTPException)
+        path = request.url.path
+        routes = {getattr(route, "path", "") for route in app.routes}
+        # A base URL without /v1, or with a slash too many.
+        meant = "/v1/" + path.strip("/").removeprefix("v1").lstrip("/")
+        hint = f"; did you mean {meant}?" if meant in routes else ""
         message = {
-            404: f"no such path: {request.url.path}",
+            404: f"no such path: {path}{hint}",
             405: f"{request.method} is not allowed on {request.url.path}",
         }.get(error.status_code, str(error.detail))
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         body = error_body(message, error.status_code, code=code)
+        body = body_for(request.url.path, error.status_code, body)
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     async def left(request: Request, error: Exception) -> Response:

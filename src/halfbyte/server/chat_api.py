@@ -5,11 +5,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import halfbyte
-from halfbyte.chat.router import CallArguments, CallStart, Content, Reasoning
+from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
 from halfbyte.server.call import Call
 from halfbyte.server.completion import Job, Message, collect, run, token_text
+from halfbyte.server.dialect import Dialect
 from halfbyte.server.pieces import Piece, TokenEntry
 from halfbyte.server.prepare import chat_job, check_sampling
 from halfbyte.server.stream import DONE, frame
@@ -22,7 +23,7 @@ async def chat_response(backend: Backend, request: wire.ChatRequest, call: Call)
     check_sampling(backend, request)
     with backend.admission.admit(call.key, request.n):
         job = await chat_job(backend, request)
-        call.headers |= warning_headers(job)
+        call.warn(job.warnings)
         messages = await collect(backend, job, call)
     return {
         "id": job.answer_id,
@@ -33,7 +34,7 @@ async def chat_response(backend: Backend, request: wire.ChatRequest, call: Call)
         "choices": [
             {
                 "index": index,
-                "message": message_body(message),
+                "message": message_body(message, request, call.dialect),
                 "logprobs": (
                     {"content": _entries(backend, tuple(message.entries)), "refusal": None}
                     if request.logprobs
@@ -47,19 +48,24 @@ async def chat_response(backend: Backend, request: wire.ChatRequest, call: Call)
     }
 
 
-def message_body(message: Message) -> dict[str, Any]:
+def message_body(message: Message, request: wire.ChatRequest, dialect: Dialect) -> dict[str, Any]:
     """An assistant message; fields that have nothing to say are absent or null as OpenAI's are."""
-    body: dict[str, Any] = {
-        "role": "assistant",
-        "content": message.content if message.content or not message.calls else None,
-        "refusal": None,
-    }
-    if message.reasoning:
-        # Both names are in use by clients.
-        body["reasoning_content"] = body["reasoning"] = message.reasoning
+    content: Any = message.content if message.content or not message.calls else None
+    body: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if message.reasoning and request.include_reasoning:
+        if dialect.thought_parts:
+            text = [{"type": "text", "text": message.content}] if message.content else []
+            body["content"] = [_thought_part(message.reasoning), *text]
+        else:
+            # Both names are in use by clients.
+            body["reasoning_content"] = body["reasoning"] = message.reasoning
     if message.calls:
         body["tool_calls"] = message.calls
     return body
+
+
+def _thought_part(text: str) -> dict[str, Any]:
+    return {"type": "thinking", "thinking": [{"type": "text", "text": text}]}
 
 
 async def chat_frames(
@@ -70,7 +76,7 @@ async def chat_frames(
     check_sampling(backend, request)
     with backend.admission.admit(call.key, request.n):
         job = await chat_job(backend, request)
-        call.headers |= warning_headers(job)
+        call.warn(job.warnings)
         head = {
             "id": job.answer_id,
             "object": "chat.completion.chunk",
@@ -80,32 +86,61 @@ async def chat_frames(
         }
         if options.include_usage:
             head["usage"] = None
-        begun: set[int] = set()
+        chunks = _Chunks(backend, request, call.dialect)
+        num_running = len(job.choices)
         async with contextlib.aclosing(run(backend, job, call)) as batches:
             async for batch in batches:
-                yield b"".join(
-                    frame({**head, "choices": [choice], **_running_usage(options, job)})
-                    for piece in batch
-                    for choice in _choices(backend, request, piece, begun)
-                )
+                frames = []
+                for choice in (one for piece in batch for one in chunks.feed(piece)):
+                    usage = running_usage(options, job)
+                    num_running -= choice["finish_reason"] is not None
+                    if call.dialect.closing_usage and not num_running:
+                        usage = {"usage": job.usage.chat_body()}
+                    frames.append(frame({**head, "choices": [choice], **usage}))
+                yield b"".join(frames)
         if options.include_usage:
             yield frame({**head, "choices": [], "usage": job.usage.chat_body()})
         yield DONE
 
 
-def _choices(
-    backend: Backend, request: wire.ChatRequest, piece: Piece, begun: set[int]
-) -> list[dict[str, Any]]:
-    """The chunk of a piece, after the one that opens its choice."""
-    chunks = []
-    if piece.index not in begun:
-        begun.add(piece.index)
-        chunks.append(_choice(piece.index, {"role": "assistant", "content": ""}, None, None))
-    logprobs = None
-    if request.logprobs and piece.entries:
-        logprobs = {"content": _entries(backend, piece.entries), "refusal": None}
-    chunks.append(_choice(piece.index, _delta(piece), logprobs, piece.finish_reason))
-    return chunks
+class _Chunks:
+    """Pieces to the `choices` of chunks, in the client's dialect."""
+
+    def __init__(self, backend: Backend, request: wire.ChatRequest, dialect: Dialect) -> None:
+        options = request.stream_options
+        in_pieces = options.stream_tool_calls if options is not None else None
+        self._whole_calls = dialect.whole_calls if in_pieces is None else not in_pieces
+        self._thought_parts = dialect.thought_parts
+        self._backend = backend
+        self._request = request
+        self._begun: set[int] = set()
+        # Of each choice the call that is held until it is whole.
+        self._held: dict[int, dict[str, Any]] = {}
+
+    def feed(self, piece: Piece) -> list[dict[str, Any]]:
+        """The chunks of a piece, after the one that opens its choice."""
+        chunks = []
+        index = piece.index
+        if index not in self._begun:
+            self._begun.add(index)
+            chunks.append(_choice(index, {"role": "assistant", "content": ""}, None, None))
+        delta = piece.delta
+        if isinstance(delta, Reasoning) and not self._request.include_reasoning:
+            return chunks
+        if isinstance(delta, CallArguments) and index in self._held:
+            self._held[index]["function"]["arguments"] += delta.text
+            return chunks
+        if index in self._held:
+            chunks.append(_choice(index, {"tool_calls": [self._held.pop(index)]}, None, None))
+        if isinstance(delta, CallStart) and self._whole_calls:
+            self._held[index] = _call_start(delta)
+            return chunks
+        logprobs = None
+        if self._request.logprobs and piece.entries:
+            logprobs = {"content": _entries(self._backend, piece.entries), "refusal": None}
+        body = _delta(delta, thought_parts=self._thought_parts)
+        chunks.append(_choice(index, body, logprobs, piece.finish_reason))
+        return chunks
 
 
 def _choice(
@@ -114,26 +149,31 @@ def _choice(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _delta(piece: Piece) -> dict[str, Any]:
-    delta = piece.delta
+def _delta(delta: Delta | None, *, thought_parts: bool) -> dict[str, Any]:
     if isinstance(delta, Content):
         return {"content": delta.text}
     if isinstance(delta, Reasoning):
+        if thought_parts:
+            return {"content": [_thought_part(delta.text)]}
         return {"reasoning_content": delta.text, "reasoning": delta.text}
     if isinstance(delta, CallStart):
-        function = {"name": delta.name, "arguments": ""}
-        call = {"index": delta.index, "id": delta.call_id, "type": "function"}
-        return {"tool_calls": [{**call, "function": function}]}
+        return {"tool_calls": [_call_start(delta)]}
     if isinstance(delta, CallArguments):
         return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
     return {}
 
 
-def _running_usage(options: wire.StreamOptions, job: Job) -> dict[str, Any]:
+def _call_start(delta: CallStart) -> dict[str, Any]:
+    function = {"name": delta.name, "arguments": ""}
+    return {"index": delta.index, "id": delta.call_id, "type": "function", "function": function}
+
+
+def running_usage(options: wire.StreamOptions, job: Job) -> dict[str, Any]:
+    """Usage so far as a field of a chunk, if it was asked for in each of them."""
     if not options.continuous_usage_stats:
         return {}
     body = job.usage.chat_body()
-    body["completion_tokens"] = sum(choice.num_tokens for choice in job.choices)
+    body["completion_tokens"] = sum(choice.num_completion_tokens for choice in job.choices)
     body["total_tokens"] = body["prompt_tokens"] + body["completion_tokens"]
     return {"usage": body}
 
@@ -155,10 +195,3 @@ def _entries(backend: Backend, entries: tuple[TokenEntry, ...]) -> list[dict[str
         }
         for entry in entries
     ]
-
-
-def warning_headers(job: Job) -> dict[str, str]:
-    """Keywords of a lenient schema that are not enforced, in a header."""
-    if not job.warnings:
-        return {}
-    return {"x-halfbyte-warning": "; ".join(job.warnings).replace("\n", " ")[:500]}

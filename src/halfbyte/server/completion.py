@@ -31,6 +31,9 @@ class Choice:
 
     has_own_prompt   the first answer to its prompt, whose cached tokens count; further ones of the
                      same request find what that one computed
+    want_entries     log-probs of the content's tokens are wanted
+    is_plain         a plain continuation: each counted token has its entry and its piece, also one
+                     without text and the one that ends the answer
     """
 
     index: int
@@ -38,6 +41,7 @@ class Choice:
     router: Router
     has_own_prompt: bool = True
     want_entries: bool = False
+    is_plain: bool = False
     mask: Mask | None = None
     shown_chars: int = 0
     num_tokens: int = 0
@@ -61,17 +65,22 @@ class Choice:
         deltas: list[Delta] = []
         for position, token_id in enumerate(event.token_ids):
             self.num_tokens += 1
-            is_wanted = self.want_entries and self.router.is_content(token_id)
-            if is_wanted and event.logprobs is not None:
+            is_wanted = self.is_plain or self.router.is_content(token_id)
+            if self.want_entries and is_wanted and event.logprobs is not None:
                 self._entries.append(TokenEntry(event.logprobs[position], self.shown_chars))
             deltas += self._count(self.router.feed(token_id))
             if self.router.stopped_by is not None:
                 break
+        if self.is_plain and not deltas and event.token_ids:
+            deltas = [Content("")]
         return self._pieces(deltas)
 
     def end(self, reason: str) -> list[Piece]:
         """The last pieces, with the finish reason."""
         pieces = self._pieces(self._count(self.router.finish()))
+        ended_by = self.finish.stop_logprobs if self.finish is not None else None
+        if self.is_plain and self.want_entries and ended_by and self.router.stopped_by is None:
+            self._entries.append(TokenEntry(ended_by, self.shown_chars))
         if self.router.num_calls and reason == "stop":
             reason = "tool_calls"
         return [*pieces, Piece(self.index, None, self._take_entries(), reason)]

@@ -5,9 +5,11 @@ Every limit is on by default and shown at /health.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from halfbyte.errors import UsageError
+from halfbyte.server.defaults import SamplingDefaults
+from halfbyte.server.dialect import Setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,10 @@ class ServerConfig:
     api_keys        empty = no key is asked for
     allowed_hosts   names that requests may ask for, beside addresses and local names
     allowed_origins origins whose web pages may use the API
+    sampling        what requests get that do not say how to sample
+    unknown_fields  "accept" leaves out what nobody knows and names it; "refuse" answers 400
+    strict_effort   refuse reasoning efforts that the model does not know, instead of the nearest
+    dialect         the form of chat answers; "auto" goes by the client
     facts           further lines for /health: resolved engine configuration, fallbacks
     """
 
@@ -118,4 +124,8 @@ class ServerConfig:
     vllm_metric_names: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    unknown_fields: Literal["accept", "refuse"] = "accept"
+    strict_effort: bool = False
+    dialect: Setting = "auto"
     facts: tuple[tuple[str, object], ...] = ()

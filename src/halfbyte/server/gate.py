@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from halfbyte.errors import RequestError, UsageError
 from halfbyte.log import logger
 from halfbyte.server.call import Call
+from halfbyte.server.dialect import MISTRAL_PREFIX
 from halfbyte.server.metrics import Metrics
 from halfbyte.server.origins import Origins
 from halfbyte.server.problems import response_of
@@ -104,12 +105,25 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        call = Call("-", _request_id(headers))
+        call = Call(
+            "-",
+            _request_id(headers),
+            path=scope["path"],
+            user_agent=headers.get(b"user-agent", b"").decode("latin-1"),
+        )
         start = time.perf_counter()
         status = 0
         span = None
         if self._tracing is not None:
             span = self._tracing.begin(scope["method"], scope["path"], headers)
+
+        asked = scope
+        method = scope["method"]
+        if method == "HEAD":
+            # Every GET route answers it: the same head, no body.
+            scope = {**scope, "method": "GET"}
+        if scope["path"].startswith(MISTRAL_PREFIX + "/"):
+            scope = {**scope, "path": scope["path"].removeprefix(MISTRAL_PREFIX)}
 
         async def send_marked(message: Message) -> None:
             nonlocal status
@@ -121,6 +135,8 @@ class Gate:
                     *self._origins.response_headers(headers),
                 ]
                 message = {**message, "headers": marked}
+            elif method == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -136,9 +152,12 @@ class Gate:
                     return
                 if scope["path"] not in OPEN_PATHS:
                     sent = headers.get(b"authorization", b"").decode("latin-1")
+                    if not sent and (key := headers.get(b"x-api-key")):
+                        # Where clients of /v1/messages put it.
+                        sent = "Bearer " + key.decode("latin-1")
                     call.key = self._keys.name_of(sent)
             except RequestError as error:
-                await response_of(error)(scope, receive, send_marked)
+                await response_of(error, path=scope["path"])(scope, receive, send_marked)
                 return
             scope.setdefault("state", {})["call"] = call
             await self._app(scope, receive, send_marked)
@@ -150,7 +169,8 @@ class Gate:
             if self._tracing is not None:
                 self._tracing.end(span, route, status, call)
             if self._access_log is not None:
-                self._access_log(_line(scope, call, status, time.perf_counter() - start))
+                seconds = time.perf_counter() - start
+                self._access_log(_line(asked, call, status, seconds))
 
 
 def _check_framing(scope: Scope) -> None:

@@ -7,12 +7,28 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from halfbyte.server import wire
+from halfbyte.server.messages_wire import CountRequest, MessagesRequest
 from halfbyte.server.responses_wire import ResponsesRequest
 from halfbyte.server.wire import Wire
 
-_ERROR = {
-    "description": "An error, always of this form",
-    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+
+def _error(schema: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"description": "An error, always of this form", "content": content}
+
+
+# Errors of /v1/messages, in its own wire's form.
+_MESSAGES_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
 }
 
 _ERROR_SCHEMA = {
@@ -38,6 +54,8 @@ BODIES: tuple[type[Wire], ...] = (
     wire.TokenizeRequest,
     wire.DetokenizeRequest,
     ResponsesRequest,
+    MessagesRequest,
+    CountRequest,
 )
 STATUSES = (400, 401, 404, 405, 413, 429, 500, 503, 504)
 
@@ -72,9 +90,10 @@ def describe(app: FastAPI, *, asks_for_key: bool, open_paths: Collection[str]) -
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.clear()
-    schemas["Error"] = _ERROR_SCHEMA
+    schemas |= {"Error": _ERROR_SCHEMA, "MessagesError": _MESSAGES_ERROR_SCHEMA}
     bodies = {kind.__name__: kind for kind in BODIES}
-    for path in document["paths"].values():
+    for route, path in document["paths"].items():
+        error = _error("MessagesError" if route.startswith("/v1/messages") else "Error")
         for operation in path.values():
             name = operation.pop("x-body", None)
             if name is not None:
@@ -84,7 +103,7 @@ def describe(app: FastAPI, *, asks_for_key: bool, open_paths: Collection[str]) -
                 schemas[kind.__name__] = schema
             operation["responses"].pop("422", None)
             for status in STATUSES:
-                operation["responses"].setdefault(str(status), _ERROR)
+                operation["responses"].setdefault(str(status), error)
     if asks_for_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -30,6 +30,11 @@ from halfbyte.server.wire import check_count
 # Messages that are made plain on the event loop.
 _FEW_MESSAGES = 64
 
+Number = TypeVar("Number", int, float)
+
+# Efforts by how much they ask for; other names are nobody's.
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -43,28 +48,25 @@ class Rules:
         return self.compiled.warnings if self.compiled is not None else ()
 
 
-async def chat_job(backend: Backend, request: wire.ChatRequest) -> Job:
+async def chat_job(
+    backend: Backend, request: wire.ChatRequest, *, clamp_max_tokens: bool = False
+) -> Job:
     """A job from a chat request that has passed `check_sampling`.
+
+    clamp_max_tokens   give the answer what the context leaves where less is left than was asked for
 
     Raises RequestError for everything that is the client's.
     """
-    limits = backend.config.limits
-    check_count(len(request.messages), limits.messages, "messages")
-    check_count(len(request.tools or ()), limits.tools, "tools")
+    effort, warnings = settle_effort(backend, request.reasoning_effort)
+    request = request.model_copy(update={"reasoning_effort": effort})
     rules = await _chat_rules(backend, request)
     thinking = _may_think(backend, request)
-    messages = await resolved_messages(backend, request.messages)
-    prompt = await encode_resolved(
-        backend,
-        messages,
-        tools=[tool.model_dump() for tool in request.tools or ()],
-        reasoning_effort=request.reasoning_effort,
-        json_schema=_shown_schema(request.response_format),
-        continue_final=request.continues_final,
-    )
-    max_tokens = resolve_max_tokens(
-        backend, len(prompt.token_ids), request.max_completion_tokens or request.max_tokens
-    )
+    prompt, messages = await chat_prompt(backend, request)
+    asked = request.max_completion_tokens or request.max_tokens
+    if clamp_max_tokens and asked is not None:
+        left = backend.config.max_model_len - len(prompt.token_ids)
+        asked = min(asked, left) if left > 0 else None
+    max_tokens = resolve_max_tokens(backend, len(prompt.token_ids), asked)
     banned = backend.banned_in_chat(thinking=thinking, tools=bool(rules.tool_names))
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     images = await asyncio.to_thread(_image_inputs, prompt)
@@ -101,7 +103,7 @@ async def chat_job(backend: Backend, request: wire.ChatRequest) -> Job:
     usage = Usage(
         len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
     )
-    job = Job(answer_id, int(time.time()), choices, usage, rules.warnings)
+    job = Job(answer_id, int(time.time()), choices, usage, (*warnings, *rules.warnings))
     upstream = backend.upstream
     if upstream is not None:
         job.source = lambda: upstream.chat(request, messages, job)
@@ -142,6 +144,7 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
                     router,
                     has_own_prompt=number == 0,
                     want_entries=request.logprobs is not None,
+                    is_plain=True,
                     mask=mask,
                 )
             )
@@ -153,6 +156,25 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
 
 
 # --- prompts --------------------------------------------------------------------------------
+
+
+async def chat_prompt(
+    backend: Backend, request: wire.ChatRequest
+) -> tuple[EncodedPrompt, list[dict[str, Any]]]:
+    """The prompt of a conversation, and its messages with their images decoded."""
+    limits = backend.config.limits
+    check_count(len(request.messages), limits.messages, "messages")
+    check_count(len(request.tools or ()), limits.tools, "tools")
+    messages = await resolved_messages(backend, request.messages)
+    prompt = await encode_resolved(
+        backend,
+        messages,
+        tools=[tool.model_dump() for tool in request.tools or ()],
+        reasoning_effort=request.reasoning_effort,
+        json_schema=_shown_schema(request.response_format),
+        continue_final=request.continues_final,
+    )
+    return prompt, messages
 
 
 async def resolved_messages(
@@ -325,16 +347,17 @@ def sampling_params(
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Parameters of one choice; choices of one seed get consecutive seeds."""
+    defaults = backend.config.sampling
     ends = () if request.ignore_eos else backend.chat.vocabulary.eos_token_ids
     params = SamplingParams(
         max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=max(request.top_k, 0),
-        min_p=request.min_p,
+        temperature=_given(request.temperature, defaults.temperature),
+        top_p=_given(request.top_p, defaults.top_p),
+        top_k=max(_given(request.top_k, defaults.top_k), 0),
+        min_p=_given(request.min_p, defaults.min_p),
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
-        repetition_penalty=request.repetition_penalty,
+        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
         seed=None if request.seed is None else request.seed + index,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -348,7 +371,42 @@ def sampling_params(
     return params
 
 
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
+
+
 # --- rules of an answer ---------------------------------------------------------------------
+
+
+def settle_effort(backend: Backend, asked: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """The reasoning effort that stands for the one asked for, and what to warn of.
+
+    The nearest that the model knows, of two as near the higher. A model without efforts does what
+    it always does. Raises RequestError for a name that is no effort, and with `strict_effort` for
+    each that the model does not know.
+    """
+    known = backend.chat.reasoning_efforts
+    if asked is None or asked in known or (asked == "none" and not known):
+        return asked, ()
+    names = ", ".join(known) or "none"
+    if backend.config.strict_effort or asked not in _EFFORTS:
+        raise RequestError(
+            f"reasoning_effort {asked!r} is not one this model knows: {names}",
+            param="reasoning_effort",
+            code="unsupported_value",
+        )
+    if not known:
+        return None, (f"reasoning_effort {asked}: this model has no efforts",)
+    rank = _EFFORTS.index(asked)
+    ranked = [effort for effort in known if effort in _EFFORTS]
+    if not ranked:
+        return None, (f"reasoning_effort {asked}: this model knows {names}; its default is taken",)
+
+    def distance(effort: str) -> tuple[int, int]:
+        return abs(_EFFORTS.index(effort) - rank), -_EFFORTS.index(effort)
+
+    nearest = min(ranked, key=distance)
+    return nearest, (f"reasoning_effort {asked} is taken as {nearest}; this model knows {names}",)
 
 
 def _may_think(backend: Backend, request: wire.ChatRequest) -> bool:
@@ -365,47 +423,61 @@ def _may_think(backend: Backend, request: wire.ChatRequest) -> bool:
     return thinking
 
 
-def _tool_choice(backend: Backend, request: wire.ChatRequest) -> str:
-    """ "none", "auto", "required" or the name of one tool."""
-    tools = [tool.function.name for tool in request.tools or ()]
+def _tool_choice(backend: Backend, request: wire.ChatRequest) -> tuple[str, list[wire.Tool]]:
+    """ "none", "auto", "required" or the name of one tool, and the tools that may be called."""
+    tools = list(request.tools or ())
     choice = request.tool_choice
     if choice is None:
         choice = "auto" if tools else "none"
     if choice in ("none", "auto") and not tools:
-        return "none"
-    if len(set(tools)) < len(tools):
+        return "none", []
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
         raise RequestError("tools: two tools have the same name", param="tools")
-    name = choice.function.name if isinstance(choice, wire.NamedTool) else choice
-    if isinstance(choice, wire.NamedTool) and name not in tools:
-        raise RequestError(f"tool_choice: no tool is called {name!r}", param="tool_choice")
+    if isinstance(choice, wire.NamedTool):
+        _check_named(choice.function.name, names)
+        mode = choice.function.name
+    elif isinstance(choice, wire.AllowedTools):
+        allowed = [named.function.name for named in choice.allowed_tools.tools]
+        for name in allowed:
+            _check_named(name, names)
+        tools = [tool for tool in tools if tool.function.name in allowed]
+        mode = choice.allowed_tools.mode
+    else:
+        mode = choice
     if not tools:
-        raise RequestError(f"tool_choice {name!r} needs tools", param="tool_choice")
-    if name != "none" and not backend.chat.control.has_tools:
+        raise RequestError(f"tool_choice {mode!r} needs tools", param="tool_choice")
+    if mode != "none" and not backend.chat.control.has_tools:
         raise RequestError(
             "tools: this model's format has no tool calls; tool_choice 'none' or a json_schema "
             "response_format works",
             param="tools",
             code="unsupported_parameter",
         )
-    return name
+    return mode, tools
+
+
+def _check_named(name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise RequestError(f"tool_choice: no tool is called {name!r}", param="tool_choice")
 
 
 async def _chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
-    choice = _tool_choice(backend, request)
+    choice, callable_tools = _tool_choice(backend, request)
     if choice == "none":
         return Rules(await _compile_format(backend, request.response_format))
     form = request.response_format
-    if form is not None and form.type == "text":
+    if choice != "auto" or (form is not None and form.type == "text"):
+        # Where a call is forced there is no text that a format could hold.
         form = None
-    if form is not None and (not form.type.startswith("json") or choice != "auto"):
+    if form is not None and not form.type.startswith("json"):
         raise RequestError(
-            "response_format: together with tools only json_object and json_schema work, and "
-            "only with tool_choice 'auto'",
+            "response_format: together with tools only json_object and json_schema work",
             param="response_format",
         )
 
     def compile_tools() -> CompiledGrammar:
-        tools = [tool.model_dump() for tool in request.tools or ()]
+        tools = [tool.model_dump() for tool in callable_tools]
         for index, tool in enumerate(tools):
             backend.compiler.check_schema(
                 tool["function"]["parameters"], f"tools[{index}].function.parameters"
@@ -420,7 +492,7 @@ async def _chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
         return backend.compiler.compile(lark, "tools")
 
     compiled = await _in_time(backend, compile_tools, "tools")
-    return Rules(compiled, frozenset(tool.function.name for tool in request.tools or ()))
+    return Rules(compiled, frozenset(tool.function.name for tool in callable_tools))
 
 
 async def _compile_format(

@@ -50,7 +50,20 @@ def status_and_body(error: BaseException) -> tuple[int, dict[str, Any]]:
     return 500, error_body("the server failed on this request", 500, code="internal_error")
 
 
-def response_of(error: BaseException, retry_after_s: int = 2) -> JSONResponse:
+def messages_error_body(status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """The same error in the form of /v1/messages (Anthropic's wire)."""
+    kind = {413: "request_too_large", 503: "overloaded_error"}.get(status)
+    if kind is None:
+        kind = "api_error" if status >= 500 and status != 504 else body["error"]["type"]
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
+
+
+def body_for(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """An error's body in the form that clients of a path read."""
+    return messages_error_body(status, body) if path.startswith("/v1/messages") else body
+
+
+def response_of(error: BaseException, retry_after_s: int = 2, *, path: str = "") -> JSONResponse:
     """An error response; 429 and 503 say when to come back, 401 how to identify."""
     status, body = status_and_body(error)
     headers = {}
@@ -60,4 +73,4 @@ def response_of(error: BaseException, retry_after_s: int = 2) -> JSONResponse:
         headers["Connection"] = "close"
     if status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="halfbyte", charset="UTF-8"'
-    return JSONResponse(body, status_code=status, headers=headers)
+    return JSONResponse(body_for(path, status, body), status_code=status, headers=headers)

@@ -12,7 +12,6 @@ from halfbyte.errors import RequestError
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
 from halfbyte.server.call import Call
-from halfbyte.server.chat_api import warning_headers
 from halfbyte.server.completion import Job, run
 from halfbyte.server.pieces import Piece
 from halfbyte.server.prepare import chat_job, check_sampling
@@ -75,7 +74,7 @@ async def _events(
             job = await chat_job(backend, chat)
         except RequestError as error:
             raise as_input_error(error) from error
-        call.headers |= warning_headers(job)
+        call.warn(job.warnings)
         builder = _Builder()
         body = _body(backend, request, job)
         yield {"type": "response.created", "response": body}
@@ -217,6 +216,7 @@ def _body(backend: Backend, request: ResponsesRequest, job: Job) -> dict[str, An
     effort = request.reasoning.effort if request.reasoning else None
     form = request.text.format if request.text and request.text.format else None
     choice = request.tool_choice
+    params = job.choices[0].request.params
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -234,11 +234,11 @@ def _body(backend: Backend, request: ResponsesRequest, job: Job) -> dict[str, An
         "previous_response_id": None,
         "reasoning": {"effort": effort or backend.chat.default_effort, "summary": None},
         "store": False,
-        "temperature": request.temperature,
+        "temperature": params.temperature,
         "text": {"format": form.model_dump(by_alias=True) if form else {"type": "text"}},
         "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
         "tools": [tool.model_dump() for tool in request.tools],
-        "top_p": request.top_p,
+        "top_p": params.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": None,

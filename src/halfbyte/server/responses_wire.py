@@ -20,7 +20,7 @@ class InputText(Wire):
 class InputImage(Wire):
     type: Literal["input_image"]
     image_url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
 class OutputText(Wire):
@@ -128,7 +128,6 @@ class TextSettings(Wire):
         ]
         | None
     ) = None
-    verbosity: Literal["medium"] | None = None
 
 
 class ReasoningSettings(Wire):
@@ -159,15 +158,16 @@ class ResponsesRequest(Wire):
     ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     tools: list[FunctionTool] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning: ReasoningSettings | None = None
     text: TextSettings | None = None
-    truncation: Literal["disabled"] = "disabled"
-    background: Literal[False] = False
+    # "auto" drops the oldest items of what is too long; nothing is dropped here, so that such a
+    # conversation is refused under either name.
+    truncation: Literal["auto", "disabled"] = "disabled"
     stream: bool = False
     stream_options: wire.StreamOptions | None = None
 

@@ -7,6 +7,7 @@ sent: queued, in a prefill, or collecting an answer that is not streamed.
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -17,11 +18,13 @@ from starlette.types import Receive, Scope, Send
 from halfbyte.errors import RequestError
 from halfbyte.server import wire
 from halfbyte.server.config import Limits
-from halfbyte.server.problems import response_of, status_and_body
+from halfbyte.server.problems import body_for, response_of, status_and_body
 
 Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
+# A comment, which every reader of server-sent events skips.
+_KEEP_ALIVE = b": keep-alive\n\n"
 
 # Bodies up to here are read without asking for room.
 _SMALL_BODY = 1_000_000
@@ -45,8 +48,13 @@ def deadline_error(seconds: float) -> RequestError:
 class EventStream(Response):
     """An ASGI response that sends the frames of a generator.
 
-    The status waits for the first frame, so that what goes wrong before it has its own status. What
-    goes wrong later ends the stream with an error frame. A client that leaves closes the generator.
+    The status waits a few seconds for the first frame, so that what goes wrong before it has its
+    own status. What goes wrong later ends the stream with an error frame. While there is nothing to
+    send, comments keep proxies from taking the connection for dead. A client that leaves closes the
+    generator.
+
+    head_wait_s     how long the status waits
+    keep_alive_s    the longest silence after it
     """
 
     def __init__(
@@ -58,8 +66,16 @@ class EventStream(Response):
         on_disconnect: Callable[[], None],
         retry_after_s: int,
         error_tail: bytes = DONE,
+        head_wait_s: float = 3.0,
+        keep_alive_s: float = 10.0,
     ) -> None:
         super().__init__()
+        self._head_wait_s = head_wait_s
+        self._keep_alive_s = keep_alive_s
+        self._has_started = False
+        self._sent_s = time.monotonic()
+        # A head is sent once, and by whoever comes first.
+        self._sending = asyncio.Lock()
         self._frames = frames
         self._deadline_s = deadline_s
         # Filled by the generator before its first frame, hence not given to the base class.
@@ -71,31 +87,27 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump = asyncio.create_task(self._pump(scope, receive, send))
         watch = asyncio.create_task(_until_disconnect(receive))
+        alive = asyncio.create_task(self._keep_alive(send))
         try:
             await asyncio.wait({pump, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not pump.done():
                 self._on_disconnect()
         finally:
-            for task in (pump, watch):
+            for task in (pump, watch, alive):
                 task.cancel()
-            results = await asyncio.gather(pump, watch, return_exceptions=True)
+            results = await asyncio.gather(pump, watch, alive, return_exceptions=True)
         if isinstance(results[0], Exception):
             raise results[0]
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_started = False
         async with contextlib.aclosing(self._frames):
             try:
                 async with asyncio.timeout(self._deadline_s):
                     async for piece in self._frames:
-                        if not has_started:
-                            has_started = True
-                            await self._start(send)
-                        await _send_body(send, piece)
+                        if piece:
+                            await self._send(send, piece)
             except TimeoutError:  # is an OSError, hence first
-                await self._fail(
-                    deadline_error(self._deadline_s), has_started, scope, receive, send
-                )
+                await self._fail(deadline_error(self._deadline_s), scope, receive, send)
                 return
             except OSError:
                 # The connection broke under us; the watcher says the same.
@@ -104,9 +116,30 @@ class EventStream(Response):
                 raise
             # A panic of foreign code is no Exception, and must not cut the stream off.
             except BaseException as error:
-                await self._fail(error, has_started, scope, receive, send)
+                await self._fail(error, scope, receive, send)
                 return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async with self._sending:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send the head if nothing came for a while, and a comment into each long silence."""
+        await asyncio.sleep(self._head_wait_s)
+        if not self._has_started:
+            await self._send(send, _KEEP_ALIVE)
+        while True:
+            silent_s = time.monotonic() - self._sent_s
+            if silent_s >= self._keep_alive_s:
+                await self._send(send, _KEEP_ALIVE)
+                silent_s = 0.0
+            await asyncio.sleep(self._keep_alive_s - silent_s)
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        async with self._sending:
+            if not self._has_started:
+                self._has_started = True
+                await self._start(send)
+            self._sent_s = time.monotonic()
+            await _send_body(send, body)
 
     async def _start(self, send: Send) -> None:
         headers = {
@@ -120,15 +153,18 @@ class EventStream(Response):
         ]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
 
-    async def _fail(
-        self, error: BaseException, has_started: bool, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        if not has_started:
-            await response_of(error, self._retry_after_s)(scope, receive, send)
+    async def _fail(self, error: BaseException, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._has_started:
+            # From here on the status is this error's.
+            self._has_started = True
+            respond = response_of(error, self._retry_after_s, path=scope["path"])
+            async with self._sending:
+                await respond(scope, receive, send)
             return
-        _, body = status_and_body(error)
-        await _send_body(send, frame(body, "error" if self._error_tail == b"" else None))
-        await send({"type": "http.response.body", "body": self._error_tail, "more_body": False})
+        body = body_for(scope["path"], *status_and_body(error))
+        await self._send(send, frame(body, "error" if self._error_tail == b"" else None))
+        async with self._sending:
+            await send({"type": "http.response.body", "body": self._error_tail, "more_body": False})
 
 
 async def until_disconnect(

@@ -8,7 +8,7 @@ from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
 from halfbyte.server.call import Call
-from halfbyte.server.chat_api import warning_headers
+from halfbyte.server.chat_api import running_usage
 from halfbyte.server.completion import Choice, Job, Message, collect, run, token_text
 from halfbyte.server.pieces import TokenEntry
 from halfbyte.server.prepare import check_sampling, text_job
@@ -22,7 +22,7 @@ async def text_response(
     check_sampling(backend, request)
     with backend.admission.admit(call.key, request.n * len(request.prompts)):
         job = await text_job(backend, request)
-        call.headers |= warning_headers(job)
+        call.warn(job.warnings)
         messages = await collect(backend, job, call)
     choices = []
     for choice, message in zip(job.choices, messages, strict=True):
@@ -40,7 +40,7 @@ async def text_frames(
     check_sampling(backend, request)
     with backend.admission.admit(call.key, request.n * len(request.prompts)):
         job = await text_job(backend, request)
-        call.headers |= warning_headers(job)
+        call.warn(job.warnings)
         head = _head(backend, job)
         lengths: dict[int, int] = {}
         async with contextlib.aclosing(run(backend, job, call)) as batches:
@@ -54,9 +54,8 @@ async def text_frames(
                         echo = _echo(backend, request, job.choices[piece.index])
                         lengths[piece.index] = len(echo["text"])
                         part = _sum(echo, _answer(backend, request, message, lengths[piece.index]))
-                    frames.append(
-                        frame({**head, "choices": [_body(piece.index, part, piece.finish_reason)]})
-                    )
+                    body = _body(piece.index, part, piece.finish_reason)
+                    frames.append(frame({**head, "choices": [body], **running_usage(options, job)}))
                 yield b"".join(frames)
         if options.include_usage:
             yield frame({**head, "choices": [], "usage": _usage(request, job)})

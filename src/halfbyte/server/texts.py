@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.errors import RequestError
 from halfbyte.server import wire
+from halfbyte.server.messages_wire import Base64Source, CountRequest
 from halfbyte.server.responses_wire import InputImage, ResponsesRequest
 
 Result = TypeVar("Result")
@@ -25,6 +26,8 @@ _NUM_THREADS = 2
 # Characters counted at once. A cut may split a token in two or, rarely, move those behind it; with
 # this many between two cuts that is far from a factor of two.
 _PIECE = 65_536
+# Parts whose strings are no text.
+_PICTURES = (wire.ImagePart, InputImage, Base64Source)
 # Earlier thoughts: templates may leave them out of a prompt, so that they do not count as text.
 _THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
 
@@ -63,6 +66,9 @@ class Texts:
         elif isinstance(request, ResponsesRequest):
             parts = (request.input, request.instructions, request.tools)
             self._check_bytes(_strings(parts), "input")
+        elif isinstance(request, CountRequest):
+            said = (request.messages, request.system, request.tools)
+            self._check_bytes(_strings(said), "messages")
         elif isinstance(request, (wire.ChatRequest, wire.TokenizeRequest)):
             self._check_bytes(_strings((request.messages, request.tools)), "messages")
 
@@ -127,7 +133,7 @@ def _strings(value: Any) -> Iterator[str]:
                 left.extend(item.values())
         elif isinstance(item, (list, tuple)):
             left.extend(item)
-        elif isinstance(item, BaseModel) and not isinstance(item, (wire.ImagePart, InputImage)):
+        elif isinstance(item, BaseModel) and not isinstance(item, _PICTURES):
             left.extend(item.__dict__.values())
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import httpx
@@ -24,6 +24,7 @@ from halfbyte.engine.request import Event, GenerationRequest, TokenLogprobs
 from halfbyte.errors import CapacityError, RequestError, UnsupportedError
 from halfbyte.server import wire
 from halfbyte.server.completion import Choice, Job
+from halfbyte.server.defaults import SamplingDefaults
 from halfbyte.server.pieces import Piece, TokenEntry
 from halfbyte.server.vllm_command import VllmPlan
 
@@ -132,7 +133,7 @@ class VllmUpstream:
     ) -> AsyncGenerator[list[Piece], None]:
         """A conversation. `messages` are the request's, with decoded images."""
         body = {
-            **_sampling(request),
+            **_sampling(request, job),
             "model": self._model,
             "messages": await asyncio.to_thread(_with_data_urls, messages),
             "max_completion_tokens": job.choices[0].request.params.max_tokens,
@@ -158,7 +159,7 @@ class VllmUpstream:
         """Plain prompts, as token ids."""
         prompts = [choice.request.prompt_token_ids for choice in job.choices[:: request.n]]
         body = {
-            **_sampling(request),
+            **_sampling(request, job),
             "model": self._model,
             "prompt": [list(prompt) for prompt in prompts],
             "max_tokens": max(request.max_tokens, 1),
@@ -220,13 +221,17 @@ class VllmUpstream:
 # --- requests -------------------------------------------------------------------------------
 
 
-def _sampling(request: wire.ChatRequest | wire.CompletionRequest) -> dict[str, Any]:
+def _sampling(request: wire.ChatRequest | wire.CompletionRequest, job: Job) -> dict[str, Any]:
     """Fields that both kinds have and vLLM calls the same, and the form that is to be held."""
     names = (
-        "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-        "repetition_penalty", "seed", "stop_token_ids", "logit_bias", "min_tokens", "ignore_eos",
+        "n", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logit_bias",
+        "min_tokens", "ignore_eos",
     )  # fmt: skip
     body = {name: getattr(request, name) for name in names}
+    # What the request left open is settled here: vLLM is told not to read the recommendation.
+    params = job.choices[0].request.params
+    for one in fields(SamplingDefaults):
+        body[one.name] = getattr(params, one.name)
     body["stop"] = list(request.stops) or None
     body["return_tokens_as_token_ids"] = True
     form = request.response_format

@@ -78,7 +78,7 @@ class TextPart(Wire):
 
 class ImageUrl(Wire):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
 def _url_form(value: Any) -> str:
@@ -243,9 +243,24 @@ def _choice_form(value: Any) -> str:
     return "object" if isinstance(value, dict) else "string"
 
 
+class AllowedToolNames(Wire):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=4096)
+
+
+class AllowedTools(Wire):
+    """All tools stay in the prompt, and only these may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedToolNames
+
+
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("string")]
-    | Annotated[NamedTool, Tag("object")],
+    | Annotated[
+        Annotated[NamedTool | AllowedTools, Field(discriminator="type")],
+        Tag("object"),
+    ],
     Discriminator(_choice_form),
 ]
 
@@ -298,6 +313,8 @@ class StreamOptions(Wire):
     IGNORED = frozenset({"include_obfuscation"})
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    # Whether tool calls come in pieces; None: as the client's dialect has it.
+    stream_tool_calls: bool | None = None
 
 
 def _stop_form(value: Any) -> str:
@@ -326,13 +343,14 @@ class Sampling(Wire):
 
     model: str
     n: int = Field(default=1, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1, lt=2**31)
-    min_p: float = Field(default=0.0, ge=0, le=1)
+    # None: as the checkpoint recommends (`defaults`).
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1.0, gt=0.01, le=100)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     seed: Int64 | None = None
     stop: Stop | None = None
     stop_token_ids: list[int] | None = Field(default=None, max_length=MOST_IDS)
@@ -395,9 +413,9 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     max_reasoning_tokens: int | None = Field(default=None, ge=0)
+    include_reasoning: bool = True
     continue_final_message: bool = False
     modalities: list[Literal["text"]] | None = Field(default=None, max_length=8)
-    verbosity: Literal["medium"] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
@@ -544,27 +562,44 @@ def parse_json(body: bytes | bytearray) -> Any:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def parse(kind: type[Request], value: Any, limits: Limits | None = None) -> Request:
+# Fields that are left out, one after the other, before a body counts as not meant for this route.
+_MAX_LEFT_OUT = 200
+_MAX_NAMED = 20
+_MISSING: Any = object()
+
+
+def parse(
+    kind: type[Request],
+    value: Any,
+    limits: Limits | None = None,
+    left_out: list[str] | None = None,
+) -> Request:
     """Validate a decoded body; the first problem becomes a RequestError with its path.
 
-    limits  what lists may hold, looked at before any of them is read
+    limits     what lists may hold, looked at before any of them is read
+    left_out   takes the paths of fields that nobody knows, which are then taken out of `value`, in
+               place; None refuses them like any other problem
     """
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
     if limits is not None:
         _check_lists(value, limits)
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        path = _path(problem["loc"], value)
-        text = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown field: {path}"
-            raise RequestError(message, param=path, code="unknown_parameter") from error
-        code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
-        message = f"{path}: {text}" if path else text
-        raise RequestError(message, param=path or None, code=code) from error
+    num_left_out = 0
+    while True:
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:
+            problems = error.errors(include_url=False, include_input=False)
+            unknown = [one for one in problems if one["type"] == "extra_forbidden"]
+            num_left_out += len(unknown)
+            wrong = [one for one in problems if one["type"] != "extra_forbidden"]
+            if left_out is None or wrong or num_left_out > _MAX_LEFT_OUT:
+                raise _refusal((wrong or problems)[0], value) from error
+            for one in unknown:
+                place = _place(one, value)
+                _take_out(value, place)
+                if len(left_out) < _MAX_NAMED:
+                    left_out.append(_written(place))
 
 
 def _check_lists(body: dict[str, Any], limits: Limits) -> None:
@@ -610,16 +645,57 @@ def check_count(count: int, limit: int, param: str, *, what: str | None = None) 
         )
 
 
-def _path(location: tuple[str | int, ...], value: Any) -> str:
-    """`messages[0].content` from pydantic's location, without the names of union members.
+def _refusal(problem: Any, value: Any) -> RequestError:
+    path = _written(_place(problem, value))
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return RequestError(f"unknown field: {path}", param=path, code="unknown_parameter")
+    code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
+    return RequestError(f"{path}: {text}" if path else text, param=path or None, code=code)
 
-    What steps into the value is a key or an index; a last step that does not is a missing field.
+
+def _place(problem: Any, value: Any) -> list[str | int]:
+    """The steps into a body at which pydantic saw a problem; only a missing field's last is new."""
+    return _found(problem["loc"], value, may_be_new=problem["type"] == "missing")[1]
+
+
+def _found(
+    location: tuple[str | int, ...], value: Any, *, may_be_new: bool
+) -> tuple[int, list[str | int]]:
+    """Steps of a location that enter `value`, and how sure they are (2, 1, 0).
+
+    A location also names members of unions. Such a name may be a key as well, like a text part's
+    `text`; of both readings the one counts whose last step is there.
     """
+    if not location:
+        return 0, []
+    step, rest = location[0], location[1:]
+    readings: list[tuple[int, list[str | int]]] = []
+    entered = _MISSING
+    if isinstance(value, list) and isinstance(step, int) and step < len(value):
+        entered = value[step]
+    elif isinstance(value, dict):
+        entered = value.get(step, _MISSING)
+    if entered is not _MISSING:
+        sure, inside = _found(rest, entered, may_be_new=may_be_new)
+        readings.append((sure if rest else 2, [step, *inside]))
+    if isinstance(step, str):
+        if rest:
+            readings.append(_found(rest, value, may_be_new=may_be_new))
+        elif may_be_new and isinstance(value, dict):
+            readings.append((1, [step]))
+    return max(readings, key=lambda reading: reading[0], default=(0, []))
+
+
+def _written(place: list[str | int]) -> str:
+    """`messages[0].content` from its steps."""
     path = ""
-    for position, step in enumerate(location):
-        is_last = position == len(location) - 1
-        if isinstance(step, int) and isinstance(value, list) and step < len(value):
-            path, value = f"{path}[{step}]", value[step]
-        elif isinstance(step, str) and isinstance(value, dict) and (step in value or is_last):
-            path, value = f"{path}.{step}" if path else step, value.get(step)
+    for step in place:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
     return path
+
+
+def _take_out(value: Any, place: list[str | int]) -> None:
+    for step in place[:-1]:
+        value = value[step]
+    del value[place[-1]]
