@@ -3,11 +3,11 @@
 import re
 from typing import NamedTuple
 
-_BLOCK = re.compile(
-    r"<think>(?P<a>.*?)</think>|\[THINK\](?P<b>.*?)\[/THINK\]", re.DOTALL | re.IGNORECASE
+_MARK = re.compile(
+    r"(?:(?<![`'\"“‘«])|(?!(?:</?think(?:ing)?>|\[/?THINK\])[`'\"”’»]))"
+    r"(?:<(?P<close>/?)think(?:ing)?>|\[(?P<shut>/?)THINK\])",
+    re.IGNORECASE,
 )
-_OPEN = re.compile(r"<think>|\[THINK\]", re.IGNORECASE)
-_CLOSE = re.compile(r"</think>|\[/THINK\]", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
@@ -17,19 +17,55 @@ class Answer(NamedTuple):
     reasoning: str
 
 
-def split_reasoning(content: str, reasoning: str = "") -> Answer:
-    """Take thinking blocks out of the content and add them to separately sent reasoning.
+class _Mark(NamedTuple):
+    start: int
+    end: int
+    is_close: bool
 
-    A block that was opened and never closed leaves an empty answer: the model did not come to one.
-    A close without an open (templates that open the block themselves) ends the reasoning.
+
+def split_reasoning(content: str, reasoning: str = "") -> Answer:
+    """Tell the answer from the thoughts in a message.
+
+    content    text of the message, joined from its text parts
+    reasoning  what the server sent apart from it (`reasoning_content`, thinking parts)
+
+    A server that sends the thoughts apart has done this already: marks within the content are then
+    quoted by the answer, and stay. Otherwise an opening mark counts at the start only; a text that
+    begins so may think again later. A block that is never closed leaves an empty answer: the model
+    did not come to one. A close without an open (templates that open the block themselves) ends the
+    thoughts. A mark in quotes or back-ticks of its own is text.
     """
-    thoughts = [reasoning] if reasoning else []
-    thoughts += [match["a"] or match["b"] or "" for match in _BLOCK.finditer(content)]
-    rest = _BLOCK.sub("", content)
-    if closing := _CLOSE.search(rest):
-        thoughts.append(rest[: closing.start()])
-        rest = rest[closing.end() :]
-    if opening := _OPEN.search(rest):
-        thoughts.append(rest[opening.end() :])
-        rest = ""
-    return Answer(rest.strip(), "\n".join(thought.strip() for thought in thoughts))
+    if reasoning.strip():
+        return Answer(content.strip(), reasoning.strip())
+    marks = _marks(content)
+    if not marks or (not marks[0].is_close and content[: marks[0].start].strip()):
+        return Answer(content.strip(), "")
+    if marks[0].is_close:
+        marks.insert(0, _Mark(0, 0, False))
+    thoughts, texts, position = [], [], 0
+    for mark, following in zip(marks, (*marks[1:], None), strict=True):
+        if mark.is_close or mark.start < position:
+            continue
+        is_open = following is None or not following.is_close
+        if is_open and thoughts and not content[: mark.start].endswith("\n"):
+            continue  # named in the middle of a line of the answer
+        texts.append(content[position : mark.start])
+        if following is None or not following.is_close:
+            thoughts.append(content[mark.end :])
+            return Answer("", _joined(thoughts))
+        thoughts.append(content[mark.end : following.start])
+        position = following.end
+    texts.append(content[position:])
+    return Answer("".join(texts).strip(), _joined(thoughts))
+
+
+def _marks(content: str) -> list[_Mark]:
+    """Marks of thinking in order, without those that stand in quotes of their own."""
+    return [
+        _Mark(*match.span(), bool(match["close"] or match["shut"]))
+        for match in _MARK.finditer(content)
+    ]
+
+
+def _joined(thoughts: list[str]) -> str:
+    return "\n".join(thought.strip() for thought in thoughts)

@@ -9,6 +9,7 @@ import hashlib
 import re
 import unicodedata
 
+from halfbyte.evals.grading.statements import plain
 from halfbyte.evals.types import Score, right_or_wrong
 
 JUDGE_PROMPT = """\
@@ -23,7 +24,14 @@ Reply with exactly one word, CORRECT or INCORRECT."""
 
 JUDGE_PROMPT_SHA256 = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()
 
-_WORD = re.compile(r"[A-Z]+")
+_WORD = re.compile(r"[^\W_]+")
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+_BOTH = frozenset(("CORRECT", "INCORRECT"))
+# Nothing but marks before the word; after it, or at the end, no letter or digit.
+_VERDICT = re.compile(r"[\W_]*(?:IN)?CORRECT(?![^\W_])")
+_DOUBT = re.compile(
+    r"^[\W_]*CORRECT\s*\?|\bNOT\s+CORRECT\b|\b(?:IS|WAS)(?:N['’]?T| NOT)\b|\bPARTIALLY\b"
+)
 
 
 def judge_prompt(question: str, official: str, candidate: str) -> str:
@@ -37,12 +45,17 @@ def judge_prompt(question: str, official: str, candidate: str) -> str:
 def read_verdict(text: str) -> bool | None:
     """True for CORRECT, False for INCORRECT, None for anything else.
 
-    Only the first word counts, and exactly: CORRECT is a part of INCORRECT, so a search would
-    turn every rejection into praise.
+    Marks around the word do not matter. Only the first word counts, and exactly: CORRECT is a part
+    of INCORRECT, so a search would turn every rejection into praise. A reply that has both words is
+    no verdict, nor is one that takes its word back ("CORRECT? No").
     """
-    words = text.strip().strip("*_`'\".").upper().split()
-    word = _WORD.match(words[0]) if words else None
-    return {"CORRECT": True, "INCORRECT": False}.get(word[0]) if word else None
+    bare = plain(_TAG.sub(" ", text)).upper()
+    words = _WORD.findall(bare)
+    if not words or not _VERDICT.match(bare) or len(_BOTH.intersection(words)) > 1:
+        return None
+    if words[0] == "CORRECT" and _DOUBT.search(bare):
+        return None
+    return {"CORRECT": True, "INCORRECT": False}.get(words[0])
 
 
 def same_text(official: str, candidate: str) -> bool:

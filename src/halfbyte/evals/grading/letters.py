@@ -1,39 +1,159 @@
 """The one letter extractor of the three multiple-choice benchmarks.
 
-Four rules, from most to least explicit; the first that gives a letter of this item decides. There
-is no last resort: a text that states no letter is unparsed, it is not guessed from.
-Source: ../shared/reference/evaluations.md section 5 (rules and cases).
+Four rules, from most to least explicit; the first that finds a statement decides, and within a rule
+the last statement does. A statement of several letters, or none at all, leaves the text unparsed:
+nothing is guessed. What is read does not depend on which letter it is: "A" and "I" are words, too,
+so after *any* bare letter only punctuation or words that no article can have before them are
+allowed ("C because", not "C function"). Decision 0056 has the reasons.
+Source: section 5 of the evaluation reference (rules and cases).
 """
 
 import re
+from dataclasses import dataclass
 
+from halfbyte.evals.grading.statements import FORMAL, HEADING, KEYS, last_boxed, plain
 from halfbyte.evals.types import Score, right_or_wrong, unparsed
 
-_MARKS = re.compile(r"\\[()\[\]]|[*_$]")
-_WRAPPER = re.compile(r"\\(?:text(?:bf|rm|it|sf)?|math(?:rm|bf|sf))\s*\{([^{}]*)\}")
-# The example in an echoed instruction: "(for example 'Answer: A')".
-_ECHO = re.compile(r"\(for example[\s'\"`]*answer:[^)\n]*\)", re.IGNORECASE)
+__all__ = ["extract_letter", "grade_letter", "last_boxed"]
 
-# "Answer: (B)", but neither the echoed "A/B/C/D" nor "Answer: I think".
-_STATED = re.compile(
-    r"answer\s*:\s*[(\[{]?\s*(?:\\boxed\s*\{\s*)?[(\[]?\s*"
-    r"(?P<letter>[a-z])(?![a-z0-9])(?!\s*/\s*[a-z](?![a-z0-9]))",
+SEVERAL = "several"
+_AHEAD = 400  # characters that are looked at behind a letter
+
+# The example in an echoed instruction: "(for example 'Answer: A')".
+_ECHO = re.compile(r"\((?:for example|e\.g\.|such as)[\s,]*answer:[^)\n]*\)", re.IGNORECASE)
+
+_OPTION_WORD = (
+    r"(?:(?:the|la|le|el|il|die|de|o|a)\s+)?(?:correct\s+|right\s+|best\s+)?"
+    r"(?:options?|choices?|letter|alternative|buchstabe|möglichkeit|opción|opcion|letra|alternativa|"
+    r"inciso|opzione|lettera|opção|opcao|optie|letter|choix|lettre|proposition|antwort|réponse|"
+    r"respuesta|risposta|resposta|antwoord|answer|选项|選項|選択肢|옵션|보기|선택지|الخيار|الحرف)"
+)
+_CHOICE = re.compile(
+    rf"(?:{_OPTION_WORD}\s*[:#]?\s*|(?:la|le|el|il|die|the)\s+(?=[(\[]?(?-i:[A-Z])(?![^\W_])))?"
+    r"(?P<open>(?:[(\[{<]|\\(?:boxed|fbox|framebox)\s*\{?|\s)*)"
+    rf"(?:{_OPTION_WORD}\s*[:#]?\s*[(\[{{]?\s*)?"
+    r"(?P<letter>[A-Za-z])(?P<close>(?:\s*[)\]}>])*)",
     re.IGNORECASE,
 )
-_PROSE_AFTER = re.compile(r" +[a-z]")
-_BOXED_LETTER = re.compile(r"\s*(?:\(\s*([A-Za-z])\s*\)|([A-Za-z])\s*(?:$|[).:,]))")
-# Upper case only: in prose a lower-case "(b)" names a part of the question as often as an option.
-# "The answer is (C) is incorrect" states no answer.
-_NOT_DENIED = r"(?!\)?\s+is\s+(?:incorrect|wrong|not)\b)"
-_PHRASES = (
-    re.compile(
-        r"(?i:answer\s+is\s*:?\s+(?:(?:option|choice)\s+)?(?:\\boxed\s*\{\s*)?)"
-        rf"\(?\s*([A-Z])(?![A-Za-z0-9'’]){_NOT_DENIED}"
-    ),
-    re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s+is\s+the\s+correct\s+(?:answer|option|choice)\b"),
-    re.compile(r"(?i:correct\s+(?:option|answer|choice)\s*:\s*)\(?\s*([A-Z])(?![A-Za-z0-9'’])"),
+# A letter that goes on as something else: "Cat", "C2", "I'm", "f(x)", "C-14", "E = mc", "C++".
+_GOES_ON = re.compile(r"[^\W_]|['’^+#%(\\_](?![()\[\]\s])|-[^\W_]|\s*=|\.[A-Za-z]\b", re.IGNORECASE)
+# Scripts that are written without blanks, or right to left, after the letter.
+_CJK = re.compile(r"[\u0600-\u06ff\u2e80-\ud7ff\uf900-\ufaff]")
+_WORD = re.compile(r"[ \t]+(?P<word>[^\W\d_]+)")
+# Words that may follow a bare letter: neither an article nor the pronoun I can stand before them.
+_FOLLOWING = """
+because since as if although though while whereas when where unless for from by with via per due
+given according based rather instead under and or but nor so which that this these those it its they
+we is has does are matches satisfies follows holds corresponds seems gives fits looks works equals
+represents describes states remains
+weil da denn ist wegen aufgrund und oder sondern nicht
+car parce puisque est et ou mais
+porque ya es pues debido y pero que
+perché perche poiché è in quanto ma
+pois é já mas
+omdat want aangezien en of maar
+"""
+_FOLLOWERS = frozenset(_FOLLOWING.split())
+_DENIED = re.compile(
+    r"\s*(?:is|are|ist|est|es|è|é)\s+(?:therefore\s+|thus\s+|clearly\s+|definitely\s+|also\s+)*"
+    r"(?:incorrect|wrong|false|not\b|nicht|falsch|faux|fausse|incorrecta?|falsa?|sbagliata|onjuist|"
+    r"ruled\s+out|eliminated|impossible)|\s*(?:isn['’]?t|would|could|might|may|can(?:['’]?t|not))\b",
+    re.IGNORECASE,
 )
-_LONE_LETTER = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?\s*\.?")
+_AND = (
+    r"(?:,\s*(?:and|or|und|oder|et|ou|y|o|e|en|of)\b|and/or\b|as\s+well\s+as\b|plus\b|and\b|or\b|"
+    r"und\b|oder\b|et\b|ou\b|y\b|u\b|o\b|e\b|en\b|of\b|&|/|\+|和|或者?|及|与|と|や|または|および|"
+    r"와|과|또는|및|그리고|أو\b|و)"
+)
+_OTHER = rf"\s*(?:{_OPTION_WORD}\s+)?[(\[{{<]*\s*(?P<other>[A-Z])(?![A-Za-z0-9])"
+_JOINED = re.compile(rf"[)\]}}>.]*\s*{_AND}{_OTHER}")
+_ROMAN = re.compile(rf"[)\]}}>]*\s*(?:,|{_AND})\s*[(\[]?(?:II|III|IV|VI{{0,3}}|IX)\b")
+_LISTED = re.compile(
+    rf"[)\]}}>]*\s*[,;、]{_OTHER}(?=[)\]}}>]*\s*(?:$|[,.;、)\n&/]|{_AND}|are\b|sind\b|sont\b|son\b|"
+    r"[\u0600-\u06ff\u2e80-\ud7ff\uff00-\uffef]))"
+)
+_SPACED = re.compile(r"[)\]}>]*[ \t]+[(\[{<]*(?P<other>[A-Z])[)\]}>]*[ \t]*\.?[ \t]*(?=$|\n)")
+
+_LINK_WORDS = (
+    r"(?:(?<![^\W_])(?:is|was|would\s+be|should\s+be|must\s+be|has\s+to\s+be|will\s+be|"
+    r"appears\s+to\s+be|seems\s+to\s+be|ist|lautet|wäre|est|sera|serait|es|sería|seria|è|"
+    r"sarebbe|é|luidt)(?![^\W_])|"
+    r"应该是|應該是|应为|應為|应是|是|为|為|は|が|은|는|이|هي|هو|:|=)"
+)
+_ADVERBS = (
+    r"(?:[\s,:]*(?:therefore|thus|hence|then|clearly|definitely|simply|indeed|again|still|also|"
+    r"obviously|actually|now|in\s+fact|most\s+likely|likely|probably|consequently|daher|somit|"
+    r"folglich|donc|ainsi|por\s+(?:lo\s+)?tanto|entonces|quindi|dunque|pertanto|portanto|então|"
+    r"logo|dus|daarom|因此|所以|故)\b)*[\s,:]*"
+)
+_ADJECTIVES = (
+    r"(?:\s+(?:finale?|correct[aeo]?|corretta|correta|richtige?|juste|exacte|giusta|esatta|certa|"
+    r"juiste?|الصحيحة|الصحيح|النهائية))?"
+)
+_CHOICE_NOUN = (
+    r"(?:(?:correct|right|best|final|my|our|only|richtige|bonne|correcta|corretta|correta|giusta|"
+    r"juiste|正确|正確)(?:e|en|er)?\s*(?:final\s+|correct\s+)?(?:option|choice|alternative|statement|"
+    r"pick|selection|letter|one|opzione|opção|optie|lösung|选项|選項|的?选项)|"
+    r"(?<![^\W_])(?:opción|opcion|option|opzione|opção|alternativa|lettera|letra|lettre)"
+    r"\s+(?:correct[aeo]?|corretta|correta|juste|giusta|esatta|certa))"
+)
+_TO_WHAT = r"(?:\s+(?:to|for|of|in|here|à|zu|auf|della|do|da|op|van)\b[^.:;!?\n]{0,60}?)?"
+_PHRASE = re.compile(
+    rf"(?:{KEYS}|{_CHOICE_NOUN})(?:\s+(?:choice|option|letter))?{_ADJECTIVES}{_TO_WHAT}"
+    rf"\s*{_LINK_WORDS}{_ADVERBS}",
+    re.IGNORECASE,
+)
+_CHOSEN = re.compile(
+    r"(?:\b(?i:I|we|I['’]?(?:ll|d)|let['’]?s|so|thus|hence|therefore),?\s+"
+    r"(?:would\s+|will\s+|must\s+|should\s+|shall\s+|therefore\s+|thus\s+|finally\s+)*"
+    r"(?:choose|chose|select|pick|go\s+with|opt\s+for|settle\s+on)|"
+    r"(?:应该?|應該?|故|因此|所以|我)\s*(?:选择?|選擇?)(?!项|項|択)|(?<![^\W])(?:选择?|選擇?)(?!项|項|択))\s*:?\s*"
+)
+_NAMED_CORRECT = re.compile(
+    r"(?<![^\W_])(?P<lead>(?:options?|choice|answer|alternative)\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s+is\s+"
+    r"(?:therefore\s+|thus\s+|hence\s+|clearly\s+|indeed\s+)?(?:the\s+)?"
+    r"(?P<what>(?:correct|right|best|final)(?:\s+(?:answer|option|choice|one))?)"
+    r"(?!\s+(?:only|if|when|for\s+the|in\s+that))\b"
+)
+_NOT_MEANT = re.compile(
+    r"(?:\b(?:and|or|nor|not|if|whether|why|that|unless|suppose|neither|either)|[,&/])\s*$",
+    re.IGNORECASE,
+)
+_LAST_LINE = re.compile(
+    r"(?:(?:so|thus|therefore|hence|finally|ergo|in\s+conclusion|final|daher|donc|quindi|portanto|"
+    rf"dus|因此|所以|故)\b[\s,:]*)?(?:(?:the\s+)?(?:final\s+)?{KEYS}[\s,:]*)?"
+    rf"(?:{_OPTION_WORD}\s*)?(?:[(\[{{<]\s*)?(?P<letter>[A-Za-z])\s*[)\]}}>]?\s*[.!。]?",
+    re.IGNORECASE,
+)
+_OPTION_LINE = re.compile(r"(?:[(\[]\s*(?P<a>[A-Z])\s*[)\]][.:]?|(?P<b>[A-Z])\s*[).:])[ \t]+\S.*")
+_RETRACTED = re.compile(
+    r"\b(?:wait|actually|no|sorry|correction|correcting|mistaken?|scratch|instead|however|but|hmm+|"
+    r"oops|second\s+thought|re-?check(?:ing|ed)?|reconsider(?:ing|ed)?|hold\s+on|wrong|revised?|"
+    r"warte|nein|attendez|non|espera|aspetta|wacht|等等|不对|待って|잠깐)(?![^\W_])|(?:等等|不对|待って|잠깐)",
+    re.IGNORECASE,
+)
+_UNSAID = re.compile(
+    r"\b(?:that|this|it)(?:['’]s|s|\s+is|\s+was|\s+must\s+be)\s+(?:wrong|incorrect|not\s+right|"
+    r"not\s+correct|a\s+mistake|an\s+error)|\bI\s+(?:was|am)\s+(?:wrong|mistaken)",
+    re.IGNORECASE,
+)
+_LOOSE = re.compile(
+    r"\b(?:it|that|this|make\s+(?:it|that))(?:['’]?s)?\s*(?:is|was|should\s+be|must\s+be|has\s+to\s+be|"
+    r"would\s+be)?\s+(?:actually\s+|really\s+|rather\s+)?",
+    re.IGNORECASE,
+)
+_HEDGED = re.compile(
+    r"\b(?:(?:is|was)(?:n['’]?t|\s+not)|cannot\s+be|can['’]?t\s+be)\s*$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A statement: where it stands in the text, and its letter or `SEVERAL`."""
+
+    start: int
+    end: int
+    letter: str
 
 
 def extract_letter(text: str, letters: str) -> str | None:
@@ -43,15 +163,17 @@ def extract_letter(text: str, letters: str) -> str | None:
     letters  the valid letters of this item, such as "ABCD"
 
     Example: ``extract_letter("**Answer:** (b)", "ABCD") == "B"``;
-    ``extract_letter("Answer: J", "ABCD") is None``.
+    ``extract_letter("Answer: B, D", "ABCD") is None``.
     """
-    cleaned = _clean(text)
-    for rule in (_stated_letters, _boxed_letters, _phrased_letters, _last_line_letters):
-        # Within a rule the last letter that the item has wins.
-        valid = [letter for letter in rule(cleaned) if letter in letters]
-        if valid:
-            return valid[-1]
-    return None
+    bare = _ECHO.sub("", plain(text))
+    formal = _after(bare, letters, FORMAL) + _after(bare, letters, HEADING)
+    phrases = _phrases(bare, letters)
+    found = max(formal, key=_place, default=None)
+    if found is not None:
+        found = _taken_back(bare, letters, found, phrases)
+    found = found or _boxed(bare, letters) or max(phrases, key=_place, default=None)
+    found = found or _last_line(bare, letters)
+    return None if found is None or found.letter == SEVERAL else found.letter
 
 
 def grade_letter(gold: str, letters: str, text: str) -> Score:
@@ -60,60 +182,127 @@ def grade_letter(gold: str, letters: str, text: str) -> Score:
     return unparsed() if letter is None else right_or_wrong(letter == gold.upper(), letter)
 
 
-def last_boxed(text: str, commands: tuple[str, ...] = ("\\boxed", "\\fbox")) -> str | None:
-    r"""Content of the last closed ``\boxed{...}``; braces are counted, not matched greedily."""
-    best: tuple[int, str] | None = None
-    for command in commands:
-        for match in re.finditer(re.escape(command) + r"\s*\{", text):
-            content = _balanced(text, match.end())
-            if content is not None and (best is None or match.start() > best[0]):
-                best = (match.start(), content)
-    return None if best is None else best[1]
+def _place(found: _Found) -> int:
+    return found.start
 
 
-def _balanced(text: str, start: int) -> str | None:
-    depth = 1
-    for position in range(start, len(text)):
-        character = text[position]
-        if character in "{}" and (position == 0 or text[position - 1] != "\\"):
-            depth += 1 if character == "{" else -1
-            if depth == 0:
-                return text[start:position]
+def _after(text: str, letters: str, key: re.Pattern[str]) -> list[_Found]:
+    """Statements right after every place where `key` matches."""
+    found = (_choice(text, match.end(), letters, match.start()) for match in key.finditer(text))
+    return [one for one in found if one is not None]
+
+
+def _choice(
+    text: str, position: int, letters: str, start: int, *, upper_only: bool = False
+) -> _Found | None:
+    """The statement that begins at a place: one letter, several of them, or nothing."""
+    match = _CHOICE.match(text, position)
+    if match is None:
+        return None
+    letter = match["letter"].upper()
+    if letter not in letters or (upper_only and not match["letter"].isupper()):
+        return None
+    after = text[match.end("letter") : match.end("letter") + _AHEAD]
+    if _GOES_ON.match(after) and not _CJK.match(after):
+        return None
+    tail = text[match.end() : match.end() + _AHEAD]
+    if (others := _listed(letter, after, letters)) is not None:
+        is_echo = others == letters[: len(others)] and len(others) >= min(3, len(letters))
+        return None if is_echo else _Found(start, match.end(), SEVERAL)
+    if _DENIED.match(tail) or (not match["close"] and _is_prose(tail, bool(match["open"].strip()))):
+        return None
+    return _Found(start, match.end(), letter)
+
+
+def _listed(letter: str, after: str, letters: str) -> str | None:
+    """All letters of a list such as "B and D", "B, D", "A/B/C/D"; None if there is but one."""
+    others = letter
+    while match := (_JOINED.match(after) or _LISTED.match(after)):
+        if match["other"] not in letters:
+            break
+        others += match["other"]
+        after = after[match.end() :]
+    if len(others) == 1:
+        if _ROMAN.match(after):
+            return letter + letter
+        match = _SPACED.match(after)
+        if match is None or match["other"] not in letters:
+            return None
+        others += match["other"]
+    return others if len(set(others)) > 1 else None
+
+
+def _is_prose(tail: str, is_opened: bool) -> bool:
+    """Whether a bare letter goes on as a sentence: "A function of time", "I think"."""
+    word = _WORD.match(tail)
+    if word is None or is_opened:
+        return False
+    return word["word"][0].islower() and word["word"] not in _FOLLOWERS
+
+
+def _boxed(text: str, letters: str) -> _Found | None:
+    content = last_boxed(text)
+    if content is None:
+        return None
+    inner = re.sub(r"\\[,;:! ]|\\q?quad|~", " ", content).strip()
+    found = _choice(inner, 0, letters, 0)
+    return found or max(_after(inner, letters, FORMAL), key=_place, default=None)
+
+
+def _phrases(text: str, letters: str) -> list[_Found]:
+    """Statements within sentences; upper case only, since "(b)" may name a question's part."""
+    found: list[_Found | None] = []
+    for match in (*_PHRASE.finditer(text), *_CHOSEN.finditer(text)):
+        found.append(_choice(text, match.end(), letters, match.start(), upper_only=True))
+    last_line = text.rstrip().rfind("\n")
+    for match in _NAMED_CORRECT.finditer(text):
+        is_named = match["lead"] or " " in match["what"].strip()
+        is_last = match.start() > last_line
+        if match["letter"] not in letters or not (is_named or is_last):
+            continue
+        before = _NOT_MEANT.search(text[max(0, match.start() - 40) : match.start()])
+        if before is None:
+            found.append(_Found(match.start(), match.end(), match["letter"]))
+        elif before[0].strip().lower() in ("and", "or", "&", "/"):
+            found.append(_Found(match.start(), match.end(), SEVERAL))
+    return [one for one in found if one is not None]
+
+
+def _last_line(text: str, letters: str) -> _Found | None:
+    """A last line that is only a letter, or an option with its text: "(C) 42 m/s"."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip(" \t#-•")]
+    if not lines:
+        return None
+    line = lines[-1].lstrip("#-•> \t")
+    if match := _LAST_LINE.fullmatch(line):
+        letter = match["letter"].upper()
+        return _Found(0, 0, letter) if letter in letters else None
+    if match := _OPTION_LINE.fullmatch(line):
+        letter = match["a"] or match["b"]
+        # The end of a list of options states none of them.
+        is_list = len(lines) > 1 and _OPTION_LINE.fullmatch(lines[-2].lstrip("#-•> \t"))
+        if letter in letters and not is_list and not _DENIED.search(line):
+            return _Found(0, 0, letter)
     return None
 
 
-def _clean(text: str) -> str:
-    without_marks = _ECHO.sub("", _MARKS.sub("", text))
-    return _WRAPPER.sub(r"\1", without_marks)
+def _taken_back(text: str, letters: str, formal: _Found, phrases: list[_Found]) -> _Found | None:
+    """What a self-correction after the last "Answer: B" leaves of it.
 
-
-def _is_word(letter: str, text: str, end: int) -> bool:
-    """Whether an A or I goes on as prose: "I think", "a function"."""
-    return letter in "IA" and _PROSE_AFTER.match(text, end) is not None
-
-
-def _stated_letters(text: str) -> list[str]:
-    found = [(match["letter"].upper(), match.end()) for match in _STATED.finditer(text)]
-    return [letter for letter, end in found if not _is_word(letter, text, end)]
-
-
-def _boxed_letters(text: str) -> list[str]:
-    content = last_boxed(text, ("\\boxed",))
-    match = _BOXED_LETTER.match(content) if content is not None else None
-    return [] if match is None else [(match[1] or match[2]).upper()]
-
-
-def _phrased_letters(text: str) -> list[str]:
-    found = [
-        (match.start(1), match[1])
-        for phrase in _PHRASES
-        for match in phrase.finditer(text)
-        if not _is_word(match[1], text, match.end())
-    ]
-    return [letter for _, letter in sorted(found)]
-
-
-def _last_line_letters(text: str) -> list[str]:
-    lines = text.strip().splitlines()
-    match = _LONE_LETTER.fullmatch(lines[-1].strip()) if lines else None
-    return [] if match is None else [match[1].upper()]
+    "Wait, the answer is C" replaces it; "Wait, that is wrong" leaves nothing.
+    """
+    rest = text[formal.end :]
+    retracted = _RETRACTED.search(rest)
+    if retracted is None:
+        return formal
+    start = formal.end + retracted.start()
+    later = [one for one in phrases if one.start >= start]
+    for match in _LOOSE.finditer(text, start):
+        loose = _choice(text, match.end(), letters, match.start(), upper_only=True)
+        if loose is not None:
+            later.append(loose)
+    if later:
+        return max(later, key=_place)
+    if _UNSAID.search(rest):
+        return _Found(start, start, SEVERAL)
+    return formal

@@ -16,55 +16,110 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from halfbyte.errors import UnsupportedError
-from halfbyte.evals.grading.letters import last_boxed
+from halfbyte.evals.grading.statements import FORMAL, HEADING, last_boxed, plain
 from halfbyte.evals.types import Score, right_or_wrong, unparsed
 
 TIME_LIMIT_S = 20
 MEMORY_LIMIT_BYTES = 2 << 30
+MISSING = 3  # exit code of the child: the package is not there
 
-_ANSWER_LINE = re.compile(r"answer\s*:[ \t*]*(\S[^\n]*)", re.IGNORECASE)
-_TEXT_WITH_NUMBER = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*\d[^{}]*)\}")
-_TEXT_WITHOUT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{[^{}]*\}")
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°")
-_SPACES = re.compile(r"\\[,;:! ]|\\quad|~|\s+")
-_LEADING_NAME = re.compile(r"^[^=\d]*=")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# What ends the number on an answer's line: punctuation, a remark, the next sentence, a closing
+# brace or tag.
+_LINE_NUMBER = re.compile(
+    r"(?P<number>[^\n]*?\d[\d,.]*[)\]]*)\s*(?:[.,;:!}|]+(?=\s|$)\s*|[-–—](?=\s)\s*|\()(?P<remark>[^\n]*)$"
+)
+_MORE = re.compile(
+    r"(?:[,;(]|and\b|or\b|und\b|oder\b|et\b|ou\b|y\b|o\b|e\b|en\b|of\b)*\s*[-+(\[]?\d",
+    re.IGNORECASE,
+)
+_BETWEEN = re.compile(
+    r"(?<=[\d})\]])\s*[(\[]?\s*(?:\\text\s*\{\s*)?(?:\\(?:lor|land|vee|wedge|quad)\b|and\b|or\b|und\b|oder\b|et\b|ou\b|"
+    r"to\b|或|和|または|と|또는|و)\s*\}?\s*(?=[\\\-+\d({])",
+    re.IGNORECASE,
+)
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|rm|it|sf|tt|normal)?|math(?:rm|bf|sf|it|tt)|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+)
+_MODULUS = re.compile(
+    r"[,;]?\s*[(\[]?\s*(?:\\(?:pmod|bmod|mod|pod)|\\?\bmod(?:ulo)?\b\.?)\s*\{?\s*\d+\s*\}?\s*[)\]]?"
+)
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\(?:degree|deg)\b")
+_SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|\\(?:thinspace|hspace\{[^{}]*\})|~|\s+")
+_LEADING_NAME = re.compile(r"^(?:[^=\d]*(?:=|\\equiv|\\Rightarrow|\\implies|:))+")
+_LEADING_WORDS = re.compile(r"^(?:the )?(?:final |correct )?answer(?: is)?[ :]*", re.IGNORECASE)
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:([, ])\d{3})(?:\1\d{3})*(?![\d,])")
+# Units behind the number: words, not single letters, which would be variables.
+_UNIT = re.compile(r"(?<=\d) ?[^\W\d_]{2,}(?:[ ^-]?[^\W\d_]*|\^?\{?[23]\}?)*$")
+_NO_UNIT = re.compile(
+    r"\b(?:percent|per ?cent|prozent|pi|thousand|million|billion|hundred|dozen|times|plus|minus|"
+    r"factorial|choose|squared|cubed|mod|base|degrees? (?:f|c)|or|and|to|over|half|sqrt|log|ln|sin|"
+    r"cos|tan|in base|th|st|nd|rd)\b",
+    re.IGNORECASE,
+)
+_PERCENT = re.compile(r"\d\s*\\?%|\b(?:per\s?cent|percent|prozent)\b", re.IGNORECASE)
+_LIST = re.compile(r"\d\}?\s*[,;]\s*(?:\\[,;! ]\s*)*\{?[-+]?\d")
 _INTEGER = re.compile(r"([+-]?\d+)(?:\.0*)?")
 
 
 def extract_number(text: str) -> str | None:
-    """What the answer gives as its number: the last box, else the last ``Answer:`` line."""
-    boxed = last_boxed(text)
+    """What the answer gives as its number: the last box, else the last ``Answer:`` line.
+
+    The text's dress is taken off (`statements.plain`), and what follows the number on its line:
+    "70, as required" is 70, but "70, 80" stays what it is.
+    """
+    bare = plain(text)
+    boxed = last_boxed(bare)
     if boxed is not None:
         return boxed.strip()
-    lines = _ANSWER_LINE.findall(text)
-    return lines[-1].strip().strip("*").strip() if lines else None
+    last = max(
+        (match for key in (FORMAL, HEADING) for match in key.finditer(bare)),
+        key=lambda match: match.end(),
+        default=None,
+    )
+    if last is None:
+        return None
+    line = bare[last.end() :].split("\n", 1)[0].strip()
+    match = _LINE_NUMBER.match(line)
+    if match is None or _MORE.match(match["remark"]):
+        return line or None
+    number = match["number"].strip()
+    return number if number[0] in "([" else number.rstrip(")]")
 
 
 def read_integer(expression: str) -> int | None:
     r"""The integer that an answer writes, or None if it writes something else.
 
     Examples: ``070`` -> 70; ``70.0`` -> 70; ``x = 1{,}024`` -> 1024; ``\text{70}^\circ`` -> 70;
-    ``\frac{140}{2}`` -> None.
+    ``70 \pmod{1000}`` -> 70; ``70\%``, ``70, 80``, ``7 0`` and ``\frac{140}{2}`` -> None.
     """
-    bare = simplify(expression)
+    bare = simplify(plain(expression))
     match = _INTEGER.fullmatch(bare)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and len(match[1]) < 1000 else None
+
+
+def is_several(expression: str) -> bool:
+    """Whether an answer names more than one number: "70 or 80", "70, 80"."""
+    bare = _SPACES.sub(" ", plain(expression).replace("{,}", ","))
+    return bool(_BETWEEN.search(bare) or _LIST.search(_THOUSANDS.sub("0", bare)))
 
 
 def simplify(expression: str) -> str:
-    """Strip what does not change the number: text, dollars, degrees, separators, a name."""
-    bare = expression.replace("$", "").replace("\\(", "").replace("\\)", "").replace("{,}", ",")
-    bare = _TEXT_WITH_NUMBER.sub(r"\1", bare)
-    bare = _TEXT_WITHOUT.sub("", bare)
-    bare = _DEGREES.sub("", bare)
-    bare = _SPACES.sub("", bare)
-    bare = _LEADING_NAME.sub("", bare)
-    bare = _THOUSANDS.sub("", bare)
-    bare = bare.strip("*").rstrip(".\\")
-    while len(bare) > 1 and bare[0] == "{" and bare[-1] == "}":
-        bare = bare[1:-1]
-    return bare
+    """Strip what does not change the number: text, degrees, separators, a modulus, a name."""
+    bare = expression.replace("{,}", ",").replace("\\{", "{").replace("\\}", "}")
+    if _PERCENT.search(bare) or is_several(bare):
+        return bare
+    # Text becomes a blank, or the digits on its two sides would become one number.
+    bare = _TEXT.sub(lambda match: f" {match[1]} " if re.search(r"\d", match[1]) else " ", bare)
+    bare = _SPACES.sub(" ", _DEGREES.sub("", bare))
+    bare = _LEADING_WORDS.sub("", _MODULUS.sub("", bare).strip())
+    bare = _LEADING_NAME.sub("", bare).strip().strip("*").rstrip(".\\ ").strip()
+    while len(bare) > 1 and bare[0] + bare[-1] in ("{}", "()", "[]"):
+        bare = bare[1:-1].strip()
+    bare = _THOUSANDS.sub(lambda match: re.sub(r"[, ]", "", match[0]), bare)
+    unit = _UNIT.search(bare)
+    if unit is not None and not _NO_UNIT.search(unit[0]):
+        bare = bare[: unit.start()]
+    return re.sub(r"^([+-]) ", r"\1", bare.strip().rstrip("."))
 
 
 def equals_by_math_verify(gold: int, expression: str) -> bool:
@@ -99,9 +154,22 @@ def equals_in_child(gold: int, expression: str) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
-    if child.returncode == 3:
+    if child.returncode == MISSING:
         raise UnsupportedError(child.stderr.strip())
+    # Ended by a signal: over its processor time or memory. Any other end is a fault of ours, and a
+    # fault must not turn into a wrong answer of the model.
+    if child.returncode > 0:
+        raise UnsupportedError(
+            f"the process that compares expressions failed with exit code {child.returncode}: "
+            f"{child.stderr.strip()[-300:]}"
+        )
     return child.returncode == 0 and child.stdout.strip() == "true"
+
+
+def check_algebra() -> None:
+    """Compare one expression, as grading will. Raises UnsupportedError if it cannot be done."""
+    if not equals_in_child(2, r"\frac{4}{2}"):
+        raise UnsupportedError("math-verify finds 4/2 unequal to 2; reinstall 'halfbyte[eval]'")
 
 
 def grade_number(
@@ -114,6 +182,11 @@ def grade_number(
     integer = read_integer(expression)
     if integer is not None:
         return right_or_wrong(integer == gold, str(integer))
+    if is_several(expression):
+        return unparsed(several=expression[:200])
+    # Seventy per cent is no integer, and the algebra system drops the sign.
+    if _PERCENT.search(expression):
+        return right_or_wrong(False, expression[:200])
     # Without a digit no expression of a contest answer is a number; sympy need not be asked.
     if not any(character.isdigit() for character in expression):
         return right_or_wrong(False, expression[:200])
@@ -129,7 +202,7 @@ def _child() -> int:
         verdict = equals_by_math_verify(gold, expression)
     except UnsupportedError as missing:
         sys.stderr.write(str(missing))
-        return 3
+        return MISSING
     except (ArithmeticError, ValueError, TypeError, MemoryError, RecursionError):
         verdict = False
     sys.stdout.write(json.dumps(verdict))

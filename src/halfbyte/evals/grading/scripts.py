@@ -5,7 +5,9 @@ step's program holds the model's own code of the steps before it.
 Source: ../shared/reference/evaluations.md section 3.4.
 """
 
+import io
 import re
+import tokenize
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -18,9 +20,12 @@ GIVEN_STEPS = ("13.6", "62.1", "76.3")
 
 RUNTIME = "scicode_runtime.py"
 
-_PYTHON_BLOCK = re.compile(r"```python[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
-_ANY_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
-_IMPORT = re.compile(r"(?P<indent>[ \t]*)(?:import\s+\S|from\s+\S+\s+import\b)")
+_OPENING = re.compile(r"(?P<fence>`{3,}|~{3,})")
+_LANGUAGE = re.compile(r"[ \t]*\{?\.?(?P<name>[\w+#.-]*)\}?[^\n]*?(?P<end>\n|\Z)")
+_PYTHON = re.compile(r"(?:i?python|py)[\d.]*$", re.IGNORECASE)
+_FROM = re.compile(r"[\w.]+")
+_STATEMENT_ENDS = (tokenize.NEWLINE, tokenize.ENDMARKER)
+_NO_TOKENS = (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT)
 
 PROMPT = """\
 You solve a scientific programming problem step by step. The earlier steps are given with their \
@@ -73,29 +78,94 @@ def _description(step: Mapping[str, Any], with_background: bool) -> str:
 
 
 def extract_code(text: str) -> str:
-    """The first ```python block, else the first block, else everything; without its imports."""
-    block = _PYTHON_BLOCK.search(text) or _ANY_BLOCK.search(text)
-    return drop_imports(block[1] if block else text).strip("\n")
+    """The code of an answer, without its imports; empty if there is none.
+
+    The first block marked as Python that holds something, else the first without a language, else
+    the first; without any block the whole text. A block ends at the next fence, also one at the end
+    of a line of code.
+    """
+    blocks = _blocks(text)
+    if not blocks:
+        return drop_imports(text).strip("\n")
+    ranks = sorted(blocks, key=lambda block: (_rank(block[0]), not block[1].strip()))
+    return drop_imports(ranks[0][1]).strip("\n")
+
+
+def _rank(language: str) -> int:
+    if _PYTHON.match(language):
+        return 0
+    return 1 if not language else 2
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of each fenced block, in order."""
+    found, position = [], 0
+    while (opening := _OPENING.search(text, position)) is not None:
+        closing = re.compile(re.escape(opening["fence"])).search(text, opening.end())
+        end = closing.start() if closing else len(text)
+        rest = text[opening.end() : end]
+        language = _LANGUAGE.match(rest)
+        assert language is not None
+        if language["end"]:
+            found.append((language["name"], rest[language.end() :]))
+        elif _PYTHON.match(language["name"]):  # all on one line: "```python x = 1```"
+            found.append((language["name"], rest[language.end("name") :].lstrip()))
+        else:
+            found.append(("", rest))
+        position = closing.end() if closing else len(text)
+    return found
 
 
 def drop_imports(code: str) -> str:
     """Remove import statements: the dependencies of the problem are the only ones allowed.
 
-    An indented import becomes `pass`, so that a block that held nothing else stays valid.
+    Read by Python's own tokens, so that words in texts and comments stay. A nested import becomes
+    `pass`, so that a block that held nothing else stays valid.
     """
-    kept: list[str] = []
-    in_brackets = continued = False
-    for line in code.splitlines():
-        match = None if in_brackets or continued else _IMPORT.match(line)
-        if match:
-            if match["indent"]:
-                kept.append(f"{match['indent']}pass")
-        elif not (in_brackets or continued):
-            kept.append(line)
+    lines = code.split("\n")
+    for start, end in reversed(_import_places(code)):
+        first, last = lines[start[0] - 1], lines[end[0] - 1]
+        before, after = first[: start[1]], last[end[1] :]
+        is_alone = not before and not after.split("#")[0].strip()
+        kept = [] if is_alone else [f"{before}pass{after}" if after.strip() else f"{before}pass"]
+        lines[start[0] - 1 : end[0]] = kept
+    return "\n".join(lines)
+
+
+def _import_places(code: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where each import statement begins and ends, as (line, column)."""
+    found: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    statement: list[tokenize.TokenInfo] = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            is_end = token.type in _STATEMENT_ENDS or token.string == ";"
+            if is_end or token.type in _NO_TOKENS:
+                if is_end:
+                    found += _import_of(statement)
+                    statement = []
+                continue
+            statement.append(token)
+    except (tokenize.TokenError, SyntaxError):
+        found += _import_of(statement)  # such as an open bracket: what came before it was read
+    return found
+
+
+def _import_of(
+    statement: Sequence[tokenize.TokenInfo],
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The place of the import in a statement, which may follow the colon of another on its line."""
+    for index, token in enumerate(statement):
+        if token.type != tokenize.NAME or token.string != "import":
             continue
-        in_brackets = ("(" in line or in_brackets) and ")" not in line
-        continued = line.rstrip().endswith("\\")
-    return "\n".join(kept)
+        start = index
+        while start > 0 and _FROM.fullmatch(statement[start - 1].string):
+            start -= 1
+            if statement[start].string == "from":
+                break
+        if statement[start].string != "from":
+            start = index
+        return [(statement[start].start, statement[-1].end)]
+    return []
 
 
 def step_program(

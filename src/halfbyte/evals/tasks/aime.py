@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.evals.grading.numbers import grade_number
+from halfbyte.evals.grading.numbers import grade_number, read_integer
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
 from halfbyte.evals.tasks.data import HubSet, load_rows
 from halfbyte.evals.types import Prompt, Sample, Score, Text
@@ -50,7 +50,19 @@ def _sample(index: int, row: Mapping[str, Any]) -> Sample:
     problem = row["problem"] if "problem" in row else row["question"]
     item_id = str(row.get("id", index))
     half = "AIME I" if index < 15 else "AIME II"
-    return Sample(item_id, item_id, half, str(int(answer)), {"problem": problem})
+    return Sample(item_id, item_id, half, str(_gold(item_id, answer)), {"problem": problem})
+
+
+def _gold(item_id: str, answer: object) -> int:
+    """The right integer; mirrors write it as a number, as text, in dollars, with a degree sign."""
+    is_written = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    gold = read_integer(str(answer)) if is_written else None
+    if gold is None:
+        raise UsageError(
+            f"AIME 2025: the answer of item {item_id} is {str(answer)[:60]!r}, which is no "
+            "integer; every answer of the contest is one from 0 to 999"
+        )
+    return gold
 
 
 def prompt(sample: Sample, earlier: Sequence[str], options: Options) -> Prompt:

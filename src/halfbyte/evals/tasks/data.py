@@ -4,10 +4,11 @@ Looked for in that order; whichever is used is named in the run's record with it
 downloaded behind the user's back: the hub is asked only through `datasets`, at a pinned revision.
 """
 
+import codecs
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -138,27 +139,48 @@ def _note(folder: Path) -> str:
     return notes[0].read_text(encoding="utf-8").strip() if notes else ""
 
 
+def _lines(file: Path) -> Iterator[str]:
+    """Lines of a text file in UTF-8, with or without a byte order mark.
+
+    Raises UsageError with the line if it is in another encoding.
+    """
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1:
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise UsageError(f"{file} is in UTF-16; save it as UTF-8")
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as failure:
+                raise UsageError(
+                    f"{file}, line {number}, byte {failure.start + 1}: not UTF-8 "
+                    f"({line[failure.start : failure.start + 1]!r}); save the file as UTF-8"
+                ) from failure
+
+
 def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as failure:
-                raise UsageError(f"{file}, line {number}: not JSON: {failure}") from failure
-            if not isinstance(row, dict):
-                raise UsageError(f"{file}, line {number}: an item is an object, not {line[:40]!r}")
-            rows.append(row)
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as failure:
+            raise UsageError(f"{file}, line {number}: not JSON: {failure}") from failure
+        if not isinstance(row, dict):
+            raise UsageError(f"{file}, line {number}: an item is an object, not {line[:40]!r}")
+        rows.append(row)
     return rows
 
 
 def _read_csv(file: Path) -> list[Mapping[str, Any]]:
     previous = csv.field_size_limit(_FIELD_LIMIT)
+    reader = csv.DictReader(_lines(file))
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            return list(csv.DictReader(lines))
+        return list(reader)
+    except csv.Error as failure:
+        raise UsageError(f"{file}, line {reader.line_num}: not CSV: {failure}") from failure
     finally:
         csv.field_size_limit(previous)
 
@@ -167,7 +189,10 @@ def _read_parquet(file: Path) -> list[Mapping[str, Any]]:
     # Optional dependency, comes with extra `eval` through `datasets`.
     from pyarrow import parquet
 
-    return list(parquet.read_table(file).to_pylist())
+    try:
+        return list(parquet.read_table(file).to_pylist())
+    except (OSError, ValueError) as failure:  # ArrowInvalid is a ValueError
+        raise UsageError(f"{file}: not Parquet: {str(failure)[:300]}") from failure
 
 
 _READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
