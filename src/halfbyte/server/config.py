@@ -36,9 +36,9 @@ class Limits:
     """
 
     body_bytes: int = 32_000_000
-    body_brackets: int = 200_000
+    body_brackets: int = 150_000
     body_values: int = 1_000_000
-    body_keys: int = 200_000
+    body_keys: int = 150_000
     messages: int = 4096
     parts: int = 8192
     choices: int = 16
