@@ -4,6 +4,8 @@ Everything that a user, a file, a client or a machine can get wrong raises one o
 message that says what, where and what to do. Broken invariants of our own are assertions.
 """
 
+import reprlib
+
 
 class HalfbyteError(Exception):
     """Base of every error with a message meant for people; the CLI prints it without a trace."""
@@ -53,3 +55,22 @@ class UnsupportedError(HalfbyteError):
 
 class WorkerError(HalfbyteError):
     """A process of a tensor-parallel group has died or does not answer."""
+
+
+_MOST_CHARACTERS = 100
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 2, 4, 4, 4
+_SHORT.maxstring, _SHORT.maxother = 60, 60
+
+
+def shown(value: object) -> str:
+    """A value of outside input for a message: its `repr`, or as much as a line holds.
+
+    A list from a file may name itself a billion times over, a number have more digits than Python
+    agrees to print.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except (ValueError, RecursionError):
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "…"
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"

@@ -98,6 +98,22 @@ def test_the_golden_config_in_full() -> None:
         ("vision_config.num_registers", 4, "vision_config: unknown field"),
         ("vision_feature_layer", [-1, -2], "only one layer"),
         ("tie_word_embeddings", "no", "must be true or false"),
+        ("text_config.rms_norm_eps", 0, "rms_norm_eps = 0: must be at least"),
+        ("text_config.rms_norm_eps", -1e9, "rms_norm_eps = -1e\\+09: must be at least"),
+        ("text_config.rms_norm_eps", 2, "rms_norm_eps = 2: must be .* at most 1"),
+        ("text_config.rope_parameters.rope_theta", 0, "rope_theta = 0: must be at least 1"),
+        ("text_config.rope_parameters.rope_theta", -1e6, "rope_theta = -1e\\+06: must be at least"),
+        ("text_config.rope_parameters.factor", 0, "factor = 0: must be at least 1"),
+        ("text_config.rope_parameters.beta_slow", 0, "beta_slow 0 must be above 0"),
+        ("text_config.rope_parameters.beta_fast", 0.5, "the slow one no larger"),
+        ("text_config.rope_parameters.mscale", -1, "mscale = -1: must be at least 0"),
+        ("text_config.rope_parameters.llama_4_scaling_beta", -1, "beta = -1: must be at least 0"),
+        ("text_config.rope_parameters.rope_theta", 10**400, "a number was expected: 1000"),
+        ("text_config.hidden_size", 10**4000, "a whole number was expected: 1000"),
+        ("text_config.eos_token_id", 10**50, "token ids were expected"),
+        ("vision_config.rope_parameters.rope_theta", 0, "rope_theta = 0: must be at least 1"),
+        ("is_encoder_decoder", True, "unknown field .* is_encoder_decoder = True"),
+        ("auto_map", {"AutoModel": "x.Y"}, "unknown field .* auto_map"),
     ],
 )
 def test_a_field_that_changes_numerics_is_refused_by_name(
@@ -130,6 +146,16 @@ def test_a_field_that_changes_numerics_is_refused_by_name(
         ("vision_config.head_dim", ...),
         ("tie_word_embeddings", ...),
         ("text_config.tie_word_embeddings", ...),
+        ("unsloth_version", "2026.1"),
+        ("text_config.unsloth_fixed", True),
+        ("torchscript", False),
+        ("text_config.torchscript", False),
+        ("vision_config.torchscript", False),
+        ("is_encoder_decoder", False),
+        ("text_config.add_cross_attention", False),
+        ("pruned_heads", {}),
+        ("text_config.max_length", 20),
+        ("text_config.bad_words_ids", None),
         ("tie_word_embeddings", True),  # contradicts text_config; the stored head decides
     ],
 )
@@ -169,6 +195,21 @@ def test_attention_factor_follows_the_publishing_library(
     assert attention_factor(rope) == pytest.approx(factor, rel=1e-12)
     assert rope_config({**parameters, "attention_factor": factor}, "rope") == rope
     assert attention_factor(replace(rope, factor=1.0)) == 1.0
+
+
+@pytest.mark.parametrize("positions", [4096, 4097])
+@pytest.mark.parametrize("kind", ["mistral", "ministral3"])
+def test_a_window_is_what_silence_means_for_type_mistral(kind: str, positions: int) -> None:
+    raw = put("text_config.max_position_embeddings", positions)
+    raw["text_config"]["model_type"] = kind
+    assert raw["text_config"]["sliding_window"] is None
+    full = model_config(raw, has_head=True)
+    del raw["text_config"]["sliding_window"]
+    if kind == "mistral" and positions > 4096:
+        with pytest.raises(CheckpointError, match=r'which means 4096.*"sliding_window": null'):
+            model_config(raw, has_head=True)
+    else:
+        assert model_config(raw, has_head=True) == full
 
 
 def test_query_scale_needs_the_length_it_counts_from() -> None:

@@ -182,7 +182,7 @@ LAYER = "model.language_model.layers.4.mlp.up_proj"
         ),
         (stated_edit(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
         (stated_edit(quant_method="awq"), "quant_method = 'awq' is not implemented"),
-        (stated_edit(rotation="hadamard"), "unknown field .* rotation = hadamard"),
+        (stated_edit(rotation="hadamard"), "unknown field .* rotation = 'hadamard'"),
         (stated_edit(config_groups={"group_0": {"weights": {"num_bits": 3}}}), "config_groups"),
         (
             lambda raw: raw.update(quantization_config={"quantization": {"quant_algo": "FP8"}}),

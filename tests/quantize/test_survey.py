@@ -88,7 +88,7 @@ def test_names_that_the_config_does_not_ask_for_are_refused(whole: Path, tmp_pat
 def test_a_header_that_is_cut_off_is_named(whole: Path, tmp_path: Path) -> None:
     cut = _config_only(whole, tmp_path / "cut")
     _shard(cut).write_bytes(_shard(whole).read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="cut off within its header"):
+    with pytest.raises(CheckpointError, match=r"header of .* truncated"):
         survey(cut)
 
 

@@ -33,6 +33,7 @@ from halfbyte.bench.choices import Choice, Flips, answer, count_flips, longest
 from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.core import Engine, EngineConfig
 from halfbyte.errors import CheckpointError, UsageError
+from halfbyte.files import read_bounded
 from halfbyte.model.linear import Mode
 
 WINDOW_TOKENS = 512
@@ -241,10 +242,14 @@ def make_baseline(
     )
 
 
+# A text is held whole, and scoring more of it would take days.
+MAX_TEXT_BYTES = 1 << 30
+
+
 def read_text(path: Path) -> str:
     """A text file in UTF-8; raises UsageError with the reason if it is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path, MAX_TEXT_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
 

@@ -5,6 +5,7 @@ Files are written by threads of their own, beside the computation.
 """
 
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,6 +58,8 @@ class Activations:
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="activations")
         self._pending: deque[Future[None]] = deque()
         self._settling: Future[None] | None = None
+        self._sums: dict[int, int] = {}
+        self.checksum: int | None = None  # of the file that the last `advance` named
 
     @property
     def num_bytes(self) -> int:
@@ -106,6 +109,7 @@ class Activations:
             return
         assert self._writing is not None, "no row was written"
         file, self._writing = self._writing, None
+        self.checksum, self._sums = self._sum_of_rows(), {}
         self._close_reading()
         # Opened even if nothing is read from it: `release` may come at any time.
         self._reading = self._partial().open("rb")
@@ -117,16 +121,34 @@ class Activations:
             settling, self._settling = self._settling, None
             settling.result()
 
-    def resume(self, layer: int) -> None:
-        """Go on from the stored inputs of `layer`. Raises CheckpointError if they are not whole."""
+    def resume(self, layer: int, checksum: int | None = None) -> None:
+        """Go on from the stored inputs of `layer`.
+
+        checksum   what `checksum` was when they were written; None does not look
+
+        Raises CheckpointError if they are not whole or not what was written.
+        """
         path = self._path(layer)
         if not path.exists() or path.stat().st_size != self.num_bytes:
             raise CheckpointError(f"{path}: the stored inputs of layer {layer} are not whole")
         self._reading = path.open("rb")
         memory = self._memory
-        if memory is not None:
-            for row in range(len(self.row_tokens)):
-                memory[row] = self._load(row)
+        for row in range(len(self.row_tokens)):
+            if memory is not None or checksum is not None:
+                x_TD = self._load(row)
+                self._sums[row] = zlib.crc32(bytes_of(x_TD))
+                if memory is not None:
+                    memory[row] = x_TD
+        if checksum is not None and self._sum_of_rows() != checksum:
+            raise CheckpointError(
+                f"{path}: the stored inputs of layer {layer} are not what was written; drop that "
+                "run with --restart"
+            )
+        self._sums = {}
+
+    def _sum_of_rows(self) -> int:
+        rows = [self._sums.get(row, 0) for row in range(len(self.row_tokens))]
+        return zlib.crc32(b"".join(value.to_bytes(4, "little") for value in rows))
 
     def forget(self, layer: int) -> None:
         """Drop the stored inputs of `layer`, which nobody will ask for again."""
@@ -174,6 +196,7 @@ class Activations:
                 self._remember(row, x_TD)
             if file is not None:
                 content, offset, written = bytes_of(x_TD), self._offsets[row], 0
+                self._sums[row] = zlib.crc32(content)
                 while written < len(content):
                     written += os.pwrite(file.fileno(), content[written:], offset + written)
         finally:

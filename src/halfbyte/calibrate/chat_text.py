@@ -14,6 +14,7 @@ from halfbyte.calibrate.blend import Mode
 from halfbyte.calibrate.rows import Conversation
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.files import open_regular, read_bounded
 
 _TOKENIZER_FILES = ("tekken.json", "tokenizer.json")
 
@@ -118,11 +119,11 @@ def _template_file(directory: Path) -> Path | None:
     jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if jinja.exists():
         return jinja
-    has_template = config.exists() and "chat_template" in config.read_text("utf-8")
+    has_template = config.exists() and b'"chat_template"' in read_bounded(config)
     return config if has_template else None
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
+from halfbyte.files import read_bounded
 
 NUM_WORDS = 13
 
@@ -52,13 +53,17 @@ def _runs(text: str) -> Iterator[bytes]:
         yield hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
+# Every prompt of every benchmark is some tens of MB.
+MAX_PROMPTS_BYTES = 1 << 30
+
+
 def read_prompts(path: Path) -> Iterator[str]:
     """Every string in a file of JSON lines, at any depth: whatever of an evaluation item is text.
 
     Raises UsageError naming file and line.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_bounded(path, MAX_PROMPTS_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as evaluation prompts ({error})") from error
     for number, line in enumerate(lines, start=1):

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 from halfbyte.calibrate.blend import Blend, Dataset, Source, resolve_dataset
 from halfbyte.calibrate.rows import SUFFIXES, Line, read_lines
 from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.files import open_regular
 
 _STREAM_BUFFER_BYTES = 1 << 20
 
@@ -139,7 +140,7 @@ def _local_splits(path: Path, where: str) -> tuple[Split, ...]:
 
 
 def _local_file(path: Path, name: str) -> SplitFile:
-    return SplitFile(name, path.stat().st_size, None, lambda: path.open("rb"))
+    return SplitFile(name, path.stat().st_size, None, lambda: open_regular(path))
 
 
 def _stem(name: str) -> str:

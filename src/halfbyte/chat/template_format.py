@@ -31,6 +31,7 @@ from halfbyte.chat.vocabulary import (
     tokenizer_json_vocabulary,
 )
 from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.files import read_bounded
 
 # What a template does with data it was not written for.
 _FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError)
@@ -209,6 +210,13 @@ class _Guarding:
         return self._vocabulary.encode_text(text) if text else []
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return read_bounded(path).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as text: {error}") from error
+
+
 def load_template_format(directory: Path) -> TemplateFormat:
     """Read tokenizer.json, the processor's files, and the template.
 
@@ -219,7 +227,7 @@ def load_template_format(directory: Path) -> TemplateFormat:
     config = read_json(path) if path.exists() else {}
     source = config.get("chat_template")
     if (directory / "chat_template.jinja").exists():
-        source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        source = _read_text(directory / "chat_template.jinja")
     names = {
         key: text
         for key in ("bos_token", "eos_token", "pad_token", "unk_token")

@@ -15,6 +15,7 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from halfbyte.errors import CheckpointError
+from halfbyte.files import MAX_TOKENIZER_BYTES, read_bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def tekken_vocabulary(tekken: Tekkenizer) -> Vocabulary:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError names the file when it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path, MAX_TOKENIZER_BYTES))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -12,7 +12,7 @@ import math
 from typing import Any, Literal
 
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, shown
 
 Fields = dict[str, Any]
 
@@ -36,6 +36,51 @@ _IGNORED_ANYWHERE = {
     "problem_type": "classification heads only",
     "attn_implementation": "how another library computes the same attention",
     "_attn_implementation_autoset": "how another library computes the same attention",
+    "_attn_implementation_internal": "how another library computes the same attention",
+    "torchscript": "how another library exports its classes",
+    "use_bfloat16": "a wish of another library about computing; tensors have their own dtype",
+    "tf_legacy_loss": "training only",
+    "classifier_dropout": "classification heads only",
+    "finetuning_task": "classification heads only",
+    "task_specific_params": "defaults of another library's pipelines",
+    "tokenizer_class": "the tokenizer's own files decide",
+    "prefix": "text that another library's pipelines put first",
+    "sep_token_id": "read by no decoder",
+    "unk_token_id": "read by no decoder",
+    "cls_token_id": "read by no decoder",
+    "decoder_start_token_id": "encoder-decoder models only",
+    "cross_attention_hidden_size": "encoder-decoder models only",
+    "tie_encoder_decoder": "encoder-decoder models only",
+    "unsloth_version": "which tool trained it",
+    "unsloth_fixed": "mark of a training tool",
+    "unsloth_training_tiled_mlp": "how a training tool computed the same MLP",
+    "model_name": "what somebody calls it",
+    "resid_pdrop": "training only",
+    "residual_dropout": "training only",
+    "embd_pdrop": "training only",
+    "hidden_dropout": "training only",
+    "hidden_dropout_prob": "training only",
+    # Sampling defaults that older files carry beside the architecture; generation_config.json and
+    # the request decide.
+    **dict.fromkeys(
+        (
+            "max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping",
+            "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
+            "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+            "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+            "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+            "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
+            "suppress_tokens", "begin_suppress_tokens",
+        ),
+        "a default of another library's generate()",
+    ),
+}  # fmt: skip
+# Fields that are harmless with one value only, wherever they stand.
+_HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
+    "use_sliding_window": (False, None),
 }
 IGNORED_TEXT = {
     **_IGNORED_ANYWHERE,
@@ -77,6 +122,10 @@ _TEXT_TYPES = ("ministral3", "mistral")
 # No size of a model comes near these; a file that says more wants to exhaust memory.
 _MAX_INTEGER = 2**31 - 1
 _MAX_LAYERS = 4096
+_MAX_NUMBER = 1e300
+# Added to a mean square before its root is taken: 1e-5 or 1e-6 in every model. Nothing below keeps
+# a zero vector from becoming NaN; with more than 1 it would no longer be a norm.
+_MIN_NORM_EPS, _MAX_NORM_EPS = 1e-30, 1.0
 
 
 class Reader:
@@ -97,7 +146,9 @@ class Reader:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is not int or not 0 <= value <= _MAX_INTEGER:
-            raise CheckpointError(f"{self._where}.{name}: a whole number was expected: {value!r}")
+            raise CheckpointError(
+                f"{self._where}.{name}: a whole number was expected: {shown(value)}"
+            )
         return value
 
     def positive(self, name: str, default: int | None = None) -> int:
@@ -110,13 +161,21 @@ class Reader:
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number; required unless a default is given."""
         value = self._take(name, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise CheckpointError(f"{self._where}.{name}: a number was expected: {value!r}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # A whole number may be too large for a float; infinity is none of ours anyway.
+        if not is_number or not abs(value) <= _MAX_NUMBER:
+            raise CheckpointError(f"{self._where}.{name}: a number was expected: {shown(value)}")
         return float(value)
+
+    def within(
+        self, name: str, least: float, most: float = math.inf, default: float | None = None
+    ) -> float:
+        """A finite number of at least `least` and at most `most`."""
+        value = self.number(name, default)
+        if not least <= value <= most:
+            bounds = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+            raise CheckpointError(f"{self._where}.{name} = {value:g}: must be {bounds}")
+        return value
 
     def optional(self, name: str) -> Any:
         """Whatever stands there, None if nothing does."""
@@ -129,19 +188,24 @@ class Reader:
         if value not in allowed:
             wanted = " or ".join(map(repr, allowed))
             raise CheckpointError(
-                f"{self._where}.{name} = {value!r} is not implemented, only {wanted}"
+                f"{self._where}.{name} = {shown(value)} is not implemented, only {wanted}"
             )
         return value
 
     def finish(self, ignored: dict[str, str]) -> None:
         """Refuse what is left, unless it is listed as harmless."""
-        left = sorted(set(self._fields) - set(ignored))
+        harmless = {name for name, allowed in _HARMLESS_VALUES.items() if self._is(name, allowed)}
+        left = sorted(set(self._fields) - set(ignored) - harmless)
         if left:
-            shown = ", ".join(f"{name} = {str(self._fields[name])[:60]}" for name in left)
+            some = ", ".join(f"{name[:60]} = {shown(self._fields[name])}" for name in left[:4])
+            more = f" and {len(left) - 4} more" if len(left) > 4 else ""
             raise CheckpointError(
-                f"{self._where}: unknown field that may change results: {shown}. If it is "
+                f"{self._where}: unknown field that may change results: {some}{more}. If it is "
                 "harmless it belongs in a list of halfbyte.checkpoint.fields, with the reason"
             )
+
+    def _is(self, name: str, allowed: tuple[Any, ...]) -> bool:
+        return any(self._fields.get(name) == value for value in allowed)
 
     def _take(self, name: str, default: Any) -> Any:
         value = self._fields.pop(name, None)
@@ -168,7 +232,7 @@ def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
         return ModelConfig(_text(raw, "config.json", IGNORED_MODEL | IGNORED_TEXT, tied), None)
     if kind != "mistral3":
         known = ", ".join(("mistral3", *_TEXT_TYPES))
-        raise CheckpointError(f"config.json: model_type {kind!r} is not one of {known}")
+        raise CheckpointError(f"config.json: model_type {shown(kind)} is not one of {known}")
     fields = Reader(raw, "config.json")
     fields.optional("model_type")
     text, vision = fields.optional("text_config"), fields.optional("vision_config")
@@ -193,7 +257,7 @@ def _tied(said: dict[str, Any], default: bool, has_head: bool | None) -> bool:
     stated = [value for value in said.values() if value is not None]
     values = {value for value in stated if isinstance(value, bool)}
     if not all(isinstance(value, bool) for value in stated):
-        raise CheckpointError(f"tie_word_embeddings must be true or false: {said}")
+        raise CheckpointError(f"tie_word_embeddings must be true or false: {shown(said)}")
     if has_head is not None and values != {not has_head}:
         if values == {True}:
             raise CheckpointError(
@@ -207,14 +271,14 @@ def _tied(said: dict[str, Any], default: bool, has_head: bool | None) -> bool:
 
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(item) is int and item >= 0 for item in ids):
-        raise CheckpointError(f"{where}: token ids were expected: {value!r}")
+    if not all(type(item) is int and 0 <= item <= _MAX_INTEGER for item in ids):
+        raise CheckpointError(f"{where}: token ids were expected: {shown(value)}")
     return tuple(ids)
 
 
 def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextConfig:
     fields = Reader(raw, where)
-    fields.must_be("model_type", *_TEXT_TYPES)
+    kind = fields.must_be("model_type", *_TEXT_TYPES)
     fields.must_be("hidden_act", "silu", default="silu")
     fields.must_be("attention_bias", False, default=False)
     fields.must_be("mlp_bias", False, default=False)
@@ -226,7 +290,9 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
         raise CheckpointError(f"{where}.layer_types: only full_attention is implemented")
     window = fields.optional("sliding_window")
     if window is not None:
-        raise CheckpointError(f"{where}.sliding_window = {window!r} is not implemented, only null")
+        raise CheckpointError(
+            f"{where}.sliding_window = {shown(window)} is not implemented, only null"
+        )
     width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     # Absence means width / heads in older files of the library; the big model states 128.
     head_dim = fields.optional("head_dim")
@@ -238,7 +304,7 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
         head_dim=width // num_heads if head_dim is None else head_dim,
         mlp_width=fields.positive("intermediate_size"),
         vocab_size=fields.positive("vocab_size"),
-        norm_eps=fields.number("rms_norm_eps"),
+        norm_eps=fields.within("rms_norm_eps", _MIN_NORM_EPS, _MAX_NORM_EPS),
         max_positions=fields.positive("max_position_embeddings"),
         rope=_rope(fields, where),
         tied_head=tied,
@@ -247,8 +313,18 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
         pad_token_id=_first(_token_ids(fields.optional("pad_token_id"), where)),
     )
     fields.finish(ignored)
-    _check_heads(config, where)
+    check_text(config, where)
+    if kind == "mistral" and "sliding_window" not in raw and config.max_positions > _DEFAULT_WINDOW:
+        raise CheckpointError(
+            f"{where}: says nothing of sliding_window, which means {_DEFAULT_WINDOW} for "
+            f"model_type mistral and is not implemented for {config.max_positions} positions. If "
+            'the model was trained to attend to all of them, say "sliding_window": null'
+        )
     return config
+
+
+# What MistralConfig of the library means by saying nothing; Ministral3Config means none.
+_DEFAULT_WINDOW = 4096
 
 
 def _all_full(layer_types: Any) -> bool:
@@ -259,11 +335,13 @@ def _first(ids: tuple[int, ...]) -> int | None:
     return ids[0] if ids else None
 
 
-def _check_heads(text: TextConfig, where: str) -> None:
+def check_text(text: TextConfig, where: str) -> None:
+    """Raise CheckpointError for sizes that no model has, or that do not fit each other."""
     if text.num_layers > _MAX_LAYERS:
         raise CheckpointError(f"{where}: {text.num_layers} layers")
-    if type(text.head_dim) is not int or text.head_dim < 2 or text.head_dim % 2:
-        raise CheckpointError(f"{where}.head_dim = {text.head_dim!r}: must be even")
+    head_dim = text.head_dim
+    if type(head_dim) is not int or not 2 <= head_dim <= _MAX_INTEGER or head_dim % 2:
+        raise CheckpointError(f"{where}.head_dim = {shown(head_dim)}: must be even")
     if text.num_heads % text.num_kv_heads:
         raise CheckpointError(
             f"{where}: {text.num_heads} query heads do not share {text.num_kv_heads} KV heads"
@@ -299,18 +377,18 @@ def rope_config(parameters: object, where: str) -> RopeConfig:
     fields = Reader(parameters, where)
     kind, older = fields.optional("rope_type"), fields.optional("type")
     if kind is not None and older is not None and kind != older:
-        raise CheckpointError(f"{where}: rope_type {kind!r} and type {older!r} disagree")
+        raise CheckpointError(f"{where}: rope_type {shown(kind)} and type {shown(older)} disagree")
     kind = kind or older or "default"
-    theta = fields.number("rope_theta")
+    theta = _theta(fields)
     fields.must_be("partial_rotary_factor", 1.0, default=1.0)
-    beta = fields.number("llama_4_scaling_beta", 0.0)
+    beta = fields.within("llama_4_scaling_beta", 0, default=0.0)
     if kind == "default":
         original = fields.integer("original_max_position_embeddings", 0)
         rope = RopeConfig(theta, original_max_positions=original, llama_4_scaling_beta=beta)
     elif kind == "yarn":
         rope = _yarn(fields, theta, beta, where)
     else:
-        raise CheckpointError(f"{where}: rope_type {kind!r} is not one of default, yarn")
+        raise CheckpointError(f"{where}: rope_type {shown(kind)} is not one of default, yarn")
     fields.finish(IGNORED_ROPE)
     if rope.llama_4_scaling_beta and rope.original_max_positions == 0:
         raise CheckpointError(
@@ -319,15 +397,30 @@ def rope_config(parameters: object, where: str) -> RopeConfig:
     return rope
 
 
+def _theta(fields: Reader, default: float | None = None) -> float:
+    """The base of the rotary frequencies: its powers with negative exponents must fall."""
+    return fields.within("rope_theta", 1, default=default)
+
+
+def _check_betas(rope: RopeConfig, where: str) -> RopeConfig:
+    if not 0 < rope.beta_slow <= rope.beta_fast:
+        raise CheckpointError(
+            f"{where}: beta_fast {rope.beta_fast:g} and beta_slow {rope.beta_slow:g} must be above "
+            "0, and the slow one no larger"
+        )
+    return rope
+
+
 def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
     fields.must_be("truncate", True, default=True)
-    mscale, all_dim = fields.number("mscale", 0.0), fields.number("mscale_all_dim", 0.0)
+    mscale = fields.within("mscale", 0, default=0.0)
+    all_dim = fields.within("mscale_all_dim", 0, default=0.0)
     if not (mscale and all_dim):
         mscale, all_dim = 1.0, 0.0
     rope = RopeConfig(
         theta,
         kind="yarn",
-        factor=fields.number("factor"),
+        factor=fields.within("factor", 1),
         original_max_positions=fields.positive("original_max_position_embeddings"),
         beta_fast=fields.number("beta_fast", 32.0),
         beta_slow=fields.number("beta_slow", 1.0),
@@ -342,7 +435,7 @@ def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
             f"{where}.attention_factor = {stated!r}, but factor, mscale and mscale_all_dim give "
             f"{expected:.6g}; only the latter is implemented"
         )
-    return rope
+    return _check_betas(rope, where)
 
 
 def attention_factor(rope: RopeConfig) -> float:
@@ -401,7 +494,7 @@ def _vision_theta(fields: Reader) -> float:
     rope = Reader(parameters, "vision_config.rope_parameters")
     for name in ("rope_type", "type"):
         rope.must_be(name, "default", "axial", default="default")
-    value = rope.number("rope_theta", theta)
+    value = _theta(rope, theta)
     rope.finish({})
     return value
 
@@ -418,7 +511,7 @@ def _feature_layer(model: Reader) -> int:
         return -1
     if type(value) is not int:
         raise CheckpointError(
-            f"config.json.vision_feature_layer = {value!r} is not implemented, only one layer"
+            f"config.json.vision_feature_layer = {shown(value)} is not implemented, only one layer"
         )
     return value
 
@@ -435,7 +528,7 @@ def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     fields.must_be("causal", True, default=True)
     fields.must_be("activation", "silu", default="silu")
     vision = fields.optional("vision_encoder")
-    norm_eps = fields.number("norm_eps")
+    norm_eps = fields.within("norm_eps", _MIN_NORM_EPS, _MAX_NORM_EPS)
     text = TextConfig(
         num_layers=fields.positive("n_layers"),
         width=fields.positive("dim"),
@@ -454,17 +547,17 @@ def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
         pad_token_id=11,
     )
     fields.finish(IGNORED_PARAMS)
-    _check_heads(text, "params.json")
+    check_text(text, "params.json")
     return ModelConfig(text, None if vision is None else _native_vision(vision))
 
 
 def _native_rope(fields: Reader) -> RopeConfig:
-    theta = fields.number("rope_theta")
+    theta = _theta(fields)
     yarn, llama_4 = fields.optional("yarn"), fields.optional("llama_4_scaling")
     beta, original = 0.0, 0
     if llama_4 is not None:
         scaling = Reader(llama_4, "params.json.llama_4_scaling")
-        beta = scaling.number("beta", 0.0)
+        beta = scaling.within("beta", 0, default=0.0)
         original = scaling.integer("original_max_position_embeddings", 0)
         scaling.finish({})
     if yarn is None:
@@ -474,7 +567,7 @@ def _native_rope(fields: Reader) -> RopeConfig:
     rope = RopeConfig(
         theta,
         kind="yarn",
-        factor=knobs.number("factor"),
+        factor=knobs.within("factor", 1),
         original_max_positions=knobs.positive("original_max_position_embeddings"),
         beta_fast=knobs.number("beta", 32.0),
         beta_slow=knobs.number("alpha", 1.0),
@@ -483,6 +576,7 @@ def _native_rope(fields: Reader) -> RopeConfig:
         llama_4_scaling_beta=beta,
     )
     knobs.finish({})
+    _check_betas(rope, "params.json.yarn")
     if beta and original not in (0, rope.original_max_positions):
         raise CheckpointError(
             f"params.json: llama_4_scaling counts from {original} positions, yarn from "
@@ -514,7 +608,7 @@ def _native_vision(raw: object) -> VisionConfig:
         patch_size=fields.positive("patch_size"),
         image_size=fields.positive("image_size"),
         num_channels=fields.positive("num_channels", 3),
-        rope_theta=fields.number("rope_theta", 10000.0),
+        rope_theta=_theta(fields, 10000.0),
         norm_eps=_VISION_NORM_EPS,
         # The native tower gates with SiLU, its adapter uses GELU; neither is stated.
         activation="silu",

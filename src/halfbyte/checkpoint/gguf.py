@@ -25,9 +25,10 @@ from halfbyte.checkpoint.gguf_tokenizer import tokenizer_files
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import hub_config, unquantized
 from halfbyte.checkpoint.names import foreign_name, native_to_hub_rows, rotary_heads
-from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.writer import MAX_COPIED_BYTES, ShardWriter
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import CheckpointError, UnsupportedError, UsageError
+from halfbyte.files import open_regular, read_bounded
 from halfbyte.formats.measure import largest_magnitude
 
 
@@ -129,7 +130,7 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None) ->
             files = _copied_tokenizer(tokenizer)
         for name, content in files.items():
             writer.write_file(name, content)
-        with source.open("rb") as stream:
+        with open_regular(source) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         writer.finish({"source": source.name, "source_sha256": digest})
     return config
@@ -145,7 +146,11 @@ TOKENIZER_FILES = (
 
 
 def _copied_tokenizer(directory: Path) -> dict[str, bytes]:
-    found = {n: (directory / n).read_bytes() for n in TOKENIZER_FILES if (directory / n).exists()}
+    there = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
+    try:
+        found = {path.name: read_bounded(path, MAX_COPIED_BYTES) for path in there}
+    except OSError as error:
+        raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
     if not found:
         raise UsageError(f"{directory}: holds none of {', '.join(TOKENIZER_FILES)}")
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from halfbyte.errors import CapacityError, CheckpointError, UnsupportedError, UsageError
+from halfbyte.files import format_bytes
 from halfbyte.log import logger
 
 # owner/name, or owner/name@revision: a commit, its beginning, a branch or a tag.
@@ -134,7 +135,7 @@ def _check_room(folder: Path, name: str, commit: str, sizes: dict[str, int]) -> 
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise CapacityError(
-            f"{name}: {needed / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {folder}; set "
+            f"{name}: {format_bytes(needed)} to fetch, {format_bytes(free)} free in {folder}; set "
             "HF_HOME to a larger disk"
         )
     if needed:

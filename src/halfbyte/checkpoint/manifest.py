@@ -20,6 +20,7 @@ from halfbyte.checkpoint.shards import (
     read_bytes,
 )
 from halfbyte.errors import CheckpointError
+from halfbyte.files import open_regular, read_bounded
 
 MANIFEST_NAME = "halfbyte-manifest.json"
 _CHUNK_BYTES = 16 << 20
@@ -55,7 +56,10 @@ def read_manifest(directory: Path) -> Manifest | None:
     path = directory / MANIFEST_NAME
     if not path.exists():
         return None
-    raw = parse_json(path.read_bytes(), MANIFEST_NAME)
+    try:
+        raw = parse_json(read_bounded(path), MANIFEST_NAME)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     for key in ("made_of", "tensors", "files"):
         if not isinstance(raw.get(key), dict):
             raise CheckpointError(f"{MANIFEST_NAME}: {key} must be an object")
@@ -71,8 +75,12 @@ def hash_stored(stored: StoredTensor) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """sha256 of a file; CheckpointError if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 class HashingWriter:

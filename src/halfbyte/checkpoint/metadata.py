@@ -25,7 +25,8 @@ from halfbyte.checkpoint.names import (
 )
 from halfbyte.checkpoint.shards import parse_json, scan
 from halfbyte.config import ModelConfig, TextConfig
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, shown
+from halfbyte.files import MAX_TEXT_BYTES, read_bounded
 from halfbyte.modules import (
     ATTENTION_LINEARS,
     MLP_LINEARS,
@@ -96,10 +97,10 @@ def describe(
     return config, _quantization(raw.get("quantization_config"), older, config, layout), raw
 
 
-def read_json(path: Path) -> Fields:
-    """A JSON object from a file; CheckpointError if it is missing or damaged."""
+def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Fields:
+    """A JSON object from a file; CheckpointError if it is missing, damaged or too large."""
     try:
-        return parse_json(path.read_bytes(), path.name)
+        return parse_json(read_bounded(path, max_bytes), path.name)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: no {path.name}") from None
     except OSError as error:
@@ -161,6 +162,10 @@ def _mistral_fp8(stated: Fields, config: ModelConfig, layout: Layout) -> Quantiz
     fields.must_be("quant_method", "fp8")
     fields.must_be("activation_scheme", "static")
     fields.must_be("weight_block_size", None)
+    fields.must_be("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
+    fields.must_be("is_checkpoint_fp8_serialized", True, default=True)
+    fields.must_be("kv_cache_scheme", None)
+    fields.must_be("scale_fmt", None)
     kept = fields.optional("modules_to_not_convert") or []
     fields.finish(_IGNORED_FP8)
     return Quantization("mistral-fp8", _except(kept, "fp8", config, layout), "bf16")
@@ -211,7 +216,7 @@ def _flat(stated: Any) -> _ModelOptFacts:
     scheme = fields.optional("kv_cache_scheme")
     if scheme not in (None, _FP8):
         raise CheckpointError(
-            f"quantization_config.kv_cache_scheme = {scheme}: only {_FP8} or null"
+            f"quantization_config.kv_cache_scheme = {shown(scheme)}: only {_FP8} or null"
         )
     groups = fields.optional("config_groups") or {}
     facts = _ModelOptFacts(
@@ -255,13 +260,13 @@ def _modelopt(
     cache: CacheFormat = "fp8" if facts.kv_is_fp8 else "bf16"
     if facts.group_size not in (None, 16):
         raise CheckpointError(
-            f"{where}: NVFP4 blocks of {facts.group_size}, only 16 is implemented"
+            f"{where}: NVFP4 blocks of {shown(facts.group_size)}, only 16 is implemented"
         )
     if facts.algorithm == "MIXED_PRECISION":
         return Quantization("modelopt", _mixed(facts.layers, config, layout, where), cache)
     uniform = _ALGORITHMS.get(str(facts.algorithm).upper())
     if uniform is None:
-        raise CheckpointError(f"{where}: quant_algo {facts.algorithm!r} is not implemented")
+        raise CheckpointError(f"{where}: quant_algo {shown(facts.algorithm)} is not implemented")
     return Quantization("modelopt", _except(facts.kept, uniform, config, layout), cache)
 
 
@@ -273,15 +278,17 @@ def _mixed(layers: Any, config: ModelConfig, layout: Layout, where: str) -> dict
         name = canonical_module(foreign, layout)
         if name not in formats:
             raise CheckpointError(
-                f"{where}: quantized_layers names {foreign}, which is no decoder linear of this "
-                f"model in the spelling of its tensors ({layout})"
+                f"{where}: quantized_layers names {foreign[:99]}, which is no decoder linear of "
+                f"this model in the spelling of its tensors ({layout})"
             )
         fields = Reader(entry, f"{where}.quantized_layers[{foreign}]")
         algorithm = str(fields.optional("quant_algo")).upper()
         fields.must_be("group_size", None, 16)
         fields.finish({})
         if algorithm not in _ALGORITHMS:
-            raise CheckpointError(f"{where}: {foreign}: quant_algo {algorithm} is not implemented")
+            raise CheckpointError(
+                f"{where}: {foreign}: quant_algo {algorithm[:60]} is not implemented"
+            )
         formats[name] = _ALGORITHMS[algorithm]
     return formats
 

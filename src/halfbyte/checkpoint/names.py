@@ -46,6 +46,18 @@ _ROLES_MISTRAL_NATIVE = {
     "input_scale": "qscale_act",
 }
 _ROLES_PLAIN = {"weight": "weight"}
+_SCALE_ROLES = {
+    *(foreign for roles in (_ROLES_MODELOPT, _ROLES_MISTRAL_HF, _ROLES_MISTRAL_NATIVE)
+      for foreign in roles.values() if foreign != "weight"),
+    "k_scale",
+    "v_scale",
+}  # fmt: skip
+
+
+def is_scale(foreign: str) -> bool:
+    """Whether a stored tensor of this name scales others, in any dialect; the rest is the model."""
+    return foreign.rpartition(".")[2] in _SCALE_ROLES
+
 
 # Text part of the hub layouts, below their prefix: canonical module -> foreign module.
 _HUB_LAYER = {

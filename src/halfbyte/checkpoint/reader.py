@@ -6,6 +6,7 @@ Tensors are read when asked for, whole or by rows or columns (a tensor-parallel 
 share), always into memory of their own.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,7 +35,7 @@ from halfbyte.checkpoint.shards import (
     scan,
 )
 from halfbyte.config import ModelConfig
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4
 from halfbyte.modules import WeightFormat, eagle_fuse
@@ -198,6 +199,14 @@ class Checkpoint:
             raise CheckpointError(f"{name}: a scalar was expected, its shape is {self.shape(name)}")
         return float(tensor.item())
 
+    def scale(self, name: str) -> float:
+        """The value of a 0-d scale; FormatError that names the stored tensor unless above 0."""
+        value = self.scalar(name)
+        if not (math.isfinite(value) and value > 0):
+            stored = self._find(name)
+            raise FormatError(f"{stored.path.name}: {stored.name} is {value:g}; a scale is above 0")
+        return value
+
     def format_of(self, linear: str) -> WeightFormat:
         """How the weight of canonical linear `linear` is stored; bf16 outside the decoder."""
         return self.quantization.formats.get(linear, "bf16")
@@ -215,7 +224,8 @@ class Checkpoint:
         device   where it is decoded and stays: codes travel, not the decoded weight
 
         FP8 is fp32(code) * scale in both dialects, NVFP4 value(code) * block scale * tensor scale
-        (checkpoint-format reference, sections 8 and 9).
+        (checkpoint-format reference, sections 8 and 9). Raises FormatError for a scale that is not
+        above 0.
         """
         weight = self.tensor(f"{linear}.weight").to(device)
         match self.format_of(linear):
@@ -233,7 +243,7 @@ class Checkpoint:
                 return decode_nvfp4(encoded, dtype)
 
     def _scale(self, name: str, device: torch.device | str) -> Tensor:
-        return self.tensor(name).to(device, torch.float32)
+        return torch.tensor(self.scale(name), dtype=torch.float32, device=device)
 
     def _find(self, name: str) -> StoredTensor:
         stored = self._stored.get(name)

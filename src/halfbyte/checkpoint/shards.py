@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, shown
+from halfbyte.files import open_regular, read_bounded, refuse_pointer
 
 DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -38,7 +39,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+# Room for 150,000 tensors in one file. The format's own reader allows six times as much, which can
+# become gigabytes of objects before any of it is checked.
+MAX_HEADER_BYTES = 16 << 20
+# No tensor comes near it, and sums of such sizes can still be printed.
+_MAX_SIZE = 2**63 - 1
 INDEX_NAME = "model.safetensors.index.json"
 # One read moves at most this much at a time, so that a slice of columns needs little memory.
 _CHUNK_BYTES = 64 << 20
@@ -58,31 +63,44 @@ class StoredTensor:
     num_bytes: int
 
 
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_header(
+    path: Path, *, needs_data: bool = True
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of one safetensors file and its metadata, everything checked against the size.
+
+    needs_data   false: the file may end anywhere after its header, as one of which only the
+                 beginning was fetched does
 
     Raises CheckpointError that names the file, and the tensor where one is at fault.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
+            start = file.read(64)
+            refuse_pointer(start, path)
+            if len(start) < 8:
                 raise CheckpointError(f"{path.name}: {file_bytes} bytes, too short for a header")
-            (header_bytes,) = struct.unpack("<Q", prefix)
-            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+            (header_bytes,) = struct.unpack("<Q", start[:8])
+            if header_bytes > file_bytes - 8:
                 raise CheckpointError(
                     f"{path.name}: header of {header_bytes} bytes in a file of {file_bytes}; "
                     "truncated, or no safetensors file"
                 )
+            if header_bytes > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path.name}: header of {header_bytes} bytes; {MAX_HEADER_BYTES} at most are "
+                    "read"
+                )
+            file.seek(8)
             text = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     header = parse_json(text, path.name)
     metadata = _metadata(header.pop("__metadata__", {}), path.name)
-    start = 8 + header_bytes
-    tensors = {name: _entry(name, entry, path, start) for name, entry in header.items()}
-    _check_tiling(tensors, path.name, start, file_bytes)
+    data = 8 + header_bytes
+    tensors = {name: _entry(name, entry, path, data) for name, entry in header.items()}
+    if needs_data:
+        _check_tiling(tensors, path.name, data, file_bytes)
     return tensors, metadata
 
 
@@ -112,7 +130,7 @@ def _metadata(value: object, where: str) -> dict[str, str]:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= _MAX_SIZE
 
 
 def _entry(name: str, entry: object, path: Path, start: int) -> StoredTensor:
@@ -121,12 +139,12 @@ def _entry(name: str, entry: object, path: Path, start: int) -> StoredTensor:
         raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise CheckpointError(f"{where}: unknown dtype {entry['dtype']!r}")
+        raise CheckpointError(f"{where}: unknown dtype {shown(entry['dtype'])}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_size, shape)):
-        raise CheckpointError(f"{where}: bad shape {str(shape)[:80]}")
+        raise CheckpointError(f"{where}: bad shape {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise CheckpointError(f"{where}: bad data_offsets {str(offsets)[:80]}")
+        raise CheckpointError(f"{where}: bad data_offsets {shown(offsets)}")
     begin, end = offsets
     num_bytes = prod(shape) * dtype.itemsize
     if end - begin != num_bytes:
@@ -181,7 +199,7 @@ def scan(directory: Path, *, native: bool = False) -> dict[str, StoredTensor]:
 def read_weight_map(index_path: Path) -> dict[str, str]:
     """`weight_map` of an index; each shard must be a plain file name beside it."""
     try:
-        index = parse_json(index_path.read_bytes(), index_path.name)
+        index = parse_json(read_bounded(index_path), index_path.name)
     except OSError as error:
         raise CheckpointError(f"{index_path}: cannot be read ({error.strerror})") from error
     weight_map = index.get("weight_map")
@@ -190,7 +208,9 @@ def read_weight_map(index_path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard == Path(shard).name and shard.strip(".") != ""
         if not plain or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index_path.name}: {name}: {shard!r} is no shard beside it")
+            raise CheckpointError(
+                f"{index_path.name}: {name}: {shown(shard)} is no shard beside it"
+            )
     return weight_map
 
 
@@ -294,7 +314,7 @@ def _fill_strided(stored: StoredTensor, out: Tensor, offset: int, stride_bytes: 
     buffer = bytes_of(out)
     row_bytes = len(buffer) // out.shape[0]
     try:
-        with stored.path.open("rb", buffering=0) as file:
+        with open_regular(stored.path, buffering=0) as file:
             for row in range(out.shape[0]):
                 part = buffer[row * row_bytes : (row + 1) * row_bytes]
                 _read_at(file.fileno(), part, offset + row * stride_bytes, stored)

@@ -21,7 +21,8 @@ from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.config import ModelConfig, VisionConfig
-from halfbyte.errors import UsageError
+from halfbyte.errors import CheckpointError, UsageError
+from halfbyte.files import MAX_TOKENIZER_BYTES, read_bounded
 
 IMAGE_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 # 16 x 16 merged patches of 28 pixels at most: 272 tokens, which leaves a small context room.
@@ -70,7 +71,10 @@ def add_untrained_tower(source: Path, target: Path, *, seed: int = 0) -> ModelCo
 
 
 def _with_image_tokens(path: Path) -> tuple[bytes, list[int]]:
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_buffer(read_bounded(path, MAX_TOKENIZER_BYTES))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path}: no tokenizer that can be read ({error})") from error
     tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in IMAGE_TOKENS]
     )

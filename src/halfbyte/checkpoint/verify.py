@@ -10,9 +10,9 @@ Source: checkpoint-format reference, sections 3, 4, 7 and 11.
 import json
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from halfbyte.checkpoint.fp8_source import COMPANION_FILES
 from halfbyte.checkpoint.manifest import (
@@ -23,14 +23,15 @@ from halfbyte.checkpoint.manifest import (
 )
 from halfbyte.checkpoint.metadata import modelopt_configs, read_json
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.checkpoint.shards import INDEX_NAME, parse_json
-from halfbyte.checkpoint.verify_values import check_against, check_values
-from halfbyte.config import ModelConfig
+from halfbyte.checkpoint.shards import INDEX_NAME
+from halfbyte.checkpoint.soundness import Fault, Severity, faults
+from halfbyte.checkpoint.verify_values import check_against
+from halfbyte.config import ModelConfig, TextConfig, VisionConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.files import MAX_TOKENIZER_BYTES
 from halfbyte.log import logger
 from halfbyte.modules import decoder_linears, fused_partners
 
-Severity = Literal["error", "warning"]
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 
@@ -106,16 +107,16 @@ def _report(checkpoint: Checkpoint, source: Checkpoint | None, progress: Progres
     sqnr_db: dict[str, float] = {}
     names = checkpoint.names()
     for number, name in enumerate(names):
-        found = list(check_values(checkpoint, name))
-        if source is not None and not found:
+        found = list(faults(name, checkpoint.tensor(name)))
+        if source is not None and not any(fault.severity == "error" for fault in found):
             compared = check_against(checkpoint, source, name)
             if compared is not None:
-                found += compared.problems
+                found += [Fault("error", what) for what in compared.problems]
                 if compared.sqnr_db is not None:
                     sqnr_db[name.removesuffix(".weight")] = compared.sqnr_db
         if manifest is not None:
             found += _check_hash(checkpoint, name, manifest.tensors)
-        problems += [Problem("error", checkpoint.foreign(name), what) for what in found]
+        problems += [Problem(severity, checkpoint.foreign(name), what) for severity, what in found]
         if progress is not None:
             progress(number + 1, len(names))
     if manifest is not None:
@@ -133,7 +134,7 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Problem]:
     total = sum(map(checkpoint.num_bytes, checkpoint.names()))
     index = directory / INDEX_NAME
     if index.exists():
-        metadata = parse_json(index.read_bytes(), INDEX_NAME).get("metadata")
+        metadata = read_json(index).get("metadata")
         stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         if stated != total:
             yield Problem(
@@ -253,14 +254,7 @@ def require_trusted(config: ModelConfig, accepted: Collection[str] = ()) -> None
 
 
 def check_scales(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Scalars positive and finite; fused groups of one format, with the scales they must share."""
-    for name in checkpoint.names():
-        if checkpoint.shape(name) == ():
-            value = checkpoint.scalar(name)
-            if not (math.isfinite(value) and value > 0):
-                yield Problem(
-                    "error", checkpoint.foreign(name), f"is {value:g}; a scale is above 0"
-                )
+    """Fused groups of one format, with the scales they must share."""
     for linear in decoder_linears(checkpoint.config):
         partners = fused_partners(linear.name)
         if partners[0] == linear.name and len(partners) > 1:
@@ -312,6 +306,16 @@ def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterat
             yield from _check_companion(directory / name, source.directory / name)
 
 
+def require_tokens_in_vocabulary(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a tokenizer or a config with tokens that have no embedding.
+
+    For whoever makes another checkpoint of this one, which would inherit them.
+    """
+    for problem in check_tokenizer(checkpoint, None):
+        if problem.severity == "error":
+            raise CheckpointError(f"{problem.where}: {problem.what}")
+
+
 def _check_companion(ours: Path, theirs: Path) -> Iterator[Problem]:
     if theirs.is_file() and not ours.is_file():
         yield Problem("error", ours.name, "the source has it, this checkpoint does not")
@@ -323,7 +327,7 @@ def _largest_token_id(directory: Path) -> int | None:
     path = directory / "tokenizer.json"
     if not path.exists():
         return None
-    raw = read_json(path)
+    raw = read_json(path, MAX_TOKENIZER_BYTES)
     model = raw.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
@@ -340,18 +344,31 @@ def _largest_token_id(directory: Path) -> int | None:
 def _check_geometry(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[Problem]:
     if checkpoint.config != source.config:
         for part in ("text", "vision"):
-            ours, theirs = getattr(checkpoint.config, part), getattr(source.config, part)
+            ours, theirs = _meaning(checkpoint.config, part), _meaning(source.config, part)
             if ours != theirs:
                 yield Problem(
                     "error", "config.json", f"{part}: {ours} is not the source's {theirs}"
                 )
 
 
-def _check_hash(checkpoint: Checkpoint, name: str, hashes: Any) -> list[str]:
+def _meaning(config: ModelConfig, part: str) -> TextConfig | VisionConfig | None:
+    """A part of a config without what says nothing: a length that nothing is counted from.
+
+    The hub's config of a native source states one all the same, for a library that wants it.
+    """
+    if part == "vision":
+        return config.vision
+    rope = config.text.rope
+    if rope.kind == "default" and rope.llama_4_scaling_beta == 0:
+        rope = replace(rope, original_max_positions=0)
+    return replace(config.text, rope=rope)
+
+
+def _check_hash(checkpoint: Checkpoint, name: str, hashes: Any) -> list[Fault]:
     wanted = hashes.get(checkpoint.foreign(name))
     if wanted is None or hash_stored(checkpoint.stored(name)) == wanted:
         return []
-    return [f"its bytes are not those that {MANIFEST_NAME} names (sha256 differs)"]
+    return [Fault("error", f"its bytes are not those that {MANIFEST_NAME} names (sha256 differs)")]
 
 
 def _check_manifest(checkpoint: Checkpoint, tensors: Any, files: Any) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Whether tensor values can be what they claim: alone, and against the source. For `verify`.
+"""Whether tensor values are those of the source. For `verify`.
 
 Against the source two things are asked of a quantized weight. Every code must be the one that
 rounding gives under the stored scale (so a flipped byte shows, and the scale of another tensor),
@@ -7,26 +7,22 @@ shows, whatever method chose it).
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.soundness import closeness
+from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import encode_fp8
 from halfbyte.formats.layout import unpack_nibbles
-from halfbyte.formats.measure import largest_magnitude, sqnr_db
-from halfbyte.formats.minifloat import decode_e2m1, decode_e4m3, has_nan_codes
+from halfbyte.formats.measure import largest_magnitude
+from halfbyte.formats.minifloat import decode_e2m1, decode_e4m3
 from halfbyte.formats.nvfp4 import encode_nvfp4_with
 
 # Rows looked at together: some tens of MB in f32 at full width.
 _ROWS = 512
-
-# Worst SQNR that each format gives on weights as they occur. A uniform 3-bit mantissa gives 31 dB
-# on anything bell-shaped, 16-blocks of e2m1 20 dB; half a scale off leaves 6 dB, the block scales
-# of another layer about 11 dB.
-MIN_SQNR_DB = {"fp8": 25.0, "nvfp4": 15.0}
 
 # The quotient is rounded to bf16 before e4m3, and one arithmetic profile rounds the scale to bf16
 # too (checkpoint-format reference, section 6): 2 ** -9 each. An FP8 source's own scale may be 0.3 %
@@ -44,31 +40,6 @@ class Compared:
     sqnr_db: float | None
 
 
-def check_values(checkpoint: Checkpoint, name: str) -> Iterator[str]:
-    """What is wrong with the values of one tensor, judged without any other tensor."""
-    tensor = checkpoint.tensor(name)
-    if tensor.dim() == 0:
-        return  # scalars are judged with their groups
-    if tensor.dtype == torch.float8_e4m3fn:
-        if bool(has_nan_codes(tensor)):
-            yield "holds e4m3 codes that mean NaN"
-        bits = tensor.view(torch.uint8)
-        is_block_scale = name.endswith(".weight_scale")
-        if is_block_scale and bool((bits & 0x80).any()):
-            yield "holds negative block scales"
-        if not bool((bits & 0x7F).any()):
-            yield "is all zero"
-    elif tensor.dtype == torch.uint8:
-        if not bool((tensor & 0x77).any()):
-            yield "is all zero"
-    else:
-        largest = largest_magnitude(tensor)
-        if not bool(torch.isfinite(largest)):
-            yield "holds NaN or infinity"
-        elif tensor.shape[0] > 1 and largest == 0:
-            yield "is all zero"
-
-
 def check_against(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared | None:
     """Compare one tensor with the source's of the same meaning; None for scales.
 
@@ -82,17 +53,25 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Comp
     chosen = checkpoint.format_of(linear)
     if chosen == "bf16":
         return _compare_plain(checkpoint, source, name)
-    original = source.decoded(linear, torch.bfloat16)
+    # Weights are encoded from bf16, but codes that were FP8 already are kept: nothing rounds those.
+    is_kept = chosen == source.format_of(linear) == "fp8"
+    try:
+        original = source.decoded(linear, torch.float32 if is_kept else torch.bfloat16)
+    except FormatError as error:
+        return Compared([f"the source is damaged: {error}"], None)
     if not bool(torch.isfinite(largest_magnitude(original))):
         return Compared(["the source holds NaN or infinity here"], None)
-    decoded = checkpoint.decoded(linear, torch.float32)
+    try:
+        decoded = checkpoint.decoded(linear, torch.float32)
+    except FormatError:
+        return None  # a scale that is no scale is named where it stands
     if original.shape != decoded.shape:
         return Compared([f"is {list(decoded.shape)}, the source's {list(original.shape)}"], None)
-    ratio = sqnr_db(original, decoded)
+    near = closeness(chosen, original, decoded)
     problems = []
-    if ratio < MIN_SQNR_DB[chosen]:
+    if near.is_far:
         problems.append(
-            f"{ratio:.1f} dB from the source; {chosen} gives {MIN_SQNR_DB[chosen]:g} at least: "
+            f"{near.sqnr_db:.1f} dB from the source; {chosen} gives {near.floor_db:.3g} at least: "
             "codes or scales are those of another weight"
         )
     check = _fp8_misfits if chosen == "fp8" else _nvfp4_misfits
@@ -101,13 +80,16 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Comp
         problems.append(
             f"{count} codes are not what rounding the source gives under the stored scale"
         )
-    return Compared(problems, ratio)
+    return Compared(problems, near.sqnr_db)
 
 
 def _compare_plain(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
     linear = name.rpartition(".")[0]
     was = source.format_of(linear)
-    theirs = source.tensor(name) if was == "bf16" else source.decoded(linear)
+    try:
+        theirs = source.tensor(name) if was == "bf16" else source.decoded(linear)
+    except FormatError as error:
+        return Compared([f"the source is damaged: {error}"], None)
     if checkpoint.tensor(name).equal(theirs):
         return Compared([], None if was == "bf16" else math.inf)
     return Compared(["is not the source's, though it passes through"], None)

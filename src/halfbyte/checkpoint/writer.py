@@ -19,10 +19,14 @@ from typing import Any, BinaryIO, Self
 from torch import Tensor
 
 from halfbyte.checkpoint.manifest import MANIFEST_NAME, HashingWriter, manifest_json
+from halfbyte.checkpoint.names import is_scale
 from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME
 from halfbyte.errors import CapacityError, FormatError, UsageError
+from halfbyte.files import format_bytes, make_directory, read_bounded
 
 MAX_SHARD_BYTES = 10_000_000_000  # decimal, the reference's default
+# Small files that we copy are at most this large; a tokenizer has tens of MB.
+MAX_COPIED_BYTES = 256 << 20
 
 # A big shard keeps this much room for its header (about 1,500 tensors) and pads what is left, as
 # the format allows; a small one is moved up to its header afterwards, which costs nothing.
@@ -46,15 +50,15 @@ class ShardWriter:
         self.directory = Path(directory)
         self._max_shard_bytes = max_shard_bytes
         check_target(self.directory)
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory.parent)
         self._partial = self.directory.parent / f".{self.directory.name}.partial-{os.getpid()}"
         shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir()
+        make_directory(self._partial)
         self._shards: list[dict[str, dict[str, Any]]] = []
         self._entries: dict[str, dict[str, Any]] = {}
         self._file: BinaryIO | None = None
         self._data_bytes = 0
-        self._num_elements = 0
+        self._num_parameters = 0
         self._total_bytes = 0
         self._hashes: dict[str, str] = {}
         self._file_hashes: dict[str, str] = {}
@@ -74,7 +78,7 @@ class ShardWriter:
             self.discard()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CapacityError(
-                f"{self.directory}: disk full after {self._total_bytes / 1e9:.2f} GB of tensors; "
+                f"{self.directory}: disk full after {format_bytes(self._total_bytes)} of tensors; "
                 "nothing was left behind"
             ) from error
 
@@ -102,11 +106,13 @@ class ShardWriter:
         }
         self._data_bytes += num_bytes
         self._total_bytes += num_bytes
-        self._num_elements += tensor.numel()
+        self._num_parameters += 0 if is_scale(name) else tensor.numel()
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file into the directory, in the reference's spelling (4 spaces)."""
-        self.write_file(name, json.dumps(value, indent=4, ensure_ascii=False).encode())
+        self.write_file(
+            name, json.dumps(value, indent=4, ensure_ascii=False).encode(errors="backslashreplace")
+        )
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file into the directory."""
@@ -117,7 +123,7 @@ class ShardWriter:
 
     def copy_file(self, source: Path, name: str | None = None) -> None:
         """Copy a file of the source (tokenizer, chat template) into the directory."""
-        self.write_file(name or source.name, source.read_bytes())
+        self.write_file(name or source.name, read_bounded(source, MAX_COPIED_BYTES))
 
     def finish(self, made_of: Mapping[str, Any] | None = None) -> Path:
         """Close the last shard, write index and manifest, publish; returns the target.
@@ -180,7 +186,10 @@ class ShardWriter:
             os.rename(self._shard_path(number), self._partial / shard)
             weight_map |= dict.fromkeys(entries, shard)
         index = {
-            "metadata": {"total_parameters": self._num_elements, "total_size": self._total_bytes},
+            "metadata": {
+                "total_parameters": self._num_parameters,
+                "total_size": self._total_bytes,
+            },
             "weight_map": dict(sorted(weight_map.items())),
         }
         self.write_file(INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")

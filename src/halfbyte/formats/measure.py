@@ -35,23 +35,35 @@ def largest_magnitude(x: Tensor) -> Tensor:
     return torch.stack(parts).amax().view(torch.bfloat16)
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _chunks(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, ...]]:
     flat = [tensor.reshape(-1) for tensor in tensors]
     chunk = chunk_values(flat[0].device)
     for start in range(0, flat[0].numel(), chunk):
-        yield tuple(part[start : start + chunk].to(torch.float32) for part in flat)
+        yield tuple(part[start : start + chunk].to(dtype) for part in flat)
 
 
 def _power(x: Tensor) -> float:
     return float(torch.dot(x, x))
 
 
-def relative_error(reference: Tensor, approximation: Tensor) -> float:
-    """||approximation - reference|| / ||reference||; 0 if both are zero, inf if only one is."""
+# A sum of squares from here on has lost nothing that matters to squares below f32's smallest.
+_SAFE_POWER = 2.0**-96
+
+
+def _powers(reference: Tensor, approximation: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     signal = noise = 0.0
-    for a, b in _chunks(reference, approximation):
+    for a, b in _chunks(reference, approximation, dtype=dtype):
         signal += _power(a)
         noise += _power(b.sub(a))
+    return signal, noise
+
+
+def relative_error(reference: Tensor, approximation: Tensor) -> float:
+    """||approximation - reference|| / ||reference||; 0 if both are zero, inf if only one is."""
+    signal, noise = _powers(reference, approximation, torch.float32)
+    if not (_SAFE_POWER < signal < math.inf and noise < math.inf):
+        # Squares have left the range of f32; weights of a damaged source do that.
+        signal, noise = _powers(reference, approximation, torch.float64)
     if signal == 0:
         return 0.0 if noise == 0 else math.inf
     return math.sqrt(noise / signal)

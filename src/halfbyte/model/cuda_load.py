@@ -22,6 +22,7 @@ from halfbyte.checkpoint.names import native_to_hub_rows, rotary_heads
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shards import StoredTensor, bytes_of, fill_columns
 from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.files import open_regular
 from halfbyte.kernels.repack import tile_nvfp4, tile_rows
 from halfbyte.log import logger
 from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights, Mode
@@ -250,7 +251,7 @@ class _Part(NamedTuple):
 def _fill(stored: StoredTensor, buffer: memoryview, start: int) -> None:
     done = 0
     try:
-        with stored.path.open("rb", buffering=0) as file:
+        with open_regular(stored.path, buffering=0) as file:
             while done < len(buffer):
                 got = os.preadv(file.fileno(), [buffer[done:]], stored.offset + start + done)
                 if got == 0:
@@ -361,7 +362,7 @@ class _Tensors:
 
     def scalar(self, name: str) -> float:
         self._taken.add(name)
-        return self._checkpoint.scalar(name)
+        return self._checkpoint.scale(name)
 
     def optional_scalar(self, name: str) -> float | None:
         return self.scalar(name) if name in self._names else None

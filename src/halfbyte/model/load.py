@@ -66,7 +66,7 @@ class _Source:
 
     def scalar(self, name: str) -> float:
         self._taken.add(name)
-        return self._checkpoint.scalar(name)
+        return self._checkpoint.scale(name)
 
     def linear(self, group: str, shorts: Iterable[str]) -> Linear:
         """One linear, or the members of a fused group as one: `("decoder.3.mlp", ("gate", "up"))`.

@@ -17,6 +17,7 @@ from torch import Tensor
 from halfbyte.checkpoint.shards import bytes_of
 from halfbyte.config import ModelConfig, TextConfig
 from halfbyte.errors import CapacityError
+from halfbyte.files import open_regular
 from halfbyte.formats.fp8 import decode_fp8, encode_fp8, fp8_scale
 from halfbyte.formats.measure import largest_magnitude, relative_error, zero_rate
 from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale
@@ -232,7 +233,7 @@ def _reading_speed(source: Survey, linear: Linear) -> float | None:
         return None
     row_bytes = checkpoint.num_bytes(name) // linear.out_features
     rows = min(linear.out_features, max(1, _READ_BYTES // row_bytes))
-    with checkpoint.shard(name).open("rb") as file:
+    with open_regular(checkpoint.shard(name)) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.perf_counter()
@@ -245,7 +246,7 @@ def _probe(source: Survey, linear: Linear) -> Tensor:
     rows = max(1, min(linear.out_features, _PROBE_WEIGHTS // linear.in_features))
     checkpoint = source.checkpoint
     if checkpoint is not None and checkpoint.format_of(linear.name) == "fp8":
-        scale = torch.tensor(checkpoint.scalar(f"{linear.name}.weight_scale"))
+        scale = torch.tensor(checkpoint.scale(f"{linear.name}.weight_scale"))
         return decode_fp8(checkpoint.rows(f"{linear.name}.weight", 0, rows), scale)
     if checkpoint is not None and checkpoint.format_of(linear.name) == "bf16":
         return checkpoint.rows(f"{linear.name}.weight", 0, rows)

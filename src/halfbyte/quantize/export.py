@@ -16,6 +16,9 @@ from halfbyte.checkpoint.metadata import Quantization, modelopt_configs
 from halfbyte.checkpoint.names import Layout, foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shards import read_header
+from halfbyte.checkpoint.writer import MAX_COPIED_BYTES
+from halfbyte.errors import CheckpointError
+from halfbyte.files import open_regular, read_bounded
 from halfbyte.log import logger
 from halfbyte.modules import decoder_linears
 from halfbyte.recipe.plan import Plan
@@ -37,8 +40,6 @@ _NOT_COPIED = (
 # What Pixtral's pixels are normalised by (chat format reference).
 _IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-# Small files that we copy are at most this large; a tokenizer has tens of MB.
-_MAX_FILE_BYTES = 256 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -69,11 +70,16 @@ def passed_through(checkpoint: Checkpoint) -> list[str]:
     return [name for name in checkpoint.names() if not name.startswith("decoder.")]
 
 
+def layer_tensors(checkpoint: Checkpoint, layer: int) -> list[str]:
+    """Canonical names of the source's tensors of a decoder layer."""
+    return [name for name in checkpoint.names() if name.startswith(f"decoder.{layer}.")]
+
+
 def layer_norms(checkpoint: Checkpoint, layer: int) -> list[str]:
     """Canonical names of the tensors of a decoder layer that belong to no linear."""
     linears = {linear.name for linear in decoder_linears(checkpoint.config)}
     prefix = f"decoder.{layer}."
-    names = [name for name in checkpoint.names() if name.startswith(prefix)]
+    names = layer_tensors(checkpoint, layer)
     scales = (f"{prefix}attention.k_scale", f"{prefix}attention.v_scale")
     return [n for n in names if n.rpartition(".")[0] not in linears and n not in scales]
 
@@ -82,11 +88,13 @@ def export_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     """Content of the small files of the export: both configs, and what the source carries."""
     files: dict[str, bytes] = {}
     for path in sorted(checkpoint.directory.iterdir()):
-        if not path.is_file() or path.name in _NOT_COPIED or path.suffix == ".safetensors":
+        if path.name in _NOT_COPIED or path.suffix == ".safetensors" or path.is_dir():
             continue
-        is_known = any(path.match(pattern) for pattern in _COPIED)
-        if is_known and path.stat().st_size <= _MAX_FILE_BYTES:
-            files[path.name] = path.read_bytes()
+        if any(path.match(pattern) for pattern in _COPIED):
+            try:
+                files[path.name] = read_bounded(path, MAX_COPIED_BYTES)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be copied ({error.strerror})") from error
         elif not path.name.startswith("."):
             logger.info("not copied: %s", path.name)
     config, older = modelopt_configs(
@@ -141,7 +149,8 @@ def _made_for_servers(checkpoint: Checkpoint, there: Iterable[str]) -> dict[str,
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=4, ensure_ascii=False).encode() + b"\n"
+    # A half surrogate pair, which a JSON file may hold and UTF-8 may not, is escaped again.
+    return json.dumps(value, indent=4, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def source_fingerprint(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -164,13 +173,13 @@ def _fingerprint(path: Path, *, is_shard: bool) -> dict[str, Any]:
     if is_shard:
         read_header(path)  # a shard that was cut off is an error of its own
         step = max(1, num_bytes // _SAMPLES)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
             for start in range(0, num_bytes, step):
                 file.seek(start)
                 digest.update(file.read(_SAMPLE_BYTES))
     else:
-        digest.update(path.read_bytes())
+        digest.update(read_bounded(path))
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}
 
 

@@ -19,9 +19,9 @@ from halfbyte.calibrate.blend import load_blend
 from halfbyte.calibrate.draw import draw
 from halfbyte.calibrate.sources import DataAccess
 from halfbyte.calibrate.tokens import Rows, as_rows, check_rows, read_token_rows
+from halfbyte.checkpoint.metadata import read_json
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.checkpoint.shards import parse_json
-from halfbyte.checkpoint.verify import require_trusted
+from halfbyte.checkpoint.verify import require_tokens_in_vocabulary, require_trusted
 from halfbyte.checkpoint.writer import MAX_SHARD_BYTES
 from halfbyte.errors import CapacityError, UsageError
 from halfbyte.formats.fp8 import Profile
@@ -90,6 +90,7 @@ def validate(config: QuantizeConfig) -> Job:
             f"{config.source} is already a Model Optimizer export; quantize its source instead"
         )
     require_trusted(checkpoint.config, config.accept)
+    require_tokens_in_vocabulary(checkpoint)
     plan = make_plan(config.recipe, checkpoint.config)
     rows, provenance = _calibration(config, checkpoint)
     layout = export.export_layout(checkpoint)
@@ -168,7 +169,7 @@ def _recorded(tokens: Path) -> Mapping[str, Any] | None:
     path = tokens.with_name(f"{tokens.name}.json")
     if not path.exists():
         return None
-    record: Mapping[str, Any] = parse_json(path.read_bytes(), path.name)
+    record: Mapping[str, Any] = read_json(path)
     return record
 
 

@@ -2,8 +2,10 @@
 
 The first line says what the run was made of; a run made of anything else is refused with the
 difference named. A line counts when it ends in a newline: a torn last line is an unfinished step.
+Each line carries a hash of what it says, since disks lose more than ends of lines.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from halfbyte.errors import UsageError
+from halfbyte.files import read_bounded
+
+# Hashes and errors of the linears of 4,096 layers.
+_MAX_BYTES = 256 << 20
 
 
 class Journal:
@@ -28,10 +34,11 @@ class Journal:
     def resume(self, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Entries of the earlier run, oldest first; appending goes on after them.
 
-        Raises UsageError naming what differs if that run was made of something else.
+        Raises UsageError naming what differs if that run was made of something else, and if a line
+        is not as it was written.
         """
-        lines = self._path.read_bytes().split(b"\n")[:-1]
-        entries = [json.loads(line) for line in lines]
+        lines = read_bounded(self._path, _MAX_BYTES).split(b"\n")[:-1]
+        entries = [self._entry(line, number) for number, line in enumerate(lines, start=1)]
         changes = list(differences(entries[0], json.loads(json.dumps(fingerprint))))
         if changes:
             more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
@@ -46,20 +53,37 @@ class Journal:
 
     def exists(self) -> bool:
         """Whether a run has got as far as saying what it is made of."""
-        return self._path.exists() and b"\n" in self._path.read_bytes()
+        return self._path.exists() and b"\n" in read_bounded(self._path, _MAX_BYTES)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one finished step."""
         assert self._file is not None, "neither started nor resumed"
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        line = {"entry": entry, "sha256": _digest(entry)}
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _entry(self, line: bytes, number: int) -> Any:
+        try:
+            value = json.loads(line)
+            if _digest(value["entry"]) == value["sha256"]:
+                return value["entry"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise UsageError(
+            f"{self._path}: line {number} is not as an unfinished run wrote it; drop that run with "
+            "--restart"
+        )
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _digest(entry: Any) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from halfbyte.calibrate.activations import MOST_PENDING
 from halfbyte.config import ModelConfig, TextConfig
 from halfbyte.errors import CapacityError
+from halfbyte.files import format_gib
 from halfbyte.formats.measure import GPU_CHUNK_VALUES
 from halfbyte.machine import available_bytes
 from halfbyte.modules import decoder_linears
@@ -137,7 +138,7 @@ def plan_memory(
         budget = budget_bytes
     if least > budget:
         raise CapacityError(
-            f"--memory {budget / 2**30:.2f} GiB: one decoder layer takes {least / 2**30:.2f} GiB"
+            f"--memory {format_gib(budget)}: one decoder layer takes {format_gib(least)}"
         )
     prefetch = bool(longest_row_tokens) and least + layer <= budget
     gpu_peak = None
@@ -156,8 +157,8 @@ def _plan_gpu(
     least = GPU_CONTEXT_BYTES + at_work
     if budget_bytes is not None and least > budget_bytes:
         raise CapacityError(
-            f"--gpu-memory {budget_bytes / 2**30:.2f} GiB: one decoder layer and a row of "
-            f"{longest_row_tokens} tokens take {least / 2**30:.2f} GiB; shorter rows take less"
+            f"--gpu-memory {format_gib(budget_bytes)}: one decoder layer and a row of "
+            f"{longest_row_tokens} tokens take {format_gib(least)}; shorter rows take less"
         )
     prefetch = prefetch and (budget_bytes is None or least + beside <= budget_bytes)
     return prefetch, least + (beside if prefetch else 0)

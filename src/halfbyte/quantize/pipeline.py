@@ -22,8 +22,11 @@ from torch import Tensor
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal, trim_heap
 from halfbyte.calibrate.stream import LayerStatistics, stream_layers
+from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import check_target
 from halfbyte.errors import CapacityError, FormatError
+from halfbyte.files import format_bytes, format_gib
+from halfbyte.kernels.dispatch import largest_fp8_code
 from halfbyte.log import logger, say_once
 from halfbyte.quantize import export
 from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validate
@@ -33,6 +36,7 @@ from halfbyte.quantize.memory import limit_gpu
 from halfbyte.quantize.methods import output_errors
 from halfbyte.quantize.record import peak_memory_bytes, run_record
 from halfbyte.quantize.report import Record, linear_record
+from halfbyte.quantize.source_proof import Reading, require_unchanged
 from halfbyte.quantize.staging import FULL, Staging, locked, work_directory
 
 _FIRST_STEP = "outside the layers"
@@ -71,7 +75,9 @@ def quantize(
     the layer at work, and then ends with CapacityError, its finished steps kept.
 
     Raises UsageError, CheckpointError or CapacityError before anything heavy begins if the job
-    cannot be done, FormatError if a weight turns out to hold NaN or nothing but zeros. The output
+    cannot be done, FormatError that names the tensor if a weight or a scale turns out to be none
+    (NaN, infinity, nothing but zeros) or does not survive its format. What is published is what
+    `verify` finds sound: every tensor is looked at when it is written. The output
     directory appears when it is complete and not before. What a run leaves behind when it dies is
     one hidden directory beside the output, with which the next run goes on; errors that would
     come again leave nothing.
@@ -116,6 +122,9 @@ def _run(
         if journal.exists() and staging.exists() and not job.config.restart:
             entries = journal.resume(job.fingerprint)
             staging.reopen()
+            for entry in entries:
+                staging.prove(entry["tensors"])
+            require_unchanged(job.checkpoint, (entry["read"] for entry in entries), budget)
             logger.info("going on after %d finished steps of an earlier run", len(entries))
         else:
             _begin(job, staging, journal)
@@ -195,7 +204,7 @@ def _said(error: Exception, budget: MemoryBudget) -> str:
         return str(error)
     given = "out of memory"
     if budget.budget_bytes is not None:
-        given = f"--memory {budget.budget_bytes / 2**30:.2f} GiB"
+        given = f"--memory {format_gib(budget.budget_bytes)}"
     return f"{given}: the system refuses more"
 
 
@@ -217,7 +226,7 @@ def _full(job: Job, error: Exception, what_is_left: str) -> str:
 
 def _gpu_full(job: Job, error: Exception, work: Path | None) -> str:
     limit = job.config.gpu_memory_bytes
-    given = "" if limit is None else f" (--gpu-memory {limit / 2**30:.2f} GiB)"
+    given = "" if limit is None else f" (--gpu-memory {format_gib(limit)})"
     planned = (job.memory.gpu_peak_bytes or 0) / 2**30
     kept = "" if work is None else f"; finished layers are kept in {work}: run again"
     return (
@@ -236,8 +245,8 @@ def _begin(job: Job, staging: Staging, journal: Journal) -> None:
     free = shutil.disk_usage(staging.directory).free
     if free < needed:
         raise CapacityError(
-            f"{job.config.output.parent}: {free / 1e9:.2f} GB free; the output and the activations "
-            f"between layers take {needed / 1e9:.2f} GB"
+            f"{job.config.output.parent}: {format_bytes(free)} free; the output and the "
+            f"activations between layers take {format_bytes(needed)}"
         )
     staging.create()
     staging.sync()
@@ -272,7 +281,9 @@ class _Progress:
 
     def _run(self, on_layer: Callable[[int, int], None] | None) -> None:
         if not self._entries:
-            self._finish_step(_FIRST_STEP, self._copy(export.passed_through(self._job.checkpoint)))
+            names = export.passed_through(self._job.checkpoint)
+            reading = Reading(self._job.checkpoint, names)
+            self._finish_step(_FIRST_STEP, self._copy(names, reading), reading)
         mark = time.perf_counter()
         for layer, statistics in self._layers(len(self._entries) - 1):
             self._layer(layer, statistics, time.perf_counter() - mark)
@@ -282,6 +293,8 @@ class _Progress:
         for name, content in self._job.files.items():
             self._staging.write_file(name, content)
         hashes = {k: v for entry in self._entries for k, v in entry["tensors"].items()}
+        read = (entry["read"] for entry in self._entries)
+        require_unchanged(self._job.checkpoint, read, self._budget)
         missing = set(self._job.shards.slots) - set(hashes)
         assert not missing, f"never written: {sorted(missing)[:3]}"
         self._staging.write_file(
@@ -304,9 +317,9 @@ class _Progress:
             self._staging.directory,
             in_memory=self._job.memory.activations_in_memory,
         )
-        if first > 0:
-            activations.resume(first)
         try:
+            if first > 0:
+                activations.resume(first, self._entries[-1]["activations"])
             for statistics in stream_layers(
                 self._job.checkpoint,
                 rows,
@@ -323,7 +336,8 @@ class _Progress:
 
     def _layer(self, layer: int, statistics: LayerStatistics | None, calibrated_s: float) -> None:
         job, started = self._job, time.perf_counter()
-        hashes = self._copy(export.layer_norms(job.checkpoint, layer))
+        reading = Reading(job.checkpoint, export.layer_tensors(job.checkpoint, layer))
+        hashes = self._copy(export.layer_norms(job.checkpoint, layer), reading)
         records = []
         linears = quantize_layer(
             job.checkpoint,
@@ -333,6 +347,7 @@ class _Progress:
             job.config.profile,
             self._device,
             self._budget,
+            reading.note,
         )
         writing: Future[dict[str, str]] | None = None
         for linear in linears:
@@ -362,6 +377,8 @@ class _Progress:
         self._finish_step(
             f"layer {layer}",
             hashes,
+            reading,
+            activations=None if self._activations is None else self._activations.checksum,
             linears=records,
             observed={tap: float(magnitude) for tap, magnitude in observed.items()},
             seconds={
@@ -379,11 +396,14 @@ class _Progress:
             encoded_s,
         )
 
-    def _copy(self, names: Sequence[str]) -> dict[str, str]:
+    def _copy(self, names: Sequence[str], reading: Reading) -> dict[str, str]:
         hashes: dict[str, str] = {}
         for name in names:
             self._budget.check(self._job.checkpoint.num_bytes(name))
-            hashes |= self._write(name, self._job.checkpoint.tensor(name))
+            tensor = self._job.checkpoint.tensor(name)
+            noting = self._writer.submit(reading.note, name, tensor)
+            hashes |= self._write(name, tensor)
+            noting.result()
         return hashes
 
     def _write_all(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -394,6 +414,7 @@ class _Progress:
 
     def _write(self, name: str, tensor: Tensor) -> dict[str, str]:
         foreign = self._job.tensors[name]
+        require_sound(name, foreign, tensor, largest_fp8_code)
         return {foreign: self._staging.write(foreign, tensor)}
 
     def _make_durable(self) -> None:
@@ -401,9 +422,11 @@ class _Progress:
         if self._activations is not None:
             self._activations.settle()
 
-    def _finish_step(self, step: str, hashes: Mapping[str, str], **facts: Any) -> None:
+    def _finish_step(
+        self, step: str, hashes: Mapping[str, str], reading: Reading, **facts: Any
+    ) -> None:
         """Make the step durable, then say so."""
         self._make_durable()
-        entry = {"step": step, "tensors": dict(hashes), **facts}
+        entry = {"step": step, "tensors": dict(hashes), "read": reading.entry(), **facts}
         self._journal.append(entry)
         self._entries.append(entry)

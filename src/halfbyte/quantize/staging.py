@@ -24,9 +24,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.names import is_scale
 from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME, bytes_of
 from halfbyte.checkpoint.writer import check_target
 from halfbyte.errors import CapacityError, UsageError
+from halfbyte.files import format_bytes, make_directory
 
 _PIECE_BYTES = 16 << 20
 # What the system says when a disk, a quota or a file size limit is reached.
@@ -71,11 +73,12 @@ class ShardPlan:
         """The content of the index file; None for a single shard, which has none."""
         if len(self.headers) == 1:
             return None
-        slots = self.slots.values()
+        counted = [slot for name, slot in self.slots.items() if not is_scale(name)]
         return {
             "metadata": {
-                "total_parameters": sum(prod(slot.shape) for slot in slots),
-                "total_size": sum(slot.num_bytes for slot in slots),
+                # Scales are no parameters to Model Optimizer; a packed byte is one.
+                "total_parameters": sum(prod(slot.shape) for slot in counted),
+                "total_size": sum(slot.num_bytes for slot in self.slots.values()),
             },
             "weight_map": {
                 name: self.file_name(self.slots[name].shard) for name in sorted(self.slots)
@@ -153,9 +156,33 @@ class Staging:
         for shard, header in enumerate(self._plan.headers):
             path = self._output / self._plan.file_name(shard)
             size = len(header) + self._plan.data_bytes[shard]
-            if not path.exists() or path.stat().st_size != size:
+            if not path.is_file() or path.stat().st_size != size:
                 raise UsageError(f"{path} is not as the last run left it; use --restart")
-            self._files.append(path.open("rb+"))
+            file = path.open("rb+")
+            self._files.append(file)
+            if file.read(len(header)) != header:
+                raise UsageError(
+                    f"{path}: its header is not as the last run left it; use --restart"
+                )
+
+    def prove(self, hashes: Mapping[str, str]) -> None:
+        """Raise UsageError unless these tensors lie in their slots as an earlier run wrote them.
+
+        hashes   foreign name -> what `write` returned
+        """
+        for name, wanted in hashes.items():
+            slot = self._plan.slots[name]
+            offset = len(self._plan.headers[slot.shard]) + slot.offset
+            digest, handle = hashlib.sha256(), self._files[slot.shard].fileno()
+            for start in range(0, slot.num_bytes, _PIECE_BYTES):
+                size = min(_PIECE_BYTES, slot.num_bytes - start)
+                digest.update(os.pread(handle, size, offset + start))
+            if digest.hexdigest() != wanted:
+                path = self._output / self._plan.file_name(slot.shard)
+                raise UsageError(
+                    f"{path}: {name} is not as the last run left it (sha256 differs); drop that "
+                    "run with --restart"
+                )
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Put a tensor into its slot; returns the SHA-256 of its bytes, in hexadecimal."""
@@ -227,9 +254,9 @@ class Staging:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            needed = self._plan.total_bytes / 1e9
+            needed = format_bytes(self._plan.total_bytes)
             raise CapacityError(
-                f"{self._target}: disk full while {doing}; the output takes {needed:.2f} GB"
+                f"{self._target}: disk full while {doing}; the output takes {needed}"
             ) from error
 
 
@@ -249,8 +276,11 @@ def work_directory(target: Path) -> Path:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Make `directory` if need be and hold it; UsageError if another process works in it."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Make `directory` if need be and hold it.
+
+    Raises UsageError if another process works in it, or it cannot be made.
+    """
+    make_directory(directory)
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

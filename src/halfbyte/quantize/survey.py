@@ -15,7 +15,7 @@ from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import Quantization, describe, is_native, read_json
 from halfbyte.checkpoint.names import Layout, canonical_name, detect_layout, foreign_name
 from halfbyte.checkpoint.reader import IGNORED_TENSORS, Checkpoint
-from halfbyte.checkpoint.shards import DTYPES, MAX_HEADER_BYTES, parse_json, read_weight_map
+from halfbyte.checkpoint.shards import StoredTensor, read_header, read_weight_map
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
 
@@ -119,7 +119,7 @@ def _index(directory: Path) -> tuple[Mapping[str, str], int | None]:
     path = directory / f"{_stem(directory)}.safetensors.index.json"
     if not path.exists():
         return {}, None
-    metadata = parse_json(path.read_bytes(), path.name).get("metadata")
+    metadata = read_json(path).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return read_weight_map(path), total if type(total) is int else None
 
@@ -135,32 +135,15 @@ def _is_whole(directory: Path) -> bool:
     if not files or not promised <= set(files):
         return False
     for path in files:
-        header = _header(path)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-        if path.stat().st_size < start + end:
+        tensors = _header(path).values()
+        if path.stat().st_size < max((x.offset + x.num_bytes for x in tensors), default=0):
             return False
     return True
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, which may end there."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(min(size, MAX_HEADER_BYTES))
-    if len(text) < size:
-        raise CheckpointError(
-            f"{path.name}: cut off within its header ({len(text)} of {size} bytes)"
-        )
-    header = parse_json(text, path.name)
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
-            raise CheckpointError(f"{path.name}: {name}: needs dtype, shape and data_offsets")
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path.name}: {name}: unknown dtype {entry['dtype']!r}")
-    return header
+def _header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, which may end after its header."""
+    return read_header(path, needs_data=False)[0]
 
 
 def _headers(directory: Path) -> dict[str, int | None]:
@@ -169,11 +152,7 @@ def _headers(directory: Path) -> dict[str, int | None]:
     weight_map, _ = _index(directory)
     if not files or not set(weight_map.values()) <= {path.name for path in files}:
         return {}
-    return {
-        name: prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
-        for path in files
-        for name, entry in _header(path).items()
-    }
+    return {name: stored.num_bytes for path in files for name, stored in _header(path).items()}
 
 
 def _describe(directory: Path, names: Mapping[str, Any]) -> tuple[ModelConfig, Quantization]:

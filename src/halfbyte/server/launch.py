@@ -15,6 +15,7 @@ from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.service import EngineService
 from halfbyte.errors import UsageError
+from halfbyte.files import read_bounded
 from halfbyte.machine import settle_heap
 from halfbyte.server.app import create_app
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
@@ -54,7 +55,7 @@ def read_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
     keys = [key for key in given if key]
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = read_bounded(file).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read keys from {file}: {error}") from error
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

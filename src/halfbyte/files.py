@@ -1,0 +1,106 @@
+"""Reading what a path names, without waiting or filling memory; folders; sizes in messages.
+
+A path is outside input. What lies there may be a FIFO that nobody writes to, a device that never
+ends, or a file of any size: each is an OSError here whose words say so, like one of the system's
+own, so that whoever reports those reports these.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from halfbyte.errors import UsageError
+
+# Configs, indexes, records: the largest known index (100,000 tensors) has 10 MB. JSON of this size
+# can become 600 MB of objects, which is what bounds it.
+MAX_TEXT_BYTES = 16 << 20
+# Four times the tokenizer.json of a vocabulary of 131,072 pieces with its merges.
+MAX_TOKENIZER_BYTES = 64 << 20
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class OddFileError(OSError):
+    """What lies at a path cannot be read as a file; `strerror` says why, as a half sentence."""
+
+    def __init__(self, why: str, path: str | Path) -> None:
+        super().__init__(errno.EINVAL, why, str(path))
+
+
+def open_regular(path: str | Path, *, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading, as `open(path, "rb")` does.
+
+    Raises OddFileError at once for a FIFO, a device, a socket and a directory; OSError as `open`.
+    """
+    _refuse_others(os.stat(path).st_mode, path)
+    # It may have become another thing since; opening must not wait even then.
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _refuse_others(os.fstat(handle).st_mode, path)
+        return os.fdopen(handle, "rb", buffering)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _refuse_others(mode: int, path: str | Path) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "of a kind of its own")
+        raise OddFileError(f"is {kind}, not a regular file", path)
+
+
+def read_bounded(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a file of at most `max_bytes`.
+
+    Raises OddFileError for a larger one, for what is no regular file, and for the pointer that Git
+    LFS leaves in place of a file it has not fetched.
+    """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OddFileError(f"has more than the {format_bytes(max_bytes)} we read of such", path)
+    refuse_pointer(content, path)
+    return content
+
+
+def refuse_pointer(content: bytes, path: str | Path) -> None:
+    """Raise OddFileError if a file that begins with `content` is a pointer of Git LFS."""
+    if content.startswith(_LFS_POINTER):
+        raise OddFileError(
+            "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`", path
+        )
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it; UsageError that says why that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be made ({error.strerror})") from error
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`12.30 GB`, `4.5 MB`, `1.2 kB`, `17 bytes`: decimal, never rounded to nothing."""
+    if num_bytes >= 10**9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    if num_bytes >= 10**6:
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / 1e3:.1f} kB" if num_bytes >= 1000 else f"{num_bytes} bytes"
+
+
+def format_gib(num_bytes: int) -> str:
+    """`12.30 GiB`, `4.5 MiB`, `1.2 KiB`, `17 bytes`: memory, as the flags take it."""
+    if num_bytes >= 1 << 30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    if num_bytes >= 1 << 20:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**10:.1f} KiB" if num_bytes >= 1024 else f"{num_bytes} bytes"
