@@ -113,7 +113,8 @@ def create_app(
 async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
     """The validated body of a request, none of whose texts and lists is beyond all bounds."""
     limits = backend.config.limits
-    async with reading_body(request, limits, backend.body_room) as body:
+    most_text = backend.texts.most_bytes * (limits.prompts if _has_prompts(kind) else 1)
+    async with reading_body(request, limits, backend.body_room, most_text) as body:
 
         def parse() -> Asked:
             asked = wire.parse(kind, wire.parse_json(body), limits)
@@ -122,6 +123,10 @@ async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
 
         # A thread costs as much as reading a few kilobytes.
         return await asyncio.to_thread(parse) if len(body) > _SHORT_BODY else parse()
+
+
+def _has_prompts(kind: type[wire.Wire]) -> bool:
+    return issubclass(kind, wire.CompletionRequest)
 
 
 async def respond(
