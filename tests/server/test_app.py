@@ -1,11 +1,16 @@
 import base64
+import re
+import time
 from typing import Any
 
+import httpx
 import openai
 import pytest
+from starlette.routing import Route
 
 from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.errors import CheckpointError
+from halfbyte.server.admin import create_admin
 from halfbyte.server.app import create_app
 from halfbyte.server.config import Limits, ServerConfig
 from halfbyte.server.supervise import Supervisor
@@ -66,6 +71,28 @@ async def test_keys_guard_every_route_but_health(make_bench: MakeBench) -> None:
     assert await bench.openai("first").chat.completions.create(**CHAT)
     with pytest.raises(openai.AuthenticationError):
         await bench.openai("firs").chat.completions.create(**CHAT)
+
+
+async def test_no_route_but_liveness_is_open(make_bench: MakeBench) -> None:
+    """By the routes that are there, so that a new one is asked for its key without being named."""
+    bench = make_bench("x", EOS, api_keys=("k",))
+    admin = create_admin(bench.app.state.backend, access_log=None)
+    for app, least in ((bench.app, 14), (admin, 10)):
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            asked = [
+                (method, re.sub(r"\{[^}]*\}", "x", route.path))
+                for route in app.routes
+                if isinstance(route, Route)
+                for method in route.methods or ()
+            ]
+            assert len(asked) >= least
+            open_ = {
+                path
+                for method, path in asked
+                if (await client.request(method, path)).status_code != 401
+            }
+            assert open_ == {"/health", "/health/ready"}
 
 
 async def test_health_shows_limits_and_death(make_bench: MakeBench) -> None:
@@ -130,6 +157,29 @@ async def test_metrics_count_what_happened(make_bench: MakeBench) -> None:
     assert 'halfbyte_first_token_seconds_bucket{le="+Inf"} 2' in lines
     assert 'vllm:request_success_total{model_name="m",finished_reason="stop"} 1' in lines
     assert "secret" not in text
+
+
+async def test_metrics_hold_times_sizes_and_cached_tokens(make_bench: MakeBench) -> None:
+    bench = make_bench("Hello world", EOS, service={"delay_s": 0.03})
+    started = time.perf_counter()
+    async with bench.http() as client:
+        for stream in (False, True):
+            await client.post("/v1/chat/completions", json={**CHAT, "stream": stream})
+        took = time.perf_counter() - started
+        text = (await client.get("/metrics")).text
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    num_answer = len(bench.ids("Hello world")) + 1
+    num_prompt = len(bench.service.requests[0].prompt_token_ids)
+    least = 0.03 * (num_answer - 1)
+    assert 2 * least <= float(found["halfbyte_request_seconds_sum"]) <= took
+    assert 2 * 0.03 <= float(found["halfbyte_first_token_seconds_sum"]) <= took - 2 * least + 0.06
+    # What the scripted engine says of every answer.
+    assert found["halfbyte_cached_prompt_tokens_total"] == "6"
+    assert float(found["halfbyte_prompt_size_tokens_sum"]) == 2 * num_prompt
+    assert float(found["halfbyte_answer_size_tokens_sum"]) == 2 * num_answer
+    assert found["halfbyte_prompt_tokens_total"] == str(2 * num_prompt)
+    for name in ("request_seconds", "prompt_size_tokens", "answer_size_tokens"):
+        assert found[f"halfbyte_{name}_count"] == "2", name
 
 
 async def test_request_ids_are_kept_or_made(make_bench: MakeBench) -> None:

@@ -64,7 +64,7 @@ def count_all(limits: Limits, content: bytes, size: int) -> None:
         counts.add(content[start : start + size])
 
 
-MANY = 1_100_000
+MANY = 700_000
 ENDLESS = {
     "brackets": b'{"messages": [' + b"{}," * MANY,
     "lists": b"[" * MANY,
@@ -137,11 +137,11 @@ def test_what_clients_send_is_within_bounds() -> None:
         (wire.ChatRequest, {"model": "m", "messages": turn * 2048}),
         (wire.ChatRequest, {"model": "m", "messages": HELLO, "tools": tools}),
         (wire.CompletionRequest, {"model": "m", "prompt": list(range(262_144))}),
-        (wire.CompletionRequest, {"model": "m", "prompt": [[5] * 7000] * 128}),
+        (wire.CompletionRequest, {"model": "m", "prompt": [[5] * 4000] * 128}),
         (wire.ChatRequest, {"model": "m", "messages": HELLO, "stop_token_ids": list(range(256))}),
         (
             wire.ChatRequest,
-            {"model": "m", "messages": [{"role": "user", "content": "," * 900_000}]},
+            {"model": "m", "messages": [{"role": "user", "content": "," * 500_000}]},
         ),
     ):
         content = json.dumps(value).encode()
@@ -201,7 +201,8 @@ async def test_long_texts_are_refused_unread_on_every_route(
             answer = await client.post(path, json=content)
             assert answer.status_code == 400, (path, answer.text[:200])
             assert answer.json()["error"]["code"] == "context_length_exceeded"
-            assert "bytes of text do not fit" in answer.json()["error"]["message"]
+            message = answer.json()["error"]["message"]
+            assert "bytes of text do not fit" in message or "any text for this model" in message
             # Encoding it would take seconds.
             assert time.process_time() - started < 1.0
     assert not bench.service.requests

@@ -53,6 +53,19 @@ async def test_several_prompts_and_choices_are_in_order(make_bench: MakeBench) -
     assert usage.prompt_tokens_details.cached_tokens == 2 * 3
 
 
+@pytest.mark.parametrize("echo", [False, True])
+async def test_each_token_says_where_its_text_begins(make_bench: MakeBench, echo: bool) -> None:
+    bench = make_bench(" one two three", EOS)
+    answer = await both(bench, prompt="Hello", echo=echo, logprobs=0)
+    found, text = answer["logprobs"], answer["texts"][0]
+    assert len(found["tokens"]) == len(found["text_offset"]) > 3
+    assert found["text_offset"][-1] > 0
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        # The control token in front of the prompt has no text.
+        if token != "<s>":
+            assert text[offset : offset + len(token)] == token
+
+
 async def test_echo_with_logprobs_scores_the_prompt(make_bench: MakeBench) -> None:
     bench = make_bench(" éx", EOS)
     answer = await both(bench, prompt="Hello é", echo=True, logprobs=1)

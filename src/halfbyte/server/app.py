@@ -119,7 +119,8 @@ async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
     limits = backend.config.limits
     call: Call = request.state.call
     accepts = backend.config.unknown_fields == "accept"
-    async with reading_body(request, limits, backend.body_room) as body:
+    most_text = backend.texts.most_bytes * (limits.prompts if _has_prompts(kind) else 1)
+    async with reading_body(request, limits, backend.body_room, most_text) as body:
 
         def parse() -> tuple[Asked, Dialect, list[str]]:
             notes: list[str] = []
@@ -139,6 +140,10 @@ async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
         asked, call.dialect, notes = await asyncio.to_thread(parse) if is_long else parse()
     call.warn(notes)
     return asked
+
+
+def _has_prompts(kind: type[wire.Wire]) -> bool:
+    return issubclass(kind, wire.CompletionRequest)
 
 
 async def respond(

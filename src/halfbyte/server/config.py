@@ -36,11 +36,11 @@ class Limits:
     """
 
     body_bytes: int = 32_000_000
-    body_brackets: int = 150_000
-    body_values: int = 1_000_000
-    body_keys: int = 150_000
+    body_brackets: int = 100_000
+    body_values: int = 600_000
+    body_keys: int = 100_000
     messages: int = 4096
-    parts: int = 8192
+    parts: int = 4096
     choices: int = 16
     stops: int = 16
     stop_chars: int = 1000

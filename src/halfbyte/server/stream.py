@@ -223,9 +223,11 @@ class BodyRoom:
 
 @contextlib.asynccontextmanager
 async def reading_body(
-    request: Request, limits: Limits, room: BodyRoom
+    request: Request, limits: Limits, room: BodyRoom, most_text: int
 ) -> AsyncIterator[bytearray]:
     """The whole body, counted as it comes; a large one has its room while this is open.
+
+    most_text  bytes of text that any request may have; /v1/completions has several prompts
 
     RequestError: 413 as soon as it is known to exceed the limit, 400 for too much structure, 408
     when it does not come in time.
@@ -236,7 +238,7 @@ async def reading_body(
     length = int(sent) if sent.isascii() and sent.isdigit() else None
     if length is not None and length > most:
         raise _too_large(most)
-    structure = wire.Structure(limits)
+    structure = wire.Structure(limits, most_text)
     body = bytearray()
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + limits.body_s

@@ -43,6 +43,11 @@ class Texts:
         # begun ends its work, also for a client that has left, and counts until then.
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="long-texts")
 
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of text that no prompt can exceed."""
+        return self._context * self._longest
+
     def close(self) -> None:
         """Forget what has not begun."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -102,7 +107,7 @@ class Texts:
 
     def _check_bytes(self, texts: Iterable[str], param: str) -> None:
         total = sum(map(_num_bytes, texts))
-        if total > self._context * self._longest:
+        if total > self.most_bytes:
             raise RequestError(
                 f"{param}: {total:,} bytes of text do not fit this model's context of "
                 f"{self._context} tokens, none of which has more than {self._longest} bytes",

@@ -519,19 +519,28 @@ Request = TypeVar("Request", bound=Wire)
 
 _KEY = re.compile(rb'"\s*:')
 # Numbers of more digits are slow to read, the slower the longer.
-_LONG_NUMBER = 500
-_MOST_LONG_NUMBERS = 10_000
+_LONG_NUMBER = 250
+_MOST_LONG_NUMBERS = 20_000
+# Escapes and bytes beyond ASCII that are read whatever the context.
+_ODD_BYTES = 1_000_000
+_ODD = "escapes or bytes beyond ASCII"
+_ASCII = bytes(range(128))
 
 
 class Structure:
     """Counts of a body as it arrives; more than the limits of anything is refused unread."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, most_text: int | None = None) -> None:
+        """`most_text`: bytes of text that any request may have; None for no limit."""
+        # Written with escapes or beyond ASCII, text takes long to read, and no picture is written
+        # so. A byte of text may take two escapes at most, and much may stand in ignored fields.
+        most_odd = 2**63 if most_text is None else 2 * most_text + _ODD_BYTES
         self._most = {
             "opening brackets": limits.body_brackets,
             "commas": limits.body_values,
             "field names": limits.body_keys,
             f"numbers of over {_LONG_NUMBER} digits": _MOST_LONG_NUMBERS,
+            _ODD: most_odd,
         }
         self._counts = dict.fromkeys(self._most, 0)
 
@@ -544,13 +553,24 @@ class Structure:
             num_names = len(_KEY.findall(chunk)) + 1
         blocks = range(0, len(chunk) - _LONG_NUMBER + 1, _LONG_NUMBER)
         num_long = sum(chunk[start : start + _LONG_NUMBER].isdigit() for start in blocks)
-        found = (chunk.count(b"[") + chunk.count(b"{"), chunk.count(b","), num_names, num_long)
+        num_odd = chunk.count(b"\\")
+        if not chunk.isascii():
+            num_odd += len(chunk.translate(None, _ASCII))
+        found = (
+            chunk.count(b"[") + chunk.count(b"{"),
+            chunk.count(b","),
+            num_names,
+            num_long,
+            num_odd,
+        )
         for (what, most), count in zip(self._most.items(), found, strict=True):
             self._counts[what] += count
             if self._counts[what] > most:
+                known = "any text for this model has" if what == _ODD else "are read"
                 raise RequestError(
-                    f"the body has more than {most:,} {what}, those in texts included",
-                    code="limit_exceeded",
+                    f"the body has more than {most:,} {what}, those in texts included: more than "
+                    f"{known}",
+                    code="context_length_exceeded" if what == _ODD else "limit_exceeded",
                 )
 
 
