@@ -72,6 +72,12 @@ def read_bounded(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     return content
 
 
+def require_regular(path: str | Path) -> None:
+    """For a file that a library will open: OddFileError for what it would wait for or misread."""
+    with open_regular(path) as file:
+        refuse_pointer(file.read(64), path)
+
+
 def refuse_pointer(content: bytes, path: str | Path) -> None:
     """Raise OddFileError if a file that begins with `content` is a pointer of Git LFS."""
     if content.startswith(_LFS_POINTER):

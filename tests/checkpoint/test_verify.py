@@ -1,6 +1,7 @@
 """Corruptions planted one by one; each must be found, with and without what makes it easy."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfbyte.checkpoint.metadata import hub_config
+from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import check_rope, verify, verify_checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.cli.main import main
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.formats.fp8 import encode_fp8, fp8_scale
+from halfbyte.formats.nvfp4 import encode_nvfp4, encode_nvfp4_with, nvfp4_tensor_scale
 from halfbyte.modules import decoder_linears
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
@@ -387,3 +391,83 @@ def test_an_fp8_source_against_its_bf16(make: Any, tmp_path: Path) -> None:
 def test_the_references_exports_are_sound(model: str) -> None:
     report = verify(GOLDEN / model / "export", GOLDEN / model / "source")
     assert report.is_sound, report.problems
+
+
+def reencoded(linear: str, foreign: str, factor: float, original: Tensor) -> Tensors:
+    """The tensors of a weight under a scale that is off, every code rightly rounded."""
+    if ".mlp." in linear:
+        right = encode_nvfp4(original, nvfp4_tensor_scale(original.abs().amax()))
+        scales = (right.scale_OB.float() / factor).clamp(2.0**-9).to(torch.float8_e4m3fn)
+        wrong = encode_nvfp4_with(original, scales, right.tensor_scale)
+        return {f"{foreign}.weight": wrong.codes_OI2, f"{foreign}.weight_scale": wrong.scale_OB}
+    scale = fp8_scale(original.abs().amax()) / factor
+    codes = encode_fp8(original, scale)
+    return {f"{foreign}.weight": codes, f"{foreign}.weight_scale": scale}
+
+
+@pytest.mark.parametrize(
+    ("linear", "foreign"), [("decoder.2.attention.q", Q), ("decoder.4.mlp.down", DOWN)]
+)
+@pytest.mark.parametrize("factor", [4.0, 8.0])
+def test_a_scale_that_clips_is_told_by_its_decibels(
+    make: Any, copy: Path, linear: str, foreign: str, factor: float
+) -> None:
+    """Every code is the nearest under the stored scale; that the scale is too small, only the
+    distance as a whole can tell.
+    """
+    original = make.weights(make.full)[f"{linear}.weight"]
+    wrong = reencoded(linear, foreign, factor, original)
+    before = load_file(copy / "export/model.safetensors")
+    wrong = {name: tensor.to(before[name].dtype) for name, tensor in wrong.items()}
+    if ".mlp." in linear:
+        scale = before[f"{foreign}.weight_scale_2"]
+        assert float(scale) == float(nvfp4_tensor_scale(original.abs().amax()))
+    change_tensors(copy / "export", lambda tensors: tensors.update(wrong))
+    report = verify(copy / "export", copy / "source")
+    assert [p.where for p in report.problems] == [f"{foreign}.weight"]
+    what = report.problems[0].what
+    found = re.match(
+        r"(-?[0-9.]+) dB from the source; (fp8 gives 25|nvfp4 gives 15) at least", what
+    )
+    assert found is not None, what
+    assert report.sqnr_db[linear] == pytest.approx(float(found[1]), abs=0.06)
+    assert not report.is_sound
+
+
+@pytest.mark.parametrize("short", ["self_attn.q_proj", "mlp.down_proj"])
+def test_a_whole_linear_of_another_layer_is_told_by_its_decibels(copy: Path, short: str) -> None:
+    """Weight and scales together: the checkpoint is consistent in itself, and wrong."""
+    first, second = (f"{LAYERS}.{layer}.{short}" for layer in (1, 2))
+
+    def exchange(tensors: Tensors) -> None:
+        for role in ("weight", "weight_scale"):
+            swap(f"{first}.{role}", f"{second}.{role}")(tensors)
+
+    change_tensors(copy / "export", exchange)
+    found = texts(copy / "export", copy / "source")
+    for name in (first, second):
+        assert re.search(rf"error: {re.escape(name)}\.weight: -?[0-9.]+ dB from the source", found)
+    assert verify(copy / "export").is_sound
+
+
+def test_a_fused_group_is_reported_once(copy: Path) -> None:
+    change_tensors(copy / "export", scale(f"{UP}.input_scale", 2.0))
+    problems = verify_checkpoint(copy / "export")
+    assert [(p.severity, p.where) for p in problems] == [("error", f"{GATE}.input_scale")]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_native_source_of_plain_rope_and_its_hub_copy_mean_the_same(
+    make: Any, tmp_path: Path, beta: float
+) -> None:
+    """The hub's config of a native source states a length that the native one has not."""
+    length = 64 if beta else 0
+    rope = RopeConfig(1e6, original_max_positions=length, llama_4_scaling_beta=beta)
+    config = ModelConfig(replace(make.text, rope=rope), make.vision)
+    make.checkpoint(tmp_path / "native", "mistral-fp8", "mistral", config=config)
+    native = Checkpoint.open(tmp_path / "native")
+    make.checkpoint(tmp_path / "hub", "mistral-fp8", "hf", config=native.config)
+    assert verify(tmp_path / "hub", tmp_path / "native").is_sound
+    other = replace(native.config.text, rope=replace(rope, theta=1e5))
+    make.checkpoint(tmp_path / "other", "mistral-fp8", "hf", config=replace(config, text=other))
+    assert "is not the source's" in texts(tmp_path / "other", tmp_path / "native")

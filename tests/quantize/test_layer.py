@@ -1,8 +1,11 @@
 """One layer: which tensors come out, FP8 codes that pass through, weights that are refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError
 from halfbyte.calibrate.stream import TAPS, LayerStatistics
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
@@ -11,7 +14,7 @@ from halfbyte.model.tiny import write_tiny_checkpoint
 from halfbyte.quantize.layer import SourceWeight, _encode_fp8, cache_scales, quantize_layer
 from halfbyte.quantize.report import linear_record
 from halfbyte.recipe.plan import make_plan
-from halfbyte.recipe.schema import load_recipe
+from halfbyte.recipe.schema import load_recipe, parse_recipe
 
 CPU = torch.device("cpu")
 SEEN = {tap: torch.tensor(2.0 + n).bfloat16() for n, tap in enumerate(TAPS)}
@@ -114,3 +117,90 @@ def test_records_measure_the_decoded_weight(fp8_source: Checkpoint) -> None:
             assert 18 < record["sqnr_db"] < 25
             assert 0 <= record["zeroed"] < 0.2
             assert record["tensor_scale"] > 0
+
+
+class _Ledger(MemoryBudget):
+    """A budget that notes what it is asked for, and has no room for one amount."""
+
+    def __init__(self, refused: int = -1) -> None:
+        super().__init__(None)
+        self.asked: list[int] = []
+        self._refused = refused
+
+    def check(self, num_bytes: int = 0) -> None:
+        self.asked.append(num_bytes)
+        if num_bytes == self._refused:
+            raise OverBudgetError("no room")
+
+
+def test_the_budget_is_asked_before_anything_is_made(fp8_source: Checkpoint) -> None:
+    plan = make_plan(load_recipe("medium-3.5"), fp8_source.config)
+    ledger = _Ledger()
+    seen = list(quantize_layer(fp8_source, 4, plan, None, "ieee", CPU, ledger))
+    made = [
+        linear.source.stored.numel() * 9 // 16 if linear.format == "nvfp4" else 0  # 4.5 bits
+        for linear in seen
+    ]
+    read = [fp8_source.num_bytes(f"{linear.name}.weight") for linear in seen]
+    assert sorted(ledger.asked) == sorted(made + read)
+    assert max(made) > 0
+    with pytest.raises(OverBudgetError):
+        list(quantize_layer(fp8_source, 4, plan, None, "ieee", CPU, _Ledger(max(made))))
+
+
+ATTENTION_KEPT = """
+name: kept
+rules:
+  - {part: decoder, group: attention, format: bf16}
+  - {part: decoder, group: mlp, format: fp8}
+keep: [embedding, head]
+kv_cache: bf16
+scales: {weights: amax, activations: none}
+calibration: {blend: builtin, samples: 1, tokens_per_sample: 1, seed: 0}
+"""
+
+
+def test_a_linear_that_a_recipe_keeps_is_decoded_from_fp8(fp8_source: Checkpoint) -> None:
+    plan = make_plan(parse_recipe(ATTENTION_KEPT, "kept.yaml"), fp8_source.config)
+    ledger = _Ledger()
+    for linear in quantize_layer(fp8_source, 2, plan, None, "ieee", CPU, ledger):
+        weight = linear.tensors[f"{linear.name}.weight"]
+        if ".mlp." in linear.name:
+            assert linear.format == "fp8" and weight.dtype == torch.float8_e4m3fn
+            continue
+        assert linear.format == "bf16" and linear.tensors.keys() == {f"{linear.name}.weight"}
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, fp8_source.decoded(linear.name))
+        assert 2 * weight.numel() in ledger.asked  # decoded, it takes two bytes each
+
+
+def test_a_kept_linear_of_a_bf16_source_is_not_copied(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "bf16", layers=1)
+    source = Checkpoint.open(tmp_path / "bf16")
+    plan = make_plan(parse_recipe(ATTENTION_KEPT, "kept.yaml"), source.config)
+    ledger = _Ledger()
+    for linear in quantize_layer(source, 0, plan, None, "ieee", CPU, ledger):
+        if linear.format == "bf16":
+            weight = linear.tensors[f"{linear.name}.weight"]
+            assert weight is linear.source.stored
+            assert torch.equal(weight, source.tensor(f"{linear.name}.weight"))
+            # Asked for once, when it was read; nothing is made of it.
+            assert ledger.asked.count(2 * weight.numel()) <= 2
+
+
+def test_every_weight_is_told_as_it_is_read(fp8_source: Checkpoint) -> None:
+    plan = make_plan(load_recipe("medium-3.5"), fp8_source.config)
+    told: dict[str, torch.Tensor] = {}
+    list(quantize_layer(fp8_source, 1, plan, None, "ieee", CPU, on_read=told.__setitem__))
+    assert len(told) == 7
+    for name, tensor in told.items():
+        assert torch.equal(tensor.view(torch.uint8), fp8_source.tensor(name).view(torch.uint8))
+
+
+def test_a_scale_among_subnormals_is_kept_with_its_codes(fp8_source: Checkpoint) -> None:
+    """bf16 says the largest weight only roughly there; codes under another scale would be wrong."""
+    codes = torch.arange(32, dtype=torch.uint8).view(2, 16)
+    codes[0, 0] = 0x7E
+    weight = SourceWeight("w", codes.view(torch.float8_e4m3fn), torch.tensor(3.3e-43))
+    kept, scale = _encode_fp8(weight, weight.amax(), "ieee")
+    assert torch.equal(kept.view(torch.uint8), codes) and float(scale) == float(weight.scale or 0)

@@ -104,3 +104,59 @@ def test_searched_weights_lose_less_and_amax_is_the_plain_encoder() -> None:
         for e in (plain, searched)
     ]
     assert lost[1] < 0.85 * lost[0]
+
+
+def test_errors_of_a_weight_larger_than_a_chunk_are_those_of_its_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every real weight is worked through in pieces."""
+    w = torch.randn(8, 80, generator=torch.Generator().manual_seed(3)).bfloat16()
+    scale = nvfp4_tensor_scale(largest_magnitude(w))
+    whole = (
+        least_squares_scales(w, scale),
+        block_errors(w, block_scales(block_maxima(w), scale), scale),
+    )
+    encoded = encode_weight_nvfp4(w, scale, "mse")
+    for chunk in (16, 48, 112, 640):
+        monkeypatch.setattr("halfbyte.formats.nvfp4.chunk_values", lambda _, n=chunk: n)
+        assert torch.equal(least_squares_scales(w, scale).float(), whole[0].float())
+        errors = block_errors(w, block_scales(block_maxima(w), scale), scale)
+        assert torch.equal(errors, whole[1])
+        again = encode_weight_nvfp4(w, scale, "mse")
+        assert torch.equal(again.codes_OI2, encoded.codes_OI2)
+        decoded = decode_nvfp4(again, torch.float32)
+        assert torch.equal(decoded, decode_nvfp4(encoded, torch.float32))
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+
+
+def nearest_errors(w: torch.Tensor, scale_bits: torch.Tensor, tensor_scale: float) -> torch.Tensor:
+    """Squared error of every block in float64, each value at the nearest e2m1 of all."""
+    step = scale_bits.view(torch.float8_e4m3fn).double() * tensor_scale
+    quotient = (w.double().view(-1, 16) / step.view(-1, 1)).abs()
+    distance = (quotient[..., None] - E2M1).abs().amin(dim=-1)
+    return (distance * step.view(-1, 1)).square().sum(dim=1)
+
+
+def test_the_search_finds_the_best_of_its_neighbours() -> None:
+    """From two e4m3 steps below the scale of the maximum to six above: each is tried."""
+    generator = torch.Generator().manual_seed(4)
+    w = (
+        torch.randn(400, 64, generator=generator) * torch.rand(400, 1, generator=generator)
+    ).bfloat16()
+    tensor_scale = nvfp4_tensor_scale(largest_magnitude(w))
+    first = block_scales(block_maxima(w), tensor_scale).view(torch.uint8).view(-1)
+    found = least_squares_scales(w, tensor_scale).view(torch.uint8).view(-1)
+    tried = {
+        step: nearest_errors(
+            w, (first.short() + step).clamp(1, 0x7E).to(torch.uint8), float(tensor_scale)
+        )
+        for step in range(-2, 7)
+    }
+    best = torch.stack(list(tried.values())).amin(dim=0)
+    errors = nearest_errors(w, found, float(tensor_scale))
+    assert torch.allclose(errors, best, rtol=1e-5, atol=0)
+    # Each of them is the best of some block: leaving one out would be seen.
+    chosen = found.short() - first.short()
+    assert set(chosen.tolist()) == set(range(-2, 7))

@@ -2,16 +2,26 @@
 
 import errno
 import hashlib
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from halfbyte.checkpoint.fields import model_config
+from halfbyte.checkpoint.inventory import expected_tensors
+from halfbyte.checkpoint.metadata import Quantization
+from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, UsageError
+from halfbyte.quantize.export import export_name
 from halfbyte.quantize.staging import Staging, locked, plan_shards, work_directory
+from halfbyte.recipe.plan import make_plan
+from halfbyte.recipe.schema import load_recipe
 
+DATA = Path(__file__).parents[1] / "data/checkpoint"
 TENSORS = {
     "b.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
     "a.scale": torch.tensor(2.5),
@@ -113,3 +123,65 @@ def test_two_runs_do_not_share_a_work_directory(tmp_path: Path) -> None:
         pass
     with locked(tmp_path / "work"):
         pass
+
+
+def header_bytes(path: Path) -> int:
+    return int.from_bytes(path.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+def test_data_begins_at_a_multiple_of_eight(tmp_path: Path, length: int) -> None:
+    """Whoever maps the file reads numbers of eight bytes; both of our writers see to it."""
+    tensors = {"n" * length: torch.arange(3.0), "m": torch.arange(5.0)}
+    plan = plan_shards({name: ((t.numel(),), t.dtype) for name, t in tensors.items()}, 10**9)
+    assert len(plan.headers[0]) % 8 == 0
+    assert int.from_bytes(plan.headers[0][:8], "little") + 8 == len(plan.headers[0])
+    # As short as that allows: no more padding than needed.
+    assert (
+        plan.headers[0].endswith(b"}") or len(plan.headers[0].rstrip()) > len(plan.headers[0]) - 8
+    )
+    with ShardWriter(tmp_path / "out") as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.finish()
+    path = tmp_path / "out" / "model.safetensors"
+    assert header_bytes(path) % 8 == 0
+    text = path.read_bytes()[8 : 8 + header_bytes(path)]
+    assert len(text.rstrip()) > len(text) - 8
+    assert load_file(path)["m"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_shard_of_exactly_the_largest_size_is_whole() -> None:
+    sizes = {"a": ((10,), torch.uint8), "b": ((20,), torch.uint8), "c": ((30,), torch.uint8)}
+    for most, shards in ((60, 1), (59, 2), (30, 2), (29, 3), (1, 3)):
+        assert len(plan_shards(sizes, most).headers) == shards, most
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EROFS])
+def test_only_a_full_disk_is_called_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    staging = staged(tmp_path)
+    staging.create()
+
+    def refuse(handle: int, data: bytes, offset: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+        staging.write("a.scale", TENSORS["a.scale"])
+    assert caught.value.errno == number
+    staging.close()
+
+
+def test_the_index_counts_as_the_reference_does() -> None:
+    """Codes count, a packed byte once, scales do not: the sums of Model Optimizer's own index."""
+    raw = json.loads((DATA / "modelopt-tiny" / "source-config.json").read_text())
+    config = model_config(raw, has_head=True)
+    plan = make_plan(load_recipe("medium-3.5"), config)
+    quantization = Quantization("modelopt", plan.formats, plan.kv_cache)
+    wanted = expected_tensors(config, quantization)
+    shapes = {export_name(name, "hf"): (x.shape, x.dtypes[0]) for name, x in wanted.items()}
+    index = plan_shards(shapes, 10**6).index()
+    assert index is not None
+    assert index["metadata"] == {"total_parameters": 4_163_520, "total_size": 4_844_928}

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,69 @@ def test_no_such_recipe(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be read"):
         load_recipe(tmp_path / "binary.yaml")
+
+
+# Ten lists, each of nine times the one before: a billion letters to whoever prints the last.
+BOMB = "[&l0 [x, x, x], " + ", ".join(
+    f"&l{n} [" + ", ".join([f"*l{n - 1}"] * 9) + "]" for n in range(1, 10)
+) + "]"  # fmt: skip
+HOSTILE = {
+    "keep of nested aliases": ("keep: [embedding, head]", f"keep: {BOMB}"),
+    "a part of nested aliases": ("part: decoder", f"part: {BOMB}"),
+    "a format of nested aliases": ("format: fp8", f"format: {BOMB}"),
+    "a group of nested aliases": ("group: attention", f"group: {BOMB}"),
+    "a cache of nested aliases": ("kv_cache: fp8", f"kv_cache: {BOMB}"),
+    "layers of nested aliases": ("layers: [0]", f"layers: [{BOMB}]"),
+    "linears of nested aliases": ("linears: [q]", f"linears: [{BOMB}]"),
+    "samples of many digits": ("samples: 8", f"samples: {'7' * 90_000}"),
+    "samples in hexadecimal": ("samples: 8", f"samples: 0x{'7' * 90_000}"),
+    "a layer of many digits": ("layers: [0]", f"layers: [{'7' * 90_000}]"),
+    "a key of many letters": ("kv_cache: fp8", f"{'k' * 90_000}: fp8"),
+    "a key that is a list": ("kv_cache: fp8", "? [1, 2]\n: fp8"),
+    "a list in itself": ("keep: [embedding, head]", "keep: &me [*me]"),
+    "a date that is none": ("samples: 8", "samples: 2026-99-99"),
+}
+SMALL = """
+name: small
+rules: [{part: decoder, group: attention, linears: [q], layers: [0], format: fp8}]
+keep: [embedding, head]
+kv_cache: fp8
+scales: {weights: amax, activations: amax}
+calibration: {blend: builtin, samples: 8, tokens_per_sample: 8, seed: 0}
+"""
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_yaml_is_one_short_sentence(what: str) -> None:
+    """Read, refused and printed in no time, whatever the text stands for."""
+    old, new = HOSTILE[what]
+    assert parse_recipe(SMALL, "x.yaml").name == "small" and SMALL.count(old) == 1
+    with pytest.raises(UsageError) as caught:
+        parse_recipe(SMALL.replace(old, new), "x.yaml")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("[[[]]]", r"\[\[\[\]\]\]"), ("&a [*a]", r"\[\[\[\.\.\.\]\]\]")]
+)
+def test_a_value_from_outside_is_shown_short(value: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"kv_cache: {said} is not one of"):
+        parse_recipe(SMALL.replace("kv_cache: fp8", f"kv_cache: {value}"), "x.yaml")
+
+
+def test_a_recipe_is_a_small_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "large.yaml").write_text("#" * 300_000)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    (tmp_path / "pointer.yaml").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, said in (
+        ("fifo", "is a FIFO"),
+        ("folder", "is a directory"),
+        ("large", "more than the 200.0 kB"),
+        ("latin", "utf-8"),
+        ("pointer", "Git LFS pointer"),
+        ("absent", "No such file"),
+    ):
+        with pytest.raises(UsageError, match=f"{name}.yaml: cannot be read .*{said}"):
+            load_recipe(tmp_path / f"{name}.yaml")

@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, shown
+from halfbyte.recipe.strict_yaml import parse_yaml, read_yaml_text
 
 Mode = Literal["plain", "template", "packed"]
 Select = Literal["first", "reservoir"]
 
 _STRICT = ConfigDict(extra="forbid")
-_Count = Annotated[int, Field(ge=1, strict=True)]
+_MOST = 2**31 - 1
+_Count = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -77,8 +78,8 @@ class Blend:
     name: str
     sources: Annotated[list[Source], Field(min_length=1)]
     samples: _Count = 1024
-    tokens_per_sample: Annotated[int, Field(ge=2, strict=True)] = 512
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    tokens_per_sample: Annotated[int, Field(ge=2, le=_MOST, strict=True)] = 512
+    seed: Annotated[int, Field(ge=0, le=_MOST, strict=True)] = 0
     mode: Mode = "template"
     select: Select = "reservoir"
     window: _Count = 10_000
@@ -87,17 +88,6 @@ class Blend:
 
 _BLEND = TypeAdapter(Blend)
 _DATASETS = TypeAdapter(dict[str, Dataset])
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that occurs twice; plain YAML readers let the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} occurs twice", None)
-        return super().construct_mapping(node, deep)
 
 
 def library_blends() -> tuple[str, ...]:
@@ -110,7 +100,7 @@ def library_blends() -> tuple[str, ...]:
 def known_datasets() -> Mapping[str, Dataset]:
     """Data sets that a blend may name without saying their splits."""
     text = (resources.files("halfbyte.calibrate") / "datasets.yaml").read_text("utf-8")
-    return _DATASETS.validate_python(yaml.load(text, Loader=_UniqueKeys))
+    return _DATASETS.validate_python(parse_yaml(text, "datasets.yaml"))
 
 
 def load_blend(name_or_path: str | Path) -> Blend:
@@ -126,19 +116,12 @@ def load_blend(name_or_path: str | Path) -> Blend:
     if path.suffix not in (".yaml", ".yml"):
         known = ", ".join(library_blends())
         raise UsageError(f"no blend {name!r}; there are {known}, or give a .yaml file")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"blend {path}: cannot be read ({error})") from error
-    return parse_blend(text, path.name, folder=path.parent)
+    return parse_blend(read_yaml_text(path, "blend"), path.name, folder=path.parent)
 
 
 def parse_blend(text: str, where: str, *, folder: Path = Path()) -> Blend:
     """A blend from YAML text; `where` names it in messages. Raises UsageError."""
-    try:
-        raw = yaml.load(text, Loader=_UniqueKeys)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"blend {where}: no YAML ({str(error).splitlines()[0]})") from error
+    raw = parse_yaml(text, f"blend {where}")
     if not isinstance(raw, dict) or "folder" in raw:
         raise UsageError(f"blend {where}: a mapping with name and sources was expected")
     try:
@@ -157,8 +140,8 @@ def parse_blend(text: str, where: str, *, folder: Path = Path()) -> Blend:
 def _said(error: ValidationError) -> str:
     """The first of pydantic's findings in one line."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']} (it is {str(first['input'])[:60]!r})"
+    place = ".".join(str(part)[:60] for part in first["loc"])
+    return f"{place}: {first['msg']} (it is {shown(first['input'])})"
 
 
 def _check_source(source: Source, where: str) -> None:

@@ -16,7 +16,7 @@ from halfbyte.calibrate.blend import load_blend
 from halfbyte.calibrate.draw import CalibrationData, draw
 from halfbyte.config import TextConfig
 from halfbyte.errors import UsageError
-from halfbyte.files import open_regular
+from halfbyte.files import require_regular
 
 Rows = tuple[Tensor, ...]  # each int64 (tokens,), on the CPU
 
@@ -32,7 +32,7 @@ def read_token_rows(path: Path) -> Rows:
     """
     batches: dict[int, dict[str, Tensor]] = {}
     try:
-        open_regular(path).close()  # the library would wait for a FIFO
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
                 match = _BATCH.fullmatch(name)

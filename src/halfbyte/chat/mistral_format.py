@@ -36,7 +36,7 @@ from halfbyte.chat.images import ImageEncoder, ImageLayout
 from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
 from halfbyte.chat.vocabulary import Vocabulary, tekken_vocabulary
 from halfbyte.errors import CheckpointError, RequestError
-from halfbyte.files import open_regular
+from halfbyte.files import require_regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class MistralFormat:
 def load_mistral_format(path: Path) -> MistralFormat:
     """Read a tekken.json. Raises CheckpointError if mistral-common does."""
     try:
-        open_regular(path).close()  # the library would wait for a FIFO
+        require_regular(path)
         tokenizer: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.from_file(
             path, mode=ValidationMode.serving
         )

@@ -125,7 +125,7 @@ _MAX_LAYERS = 4096
 _MAX_NUMBER = 1e300
 # Added to a mean square before its root is taken: 1e-5 or 1e-6 in every model. Nothing below keeps
 # a zero vector from becoming NaN; with more than 1 it would no longer be a norm.
-_MIN_NORM_EPS, _MAX_NORM_EPS = 1e-30, 1.0
+MIN_NORM_EPS, MAX_NORM_EPS = 1e-30, 1.0
 
 
 class Reader:
@@ -304,7 +304,7 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
         head_dim=width // num_heads if head_dim is None else head_dim,
         mlp_width=fields.positive("intermediate_size"),
         vocab_size=fields.positive("vocab_size"),
-        norm_eps=fields.within("rms_norm_eps", _MIN_NORM_EPS, _MAX_NORM_EPS),
+        norm_eps=fields.within("rms_norm_eps", MIN_NORM_EPS, MAX_NORM_EPS),
         max_positions=fields.positive("max_position_embeddings"),
         rope=_rope(fields, where),
         tied_head=tied,
@@ -528,7 +528,7 @@ def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     fields.must_be("causal", True, default=True)
     fields.must_be("activation", "silu", default="silu")
     vision = fields.optional("vision_encoder")
-    norm_eps = fields.within("norm_eps", _MIN_NORM_EPS, _MAX_NORM_EPS)
+    norm_eps = fields.within("norm_eps", MIN_NORM_EPS, MAX_NORM_EPS)
     text = TextConfig(
         num_layers=fields.positive("n_layers"),
         width=fields.positive("dim"),

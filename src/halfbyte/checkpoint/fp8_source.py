@@ -17,6 +17,7 @@ from torch import Tensor
 from halfbyte.checkpoint.metadata import mistral_fp8_config
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import FormatError, UsageError
 from halfbyte.formats.fp8 import encode_fp8, fp8_scale
@@ -65,9 +66,12 @@ def write_fp8_source(
             if linear in quantized:
                 for role, tensor in _encoded(linear, source.tensor(name), input_amax[linear]):
                     spelt = foreign_name(f"{linear}.{role}", source.layout, "mistral-fp8")
+                    require_sound(f"{linear}.{role}", spelt, tensor)
                     writer.add(spelt, tensor)
             else:
-                writer.add(source.foreign(name), source.tensor(name))
+                tensor = source.tensor(name)
+                require_sound(name, source.foreign(name), tensor)
+                writer.add(source.foreign(name), tensor)
         writer.write_json("config.json", mistral_fp8_config(source.raw_config, source.layout))
         copy_companions(source.directory, writer)
         return writer.finish({"source": source.directory.name})

@@ -20,16 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.fields import Reader
+from halfbyte.checkpoint.fields import MAX_NORM_EPS, MIN_NORM_EPS, Reader, check_text
+from halfbyte.checkpoint.gguf_header import check_header
 from halfbyte.checkpoint.gguf_tokenizer import tokenizer_files
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import hub_config, unquantized
 from halfbyte.checkpoint.names import foreign_name, native_to_hub_rows, rotary_heads
+from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import MAX_COPIED_BYTES, ShardWriter
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
-from halfbyte.errors import CheckpointError, UnsupportedError, UsageError
+from halfbyte.errors import (
+    CheckpointError,
+    FormatError,
+    HalfbyteError,
+    UnsupportedError,
+    UsageError,
+    shown,
+)
 from halfbyte.files import open_regular, read_bounded
-from halfbyte.formats.measure import largest_magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,8 @@ _LAYER = {
     "ffn_down": "mlp.down",
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_SPECIAL = ("bos", "eos", "padding")
+_MAX_F32 = 3e38
 _IGNORED_KEYS = {
     "vocab_size": "the embedding's rows are counted",
     "rope.dimension_count": "checked against the head size",
@@ -118,22 +128,36 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None) ->
     names = {_canonical(name): name for name in tensors}
     expected = _expected(config)
     _compare(source.name, set(names), set(expected))
+    if tokenizer is None:
+        files = _tokenizer_files(fields, config, source.name)
+    else:
+        files = _copied_tokenizer(tokenizer)
     with ShardWriter(target) as writer:
         for name in expected:
             weight = _weight(tensors[names[name]], name, expected[name], config)
             writer.add(foreign_name(name, "hf-text", "none"), weight)
         writer.write_json("config.json", hub_config(config))
         writer.write_json("generation_config.json", _generation_config(config.text))
-        if tokenizer is None:
-            files = tokenizer_files({key: _value(fields, key) for key in fields})
-        else:
-            files = _copied_tokenizer(tokenizer)
         for name, content in files.items():
             writer.write_file(name, content)
         with open_regular(source) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         writer.finish({"source": source.name, "source_sha256": digest})
     return config
+
+
+def _tokenizer_files(
+    fields: Mapping[str, Any], config: ModelConfig, where: str
+) -> dict[str, bytes]:
+    metadata = {key: _value(fields, key) for key in fields}
+    try:
+        return tokenizer_files(metadata, config.text.vocab_size)
+    except HalfbyteError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(
+            f"{where}: its tokenizer cannot be built ({type(error).__name__}: {error})"
+        ) from error
 
 
 TOKENIZER_FILES = (
@@ -164,23 +188,40 @@ def _open(source: Path) -> Any:
         raise UnsupportedError(
             "reading GGUF files needs the package gguf; run: pip install 'halfbyte[demo]'"
         ) from None
-    if not source.is_file():
+    if not source.exists():
         raise UsageError(f"{source}: no such file")
+    check_header(source)
     try:
-        return gguf.GGUFReader(source)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{source}: no GGUF file that can be read ({error})") from error
+        # Sums of sizes from the file may leave 64 bits; what comes of it does not fit the file.
+        with np.errstate(over="ignore"):
+            return gguf.GGUFReader(source)
+    except _LIBRARY_ERRORS as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{source}: no GGUF file that can be read ({said[:200]})") from error
+
+
+# What the library raises over damaged files; it has no family of its own.
+_LIBRARY_ERRORS = (
+    ValueError, TypeError, OSError, IndexError, KeyError, OverflowError, RecursionError,
+    AttributeError, MemoryError,
+)  # fmt: skip
 
 
 def _value(fields: Mapping[str, Any], key: str) -> Any:
-    return fields[key].contents()
+    """The value of a key; CheckpointError if there is none or it cannot be read."""
+    if key not in fields:
+        raise CheckpointError(f"the metadata lacks {key}")
+    try:
+        return fields[key].contents()
+    except _LIBRARY_ERRORS as error:
+        raise CheckpointError(f"{key}: cannot be read ({error})") from error
 
 
 def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
     """The architecture from the metadata; unknown `llama.*` keys are refused by name."""
     architecture = _value(fields, "general.architecture")
     if architecture != "llama":
-        raise CheckpointError(f"architecture {architecture!r}: only llama is implemented")
+        raise CheckpointError(f"architecture {shown(architecture)}: only llama is implemented")
     own = {k.removeprefix("llama."): _value(fields, k) for k in fields if k.startswith("llama.")}
     reader = Reader(own, "llama")
     width, num_heads = reader.positive("embedding_length"), reader.positive("attention.head_count")
@@ -189,10 +230,15 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfi
     if own.get("rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(f"llama.rope.dimension_count: only whole heads of {head_dim} rotate")
     context = reader.positive("context_length")
-    tokens = {
-        name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")
+    named = {
+        name: _value(fields, key)
+        for name in ("bos", "eos", "padding")
+        if (key := f"tokenizer.ggml.{name}_token_id") in fields
     }
-    ids = {name: None if field is None else int(field.contents()) for name, field in tokens.items()}
+    special = Reader(named, "tokenizer.ggml")
+    ids = {name: special.integer(name) if name in named else None for name in _SPECIAL}
+    if "token_embd.weight" not in tensors:
+        raise CheckpointError("lacks token_embd.weight, the embedding")
     text = TextConfig(
         num_layers=reader.positive("block_count"),
         width=width,
@@ -200,8 +246,10 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfi
         num_kv_heads=reader.positive("attention.head_count_kv", num_heads),
         head_dim=head_dim,
         mlp_width=reader.positive("feed_forward_length"),
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        norm_eps=_shortest(reader.number("attention.layer_norm_rms_epsilon")),
+        vocab_size=int(tensors["token_embd.weight"].shape[-1]),
+        norm_eps=_shortest(
+            reader.within("attention.layer_norm_rms_epsilon", MIN_NORM_EPS, MAX_NORM_EPS)
+        ),
         max_positions=context,
         rope=_rope(reader, context),
         tied_head="output.weight" not in tensors,
@@ -210,18 +258,19 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfi
         pad_token_id=ids["padding"],
     )
     reader.finish(_IGNORED_KEYS)
+    check_text(text, "llama")
     return ModelConfig(text, None)
 
 
 def _rope(reader: Reader, context: int) -> RopeConfig:
-    theta = _shortest(reader.number("rope.freq_base", 10000.0))
+    theta = _shortest(reader.within("rope.freq_base", 1, _MAX_F32, 10000.0))
     kind = reader.must_be("rope.scaling.type", "none", "yarn", default="none")
     if kind == "none":
         return RopeConfig(theta, original_max_positions=context)
     return RopeConfig(
         theta,
         kind="yarn",
-        factor=_shortest(reader.number("rope.scaling.factor")),
+        factor=_shortest(reader.within("rope.scaling.factor", 1, _MAX_F32)),
         original_max_positions=reader.positive("rope.scaling.original_context_length"),
     )
 
@@ -260,12 +309,18 @@ def _weight(stored: Any, name: str, shape: tuple[int, ...], config: ModelConfig)
     if found != shape:
         raise CheckpointError(f"{stored.name}: shape {found}, the metadata asks for {shape}")
     try:
-        values = quants.dequantize(stored.data, stored.tensor_type).reshape(shape)
+        # Odd scales decode to infinity, which is refused below by name.
+        with np.errstate(all="ignore"):
+            values = quants.dequantize(stored.data, stored.tensor_type).reshape(shape)
     except NotImplementedError:
         raise CheckpointError(f"{stored.name}: cannot decode {stored.tensor_type.name}") from None
+    except _LIBRARY_ERRORS as error:
+        raise CheckpointError(f"{stored.name}: cannot be decoded ({error})") from error
     weight = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16)
-    if not bool(torch.isfinite(largest_magnitude(weight))):
-        raise CheckpointError(f"{stored.name}: holds NaN or infinity")
+    try:
+        require_sound(name, stored.name, weight)
+    except FormatError as error:
+        raise CheckpointError(str(error)) from error
     heads = rotary_heads(name, config)
     return weight if heads is None else native_to_hub_rows(weight, heads)
 

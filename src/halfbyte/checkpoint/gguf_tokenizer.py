@@ -8,11 +8,11 @@ Source: llama.cpp's list of pre-tokenizers; small-models reference (ids equal th
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import CheckpointError, UnsupportedError, shown
 
 # GGUF token types that are not ordinary text (llama.cpp, llama_token_type).
 _CONTROL, _USER_DEFINED = 3, 4
@@ -34,26 +34,29 @@ def _bytes_only() -> pre_tokenizers.PreTokenizer:
 _PRE_TOKENIZERS = {"smollm": _digits_then_bytes, "gpt-2": _bytes_only}
 
 
-def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, bytes]:
     """File name -> content: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
-    metadata   all key-value pairs of the GGUF file
+    metadata     all key-value pairs of the GGUF file
+    vocab_size   rows of the embedding
 
-    Raises UnsupportedError for a vocabulary we cannot convert.
+    Raises UnsupportedError for a vocabulary we cannot convert, CheckpointError for one that is
+    damaged.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise UnsupportedError(
-            f"tokenizer {kind}/{pre} is not convertible (only gpt2 with "
+            f"tokenizer {str(kind)[:40]}/{str(pre)[:40]} is not convertible (only gpt2 with "
             f"{' or '.join(_PRE_TOKENIZERS)}); give a directory that has its files: --tokenizer DIR"
         )
-    tokens: list[str] = list(metadata["tokenizer.ggml.tokens"])
-    tokenizer = _build(
-        tokens,
-        list(metadata["tokenizer.ggml.token_type"]),
-        list(metadata["tokenizer.ggml.merges"]),
-        str(pre),
-    )
+    tokens = _list(metadata, "tokens", str)
+    types = _list(metadata, "token_type", int)
+    if len(tokens) != len(types) or len(tokens) > vocab_size or len(set(tokens)) < len(tokens):
+        raise CheckpointError(
+            f"tokenizer.ggml.tokens: {len(tokens)} tokens, {len(set(tokens))} of them different, "
+            f"beside {len(types)} types and an embedding of {vocab_size} rows"
+        )
+    tokenizer = _build(tokens, types, _list(metadata, "merges", str), pre)
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=False).encode(),
         "tokenizer_config.json": json.dumps(_config(metadata, tokens), indent=2).encode(),
@@ -62,6 +65,18 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if template is not None:
         files["chat_template.jinja"] = str(template).encode()
     return files
+
+
+_Item = TypeVar("_Item", str, int)
+
+
+def _list(metadata: Mapping[str, Any], key: str, kind: type[_Item]) -> list[_Item]:
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise CheckpointError(
+            f"tokenizer.ggml.{key}: a list of {kind.__name__} was expected: {shown(value)}"
+        )
+    return value
 
 
 def _build(tokens: list[str], types: list[int], merges: list[str], pre: str) -> Tokenizer:

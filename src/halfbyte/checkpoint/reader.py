@@ -77,8 +77,10 @@ class Checkpoint:
         self._stored = stored
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
+    def open(cls, path: str | Path, *, any_float: bool = False) -> "Checkpoint":
         """Open a directory in any dialect and layout.
+
+        any_float   take f32 and f16 where the model has bf16: for `convert`, nobody else reads them
 
         Raises CheckpointError for a damaged or missing shard, an unknown config field, a tensor
         that is missing, unknown, or of another shape or dtype than the config says; the message
@@ -92,7 +94,10 @@ class Checkpoint:
         has_head = foreign_name("head.weight", layout, "none") in files
         config, quantization, raw = describe(directory, layout, has_head=has_head)
         stored, ignored = _map_names(files, layout, quantization)
-        _compare(stored, expected_tensors(config, quantization), layout, quantization)
+        expected = expected_tensors(config, quantization)
+        if any_float:
+            expected = {name: _as_any_float(want) for name, want in expected.items()}
+        _compare(stored, expected, layout, quantization)
         return cls(directory, config, quantization, raw, layout, stored, ignored)
 
     @classmethod
@@ -313,13 +318,21 @@ def _compare(
         tensor = stored[name]
         shape = () if want.shape == () and tensor.shape == (1,) else tensor.shape
         if shape != want.shape or tensor.dtype not in want.dtypes:
+            is_wide = shape == want.shape and tensor.dtype in _as_any_float(want).dtypes
+            do = "; `halfbyte import DIR OUT` writes it in bf16" if is_wide else ""
             raise CheckpointError(
                 f"{tensor.path.name}: {tensor.name} is {_kind(tensor.dtype, tensor.shape)}, the "
-                f"config asks for {_kind(want.dtypes[0], want.shape)}"
+                f"config asks for {_kind(want.dtypes[0], want.shape)}{do}"
             )
     ordered = {name: stored[name] for name in expected}
     stored.clear()
     stored.update(ordered)
+
+
+def _as_any_float(want: Expected) -> Expected:
+    if want.dtypes != (torch.bfloat16,):
+        return want
+    return Expected(want.shape, (*want.dtypes, torch.float32, torch.float16))
 
 
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

@@ -19,6 +19,7 @@ from halfbyte.checkpoint.inventory import Expected, expected_tensors
 from halfbyte.checkpoint.metadata import hub_config, unquantized
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.config import ModelConfig, VisionConfig
 from halfbyte.errors import CheckpointError, UsageError
@@ -58,6 +59,7 @@ def add_untrained_tower(source: Path, target: Path, *, seed: int = 0) -> ModelCo
                 tensor = _lengthened(checkpoint.tensor(name), expected)
             else:
                 tensor = _random(name, expected, generator, scale)
+            require_sound(name, foreign_name(name, "hf", "none"), tensor)
             writer.add(foreign_name(name, "hf", "none"), tensor)
         writer.write_json("config.json", hub_config(config))
         for name in COMPANION_FILES:

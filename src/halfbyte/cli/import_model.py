@@ -1,4 +1,4 @@
-"""`halfbyte import SOURCE OUT`: checkpoints in our layout, from GGUF or from bf16."""
+"""`halfbyte import SOURCE OUT`: checkpoints in our layout, from GGUF, wider weights or bf16."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,9 @@ EXAMPLE = """  halfbyte import smollm2 build/demo/bf16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", help="a llama .gguf file, `smollm2` (from its package), or a bf16 checkpoint"
+        "source",
+        help="a llama .gguf file, `smollm2` (from its package), or a checkpoint: one in f32 or f16 "
+        "becomes bf16",
     )
     parser.add_argument("out", type=Path, help="the directory to write; must not exist")
     parser.add_argument(
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.source)
     if path.is_dir():
-        raise UsageError(f"{path} is a checkpoint already; --to mistral-fp8 makes an FP8 one of it")
+        return _to_bf16(path, args)
     source = path if path.suffix == ".gguf" else packaged_file(args.source)
     config = import_gguf(source, args.out, tokenizer=args.tokenizer)
     print(f"{args.out}: bf16, {config.text.num_layers} layers, from {source.name}")
@@ -75,6 +77,16 @@ def _with_tower(args: argparse.Namespace) -> int:
         f"{args.out}: bf16 with an untrained tower of {config.vision.num_layers} layers, images up "
         f"to {config.vision.image_size} pixels; {NOTE_FILE} says what that means"
     )
+    return 0
+
+
+def _to_bf16(source: Path, args: argparse.Namespace) -> int:
+    if args.tokenizer is not None:
+        raise UsageError("--tokenizer belongs to GGUF files; the source's own files are copied")
+    from halfbyte.checkpoint.convert import convert_to_bf16
+
+    config = convert_to_bf16(source, args.out)
+    print(f"{args.out}: bf16, {config.text.num_layers} layers, from {source}")
     return 0
 
 

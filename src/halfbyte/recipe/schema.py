@@ -12,15 +12,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import yaml
-
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, shown
 from halfbyte.modules import (
     ATTENTION_LINEARS,
     MLP_LINEARS,
     CacheFormat,
     WeightFormat,
 )
+from halfbyte.recipe.strict_yaml import parse_yaml, read_yaml_text
 
 KeptPart = Literal["embedding", "head", "vision", "projector"]
 RuleGroup = Literal["attention", "mlp"]
@@ -115,20 +114,13 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if path.suffix not in (".yaml", ".yml"):
         known = ", ".join(library_recipes())
         raise UsageError(f"no recipe {name!r}; there are {known}, or give a .yaml file")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path}: cannot be read ({error})") from error
-    return parse_recipe(text, path.name)
+    return parse_recipe(read_yaml_text(path, "recipe"), path.name)
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
     """A recipe from YAML text; `source` names it in messages. Raises UsageError."""
     where = f"recipe {source}"
-    try:
-        raw = yaml.load(text, Loader=_UniqueKeys)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{where}: no YAML ({str(error).splitlines()[0]})") from error
+    raw = parse_yaml(text, where)
     keys = ("name", "rules", "keep", "kv_cache", "scales", "calibration")
     fields = _fields(raw, where, keys)
     rules = fields["rules"]
@@ -149,27 +141,20 @@ def parse_recipe(text: str, source: str) -> Recipe:
     )
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that occurs twice, which YAML readers otherwise let the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} occurs twice", None)
-        return super().construct_mapping(node, deep)
-
-
 def _fields(
     raw: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()
 ) -> Mapping[str, Any]:
     """A mapping with exactly these keys."""
     if not isinstance(raw, dict):
         raise UsageError(f"{where}: a mapping with {', '.join(required)} was expected")
-    unknown = [str(key) for key in raw if key not in (*required, *optional)]
+    unknown = [
+        key[:60] if isinstance(key, str) else shown(key)
+        for key in raw
+        if key not in (*required, *optional)
+    ]
     if unknown:
         known = ", ".join((*required, *optional))
-        raise UsageError(f"{where}: unknown key {', '.join(unknown)}; there are {known}")
+        raise UsageError(f"{where}: unknown key {', '.join(unknown[:4])}; there are {known}")
     missing = [key for key in required if key not in raw]
     if missing:
         raise UsageError(f"{where}: lacks {', '.join(missing)}")
@@ -178,17 +163,17 @@ def _fields(
 
 def _choice(value: Any, kinds: Any, where: str) -> str:
     allowed = get_args(kinds)
-    if value not in allowed:
-        raise UsageError(f"{where}: {value!r} is not one of {', '.join(allowed)}")
-    return str(value)
+    if not isinstance(value, str) or value not in allowed:
+        raise UsageError(f"{where}: {shown(value)} is not one of {', '.join(allowed)}")
+    return value
 
 
 def _rule(raw: Any, where: str) -> Rule:
     fields = _fields(raw, where, ("part", "group", "format"), ("layers", "linears"))
     if fields["part"] != "decoder":
         raise UsageError(
-            f"{where}: part {fields['part']!r}: only the decoder is quantized; name other parts "
-            "under keep"
+            f"{where}: part {shown(fields['part'])}: only the decoder is quantized; name other "
+            "parts under keep"
         )
     group = cast("RuleGroup", _choice(fields["group"], RuleGroup, f"{where}, group"))
     return Rule(
@@ -207,11 +192,14 @@ def _linears(value: Any, group: str, where: str) -> tuple[str, ...]:
         raise UsageError(f"{where}: linears must be a list out of {', '.join(known)}")
     for short in value:
         if short not in known:
-            raise UsageError(f"{where}: {group} has no linear {short!r}, only {', '.join(known)}")
+            raise UsageError(
+                f"{where}: {group} has no linear {shown(short)}, only {', '.join(known)}"
+            )
     return tuple(value)
 
 
-_RANGE = re.compile(r"(\d+)-(\d+)|(-?\d+)\.\.(-?\d+)|(-?\d+)")
+# No model has a layer of more than six digits.
+_RANGE = re.compile(r"(\d{1,6})-(\d{1,6})|(-?\d{1,6})\.\.(-?\d{1,6})|(-?\d{1,6})")
 
 
 def _layers(value: Any, where: str) -> tuple[LayerRange, ...]:
@@ -223,11 +211,12 @@ def _layers(value: Any, where: str) -> tuple[LayerRange, ...]:
 
 
 def _layer_range(item: Any, where: str) -> LayerRange:
-    match = None if isinstance(item, bool) else _RANGE.fullmatch(str(item))
+    is_short = isinstance(item, str) or (type(item) is int and abs(item) < 10**6)
+    match = _RANGE.fullmatch(str(item)) if is_short else None
     if match is None:
         raise UsageError(
-            f"{where}: {item!r} is no layer; write 3, -1 (the last), 0-3, or 4..-2 (from the fifth "
-            "to the last but one)"
+            f"{where}: {shown(item)} is no layer; write 3, -1 (the last), 0-3, or 4..-2 (from the "
+            "fifth to the last but one)"
         )
     first, last = [int(text) for text in match.groups() if text is not None] * (
         2 if match[5] is not None else 1
@@ -254,11 +243,16 @@ def _scales(raw: Any, where: str) -> Scales:
     )
 
 
+_MAX_INTEGER = 2**31 - 1
+
+
 def _calibration(raw: Any, where: str) -> Calibration:
     fields = _fields(raw, where, ("blend", "samples", "tokens_per_sample", "seed"))
     for key, least in (("samples", 1), ("tokens_per_sample", 1), ("seed", 0)):
-        if type(fields[key]) is not int or fields[key] < least:
-            raise UsageError(f"{where}: {key} must be a whole number of at least {least}")
+        if type(fields[key]) is not int or not least <= fields[key] <= _MAX_INTEGER:
+            raise UsageError(
+                f"{where}: {key} must be a whole number of at least {least}, at most {_MAX_INTEGER}"
+            )
     if not isinstance(fields["blend"], str):
         raise UsageError(f"{where}: blend must be a name or a path")
     return Calibration(**fields)

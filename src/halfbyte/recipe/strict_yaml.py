@@ -1,0 +1,57 @@
+"""YAML that people wrote, read strictly: for recipes and blends.
+
+A key that occurs twice is refused (YAML readers otherwise let the last one win), and whatever the
+parser trips over becomes one sentence. A file of a few kilobytes can stand for more than a memory
+holds, by names for parts of itself, so nobody prints what it says but through `errors.shown`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halfbyte.errors import UsageError, shown
+from halfbyte.files import read_bounded
+
+# The parser takes some seconds for this much; the recipes of the library have 1 kB.
+_MAX_BYTES = 200_000
+
+
+def read_yaml_text(path: Path, what: str) -> str:
+    """The text of a YAML file; UsageError that calls it a `what` if it cannot be read."""
+    try:
+        return read_bounded(path, _MAX_BYTES).decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{what} {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path}: cannot be read ({error})") from error
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What the text says. Raises UsageError."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # ValueError: a date that is none, a number of more digits than Python reads.
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{where}: no YAML ({said[:200]})") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that occurs twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            try:
+                is_new = key not in seen
+                seen.add(key)
+            except TypeError:
+                said = "a mapping or a list is no key"
+                raise yaml.constructor.ConstructorError(None, None, said, None) from None
+            if not is_new:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{shown(key)} occurs twice", None
+                )
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,131 @@
+"""Odd things in the place of a file, for every command that reads files: one sentence, at once."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from halfbyte.cli.main import main
+from halfbyte.model.tiny import write_tiny_checkpoint
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "FIFO": (os.mkfifo, "is a FIFO"),
+    "folder": (Path.mkdir, "is a directory"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+    "pointer": (lambda path: path.write_text(LFS), "is a Git LFS pointer"),
+}
+INSPECT, VERIFY = ["inspect", "{source}"], ["verify", "{source}"]
+PLAN = ["plan", "{source}", "--recipe", "fp8"]
+QUANTIZE = ["quantize", "{source}", "{out}", "--recipe", "medium-3.5", "--method", "none"]
+# file -> commands that read it
+READERS: dict[str, list[list[str]]] = {
+    "model.safetensors": [INSPECT, VERIFY, PLAN, QUANTIZE],
+    "config.json": [INSPECT, VERIFY, PLAN, QUANTIZE],
+    "model.safetensors.index.json": [INSPECT, PLAN, QUANTIZE],
+    "hf_quant_config.json": [INSPECT, QUANTIZE],
+    "tokenizer.json": [VERIFY, QUANTIZE],
+    "tekken.json": [QUANTIZE, ["blend", "builtin", "--model", "{source}"]],
+    "tokenizer_config.json": [QUANTIZE],
+    "chat_template.jinja": [QUANTIZE],
+    "halfbyte-manifest.json": [VERIFY],
+    "recipe.yaml": [["inspect", "plan", "{source}", "--recipe", "{source}/recipe.yaml"]],
+    "blend.yaml": [["blend", "{source}/blend.yaml"]],
+    "model.gguf": [["import", "{source}/model.gguf", "{out}"]],
+    "tokens.safetensors": [
+        ["quantize", "{source}", "{out}", "--recipe", "medium-3.5",
+         "--calibration-tokens", "{source}/tokens.safetensors"],
+    ],
+}  # fmt: skip
+
+
+# Folders of these names are none of ours: they are not copied, and importing looks into them.
+FOLDERS = ("tokenizer_config.json", "tekken.json", "chat_template.jinja", "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "source"
+    write_tiny_checkpoint(directory, layers=6, dialect="mistral-fp8")
+    return directory
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", READERS)
+def test_an_odd_thing_is_named(
+    whole: Path, tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    (source / name).unlink(missing_ok=True)
+    make, said = ODD[kind]
+    make(source / name)
+    for command in READERS[name]:
+        words = [word.format(source=source, out=tmp_path / "out") for word in command]
+        status = main([*words, "--log-level", "error"])
+        printed = capsys.readouterr()
+        if kind == "folder" and name in FOLDERS:
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            continue
+        assert status in (1, 2), f"{words}: {printed}"
+        text = printed.out + printed.err
+        assert said in text, f"{words}: {text}"
+        assert "Traceback" not in text and len(text) < 2000
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "{tmp}/file/out", "/proc/below/out"])
+@pytest.mark.parametrize("command", ["quantize", "import"])
+def test_an_output_that_cannot_be_made_is_a_sentence(
+    whole: Path, tmp_path: Path, place: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/proc takes no folders, as a read-only file system takes none."""
+    (tmp_path / "file").touch()
+    out = place.format(tmp=tmp_path)
+    source = whole
+    words = ["quantize", str(source), out, "--recipe", "medium-3.5", "--method", "none"]
+    if command == "import":
+        source = tmp_path / "bf16"
+        write_tiny_checkpoint(source, layers=1)
+        tokens = {"batch0.input_ids": torch.ones(1, 4, dtype=torch.int64)}
+        save_file(tokens, tmp_path / "tokens.safetensors")
+        words = ["import", str(source), out, "--to", "mistral-fp8"]
+        words += ["--calibration-tokens", str(tmp_path / "tokens.safetensors")]
+    assert main(words) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_file_that_the_system_refuses_is_a_sentence(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nobody thought of it, the command line still names the file."""
+    command = ["quantize", str(whole), str(tmp_path / "out"), "--recipe", "medium-3.5"]
+    (tmp_path / "file").touch()
+    report = ["--method", "none", "--report", str(tmp_path / "file" / "report.html")]
+    assert main([*command, *report]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "report.html" in said and "Not a directory" in said
+
+
+@pytest.mark.slow
+def test_a_whole_process_ends_soon_and_small(whole: Path, tmp_path: Path) -> None:
+    """Five seconds of work and 1 GiB, interpreter and libraries included."""
+    shutil.copytree(whole, tmp_path / "source")
+    (tmp_path / "source" / "config.json").unlink()
+    os.mkfifo(tmp_path / "source" / "config.json")
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (20, 20)); "
+    run = "from halfbyte.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", limited + run, "inspect", str(tmp_path / "source")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2 and "is a FIFO" in done.stderr

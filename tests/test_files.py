@@ -1,0 +1,109 @@
+"""Reading what a path names: other things than files at once, large ones not at all."""
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from halfbyte.errors import UsageError, shown
+from halfbyte.files import (
+    OddFileError,
+    format_bytes,
+    format_gib,
+    make_directory,
+    open_regular,
+    read_bounded,
+)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "fifo": (os.mkfifo, "is a FIFO, not a regular file"),
+    "folder": (Path.mkdir, "is a directory, not a regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a regular file"),
+    "socket": (_socket, "is a socket, not a regular file"),
+}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of a short name, as sockets need."""
+    with TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize("what", ODD)
+@pytest.mark.parametrize("read", [open_regular, read_bounded])
+def test_other_things_than_files_are_refused_at_once(
+    folder: Path, what: str, read: Callable[[Path], object]
+) -> None:
+    make, said = ODD[what]
+    make(folder / "x")
+    with pytest.raises(OddFileError, match=said) as caught:
+        read(folder / "x")
+    assert caught.value.filename == str(folder / "x")
+    assert caught.value.strerror is not None and said in caught.value.strerror
+
+
+def test_a_fifo_that_takes_the_place_of_a_file_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking and opening it may have become another thing."""
+    os.mkfifo(folder / "x")
+    (folder / "file").write_bytes(b"x")
+    monkeypatch.setattr(os, "stat", lambda _, real=os.stat: real(folder / "file"))
+    with pytest.raises(OddFileError, match="is a FIFO"):
+        open_regular(folder / "x")
+
+
+def test_files_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    assert read_bounded(path, 5) == b"12345"
+    with open_regular(path) as file:
+        assert file.read() == b"12345"
+    (tmp_path / "link").symlink_to(path)
+    assert read_bounded(tmp_path / "link") == b"12345"
+    with pytest.raises(OddFileError, match="more than the 4 bytes"):
+        read_bounded(path, 4)
+    with pytest.raises(FileNotFoundError):
+        read_bounded(tmp_path / "absent")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(OddFileError, match=r"Git LFS pointer.*git lfs pull"):
+        read_bounded(path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"below: cannot be made \(Not a directory\)"):
+        make_directory(tmp_path / "file" / "below")
+    with pytest.raises(UsageError, match=r"x: cannot be made"):
+        make_directory(Path("/proc/x"))
+
+
+@pytest.mark.parametrize("form", [format_bytes, format_gib])
+def test_no_amount_is_rounded_to_nothing(form: Callable[[int], str]) -> None:
+    for exponent in range(60):
+        for amount in (1 << exponent, (1 << exponent) + 1, 10 ** (exponent // 4)):
+            number = re.match(r"[0-9.]+", form(amount))
+            assert number is not None and float(number[0]) > 0.9
+    assert form(0) == "0 bytes"
+
+
+def test_values_are_shown_short() -> None:
+    nested: list[object] = []
+    for _ in range(50_000):
+        nested = [nested]
+    values = ["x" * 10**6, [1] * 10**6, {"a": ["x" * 1000] * 1000}, nested, 10**20_000, -(10**5000)]
+    for value in values:
+        assert len(shown(value)) <= 100
+    assert (shown(4096), shown("a"), shown(None), shown(0.5)) == ("4096", "'a'", "None", "0.5")
+    assert shown(True) == "True" and shown({"a": 1}) == "{'a': 1}"
