@@ -74,8 +74,8 @@ def _a_a(comparison: Comparison | None) -> str | None:
         return None
     if len(set(comparison.seed_shifts)) == 1:
         return (
-            "an A/A run with the same seeds in both arms: it shows what the server itself adds, and "
-            "nothing of what answers drawn anew would (--seed-shift in one arm does)"
+            "an A/A run with the same seeds in both arms: it shows what the server itself adds, "
+            "and nothing of what answers drawn anew would (--seed-shift in one arm does)"
         )
     return "an A/A run, which shows the noise floor"
 
