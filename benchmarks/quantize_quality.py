@@ -7,12 +7,14 @@ Method: the FP8 source is made of the bf16 model and quantized five ways on the 
 text in the package. Each checkpoint scores held-out text through the engine's own path, in mode
 `declared` (weights, activations and cache rounded as FP4 hardware would; what the format promises)
 and in mode `weight_only` (what an engine without FP4 products does). KL is per token over the full
-vocabulary, its interval a bootstrap over windows. No clock is read: load does not matter.
+vocabulary, its interval a t interval over windows; every two variants are also compared paired,
+position by position. No clock is read: load does not matter.
 
 Reading the result: half of the loss of the mixed format comes from FP4 activations. None of this
 predicts the 128B model: 135M parameters have no room, so this is a stress test. NVFP4 everywhere is
-there as a warning: attention and the edge layers earn their bytes. The text is short; intervals of
-methods that overlap say that it cannot tell them apart. `--text` takes a longer one.
+there as a warning: attention and the edge layers earn their bytes. The text is short and one: its
+intervals speak of it alone, and the paired ones (`pairs`) tell methods apart whose own overlap.
+`--text` takes a longer one.
 
 Last record: benchmarks/records/quantize_quality.json.
 
@@ -29,7 +31,7 @@ from typing import Any
 
 from halfbyte import log
 from halfbyte.bench import record
-from halfbyte.bench.fidelity import Row, compare_models
+from halfbyte.bench.fidelity import PairRow, Row, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig
@@ -112,6 +114,7 @@ def main() -> None:
         "output_db_of_nvfp4_linears": errors,
         "bf16_perplexity": round(found.base.perplexity, 3),
         "rows": [row_facts(row) for row in found.candidates],
+        "pairs": [pair_facts(pair) for pair in found.pairs],
     }
     declared = {row.name: row for row in found.candidates if row.mode == "declared"}
     results["headlines"] = [
@@ -131,6 +134,16 @@ def main() -> None:
         results=results,
     )
     shutil.rmtree(args.work, ignore_errors=True)
+
+
+def pair_facts(pair: PairRow) -> dict[str, Any]:
+    interval = pair.kl_interval
+    return {
+        "of": pair.second,
+        "minus": pair.first,
+        "kl_difference": round(pair.kl_difference, 5),
+        "kl_interval": None if interval is None else [round(v, 5) for v in interval],
+    }
 
 
 def row_facts(row: Row) -> dict[str, Any]:

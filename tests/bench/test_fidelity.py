@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from halfbyte.bench.baseline import load_baseline, save_baseline
 from halfbyte.bench.choices import Choice, count_flips, encode_choices
 from halfbyte.bench.fidelity import (
     Candidate,
-    bootstrap,
     compare_models,
     compare_with_baseline,
     cut_windows,
+    full_divergence,
+    interval_of_mean,
     make_baseline,
 )
 from halfbyte.chat.tokens import load_chat
@@ -157,22 +159,98 @@ def test_short_text_is_refused(models: Path, tmp_path: Path) -> None:
         compare_models(models / "bf16", [], tmp_path / "bytes.txt")
 
 
-def test_interval_covers_the_mean_of_clustered_positions() -> None:
+@pytest.mark.parametrize("count", [3, 4, 6, 24])
+def test_interval_covers_the_mean_of_clustered_positions(count: int) -> None:
     """Windows with means of their own: an interval over positions alone would be far too short."""
     generator = np.random.default_rng(5)
     covered = 0
-    for _ in range(60):
-        means = 1.0 + 0.3 * generator.standard_normal(24)
+    for _ in range(600):
+        means = 1.0 + 0.3 * generator.standard_normal(count)
         windows = [mean + generator.standard_normal(50) for mean in means]
-        interval = bootstrap(windows)
+        interval = interval_of_mean(windows, range(count))
         assert interval is not None
         covered += interval.low <= 1.0 <= interval.high
-    # 95 % of 60 is 57; the bootstrap of 24 windows is a little short, and 60 trials spread by 2.
-    assert covered >= 50
+    # One standard error of 600 trials is 0.9 points; a bootstrap covers 74 % with three windows.
+    assert 0.92 <= covered / 600 <= 0.98
 
 
-def test_one_window_has_no_interval() -> None:
-    assert bootstrap([np.ones(5)]) is None
+def test_interval_of_a_small_case() -> None:
+    """Three windows of four, two and two positions: t with two degrees of freedom."""
+    windows = [np.full(4, 1.0), np.full(2, 2.0), np.full(2, 4.0)]
+    interval = interval_of_mean(windows, [0, 1, 2])
+    assert interval is not None
+    error = math.sqrt(3 / 2 * (4.0**2 + 0.0 + 4.0**2)) / 8  # sums of rests: -4, 0, 4
+    assert interval == pytest.approx((2 - 4.302653 * error, 2 + 4.302653 * error))
+    # Windows of one unit count once: copies of a window make nothing narrower.
+    twice = interval_of_mean([w for w in windows for _ in range(2)], [0, 0, 1, 1, 2, 2])
+    assert twice == pytest.approx(interval)
+
+
+@pytest.mark.parametrize("units", [[0], [0, 1], [0, 0, 0, 1, 1]])
+def test_fewer_than_three_units_have_no_interval(units: list[int]) -> None:
+    assert interval_of_mean([np.arange(5.0)] * len(units), units) is None
+
+
+def test_divergence_is_from_the_base_to_the_candidate() -> None:
+    base, other = (torch.tensor([p]).log() for p in ([0.9, 0.1], [0.5, 0.5]))
+    expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert float(full_divergence(base, other).kl) == pytest.approx(expected)
+    assert float(full_divergence(other, base).kl) != pytest.approx(expected, rel=0.1)
+
+
+def test_two_candidates_are_told_apart_on_the_same_tokens(models: Path) -> None:
+    found = compare_models(
+        models / "bf16", candidates(models), models / "text.txt", window_tokens=WINDOW
+    )
+    same, fp8, declared = found.candidates
+    assert [(pair.first, pair.second) for pair in found.pairs] == [
+        ("same", "fp8"), ("same", "fp8d (declared)"), ("fp8", "fp8d (declared)"),
+    ]  # fmt: skip
+    pair = found.pairs[2]
+    assert declared.kl_mean is not None and fp8.kl_mean is not None
+    assert pair.kl_difference == pytest.approx(declared.kl_mean - fp8.kl_mean)
+    assert pair.kl_interval is not None and pair.kl_interval.low > 0
+    assert fp8.kl_interval is not None
+    width = pair.kl_interval.high - pair.kl_interval.low
+    assert width < fp8.kl_interval.high - fp8.kl_interval.low + declared.kl_mean
+    assert same.log_perplexity_change == 0.0
+    assert fp8.log_perplexity_change == pytest.approx(
+        math.log(fp8.perplexity / found.base.perplexity)
+    )
+    assert pair.log_perplexity_difference == pytest.approx(
+        math.log(declared.perplexity / fp8.perplexity)
+    )
+    for row in found.rows:
+        assert row.perplexity_interval is not None
+        assert row.perplexity_interval.low < row.perplexity < row.perplexity_interval.high
+    text = found.table()
+    assert "KL of fp8d (declared) minus fp8: +" in text and "along this text only" in text
+
+
+def test_three_texts_give_intervals_across_texts(models: Path, tmp_path: Path) -> None:
+    whole = (models / "text.txt").read_text()
+    third = len(whole) // 3
+    texts = []
+    for index in range(3):
+        texts.append(tmp_path / f"{index}.txt")
+        texts[-1].write_text(whole[index * third : (index + 1) * third])
+    fp8: Candidate = ("fp8", models / "fp8", "weight_only")
+    found = compare_models(models / "bf16", [fp8], texts, window_tokens=WINDOW)
+    assert found.num_texts == 3 and "across 3 texts" in found.table()
+    two = compare_models(models / "bf16", [fp8], texts[:2], window_tokens=WINDOW)
+    assert "along these texts only" in two.table()
+    # A stored baseline remembers which window is of which text.
+    save_baseline(tmp_path / "b", make_baseline(models / "bf16", texts, window_tokens=WINDOW))
+    kept = load_baseline(tmp_path / "b")
+    assert len(set(kept.origins)) == 3
+    stored = compare_with_baseline(kept, fp8)
+    assert stored.num_texts == 3
+    one, other = found.base.perplexity_interval, stored.base.perplexity_interval
+    assert one is not None and other is not None and other == pytest.approx(one, rel=1e-6)
+    (row,), (full,) = stored.candidates, found.candidates
+    assert row.log_perplexity_change_interval == pytest.approx(
+        full.log_perplexity_change_interval, abs=1e-6
+    )
 
 
 def test_commands(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from halfbyte.evals.records import (
     Journal,
     Record,
     RunRecord,
+    read_run,
     record_row,
     write_run,
 )
@@ -26,8 +27,8 @@ from halfbyte.evals.summary import summarise
 Scores = Mapping[tuple[str, int], float | None]
 
 
-def record(item: str, repeat: int, score: float | None, group: str) -> Record:
-    cause = {None: "error", 1.0: "ok"}.get(score, "wrong")
+def record(item: str, repeat: int, score: float | None, group: str, ending: str = "") -> Record:
+    cause = ending or {None: "error", 1.0: "ok"}.get(score, "wrong")
     return Record(
         "r", "a", "gpqa_diamond", "p", "h", item, group, "physics", repeat, 1, "text", "", "stop",
         5, 7, 0, 0.5, "A", "B", score, cause, {}, "gone" if score is None else None, 0,  # type: ignore[arg-type]
@@ -35,29 +36,47 @@ def record(item: str, repeat: int, score: float | None, group: str) -> Record:
 
 
 def write_arm(
-    folder: Path, arm: str, scores: Scores, name: str = "gpqa_diamond", **changes: Any
+    folder: Path,
+    arm: str,
+    scores: Scores,
+    name: str = "gpqa_diamond",
+    *,
+    endings: Mapping[tuple[str, int], str] | None = None,
+    prompts: str = "h",
+    result_changes: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> Path:
+    """One run of one benchmark; a folder that is there gets the benchmark added."""
+    ended = endings or {}
     records = [
-        replace(record(item, repeat, score, item.split("-")[0]), arm=arm, benchmark=name)
+        replace(
+            record(item, repeat, score, item.split("-")[0], ended.get((item, repeat), "")),
+            arm=arm,
+            benchmark=name,
+        )
         for (item, repeat), score in scores.items()
     ]
+    (folder / arm / name / "samples.jsonl").unlink(missing_ok=True)
     journal = Journal(folder / arm / name / "samples.jsonl")
     for one in records:
         journal.append(record_row(one))
     journal.close()
     identity = {
-        "name": name, "title": name, "full_items": 198, "prompt_id": "p", "prompts_sha256": "h",
+        "name": name, "title": name, "full_items": 198, "prompt_id": "p", "prompts_sha256": prompts,
         "scorer": "s", "source": "x", "licence": "y", "notes": [], "provenance": {},
         "max_tokens": 9,
     }  # fmt: skip
     result: BenchmarkResult = summarise(
         identity, records, expected=list(scores), partial=False, has_groups=False, wall_s=1.0
     )
+    result = replace(result, **(result_changes or {}))
+    file = folder / arm / "run.json"
+    others = dict(read_run(file).benchmarks) if file.exists() else {}
     run = RunRecord(
         FORMAT, f"{arm}-1", arm, "m", "u", {}, {}, {"temperature": 0.7}, None, None, {}, "x86", "c",
-        "", "", {name: result},
+        "", "", {**others, name: result},
     )  # fmt: skip
-    write_run(folder / arm / "run.json", replace(run, **changes))
+    write_run(file, replace(run, **changes))
     return folder / arm
 
 
@@ -87,6 +106,9 @@ def test_flips_of_single_answers_are_counted_and_tested_exactly(tmp_path: Path) 
     assert "would decide" in what_would_decide(row)
     text = format_comparison(comparison)
     assert "-4.00" in text and "INCONCLUSIVE" in text
+    d = row.difference
+    assert f"[{100 * d.low:+.2f}, {100 * d.high:+.2f}]" in text
+    assert d.low == row.lower_one_sided
 
 
 def test_missing_attempts_block_a_verdict(tmp_path: Path) -> None:
@@ -105,6 +127,10 @@ def test_other_repeats_block_a_verdict(tmp_path: Path) -> None:
     row = compare_runs(a, b).benchmarks["gpqa_diamond"]
     assert row.verdict == "INCONCLUSIVE"
     assert "repeats" in what_would_decide(row)
+    # A blocked benchmark is no part of the mean, and the mean of nothing is no GO.
+    comparison = compare_runs(a, b)
+    assert comparison.macro.num_items == 0
+    assert (comparison.macro_verdict, comparison.reason) == ("INCONCLUSIVE", "blocked")
 
 
 def test_runs_that_asked_differently_are_not_compared(tmp_path: Path) -> None:
@@ -163,3 +189,274 @@ def test_comparison_file_is_strict_json(tmp_path: Path) -> None:
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert json.loads(text)["benchmarks"]["gpqa_diamond"]["difference"]["standard_error"] is None
     assert asdict(compare_runs(a, b))["verdict"] == "INCONCLUSIVE"
+
+
+# --- Nothing that was asked ends in GO unseen. ---
+
+
+def both(folder: Path, name: str, b: Scores, c: Scores, **changes: Any) -> tuple[Path, Path]:
+    return write_arm(folder, "b", b, name, **changes), write_arm(folder, "c", c, name, **changes)
+
+
+def all_right(items: int, repeats: int = 1) -> Scores:
+    return grid(items, repeats, lambda i, r: 1.0)
+
+
+def test_equal_arms_of_enough_items_end_go(tmp_path: Path) -> None:
+    """The control of what follows."""
+    assert compare_runs(
+        *both(tmp_path, "gpqa_diamond", all_right(400), all_right(400))
+    ).verdict == ("GO")
+
+
+def test_a_benchmark_that_only_one_arm_finished_stops_a_go(tmp_path: Path) -> None:
+    both(tmp_path, "gpqa_diamond", all_right(400), all_right(400))
+    lost = grid(300, 1, lambda i, r: None if i < 3 else 0.0)
+    arms = both(tmp_path, "ifbench", all_right(300), lost)
+    comparison = compare_runs(*arms)
+    assert comparison.benchmarks["gpqa_diamond"].verdict == "GO"
+    assert (comparison.verdict, comparison.reason) == ("INCONCLUSIVE", "blocked")
+    assert comparison.macro_verdict == "INCONCLUSIVE"
+    text = format_comparison(comparison)
+    assert "3 of 300 attempts are missing" in text and "blocked by ifbench" in text
+
+
+def test_a_benchmark_that_one_arm_was_never_asked_stops_a_go(tmp_path: Path) -> None:
+    b, c = both(tmp_path, "gpqa_diamond", all_right(400), all_right(400))
+    write_arm(tmp_path, "b", all_right(300), "ifbench")
+    comparison = compare_runs(b, c)
+    assert comparison.left_out == {"ifbench": "only in the baseline"}
+    assert comparison.verdict == "INCONCLUSIVE"
+
+
+def test_data_that_was_at_hand_for_neither_arm_is_listed_and_stops_nothing(tmp_path: Path) -> None:
+    both(tmp_path, "gpqa_diamond", all_right(400), all_right(400))
+    empty = {"status": "not measured", "reason": "no file", "score": None}
+    b, c = both(tmp_path, "ifbench", {}, {}, result_changes=empty)
+    comparison = compare_runs(b, c)
+    assert comparison.verdict == "GO"
+    assert "no file" in comparison.left_out["ifbench"]
+
+
+def test_a_no_go_stands_beside_what_is_left_out(tmp_path: Path) -> None:
+    worse = grid(400, 1, lambda i, r: float(i >= 80))
+    b, c = both(tmp_path, "gpqa_diamond", all_right(400), worse)
+    write_arm(tmp_path, "b", all_right(300), "ifbench")
+    assert compare_runs(b, c).verdict == "NO-GO"
+
+
+ENDINGS = ("length", "unparsed", "empty")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("side", ["b", "c"])
+def test_answers_that_ended_differently_stop_a_go(tmp_path: Path, ending: str, side: str) -> None:
+    scores = grid(1000, 1, lambda i, r: float(i >= 100))
+    ended = {key: ending for key, score in scores.items() if not score}
+    for arm in "bc":
+        write_arm(tmp_path, arm, scores, endings=ended if arm == side else None)
+    comparison = compare_runs(tmp_path / "b", tmp_path / "c")
+    row = comparison.benchmarks["gpqa_diamond"]
+    assert (row.verdict, row.reason, comparison.verdict) == (
+        "INCONCLUSIVE", "blocked", "INCONCLUSIVE",
+    )  # fmt: skip
+    assert "10.0 % of the" in what_would_decide(row)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_answers_that_ended_alike_stop_nothing(tmp_path: Path, ending: str) -> None:
+    scores = grid(1000, 1, lambda i, r: float(i >= 100))
+    ended = {key: ending for key, score in scores.items() if not score}
+    comparison = compare_runs(*both(tmp_path, "gpqa_diamond", scores, scores, endings=ended))
+    assert comparison.verdict == "GO"
+    assert not comparison.benchmarks["gpqa_diamond"].remarks
+
+
+def test_a_gap_of_endings_that_may_be_chance_is_a_remark(tmp_path: Path) -> None:
+    scores = grid(100, 1, lambda i, r: float(i >= 20))
+    ended = {(f"g{i}-{i}", 0): "length" for i in range(2)}
+    write_arm(tmp_path, "b", scores)
+    write_arm(tmp_path, "c", scores, endings=ended)
+    row = compare_runs(tmp_path / "b", tmp_path / "c", {"gpqa_diamond": 0.5}).benchmarks
+    assert row["gpqa_diamond"].verdict == "GO"
+    assert "2.0 % of the candidate" in row["gpqa_diamond"].remarks[0]
+
+
+def test_refused_requests_are_no_proof_of_anything(tmp_path: Path) -> None:
+    scores = grid(1000, 1, lambda i, r: float(i >= 300))
+    ended = {key: "refused" for key, score in scores.items() if not score}
+    # In the candidate alone: its loss is its server's.
+    write_arm(tmp_path, "b", all_right(1000))
+    write_arm(tmp_path, "c", scores, endings=ended)
+    row = compare_runs(tmp_path / "b", tmp_path / "c").benchmarks["gpqa_diamond"]
+    assert (row.verdict, row.reason) == ("INCONCLUSIVE", "blocked")
+    assert "30.0 % of the candidate's requests" in what_would_decide(row)
+    # In both arms alike: what they would have answered nobody knows.
+    write_arm(tmp_path, "d", scores, endings=ended)
+    both_refused = compare_runs(tmp_path / "c", tmp_path / "d")
+    assert both_refused.verdict == "INCONCLUSIVE"
+    # A few cannot change the verdict, and are named.
+    one = {next(iter(ended)): "refused"}
+    write_arm(tmp_path, "e", scores, endings=one)
+    write_arm(tmp_path, "f", scores, endings=one)
+    few = compare_runs(tmp_path / "e", tmp_path / "f")
+    assert few.verdict == "GO"
+    assert "0.1 % of the baseline's" in few.benchmarks["gpqa_diamond"].remarks[0]
+
+
+@pytest.mark.parametrize("counted", [{"items": 500}, {"items": 300}, {"repeats": 2}])
+def test_samples_that_are_not_what_the_run_counts_block(
+    tmp_path: Path, counted: Mapping[str, int]
+) -> None:
+    b, c = both(tmp_path, "gpqa_diamond", all_right(400), all_right(400), result_changes=counted)
+    row = compare_runs(b, c).benchmarks["gpqa_diamond"]
+    assert row.verdict == "INCONCLUSIVE" and "its samples hold 400 x 1" in row.blockers[0]
+
+
+def test_requests_that_differ_are_not_compared(tmp_path: Path) -> None:
+    a = write_arm(tmp_path, "a", all_right(400))
+    b = write_arm(tmp_path, "b", all_right(400), prompts="other")
+    comparison = compare_runs(a, b)
+    assert comparison.left_out == {"gpqa_diamond": "the rendered requests differ between the arms"}
+    assert comparison.verdict == "INCONCLUSIVE"
+
+
+def test_runs_without_a_common_item_are_refused(tmp_path: Path) -> None:
+    a = write_arm(tmp_path, "a", {("one-1", 0): 1.0})
+    b = write_arm(tmp_path, "b", {("two-2", 0): 1.0})
+    with pytest.raises(UsageError, match="no item in common"):
+        compare_runs(a, b)
+
+
+def test_other_sandboxes_and_packages_are_remarked_on(tmp_path: Path) -> None:
+    a = write_arm(
+        tmp_path,
+        "a",
+        all_right(400),
+        sandbox={"limits": 1},
+        packages={"numpy": "1", "halfbyte": "1"},
+    )
+    b = write_arm(
+        tmp_path,
+        "b",
+        all_right(400),
+        sandbox={"limits": 2},
+        packages={"numpy": "2", "halfbyte": "2"},
+    )
+    remarks = compare_runs(a, b).remarks
+    assert sum("different limits or versions" in text for text in remarks) == 1
+    assert "numpy: 1 in the baseline, 2 here." in remarks
+    assert not any("halfbyte" in text for text in remarks)
+    assert not any("limits" in text for text in compare_runs(a, a).remarks)
+
+
+def test_items_that_really_moved_are_told_from_noise(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    noise = {name: rng.random((100, 8)) < 0.5 for name in "ab"}
+    arms = {
+        name: write_arm(tmp_path, name, grid(100, 8, lambda i, r, x=x: float(x[i, r])))  # type: ignore[misc]
+        for name, x in noise.items()
+    }
+    moved = noise["a"].copy()
+    moved[:50], moved[50:] = True, False
+    arms["c"] = write_arm(tmp_path, "c", grid(100, 8, lambda i, r: float(moved[i, r])))
+
+    def says_so(other: str) -> bool:
+        row = compare_runs(arms["a"], arms[other]).benchmarks["gpqa_diamond"]
+        return any("really moved" in text for text in row.remarks)
+
+    assert says_so("c") and not says_so("b")
+
+
+def test_repeats_at_temperature_zero_count_once(tmp_path: Path) -> None:
+    def verdict(temperature: float) -> str:
+        sampling = {"temperature": temperature}
+        b, c = both(
+            tmp_path, "gpqa_diamond", all_right(100, 8), all_right(100, 8), settings=sampling
+        )
+        comparison = compare_runs(b, c)
+        (row,) = comparison.benchmarks.values()
+        assert any("copies" in text for text in row.remarks)
+        return comparison.verdict
+
+    assert (verdict(0.0), verdict(0.7)) == ("INCONCLUSIVE", "GO")
+
+
+# --- Several benchmarks are several looks. ---
+
+SEVEN = ("mmlu_pro", "gpqa_diamond", "aa_lcr", "scicode", "aime2025", "ifbench", "mmmu_pro")
+
+
+def test_p_values_are_corrected_for_all_benchmarks(tmp_path: Path) -> None:
+    for name in SEVEN:
+        # 15 lost and 4 won: p = 0.019 on its own.
+        lost = 15 if name == "ifbench" else 4
+        b = grid(300, 1, lambda i, r: float(i >= 4))
+        c = grid(300, 1, lambda i, r, lost=lost: float(i < 4 or i >= 4 + lost))  # type: ignore[misc]
+        arms = both(tmp_path, name, b, c)
+    row = compare_runs(*arms).benchmarks["ifbench"]
+    assert row.p_value == pytest.approx(0.0192, abs=1e-3)
+    assert row.p_value_holm == pytest.approx(7 * row.p_value)
+
+
+def test_a_loss_that_is_beyond_only_as_the_single_look_is_no_no_go(tmp_path: Path) -> None:
+    base = all_right(300)
+    # Ten lost of 300 at a margin of 1 point: p beyond is between 0.05 / 8 and 0.05.
+    lost = grid(300, 1, lambda i, r: float(i >= 10))
+    alone = compare_runs(*both(tmp_path / "one", "ifbench", base, lost))
+    row = alone.benchmarks["ifbench"]
+    assert 0.05 / 8 < row.p_beyond < 0.05 and row.verdict == "NO-GO"
+    for name in SEVEN:
+        arms = both(tmp_path / "all", name, base, lost if name == "ifbench" else base)
+    row = compare_runs(*arms).benchmarks["ifbench"]
+    assert row.p_beyond_holm == pytest.approx(8 * row.p_beyond)
+    assert (row.verdict, row.reason) == ("INCONCLUSIVE", "loss shown")
+    assert "only look" in what_would_decide(row)
+
+
+def test_groups_reach_the_p_value(tmp_path: Path) -> None:
+    """Three of forty problems fail as wholes: steps that move together are one."""
+
+    def scores(f: Callable[[int], float]) -> Scores:
+        return {(f"p{i // 8}-{i}", 0): f(i // 8) for i in range(320)}
+
+    b, c = both(tmp_path, "scicode", scores(lambda problem: 1.0), scores(lambda p: float(p >= 3)))
+    row = compare_runs(b, c).benchmarks["scicode"]
+    assert row.test == "sign-flip permutation"
+    assert row.p_value == pytest.approx(0.25, abs=0.02)
+    for stratum in row.by_stratum.values():
+        assert stratum["low"] is not None  # one stratum of forty groups
+    gpqa = compare_runs(
+        *both(tmp_path / "g", "gpqa_diamond", all_right(40), grid(40, 1, lambda i, r: float(i > 5)))
+    )
+    assert gpqa.benchmarks["gpqa_diamond"].test == "exact McNemar on flips"
+
+
+def test_a_stratum_of_one_group_has_no_interval(tmp_path: Path) -> None:
+    scores = {(f"p{i % 1}-{i}", 0): float(i % 2) for i in range(10)}
+    b, c = both(tmp_path, "scicode", scores, scores)
+    (stratum,) = compare_runs(b, c).benchmarks["scicode"].by_stratum.values()
+    assert (stratum["items"], stratum["low"], stratum["high"]) == (10, None, None)
+
+
+# --- The three kinds of INCONCLUSIVE. ---
+
+
+def test_a_loss_that_is_shown_is_not_denied(tmp_path: Path) -> None:
+    """50 lost and 14 won of 4,000: worse beyond doubt, though perhaps by less than the margin."""
+    b = grid(4000, 1, lambda i, r: float(i >= 14))
+    c = grid(4000, 1, lambda i, r: float(i < 14 or i >= 64))
+    comparison = compare_runs(*both(tmp_path, "gpqa_diamond", b, c))
+    row = comparison.benchmarks["gpqa_diamond"]
+    assert (row.verdict, row.reason) == ("INCONCLUSIVE", "loss shown")
+    text = format_comparison(comparison)
+    assert "a loss is shown" in text and "neither equality" not in text
+    assert comparison.reason == "loss shown"
+
+
+def test_too_little_data_is_told_as_such(tmp_path: Path) -> None:
+    comparison = compare_runs(*both(tmp_path, "gpqa_diamond", all_right(20), all_right(20)))
+    assert comparison.reason == "too wide"
+    assert "neither equality nor a loss has been shown" in format_comparison(comparison)
+    assert "9.5 %" not in format_comparison(comparison)
+    assert "13.9 % (gpqa_diamond, 20)" in format_comparison(comparison)

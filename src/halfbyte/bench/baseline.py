@@ -20,7 +20,7 @@ File: safetensors. `token_ids` int32 (windows, W) (-1 beyond the end of a shorte
 (N, S), `tail_mass` f32 (N,), `target_logprobs` f32 (N,); N counts the positions with a target,
 window after window. The header's metadata says what was run. With multiple-choice items also
 `choice_ids` int32 (items, C), `letter_ids` int32 (items, L), both padded with -1, and `right`,
-`answers` int32 (items,).
+`answers` int32 (items,). With several texts `origins` int32 (windows,) says which each is of.
 
 Shapes: N positions, V vocabulary, K top tokens, S tail samples, W tokens of a window,
 C tokens of a choice's prompt, L letters.
@@ -85,6 +85,7 @@ class Baseline:
     """A compact baseline and what it is of.
 
     windows  token ids of each window
+    origins  which text each window is of; empty for a single text
     choices  multiple-choice items, if any, and `answers`: the option found most likely
     """
 
@@ -97,6 +98,7 @@ class Baseline:
     positions: Compact
     choices: tuple[Choice, ...] = ()
     answers: tuple[int, ...] = ()
+    origins: tuple[int, ...] = ()
 
     def of_window(self, index: int) -> Compact:
         """The positions of one window."""
@@ -146,6 +148,8 @@ def save_baseline(path: Path, baseline: Baseline) -> None:
     tensors = {"token_ids": _padded(baseline.windows)} | {
         name: tensor.contiguous() for name, tensor in baseline.positions._asdict().items()
     }
+    if len(set(baseline.origins)) > 1:
+        tensors["origins"] = torch.tensor(baseline.origins, dtype=torch.int32)
     if baseline.choices:
         tensors |= {
             "choice_ids": _padded([choice.token_ids for choice in baseline.choices]),
@@ -185,12 +189,18 @@ def load_baseline(path: Path) -> Baseline:
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
             has_choices = "choice_ids" in file.keys()  # noqa: SIM118  (no mapping)
             kept = {n: file.get_tensor(n) for n in _CHOICE_TENSORS} if has_choices else {}
+            has_origins = "origins" in file.keys()  # noqa: SIM118
+            origins = tuple(file.get_tensor("origins").tolist()) if has_origins else ()
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: no readable baseline: {error}") from error
     windows = _unpadded(tensors.pop("token_ids"))
     num_positions = sum(len(window) - 1 for window in windows)
     if any(tensor.shape[0] != num_positions for tensor in tensors.values()):
         raise CheckpointError(f"{path}: positions do not match the windows ({num_positions})")
+    if origins and len(origins) != len(windows):
+        raise CheckpointError(
+            f"{path}: says of {len(origins)} windows which text they are of; it has {len(windows)}"
+        )
     choices, answers = _choices(kept) if kept else ((), ())
     return Baseline(
         **{name: facts[name] for name in _FACTS},
@@ -198,6 +208,7 @@ def load_baseline(path: Path) -> Baseline:
         positions=Compact(**tensors),
         choices=choices,
         answers=answers,
+        origins=origins,
     )
 
 

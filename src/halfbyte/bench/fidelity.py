@@ -13,12 +13,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats as distributions
 from torch import Tensor
 
 from halfbyte.bench.baseline import (
@@ -37,11 +39,14 @@ from halfbyte.files import read_bounded
 from halfbyte.model.linear import Mode
 
 WINDOW_TOKENS = 512
-_BOOTSTRAP_DRAWS = 2000
+FEWEST_UNITS = 3  # two windows or texts say next to nothing of how much others would differ
 _SURE = 0.9
 _PLACES = {"0-1k": (0, 1024), "1k-8k": (1024, 8192), "8k-32k": (8192, 32_768),
            "32k+": (32_768, None)}  # fmt: skip
 _SEED = 0
+
+
+Floats = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
@@ -56,7 +61,9 @@ class Row:
     """One model of a comparison. What compares it with the base is None for the base itself.
 
     bytes            of its safetensors files
-    kl_*             KL(base || this) per token, nats; the interval is a bootstrap over windows
+    perplexity_interval  e to the interval of the mean negative log-prob
+    log_perplexity_change  this one's minus the base's, token by token, with its interval
+    kl_*             KL(base || this) per token, nats
     kl_lower_mean    a lower bound of kl_mean, and kl_tail_error the standard error of its
                      estimate, where the base was a compact baseline
     top1_agreement   share of positions where both find the same token most likely; `unsure` of
@@ -80,13 +87,32 @@ class Row:
     top1_agreement_unsure: float | None = None
     kl_by_position: Mapping[str, float] | None = None
     flips: Flips | None = None
+    perplexity_interval: Interval | None = None
+    log_perplexity_change: float | None = None
+    log_perplexity_change_interval: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """Two candidates on the same tokens: the second's figures minus the first's, paired.
+
+    An interval without zero tells them apart, also where the intervals of both overlap.
+    """
+
+    first: str
+    second: str
+    kl_difference: float
+    kl_interval: Interval | None
+    log_perplexity_difference: float
+    log_perplexity_interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A base and what was compared with it, on one text.
+    """A base and what was compared with it, on one text or several.
 
     method  "full" (both over the whole vocabulary) or "compact" (a stored baseline)
+    pairs   every two candidates
     """
 
     base: Row
@@ -96,6 +122,8 @@ class Comparison:
     num_tokens: int
     window_tokens: int
     method: str
+    num_texts: int = 1
+    pairs: tuple[PairRow, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -128,7 +156,7 @@ Progress = Callable[[int, int], None]
 def compare_models(
     base_dir: Path,
     candidates: Sequence[Candidate],
-    text_path: Path,
+    text_path: Path | Sequence[Path],
     *,
     max_tokens: int | None = None,
     window_tokens: int = WINDOW_TOKENS,
@@ -137,18 +165,19 @@ def compare_models(
 ) -> Comparison:
     """Compare (name, directory, mode) with a base, all in memory at once.
 
-    max_tokens  use the beginning of the text only
+    text_path   one text or several; no window reaches from one into the next
+    max_tokens  use the beginning of each text only
     choices     multiple-choice items whose answers are compared as well (`encode_choices`)
     progress    called with windows done and windows in all
     Raises UsageError for a text that is too short, CheckpointError if vocabularies differ.
     """
-    text = read_text(text_path)
+    texts = read_texts(text_path)
     room = max(window_tokens, longest(choices))
     base = load_model(base_dir.name, base_dir, "weight_only", room)
     others = [load_model(*candidate, room) for candidate in candidates]
-    windows = cut_windows(base_dir, text, window_tokens, max_tokens)
+    windows, origins = cut_texts(base_dir, texts, window_tokens, max_tokens)
     for name, directory, _ in candidates:
-        if cut_windows(directory, text, window_tokens, max_tokens) != windows:
+        if cut_texts(directory, texts, window_tokens, max_tokens)[0] != windows:
             raise CheckpointError(f"{name}: its tokenizer cuts the text differently from the base")
     base_tally, tallies = Tally(), [Tally() for _ in others]
     for done, window in enumerate(windows):
@@ -161,14 +190,28 @@ def compare_models(
             tally.add(logprobs_NV, window, found, BestToken(*base_logprobs_NV.max(-1)))
         if progress is not None:
             progress(done + 1, len(windows))
-    rows = [tally.row(model) for model, tally in zip(others, tallies, strict=True)]
+    units = _units(origins)
+    rows = [
+        tally.row(model, units, base_tally.negative_logprobs())
+        for model, tally in zip(others, tallies, strict=True)
+    ]
     if choices:
         answers = answer(base.engine, choices)
         rows = [
             replace(row, flips=count_flips(choices, answers, answer(other.engine, choices)))
             for row, other in zip(rows, others, strict=True)
         ]
-    return _comparison(base_tally.row(base), rows, text, windows, window_tokens, "full")
+    return Comparison(
+        base=base_tally.row(base, units),
+        candidates=tuple(rows),
+        text_sha256=_sha256("".join(texts)),
+        num_windows=len(windows),
+        num_tokens=sum(len(window) - 1 for window in windows),
+        window_tokens=window_tokens,
+        method="full",
+        num_texts=len(texts),
+        pairs=_pair_rows(rows, tallies, units),
+    )
 
 
 def compare_with_baseline(
@@ -190,9 +233,16 @@ def compare_with_baseline(
         tally.add(logprobs_NV, window, divergence(kept, logprobs_NV), best)
         if progress is not None:
             progress(index + 1, len(baseline.windows))
-    negative_logprob = -float(baseline.positions.target_logprobs.double().mean())
-    base = Row(baseline.name, baseline.mode, baseline.bytes, math.exp(negative_logprob))
-    row = tally.row(model, is_estimate=True)
+    origins = baseline.origins or (0,) * len(baseline.windows)
+    units = _units(origins)
+    kept_logprobs = [
+        -baseline.of_window(index).target_logprobs.double().numpy()
+        for index in range(len(baseline.windows))
+    ]
+    mean = math.exp(_mean(kept_logprobs))
+    interval = _exponential(interval_of_mean(kept_logprobs, units))
+    base = Row(baseline.name, baseline.mode, baseline.bytes, mean, perplexity_interval=interval)
+    row = tally.row(model, units, kept_logprobs, is_estimate=True)
     if choices:
         found = count_flips(choices, baseline.answers, answer(model.engine, choices))
         row = replace(row, flips=found)
@@ -204,12 +254,13 @@ def compare_with_baseline(
         baseline.positions.tail_mass.shape[0],
         window_tokens,
         "compact",
+        num_texts=len(set(origins)),
     )
 
 
 def make_baseline(
     directory: Path,
-    text_path: Path,
+    text_path: Path | Sequence[Path],
     *,
     mode: Mode = "weight_only",
     max_tokens: int | None = None,
@@ -217,11 +268,11 @@ def make_baseline(
     choices: Sequence[Choice] = (),
     progress: Progress | None = None,
 ) -> Baseline:
-    """Score a model over a text, answer the choices, and keep the compact form."""
-    text = read_text(text_path)
+    """Score a model over texts, answer the choices, and keep the compact form."""
+    texts = read_texts(text_path)
     room = max(window_tokens, longest(choices))
     model = load_model(directory.name, directory, mode, room)
-    windows = cut_windows(directory, text, window_tokens, max_tokens)
+    windows, origins = cut_texts(directory, texts, window_tokens, max_tokens)
     generator = torch.Generator().manual_seed(_SEED)
     parts: list[Compact] = []
     for done, window in enumerate(windows):
@@ -234,8 +285,9 @@ def make_baseline(
         mode=mode,
         bytes=model.num_bytes,
         vocab_size=model.engine.vocab_size,
-        text_sha256=_sha256(text),
+        text_sha256=_sha256("".join(texts)),
         windows=tuple(windows),
+        origins=tuple(origins),
         positions=concatenate(parts),
         choices=tuple(choices),
         answers=answer(model.engine, choices),
@@ -252,6 +304,11 @@ def read_text(path: Path) -> str:
         return read_bounded(path, MAX_TEXT_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+
+
+def read_texts(paths: Path | Sequence[Path]) -> list[str]:
+    """One text file or several."""
+    return [read_text(path) for path in ([paths] if isinstance(paths, Path) else paths)]
 
 
 def load_model(name: str, directory: Path, mode: Mode, window_tokens: int) -> Loaded:
@@ -288,6 +345,19 @@ def cut_windows(
             f"half of that"
         )
     return kept
+
+
+def cut_texts(
+    directory: Path, texts: Sequence[str], window_tokens: int, max_tokens: int | None
+) -> tuple[list[Window], list[int]]:
+    """`cut_windows` of each text, and which text each window is of."""
+    windows: list[Window] = []
+    origins: list[int] = []
+    for index, text in enumerate(texts):
+        found = cut_windows(directory, text, window_tokens, max_tokens)
+        windows += found
+        origins += [index] * len(found)
+    return windows, origins
 
 
 def window_logprobs(engine: Engine, window: Window) -> Tensor:
@@ -334,24 +404,48 @@ class Tally:
             self._agreements.append(logprobs_NV.argmax(-1) == base_best.token_ids)
             self._unsure.append(base_best.logprobs < math.log(_SURE))
 
-    def row(self, model: Loaded, *, is_estimate: bool = False) -> Row:
-        """Summary of all windows. Raises CheckpointError if any figure is NaN."""
-        perplexity = math.exp(float(torch.cat(self._negative_logprobs).mean()))
+    def negative_logprobs(self) -> list[Floats]:
+        """Of the tokens that came, window by window."""
+        return [part.numpy() for part in self._negative_logprobs]
+
+    def divergences(self) -> list[Floats]:
+        """KL divergence of each position, window by window."""
+        return [found.kl.numpy() for found in self._divergences]
+
+    def row(
+        self,
+        model: Loaded,
+        units: Sequence[int],
+        base_logprobs: Sequence[Floats] = (),
+        *,
+        is_estimate: bool = False,
+    ) -> Row:
+        """Summary of all windows. Raises CheckpointError if any figure is NaN.
+
+        units          what each window counts under in intervals (`interval_of_mean`)
+        base_logprobs  the base's `negative_logprobs`, for what is compared with it
+        """
+        own = self.negative_logprobs()
+        perplexity = math.exp(_mean(own))
         if math.isnan(perplexity):
             raise CheckpointError(f"{model.name}: its log-probs are not numbers")
+        spread = _exponential(interval_of_mean(own, units))
         if not self._divergences:
-            return Row(model.name, model.mode, model.num_bytes, perplexity)
+            return Row(
+                model.name, model.mode, model.num_bytes, perplexity, perplexity_interval=spread
+            )
         kl = torch.cat([found.kl for found in self._divergences])
         lower = torch.cat([found.lower for found in self._divergences])
         variance = torch.cat([found.variance for found in self._divergences])
         agreements, unsure = torch.cat(self._agreements).double(), torch.cat(self._unsure)
+        change = [one - other for one, other in zip(own, base_logprobs, strict=True)]
         return Row(
             model.name,
             model.mode,
             model.num_bytes,
             perplexity,
             kl_mean=float(kl.mean()),
-            kl_interval=bootstrap([found.kl.numpy() for found in self._divergences]),
+            kl_interval=interval_of_mean(self.divergences(), units),
             kl_p99=float(kl.quantile(0.99)),
             kl_max=float(kl.max()),
             top1_agreement=float(agreements.mean()),
@@ -360,6 +454,9 @@ class Tally:
             kl_median=float(kl.median()),
             top1_agreement_unsure=float(agreements[unsure].mean()) if unsure.any() else None,
             kl_by_position=self._by_position(),
+            perplexity_interval=spread,
+            log_perplexity_change=_mean(change),
+            log_perplexity_change_interval=interval_of_mean(change, units),
         )
 
     def _by_position(self) -> dict[str, float]:
@@ -372,19 +469,67 @@ class Tally:
         return means
 
 
-def bootstrap(windows: Sequence[NDArray[np.float64]]) -> Interval | None:
-    """95 % interval of the mean over all positions, resampling windows; None for fewer than two.
+def interval_of_mean(windows: Sequence[Floats], units: Sequence[int]) -> Interval | None:
+    """95 % t interval of the mean over all positions; None for fewer than three units.
 
-    Positions of one window share their text, so they are not independent draws.
+    windows  one value a position, per window; positions of a window share their text
+    units    the unit of each window: windows of one unit are not independent draws. The error is
+             that of a mean over clusters, with one degree of freedom less than there are units.
     """
-    if len(windows) < 2:
+    index = np.asarray(units)
+    count = len(np.unique(index))
+    if count < FEWEST_UNITS:
         return None
-    generator = np.random.default_rng(_SEED)
-    sums = np.array([window.sum() for window in windows])
-    counts = np.array([len(window) for window in windows])
-    drawn = generator.integers(0, len(windows), (_BOOTSTRAP_DRAWS, len(windows)))
-    means = sums[drawn].sum(-1) / counts[drawn].sum(-1)
-    return Interval(float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975)))
+    mean = _mean(windows)
+    rests = np.bincount(index, weights=[float((window - mean).sum()) for window in windows])
+    total = sum(len(window) for window in windows)
+    error = math.sqrt(count / (count - 1) * float(np.square(rests).sum())) / total
+    reach = float(distributions.t.ppf(0.975, count - 1)) * error
+    return Interval(mean - reach, mean + reach)
+
+
+def _units(origins: Sequence[int]) -> list[int]:
+    """Texts, where there are enough of them to tell how much texts differ, else windows."""
+    if len(set(origins)) >= FEWEST_UNITS:
+        return list(origins)
+    return list(range(len(origins)))
+
+
+def _mean(windows: Sequence[Floats]) -> float:
+    return float(np.concatenate(windows).mean())
+
+
+def _exponential(interval: Interval | None) -> Interval | None:
+    return None if interval is None else Interval(math.exp(interval.low), math.exp(interval.high))
+
+
+def _pair_rows(
+    rows: Sequence[Row], tallies: Sequence["Tally"], units: Sequence[int]
+) -> tuple[PairRow, ...]:
+    """Every two candidates, position by position."""
+    found = []
+    for (one, first), (two, second) in combinations(zip(rows, tallies, strict=True), 2):
+        kl = _minus(second.divergences(), first.divergences())
+        logs = _minus(second.negative_logprobs(), first.negative_logprobs())
+        found.append(
+            PairRow(
+                first=_name(one),
+                second=_name(two),
+                kl_difference=_mean(kl),
+                kl_interval=interval_of_mean(kl, units),
+                log_perplexity_difference=_mean(logs),
+                log_perplexity_interval=interval_of_mean(logs, units),
+            )
+        )
+    return tuple(found)
+
+
+def _minus(one: Sequence[Floats], other: Sequence[Floats]) -> list[Floats]:
+    return [x - y for x, y in zip(one, other, strict=True)]
+
+
+def _name(row: Row) -> str:
+    return f"{row.name} (declared)" if row.mode == "declared" else row.name
 
 
 def format_table(comparison: Comparison) -> str:
@@ -395,7 +540,7 @@ def format_table(comparison: Comparison) -> str:
         interval = row.kl_interval
         lines.append(
             (
-                f"{row.name} (declared)" if row.mode == "declared" else row.name,
+                _name(row),
                 f"{row.bytes / 1e6:,.1f} MB",
                 f"{row.perplexity:.3f}",
                 "-" if row.kl_mean is None else f"{row.kl_mean:.5f}",
@@ -412,7 +557,31 @@ def format_table(comparison: Comparison) -> str:
         ).rstrip()
         for line in lines
     ]
-    return "\n".join([*text, _explanation(comparison), *_flip_lines(comparison)])
+    lines_below = (_explanation(comparison), *_pair_lines(comparison), *_flip_lines(comparison))
+    return "\n".join([*text, *lines_below])
+
+
+def _pair_lines(comparison: Comparison) -> list[str]:
+    """Perplexity against the base, and every two candidates, each with its paired interval."""
+    base = comparison.base.name
+    said = [
+        f"log perplexity of {_name(row)} minus {base}: {row.log_perplexity_change:+.4f}"
+        f"{_between(row.log_perplexity_change_interval)}"
+        for row in comparison.candidates
+        if row.log_perplexity_change is not None
+    ]
+    said += [
+        f"KL of {pair.second} minus {pair.first}: {pair.kl_difference:+.5f}"
+        f"{_between(pair.kl_interval, 5)}"
+        for pair in comparison.pairs
+    ]
+    return said
+
+
+def _between(interval: Interval | None, digits: int = 4) -> str:
+    if interval is None:
+        return ""
+    return f" ({interval.low:+.{digits}f} to {interval.high:+.{digits}f})"
 
 
 def _flip_lines(comparison: Comparison) -> list[str]:
@@ -431,6 +600,13 @@ def _explanation(comparison: Comparison) -> str:
         f"{comparison.num_tokens:,} tokens in {comparison.num_windows} windows of "
         f"{comparison.window_tokens}; KL in nats per token, from {comparison.base.name}; "
     )
+    if comparison.num_texts >= FEWEST_UNITS:
+        words += f"intervals across {comparison.num_texts} texts; "
+    elif comparison.num_windows >= FEWEST_UNITS:
+        given = "this text" if comparison.num_texts == 1 else "these texts"
+        words += f"intervals along {given} only (three texts or more speak for others like them); "
+    else:
+        words += f"no intervals from fewer than {FEWEST_UNITS} windows; "
     if comparison.method == "full":
         return words + "over the full vocabulary."
     bounds = [
@@ -438,20 +614,6 @@ def _explanation(comparison: Comparison) -> str:
         for row in comparison.candidates
     ]
     return words + f"from a compact baseline: {'; '.join(bounds)}."
-
-
-def _comparison(
-    base: Row,
-    rows: Sequence[Row],
-    text: str,
-    windows: Sequence[Window],
-    window_tokens: int,
-    method: str,
-) -> Comparison:
-    num_tokens = sum(len(window) - 1 for window in windows)
-    return Comparison(
-        base, tuple(rows), _sha256(text), len(windows), num_tokens, window_tokens, method
-    )
 
 
 def _check_vocabulary(model: Loaded, logprobs_NV: Tensor, vocab_size: int) -> None:

@@ -94,13 +94,16 @@ def _usage(folder: Path, result: BenchmarkResult) -> Usage | None:
     )
 
 
-def compare_arms(arms: Sequence[Arm]) -> Comparison | None:
-    """The comparison of two arms, baseline first; None for a single run."""
+def compare_arms(arms: Sequence[Arm], **options: Any) -> Comparison | None:
+    """The comparison of two arms, baseline first; None for a single run.
+
+    options  margins, looks and after, as for `compare_runs`
+    """
     if len(arms) == 1:
         return None
     if len(arms) != 2:
         raise UsageError(f"{len(arms)} runs given; a report has one, or a baseline and a candidate")
-    return compare_runs(arms[0].folder, arms[1].folder)
+    return compare_runs(arms[0].folder, arms[1].folder, **options)
 
 
 def columns(arms: Sequence[Arm]) -> list[str]:

@@ -52,8 +52,10 @@ halfbyte evaluate http://127.0.0.1:8000 --suite pocket
 ```"""
 
 VERDICTS = (
-    "GO: the one-sided 95 % interval rules out a loss of the margin. NO-GO: the interval lies "
-    "beyond it. INCONCLUSIVE: neither; this is not evidence of equality."
+    "Each end of an interval is wrong at most one time in twenty (less often where several looks "
+    "were planned). GO: the lower end lies above minus the margin. NO-GO: the upper end lies below "
+    "it, and still does when all benchmarks are counted as looks (p beyond, Holm). INCONCLUSIVE: "
+    "neither; this is not evidence of equality."
 )
 
 FIDELITY = (

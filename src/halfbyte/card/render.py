@@ -23,7 +23,15 @@ from halfbyte.card.markdown import Markdown, code, join, link, md, one_line, row
 from halfbyte.errors import UsageError
 from halfbyte.evals.compare import Comparison, write_comparison
 from halfbyte.evals.records import newest
-from halfbyte.evals.render import percent, points, what_would_decide
+from halfbyte.evals.render import (
+    level_text,
+    margin_text,
+    p_text,
+    percent,
+    points,
+    unseen_lines,
+    what_would_decide,
+)
 from halfbyte.evals.stats import Estimate
 from halfbyte.evals.tasks.suite import BENCHMARKS
 
@@ -235,13 +243,28 @@ def _intro(given: CardInput) -> Markdown:
         return md(
             "A quantized version of {}. {}: its difference to it.{}", base, _NOT_MEASURED, note
         )
-    word = {
-        "GO": "no loss beyond the margins fixed beforehand was found",
-        "NO-GO": "a loss beyond the margins fixed beforehand was found",
-        "INCONCLUSIVE": "the evaluation was too small to say whether it loses accuracy",
-    }[given.comparison.verdict]
     record = link("comparison", f"{RECORDS}/{_COMPARISON}")
-    return md("A quantized version of {}: {} ({}).{}", base, word, record, note)
+    return md(
+        "A quantized version of {}: {} ({}).{}", base, _finding(given.comparison), record, note
+    )
+
+
+def _finding(comparison: Comparison) -> str:
+    """The comparison in half a sentence."""
+    rows = comparison.benchmarks.values()
+    origins = {row.margin_origin for row in rows}
+    margins = "margins given with the comparison" if "flag" in origins else (
+        "margins fixed beforehand")  # fmt: skip
+    if comparison.verdict == "GO":
+        return f"no loss beyond the {margins} was found"
+    if comparison.verdict == "NO-GO":
+        return f"a loss beyond the {margins} was found"
+    if comparison.reason == "blocked":
+        return "the evaluation is not complete enough to say whether it loses accuracy"
+    if comparison.reason == "loss shown":
+        names = ", ".join(row.title for row in rows if row.reason == "loss shown")
+        return f"it loses accuracy on {names}; whether beyond the {margins} was not shown"
+    return "the evaluation was too small to say whether it loses accuracy"
 
 
 def _description(given: CardInput) -> Markdown:
@@ -441,7 +464,8 @@ def _shares(given: CardInput) -> Markdown:
 
 def _comparison(comparison: Comparison) -> Markdown:
     path, none = f"{RECORDS}/{_COMPARISON}", Markdown("-")
-    head = ["benchmark", "difference (95 %)", "margin", "verdict", "what would decide"]
+    head = ["benchmark", f"difference ({level_text(comparison)})", "p beyond (Holm)", "margin",
+            "verdict", "what would decide"]  # fmt: skip
     lines = [
         md(
             "Difference, {} minus {}, paired by item, in points ({}):",
@@ -455,18 +479,21 @@ def _comparison(comparison: Comparison) -> Markdown:
     ]
     for one in comparison.benchmarks.values():
         decide = what_would_decide(one) or none
-        cells = [_interval(one.difference, path), percent(one.margin, 1), one.verdict, decide]
-        lines.append(row([one.title, *cells]))
+        margin = margin_text(one.margin, one.margin_origin)
+        cells = [_interval(one.difference, path), p_text(one.p_beyond_holm), margin, one.verdict]
+        lines.append(row([one.title, *cells, decide]))
     macro = _interval(comparison.macro, path)
-    margin = percent(comparison.macro_margin, 1)
-    lines += [row(["macro mean", macro, margin, comparison.macro_verdict, none]), Markdown("")]
+    margin, p = percent(comparison.macro_margin, 1), p_text(comparison.macro_p_beyond_holm)
+    lines += [row(["macro mean", macro, p, margin, comparison.macro_verdict, none]), Markdown("")]
     lines += [md("- {}: {}", title_of(n), why) for n, why in comparison.left_out.items()]
-    lines += [md("- {}", text) for text in comparison.remarks]
+    for one in comparison.benchmarks.values():
+        lines += [md("- {}: {}", one.title, text) for text in (*one.stops, *one.remarks)]
+    lines += [md("- {}", text) for text in (*unseen_lines(comparison), *comparison.remarks)]
     return join("\n", [*lines, Markdown(""), Markdown(phrases.VERDICTS)])
 
 
 def _interval(found: Estimate, path: str) -> Markdown:
-    low, high = points(found.low, 1), points(found.high, 1)
+    low, high = points(found.low), points(found.high)
     return md("{} ({} to {})", link(points(found.mean), path), low, high)
 
 

@@ -14,7 +14,16 @@ from halfbyte.card.facts import PRIVATE, Arm, Usage, columns, title_of
 from halfbyte.card.plots import Interval, intervals, shares
 from halfbyte.evals.compare import BenchmarkComparison, Comparison, Flip
 from halfbyte.evals.records import BenchmarkResult
-from halfbyte.evals.render import percent, points, what_would_decide
+from halfbyte.evals.render import (
+    format_look,
+    level_text,
+    margin_text,
+    p_text,
+    percent,
+    points,
+    unseen_lines,
+    what_would_decide,
+)
 from halfbyte.page import Cell, Table, render_page
 
 _CAUSES = ("ok", "wrong", "length", "unparsed", "empty", "refused", "ungraded", "error")
@@ -53,10 +62,22 @@ def render_report(arms: Sequence[Arm], comparison: Comparison | None) -> str:
         causes=_causes(arms),
         usage=_usage(arms),
         flips=None if comparison is None else _flips(comparison),
-        is_a_a=comparison is not None and comparison.is_a_a,
+        a_a=_a_a(comparison),
         asked=_asked(arms[0]),
         provenance=[(arm.run.arm, _provenance(arm)) for arm in arms],
     )
+
+
+def _a_a(comparison: Comparison | None) -> str | None:
+    """What a comparison of a checkpoint with itself shows; None for others."""
+    if comparison is None or not comparison.is_a_a:
+        return None
+    if len(set(comparison.seed_shifts)) == 1:
+        return (
+            "an A/A run with the same seeds in both arms: it shows what the server itself adds, "
+            "and nothing of what answers drawn anew would (--seed-shift in one arm does)"
+        )
+    return "an A/A run, which shows the noise floor"
 
 
 def _conclusion(comparison: Comparison) -> str:
@@ -64,24 +85,29 @@ def _conclusion(comparison: Comparison) -> str:
     rows = comparison.benchmarks.values()
     if not rows:
         return "No benchmark was measured in both arms: nothing can be concluded."
-    by_verdict: dict[str, list[str]] = {}
+    by_kind: dict[str, list[str]] = {}
     for row in rows:
-        by_verdict.setdefault(row.verdict, []).append(row.title)
-    parts = []
-    if titles := by_verdict.get("GO"):
-        parts.append(f"A loss larger than the margin is ruled out on {', '.join(titles)}.")
-    if titles := by_verdict.get("NO-GO"):
-        parts.append(f"A loss larger than the margin is shown on {', '.join(titles)}.")
-    if titles := by_verdict.get("INCONCLUSIVE"):
-        parts.append(
-            f"On {', '.join(titles)} the interval is too wide to say either: neither equality nor "
-            "a loss has been shown."
-        )
+        by_kind.setdefault(row.reason or row.verdict, []).append(row.title)
+    said = {
+        "GO": "A loss larger than the margin is ruled out on {}.",
+        "NO-GO": "A loss larger than the margin is shown on {}.",
+        "loss shown": "On {} a loss is shown, but not whether it is larger than the margin.",
+        "too wide": "On {} the interval is too wide to say either: neither equality nor a loss has "
+        "been shown.",
+        "blocked": "On {} no verdict may be read; the reason stands in the table below.",
+    }
+    parts = [
+        text.format(", ".join(by_kind[kind])) for kind, text in said.items() if kind in by_kind
+    ]
+    missing = [title_of(n) for n in comparison.left_out if n not in comparison.not_asked]
+    if missing:
+        parts.append(f"{', '.join(missing)} could not be compared, so that there is no GO.")
     m = comparison.macro
-    counted = "one benchmark" if len(rows) == 1 else f"{len(rows)} benchmarks"
+    free = sum(not row.blockers for row in rows)
+    counted = "one benchmark" if free == 1 else f"{free} benchmarks"
     parts.append(
-        f"Mean difference over {counted}: {points(m.mean)} points, 95 % interval "
-        f"{points(m.low)} to {points(m.high)}."
+        f"Mean difference over {counted}: {points(m.mean)} points, {level_text(comparison)} "
+        f"interval {points(m.low)} to {points(m.high)}."
     )
     return " ".join(parts)
 
@@ -141,17 +167,18 @@ def _difference(comparison: Comparison | None) -> dict[str, Any] | None:
         marks=(0.0, -100 * min(row.margin for row in rows)),
     )  # fmt: skip
     head = ["benchmark", "difference", "SE", "SE repeats", "SE unpaired", "lost / won", "p (Holm)",
-            "margin", "verdict", "what would decide"]  # fmt: skip
+            "p beyond (Holm)", "margin", "verdict", "what would decide"]  # fmt: skip
     cells: list[list[str | Cell]] = [
         [
             row.title,
             Cell(
                 points(row.difference.mean),
-                f"{points(row.difference.low, 1)} to {points(row.difference.high, 1)}",
+                f"{points(row.difference.low)} to {points(row.difference.high)}",
             ),
             percent(row.difference.standard_error), percent(row.fixed_error),
-            percent(row.unpaired_error), f"{row.lost} / {row.won}", f"{row.p_value_holm:.3f}",
-            percent(row.margin, 1), Cell(row.verdict, kind="verdict"),
+            percent(row.unpaired_error), f"{row.lost} / {row.won}", p_text(row.p_value_holm),
+            p_text(row.p_beyond_holm), margin_text(row.margin, row.margin_origin),
+            Cell(row.verdict, kind="verdict"),
             Cell(what_would_decide(row), kind="wrap"),
         ]
         for row in rows
@@ -159,10 +186,13 @@ def _difference(comparison: Comparison | None) -> dict[str, Any] | None:
     table = Table(
         head,
         cells,
-        "Paired by item, in points; errors are clustered where items share a source. GO: the "
-        "one-sided 95 % interval rules out a loss of the margin. p: exact McNemar or sign flips.",
+        f"Paired by item, in points, with {level_text(comparison)} intervals; errors are clustered "
+        "where items share a source. GO: the lower end lies above minus the margin. NO-GO: the "
+        "upper end lies below it, corrected for all benchmarks (p beyond). p: of no difference, "
+        "exact McNemar or sign flips.",
     )
-    remarks = [*comparison.remarks, *(f"{r.title}: {t}" for r in rows for t in r.remarks)]
+    remarks = [*format_look(comparison)[1:], *unseen_lines(comparison), *comparison.remarks]
+    remarks += [f"{r.title}: {t}" for r in rows for t in (*r.stops, *r.remarks)]
     remarks += [f"{title_of(n)} left out: {why}" for n, why in comparison.left_out.items()]
     return {"plot": plot, "table": table, "remarks": remarks}
 

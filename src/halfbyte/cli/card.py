@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from halfbyte.cli.compare_evals import add_verdict_arguments, verdict_options
+
 EXAMPLE = """\
   halfbyte card mixed/ --runs evals/fp8 evals/mixed --base-model mistralai/Some-Model
   halfbyte card out/ --checkpoint mixed/ --runs evals/fp8 evals/mixed --records speed.json
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--licence", default="other", help="licence identifier of the hub (%(default)s)")
     add("--licence-link", help="where the licence stands, for 'other'")
     add("--release-date", help="as it should be printed")
+    add_verdict_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         CardInput(
             checkpoint=read_checkpoint(args.checkpoint or args.out),
             arms=arms,
-            comparison=compare_arms(arms) if arms else None,
+            comparison=compare_arms(arms, **verdict_options(args)) if arms else None,
             base_model=args.base_model,
             title=args.title,
             licence=args.licence,

@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", type=Path, metavar="DIR", help="BASE CANDIDATE, or one with a baseline"
     )
-    parser.add_argument("--text", type=Path, help="held-out text, UTF-8")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        help="held-out text, UTF-8; three or more give intervals across texts",
+    )
     parser.add_argument(
         "--mode",
         choices=["weight_only", "declared"],

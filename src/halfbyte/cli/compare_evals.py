@@ -2,12 +2,12 @@
 
 import argparse
 from pathlib import Path
-
-from halfbyte.errors import UsageError
+from typing import Any
 
 EXAMPLE = """\
   halfbyte compare-evals evals/fp8 evals/mixed --out evals/fp8-mixed.json
-  halfbyte compare-evals evals/fp8 evals/mixed --margin gpqa_diamond=1.0
+  halfbyte compare-evals evals/fp8 evals/mixed --margins margins.yaml
+  halfbyte compare-evals evals/fp8-more evals/mixed-more --after evals/fp8-mixed.json
 The exit code is 0 for GO, 1 for NO-GO, 3 for INCONCLUSIVE."""
 
 _EXIT = {"GO": 0, "NO-GO": 1, "INCONCLUSIVE": 3}
@@ -17,27 +17,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("baseline", type=Path, help="run folder of the baseline, such as FP8")
     parser.add_argument("candidate", type=Path, help="run folder of the candidate")
     parser.add_argument("--out", type=Path, help="write the comparison as JSON")
+    add_verdict_arguments(parser)
+
+
+def add_verdict_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a verdict depends on besides the runs; report and card take the same."""
+    parser.add_argument(
+        "--margins", type=Path, metavar="FILE",
+        help="YAML of NAME: POINTS, the largest loss that is still no regression; write it before "
+        "running ('macro' is the mean's)",
+    )  # fmt: skip
     parser.add_argument(
         "--margin", action="append", default=[], metavar="NAME=POINTS",
-        help="largest loss, in points, that is still no regression; fix it before running",
+        help="one margin; the record says that it came with the comparison",
+    )  # fmt: skip
+    parser.add_argument(
+        "--looks", type=int, default=1, metavar="N",
+        help="looks at these arms that are planned in all; they share the 5 %% (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--after", type=Path, metavar="FILE",
+        help="this is a further look: JSON of the comparison before it",
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
+def verdict_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as `compare_runs` takes them."""
     # The hall is imported when the command runs, so that --help is quick.
+    from halfbyte.evals.looks import parse_margins
+
+    margins = parse_margins(args.margin, args.margins)
+    return {"margins": margins, "looks": args.looks, "after": args.after}
+
+
+def run(args: argparse.Namespace) -> int:
     from halfbyte.evals.compare import compare_runs, write_comparison
     from halfbyte.evals.render import format_comparison
 
-    comparison = compare_runs(args.baseline, args.candidate, dict(map(_margin, args.margin)))
+    comparison = compare_runs(args.baseline, args.candidate, **verdict_options(args))
     if args.out is not None:
         write_comparison(args.out, comparison)
     print(format_comparison(comparison))
     return _EXIT[comparison.verdict]
-
-
-def _margin(text: str) -> tuple[str, float]:
-    name, _, points = text.partition("=")
-    try:
-        return name, float(points) / 100
-    except ValueError:
-        raise UsageError(f"--margin {text}: expected NAME=POINTS, such as ifbench=1.0") from None

@@ -29,9 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["pocket"],
         metavar="NAME",
-        help="'seed', or benchmarks (default: pocket)",
+        help="'seed', 'decide' (the same, asked often enough to end GO), or benchmarks "
+        "(default: pocket)",
     )
     add("--repeats", type=parse_count, help="answers per item (default: each benchmark's own)")
+    add(
+        "--seed-shift",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw other seeds: for a baseline against itself, or fresh repeats (%(default)s)",
+    )
     add("--limit", type=parse_count, help="at most so many items of each benchmark, evenly spread")
     add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
     add("--arm", help="name of this side of a comparison (default: that of --out)")
@@ -67,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="output tokens/s, for --plan (%(default)s)",
     )
     add("--prompt-throughput", type=float, help="prompt tokens/s, for --plan (default: no time)")
+    add(
+        "--loss",
+        type=float,
+        nargs="+",
+        metavar="POINTS",
+        help="true losses whose verdicts --plan foretells (default: 0 0.5 1 2)",
+    )
     add("--pilot", type=Path, help="a run whose measured variances and lengths --plan uses")
 
 
@@ -74,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
     from halfbyte.evals.endpoint import connect, describe_checkpoint, serve
     from halfbyte.evals.evaluate import default_arm, evaluate, prepare
-    from halfbyte.evals.plan import format_plan, plan_run
+    from halfbyte.evals.plan import LOSSES, format_plan, plan_run
     from halfbyte.evals.records import is_name
     from halfbyte.evals.render import format_run
     from halfbyte.evals.tasks.suite import find_benchmarks
@@ -90,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
             args.pilot,
             prompt_throughput=args.prompt_throughput,
         )
-        print(format_plan(plan, with_prompts=args.prompt_throughput is not None))
+        losses = LOSSES if args.loss is None else [points / 100 for points in args.loss]
+        with_prompts = args.prompt_throughput is not None
+        print(format_plan(plan, with_prompts=with_prompts, losses=losses))
         return 0
     if args.target is None:
         raise UsageError("evaluate what? give an endpoint or a checkpoint folder (or --plan)")
@@ -159,4 +176,5 @@ def _config(
         partial=args.partial,
         allow_missing=args.allow_missing,
         api_key=key,
+        seed_shift=args.seed_shift,
     )

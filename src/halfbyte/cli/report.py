@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from halfbyte.cli.compare_evals import add_verdict_arguments, verdict_options
+
 EXAMPLE = """\
   halfbyte report evals/mixed
   halfbyte report evals/fp8 evals/mixed --out report.html"""
@@ -13,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", type=Path, nargs="+", metavar="RUN", help="one run, or baseline and candidate"
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="(%(default)s)")
+    add_verdict_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     arms = [read_arm(folder) for folder in args.runs]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(render_report(arms, compare_arms(arms)), encoding="utf-8")
+    comparison = compare_arms(arms, **verdict_options(args))
+    args.out.write_text(render_report(arms, comparison), encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
     return 0

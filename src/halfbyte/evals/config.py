@@ -47,6 +47,8 @@ class RunConfig:
     retries      further tries after a fault of the server; then the attempt is listed as missing
     partial      print scores although attempts are missing
     allow_missing  benchmarks whose data is not at hand are recorded as not measured
+    seed_shift     another number draws other seeds for everything; a baseline against itself (A/A)
+                   and fresh repeats need that
     """
 
     out: Path
@@ -64,21 +66,26 @@ class RunConfig:
     partial: bool = False
     allow_missing: bool = False
     api_key: str = "none"
+    seed_shift: int = 0
 
     def settings(self) -> dict[str, Any]:
         """What decides the requests and must be equal for resuming and for comparing."""
         options = asdict(self.options)
         # Where the data lies is no setting: its hashes are in each result.
         del options["data"]
-        return {**asdict(self.sampling), **options, "repeats": self.repeats}
+        settings = {**asdict(self.sampling), **options, "repeats": self.repeats}
+        # Runs from before there was a shift have none in their settings, and none was theirs.
+        return settings | ({"seed_shift": self.seed_shift} if self.seed_shift else {})
 
 
-def seed_for(benchmark: str, item_id: str, repeat: int) -> int:
+def seed_for(benchmark: str, item_id: str, repeat: int, shift: int = 0) -> int:
     """The seed of one attempt: different for every repeat, the same in both arms.
 
+    shift  `RunConfig.seed_shift`: no seed of one shift is meant to occur with another
     Example: ``seed_for("pocket", "pocket-01", 0)`` is the same number on every machine.
     """
-    digest = hashlib.sha256(f"{benchmark}/{item_id}/{repeat}".encode()).digest()
+    name = f"{benchmark}/{item_id}/{repeat}" + (f"/{shift}" if shift else "")
+    digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
 
 

@@ -1,36 +1,83 @@
-"""Before a run: which difference it could show, and what it would cost.
+"""Before a run: how likely each verdict is, which loss would show, and what it would cost.
 
-Uses planning values, or those that a pilot run measured. Source of the formulas:
-../shared/reference/evaluations.md section 8, E. Miller arXiv 2411.00640.
+Uses planning values, or those that a pilot run measured. The verdicts are those of the rule that
+`compare` applies (`bounds`), on measured differences drawn around the true one.
+Source of the idea: E. Miller, arXiv 2411.00640.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as distributions
 
 from halfbyte.errors import UsageError
-from halfbyte.evals.records import read_run
+from halfbyte.evals.bounds import LEVEL, Design, would_rule_out
+from halfbyte.evals.looks import MACRO_MARGIN
+from halfbyte.evals.records import BenchmarkResult, read_run
 from halfbyte.evals.render import percent, table
-from halfbyte.evals.stats import detectable_drop, repeats_to_see
+from halfbyte.evals.stats import POWER_Z, is_decided, smallest
 from halfbyte.evals.tasks.benchmark import Benchmark
+
+LOSSES = (0.0, 0.005, 0.01, 0.02)
+_DRAWS = 20_000
+_MOST_REPEATS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class PlanLine:
-    """One benchmark of a planned comparison; drops in scores (0.01 = one point), costs per arm."""
+    """One benchmark of a planned comparison; losses in scores (0.01 = one point), costs per arm.
+
+    standard_error   of the difference, groups included
+    shown            loss at which the two-sided p value is below 5 % four times out of five
+    shown_holm       the same once p is corrected for all benchmarks of the plan (Holm's first step)
+    fails            loss that ends NO-GO four times out of five, corrected likewise
+    go_if_equal      chance of GO for equal arms
+    repeats_for_go   repeats at which equal arms end GO four times out of five; None if none would
+    """
 
     title: str
     items: int
+    groups: int
     repeats: int
     is_measured: bool
     standard_error: float
-    detectable: float
+    shown: float
+    shown_holm: float
+    fails: float
     margin: float
-    repeats_for_margin: int
+    go_if_equal: float
+    repeats_for_go: int | None
     prompt_tokens: float
     output_tokens: float
     hours: float
+
+    @property
+    def design(self) -> Design:
+        """As the rule takes it."""
+        return Design(self.items, self.groups, self.repeats)
+
+
+class Chances(NamedTuple):
+    """How often the whole comparison ends in each verdict."""
+
+    go: float
+    inconclusive: float
+    no_go: float
+
+
+class _Values(NamedTuple):
+    """What is known of a benchmark before the run: planning values, or a pilot's."""
+
+    variance: float
+    design_factor: float
+    prompt_tokens: float
+    output_tokens: float
+    is_measured: bool
 
 
 def plan_run(
@@ -55,54 +102,174 @@ def plan_run(
                 f"a throughput of {rate:g} tokens/s plans nothing; give a positive one"
             )
     measured = read_run(pilot).benchmarks if pilot is not None else {}
-    lines = []
-    for benchmark in benchmarks:
-        items = min(benchmark.full_items, limit or benchmark.full_items)
-        count = repeats or benchmark.repeats
-        variance, prompt, output = (
-            benchmark.plan_variance, benchmark.plan_prompt_tokens, benchmark.plan_output_tokens
-        )  # fmt: skip
-        result = measured.get(benchmark.name)
-        attempts = result.items * result.repeats if result else 0
-        is_measured = bool(result and attempts and "item_variance" in result.metrics)
-        if result and is_measured:
-            variance = result.metrics["item_variance"]
-            prompt, output = result.prompt_tokens // attempts, result.completion_tokens // attempts
-        requests = items * count
-        lines.append(
-            PlanLine(
-                title=benchmark.title,
-                items=items,
-                repeats=count,
-                is_measured=is_measured,
-                standard_error=math.sqrt(2 * variance / requests),
-                detectable=detectable_drop(items, count, variance),
-                margin=benchmark.margin,
-                repeats_for_margin=repeats_to_see(benchmark.margin, items, variance),
-                prompt_tokens=prompt * requests,
-                output_tokens=output * requests,
-                hours=(
-                    output / throughput + (prompt / prompt_throughput if prompt_throughput else 0.0)
-                )
-                * requests
-                / 3600,
-            )
+    return [
+        _line(
+            benchmark,
+            _values(benchmark, measured.get(benchmark.name)),
+            repeats or benchmark.repeats,
+            limit,
+            # The macro mean is a look as well, unless it is the mean of one.
+            looks=len(benchmarks) + (len(benchmarks) > 1),
+            rates=(throughput, prompt_throughput),
         )
-    return lines
+        for benchmark in benchmarks
+    ]
 
 
-def format_plan(lines: Sequence[PlanLine], *, with_prompts: bool = False) -> str:
+def _values(benchmark: Benchmark, result: BenchmarkResult | None) -> _Values:
+    attempts = result.items * result.repeats if result else 0
+    if result is None or not attempts or "item_variance" not in result.metrics:
+        return _Values(
+            benchmark.plan_variance,
+            benchmark.plan_design,
+            benchmark.plan_prompt_tokens,
+            benchmark.plan_output_tokens,
+            is_measured=False,
+        )
+    return _Values(
+        result.metrics["item_variance"],
+        result.metrics.get("design_factor", benchmark.plan_design),
+        result.prompt_tokens // attempts,
+        result.completion_tokens // attempts,
+        is_measured=True,
+    )
+
+
+def _size(benchmark: Benchmark, limit: int | None) -> tuple[int, int]:
+    """Items and groups; a limit counts problems where a problem is a trajectory."""
+    items, groups = benchmark.full_items, benchmark.plan_groups or benchmark.full_items
+    wanted = items if limit is None else limit
+    if benchmark.is_trajectory:
+        share = min(1.0, wanted / groups)
+    else:
+        share = min(1.0, wanted / items)
+    return round(items * share), max(1, min(round(items * share), math.ceil(groups * share)))
+
+
+def _line(
+    benchmark: Benchmark,
+    values: _Values,
+    repeats: int,
+    limit: int | None,
+    *,
+    looks: int,
+    rates: tuple[float, float | None],
+) -> PlanLine:
+    items, groups = _size(benchmark, limit)
+
+    def error_of(count: int) -> float:
+        return values.design_factor * math.sqrt(2 * values.variance / (items * count))
+
+    def decides(count: int) -> bool:
+        design = Design(items, groups, count)
+        return is_decided(0.0, error_of(count), design, benchmark.margin, LEVEL)
+
+    error = error_of(repeats)
+    freedom = max(1, groups - 1)
+
+    def reach(tail: float) -> float:
+        """The loss whose tail probability is below this four times out of five."""
+        return (float(distributions.t.ppf(1 - tail, freedom)) + POWER_Z) * error
+
+    requests = items * repeats
+    seconds = values.output_tokens / rates[0]
+    if rates[1] is not None:
+        seconds += values.prompt_tokens / rates[1]
+    line = PlanLine(
+        title=benchmark.title,
+        items=items,
+        groups=groups,
+        repeats=repeats,
+        is_measured=values.is_measured,
+        standard_error=error,
+        shown=reach(0.025),
+        shown_holm=reach(0.025 / looks),
+        fails=benchmark.margin + reach(LEVEL / looks),
+        margin=benchmark.margin,
+        go_if_equal=math.nan,
+        repeats_for_go=smallest(decides, 0, _MOST_REPEATS) if groups > 1 else None,
+        prompt_tokens=values.prompt_tokens * requests,
+        output_tokens=values.output_tokens * requests,
+        hours=seconds * requests / 3600,
+    )
+    fields = {name: getattr(line, name) for name in PlanLine.__dataclass_fields__}
+    fields["go_if_equal"] = float(_Measured([line], 0.0).go[:, 0].mean())
+    return PlanLine(**fields)
+
+
+class _Measured:
+    """Comparisons drawn at random around one true loss on every benchmark; (draws, benchmarks)."""
+
+    def __init__(self, lines: Sequence[PlanLine], loss: float) -> None:
+        generator = np.random.default_rng(0)
+        shape = (_DRAWS, len(lines))
+        self.freedom = np.array([max(1, line.groups - 1) for line in lines], dtype=np.float64)
+        true = np.array([line.standard_error for line in lines])
+        self.means = -loss + true * generator.standard_normal(shape)
+        self.errors = true * np.sqrt(generator.chisquare(self.freedom, shape) / self.freedom)
+        self.go = np.stack(
+            [
+                would_rule_out(self.means[:, i], self.errors[:, i], line.design, line.margin, LEVEL)
+                & (line.groups > 1)
+                for i, line in enumerate(lines)
+            ],
+            axis=1,
+        )
+        self.margins = np.array([line.margin for line in lines])
+
+    def p_beyond(self) -> NDArray[np.float64]:
+        """One-sided p values of a loss beyond the margins."""
+        return np.asarray(
+            distributions.t.cdf((self.means + self.margins) / self.errors, self.freedom)
+        )
+
+    def macro(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """GO and p value of the macro mean."""
+        mean = self.means.mean(axis=1)
+        total = np.square(self.errors).sum(axis=1)
+        error = np.sqrt(total) / self.means.shape[1]
+        freedom = total**2 / (self.errors**4 / self.freedom).sum(axis=1)
+        t = (mean + MACRO_MARGIN) / error
+        p = np.asarray(distributions.t.cdf(t, freedom))
+        return p > 1 - LEVEL, p
+
+
+def suite_chances(lines: Sequence[PlanLine], loss: float) -> Chances:
+    """Chances of the whole comparison's verdicts if every benchmark truly loses so much.
+
+    GO needs every benchmark and the macro mean; one NO-GO after Holm is one for all. Supposes that
+    no attempt is missing and answers end alike. Example: loss 0 is equal arms.
+    """
+    drawn = _Measured(lines, loss)
+    go, p = drawn.go.all(axis=1), drawn.p_beyond()
+    if len(lines) > 1:
+        macro_go, macro_p = drawn.macro()
+        go, p = go & macro_go, np.column_stack([p, macro_p])
+    # Holm rejects something exactly if the smallest p value passes its first step.
+    no_go = p.min(axis=1) * p.shape[1] < LEVEL
+    go &= ~no_go
+    return Chances(float(go.mean()), float((~go & ~no_go).mean()), float(no_go.mean()))
+
+
+def format_plan(
+    lines: Sequence[PlanLine],
+    *,
+    with_prompts: bool = False,
+    losses: Sequence[float] = LOSSES,
+) -> str:
     """The plan as a table, points and hours per arm; `with_prompts`: hours count those too."""
     head = [
-        "benchmark", "items", "repeats", "SE of D", "drop seen", "margin", "repeats for it",
-        "prompt Mtok", "output Mtok", "hours", "values",
+        "benchmark", "items", "repeats", "SE of D", "loss shown", "after Holm", "NO-GO from",
+        "margin", "GO if equal", "repeats for GO", "prompt Mtok", "output Mtok", "hours", "values",
     ]  # fmt: skip
     rows = [head]
     for line in lines:
         rows.append(
             [
                 line.title, str(line.items), str(line.repeats), percent(line.standard_error),
-                percent(line.detectable), percent(line.margin, 1), str(line.repeats_for_margin),
+                percent(line.shown), percent(line.shown_holm), percent(line.fails),
+                percent(line.margin, 1), f"{100 * line.go_if_equal:.0f} %",
+                "none" if line.repeats_for_go is None else str(line.repeats_for_go),
                 f"{line.prompt_tokens / 1e6:.1f}", f"{line.output_tokens / 1e6:.1f}",
                 f"{line.hours:.2f}", "pilot" if line.is_measured else "planning",
             ]
@@ -110,13 +277,26 @@ def format_plan(lines: Sequence[PlanLine], *, with_prompts: bool = False) -> str
     output = sum(line.output_tokens for line in lines) / 1e6
     hours = sum(line.hours for line in lines)
     macro = math.sqrt(sum(line.standard_error**2 for line in lines)) / len(lines)
+    chances = [["true loss on every benchmark", "GO", "INCONCLUSIVE", "NO-GO"]]
+    for loss in losses:
+        c = suite_chances(lines, loss)
+        name = "none (equal arms)" if loss == 0 else f"{100 * loss:g} points"
+        chances.append([name, *(f"{100 * share:.0f} %" for share in c)])
     return "\n".join(
         [
             table(rows),
             f"all: {output:.1f} M output tokens and {hours:.2f} hours per arm; "
             f"SE of the macro difference {percent(macro)} points",
-            "drop seen: the smallest true loss, in points, that a comparison shows four times out "
-            "of five; groups (documents, problems) make it larger",
+            "",
+            "the verdict of the whole comparison:",
+            table(chances),
+            *_can_decide(lines),
+            "",
+            "loss shown: the smallest true loss, in points, whose two-sided p value is below 5 % "
+            "four times out of five; after Holm: with all benchmarks counted as looks",
+            "NO-GO from: the true loss that ends NO-GO four times out of five, after Holm",
+            "GO if equal, repeats for GO: chance of GO for equal arms, and the repeats that make "
+            "it 80 %, for that benchmark alone",
             "hours: output tokens at the given throughput"
             + (
                 ", and prompts at theirs"
@@ -125,3 +305,24 @@ def format_plan(lines: Sequence[PlanLine], *, with_prompts: bool = False) -> str
             ),
         ]
     )
+
+
+def _can_decide(lines: Sequence[PlanLine]) -> list[str]:
+    """In words: what the plan can show and what it cannot."""
+    can = [line.title for line in lines if line.go_if_equal >= 0.8]
+    cannot = [line.title for line in lines if line.go_if_equal < 0.8]
+    go = suite_chances(lines, 0.0).go
+    said = []
+    if can:
+        said.append(f"equal arms are likely to end GO on {', '.join(can)}")
+    if cannot:
+        said.append(
+            f"{', '.join(cannot)} will more often than one time in five end INCONCLUSIVE although "
+            "the arms are equal"
+        )
+    if go < 0.8:
+        said.append(
+            f"as a whole this plan ends GO for equal arms in {100 * go:.0f} % of runs: it can show "
+            "a large loss, hardly that there is none (--suite decide can)"
+        )
+    return ["; ".join(said)] if said else []

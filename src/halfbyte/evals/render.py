@@ -55,46 +55,138 @@ def points(value: float, digits: int = 2) -> str:
     return "-" if value != value else f"{100 * value:+.{digits}f}"
 
 
+def why_inconclusive(row: BenchmarkComparison) -> str:
+    """Why a comparison is inconclusive: blocked, a loss of unknown size, or nothing shown."""
+    if row.reason == "blocked":
+        return "blocked: " + "; ".join([*row.blockers, *row.stops])
+    if row.reason == "loss shown":
+        text = "a loss is shown, but not whether it is beyond the margin"
+        if row.difference.high < -row.margin:
+            text = "a loss is shown, beyond the margin were this the only look, not for all of them"
+        return text
+    if row.reason == "too wide":
+        return "the interval is too wide: neither equality nor a loss has been shown"
+    return ""
+
+
 def what_would_decide(row: BenchmarkComparison) -> str:
-    """How many items or repeats would settle an inconclusive comparison."""
+    """Why a comparison is inconclusive, and how many items or repeats would settle it."""
     if row.verdict != "INCONCLUSIVE":
         return ""
-    if row.blockers:
-        return "; ".join(row.blockers)
+    why = why_inconclusive(row)
+    if row.reason == "blocked":
+        return why
     ways = []
     if row.items_to_decide is not None:
         unchanged = " without a change" if row.lost + row.won == 0 else ""
         ways.append(f"{row.items_to_decide:,} items{unchanged}")
     if row.repeats_to_decide is not None:
-        ways.append(f"{row.repeats_to_decide:,} repeats")
-    if not ways:
-        return "no number of items would: the difference lies at the margin"
-    return " or ".join(ways) + " would decide"
+        ways.append(f"{row.repeats_to_decide:,} fresh repeats")
+    if ways:
+        return f"{why}; {' or '.join(ways)} would decide"
+    return f"{why}; no number of repeats, nor of the set's {row.full_items:,} items, would decide"
+
+
+def format_look(comparison: Comparison) -> list[str]:
+    """Which look this was and which intervals that gives; what another one would need."""
+    look = comparison.look
+    lines = [
+        f"D [{level_text(comparison)}]: each end is wrong at most {100 * look.level:g} % of the "
+        "time. GO: the lower end lies above minus the margin, NO-GO: the upper end below it, "
+        "corrected for all benchmarks."
+    ]
+    if look.planned > 1:
+        lines.append(f"Look {look.number} of {look.planned} planned ones.")
+    elif look.number > 1:
+        lines.append(
+            f"Look {look.number}, not planned from the start: fresh repeats alone, at "
+            f"{100 * look.level:g} %."
+        )
+    if comparison.verdict == "INCONCLUSIVE":
+        if look.next_level is None:
+            lines.append("There is no further look at these arms.")
+        elif look.planned == 1:
+            lines.append(
+                "A second look needs fresh repeats of both arms (evaluate --seed-shift, then "
+                "compare-evals --after this comparison's file); more of the same would err more "
+                "often than it says."
+            )
+    return lines
 
 
 def format_comparison(comparison: Comparison) -> str:
     """The table of a comparison, in points."""
-    rows = [["benchmark", "baseline", "candidate", "D [95 %]", "SE", "lost/won", "p (Holm)",
-             "margin", "verdict"]]  # fmt: skip
+    rows = [["benchmark", "baseline", "candidate", f"D [{level_text(comparison)}]", "SE",
+             "lost/won", "p (Holm)", "p beyond (Holm)", "margin", "verdict"]]  # fmt: skip
     for row in comparison.benchmarks.values():
         d = row.difference
         rows.append(
             [
                 row.title, percent(row.baseline), percent(row.candidate),
-                f"{points(d.mean)} [{points(d.low, 1)}, {points(d.high, 1)}]",
-                percent(d.standard_error), f"{row.lost}/{row.won}", f"{row.p_value_holm:.3f}",
-                percent(row.margin, 1), row.verdict,
+                f"{points(d.mean)} [{points(d.low)}, {points(d.high)}]",
+                percent(d.standard_error), f"{row.lost}/{row.won}", p_text(row.p_value_holm),
+                p_text(row.p_beyond_holm), margin_text(row.margin, row.margin_origin), row.verdict,
             ]
         )  # fmt: skip
     m = comparison.macro
-    macro = f"{points(m.mean)} [{points(m.low, 1)}, {points(m.high, 1)}]"
-    error, margin = percent(m.standard_error), percent(comparison.macro_margin, 1)
-    rows.append(["macro mean", "", "", macro, error, "", "", margin, comparison.macro_verdict])
+    macro = f"{points(m.mean)} [{points(m.low)}, {points(m.high)}]"
+    rows.append(
+        ["macro mean", "", "", macro, percent(m.standard_error), "", "",
+         p_text(comparison.macro_p_beyond_holm), percent(comparison.macro_margin, 1),
+         comparison.macro_verdict]
+    )  # fmt: skip
     lines = [f"{comparison.candidate} against {comparison.baseline} (points)", table(rows)]
     for row in comparison.benchmarks.values():
-        notes = [note for note in (what_would_decide(row), *row.remarks) if note]
+        stops = [] if row.reason == "blocked" else row.stops
+        notes = [note for note in (what_would_decide(row), *stops, *row.remarks) if note]
         lines += [f"{row.title}: {note}" for note in notes]
     lines += [f"{name} left out: {why}" for name, why in comparison.left_out.items()]
-    lines += list(comparison.remarks)
-    lines.append(f"verdict: {comparison.verdict}")
+    lines += [*unseen_lines(comparison), *format_look(comparison), *comparison.remarks]
+    lines.append(f"verdict: {comparison.verdict}{conclusion(comparison)}")
     return "\n".join(lines)
+
+
+def level_text(comparison: Comparison) -> str:
+    """The confidence of the intervals of a comparison."""
+    return f"{100 * (1 - 2 * comparison.look.level):g} %"
+
+
+def p_text(value: float) -> str:
+    """A p value, a dash where it is not known."""
+    return "-" if value != value else f"{value:.3f}"
+
+
+def margin_text(margin: float, origin: str) -> str:
+    """A margin in points, and where it came from unless it is the benchmark's own."""
+    return percent(margin, 1) + ("" if origin == "default" else f" ({origin})")
+
+
+def unseen_lines(comparison: Comparison) -> list[str]:
+    """Which sets are too small to hold a rare loss, whatever their repeats."""
+    small = [
+        f"{100 * row.unseen_share:.1f} % ({row.title}, {row.difference.num_groups:,})"
+        for row in comparison.benchmarks.values()
+        if row.unseen_share > row.margin
+    ]
+    if not small:
+        return []
+    return [
+        "Verdicts suppose that a loss is spread over many items. One that sits on few may be "
+        "missing from a small set, however often it is asked: on up to " + ", ".join(small) + " of "
+        "items (or groups) of that kind."
+    ]
+
+
+def conclusion(comparison: Comparison) -> str:
+    """What the verdict of the whole rests on, to be set behind it."""
+    if comparison.verdict != "INCONCLUSIVE":
+        return ""
+    rows = comparison.benchmarks.values()
+    if comparison.reason == "blocked":
+        names = [row.title for row in rows if row.reason == "blocked"]
+        names += [name for name in comparison.left_out if name not in comparison.not_asked]
+        return f" (blocked by {', '.join(names)})" if names else " (nothing could be compared)"
+    if comparison.reason == "loss shown":
+        names = [row.title for row in rows if row.reason == "loss shown"]
+        return f" (a loss is shown on {', '.join(names)}, not whether it is beyond the margin)"
+    return " (neither equality nor a loss has been shown)"

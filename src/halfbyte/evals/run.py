@@ -278,7 +278,7 @@ def _write_first_request(room: Room, units: dict[str, list[Sample]], folder: Pat
         "prompt_sha256": prompt_sha256(prompt),
         "messages": [{"role": "user", "content": [asdict(part) for part in prompt]}],
         "sampling": asdict(room.config.sampling),
-        "seed": seed_for(room.benchmark.name, sample.item_id, 0),
+        "seed": seed_for(room.benchmark.name, sample.item_id, 0, room.config.seed_shift),
     }
     (folder / "request.json").write_text(json.dumps(request, indent=1, ensure_ascii=False) + "\n")
 
@@ -367,7 +367,7 @@ async def _ask(
 ) -> Attempt:
     """One request with its retries; whatever happens becomes an attempt."""
     prompt = room.benchmark.prompt(sample, earlier, room.config.options)
-    seed = seed_for(room.benchmark.name, sample.item_id, repeat)
+    seed = seed_for(room.benchmark.name, sample.item_id, repeat, room.config.seed_shift)
     sampling = room.config.sampling
     settings = GenerateConfig(
         temperature=sampling.temperature,

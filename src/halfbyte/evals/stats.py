@@ -2,32 +2,33 @@
 
 Every function takes one number per item (the mean over its repeats), so that repeats of an item
 are never counted as independent. Items of one group (a document set, a problem) share luck;
-`groups` holds one label per item.
+`groups` holds one label per item. The bound behind a verdict is in `bounds`.
 Source: E. Miller, "Adding Error Bars to Evals", arXiv 2411.00640 (clustered errors, pairing,
-power); ../shared/reference/evaluations.md section 8.
+power).
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats as distributions
 
-Floats = NDArray[np.float64]
+from halfbyte.evals.bounds import (
+    LEVEL,
+    Design,
+    Floats,
+    group_index,
+    lower_end,
+    pair,
+    would_rule_out,
+)
 
-# One-sided 95 % plus 80 % power: 1.645 + 0.842. A true difference this many standard errors away
-# from the limit is decided four times out of five.
-DECISION_Z = 2.487
-
-SMALL_GROUPS = 20  # below this many groups the t interval gets a bootstrap beside it
+POWER_Z = 0.8416  # an outcome this many errors below the expected one is reached 4 times out of 5
 _NO_ERROR = 1e-12  # a standard error below this is rounding
-# A rate that n trials have not shown once lies below this over n: -ln(0.05), and -ln(0.025).
-_UNSEEN_ONE_SIDED, _UNSEEN_TWO_SIDED = 3.0, 3.69
-_BOOTSTRAP_DRAWS = 10_000
 _PERMUTATIONS = 20_000
+_MOST_ITEMS, _MOST_REPEATS = 10_000_000, 100_000
 
 Verdict = Literal["GO", "NO-GO", "INCONCLUSIVE"]
 
@@ -36,7 +37,8 @@ Verdict = Literal["GO", "NO-GO", "INCONCLUSIVE"]
 class Estimate:
     """A mean with its uncertainty, in the unit of the scores (1.0 = all right).
 
-    low, high  95 % interval, t with num_groups - 1 degrees of freedom
+    low, high  of a score: 95 % interval. Of a difference between arms: the two one-sided bounds
+               that verdicts use, each wrong at most 5 % of the time (a 90 % interval)
     """
 
     mean: float
@@ -58,9 +60,9 @@ class Interval(NamedTuple):
 class Decision:
     """A non-inferiority verdict and what it would take to reach one.
 
-    lower_one_sided  lower end of the one-sided 95 % interval of the difference
+    lower_one_sided  lower end of the interval of the difference
     items_to_decide  items (at the same repeats) that would decide four times out of five if the
-                     true difference were the measured one; None if no number would
+                     true difference were the measured one; None if the set has not so many
     repeats_to_decide  the same with the items fixed and more repeats; None if none would
     """
 
@@ -98,40 +100,43 @@ def estimate(
 def _group_sums(x: Floats, groups: Sequence[Hashable] | None) -> Floats:
     if groups is None:
         return x
-    if len(groups) != len(x):
-        raise ValueError(f"{len(groups)} group labels for {len(x)} items")
-    number: dict[Hashable, int] = {}
-    index = [number.setdefault(group, len(number)) for group in groups]
-    return np.bincount(index, weights=x, minlength=len(number)).astype(np.float64)
+    return np.bincount(group_index(groups, len(x)), weights=x).astype(np.float64)
 
 
 def accuracy_interval(
     values: Sequence[float] | Floats, groups: Sequence[Hashable] | None
 ) -> Estimate:
-    """`estimate` for scores in [0, 1]: never an interval of no width, never beyond 0 or 1.
+    """`estimate` for scores in [0, 1] with Wilson's score interval: never of no width, in [0, 1].
 
-    Where all items agree the sample error is zero and says nothing; the Wilson score interval over
-    groups takes its place. Otherwise the t interval is clipped.
+    Its trials are as many as would give this error: the items for single answers, fewer where
+    groups share luck, more where repeats steady the means; the groups where all items agree, and
+    one where there is one group.
     """
     e = estimate(values, groups)
     if e.num_items == 0:
         return e
+    x = np.asarray(values, dtype=np.float64)
+    trials = float(e.num_groups)
+    quantile = float(distributions.norm.ppf(0.975))
     if e.standard_error > _NO_ERROR:
-        low, high = max(0.0, e.low), min(1.0, e.high)
-    else:
-        low, high = wilson(e.mean * e.num_groups, e.num_groups)
+        spread = e.num_groups / (e.num_groups - 1) * e.mean * (1 - e.mean)
+        trials = spread / e.standard_error**2
+        if len(np.unique(x)) > 2 or e.num_groups < e.num_items:
+            # The error was estimated from few means, not implied by the score.
+            quantile = float(distributions.t.ppf(0.975, e.num_groups - 1))
+    low, high = wilson(e.mean * trials, trials, quantile)
     return Estimate(e.mean, e.standard_error, low, high, e.num_items, e.num_groups)
 
 
-def wilson(successes: float, trials: int) -> Interval:
-    """Wilson 95 % score interval of a proportion (Wilson 1927)."""
+def wilson(successes: float, trials: float, quantile: float = 1.959964) -> Interval:
+    """Wilson score interval of a proportion, 95 % by default (Wilson 1927)."""
     if trials == 0:
         return Interval(0.0, 1.0)
-    z = 1.959964  # two-sided 95 %
+    z = quantile
     p = successes / trials
     scale = 1 + z * z / trials
     centre = (p + z * z / (2 * trials)) / scale
-    reach = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2)) / scale
+    reach = z * math.sqrt(max(0.0, p * (1 - p)) / trials + z * z / (4 * trials**2)) / scale
     return Interval(max(0.0, centre - reach), min(1.0, centre + reach))
 
 
@@ -152,34 +157,19 @@ def paired_difference(
     baseline: Sequence[float] | Floats,
     candidate: Sequence[float] | Floats,
     groups: Sequence[Hashable] | None = None,
+    *,
+    repeats: int = 1,
+    level: float = LEVEL,
 ) -> Estimate:
-    """Candidate minus baseline, item by item: both lists are in the same item order."""
-    b, c = np.asarray(baseline, np.float64), np.asarray(candidate, np.float64)
-    if b.shape != c.shape:
-        raise ValueError(f"{len(b)} baseline items, {len(c)} candidate items")
-    e = estimate(c - b, groups)
-    if e.num_groups < 2:
-        return e
-    if e.standard_error < _NO_ERROR:
-        # All differences are equal: the sample shows no spread, which n groups make likely for any
-        # rate of change below ln(40)/n (two-sided 95 %).
-        reach = _UNSEEN_TWO_SIDED / e.num_groups
-        e = replace(e, low=e.mean - reach, high=e.mean + reach)
-    # Two scores in [0, 1] differ by one at most.
-    return replace(e, low=max(-1.0, e.low), high=min(1.0, e.high))
+    """Candidate minus baseline, item by item: both lists are in the same item order.
 
-
-def bootstrap_interval(
-    differences: Sequence[float] | Floats, groups: Sequence[Hashable] | None, seed: int = 0
-) -> Interval:
-    """95 % percentile interval of the mean over resampled groups (10,000 draws, fixed seed)."""
-    x = np.asarray(differences, dtype=np.float64)
-    sums = _group_sums(x, groups)
-    sizes = _group_sums(np.ones_like(x), groups)
-    draws = np.random.default_rng(seed).integers(0, len(sums), (_BOOTSTRAP_DRAWS, len(sums)))
-    means = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(low), float(high))
+    repeats    independent answers behind each mean; 1 where repeats are copies of each other
+    low, high  the score bounds of `bounds`, each wrong at most `level` of the time
+    """
+    items = pair(baseline, candidate, groups, draws=repeats)
+    e = estimate(np.asarray(candidate, np.float64) - np.asarray(baseline, np.float64), groups)
+    low, high = lower_end(items, level), -lower_end(items.swapped(), level)
+    return Estimate(e.mean, e.standard_error, low, high, e.num_items, e.num_groups)
 
 
 def repeat_noise(
@@ -237,45 +227,77 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def macro_difference(differences: Sequence[Estimate]) -> Estimate:
-    """Plain mean of the benchmarks' differences; ``SE = sqrt(sum SE_b^2) / count``, normal.
+def macro_difference(differences: Sequence[Estimate], level: float = LEVEL) -> Estimate:
+    """Plain mean of the benchmarks' differences, with bounds of the same level.
 
-    A benchmark without spread counts with the error that its interval stands for, not with none.
+    The error of each end is made of the distances that the benchmarks' own ends have from their
+    means, in t quantiles, so that a benchmark without spread does not count as certain; the mean's
+    quantile has Welch and Satterthwaite's degrees of freedom. One benchmark keeps its interval.
     """
     count = len(differences)
     if count == 0:
         return Estimate(math.nan, math.nan, math.nan, math.nan, 0, 0)
     mean = sum(d.mean for d in differences) / count
+    items, groups = sum(d.num_items for d in differences), sum(d.num_groups for d in differences)
+    if any(d.num_groups < 2 for d in differences):
+        return Estimate(mean, math.nan, math.nan, math.nan, items, groups)
+    error = math.sqrt(sum(d.standard_error**2 for d in differences)) / count
+    below, below_freedom = _end_error(differences, [d.mean - d.low for d in differences], level)
+    above, above_freedom = _end_error(differences, [d.high - d.mean for d in differences], level)
+    low = mean - float(distributions.t.ppf(1 - level, below_freedom)) * below
+    high = mean + float(distributions.t.ppf(1 - level, above_freedom)) * above
+    return Estimate(mean, error, low, high, items, groups)
+
+
+def macro_p_beyond(differences: Sequence[Estimate], margin: float, level: float = LEVEL) -> float:
+    """One-sided p value of a mean loss beyond the margin; NaN where it is not known.
+
+    level  that of the differences' intervals
+    """
+    macro = macro_difference(differences, level)
+    if math.isnan(macro.high):
+        return math.nan
+    error, freedom = _end_error(differences, [d.high - d.mean for d in differences], level)
+    return float(distributions.t.cdf((macro.mean + margin) / error, freedom))
+
+
+def _end_error(
+    differences: Sequence[Estimate], reaches: Sequence[float], level: float
+) -> tuple[float, float]:
+    """Error of the mean's one end and its degrees of freedom."""
+    freedom = [d.num_groups - 1 for d in differences]
+    # An end that was clipped at the largest possible difference still has a reach.
     errors = [
-        d.standard_error if d.standard_error > _NO_ERROR else (d.high - d.low) / (2 * 1.959964)
-        for d in differences
+        max(reach, 1e-9) / float(distributions.t.ppf(1 - level, f))
+        for reach, f in zip(reaches, freedom, strict=True)
     ]
-    error = math.sqrt(sum(e**2 for e in errors)) / count
-    reach = 1.959964 * error
-    items = sum(d.num_items for d in differences)
-    groups = sum(d.num_groups for d in differences)
-    return Estimate(mean, error, mean - reach, mean + reach, items, groups)
+    total = sum(e**2 for e in errors)
+    fourth = sum(e**4 / f for e, f in zip(errors, freedom, strict=True))
+    return math.sqrt(total) / len(errors), total**2 / fourth
 
 
 def decide(
-    difference: Estimate, margin: float, *, repeats: int = 1, fixed_error: float | None = None
+    difference: Estimate,
+    margin: float,
+    *,
+    repeats: int = 1,
+    fixed_error: float | None = None,
+    full_items: int | None = None,
+    level: float = LEVEL,
 ) -> Decision:
     """Non-inferiority at a margin fixed beforehand; all in the unit of the scores.
 
-    GO            the lower end of the one-sided 95 % interval lies above -margin
-    NO-GO         the upper end of the two-sided 95 % interval lies below -margin
+    GO            the lower end of the interval lies above -margin
+    NO-GO         its upper end lies below -margin (several benchmarks: see `compare`)
     INCONCLUSIVE  neither; "no significant difference" is never a GO
 
     repeats, fixed_error  how often each item was asked and `repeat_noise`, for the forecast
+    full_items            items that the whole set has; None: as many as one likes
+    level                 of the next look, for the forecast
     """
-    error = difference.standard_error
-    if math.isnan(error):
+    lower = difference.low
+    if math.isnan(lower) or math.isnan(difference.high):
         return Decision("INCONCLUSIVE", margin, math.nan, None, None)
-    quantile = float(distributions.t.ppf(0.95, difference.num_groups - 1))
-    lower = difference.mean - quantile * error
-    # Identical arms have no measured error; equality on n items still leaves a rate below 3/n.
-    if error < _NO_ERROR:
-        lower = difference.mean - _UNSEEN_ONE_SIDED / difference.num_groups
     if lower > -margin:
         return Decision("GO", margin, lower, None, None)
     if difference.high < -margin:
@@ -284,51 +306,61 @@ def decide(
         "INCONCLUSIVE",
         margin,
         lower,
-        _items_to_decide(difference, margin),
-        _repeats_to_decide(difference, margin, repeats, fixed_error),
+        _items_to_decide(difference, margin, repeats, full_items or _MOST_ITEMS, level),
+        _repeats_to_decide(difference, margin, repeats, fixed_error, level),
     )
 
 
-def _needed_error(difference: Estimate, margin: float) -> float:
-    """The standard error at which this difference would be decided four times out of five."""
-    gap = difference.mean + margin
-    return gap / DECISION_Z if gap > 0 else -gap / (1.959964 + 0.842)
+def is_decided(mean: float, error: float, design: Design, margin: float, level: float) -> bool:
+    """Whether arms with this true difference get GO or NO-GO at least four times out of five."""
+    if mean > -margin:
+        measured, limit = mean - POWER_Z * error, margin
+    else:
+        measured, limit = -mean - POWER_Z * error, -margin
+    return bool(would_rule_out(np.array([measured]), np.array([error]), design, limit, level)[0])
 
 
-def _items_to_decide(difference: Estimate, margin: float) -> int | None:
-    if difference.standard_error < _NO_ERROR:
-        return math.ceil(_UNSEEN_ONE_SIDED / margin) + 1 if margin > 0 else None
-    needed = _needed_error(difference, margin)
-    if needed <= 0:
-        return None
-    items = difference.num_items * (difference.standard_error / needed) ** 2
-    return math.ceil(items) if items < 1e7 else None
+def _items_to_decide(
+    d: Estimate, margin: float, repeats: int, full_items: int, level: float
+) -> int | None:
+    """Groups grow in number, not in size."""
+
+    def decides(items: int) -> bool:
+        design = Design(items, d.num_groups * items / d.num_items, repeats)
+        error = d.standard_error * math.sqrt(d.num_items / items)
+        return is_decided(d.mean, error, design, margin, level)
+
+    return smallest(decides, d.num_items, min(full_items, _MOST_ITEMS))
 
 
 def _repeats_to_decide(
-    difference: Estimate, margin: float, repeats: int, fixed_error: float | None
+    d: Estimate, margin: float, repeats: int, fixed_error: float | None, level: float
 ) -> int | None:
     if fixed_error is None or fixed_error < _NO_ERROR:
         return None
-    needed = _needed_error(difference, margin)
-    between = max(0.0, difference.standard_error**2 - fixed_error**2)
-    if needed**2 <= between:
-        return None  # the items themselves differ too much; only more items would help
-    count = repeats * fixed_error**2 / (needed**2 - between)
-    return math.ceil(count) if count < 1e5 else None
+    # What the items themselves differ by is not reduced by asking them again.
+    between = max(0.0, d.standard_error**2 - fixed_error**2)
+
+    def decides(count: int) -> bool:
+        error = math.sqrt(between + fixed_error**2 * repeats / count)
+        design = Design(d.num_items, d.num_groups, count)
+        return is_decided(d.mean, error, design, margin, level)
+
+    return smallest(decides, 0, _MOST_REPEATS)
 
 
-def detectable_drop(num_items: int, repeats: int, item_variance: float) -> float:
-    """Smallest true drop that is seen 80 % of the time (one-sided 5 %).
-
-    item_variance  mean of p(1-p) over the items, p an item's chance of being answered right
-    """
-    return DECISION_Z * math.sqrt(2 * item_variance / (num_items * repeats))
-
-
-def repeats_to_see(drop: float, num_items: int, item_variance: float) -> int:
-    """Repeats per arm at which a drop is seen 80 % of the time; the inverse of the above."""
-    return max(1, math.ceil(2 * item_variance * (DECISION_Z / drop) ** 2 / num_items))
+def smallest(decides: Callable[[int], bool], above: int, last: int) -> int | None:
+    """The smallest count in (above, last] that decides, supposing that all larger ones do."""
+    if last <= above or not decides(last):
+        return None
+    low, high = above, last
+    while high - low > 1:
+        middle = (low + high) // 2
+        if decides(middle):
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 def item_variance(repeats_by_item: Sequence[Sequence[float]]) -> float | None:

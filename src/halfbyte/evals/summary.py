@@ -1,5 +1,6 @@
 """From graded records to the numbers of a benchmark; the same code for a run and for a regrade."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ def summarise(
         groups=result.num_groups,
         causes=dict(Counter(record.cause for record in records)),
         missing=missing[:1000],
-        by_stratum=_strata(records, means),
+        by_stratum=_strata(records, means, groups),
         metrics=_metrics(records, scored),
         prompt_tokens=sum(r.prompt_tokens for r in records),
         completion_tokens=sum(r.completion_tokens for r in records),
@@ -84,14 +85,18 @@ def _why(record: Record | None) -> str:
     return record.error or record.cause
 
 
-def _strata(records: Sequence[Record], means: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def _strata(
+    records: Sequence[Record], means: Mapping[str, float], groups: Mapping[str, str] | None
+) -> dict[str, dict[str, float]]:
     members: dict[str, set[str]] = defaultdict(set)
     for record in records:
         if record.item_id in means:
             members[record.stratum].add(record.item_id)
     table = {}
-    for stratum, items in sorted(members.items()):
-        values = accuracy_interval([means[item] for item in sorted(items)], None)
+    for stratum, found in sorted(members.items()):
+        items = sorted(found)
+        labels = None if groups is None else [groups[i] for i in items]
+        values = accuracy_interval([means[i] for i in items], labels)
         table[stratum] = {
             "items": len(items), "score": values.mean, "low": values.low, "high": values.high
         }  # fmt: skip
@@ -108,6 +113,9 @@ def _metrics(records: Sequence[Record], scored: Mapping[str, Sequence[float]]) -
         f"{cause}_share": shares[cause] / count
         for cause in ("length", "unparsed", "empty", "refused")
     }
+    design = _design_factor(records)
+    if design is not None:
+        metrics["design_factor"] = design
     metrics["retried_attempts"] = float(sum(record.retries > 0 for record in records))
     variance = item_variance(list(scored.values()))
     if variance is not None:
@@ -129,3 +137,26 @@ def _metrics(records: Sequence[Record], scored: Mapping[str, Sequence[float]]) -
             problems[record.group, record.repeat] &= record.score == 1.0
         metrics["main_problem_accuracy"] = sum(problems.values()) / len(problems)
     return metrics
+
+
+def _design_factor(records: Sequence[Record]) -> float | None:
+    """By how much luck shared within groups widens the standard error; None without repeats.
+
+    Compares, over what a repeat deviates from its item's mean, the square of the groups' sums with
+    the sum of squares: 1 where items of a group are independent.
+    """
+    by_item: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.score is not None:
+            by_item[record.item_id].append(record)
+    sums: dict[tuple[str, int], float] = defaultdict(float)
+    squares = 0.0
+    for rows in by_item.values():
+        mean = sum(row.score or 0.0 for row in rows) / len(rows)
+        for row in rows:
+            rest = (row.score or 0.0) - mean
+            sums[row.group, row.repeat] += rest
+            squares += rest * rest
+    if squares == 0 or len(sums) == sum(len(rows) for rows in by_item.values()):
+        return None
+    return max(1.0, math.sqrt(sum(value * value for value in sums.values()) / squares))

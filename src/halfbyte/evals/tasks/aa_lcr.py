@@ -77,6 +77,8 @@ BENCHMARK = Benchmark(
     plan_variance=0.1095,
     plan_prompt_tokens=108_000,
     plan_output_tokens=4_000,
+    plan_groups=30,
+    plan_design=1.12,
     has_groups=True,
     concurrency=16,
 )

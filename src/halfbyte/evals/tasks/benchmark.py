@@ -46,7 +46,9 @@ class Benchmark:
               `is_trajectory`) -> one user message
     grade     a sample and the final answer -> score; for `answer` kinds
     repeats   by default; `margin` the largest loss still called no regression, in scores (0.01)
-    plan_*    planning values of ../shared/reference/evaluations.md sections 8 and 10
+    plan_*    planning values: variance is the mean p(1-p) of an item's answers for a strong
+              reasoning model; of groups their number, and the factor by which shared luck widens
+              the standard error (simulated, to be replaced by a pilot's)
     """
 
     name: str
@@ -65,6 +67,8 @@ class Benchmark:
     plan_variance: float
     plan_prompt_tokens: int
     plan_output_tokens: int
+    plan_groups: int | None = None
+    plan_design: float = 1.0
     has_groups: bool = False
     is_trajectory: bool = False
     concurrency: int = 64

@@ -1,0 +1,459 @@
+"""What a verdict is worth: simulated comparisons whose truth is known.
+
+Question: how often does a comparison end GO although the loss is the margin, NO-GO although there
+is none, and do intervals and the planner hold what they promise?
+
+Method: made-up answers, no model. An item's chance of a right answer is drawn from a beta
+distribution with the score and the mean p(1-p) that the planner supposes for each benchmark, anew
+in each run; steps of a problem and questions of a document set share luck (a Gaussian copula, 0.2).
+Losses are even (in proportion to an item's rate), uneven (and up to ten points either way), or sit
+on few items. The rule is the one of `halfbyte.evals`, called on the means. For single answers the
+chance of GO is exact, summed over all counts of lost and won answers. Fixed seeds: the same figures
+everywhere.
+
+Cost model: runs x items, a millisecond a comparison; about five minutes on two cores.
+
+Reading the result: a share of 2,000 runs is known to half a point, of 400 to one. `wrong_go` is
+to be at most 5 %, and no more than 6 % with that doubt; a t bound on the same data is printed
+beside it to show what it prevents. `concentrated` is the case that no formula over few items can
+exclude: there the claim is about the items of the set.
+
+Last record: benchmarks/records/verdicts.json.
+
+Run: PYTHONPATH=src python benchmarks/verdicts.py
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as distributions
+
+from halfbyte.bench import record
+from halfbyte.bench.fidelity import interval_of_mean
+from halfbyte.evals.bounds import LEVEL, PairedItems, p_beyond, pair, rules_out_loss
+from halfbyte.evals.looks import MACRO_MARGIN, UNPLANNED_LEVEL
+from halfbyte.evals.plan import plan_run, suite_chances
+from halfbyte.evals.stats import (
+    accuracy_interval,
+    decide,
+    estimate,
+    holm,
+    macro_difference,
+    macro_p_beyond,
+    paired_difference,
+)
+from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES
+
+RECORD = Path(__file__).parent / "records" / "verdicts.json"
+Floats = NDArray[np.float64]
+
+# Scores of a strong reasoning model, to place the items' rates; the spread is the planner's.
+SCORES = {
+    "mmlu_pro": 0.82, "gpqa_diamond": 0.77, "aa_lcr": 0.62, "scicode": 0.43, "aime2025": 0.89,
+    "ifbench": 0.70, "mmmu_pro": 0.63,
+}  # fmt: skip
+_LUCK = 0.2
+
+
+@dataclass(frozen=True)
+class Set:
+    """A benchmark's items: how many, in how many groups, how often asked, and their rates."""
+
+    name: str
+    items: int
+    groups: int
+    repeats: int
+    margin: float
+    score: float
+    variance: float
+
+    def labels(self, rng: np.random.Generator) -> NDArray[np.intp]:
+        """Groups of uneven size, each with an item at least."""
+        if self.groups == self.items:
+            return np.arange(self.items)
+        weights = rng.gamma(2.0, 1.0, self.groups) + 0.3
+        rest = rng.choice(self.groups, self.items - self.groups, p=weights / weights.sum())
+        return np.sort(np.concatenate([np.arange(self.groups), rest]))
+
+    def rates(self, rng: np.random.Generator) -> Floats:
+        """A beta distribution of this mean and this mean of p(1-p)."""
+        whole = self.score * (1 - self.score)
+        size = self.variance / (whole - self.variance)
+        return rng.beta(self.score * size, (1 - self.score) * size, self.items)
+
+
+def seven(repeats: str) -> list[Set]:
+    """The seven benchmarks, asked as by default, once, or as by the suite that can decide."""
+    found = []
+    for name in SUITES["seed"]:
+        known = BENCHMARKS[name]
+        count = {"default": known.repeats, "once": 1, "decide": REPEATS["decide"][name]}[repeats]
+        groups = known.plan_groups or known.full_items
+        values = (known.margin, SCORES[name], known.plan_variance)
+        found.append(Set(name, known.full_items, groups, count, *values))
+    return found
+
+
+def nearly_right(given: Set) -> Set:
+    """The same set for a model that is right nearly always: few flips."""
+    return replace(given, score=0.985, variance=0.006)
+
+
+class Arms(NamedTuple):
+    """Means by item and the group of each."""
+
+    baseline: Floats
+    candidate: Floats
+    labels: NDArray[np.intp]
+
+
+def answers(rng: np.random.Generator, rates: Floats, given: Set, labels: Any, k: int) -> Floats:
+    """Means of k answers; groups share luck within a repeat."""
+    if given.groups == given.items:
+        return np.asarray(rng.binomial(k, rates) / k)
+    shared = rng.normal(size=(k, given.groups))[:, labels]
+    luck = math.sqrt(_LUCK) * shared + math.sqrt(1 - _LUCK) * rng.normal(size=shared.shape)
+    return np.asarray((luck < distributions.norm.ppf(rates)).mean(axis=0))
+
+
+def lossy(rng: np.random.Generator, rates: Floats, given: Set, loss: float, kind: str) -> Floats:
+    """The candidate's rates; on average over items and runs they lie `loss` lower."""
+    worse = rates * (1 - loss / given.score)
+    if kind == "uneven":
+        middle = (rates > 0.15) & (rates < 0.85)
+        worse = worse + np.where(middle, rng.uniform(-0.1, 0.1, len(rates)), 0.0)
+    return np.clip(worse, 0.0, 1.0)
+
+
+def draw(rng: np.random.Generator, given: Set, loss: float = 0.0, kind: str = "even") -> Arms:
+    """One comparison."""
+    labels, rates = given.labels(rng), given.rates(rng)
+    worse = lossy(rng, rates, given, loss, kind)
+    b, c = (answers(rng, r, given, labels, given.repeats) for r in (rates, worse))
+    return Arms(b, c, labels)
+
+
+def paired(arms: Arms, given: Set) -> PairedItems:
+    groups = None if given.groups == given.items else arms.labels.tolist()
+    return pair(arms.baseline, arms.candidate, groups, draws=given.repeats)
+
+
+def t_rules_out(items: PairedItems, margin: float) -> bool:
+    """The textbook's clustered t bound (nothing seen: 3 / n), for contrast."""
+    n, groups = items.num_items, len(items.sums)
+    mean = items.sums.sum() / n
+    rests = items.sums - items.sizes * mean
+    error = math.sqrt(groups / (groups - 1) * float(np.square(rests).sum())) / n
+    reach = 3 / groups if error < 1e-12 else distributions.t.ppf(0.95, groups - 1) * error
+    return bool(mean - reach > -margin)
+
+
+def share(values: Iterable[bool]) -> float:
+    """Per cent, to a tenth."""
+    found = list(values)
+    return float(round(100 * sum(found) / len(found), 1))
+
+
+def single_answers() -> list[dict[str, Any]]:
+    """Exact wrong GO for one answer an item: the worst over many rates of won answers."""
+    rows = []
+    for items, margin in (
+        (30, 0.1), (66, 0.05), (100, 0.05), (100, 0.015), (198, 0.01), (198, 0.02), (284, 0.01),
+        (300, 0.01), (300, 0.015), (338, 0.015), (600, 0.01), (1730, 0.015), (12_032, 0.01),
+    ):  # fmt: skip
+        worst = {"score bound": 0.0, "t bound": 0.0}
+        for won in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05):
+            for name, rule in (("score bound", rules_out_loss), ("t bound", t_rules_out)):
+                worst[name] = max(worst[name], exact_go(rule, items, margin, won))
+        rows.append({"items": items, "margin": 100 * margin, "wrong_go": worst})
+    return rows
+
+
+def exact_go(rule: Any, items: int, margin: float, won: float) -> float:
+    """Per cent GO if answers are won at this rate and lost at that rate plus the margin."""
+    spread = math.sqrt(items * won)
+    first = max(0, int(items * won - 5 * spread))
+    chance = 0.0
+    for count in range(first, int(items * won + 5 * spread) + 5):
+        # Not every rule is monotone: look at every number of losses that matters.
+        mean = (won + margin) * items
+        most = int(min(items - count, mean + 6 * math.sqrt(mean) + 5))
+        lost = np.arange(most + 1)
+        if rule is rules_out_loss:
+            passing = _first_losses(items, margin, count, most)
+        else:
+            passing = np.array([rule(_flips(items, int(b), count), margin) for b in lost[:400]])
+            passing = np.concatenate([passing, np.zeros(len(lost) - len(passing), bool)])
+        p = distributions.binom.pmf(lost, items - count, (won + margin) / (1 - won))
+        chance += float(distributions.binom.pmf(count, items, won) * p[passing].sum())
+    return round(100 * chance, 2)
+
+
+def _first_losses(items: int, margin: float, won: int, most: int) -> NDArray[np.bool_]:
+    """With a monotone rule the numbers of losses that pass are 0 to some number."""
+    low, high = -1, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if rules_out_loss(_flips(items, middle, won), margin):
+            low = middle
+        else:
+            high = middle
+    return np.arange(most + 1) <= low
+
+
+def _flips(items: int, lost: int, won: int) -> PairedItems:
+    sums = np.zeros(items)
+    sums[:lost], sums[lost : lost + won] = -1.0, 1.0
+    return PairedItems(sums, np.ones(items), 1.0)
+
+
+def repeats_and_groups(runs: int) -> list[dict[str, Any]]:
+    """Wrong GO at a true loss of the margin, and GO of equal arms, benchmark by benchmark."""
+    rows = []
+    for repeats in ("once", "default", "decide"):
+        for whole in seven(repeats):
+            if whole.repeats == 1 and repeats != "once":
+                continue
+            for flips, given in (("many", whole), ("few", nearly_right(whole))):
+                rng = np.random.default_rng([given.items, given.repeats, flips == "few"])
+                count = runs if given.items < 10_000 else runs // 5
+                row: dict[str, Any] = {
+                    "benchmark": given.name, "repeats": given.repeats, "flips": flips, "runs": count
+                }  # fmt: skip
+                for kind in ("even", "uneven"):
+                    drawn = [
+                        paired(draw(rng, given, given.margin, kind), given) for _ in range(count)
+                    ]
+                    row[f"wrong_go_{kind}"] = share(rules_out_loss(x, given.margin) for x in drawn)
+                    if kind == "even":
+                        row["t_bound"] = share(t_rules_out(x, given.margin) for x in drawn)
+                rows.append(row)
+    return rows
+
+
+def concentrated(runs: int) -> list[dict[str, Any]]:
+    """A loss of the margin on a few items: for the kind of item, and for the items of the set."""
+    rows = []
+    for name, each in (
+        ("aime2025", 0.5), ("aime2025", 0.3), ("gpqa_diamond", 0.5), ("ifbench", 0.5),
+        ("scicode", 0.5),
+    ):  # fmt: skip
+        given = next(one for one in seven("default") if one.name == name)
+        rng = np.random.default_rng(given.items)
+        of_kind = of_set = 0
+        for _ in range(runs):
+            labels, rates = given.labels(rng), np.clip(given.rates(rng), each, 1.0)
+            b = answers(rng, rates, given, labels, given.repeats)
+            hit = rng.random(given.items) < given.margin / each
+            c = answers(rng, rates - each * hit, given, labels, given.repeats)
+            of_kind += int(rules_out_loss(paired(Arms(b, c, labels), given), given.margin))
+            # The same loss on items of this very set: their mean loss is the margin exactly.
+            count = max(1, round(given.margin / each * given.items))
+            few = np.zeros(given.items)
+            few[rng.choice(given.items, count, replace=False)] = given.margin * given.items / count
+            c = answers(rng, np.clip(rates - few, 0, 1), given, labels, given.repeats)
+            of_set += int(rules_out_loss(paired(Arms(b, c, labels), given), given.margin))
+        rows.append(
+            {"benchmark": name, "share_of_items": round(100 * given.margin / each, 1),
+             "loss_of_each": 100 * each,
+             "wrong_go_for_such_items": share([True] * of_kind + [False] * (runs - of_kind)),
+             "wrong_go_for_the_set": share([True] * of_set + [False] * (runs - of_set))}
+        )  # fmt: skip
+    return rows
+
+
+def verdict(sets: list[Set], drawn: list[Arms]) -> str:
+    """Of seven benchmarks at once, as `compare` concludes."""
+    differences, beyond, is_go = [], {}, True
+    for given, arms in zip(sets, drawn, strict=True):
+        groups = None if given.groups == given.items else arms.labels.tolist()
+        d = paired_difference(arms.baseline, arms.candidate, groups, repeats=given.repeats)
+        differences.append(d)
+        beyond[given.name] = p_beyond(paired(arms, given), given.margin)
+        is_go &= d.low > -given.margin
+    macro = macro_difference(differences)
+    beyond["macro"] = macro_p_beyond(differences, MACRO_MARGIN)
+    if min(holm(beyond).values()) < LEVEL:
+        return "NO-GO"
+    return "GO" if is_go and macro.low > -MACRO_MARGIN else "INCONCLUSIVE"
+
+
+def suites(runs: int) -> list[dict[str, Any]]:
+    """The whole suite: equal arms, and arms that all lose their margin."""
+    small = [replace(s, items=30, groups=min(s.groups, 10) if s.groups < s.items else 30,
+                     repeats=1) for s in seven("once")]  # fmt: skip
+    rows = []
+    for name, sets, loss in (
+        ("30 items, once", small, 0.0), ("default repeats", seven("default"), 0.0),
+        ("default repeats", seven("default"), 1.0), ("suite decide", seven("decide"), 0.0),
+    ):  # fmt: skip
+        rng = np.random.default_rng(len(rows))
+        count = runs if sets is small else max(20, runs // 8)
+        found = [verdict(sets, [draw(rng, s, loss * s.margin) for s in sets]) for _ in range(count)]
+        row: dict[str, Any] = {"sizes": name, "loss": f"{loss:g} x margin", "runs": count}
+        row |= {word: share(v == word for v in found) for word in ("GO", "INCONCLUSIVE", "NO-GO")}
+        if sets is not small and loss == 0.0:
+            planned = [replace(BENCHMARKS[s.name], repeats=s.repeats) for s in sets]
+            chances = suite_chances(plan_run(planned, None, None, 1.0, None), 0.0)
+            row["planned_go"] = round(100 * chances.go, 1)
+        rows.append(row)
+    return rows
+
+
+def looks(runs: int) -> list[dict[str, Any]]:
+    """GO at a true loss of the margin when an INCONCLUSIVE is followed by more repeats."""
+    rows = []
+    for given in seven("default"):
+        if given.name in ("gpqa_diamond", "ifbench", "scicode"):
+            rng = np.random.default_rng(given.items)
+            found = np.array([_looked_twice(rng, given) for _ in range(runs)])
+            shares = dict(zip(_WAYS, (100 * found.mean(axis=0)).round(1).tolist(), strict=True))
+            rows.append({"benchmark": given.name, "runs": runs, **shares})
+    return rows
+
+
+_WAYS = ("first_look", "pooled_again_at_5", "two_planned_looks", "fresh_at_1")
+
+
+def _looked_twice(rng: np.random.Generator, given: Set) -> tuple[bool, bool, bool, bool]:
+    """Whether GO was said by the first look, or by it or the second in each of three ways."""
+    labels, rates, k = given.labels(rng), given.rates(rng), given.repeats
+    groups = None if given.groups == given.items else labels.tolist()
+    worse = lossy(rng, rates, given, given.margin, "even")
+
+    def ask(count: int) -> tuple[Floats, Floats]:
+        return answers(rng, rates, given, labels, count), answers(rng, worse, given, labels, count)
+
+    b, c = ask(k)
+    d = paired_difference(b, c, groups, repeats=k)
+    decision = decide(d, given.margin, repeats=k, fixed_error=d.standard_error)
+    is_go = decision.verdict == "GO"
+    is_planned_go = rules_out_loss(pair(b, c, groups, draws=k), given.margin, LEVEL / 2)
+    # The advice is followed up to thirty times the repeats; a planned second look doubles them.
+    more = min(decision.repeats_to_decide or (2 * k if is_go else 0), 30 * k)
+    if decision.verdict == "NO-GO" or more <= k:
+        return is_go, is_go, is_planned_go, is_go
+    again_b, again_c = ask(more - k)
+    whole_b, whole_c = (
+        (one * k + two * (more - k)) / more for one, two in ((b, again_b), (c, again_c))
+    )
+    whole = pair(whole_b, whole_c, groups, draws=more)
+    return (
+        is_go,
+        is_go or rules_out_loss(whole, given.margin),
+        is_planned_go or rules_out_loss(whole, given.margin, LEVEL / 2),
+        is_go
+        or rules_out_loss(pair(*ask(more), groups, draws=more), given.margin, UNPLANNED_LEVEL),
+    )
+
+
+def score_intervals(runs: int) -> list[dict[str, Any]]:
+    """Coverage of the 95 % interval of one arm's score."""
+    rows = []
+    for items, repeats, rate in (
+        (30, 1, 0.89),
+        (30, 8, 0.89),
+        (40, 1, 0.95),
+        (100, 1, 0.99),
+        (198, 1, 0.98),
+        (198, 16, 0.77),
+    ):
+        rng = np.random.default_rng(items + repeats)
+        hits = {"score interval": 0, "t interval": 0}
+        for _ in range(runs):
+            rates = rng.beta(4 * rate, 4 * (1 - rate), items) if repeats > 1 else rate
+            scores = rng.binomial(repeats, rates, items) / repeats
+            e, plain = accuracy_interval(scores, None), estimate(scores)
+            hits["score interval"] += int(e.low <= rate <= e.high)
+            hits["t interval"] += int(plain.low <= rate <= plain.high)
+        covered = {name: round(100 * count / runs, 1) for name, count in hits.items()}
+        rows.append({"items": items, "repeats": repeats, "score": rate, "covers": covered})
+    return rows
+
+
+def kl_intervals(runs: int) -> list[dict[str, Any]]:
+    """Coverage of the interval of the mean KL over windows, and along one continuing text."""
+    rows = []
+    for alike in (0.0, 0.6):
+        for windows in (3, 4, 6, 8, 32):
+            rng = np.random.default_rng(windows)
+            hits = {"t": 0, "bootstrap": 0}
+            spread, log_sd = (0.3, 1.5) if alike == 0 else (0.5, 2.0)
+            truth = math.exp(spread**2 / 2 + log_sd**2 / 2)
+            for _ in range(runs):
+                levels = _chain(rng, alike, (windows,)) * spread
+                tokens = _chain(rng, 0.5, (256, windows)) * log_sd
+                values = np.exp(levels + tokens)
+                found = interval_of_mean(list(values.T), range(windows))
+                assert found is not None
+                hits["t"] += int(found.low <= truth <= found.high)
+                means = values.mean(axis=0)
+                again = means[rng.integers(0, windows, (500, windows))].mean(axis=1)
+                low, high = np.quantile(again, [0.025, 0.975])
+                hits["bootstrap"] += int(low <= truth <= high)
+            covered = {name: round(100 * count / runs, 1) for name, count in hits.items()}
+            rows.append({"windows": windows, "alike": alike, "covers": covered})
+    return rows
+
+
+def _chain(rng: np.random.Generator, ratio: float, shape: tuple[int, ...]) -> Floats:
+    """A standard normal autoregressive process along the first axis."""
+    noise = rng.normal(size=shape)
+    for step in range(1, shape[0]):
+        noise[step] = ratio * noise[step - 1] + math.sqrt(1 - ratio**2) * noise[step]
+    return noise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=RECORD)
+    args = parser.parse_args()
+    results: dict[str, Any] = {"runs": args.runs}
+    for name, part in (
+        ("single_answers", single_answers),
+        ("repeats_and_groups", lambda: repeats_and_groups(args.runs)),
+        ("concentrated", lambda: concentrated(args.runs)),
+        ("suites", lambda: suites(args.runs)),
+        ("looks", lambda: looks(args.runs)),
+        ("score_intervals", lambda: score_intervals(args.runs)),
+        ("kl_intervals", lambda: kl_intervals(args.runs)),
+    ):
+        begun = time.monotonic()
+        results[name] = part()
+        print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
+        for row in results[name]:
+            print("  ", row, flush=True)
+    exact = max(row["wrong_go"]["score bound"] for row in results["single_answers"])
+    drawn = max(
+        row[f"wrong_go_{kind}"]
+        for row in results["repeats_and_groups"]
+        for kind in ("even", "uneven")
+    )
+    results["largest_wrong_go"] = {"single answers, exact": exact, "simulated": drawn}
+    results["headlines"] = [
+        {
+            "what": "wrong GO at a true loss of the margin, worst of all sizes and kinds",
+            "figure": f"{exact:.1f} % (single answers, exact), {drawn:.1f} % (repeats, groups)",
+            "against": "nominal 5 %; a t bound: "
+            f"{max(row['wrong_go']['t bound'] for row in results['single_answers']):.1f} %",
+        }
+    ]
+    record.write(
+        args.out,
+        name="verdicts",
+        question="What is a verdict worth, on made-up comparisons whose truth is known?",
+        command="PYTHONPATH=src python benchmarks/verdicts.py",
+        results=results,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Margins say where they came from; a further look is planned or made with fresh repeats."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evals.test_compare import all_right, grid, write_arm
+from halfbyte.cli.main import main
+from halfbyte.errors import UsageError
+from halfbyte.evals.compare import compare_runs, write_comparison
+from halfbyte.evals.config import RunConfig, seed_for
+from halfbyte.evals.looks import Margin, parse_margins
+
+
+def arms(folder: Path, items: int, shift: int = 0, lost: int = 0) -> tuple[Path, Path]:
+    settings = {"temperature": 0.7, **({"seed_shift": shift} if shift else {})}
+    worse = grid(items, 1, lambda i, r: float(i >= lost))
+    return (
+        write_arm(folder, f"b{shift}", all_right(items), settings=settings),
+        write_arm(folder, f"c{shift}", worse, settings=settings),
+    )
+
+
+def compared(folder: Path, name: str, pair: tuple[Path, Path], **options: object) -> Path:
+    file = folder / f"{name}.json"
+    write_comparison(file, compare_runs(*pair, **options))  # type: ignore[arg-type]
+    return file
+
+
+def test_margins_record_where_they_came_from(tmp_path: Path) -> None:
+    pair = arms(tmp_path, 400)
+    assert compare_runs(*pair).benchmarks["gpqa_diamond"].margin_origin == "default"
+    file = tmp_path / "margins.yaml"
+    file.write_text("gpqa_diamond: 2.0\nmacro: 3\n")
+    given = parse_margins([], file)
+    assert given == {"gpqa_diamond": Margin(0.02, "file"), "macro": Margin(0.03, "file")}
+    comparison = compare_runs(*pair, given)
+    assert comparison.benchmarks["gpqa_diamond"].margin_origin == "file"
+    assert comparison.macro_margin == 0.03
+    # A flag comes last, and is named as one.
+    assert parse_margins(["gpqa_diamond=1.5"], file)["gpqa_diamond"] == Margin(0.015, "flag")
+
+
+def test_a_margin_for_nobody_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = [str(path) for path in arms(tmp_path, 40)]
+    assert main(["compare-evals", *pair, "--margin", "gpqa=2"]) == 2
+    error = capsys.readouterr().err
+    assert "'gpqa'" in error and "gpqa_diamond, macro" in error
+    assert main(["compare-evals", *pair, "--margin", "gpqa_diamond=2"]) == 3
+    assert "2.0 (flag)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["gpqa", "gpqa=", "gpqa=x", "gpqa=nan", "gpqa=0", "gpqa=-1",
+                                  "gpqa=101", "gpqa=inf"])  # fmt: skip
+def test_what_is_no_margin_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="NAME=POINTS"):
+        parse_margins([text], None)
+
+
+@pytest.mark.parametrize("text", ["- 1", "gpqa: true", "gpqa: [1]", "{"])
+def test_a_file_without_margins_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"m\.yaml"):
+        parse_margins([], file)
+
+
+def test_planned_looks_share_the_level(tmp_path: Path) -> None:
+    """330 items without a change are GO at 5 %; of two planned looks each has 2.5 %."""
+    once = compare_runs(*arms(tmp_path, 330))
+    assert (once.look.level, once.verdict) == (0.05, "GO")
+    first = compare_runs(*arms(tmp_path, 330), looks=2)
+    assert (first.look.number, first.look.level, first.verdict) == (1, 0.025, "INCONCLUSIVE")
+    file = compared(tmp_path, "first", arms(tmp_path, 330), looks=2)
+    # More of the same items may be added: that was planned.
+    second = compare_runs(*arms(tmp_path, 500), after=file)
+    assert (second.look.number, second.look.level, second.verdict) == (2, 0.025, "GO")
+    file = compared(tmp_path, "second", arms(tmp_path, 330), after=file)
+    with pytest.raises(UsageError, match="last of 2 planned looks"):
+        compare_runs(*arms(tmp_path, 500), after=file)
+    with pytest.raises(UsageError, match="--looks 0"):
+        compare_runs(*arms(tmp_path, 330), looks=0)
+
+
+def test_an_unplanned_look_needs_fresh_repeats(tmp_path: Path) -> None:
+    file = compared(tmp_path, "first", arms(tmp_path, 100))
+    with pytest.raises(UsageError, match="fresh repeats"):
+        compare_runs(*arms(tmp_path, 1000), after=file)
+    fresh = compare_runs(*arms(tmp_path, 1000, shift=7), after=file)
+    assert (fresh.look.number, fresh.look.level, fresh.verdict) == (2, 0.01, "GO")
+    assert fresh.look.next_level is None
+    # What 5 % would pass the level that is left does not.
+    assert compare_runs(*arms(tmp_path, 400, shift=7)).verdict == "GO"
+    short = compared(tmp_path, "short", arms(tmp_path, 400, shift=7), after=file)
+    assert json.loads(short.read_text())["verdict"] == "INCONCLUSIVE"
+    with pytest.raises(UsageError, match="nobody had planned"):
+        compare_runs(*arms(tmp_path, 1000, shift=8), after=short)
+
+
+def test_a_look_after_a_verdict_or_with_another_margin_is_refused(tmp_path: Path) -> None:
+    done = compared(tmp_path, "done", arms(tmp_path, 1000))
+    with pytest.raises(UsageError, match="ended GO"):
+        compare_runs(*arms(tmp_path, 1000, shift=1), after=done)
+    open_ = compared(tmp_path, "open", arms(tmp_path, 100))
+    with pytest.raises(UsageError, match="gpqa_diamond: 1 and 5"):
+        compare_runs(*arms(tmp_path, 100, shift=1), {"gpqa_diamond": 0.05}, after=open_)
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(UsageError, match="not what"):
+        compare_runs(*arms(tmp_path, 100, shift=1), after=tmp_path / "no.json")
+
+
+def test_what_an_earlier_look_asked_cannot_be_dropped(tmp_path: Path) -> None:
+    first = arms(tmp_path, 100)
+    for name in "bc":
+        write_arm(tmp_path, f"{name}0", all_right(100), "ifbench")
+    file = compared(tmp_path, "first", first)
+    second = compare_runs(*arms(tmp_path, 1000, shift=1), after=file)
+    assert "earlier look" in second.left_out["ifbench"]
+    assert second.verdict == "INCONCLUSIVE"
+
+
+def test_a_shift_changes_every_seed_and_zero_changes_none() -> None:
+    names = [("pocket", f"i{i}", r) for i in range(50) for r in range(4)]
+    plain = [seed_for(*name) for name in names]
+    assert plain == [seed_for(*name, 0) for name in names]
+    shifted = [seed_for(*name, 1) for name in names]
+    assert not set(plain) & set(shifted)
+    assert len(set(shifted)) == len(names)
+
+
+def test_a_shift_is_part_of_a_runs_settings_but_parts_no_arms(tmp_path: Path) -> None:
+    config = RunConfig(tmp_path, "a", ())
+    assert "seed_shift" not in config.settings()
+    assert RunConfig(tmp_path, "a", (), seed_shift=3).settings()["seed_shift"] == 3
+    baseline, _ = arms(tmp_path, 400)
+    again, _ = arms(tmp_path, 400, shift=3)
+    comparison = compare_runs(baseline, again)
+    assert list(comparison.seed_shifts) == [0, 3]

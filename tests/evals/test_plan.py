@@ -1,0 +1,139 @@
+"""The planner foretells the verdicts that the tool then gives."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evals.test_compare import grid, write_arm
+from halfbyte.cli.main import main
+from halfbyte.evals.bounds import p_beyond, pair, rules_out_loss
+from halfbyte.evals.compare import compare_runs
+from halfbyte.evals.plan import format_plan, plan_run, suite_chances
+from halfbyte.evals.stats import mcnemar, sign_flip
+from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES, find_benchmarks
+
+
+def test_the_default_suite_says_that_it_cannot_end_go() -> None:
+    lines = plan_run(find_benchmarks(["seed"]), None, None, 8000.0, None)
+    assert suite_chances(lines, 0.0).go < 0.01
+    text = format_plan(lines)
+    assert "equal arms are likely to end GO on MMLU Pro;" in text
+    assert "IFBench, MMMU Pro will more often than one time in five end INCONCLUSIVE" in text
+    assert "ends GO for equal arms in 0 % of runs" in text and "--suite decide can" in text
+
+
+def test_the_suite_that_decides_ends_go_four_times_of_five_and_names_its_cost() -> None:
+    lines = plan_run(find_benchmarks(["decide"]), None, None, 8000.0, None)
+    assert [line.title for line in lines] == [BENCHMARKS[n].title for n in SUITES["seed"]]
+    chances = suite_chances(lines, 0.0)
+    assert chances.go >= 0.8 and chances.no_go < 0.01
+    assert suite_chances(lines, 0.01).go < 0.05  # one point is the margin of three of them
+    assert suite_chances(lines, 0.03).no_go > 0.95
+    assert "likely to end GO on MMLU Pro, GPQA Diamond" in format_plan(lines)
+    assert all(
+        line.output_tokens == line.items * count * BENCHMARKS[name].plan_output_tokens
+        for line, (name, count) in zip(lines, REPEATS["decide"].items(), strict=True)
+    )
+
+
+def simulated(repeats: int, loss: float, runs: int = 400) -> dict[str, float]:
+    """IFBench's size with the planner's own variance, verdicts and p values of made-up answers."""
+    rng = np.random.default_rng(repeats)
+    known = BENCHMARKS["ifbench"]
+    size = known.plan_variance / (0.21 - known.plan_variance)
+    seen = {"go": 0, "no_go": 0, "shown": 0}
+    for _ in range(runs):
+        rates = rng.beta(0.7 * size, 0.3 * size, known.full_items)
+        b = rng.binomial(repeats, rates) / repeats
+        c = rng.binomial(repeats, rates * (1 - loss / 0.7)) / repeats
+        items = pair(b, c, draws=repeats)
+        seen["go"] += rules_out_loss(items, known.margin)
+        seen["no_go"] += rules_out_loss(items.swapped(), -known.margin)
+        t = (c - b).mean() / ((c - b).std(ddof=1) / len(b) ** 0.5)
+        seen["shown"] += abs(t) > 1.968
+    return {name: count / runs for name, count in seen.items()}
+
+
+def test_what_one_benchmark_is_promised_comes_true() -> None:
+    (line,) = plan_run(find_benchmarks(["ifbench"]), 8, None, 8000.0, None)
+    assert simulated(8, 0.0)["go"] == pytest.approx(line.go_if_equal, abs=0.06)
+    # 400 runs: one standard error of four in five is 2 points.
+    assert simulated(8, line.shown)["shown"] == pytest.approx(0.8, abs=0.07)
+    assert simulated(8, line.fails)["no_go"] == pytest.approx(0.8, abs=0.07)
+    assert line.repeats_for_go is not None
+    assert simulated(line.repeats_for_go, 0.0)["go"] == pytest.approx(0.8, abs=0.07)
+
+
+def test_few_groups_and_more_looks_ask_for_larger_losses() -> None:
+    (alone,) = plan_run(find_benchmarks(["aime2025"]), 32, None, 8000.0, None)
+    among = plan_run(find_benchmarks(["seed"]), None, None, 8000.0, None)[4]
+    assert alone.standard_error == among.standard_error == pytest.approx(0.0099, abs=1e-4)
+    assert alone.shown == among.shown == pytest.approx((2.045 + 0.8416) * 0.00990, rel=0.01)
+    assert among.shown_holm > alone.shown_holm == alone.shown
+    assert among.fails > alone.fails == pytest.approx(0.015 + (1.699 + 0.8416) * 0.0099, rel=0.01)
+    # Document sets and problems share luck.
+    lcr, scicode = among, plan_run(find_benchmarks(["scicode"]), 8, None, 1.0, None)[0]
+    assert lcr.groups == 30 and scicode.groups == 80
+    assert scicode.standard_error > 1.1 * (2 * 0.0931 / 338 / 8) ** 0.5
+
+
+def test_a_limit_counts_problems_where_they_are_trajectories() -> None:
+    scicode, lcr = plan_run(find_benchmarks(["scicode", "aa_lcr"]), None, 10, 8000.0, None)
+    assert (scicode.items, scicode.groups) == (42, 10)
+    assert (lcr.items, lcr.groups) == (10, 3)
+    (one,) = plan_run(find_benchmarks(["gpqa_diamond"]), 1, 1, 8000.0, None)
+    assert one.repeats_for_go is None and one.go_if_equal == 0
+
+
+def test_a_pilot_measures_how_groups_share_luck(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    luck = rng.random((80, 4)) < 0.5
+
+    def score(i: int, r: int) -> float:
+        return float(luck[i // 4, r])
+
+    scores = {(f"p{i // 4}-{i}", r): score(i, r) for i in range(320) for r in range(4)}
+    folder = write_arm(tmp_path, "pilot", scores, "scicode")
+    (line,) = plan_run(find_benchmarks(["scicode"]), 8, None, 8000.0, folder)
+    # Four steps that always agree are one: twice the error of steps alone.
+    assert line.is_measured
+    assert line.standard_error == pytest.approx(2 * (2 * 0.25 / 338 / 8) ** 0.5, rel=0.1)
+    alone = write_arm(tmp_path, "alone", grid(50, 4, lambda i, r: float((i + r) % 2)))
+    (line,) = plan_run(find_benchmarks(["gpqa_diamond"]), 8, None, 8000.0, alone)
+    assert line.standard_error == pytest.approx((2 * (1 / 3) / 198 / 8) ** 0.5, rel=0.1)
+
+
+def test_a_plan_of_one_has_no_macro_look() -> None:
+    (line,) = plan_run(find_benchmarks(["mmlu_pro"]), None, None, 8000.0, None)
+    chances = suite_chances([line], 0.0)
+    assert chances.go == pytest.approx(line.go_if_equal, abs=1e-3)
+    assert sum(chances) == pytest.approx(1.0)
+
+
+def test_the_command_prints_chances_for_given_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "plan", "--suite", "decide", "--loss", "0.3", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "0.3 points" in text and "3 points" in text and "equal arms)" not in text
+    assert "hours per arm" in text
+
+
+def test_a_suite_may_ask_more_often_than_its_benchmarks_do() -> None:
+    repeats = {b.name: b.repeats for b in find_benchmarks(["decide"])}
+    assert repeats == REPEATS["decide"]
+    assert {b.name: b.repeats for b in find_benchmarks(["seed"])} == {
+        name: BENCHMARKS[name].repeats for name in SUITES["seed"]
+    }
+    # The first name that brings a benchmark decides.
+    (first, *_) = find_benchmarks(["mmlu_pro", "decide"])
+    assert first == replace(BENCHMARKS["mmlu_pro"])
+
+
+def test_p_values_are_those_of_the_comparison(tmp_path: Path) -> None:
+    b = write_arm(tmp_path, "b", grid(60, 1, lambda i, r: 1.0))
+    c = write_arm(tmp_path, "c", grid(60, 1, lambda i, r: float(i >= 7)))
+    row = compare_runs(b, c).benchmarks["gpqa_diamond"]
+    assert row.p_value == mcnemar(7, 0)
+    assert row.p_beyond == p_beyond(pair([1.0] * 60, [0.0] * 7 + [1.0] * 53), row.margin)
+    assert sign_flip([-1.0] * 7) == pytest.approx(mcnemar(7, 0), abs=0.005)
