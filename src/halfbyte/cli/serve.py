@@ -83,6 +83,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change one of the limits that /health shows; may be given several times",
     )
+    requests = parser.add_argument_group("requests")
+    requests.add_argument(
+        "--generation-config",
+        default="auto",
+        choices=["auto", "none"],
+        help="sample as the checkpoint's generation_config.json recommends where a request does "
+        "not say, or (none) by OpenAI's defaults (%(default)s)",
+    )
+    requests.add_argument(
+        "--unknown-fields",
+        default="accept",
+        choices=["accept", "refuse"],
+        help="leave out fields that nobody knows and name them in a header, or answer 400 "
+        "(%(default)s)",
+    )
+    requests.add_argument(
+        "--strict-effort",
+        action="store_true",
+        help="refuse a reasoning_effort that the model does not know instead of taking the nearest",
+    )
+    requests.add_argument(
+        "--dialect",
+        default="auto",
+        choices=["auto", "openai", "mistral"],
+        help="form of chat answers; auto goes by the client (%(default)s)",
+    )
     watching = parser.add_argument_group("watching")
     watching.add_argument(
         "--admin-port",
@@ -196,6 +222,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{name} {port} is not a port")
     from halfbyte.server.admin import create_admin
     from halfbyte.server.config import Limits, read_limits
+    from halfbyte.server.defaults import SamplingDefaults, read_sampling
     from halfbyte.server.gate import file_log, log_access
     from halfbyte.server.launch import Front, engine_config, launch, launch_vllm, read_keys
     from halfbyte.server.origins import read_hosts, read_origins
@@ -217,6 +244,14 @@ def run(args: argparse.Namespace) -> int:
         allowed_origins=read_origins(args.allow_origin),
         limits=limits,
         vllm_metric_names=args.vllm_metric_names,
+        sampling=(
+            read_sampling(args.directory)
+            if args.generation_config == "auto"
+            else SamplingDefaults()
+        ),
+        unknown_fields=args.unknown_fields,
+        strict_effort=args.strict_effort,
+        dialect=args.dialect,
         access_log=log_access if args.access_log is None else file_log(args.access_log),
         tracing=None if args.otlp_endpoint is None else open_tracing(args.otlp_endpoint),
     )

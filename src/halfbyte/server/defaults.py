@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from halfbyte.errors import CheckpointError
+from halfbyte.files import read_bounded
 
 _FILE = "generation_config.json"
 
@@ -40,10 +41,10 @@ def read_sampling(directory: Path) -> SamplingDefaults:
     Raises CheckpointError for a value that no request could have.
     """
     path = directory / _FILE
-    if not path.is_file():
+    if not path.exists():
         return SamplingDefaults()
     try:
-        told = json.loads(path.read_text(encoding="utf-8-sig"))
+        told = json.loads(read_bounded(path).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(told, dict):

@@ -5,6 +5,7 @@ import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from fastapi import FastAPI
@@ -19,6 +20,8 @@ from halfbyte.files import read_bounded
 from halfbyte.machine import settle_heap
 from halfbyte.server.app import create_app
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
+from halfbyte.server.defaults import SamplingDefaults
+from halfbyte.server.dialect import Setting
 from halfbyte.server.gate import AccessLog, log_access
 from halfbyte.server.supervise import Supervisor
 from halfbyte.server.tracing import Tracing
@@ -76,6 +79,10 @@ class Front:
     allowed_origins: tuple[str, ...] = ()
     limits: Limits = DEFAULT_LIMITS
     vllm_metric_names: bool = False
+    sampling: SamplingDefaults = SamplingDefaults()  # noqa: RUF009  (frozen)
+    unknown_fields: Literal["accept", "refuse"] = "accept"
+    strict_effort: bool = False
+    dialect: Setting = "auto"
     access_log: AccessLog | None = log_access
     tracing: Tracing | None = None
 
@@ -91,6 +98,10 @@ class Front:
             limits=self.limits,
             image_fetch=ImageFetch(hosts=self.image_hosts),
             vllm_metric_names=self.vllm_metric_names,
+            sampling=self.sampling,
+            unknown_fields=self.unknown_fields,
+            strict_effort=self.strict_effort,
+            dialect=self.dialect,
             allowed_hosts=self.allowed_hosts,
             allowed_origins=self.allowed_origins,
             facts=tuple((f"engine_{key}", value) for key, value in facts.items()),
