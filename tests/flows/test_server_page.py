@@ -1,6 +1,8 @@
 """The chat page in a real browser, over the real server, chat format and a scripted engine."""
 
+import base64
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def say(browser: Browser, service: ScriptedService) -> Iterator[Say]:
     with serving(app) as url:
         browser.errors.clear()
         browser.open(url + "/")
-        browser.until("document.getElementById('model').textContent.includes('tiny')")
+        browser.until("document.getElementById('about').textContent.includes('tiny')")
         browser.run("localStorage.clear()")
         yield set_script
         browser.open("about:blank#done")
@@ -82,6 +84,20 @@ def done(browser: Browser, answers: int) -> None:
     )
 
 
+# A checker of accessibility, where `make clients` has brought it.
+AXE = Path(os.environ.get("HALFBYTE_AXE", "build/clients/node_modules/axe-core/axe.min.js"))
+
+
+def serious_faults(browser: Browser) -> list[str]:
+    if not AXE.is_file():
+        return []
+    browser.run(AXE.read_text(encoding="utf-8") + "; 0")
+    found = browser.run("""axe.run().then((result) => result.violations
+      .filter((one) => ["serious", "critical"].includes(one.impact))
+      .map((one) => `${one.id}: ${one.help}: ${one.nodes[0].html.slice(0, 200)}`))""")
+    return list(found)
+
+
 LAST = "document.querySelector('article.assistant:last-of-type')"
 
 
@@ -93,80 +109,295 @@ def test_answer_is_shown_safely_with_counts(browser: Browser, say: Say) -> None:
     assert browser.run("document.querySelector('article.user .text').textContent") == "<b>Hello</b>"
     assert browser.run(f"{LAST}.querySelectorAll('img, b').length") == 0
     assert "<img src=x" in browser.run(f"{LAST}.textContent")
+    browser.until(f"{LAST}.querySelector('strong') !== null")
     assert browser.run(f"{LAST}.querySelector('strong').textContent") == "bold"
+    browser.until(f"{LAST}.querySelector('pre') !== null")
     assert browser.run(f"{LAST}.querySelector('pre').textContent") == "x < 1\n"
     meta = browser.run(f"{LAST}.querySelector('.meta').textContent")
     assert "cached" in meta and "tokens/s" in meta
 
 
-MARKDOWN = """# Title
+MARKDOWN = r"""# Title
 
-Text with `a<b`, **bold `code`**, *emphasis* and 2 * 3 * 4, [link](https://example.com/a?b=1),
-[trap](javascript:alert(1)) and <script>alert(1)</script>.
+Text with `a<b`, **bold `code`**, *emphasis*, ~~gone~~, [link](https://example.com/a?b=1),
+[trap](javascript:alert(1)) and <script>alert(1)</script>. See https://example.org too.
+
+The sum is $a_1 + b^2$ and \\(c\\).
+
+$$\\int_0^1 x\\,dx$$
 
 1. one
-   - inner
 
    more of one
 2. two
 
-- [ ] other list
+- [x] done
+- [ ] open
+
 > quote
-> - in a quote
 
 | a | b |
-|---|:-:|
+|---|--:|
 | 1 | 2 |
 
----
 ```py
-x < 1
+x = 1 < 2
 
+y = 3
 ```
-"""
+
+שלום
+
+end"""
 
 
 def test_markdown_is_drawn_and_nothing_in_it_runs(browser: Browser, say: Say) -> None:
-    say("x", EOS)
-    source = json.dumps(MARKDOWN)
-    browser.run(f"""(async () => {{
-      const {{ markdown }} = await import("/web/markdown.js");
-      window.drawn = document.createElement("div");
-      drawn.append(...markdown({source}));
-    }})()""")
+    say(MARKDOWN.replace("\\\\", "\\"), EOS)
+    ask(browser, "Write")
+    done(browser, 1)
 
     def texts(selector: str) -> Any:
-        return browser.run(f"[...drawn.querySelectorAll('{selector}')].map((n) => n.textContent)")
+        found = f"[...{LAST}.querySelectorAll('.text {selector}')].map((n) => n.textContent)"
+        return browser.run(found)
 
-    assert texts("h3") == ["Title"] and texts("em") == ["emphasis"]
+    browser.until(f"{LAST}.querySelectorAll('.text td').length === 2")
+    assert texts("h1") == ["Title"] and texts("em") == ["emphasis"] and texts("s") == ["gone"]
     assert texts("strong") == ["bold code"] and texts("p code") == ["a<b", "code"]
-    assert texts("a") == ["link"] and texts("script, input") == []
-    trap = "[trap](javascript:alert(1)) and <script>alert(1)</script>."
-    assert trap in browser.run("drawn.textContent") and "2 * 3 * 4" in texts("p")[0]
-    assert len(texts("ol > li")) == 2 and texts("ol > li ul > li") == ["inner"]
-    assert texts("blockquote li") == ["in a quote"] and texts("td") == ["1", "2"]
-    assert texts("pre") == ["x < 1\n\n"] and len(texts("hr")) == 1
-    assert browser.run("drawn.querySelector('a').rel") == "noopener noreferrer"
+    assert texts("a") == ["link", "https://example.org"] and texts("script") == []
+    shown = browser.run(f"{LAST}.textContent")
+    assert "[trap](javascript:alert(1)) and <script>alert(1)</script>." in shown
+    assert len(texts("math")) == 3 and len(texts("math[display=block]")) == 1
+    assert len(texts("ol > li")) == 2 and len(texts("input[type=checkbox]:disabled")) == 2
+    assert texts("td.right") == ["2"] and texts("blockquote")[0].strip() == "quote"
+    assert texts("pre") == ["x = 1 < 2\n\ny = 3\n"] and len(texts("pre span")) > 3
+    assert browser.run(f"{LAST}.querySelector('a').rel").startswith("noopener")
+    # Right to left where the text is: by its first strong letter.
+    assert (
+        browser.run(
+            f"getComputedStyle([...{LAST}.querySelectorAll('p')].find("
+            "(p) => p.textContent.includes('\u05e9'))).direction"
+        )
+        == "rtl"
+    )
 
 
-def test_unfinished_and_hostile_markdown_is_drawn_at_once(browser: Browser, say: Say) -> None:
-    """What streams in is cut anywhere; what a model writes may be built to take long."""
+def test_blocks_are_split_where_nothing_is_torn(browser: Browser, say: Say) -> None:
+    """However an answer was cut on its way, its blocks are the same, and all of it is there."""
     say("x", EOS)
-    hostile = ["*" * 5000, "`" * 5000, "> " * 3000, "[" * 5000, "|" * 5000 + "\n" + "|-" * 2000]
-    hostile += ["- " * 2000, "\n".join(" " * i + "- x" for i in range(400)), "**a" * 3000]
-    hostile += ["- - - - -x", "a\n" * 5000, "```\n" * 2001, "1. a\n\n" * 1500]
-    texts = json.dumps([MARKDOWN[:i] for i in range(len(MARKDOWN))] + hostile)
-    slowest = browser.run(f"""(async () => {{
-      const {{ markdown }} = await import("/web/markdown.js");
-      let slowest = 0;
-      for (const text of {texts}) {{
-        const begun = performance.now();
-        markdown(text);
-        slowest = Math.max(slowest, performance.now() - begun);
-      }}
-      return slowest;
+    cases = json.dumps(
+        [MARKDOWN, "a\n\n```\nb\n\nc\n```\n\nd", "$$\na\n\nb\n$$\n\nc", "- a\n\n  b\n\nc"]
+    )
+    found = browser.run(f"""(async () => {{
+      const {{ splitBlocks }} = await import("/web/text.js");
+      return {cases}.map((text) => {{
+        const {{ blocks, rest }} = splitBlocks(text);
+        return [blocks.join("") + rest === text, blocks.length];
+      }});
     }})()""")
-    assert slowest < 1000
+    assert all(is_whole for is_whole, _ in found)
+    assert [count for _, count in found][1:] == [2, 1, 0]
+
+
+def test_what_is_marked_stays_while_an_answer_grows(browser: Browser, say: Say) -> None:
+    say("one two\n\nthree four\n\nfive", EOS)
+    browser.run("window.slow = true")
+    ask(browser, "Count")
+    browser.until(f"{LAST} && {LAST}.textContent.includes('one')")
+    browser.run(f"""(() => {{
+      const range = document.createRange();
+      range.setStart({LAST}.querySelector('.text'), 0);
+      range.setEndAfter({LAST}.querySelector('.text').lastChild);
+      getSelection().removeAllRanges();
+      getSelection().addRange(range);
+    }})()""")
+    marked = browser.run("getSelection().toString().trim()")
+    browser.until("document.getElementById('stop').hidden")
+    assert marked and browser.run("getSelection().toString()").strip().startswith(marked[:3])
+    browser.run("getSelection().removeAllRanges()")
+    browser.until(f"{LAST}.querySelectorAll('.text p').length === 3")
+    assert browser.run(
+        f"{LAST}.querySelector('.text').textContent.replace(/\\s+/g, ' ').trim()"
+    ) == ("one two three four five")
+
+
+def test_reload_keeps_conversation_and_settings(
+    browser: Browser, say: Say, service: ScriptedService
+) -> None:
+    say("**first**", EOS)
+    browser.run("document.getElementById('system').value = 'Be kind.'")
+    browser.run("document.getElementById('system').dispatchEvent(new Event('change'))")
+    ask(browser, "Hello")
+    done(browser, 1)
+    browser.until("document.querySelectorAll('#conversations li').length === 1")
+    url = browser.run("location.href")
+    browser.open("about:blank#away")
+    browser.open(url)
+    browser.until("document.querySelectorAll('article').length === 2")
+    browser.until(f"{LAST}.textContent.startsWith('first')")
+    assert browser.run("document.getElementById('system').value") == "Be kind."
+    ask(browser, "More")
+    done(browser, 2)
+    chat = load_chat(DATA / "tekken")
+    prompt = chat.vocabulary.decode(service.requests[-1].prompt_token_ids, keep_control=True)
+    assert "Be kind." in prompt and "[INST]Hello[/INST]**first**</s>[INST]More" in prompt
+
+
+def test_conversations_are_renamed_exported_imported_and_deleted(
+    browser: Browser, say: Say
+) -> None:
+    say("yes", EOS)
+    ask(browser, "One")
+    done(browser, 1)
+    browser.run("document.getElementById('new').click()")
+    ask(browser, "Two")
+    done(browser, 1)
+    browser.until("document.querySelectorAll('#conversations li').length === 2")
+    browser.run("document.querySelector('#conversations li button:nth-of-type(2)').click()")
+    browser.run("document.querySelector('#conversations input').value = 'Renamed'")
+    browser.run("document.querySelector('#conversations form').requestSubmit()")
+    browser.until("document.querySelector('#conversations').textContent.includes('Renamed')")
+    text = browser.run("""(async () => {
+      const store = await import("/web/store.js");
+      return store.exportText(await store.list());
+    })()""")
+    assert len(json.loads(text)["conversations"]) == 2
+    wrong = ["{", "{}", json.dumps({"format": "halfbyte-conversations-1", "conversations": [{}]})]
+    for bad in wrong:
+        said = browser.run(f"""(async () => {{
+          const store = await import("/web/store.js");
+          try {{ store.readExport({json.dumps(bad)}); return "taken"; }}
+          catch (error) {{ return error.message; }}
+        }})()""")
+        assert said.startswith(("This file", "Conversation 1"))
+    for _ in range(2):
+        browser.run("document.querySelector('#conversations li button:nth-of-type(3)').click()")
+        browser.run("document.querySelector('#conversations li button:nth-of-type(3)').click()")
+        browser.run("new Promise((resolve) => setTimeout(resolve, 200))")
+    browser.until("document.querySelectorAll('#conversations li').length === 0")
+    count = browser.run(f"""(async () => {{
+      const store = await import("/web/store.js");
+      const found = store.readExport({json.dumps(text)});
+      for (const one of found) await store.save(one);
+      return (await store.list()).length;
+    }})()""")
+    assert count == 2
+
+
+def test_a_message_is_changed_and_the_former_conversation_stays(
+    browser: Browser, say: Say, service: ScriptedService
+) -> None:
+    say("yes", EOS)
+    ask(browser, "Frist")
+    done(browser, 1)
+    browser.run("document.querySelector('article.user .meta button').click()")
+    browser.run("document.querySelector('.edit textarea').value = 'First'")
+    browser.run("document.querySelector('form.edit').requestSubmit()")
+    browser.until("document.querySelector('article.user .text')?.textContent === 'First'")
+    done(browser, 1)
+    browser.until("document.querySelectorAll('#conversations li').length === 2")
+    assert "before the change" in browser.run("document.getElementById('list').textContent")
+    chat = load_chat(DATA / "tekken")
+    prompt = chat.vocabulary.decode(service.requests[-1].prompt_token_ids)
+    assert "First" in prompt and "Frist" not in prompt
+
+
+def test_copying_works_without_a_clipboard_interface(browser: Browser, say: Say) -> None:
+    say("text to copy", EOS)
+    ask(browser, "Hi")
+    done(browser, 1)
+    browser.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    browser.run("""document.addEventListener("copy", () => {
+      window.copied = document.activeElement.value;
+    })""")
+    browser.run(f"[...{LAST}.querySelectorAll('.meta button')].at(-1).click()")
+    browser.until("window.copied === 'text to copy'")
+    browser.until(f"{LAST}.querySelector('.meta').textContent.match(/Copied|Not copied/)")
+
+
+def test_an_unanswered_call_does_not_break_the_conversation(
+    browser: Browser, say: Say, service: ScriptedService
+) -> None:
+    say(CALLS, "f", ARGS, '{"a": 1}', EOS)
+    tools = '[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]'
+    browser.run(f"document.getElementById('tools').value = `{tools}`")
+    ask(browser, "Call")
+    done(browser, 1)
+    say("Fine.", EOS)
+    ask(browser, "Never mind")
+    done(browser, 2)
+    assert browser.run(f"{LAST}.querySelector('.text').textContent").strip() == "Fine."
+    chat = load_chat(DATA / "tekken")
+    prompt = chat.vocabulary.decode(service.requests[-1].prompt_token_ids, keep_control=True)
+    assert prompt.endswith("[TOOL_RESULTS][/TOOL_RESULTS][INST]Never mind[/INST]")
+
+
+def test_a_refused_message_goes_back_to_where_it_can_be_changed(
+    browser: Browser, say: Say, service: ScriptedService
+) -> None:
+    say("x", EOS)
+    browser.run("document.getElementById('temperature').value = '9'")
+    ask(browser, "Hot")
+    browser.until("document.querySelector('[role=alert]') !== null")
+    assert browser.run("document.getElementById('input').value") == "Hot"
+    assert browser.run(
+        "document.querySelector('[role=alert]').getBoundingClientRect().bottom <= innerHeight"
+    )
+    browser.run("document.getElementById('temperature').value = ''")
+    browser.press(*ENTER)
+    done(browser, 1)
+    chat = load_chat(DATA / "tekken")
+    prompt = chat.vocabulary.decode(service.requests[-1].prompt_token_ids)
+    assert prompt.count("Hot") == 1
+    browser.errors.clear()
+
+
+@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844)])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_sizes_and_screenshots(
+    browser: Browser, say: Say, width: int, height: int, theme: str
+) -> None:
+    say(THINK, "hm", END_THINK, MARKDOWN.replace("\\\\", "\\"), EOS)
+    browser.send(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=height,
+        deviceScaleFactor=1,
+        mobile=width < 600,
+    )
+    try:
+        browser.run(f"document.documentElement.dataset.theme = '{theme}'")
+        browser.run("document.getElementById('effort').value = 'high'")
+        ask(browser, "Show everything")
+        done(browser, 1)
+        browser.until(f"{LAST}.querySelectorAll('.text td').length === 2")
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        if width < 600:
+            small = browser.run("""[...document.querySelectorAll("button, select, summary")]
+              .filter((node) => node.offsetParent && node.getBoundingClientRect().height < 43.5)
+              .map((node) => node.outerHTML.slice(0, 80))""")
+            assert small == []
+        for problem in serious_faults(browser):
+            pytest.fail(problem)
+        shot = browser.send("Page.captureScreenshot", format="png")["data"]
+        folder = Path("build/screenshots")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"page-{width}-{theme}.png").write_bytes(base64.b64decode(shot))
+    finally:
+        browser.send("Emulation.clearDeviceMetricsOverride")
+
+
+def test_every_control_has_a_name_and_the_keyboard_reaches_it(browser: Browser, say: Say) -> None:
+    say("x", EOS)
+    ask(browser, "Hi")
+    done(browser, 1)
+    nameless = browser.run("""[...document.querySelectorAll("button, input, select, textarea")]
+      .filter((node) => !(node.getAttribute("aria-label") || node.textContent.trim() ||
+        node.closest("label")?.textContent.trim() || node.title))
+      .map((node) => node.outerHTML)""")
+    assert nameless == []
+    unreachable = browser.run("""[...document.querySelectorAll("button, select, textarea")]
+      .filter((node) => node.offsetParent && node.tabIndex < 0).map((node) => node.outerHTML)""")
+    assert unreachable == []
 
 
 def test_thought_is_folded_and_effort_is_sent(
@@ -177,14 +408,14 @@ def test_thought_is_folded_and_effort_is_sent(
     ask(browser, "Think")
     done(browser, 1)
     assert browser.run(f"{LAST}.querySelector('details').open") is False
-    assert browser.run(f"{LAST}.querySelector('details div').textContent") == "deep"
-    assert browser.run(f"{LAST}.querySelector('.text').textContent") == "Done."
+    assert browser.run(f"{LAST}.querySelector('details div').textContent").strip() == "deep"
+    assert browser.run(f"{LAST}.querySelector('.text').textContent").strip() == "Done."
     chat = load_chat(DATA / "tekken")
     prompt = chat.vocabulary.decode(service.requests[-1].prompt_token_ids)
     assert '"high"' in prompt
 
 
-def test_stop_keeps_what_came_and_again_replaces_it(
+def test_stop_keeps_what_came_and_again_adds_a_version(
     browser: Browser, say: Say, service: ScriptedService
 ) -> None:
     say("one two three", EOS)
@@ -197,8 +428,16 @@ def test_stop_keeps_what_came_and_again_replaces_it(
     service.hang_at = None
     browser.run(f"{LAST}.querySelector('button.again').click()")
     done(browser, 1)
-    assert browser.run(f"{LAST}.querySelector('.text').textContent") == "one two three"
+    assert browser.run(f"{LAST}.querySelector('.text').textContent").strip() == "one two three"
     assert not service.running and len(service.aborted) == 1
+    assert "2 of 2" in browser.run(f"{LAST}.querySelector('.meta').textContent")
+    browser.run(f"{LAST}.querySelector('.meta button').click()")
+    browser.until(f"{LAST}.querySelector('.meta').textContent.includes('1 of 2')")
+    browser.run(
+        f"[...{LAST}.querySelectorAll('.meta button')]"
+        ".find((node) => node.textContent === 'Side by side').click()"
+    )
+    browser.until(f"{LAST}.querySelectorAll('.version').length === 2")
 
 
 def test_tool_call_is_shown_and_its_result_goes_back(
@@ -212,11 +451,11 @@ def test_tool_call_is_shown_and_its_result_goes_back(
     assert browser.run(f"{LAST}.querySelector('.call strong').textContent") == "f"
     assert '"a": 1' in browser.run(f"{LAST}.querySelector('.call pre').textContent")
     say("It is 21.", EOS)
-    browser.until("document.activeElement.placeholder === 'Result of f'")
+    browser.until("document.activeElement.parentElement.textContent === 'Result of f'")
     browser.type("21")
     browser.press(*ENTER)
     done(browser, 2)
-    assert browser.run(f"{LAST}.querySelector('.text').textContent") == "It is 21."
+    assert browser.run(f"{LAST}.querySelector('.text').textContent").strip() == "It is 21."
     chat = load_chat(DATA / "tekken")
     prompt = chat.vocabulary.decode(service.requests[-1].prompt_token_ids, keep_control=True)
     assert prompt.endswith('[TOOL_CALLS]f[ARGS]{"a": 1}</s>[TOOL_RESULTS]21[/TOOL_RESULTS]')

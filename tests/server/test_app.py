@@ -52,8 +52,7 @@ async def test_tokenize_and_back(make_bench: MakeBench) -> None:
 async def test_keys_guard_every_route_but_health(make_bench: MakeBench) -> None:
     bench = make_bench("x", EOS, api_keys=("first", "sécond"))
     paths = [
-        ("GET", path)
-        for path in ("/v1/models", "/metrics", "/ready", "/openapi.json", "/", "/nowhere")
+        ("GET", path) for path in ("/v1/models", "/metrics", "/ready", "/openapi.json", "/nowhere")
     ]
     paths += [("POST", path) for path in ("/v1/chat/completions", "/v1/completions", "/tokenize")]
     async with bench.http() as client:

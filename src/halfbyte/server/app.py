@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import halfbyte
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
-from halfbyte.server import foreign, wire
+from halfbyte.server import foreign, markdown, wire
 from halfbyte.server.backend import Backend, Upstream
 from halfbyte.server.call import Call
 from halfbyte.server.chat_api import chat_frames, chat_response
@@ -40,6 +40,7 @@ from halfbyte.server.responses_wire import ResponsesRequest
 from halfbyte.server.stream import DONE, EventStream, reading_body, until_disconnect
 from halfbyte.server.supervise import Supervisor
 from halfbyte.server.text_api import text_frames, text_response
+from halfbyte.server.texts import LONG
 from halfbyte.server.tracing import Tracing
 
 # Bytes of a body that is read on the event loop.
@@ -96,6 +97,7 @@ def create_app(
     app.state.backend = backend
     _add_completions(app, backend)
     _add_tokens(app, backend)
+    _add_markdown(app, backend)
     _add_state(app, backend)
     add_health(app, backend)
     add_pages(app)
@@ -272,6 +274,17 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
                 return JSONResponse({"prompt": vocabulary.decode(asked.tokens, keep_control=True)})
 
             return await asyncio.to_thread(decode)
+
+
+def _add_markdown(app: FastAPI, backend: Backend) -> None:
+    @app.post("/web/render", include_in_schema=False)
+    async def render_markdown(request: Request) -> Response:
+        """Markdown of an answer as HTML, for the page."""
+        asked = await read(backend, request, wire.RenderRequest)
+        with backend.token_request():
+            # Few threads at once: it is work of the interpreter, which answers share.
+            made = await backend.texts.aside(LONG + 1, lambda: markdown.render(asked.text))
+        return JSONResponse({"html": made})
 
 
 def _is_anthropic(request: Request) -> bool:

@@ -27,6 +27,12 @@ from halfbyte.server.tracing import Tracing
 # Liveness probes carry no key.
 OPEN_PATHS = frozenset({"/health", "/health/ready"})
 
+
+def is_open(method: str, path: str) -> bool:
+    """Whether no key is asked for: liveness, and the page's own files, which hold no secret."""
+    return path in OPEN_PATHS or (method == "GET" and (path == "/" or path.startswith("/web/")))
+
+
 # Takes a line of JSON.
 AccessLog = Callable[[str], None]
 
@@ -150,7 +156,7 @@ class Gate:
                     answer.raw_headers += preflight
                     await answer(scope, receive, send_marked)
                     return
-                if scope["path"] not in OPEN_PATHS:
+                if not is_open(scope["method"], scope["path"]):
                     sent = headers.get(b"authorization", b"").decode("latin-1")
                     if not sent and (key := headers.get(b"x-api-key")):
                         # Where clients of /v1/messages put it.

@@ -1,4 +1,7 @@
-"""The chat page at /: files of this package, nothing from elsewhere."""
+"""The chat page at /: files of this package, and Markdown made into HTML for it.
+
+Nothing comes from elsewhere, and no script runs but the page's own, whatever a model writes.
+"""
 
 from importlib.resources import files
 
@@ -6,16 +9,11 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from halfbyte.errors import RequestError
+from halfbyte.server.markdown import code_styles
 
-_TYPES = {
-    "index.html": "text/html; charset=utf-8",
-    "app.js": "text/javascript; charset=utf-8",
-    "markdown.js": "text/javascript; charset=utf-8",
-    "style.css": "text/css; charset=utf-8",
-}
+_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
 _HEADERS = {
-    # Whatever a model writes into the page, nothing is loaded and no script runs.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; "
         "connect-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
@@ -28,12 +26,14 @@ _HEADERS = {
 
 
 def add_pages(app: FastAPI) -> None:
-    """Routes of the page; read once."""
+    """Routes of the page's files; read once."""
     folder = files("halfbyte.server").joinpath("web")
-    contents = {name: folder.joinpath(name).read_bytes() for name in _TYPES}
+    contents = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    contents["code.css"] = code_styles().encode()
 
     def page(name: str) -> Response:
-        return Response(contents[name], media_type=_TYPES[name], headers=_HEADERS)
+        kind = _TYPES[name[name.rindex(".") :]]
+        return Response(contents[name], media_type=f"{kind}; charset=utf-8", headers=_HEADERS)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -72,5 +72,7 @@ def response_of(error: BaseException, retry_after_s: int = 2, *, path: str = "")
     if status in _CLOSING_STATUSES or body["error"]["code"] in _CLOSING_CODES:
         headers["Connection"] = "close"
     if status == 401:
-        headers["WWW-Authenticate"] = 'Basic realm="halfbyte", charset="UTF-8"'
+        # Not Basic: browsers would ask for a password over the page, which has its own field, and
+        # from then on send it along by themselves.
+        headers["WWW-Authenticate"] = 'Bearer realm="halfbyte"'
     return JSONResponse(body_for(path, status, body), status_code=status, headers=headers)

@@ -512,6 +512,12 @@ class DetokenizeRequest(Wire):
     tokens: list[int] = Field(max_length=MOST_IDS)
 
 
+class RenderRequest(Wire):
+    """POST /web/render: a block of Markdown that the page shows."""
+
+    text: str
+
+
 # --- reading --------------------------------------------------------------------------------
 
 Request = TypeVar("Request", bound=Wire)

@@ -1,28 +1,53 @@
-// The chat page: one conversation, streamed. Text from the model or the user is only ever put into
-// text nodes, never parsed as HTML.
+// The chat page: conversations that the browser keeps, streamed answers.
 
-import { element, markdown } from "./markdown.js";
+import { chunks, health, setKey } from "./api.js";
+import { $, button, element } from "./dom.js";
+import * as store from "./store.js";
+import { AnswerView, userView } from "./view.js";
 
-const $ = (id) => document.getElementById(id);
 const log = $("log");
-let turns = []; // messages as the API wants them
+let conversation = store.fresh();
 let images = []; // data URLs waiting to be sent
 let running = null; // AbortController of the answer in progress
-let model = "";
+let imagesTaken = false;
 
 // --- setup ------------------------------------------------------------------------------------
 
+const KEPT = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed", "tools", "effort", "model"];
+
 async function start() {
-  const health = await (await fetch("health")).json();
-  model = health.models[0];
-  $("model").textContent = `${model} · context ${health.max_model_len}`;
-  if (health.reasoning_efforts.length > 1) {
-    for (const effort of health.reasoning_efforts) $("effort").append(new Option(effort));
-    $("effort-label").hidden = false;
+  const told = await health();
+  $("about").textContent = `${told.models[0]} · context ${told.max_model_len}`;
+  for (const name of told.models) $("model").append(new Option(name));
+  $("model-label").hidden = told.models.length < 2;
+  for (const effort of told.reasoning_efforts) $("effort").append(new Option(effort));
+  $("effort-label").hidden = told.reasoning_efforts.length < 2;
+  for (const [name, value] of Object.entries(told.sampling)) {
+    if ($(name)) $(name).placeholder = `${value}`;
   }
-  $("attach").hidden = !health.images;
-  $("tools-label").hidden = !health.tools;
-  if (!health.ready) status("The server is not ready.", true);
+  imagesTaken = told.images;
+  $("attach").hidden = !told.images;
+  $("tools-label").hidden = !told.tools;
+  restoreSettings();
+  const last = (await store.list())[0];
+  if (last && localStorage.getItem("open") === last.id) await openConversation(last.id);
+  await showList();
+  if (!told.ready) status("The server is not ready.", true);
+}
+
+function restoreSettings() {
+  const kept = JSON.parse(localStorage.getItem("settings") ?? "{}");
+  for (const id of KEPT) {
+    const isChoice = $(id).tagName === "SELECT";
+    const known = !isChoice || [...$(id).options].some((option) => option.value === kept[id]);
+    if (kept[id] !== undefined && known) $(id).value = kept[id];
+    $(id).addEventListener("change", keepSettings);
+  }
+}
+
+function keepSettings() {
+  const kept = Object.fromEntries(KEPT.map((id) => [id, $(id).value]));
+  localStorage.setItem("settings", JSON.stringify(kept));
 }
 
 const theme = localStorage.getItem("theme");
@@ -34,21 +59,127 @@ $("theme").onclick = () => {
   localStorage.setItem("theme", document.documentElement.dataset.theme);
 };
 
-function toggleSettings() {
-  const hidden = ($("settings").hidden = !$("settings").hidden);
-  $("settings-toggle").setAttribute("aria-expanded", String(!hidden));
+function toggle(id) {
+  const hidden = ($(id).hidden = !$(id).hidden);
+  $(`${id}-toggle`).setAttribute("aria-expanded", String(!hidden));
 }
-$("settings-toggle").onclick = toggleSettings;
+$("settings-toggle").onclick = () => toggle("settings");
+$("list-toggle").onclick = () => toggle("list");
+$("key").onchange = () => setKey($("key").value);
 
 function status(text, isError = false) {
   $("status").textContent = text;
   $("status").className = isError ? "error" : "";
 }
 
+// --- conversations ------------------------------------------------------------------------------
+
+async function keep() {
+  if (!conversation.turns.length) return;
+  conversation.updated = Date.now();
+  conversation.title ||= (conversation.turns[0].text ?? "").slice(0, 60) || "Picture";
+  try {
+    await store.save(conversation);
+    localStorage.setItem("open", conversation.id);
+  } catch (error) {
+    status(`The browser does not keep this conversation: ${error.message}`, true);
+  }
+  await showList();
+}
+
+async function showList() {
+  const items = (await store.list()).map(({ id, title }) => {
+    const item = element("li");
+    const open = button(title, "Open this conversation", () => openConversation(id), "open");
+    open.dir = "auto";
+    if (id === conversation.id) open.setAttribute("aria-current", "true");
+    const rename = button("Rename", `Rename ${title}`, () => renameIn(item, id, title));
+    const remove = button("Delete", `Delete ${title}`, async () => {
+      if (remove.textContent === "Delete") {
+        remove.textContent = "Really?";
+        return;
+      }
+      await store.remove(id);
+      if (id === conversation.id) renew();
+      await showList();
+    });
+    item.append(open, rename, remove);
+    return item;
+  });
+  $("conversations").replaceChildren(...items);
+}
+
+function renameIn(item, id, title) {
+  const form = element("form");
+  const input = element("input");
+  input.value = title;
+  input.setAttribute("aria-label", "Name of the conversation");
+  form.append(input, element("button", "", "Save"));
+  form.onsubmit = async (event) => {
+    event.preventDefault();
+    const kept = await store.load(id);
+    kept.title = input.value.trim() || title;
+    await store.save(kept);
+    if (id === conversation.id) conversation.title = kept.title;
+    await showList();
+  };
+  item.replaceChildren(form);
+  input.select();
+}
+
+async function openConversation(id) {
+  running?.abort();
+  conversation = (await store.load(id)) ?? store.fresh();
+  localStorage.setItem("open", conversation.id);
+  redraw();
+  await showList();
+}
+
+function renew() {
+  running?.abort();
+  conversation = store.fresh();
+  localStorage.removeItem("open");
+  images = [];
+  showImages();
+  redraw();
+  showList();
+  $("input").focus();
+}
+
+function redraw() {
+  log.replaceChildren();
+  const turns = conversation.turns;
+  const lastAnswer = turns.findLastIndex((turn) => turn.role === "assistant");
+  turns.forEach((turn, index) => {
+    if (turn.role === "user") userView(turn, (text) => resend(index, text));
+    if (turn.role !== "assistant") return;
+    const view = new AnswerView(actionsOf(turn));
+    view.show(turn, index === lastAnswer);
+    if (index === turns.length - 1) askResults(view, turn);
+  });
+  log.scrollTop = log.scrollHeight;
+}
+
+function actionsOf(turn) {
+  return {
+    again: regenerate,
+    choose: (index) => {
+      turn.chosen = index;
+      turn.beside = false;
+      redraw();
+      keep();
+    },
+    beside: (value) => {
+      turn.beside = value;
+      redraw();
+    },
+  };
+}
+
 // --- request ----------------------------------------------------------------------------------
 
 function settings() {
-  const body = {};
+  const body = { model: $("model").value };
   for (const id of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) {
     if ($(id).value !== "") body[id] = Number($(id).value);
   }
@@ -63,204 +194,151 @@ function settings() {
   return body;
 }
 
-async function* chunks(body, signal) {
-  const response = await fetch("v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
-  if (!response.ok) {
-    const problem = await response.json().catch(() => null);
-    throw new Error(problem?.error?.message ?? `Status ${response.status}`);
-  }
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("The connection was lost.");
-    buffer += value;
-    const frames = buffer.split("\n\n");
-    buffer = frames.pop();
-    for (const frame of frames) {
-      const data = frame.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new Error(chunk.error.message);
-      yield chunk;
+// Turns as the API wants them. A call that nobody gave a result gets an empty one.
+function messages() {
+  const made = [];
+  const system = $("system").value.trim();
+  if (system) made.push({ role: "system", content: system });
+  let waiting = [];
+  const close = () => {
+    made.push(...waiting.map((call) => ({ role: "tool", tool_call_id: call.id, content: "" })));
+    waiting = [];
+  };
+  for (const turn of conversation.turns) {
+    if (turn.role === "tool") {
+      made.push({ role: "tool", tool_call_id: turn.tool_call_id, content: turn.content });
+      waiting = waiting.filter((call) => call.id !== turn.tool_call_id);
+      continue;
     }
+    close();
+    if (turn.role === "user") {
+      const pictures = turn.images.map((url) => ({ type: "image_url", image_url: { url } }));
+      const content = pictures.length ? [...pictures, { type: "text", text: turn.text }] : turn.text;
+      made.push({ role: "user", content });
+      continue;
+    }
+    const { content, thought, calls } = turn.answers[turn.chosen];
+    const message = { role: "assistant" };
+    if (thought) message.reasoning_content = thought;
+    if (content || !calls.length) message.content = content;
+    if (calls.length) message.tool_calls = calls;
+    made.push(message);
+    waiting = [...calls];
   }
+  close();
+  return made;
 }
 
-async function answer() {
-  const view = answerView();
-  const message = { role: "assistant", content: "" };
-  const calls = [];
+// One answer. `turn` is the one that it is a further version of.
+async function answer(turn = null) {
+  const view = new AnswerView({});
+  view.begin();
+  const made = { content: "", thought: "", calls: [], meta: "" };
+  const asked = conversation;
   let usage = null;
   let reason = null;
   let first = 0;
+  let problem = null;
   const begun = performance.now();
-  running = new AbortController();
+  const control = (running = new AbortController());
   setRunning(true);
   try {
-    const system = $("system").value.trim();
-    const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
-    for await (const chunk of chunks({ model, messages, ...settings() }, running.signal)) {
+    const body = { ...settings(), messages: messages() };
+    for await (const chunk of chunks(body, control.signal)) {
       usage = chunk.usage ?? usage;
       for (const { delta, finish_reason } of chunk.choices) {
         reason = finish_reason ?? reason;
-        if (delta.content || delta.reasoning_content || delta.tool_calls) {
-          first ||= performance.now();
-        }
-        if (delta.reasoning_content) {
-          message.reasoning_content = (message.reasoning_content ?? "") + delta.reasoning_content;
-        }
-        if (delta.content) message.content += delta.content;
+        if (delta.content || delta.reasoning_content || delta.tool_calls) first ||= performance.now();
+        made.thought += delta.reasoning_content ?? "";
+        made.content += delta.content ?? "";
         for (const call of delta.tool_calls ?? []) {
-          calls[call.index] ??= { id: call.id, type: "function", function: { name: call.function.name, arguments: "" } };
-          calls[call.index].function.arguments += call.function.arguments ?? "";
+          made.calls[call.index] ??= { id: call.id, type: "function", function: { name: call.function.name, arguments: "" } };
+          made.calls[call.index].function.arguments += call.function.arguments ?? "";
         }
+        view.add(delta, made.calls);
       }
-      view.show(message, calls);
     }
   } catch (error) {
     if (error.name === "AbortError") reason = "stopped";
-    else view.fail(error.message);
+    else problem = error.message;
   }
-  view.flush();
   running = null;
   setRunning(false);
-  $("input").focus();
-  view.meta(usage, reason, first - begun, performance.now() - first);
-  if (reason === "tool_calls") {
-    message.tool_calls = calls;
-    if (!message.content) delete message.content;
-    turns.push(message);
-    view.askResults(calls);
-  } else if (message.content || message.reasoning_content) {
-    turns.push(message);
+  if (asked !== conversation) return;
+  made.meta = metaText(usage, reason, first - begun, performance.now() - first);
+  // Calls that were cut off cannot be sent back.
+  if (reason !== "tool_calls") made.calls = [];
+  await view.end();
+  const isEmpty = !made.content && !made.thought && !made.calls.length;
+  if (isEmpty && problem !== null) {
+    if (turn !== null) {
+      conversation.turns.push(turn);
+      redraw();
+      status(problem, true);
+    } else {
+      withdraw(view, problem);
+    }
+    return;
   }
+  if (turn === null) turn = { role: "assistant", answers: [], chosen: 0 };
+  turn.answers.push(made);
+  turn.chosen = turn.answers.length - 1;
+  conversation.turns.push(turn);
+  for (const old of log.querySelectorAll("button.again")) old.remove();
+  view.actions = actionsOf(turn);
+  view.bar(turn, true);
+  if (problem !== null) view.fail(problem);
+  askResults(view, turn);
+  status(problem === null ? "" : problem, problem !== null);
+  await keep();
+}
+
+// What was refused leaves the conversation; its text goes back to where it can be changed.
+function withdraw(view, problem) {
+  const turns = conversation.turns;
+  const refused = turns.at(-1)?.role === "user" ? turns.pop() : null;
+  view.fail(problem, refused === null ? null : () => send());
+  status(problem, true);
+  if (refused !== null && !$("input").value) {
+    $("input").value = refused.text;
+    images = refused.images;
+    showImages();
+    grow();
+  }
+}
+
+function metaText(usage, reason, firstMs, restMs) {
+  const parts = [];
+  if (usage) {
+    const { completion_tokens: made, prompt_tokens: read } = usage;
+    const cached = usage.prompt_tokens_details.cached_tokens;
+    const thought = usage.completion_tokens_details.reasoning_tokens;
+    parts.push(`${read} in (${cached} cached), ${made} out${thought ? ` (${thought} thought)` : ""}`);
+    if (made > 1 && restMs > 0) {
+      const speed = ((made - 1) / (restMs / 1000)).toFixed(1);
+      parts.push(`first after ${(firstMs / 1000).toFixed(2)} s`, `${speed} tokens/s`);
+    }
+  }
+  if (reason && reason !== "stop") parts.push(reason.replace("_", " "));
+  return parts.join(" · ");
+}
+
+function askResults(view, turn) {
+  const { calls } = turn.answers[turn.chosen];
+  if (!calls.length || conversation.turns.at(-1) !== turn) return;
+  view.askResults(calls, (results) => {
+    calls.forEach((call, index) =>
+      conversation.turns.push({ role: "tool", tool_call_id: call.id, content: results[index] }),
+    );
+    answer();
+  });
 }
 
 function setRunning(is) {
   $("send").hidden = is;
   $("stop").hidden = !is;
-  status(is ? "…" : "");
-}
-
-// --- views ------------------------------------------------------------------------------------
-
-function userView(text, pictures) {
-  const article = element("article", "user");
-  for (const url of pictures) {
-    const image = element("img");
-    image.src = url;
-    image.alt = "sent image";
-    article.append(image);
-  }
-  article.append(element("div", "text", text));
-  log.append(article);
-  log.scrollTop = log.scrollHeight;
-}
-
-function answerView() {
-  const article = element("article", "assistant");
-  const thought = element("details", "thought");
-  const summary = element("summary", "", "Thinking…");
-  const thoughtText = element("div");
-  thought.append(summary, thoughtText);
-  const body = element("div", "text");
-  const callBox = element("div");
-  const meta = element("div", "meta");
-  article.append(body, callBox, meta);
-  log.append(article);
-  let frame = 0;
-  let latest = [{ content: "" }, []];
-  let drawn = "";
-  function draw() {
-    frame = 0;
-    const [message, calls] = latest;
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    if (message.reasoning_content) {
-      if (!thought.isConnected) article.prepend(thought);
-      thoughtText.textContent = message.reasoning_content;
-      if (message.content || calls.length) summary.textContent = "Thought";
-    }
-    if (message.content !== drawn) body.replaceChildren(...markdown(message.content));
-    drawn = message.content;
-    callBox.replaceChildren(...calls.map(callView));
-    if (atEnd) log.scrollTop = log.scrollHeight;
-  }
-  return {
-    // Once a frame of the screen, however many chunks have come.
-    show(message, calls) {
-      latest = [message, calls];
-      frame ||= requestAnimationFrame(draw);
-    },
-    flush() {
-      if (frame) cancelAnimationFrame(frame);
-      draw();
-    },
-    fail(text) {
-      article.append(element("p", "error", text));
-    },
-    meta(usage, reason, firstMs, restMs) {
-      if (summary.textContent === "Thinking…") summary.textContent = "Thought";
-      const parts = [];
-      if (usage) {
-        const { completion_tokens: made, prompt_tokens: read } = usage;
-        const cached = usage.prompt_tokens_details.cached_tokens;
-        const thought = usage.completion_tokens_details.reasoning_tokens;
-        parts.push(`${read} in (${cached} cached), ${made} out${thought ? ` (${thought} thought)` : ""}`);
-        if (made > 1 && restMs > 0) parts.push(`first after ${(firstMs / 1000).toFixed(2)} s`, `${((made - 1) / (restMs / 1000)).toFixed(1)} tokens/s`);
-      }
-      if (reason && reason !== "stop") parts.push(reason.replace("_", " "));
-      meta.replaceChildren(element("span", "", parts.join(" · ")));
-      const again = element("button", "again", "Again");
-      again.type = "button";
-      again.title = "Answer once more (Ctrl+Shift+R)";
-      again.onclick = regenerate;
-      const copy = element("button", "", "Copy");
-      copy.type = "button";
-      copy.onclick = () => navigator.clipboard.writeText(drawn);
-      for (const old of log.querySelectorAll("button.again")) old.remove();
-      meta.append(again, copy);
-    },
-    askResults(calls) {
-      const form = element("form", "call");
-      const inputs = calls.map((call) => {
-        const input = element("input");
-        input.placeholder = `Result of ${call.function.name}`;
-        form.append(input);
-        return input;
-      });
-      const send = element("button", "", "Send results");
-      form.append(send);
-      form.onsubmit = (event) => {
-        event.preventDefault();
-        form.remove();
-        calls.forEach((call, index) => turns.push({ role: "tool", tool_call_id: call.id, content: inputs[index].value }));
-        answer();
-      };
-      callBox.append(form);
-      inputs[0].focus();
-      log.scrollTop = log.scrollHeight;
-    },
-  };
-}
-
-function callView(call) {
-  const box = element("div", "call");
-  box.append(element("strong", "", call.function.name), element("pre", "", pretty(call.function.arguments)));
-  return box;
-}
-
-function pretty(json) {
-  try {
-    return JSON.stringify(JSON.parse(json), null, 2);
-  } catch {
-    return json;
-  }
+  if (is) status("Answering…");
+  else if ($("status").textContent === "Answering…") status("");
 }
 
 // --- actions ----------------------------------------------------------------------------------
@@ -268,33 +346,55 @@ function pretty(json) {
 function send() {
   const text = $("input").value.trim();
   if (running || (!text && !images.length)) return;
-  const content = images.length
-    ? [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }]
-    : text;
-  turns.push({ role: "user", content });
-  userView(text, images);
+  // What failed before stands no longer.
+  for (const failed of log.querySelectorAll("article.assistant:has(> .error:first-child)")) {
+    if (!failed.querySelector(".meta span")) {
+      if (failed.previousElementSibling?.classList.contains("user")) failed.previousElementSibling.remove();
+      failed.remove();
+    }
+  }
+  // A form whose calls nobody answered: they count as answered with nothing.
+  for (const form of log.querySelectorAll("form.call")) form.remove();
+  const turn = { role: "user", text, images };
+  conversation.turns.push(turn);
+  const index = conversation.turns.length - 1;
+  userView(turn, (changed) => resend(index, changed));
   images = [];
   showImages();
   $("input").value = "";
   grow();
+  status("");
+  answer();
+}
+
+// A changed message goes on from its place; the conversation as it was stays in the list.
+async function resend(index, text) {
+  if (running || !text.trim()) return;
+  const former = conversation;
+  const { images: kept } = former.turns[index];
+  if (former.turns.length > index + 1) {
+    await store.save({ ...former, title: `${former.title} (before the change)` });
+  } else {
+    await store.remove(former.id);
+  }
+  conversation = { ...store.fresh(), title: former.title, turns: former.turns.slice(0, index) };
+  conversation.turns.push({ role: "user", text: text.trim(), images: kept });
+  redraw();
   answer();
 }
 
 function regenerate() {
   if (running) return;
-  while (turns.length && turns.at(-1).role !== "user") turns.pop();
-  if (!turns.length) return;
-  while (log.lastElementChild && !log.lastElementChild.classList.contains("user")) log.lastElementChild.remove();
-  answer();
-}
-
-function renew() {
-  running?.abort();
-  turns = [];
-  images = [];
-  showImages();
-  log.replaceChildren();
-  $("input").focus();
+  const turns = conversation.turns;
+  while (turns.length && turns.at(-1).role === "tool") turns.pop();
+  if (turns.at(-1)?.role !== "assistant") {
+    if (turns.length) answer();
+    return;
+  }
+  const turn = turns.pop();
+  turn.beside = false;
+  redraw();
+  answer(turn);
 }
 
 function grow() {
@@ -304,12 +404,12 @@ function grow() {
 }
 
 async function addImages(files) {
-  if ($("attach").hidden) {
-    if (files.length) status("This model takes no images.", true);
+  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
+  if (pictures.length && !imagesTaken) {
+    status("This model takes no images.", true);
     return;
   }
-  for (const file of files) {
-    if (!file.type.startsWith("image/")) continue;
+  for (const file of pictures) {
     const reader = new FileReader();
     const done = new Promise((resolve) => (reader.onload = resolve));
     reader.readAsDataURL(file);
@@ -322,14 +422,16 @@ async function addImages(files) {
 function showImages() {
   $("images").replaceChildren(
     ...images.map((url, index) => {
+      const node = button("", `Remove image ${index + 1}`, () => {
+        images = images.filter((_, other) => other !== index);
+        showImages();
+        $("input").focus();
+      }, "thumbnail");
       const image = element("img");
       image.src = url;
-      image.title = "Click to remove";
-      image.onclick = () => {
-        images.splice(index, 1);
-        showImages();
-      };
-      return image;
+      image.alt = "";
+      node.append(image);
+      return node;
     }),
   );
 }
@@ -347,7 +449,33 @@ $("input").onkeydown = (event) => {
     send();
   }
 };
-$("file").onchange = () => addImages($("file").files);
+$("attach").onclick = () => $("file").click();
+$("file").onchange = async () => {
+  await addImages($("file").files);
+  $("file").value = "";
+};
+$("export").onclick = async () => {
+  const blob = new Blob([store.exportText(await store.list())], { type: "application/json" });
+  const link = element("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = "conversations.json";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+};
+$("import").onclick = () => $("import-file").click();
+$("import-file").onchange = async () => {
+  const [file] = $("import-file").files;
+  if (!file) return;
+  try {
+    const found = store.readExport(await file.text());
+    for (const one of found) await store.save(one);
+    status(`${found.length} conversations imported.`);
+  } catch (error) {
+    status(error.message, true);
+  }
+  $("import-file").value = "";
+  await showList();
+};
 document.onpaste = (event) => addImages(event.clipboardData.files);
 document.ondragover = (event) => {
   event.preventDefault();
@@ -361,7 +489,7 @@ document.ondrop = (event) => {
 };
 document.onkeydown = (event) => {
   if (event.key === "Escape") running?.abort();
-  if (event.ctrlKey && event.key === ",") toggleSettings();
+  if (event.ctrlKey && event.key === ",") toggle("settings");
   if (event.ctrlKey && event.shiftKey && event.key === "O") renew();
   if (event.ctrlKey && event.shiftKey && event.key === "R") {
     event.preventDefault();
