@@ -21,7 +21,7 @@ from server.conftest import MakeBench
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
 # What is read as it is and bounded by its size when it is compiled.
-FREE = {"parameters", "schema"}
+FREE = {"parameters", "schema", "input_schema", "input"}
 
 
 def unbounded(schema: Any, path: str = "") -> Iterator[str]:
