@@ -154,11 +154,11 @@ def test_nothing_is_read_twice_where_nothing_was_touched(
     with pytest.raises(_KilledError):
         quantize(job_restarted(tmp_path / "copy"), _kill_after_done)
 
-    def refuse(tensor: torch.Tensor) -> str:
+    def refuse(tensor: torch.Tensor) -> int:
         raise AssertionError("content was read although the file is as it was")
 
     monkeypatch.setattr("halfbyte.quantize.source_proof.Reading.note", lambda *_: None)
-    monkeypatch.setattr("halfbyte.quantize.source_proof._digest", refuse)
+    monkeypatch.setattr("halfbyte.quantize.source_proof._checksum", refuse)
     monkeypatch.setattr(Staging, "publish", lambda _: None)
     quantize(job(tmp_path / "copy"))
 

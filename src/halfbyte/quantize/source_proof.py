@@ -1,14 +1,14 @@
 """The proof that a source stayed the same from the first tensor read to the last.
 
 A run that was killed goes on days later, and what it had read by then must be what is there now:
-otherwise it publishes a mixture of two models. Every step notes a hash of each tensor as it was
+otherwise it publishes a mixture of two models. Every step notes a checksum of each tensor as it was
 read, and what the system said of the files just before. As long as the system still says the same
 (a write changes it, even one that puts the old time back), nothing is read again; otherwise, as
 after the files were moved, content decides.
 """
 
-import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,21 +31,21 @@ class Reading:
         self._checkpoint = checkpoint
         self._names = tuple(names)
         self._files = _file_states({checkpoint.shard(name) for name in self._names})
-        self._hashes: dict[str, str] = {}
+        self._sums: dict[str, int] = {}
 
     def note(self, name: str, tensor: Tensor) -> None:
-        """Hash a tensor as `Checkpoint.tensor` gave it."""
-        self._hashes[name] = _digest(tensor)
+        """Sum up a tensor as `Checkpoint.tensor` gave it."""
+        self._sums[name] = _checksum(tensor)
 
     def entry(self) -> dict[str, Any]:
-        """For the journal: hashes by canonical name and the state of the files, as JSON values.
+        """For the journal: checksums by canonical name, the state of the files, as JSON values.
 
         What nobody noted is read for it: the scales of the layer, which are single numbers.
         """
         for name in self._names:
-            if name not in self._hashes:
+            if name not in self._sums:
                 self.note(name, self._checkpoint.tensor(name))
-        return {"tensors": self._hashes, "files": self._files}
+        return {"tensors": self._sums, "files": self._files}
 
 
 def require_unchanged(
@@ -56,22 +56,23 @@ def require_unchanged(
     entries   what `Reading.entry` gave
     """
     for entry in entries:
-        hashes, then = entry["tensors"], entry["files"]
-        now = _file_states({checkpoint.shard(name) for name in hashes if name in checkpoint})
-        for name, wanted in hashes.items():
+        sums, then = entry["tensors"], entry["files"]
+        now = _file_states({checkpoint.shard(name) for name in sums})
+        for name, wanted in sums.items():
             shard = checkpoint.shard(name)
             if then.get(shard.name) == now[shard.name]:
                 continue
             budget.check(checkpoint.num_bytes(name))
-            if _digest(checkpoint.tensor(name)) != wanted:
+            if _checksum(checkpoint.tensor(name)) != wanted:
                 raise UsageError(
                     f"{shard}: {checkpoint.foreign(name)} has changed since an unfinished run read "
                     "it. Go back to what it was, or drop that run with --restart"
                 )
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(bytes_of(tensor.contiguous())).hexdigest()
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32: to notice a change, not to withstand one who forges; thrice as fast as SHA-256."""
+    return zlib.crc32(bytes_of(tensor.contiguous()))
 
 
 def _file_states(paths: Iterable[Path]) -> dict[str, list[int]]:
