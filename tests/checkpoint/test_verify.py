@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from golden_models import MODELS
 from halfbyte.checkpoint.metadata import hub_config
 from halfbyte.checkpoint.verify import check_rope, verify, verify_checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
@@ -20,7 +21,6 @@ from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.modules import decoder_linears
 
-GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 LAYERS = "model.language_model.layers"
 Tensors = dict[str, Tensor]
 
@@ -381,9 +381,7 @@ def test_an_fp8_source_against_its_bf16(make: Any, tmp_path: Path) -> None:
     assert hub_config(make.full)
 
 
-@pytest.mark.shared
-@pytest.mark.skipif(not GOLDEN.exists(), reason="reference data is not beside the repository")
-@pytest.mark.parametrize("model", ["modelopt-tiny", "modelopt-tiny-fp8"])
-def test_the_references_exports_are_sound(model: str) -> None:
-    report = verify(GOLDEN / model / "export", GOLDEN / model / "source")
+@pytest.mark.parametrize("model", MODELS)
+def test_the_references_exports_are_sound(golden_model: Callable[[str], Path], model: str) -> None:
+    report = verify(golden_model(model) / "export", golden_model(model) / "source")
     assert report.is_sound, report.problems
