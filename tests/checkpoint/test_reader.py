@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from golden_models import MODELS
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.names import LAYOUTS, Dialect, Layout
 from halfbyte.checkpoint.reader import Checkpoint
@@ -16,7 +18,6 @@ from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.modules import decoder_linears, linears
 
-GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 ALL = [
     (layout, dialect)
     for layout in LAYOUTS
@@ -200,15 +201,14 @@ def test_no_such_directory(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "nothing")
 
 
-@pytest.mark.shared
-@pytest.mark.skipif(not GOLDEN.exists(), reason="reference data is not beside the repository")
-@pytest.mark.parametrize("model", ["modelopt-tiny", "modelopt-tiny-fp8"])
-def test_the_references_exports_open(model: str) -> None:
-    source = Checkpoint.open(GOLDEN / model / "source")
-    export = Checkpoint.open(GOLDEN / model / "export")
+@pytest.mark.parametrize("model", MODELS)
+def test_the_references_exports_open(golden_model: Callable[[str], Path], model: str) -> None:
+    folder = golden_model(model)
+    source = Checkpoint.open(folder / "source")
+    export = Checkpoint.open(folder / "export")
     assert export.config == source.config
     assert export.quantization.kv_cache == "fp8"
-    shards = {**json.loads((GOLDEN / model / "versions.json").read_text())}
+    shards = {**json.loads((folder / "versions.json").read_text())}
     assert len(export.quantization.formats) == 7 * shards["parameters"]["layers"]
     for linear in decoder_linears(source.config):
         a = source.decoded(linear.name, torch.float32)

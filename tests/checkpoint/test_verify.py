@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from golden_models import MODELS
 from halfbyte.checkpoint.metadata import hub_config
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import check_rope, verify, verify_checkpoint
@@ -24,7 +25,6 @@ from halfbyte.formats.fp8 import encode_fp8, fp8_scale
 from halfbyte.formats.nvfp4 import encode_nvfp4, encode_nvfp4_with, nvfp4_tensor_scale
 from halfbyte.modules import decoder_linears
 
-GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 LAYERS = "model.language_model.layers"
 Tensors = dict[str, Tensor]
 
@@ -385,11 +385,9 @@ def test_an_fp8_source_against_its_bf16(make: Any, tmp_path: Path) -> None:
     assert hub_config(make.full)
 
 
-@pytest.mark.shared
-@pytest.mark.skipif(not GOLDEN.exists(), reason="reference data is not beside the repository")
-@pytest.mark.parametrize("model", ["modelopt-tiny", "modelopt-tiny-fp8"])
-def test_the_references_exports_are_sound(model: str) -> None:
-    report = verify(GOLDEN / model / "export", GOLDEN / model / "source")
+@pytest.mark.parametrize("model", MODELS)
+def test_the_references_exports_are_sound(golden_model: Callable[[str], Path], model: str) -> None:
+    report = verify(golden_model(model) / "export", golden_model(model) / "source")
     assert report.is_sound, report.problems
 
 

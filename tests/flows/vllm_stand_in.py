@@ -34,7 +34,7 @@ CHAT_FIELDS = {
     "min_tokens", "ignore_eos", "max_completion_tokens", "stream", "stream_options", "logprobs",
     "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format",
     "structured_outputs", "reasoning_effort", "thinking_token_budget", "continue_final_message",
-    "add_generation_prompt", "return_tokens_as_token_ids",
+    "add_generation_prompt", "return_tokens_as_token_ids", "skip_special_tokens",
 }  # fmt: skip
 TEXT_FIELDS = (CHAT_FIELDS - {"messages", "max_completion_tokens", "top_logprobs"}) | {
     "prompt", "max_tokens", "prompt_logprobs", "add_special_tokens",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Ministral3ForCausalLM
 
 import tolerances
 from bounded import relative
+from golden_models import MODELS
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import RopeConfig
 from halfbyte.kernels.dispatch import Rotation
@@ -23,7 +25,6 @@ from halfbyte.model.linear import Mode
 from halfbyte.model.load import load_decoder, load_layer
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 TAPS = ["attention.input", "attention.k", "attention.v", "attention.o.input", "mlp.input"]
 
 
@@ -138,8 +139,7 @@ def test_a_plain_llama_geometry(directory: Path) -> None:
     assert relative(ours, exact) <= tolerances.TIMES_PLAIN * relative(theirs, exact)
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize("name", ["modelopt-tiny", "modelopt-tiny-fp8"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("part", "kind", "mode", "dtype", "bound"),
     [
@@ -152,13 +152,18 @@ def test_a_plain_llama_geometry(directory: Path) -> None:
     ],
 )
 def test_golden_logits(
-    name: str, part: str, kind: str, mode: Mode, dtype: torch.dtype, bound: float
+    golden_model: Callable[[str], Path],
+    name: str,
+    part: str,
+    kind: str,
+    mode: Mode,
+    dtype: torch.dtype,
+    bound: float,
 ) -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip("golden data is kept beside the repository")
-    golden = load_file(GOLDEN / name / "golden-forward.safetensors")
+    folder = golden_model(name)
+    golden = load_file(folder / "golden-forward.safetensors")
     expected = golden[f"logits.{kind}.text"].float()
-    decoder = load_decoder(Checkpoint.open(GOLDEN / name / part), mode=mode, dtype=dtype)
+    decoder = load_decoder(Checkpoint.open(folder / part), mode=mode, dtype=dtype)
     logits = run(decoder, golden["eval_input_ids"], stored_kv=mode == "declared")
     assert relative(logits, expected) <= bound
     log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)

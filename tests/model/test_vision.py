@@ -1,5 +1,6 @@
 """The vision part against transformers on random weights at odd sizes, and golden logits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import Mistral3ForConditionalGeneration
 
 import tolerances
 from bounded import relative
+from golden_models import MODELS
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import ModelConfig
 from halfbyte.errors import FormatError
@@ -22,7 +24,6 @@ from halfbyte.model.load import load_decoder, load_vision
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.model.vision import VisionModel, merge_patches, patch_rotation
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 IMAGE = 10
 # Pixels (height, width): smallest that transformers takes (it fails on one merged patch), a wide
 # strip, a tall one, beyond the trained size.
@@ -168,8 +169,7 @@ def with_images(
     return logits
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize("name", ["modelopt-tiny", "modelopt-tiny-fp8"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("part", "kind", "mode", "dtype", "bound"),
     [
@@ -180,12 +180,17 @@ def with_images(
     ],
 )
 def test_golden_image_logits(
-    name: str, part: str, kind: str, mode: Mode, dtype: torch.dtype, bound: float
+    golden_model: Callable[[str], Path],
+    name: str,
+    part: str,
+    kind: str,
+    mode: Mode,
+    dtype: torch.dtype,
+    bound: float,
 ) -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip("golden data is kept beside the repository")
-    golden = load_file(GOLDEN / name / "golden-forward.safetensors")
-    checkpoint = Checkpoint.open(GOLDEN / name / part)
+    folder = golden_model(name)
+    golden = load_file(folder / "golden-forward.safetensors")
+    checkpoint = Checkpoint.open(folder / part)
     vectors = ours(checkpoint, dtype)([golden["image_pixel_values"][0]])[0]
     decoder = load_decoder(checkpoint, mode=mode, dtype=dtype)
     ids = golden["image_input_ids"][0].tolist()

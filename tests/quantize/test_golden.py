@@ -1,19 +1,21 @@
-"""Whole exports against Model Optimizer's, as checkpoint-format reference section 10 asks.
+"""Whole exports against Model Optimizer's, as checkpoint-format reference section 10 asks."""
 
-The golden data is kept beside the repository; formats are held to a subset of it in tests/formats.
-"""
-
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from golden_models import DATA, MODELS
 from halfbyte.calibrate.stream import KEYS, READERS, VALUES, LayerStatistics
+from halfbyte.checkpoint.inventory import expected_tensors
+from halfbyte.checkpoint.metadata import read_config
+from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.formats.fp8 import Profile
 from halfbyte.modules import decoder_linears
@@ -24,13 +26,7 @@ from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 from tolerances import OWN_FORWARD_SCALE, OWN_FORWARD_SCALE_MOST
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-MODELS = ("modelopt-tiny", "modelopt-tiny-fp8")
-
-pytestmark = [
-    pytest.mark.shared,
-    pytest.mark.skipif(not GOLDEN.is_dir(), reason="no ../shared/golden beside the repository"),
-]
+GoldenModel = Callable[[str], Path]
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
@@ -50,15 +46,18 @@ def is_measured(name: str) -> bool:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_export_is_the_reference_export(model: str, tmp_path: Path) -> None:
+def test_export_is_the_reference_export(
+    golden_model: GoldenModel, model: str, tmp_path: Path
+) -> None:
+    golden = golden_model(model)
     config = QuantizeConfig(
-        source=GOLDEN / model / "source",
+        source=golden / "source",
         output=tmp_path / "out",
         recipe=load_recipe("medium-3.5"),
-        calibration_tokens=GOLDEN / model / "calibration.safetensors",
+        calibration_tokens=golden / "calibration.safetensors",
     )
     quantize(config)
-    ours, theirs = tensors_of(tmp_path / "out"), tensors_of(GOLDEN / model / "export")
+    ours, theirs = tensors_of(tmp_path / "out"), tensors_of(golden / "export")
     assert ours.keys() == theirs.keys()
     far = 0
     for name, expected in theirs.items():
@@ -71,7 +70,7 @@ def test_export_is_the_reference_export(model: str, tmp_path: Path) -> None:
         far += error > OWN_FORWARD_SCALE_MOST
     assert far < sum(map(is_measured, theirs)) / 4
     for file in ("config.json", "hf_quant_config.json"):
-        assert _facts(tmp_path / "out" / file) == _facts(GOLDEN / model / "export" / file)
+        assert _facts(tmp_path / "out" / file) == _facts(golden / "export" / file)
     assert Checkpoint.open(tmp_path / "out").quantization.dialect == "modelopt"
 
 
@@ -85,16 +84,24 @@ def _facts(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "model, profile",
-    [("modelopt-tiny", "ieee"), ("modelopt-tiny", "cuda"), ("modelopt-tiny-fp8", "ieee")],
+    [
+        (model, profile)
+        for model in MODELS
+        for profile in ("ieee", "cuda")
+        if (model, profile) != ("modelopt-tiny-fp8", "cuda")  # the reference has none
+    ],
 )
-def test_recorded_maxima_give_the_reference_bytes(model: str, profile: Profile) -> None:
-    recorded = load_file(GOLDEN / model / "amax-before-export.safetensors")
-    checkpoint = Checkpoint.open(GOLDEN / model / "source")
+def test_recorded_maxima_give_the_reference_bytes(
+    golden_model: GoldenModel, model: str, profile: Profile
+) -> None:
+    golden = golden_model(model)
+    recorded = load_file(golden / "amax-before-export.safetensors")
+    checkpoint = Checkpoint.open(golden / "source")
     plan = make_plan(load_recipe("medium-3.5"), checkpoint.config)
     expected = (
-        tensors_of(GOLDEN / model / "export")
+        tensors_of(golden / "export")
         if profile == "ieee"
-        else load_file(GOLDEN / model / "export-cuda-subset.safetensors")
+        else load_file(golden / "export-cuda-subset.safetensors")
     )
     compared = 0
     for layer in range(checkpoint.config.text.num_layers):
@@ -111,6 +118,38 @@ def test_recorded_maxima_give_the_reference_bytes(model: str, profile: Profile) 
     quantized = [name for name in expected if "layers." in name and "norm" not in name]
     assert compared == len([name for name in quantized if "language_model" in name])
     assert compared > len(decoder_linears(checkpoint.config))
+
+
+@pytest.mark.parametrize("profile", ["ieee", "cuda"])
+def test_the_hardest_bf16_layer_has_the_reference_bytes(tmp_path: Path, profile: Profile) -> None:
+    """Zero blocks, ties and scales at their limits, from BF16; all other weights are ones."""
+    kept = DATA / "golden" / "modelopt-tiny"
+    tmp_path.joinpath("config.json").write_bytes(
+        (DATA / "checkpoint/modelopt-tiny/source-config.json").read_bytes()
+    )
+    config, quantization, _ = read_config(tmp_path)
+    source = load_file(kept / "source-layer-4.safetensors")
+    ones = {
+        foreign_name(name, "hf", "none"): torch.ones(want.shape, dtype=torch.bfloat16)
+        for name, want in expected_tensors(config, quantization).items()
+    }
+    assert source.keys() < ones.keys()
+    save_file({**ones, **source}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    plan = make_plan(load_recipe("medium-3.5"), config)
+    recorded = load_file(kept / "amax-before-export.safetensors")
+    statistics = LayerStatistics(4, _observed(recorded, 4))
+    made = cache_scales(4, statistics, profile, "amax")
+    for linear in quantize_layer(checkpoint, 4, plan, statistics, profile, torch.device("cpu")):
+        made |= linear.tensors
+    found = {_reference_name(name): _described(tensor) for name, tensor in made.items()}
+    expected = json.loads((kept / "export-layer-4.json").read_text())[profile]
+    assert len(expected) == 20 and {name: found[name] for name in expected} == expected
+
+
+def _described(tensor: Tensor) -> list[Any]:
+    raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(raw).hexdigest()]
 
 
 def _observed(recorded: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

@@ -1,9 +1,15 @@
 """Sources and readers of others: Mistral's own layout in, transformers on the other side."""
 
+import dataclasses
+import importlib
+import importlib.util
 import json
 import math
 import re
 import shutil
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +25,18 @@ from torch import Tensor
 
 from halfbyte.chat.images import ImageLayout, to_pixels
 from halfbyte.chat.processor import processor_layout
+from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import verify
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import decoder_linears
+from halfbyte.quantize.export import export_files
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
+from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 
+DATA = Path(__file__).parent.parent / "data"
 RECIPE = load_recipe("medium-3.5")
 LAYERS = 6
 CONFIG = tiny_config(layers=LAYERS, vision=True)
@@ -193,12 +203,44 @@ def test_the_exported_processor_merges_patches_as_the_model_does(exports: Path) 
     assert layout.patch_pixels == 2 * 14 and layout.max_side_pixels == 280
 
 
+@pytest.fixture
+def read_processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
+    """`PixtralProcessor` of a folder, with its Pillow pixels.
+
+    Its file imports torchvision for the other pixels, which are not asked for here; an empty module
+    stands in where torchvision is not installed.
+    """
+    transformers = pytest.importorskip("transformers")
+    if importlib.util.find_spec("torchvision") is None:
+        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        functional = types.ModuleType("torchvision.transforms.v2.functional")
+        monkeypatch.setattr(
+            sys.modules["torchvision.transforms.v2"], "functional", functional, raising=False
+        )
+    module = importlib.import_module("transformers.models.pixtral.processing_pixtral")
+
+    def read(folder: Path) -> Any:
+        settings = json.loads((folder / "processor_config.json").read_text())
+        assert settings.pop("processor_class") == "PixtralProcessor"
+        return module.PixtralProcessor(
+            image_processor=transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"),
+            # Where it sees a tekken.json a newer release takes mistral-common unless told not to.
+            tokenizer=transformers.AutoTokenizer.from_pretrained(folder, mistral_format=False),
+            **settings,
+        )
+
+    return read
+
+
 @pytest.mark.parametrize("width, height", [(27, 29), (100, 61), (641, 479)])
 def test_transformers_makes_the_image_tokens_that_we_make(
-    exports: Path, tmp_path: Path, width: int, height: int
+    exports: Path,
+    tmp_path: Path,
+    read_processor: Callable[[Path], Any],
+    width: int,
+    height: int,
 ) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torchvision", reason="transformers' PixtralProcessor needs torchvision")
     names = ["<unk>", "<s>", "</s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "see"]
     vocabulary = {name: number for number, name in enumerate(names)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -209,8 +251,7 @@ def test_transformers_makes_the_image_tokens_that_we_make(
     (tmp_path / "out/tekken.json").unlink()
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
     (tmp_path / "out/tokenizer_config.json").write_text(json.dumps(settings))
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
-    assert type(processor).__name__ == "PixtralProcessor"
+    processor = read_processor(tmp_path / "out")
     picture = Image.new("RGB", (width, height), "red")
     made = processor(text="see [IMG]", images=[picture])
     layout = processor_layout(tmp_path / "out", vocabulary)
@@ -219,6 +260,54 @@ def test_transformers_makes_the_image_tokens_that_we_make(
     ids = torch.as_tensor(made["input_ids"]).flatten().tolist()
     assert ids == [6, *layout.tokens(columns, rows)]
     assert tuple(made["pixel_values"].shape[-2:]) == (rows * 28, columns * 28)
+
+
+def made_files(directory: Path) -> dict[str, bytes]:
+    checkpoint = Checkpoint.open(directory)
+    return export_files(checkpoint, make_plan(RECIPE, checkpoint.config))
+
+
+def with_tekken(directory: Path, *, vision: bool = True) -> Path:
+    config = tiny_config(layers=LAYERS, vision=vision)
+    text = dataclasses.replace(config.text, vocab_size=800)
+    write_tiny_checkpoint(
+        directory, config=dataclasses.replace(config, text=text), dialect="mistral-fp8"
+    )
+    shutil.copy(DATA / "chat/tekken/tekken.json", directory)
+    return directory
+
+
+@pytest.mark.parametrize("has_settings", [False, True])
+def test_transformers_places_pictures_by_the_files_made_of_a_tekken_json(
+    tmp_path: Path, read_processor: Callable[[Path], Any], has_settings: bool
+) -> None:
+    """What vLLM does at its start: the text of an image token, and a picture, to the processor."""
+    source = with_tekken(tmp_path / "source")
+    plain = made_files(with_tekken(tmp_path / "text", vision=False))
+    if has_settings:
+        (source / "tokenizer_config.json").write_text('{"eos_token": "</s>", "kept": 1}')
+    for name, content in made_files(source).items():
+        (tmp_path / name).write_bytes(content)
+    if has_settings:
+        assert json.loads((tmp_path / "tokenizer_config.json").read_text())["kept"] == 1
+    processor = read_processor(tmp_path)
+    chat = load_chat(tmp_path)
+    assert chat.image_layout is not None
+    layout = processor_layout(tmp_path, chat.vocabulary.control)
+    assert layout is not None
+    made = processor(text="é[IMG]x", images=[Image.new("RGB", (100, 61), "red")])
+    ids = torch.as_tensor(made["input_ids"]).flatten().tolist()
+    columns, rows = layout.grid(100, 61)
+    encode = chat.vocabulary.encode_text
+    assert ids == [*encode("é"), *layout.tokens(columns, rows), *encode("x")]
+    control = chat.vocabulary.control
+    assert {control["[IMG]"], control["[IMG_BREAK]"], control["[IMG_END]"]} <= set(ids)
+    # A model without a tower, and one that has a tokenizer.json, get none of this.
+    assert not {"tokenizer.json", "chat_template.jinja", "processor_config.json"} & set(plain)
+    (source / "tokenizer.json").write_text("{}")
+    files = made_files(source)
+    assert files["tokenizer.json"] == b"{}" and "chat_template.jinja" not in files
+    assert "processor_config.json" not in files
 
 
 def test_transformers_loads_what_was_passed_through(exports: Path) -> None:

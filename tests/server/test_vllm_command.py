@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,33 @@ from halfbyte.chat.tokens import load_chat
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
-from halfbyte.server.vllm_command import VllmOptions, VllmPlan, plan_vllm
+from halfbyte.server.vllm_command import (
+    VllmOptions,
+    VllmPlan,
+    completed,
+    lacks_hub_tokenizer,
+    plan_vllm,
+)
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of our export's kind: hub layout, tekken.json, images."""
+def blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hub layout, tekken.json, images, but nothing that turns text into the image token."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     config = tiny_config(layers=2, vision=True)
     text = dataclasses.replace(config.text, vocab_size=800)
     write_tiny_checkpoint(path, config=dataclasses.replace(config, text=text))
     shutil.copy(DATA / "tekken" / "tekken.json", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def seeing(blind: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of our export's kind."""
+    path = tmp_path_factory.mktemp("seeing")
+    shutil.copytree(completed(blind, tmp_path_factory.mktemp("links")), path, dirs_exist_ok=True)
     return path
 
 
@@ -43,10 +58,9 @@ def test_model_with_thoughts_tools_and_images(seeing: Path) -> None:
         "port": 8001,
         "config-format": "hf",
         "load-format": "safetensors",
-        "tokenizer-mode": "mistral",
+        "tokenizer-mode": "hf",
         "enable-auto-tool-choice": True,
         "tool-call-parser": "mistral",
-        "reasoning-parser": "mistral",
         "reasoning-config": {"reasoning_start_str": "[THINK]", "reasoning_end_str": "[/THINK]"},
         "limit-mm-per-prompt": {"image": 5},
         "structured-outputs-config": {"backend": "guidance"},
@@ -54,6 +68,44 @@ def test_model_with_thoughts_tools_and_images(seeing: Path) -> None:
         "enable-prompt-tokens-details": True,
         "disable-uvicorn-access-log": True,
     }
+
+    # What vLLM's parser would take out is split off here, and typed names are guarded.
+    assert plan.thought_marks == ("[THINK]", "[/THINK]")
+    assert {"[IMG]", "[INST]", "</s>"} <= set(plan.control_names) and plan.warnings == planned(
+        seeing
+    ).warnings
+
+
+def test_without_a_tokenizer_json_vllm_starts_and_takes_no_pictures(blind: Path) -> None:
+    plan = planned(blind)
+    assert plan.flags["tokenizer-mode"] == plan.flags["reasoning-parser"] == "mistral"
+    assert plan.flags["limit-mm-per-prompt"] == {"image": 0}
+    assert any("tokenizer.json" in warning for warning in plan.warnings)
+    assert plan.thought_marks is None and plan.control_names == ()
+
+
+def test_the_missing_files_are_made_in_a_folder_of_links(blind: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in blind.iterdir()}
+    folder = completed(blind, tmp_path)
+    assert {path.name: path.read_bytes() for path in blind.iterdir()} == before
+    made = {path.name for path in folder.iterdir() if not path.is_symlink()}
+    assert made == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json",
+        "preprocessor_config.json",
+    }  # fmt: skip
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    assert (
+        not lacks_hub_tokenizer(folder) and planned(folder).warnings == planned(blind).warnings[:-1]
+    )
+
+
+def test_text_of_a_tekken_model_goes_through_mistral_common(tmp_path: Path) -> None:
+    config = tiny_config(layers=1)
+    text = dataclasses.replace(config.text, vocab_size=800)
+    write_tiny_checkpoint(tmp_path / "m", config=dataclasses.replace(config, text=text))
+    shutil.copy(DATA / "tekken" / "tekken.json", tmp_path / "m")
+    flags = planned(tmp_path / "m").flags
+    assert flags["tokenizer-mode"] == flags["reasoning-parser"] == "mistral"
 
 
 def test_plain_text_model(seeing: Path, tmp_path: Path) -> None:
@@ -149,3 +201,15 @@ def test_flags_of_the_other_engine_are_refused(
     ):
         assert main(["serve", str(seeing), *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_serving_makes_the_missing_files_beside_the_checkpoint_and_takes_them_away(
+    blind: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(["serve", str(blind), "--engine", "vllm", "--port", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "vLLM is not installed here" in said and "cannot place pictures" not in said
+    assert f"vLLM reads {tmp_path}/halfbyte-vllm-" in said
+    assert list(tmp_path.iterdir()) == []

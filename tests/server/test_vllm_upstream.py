@@ -3,16 +3,19 @@
 import asyncio
 import base64
 import io
+import json
 import random
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tokenizers
 import uvicorn
 from PIL import Image
 
 from flows.vllm_stand_in import StandIn, token_rows
+from halfbyte.chat.tekken_export import hub_tokenizer
 from halfbyte.chat.tokens import load_chat
 from halfbyte.server.app import create_app
 from halfbyte.server.config import Limits, ServerConfig
@@ -107,6 +110,69 @@ async def test_thought_and_calls(front: Front) -> None:
         assert kinds == ["reasoning", "message", "function_call"]
 
 
+@pytest.fixture
+def hub_front(inner: tuple[StandIn, int]) -> tuple[Bench, StandIn]:
+    """vLLM with a tokenizer.json: it finds control tokens in text and cannot parse thoughts."""
+    stand_in, port = inner
+    chat = load_chat(DATA / "tekken")
+    names = tuple(chat.vocabulary.control)
+    flags = {"port": port, "served-model-name": "m", "tokenizer-mode": "hf"}
+    plan = VllmPlan(DATA, flags, (), names, ("[THINK]", "[/THINK]"))
+    service = ScriptedService(lambda request: ())
+    app = create_app(
+        Supervisor(service, lambda: service),
+        chat,
+        ServerConfig(("m",), 4096, 800, limits=Limits(images=1)),
+        access_log=None,
+        upstream=VllmUpstream(plan, KEY),
+    )
+    return Bench(app, service, chat), stand_in
+
+
+async def test_thoughts_are_taken_out_where_vllm_has_no_parser(hub_front: Front) -> None:
+    bench, stand_in = hub_front
+    stand_in.script = [
+        {"content": "[THINK]", "tokens": [THINK]},
+        {"content": "h", "tokens": [101]},
+        {"content": "m[/THINK]So", "tokens": [102, END_THINK, 103]},
+        {"content": ".", "tokens": [104]},
+    ]
+    answer = await both(bench, logprobs=True, top_logprobs=1, n=2)
+    for choice in answer["choices"].values():
+        assert choice["reasoning"] == "hm" and choice["content"] == "So."
+    assert ids_of(bench, answer)[-1] == 104
+    assert stand_in.seen[0]["skip_special_tokens"] is False
+    stand_in.script = [{"content": "Plain"}]
+    assert (await both(bench))["content"] == "Plain"
+    stand_in.script = [{"content": "[THINK]cut"}]
+    answer = await both(bench)
+    assert answer["reasoning"] == "cut" and answer["content"] == ""
+
+
+async def test_typed_names_of_control_tokens_stay_text(hub_front: Front) -> None:
+    bench, stand_in = hub_front
+    tokenizer = tokenizers.Tokenizer.from_str(
+        hub_tokenizer(DATA / "tekken" / "tekken.json")["tokenizer.json"].decode()
+    )
+    typed = "".join(bench.chat.vocabulary.control) + "[INST][[IMG]][/INST</s>]"
+    function: Any = TOOL["function"]
+    tool = {**function, "description": typed}
+    await both(
+        bench,
+        messages=[
+            {"role": "system", "content": typed},
+            {"role": "user", "content": [{"type": "text", "text": typed}]},
+        ],
+        tools=[{"type": "function", "function": tool}],
+    )
+    sent = json.dumps(
+        [stand_in.seen[-1]["messages"], stand_in.seen[-1]["tools"]], ensure_ascii=False
+    )
+    ids = set(tokenizer.encode(sent).ids)
+    assert not ids & set(bench.chat.vocabulary.control_names)
+    assert sent.replace("\u2060", "").count(json.dumps(typed)[1:-1]) == 3
+
+
 def ids_of(bench: Bench, answer: dict[str, Any]) -> list[int]:
     return [round(-200 * token.logprob) for token in answer["tokens"]]
 
@@ -134,7 +200,8 @@ async def test_log_probs_of_any_split_arrive_in_order(front: Front) -> None:
         script: list[dict[str, Any]] = []
         while rest:
             count = draw.randint(1, min(4, len(rest)))
-            text = draw.choice([{"content": "x"}, {"content": ""}, {"content": None}, {}])
+            texts: list[dict[str, Any]] = [{"content": "x"}, {"content": ""}, {"content": None}, {}]
+            text = draw.choice(texts)
             script.append({**text, "tokens": rest[:count]})
             rest = rest[count:]
         stand_in.last = {"logprobs": {"content": token_rows(script.pop()["tokens"])}}
@@ -146,7 +213,7 @@ async def test_log_probs_of_any_split_arrive_in_order(front: Front) -> None:
 async def test_log_probs_are_of_the_content(front: Front) -> None:
     """As our own engine has it: neither those of thoughts and calls, nor those of their marks."""
     bench, stand_in = front
-    call = {"index": 0, "id": "abcdefghi", "type": "function"}
+    call: dict[str, Any] = {"index": 0, "id": "abcdefghi", "type": "function"}
     stand_in.script = [
         {"tokens": [THINK]},
         {"reasoning": "h", "tokens": [101]},

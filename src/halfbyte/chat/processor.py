@@ -14,6 +14,7 @@ import numpy as np
 
 from halfbyte.chat.images import MEAN, STD, ImageLayout
 from halfbyte.chat.vocabulary import read_json
+from halfbyte.config import VisionConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.log import logger
 
@@ -22,6 +23,9 @@ _TOKENS = {
     "image_break_token": "[IMG_BREAK]",
     "image_end_token": "[IMG_END]",
 }
+# What Pixtral's pixels are normalised by (chat format reference).
+_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # What the processor does unless its file says otherwise; other values are not implemented.
 _FIXED: dict[str, Any] = {
     "do_resize": True,
@@ -70,6 +74,38 @@ def processor_layout(directory: Path, control: Mapping[str, int]) -> ImageLayout
         end_token_id=control[names["image_end_token"]],
         whole_side=math.floor,
     )
+
+
+def processor_files(vision: VisionConfig, *, with_tokens: bool) -> dict[str, dict[str, Any]]:
+    """File name -> content of a Pixtral processor that does as we do, for servers that ask for one.
+
+    with_tokens  the checkpoint's image tokens are Tekken's, which processor_config.json says then
+    """
+    made: dict[str, dict[str, Any]] = {
+        "preprocessor_config.json": {
+            "image_processor_type": "PixtralImageProcessor",
+            "processor_class": "PixtralProcessor",
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": list(_IMAGE_MEAN),
+            "image_std": list(_IMAGE_STD),
+            "patch_size": {"height": vision.patch_size, "width": vision.patch_size},
+            "resample": 3,  # bicubic
+            "rescale_factor": 1 / 255,
+            "size": {"longest_edge": vision.image_size},
+        }
+    }
+    if with_tokens:
+        # The processor takes its patches from here, not from the file above, or 16 and no merging.
+        made["processor_config.json"] = {
+            "processor_class": "PixtralProcessor",
+            "patch_size": vision.patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+            **_TOKENS,
+        }
+    return made
 
 
 def _check_pixels(images: Mapping[str, Any], path: Path) -> None:

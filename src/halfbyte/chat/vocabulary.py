@@ -116,7 +116,7 @@ def tokenizer_json_vocabulary(directory: Path) -> Vocabulary:
     names = {token_id: token["content"] for token_id, token in added.items() if token["special"]}
     full = tokenizers.Tokenizer.from_str(json.dumps(description))
     size = max([*full.get_vocab(with_added_tokens=True).values()]) + 1
-    to_byte = _byte_level_alphabet()
+    to_byte = byte_level_alphabet()
 
     def bytes_of(token_id: int) -> bytes:
         if token_id in names:
@@ -194,7 +194,7 @@ def token_text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Character -> byte of the GPT-2 byte-level alphabet.
 
     Printable Latin-1 bytes stand for themselves; the other 68 take the code points from 256 on,

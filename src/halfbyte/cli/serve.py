@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -262,6 +263,7 @@ def run(args: argparse.Namespace) -> int:
         if args.admin_port is not None:
             admin_listener = stack.enter_context(listen(args.admin_host, args.admin_port))
         if args.engine == "vllm":
+            _complete_for_vllm(args, stack)
             plan, chat = _plan_vllm(args, names[0], limits.images, free_port())
             app = launch_vllm(plan, chat, front)
         else:
@@ -279,6 +281,20 @@ def run(args: argparse.Namespace) -> int:
 def _own_name(host: str) -> tuple[str, ...]:
     """The name given to --host: whoever listens on a name is asked for by it."""
     return () if not host.strip("0123456789.:abcdefABCDEF") else (host.lower(),)
+
+
+def _complete_for_vllm(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Let vLLM see a folder of links to the checkpoint where it needs files that are not there."""
+    from halfbyte.checkpoint.metadata import read_config
+    from halfbyte.log import logger
+    from halfbyte.server.vllm_command import completed, lacks_hub_tokenizer
+
+    config, _, _ = read_config(args.directory)
+    if config.vision is None or not lacks_hub_tokenizer(args.directory):
+        return
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="halfbyte-vllm-")))
+    args.directory = completed(args.directory, folder)
+    logger.info("vLLM reads %s: links, and a tokenizer.json made of tekken.json", folder)
 
 
 def _plan_vllm(

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from halfbyte.chat.processor import processor_files
+from halfbyte.chat.tekken_export import hub_tokenizer, needs_hub_tokenizer
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import Quantization, modelopt_configs
 from halfbyte.checkpoint.names import Layout, foreign_name
@@ -37,9 +39,6 @@ _NOT_COPIED = (
     "consolidated.safetensors.index.json",
     MANIFEST_NAME,
 )
-# What Pixtral's pixels are normalised by (chat format reference).
-_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -102,6 +101,8 @@ def export_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     )
     for name, content in _made_for_servers(checkpoint, files.keys()).items():
         files[name] = _json(content)
+    for name, text in _hub_tokenizer(checkpoint, files).items():
+        files.setdefault(name, text)
     files["config.json"] = _json(config)
     files["hf_quant_config.json"] = _json(older)
     return files
@@ -119,33 +120,27 @@ def _made_for_servers(checkpoint: Checkpoint, there: Iterable[str]) -> dict[str,
             "pad_token_id": text.pad_token_id,
         }
         made["generation_config.json"] = {k: v for k, v in tokens.items() if v is not None}
-    if vision is not None and not names & {"preprocessor_config.json", "processor_config.json"}:
-        made["preprocessor_config.json"] = {
-            "image_processor_type": "PixtralImageProcessor",
-            "processor_class": "PixtralProcessor",
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": list(_IMAGE_MEAN),
-            "image_std": list(_IMAGE_STD),
-            "patch_size": {"height": vision.patch_size, "width": vision.patch_size},
-            "resample": 3,  # bicubic
-            "rescale_factor": 1 / 255,
-            "size": {"longest_edge": vision.image_size},
-        }
-        # The processor takes its patches from here, not from the file above, or 16 and no merging.
-        # A hub source's own tokenizer decides what its images are.
-        if checkpoint.layout == "mistral":
-            made["processor_config.json"] = {
-                "processor_class": "PixtralProcessor",
-                "patch_size": vision.patch_size,
-                "spatial_merge_size": vision.spatial_merge_size,
-                "image_token": "[IMG]",
-                "image_break_token": "[IMG_BREAK]",
-                "image_end_token": "[IMG_END]",
-            }
+    if vision is None:
+        return made
+    # A hub source's own tokenizer decides what its images are, unless Tekken is all that it has.
+    has_none = not names & {"preprocessor_config.json", "processor_config.json"}
+    has_tekken_only = needs_hub_tokenizer(names)
+    is_ours_to_say = has_tekken_only or (has_none and checkpoint.layout == "mistral")
+    for name, content in processor_files(vision, with_tokens=is_ours_to_say).items():
+        if has_none or (has_tekken_only and name not in names):
+            made[name] = content
     return made
+
+
+def _hub_tokenizer(checkpoint: Checkpoint, there: Iterable[str]) -> dict[str, bytes]:
+    """What vLLM needs to place pictures in a prompt, where the source has a tekken.json alone."""
+    if checkpoint.config.vision is None or not needs_hub_tokenizer(there):
+        return {}
+    try:
+        return hub_tokenizer(checkpoint.directory / "tekken.json")
+    except CheckpointError as error:
+        logger.warning("no tokenizer.json is made, so vLLM cannot take pictures: %s", error)
+        return {}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

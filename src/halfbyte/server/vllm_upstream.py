@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -127,6 +128,9 @@ class VllmUpstream:
         self._url = f"http://127.0.0.1:{plan.flags['port']}"
         self._headers = {"Authorization": f"Bearer {key}"}
         self._model = plan.flags["served-model-name"]
+        self._marks = plan.thought_marks
+        names = sorted(plan.control_names, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, names))) if names else None
 
     async def chat(
         self, request: wire.ChatRequest, messages: list[dict[str, Any]], job: Job
@@ -135,9 +139,13 @@ class VllmUpstream:
         body = {
             **_sampling(request, job),
             "model": self._model,
-            "messages": await asyncio.to_thread(_with_data_urls, messages),
+            "messages": await asyncio.to_thread(
+                lambda: _with_data_urls(_guarded(messages, self._control))
+            ),
             "max_completion_tokens": job.choices[0].request.params.max_tokens,
-            **_chat_options(request),
+            **_guarded(_chat_options(request), self._control),
+            # Marks of thoughts are taken out here, and so have to arrive.
+            "skip_special_tokens": False if self._marks else None,
         }
         told_so_far = [_Told() for _ in job.choices]
         async with contextlib.aclosing(self._chunks("/v1/chat/completions", body)) as chunks:
@@ -147,7 +155,7 @@ class VllmUpstream:
                     piece
                     for told in chunk.get("choices", ())
                     for piece in _chat_pieces(
-                        told, job.choices[told["index"]], told_so_far[told["index"]]
+                        told, job.choices[told["index"]], told_so_far[told["index"]], self._marks
                     )
                 ]
                 if pieces:
@@ -276,6 +284,22 @@ def _with_data_urls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _guarded(value: Any, control: re.Pattern[str] | None) -> Any:
+    """The same with a word joiner in each name of a control token that somebody typed.
+
+    A hub tokenizer finds such names in any text; a letter that is not seen keeps them text.
+    """
+    if control is None:
+        return value
+    if isinstance(value, str):
+        return control.sub(lambda found: f"{found.group()[0]}\u2060{found.group()[1:]}", value)
+    if isinstance(value, dict):
+        return {_guarded(key, control): _guarded(one, control) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_guarded(one, control) for one in value]
+    return value
+
+
 def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return part
@@ -302,12 +326,15 @@ class _Told:
     """
 
     num_calls: int = 0
+    is_thinking: bool = False
     shown: type[Delta] | None = None
     held: tuple[TokenEntry, ...] = ()
 
 
-def _chat_pieces(told: Mapping[str, Any], choice: Choice, so_far: _Told) -> Iterator[Piece]:
-    """Pieces of one choice of a chunk.
+def _chat_pieces(
+    told: Mapping[str, Any], choice: Choice, so_far: _Told, marks: tuple[str, str] | None
+) -> Iterator[Piece]:
+    """Pieces of one choice of a chunk. With `marks`, thoughts are among the content.
 
     Log-probs are those of the content. A chunk without text may be a part of anything: its entries
     wait for the text that follows, and for the end where none does.
@@ -319,9 +346,9 @@ def _chat_pieces(told: Mapping[str, Any], choice: Choice, so_far: _Told) -> Iter
     thought = delta.get("reasoning") or delta.get("reasoning_content")
     if thought:
         found.append(Reasoning(thought))
-    if delta.get("content"):
-        found.append(Content(delta["content"]))
-        choice.shown_chars += len(delta["content"])
+    text = delta.get("content") or ""
+    found += _thought_and_content(text, so_far, marks)
+    choice.shown_chars += sum(len(one.text) for one in found if isinstance(one, Content))
     for call in delta.get("tool_calls") or ():
         function = call.get("function") or {}
         if function.get("name") and call["index"] >= so_far.num_calls:
@@ -341,6 +368,17 @@ def _chat_pieces(told: Mapping[str, Any], choice: Choice, so_far: _Told) -> Iter
         choice.reason = reason
         is_content = so_far.shown in (None, Content)
         yield Piece(choice.index, None, so_far.held if is_content else (), reason)
+
+
+def _thought_and_content(
+    text: str, so_far: _Told, marks: tuple[str, str] | None
+) -> Iterator[Delta]:
+    """Text as what it is, split at control tokens, each of which comes whole in one chunk."""
+    while text:
+        before, mark, text = text.partition(marks[so_far.is_thinking]) if marks else (text, "", "")
+        if before:
+            yield Reasoning(before) if so_far.is_thinking else Content(before)
+        so_far.is_thinking ^= bool(mark)
 
 
 def _text_pieces(told: Mapping[str, Any], choice: Choice) -> Iterator[Piece]:
