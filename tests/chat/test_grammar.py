@@ -1,6 +1,10 @@
 import contextlib
+import dataclasses
+import gc
+import itertools
 import json
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,9 @@ from halfbyte.chat.grammar import (
     tools_grammar,
     unfinished_character,
 )
+from halfbyte.chat.grammar_limits import work_done
 from halfbyte.chat.mistral_format import MistralFormat
+from halfbyte.chat.prompt import ControlTokens
 from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.errors import RequestError
 
@@ -117,6 +123,112 @@ def test_json_schema_regex_and_choice(compiler: GrammarCompiler, mistral: Mistra
         grammar = compiler.compile(lark, "response_format")
         assert accepts(compiler.mask(grammar), mistral, good)
         assert not accepts(compiler.mask(grammar), mistral, bad)
+
+
+@pytest.mark.parametrize("regex", [r"\d{2}", r"[0-9]-?\d", r"(\d|x)+", r"[\d]{2}", r"\d+(\.\d+)?"])
+@pytest.mark.parametrize("digits", ["\u0661\u0662", "\u0be6\u0be7", "\uff11\uff12", "\U0001d7ce2"])
+def test_digits_of_a_regex_are_ascii(
+    compiler: GrammarCompiler, mistral: MistralFormat, regex: str, digits: str
+) -> None:
+    grammar = compiler.compile(regex_grammar(regex), "regex")
+    assert accepts(compiler.mask(grammar), mistral, "12")
+    assert not accepts(compiler.mask(grammar), mistral, digits)
+
+
+def test_a_choice_may_hold_any_character(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
+    characters = [chr(code) for code in (*range(1, 0x180), *range(0x2000, 0x2070))]
+    characters += ["\ufeff", "\ufffd", "\uffff", "\ue000", "\U0001f600", "\U0010ffff"]
+    choices = [f"a{character}b" for character in characters]
+    grammar = compiler.compile(choice_grammar(choices), "choices")
+    for choice in choices:
+        mask = compiler.mask(grammar)
+        ids = mistral.vocabulary.encode_text(choice)
+        assert mask.begin(ids) == len(ids) and EOS in allowed(mask), repr(choice)
+    assert not accepts(compiler.mask(grammar), mistral, "ab")
+
+
+def test_of_two_choices_one_may_begin_the_other(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    grammar = compiler.compile(choice_grammar(["ab", "abc", "a"]), "choices")
+    for text, fits in (("a", True), ("ab", True), ("abc", True), ("abcd", False), ("b", False)):
+        assert accepts(compiler.mask(grammar), mistral, text) is fits
+
+
+def test_ten_thousand_choices_cost_little(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    choices = [f"label {number} of {number * number}" for number in range(9000)]
+    grammar = compiler.compile(choice_grammar(choices), "choices")
+    assert accepts(compiler.mask(grammar), mistral, choices[-1])
+    assert grammar.num_bytes < 20_000_000
+
+
+def test_a_call_has_its_id_where_the_format_has_one(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    call_id = 33
+    control = dataclasses.replace(mistral.control, call_id=call_id)
+    lark = tools_grammar(TOOLS, control, choice="required", parallel=True)
+    grammar = compiler.compile(lark, "tools")
+    call = (CALLS, "get_weather", call_id, "Ab3456789", ARGS, '{"city": "Paris"}')
+    assert accepts(compiler.mask(grammar), mistral, *call, *call)
+    assert not accepts(compiler.mask(grammar), mistral, *CALL)
+    short = (CALLS, "get_weather", call_id, "Ab345678", ARGS, '{"city": "Paris"}')
+    assert not accepts(compiler.mask(grammar), mistral, *short)
+
+
+def test_a_format_without_calls_is_refused(mistral: MistralFormat) -> None:
+    with pytest.raises(RequestError, match="no tool calls"):
+        tools_grammar(TOOLS, ControlTokens(), choice="auto", parallel=True)
+
+
+@pytest.mark.parametrize("kind", [["object", "null"], ["null", "array", "object"], None, "object"])
+def test_arguments_are_an_object_whatever_the_schema_says(
+    compiler: GrammarCompiler, mistral: MistralFormat, kind: Any
+) -> None:
+    function = {"name": "f", "parameters": {**CITY, "type": kind}}
+    lark = tools_grammar([{"function": function}], mistral.control, choice="f", parallel=False)
+    grammar = compiler.compile(lark, "tools")
+    assert accepts(compiler.mask(grammar), mistral, CALLS, "f", ARGS, '{"city": "x"}')
+    for text in ("null", "[]", '"x"', "1"):
+        assert not accepts(compiler.mask(grammar), mistral, CALLS, "f", ARGS, text)
+
+
+@pytest.mark.parametrize(
+    ("lark", "begun", "rest"),
+    [
+        (json_schema_grammar(CITY, lenient=False), '{"ci', 'ty": "x"}'),
+        (regex_grammar("[0-9]{4}"), "12", "34"),
+        (choice_grammar(["yes", "no"]), "ye", "s"),
+        (choice_grammar(["yes", "no"]), "no", ""),
+        ("tools", "Let me", " see"),
+    ],
+    ids=["schema", "regex", "choice", "whole", "tools"],
+)
+def test_an_answer_that_has_begun_goes_on(
+    compiler: GrammarCompiler, mistral: MistralFormat, lark: str, begun: str, rest: str
+) -> None:
+    if lark == "tools":
+        lark = tools_grammar(TOOLS, mistral.control, choice="auto", parallel=True)
+    grammar = compiler.compile(lark, "p")
+    mask = compiler.mask(grammar)
+    ids = mistral.vocabulary.encode_text(begun)
+    assert mask.begin(ids) == len(ids)
+    assert accepts(mask, mistral, rest)
+    wrong = compiler.mask(grammar)
+    assert wrong.begin([*ids, CALLS + 1, *ids]) == len(ids)
+
+
+def test_a_long_beginning_is_taken_in_pieces(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    mask = compiler.mask(compiler.compile(regex_grammar("[0-9 ]{10,2000}x"), "p"))
+    ids = mistral.vocabulary.encode_text("1234567890 " * 100)
+    assert len(ids) > 300
+    assert mask.begin(ids) == len(ids) and accepts(mask, mistral, "x")
+    late = compiler.mask(compiler.compile(regex_grammar("[0-9]{10,2000}x"), "p"))
+    assert late.begin([*mistral.vocabulary.encode_text("1" * 700), 64 + ord("y")]) >= 300
 
 
 def test_white_space_inside_json_has_a_bound(
@@ -220,6 +332,59 @@ def test_compiled_grammars_are_kept_and_masks_are_independent(
     first, second = compiler.mask(grammar), compiler.mask(grammar)
     first.accept(mistral.vocabulary.encode_text("ab")[0])
     assert allowed(first) != allowed(second)
+
+
+def test_a_grammar_that_grows_in_use_is_dropped_and_says_so(
+    mistral: MistralFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(max_bytes=10_000_000))
+    lark = choice_grammar(["abcdef", "xyz"])
+    grammar = compiler.compile(lark, "p")
+    resident = itertools.count(0, 3_000_000)
+    monkeypatch.setattr(compiler, "memory_bytes", lambda: next(resident))
+    # Something else takes memory: llguidance has done next to nothing, and is believed.
+    mask = compiler.mask(grammar)
+    assert accepts(mask, mistral, "abcdef") and mask.problem is None
+    monkeypatch.setattr("halfbyte.chat.grammar.work_done", lambda *_: (10**6, 0))
+    first, second = compiler.mask(grammar), compiler.mask(grammar)
+    for token_id in mistral.vocabulary.encode_text("abc"):
+        assert token_id in allowed(first) or first.problem is not None
+        first.accept(token_id)
+    assert first.problem is not None and "took more than" in first.problem
+    # Nor can those go on who share it; the next request gets a fresh one.
+    assert allowed(second) == {EOS} and second.is_finished() and second.problem == first.problem
+    assert not first.allows(64 + ord("d"))
+    assert compiler.compile(lark, "p") is not grammar
+
+
+def test_a_grammar_that_has_failed_is_not_kept(
+    mistral: MistralFormat,
+) -> None:
+    compiler = GrammarCompiler(mistral.vocabulary)
+    grammar = compiler.compile(AMBIGUOUS, "p", is_free=True)
+    gone = weakref.ref(grammar)
+    mask = compiler.mask(grammar)
+    while mask.problem is None:
+        mask.fill(np.zeros(24, dtype=np.uint32))
+        mask.accept(64 + ord("x"))
+    del grammar
+    gc.collect()
+    assert gone() is None and not compiler._cache
+
+
+def test_llguidance_says_how_much_it_has_done(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
+    """Read from the message of an error: another version may word it otherwise."""
+    grammar = compiler.compile(regex_grammar("[a-z]{1,400}x"), "p")
+    matcher = grammar.matcher.deep_copy()
+    before = work_done(matcher, [1, EOS])
+    assert before is not None and before[0] > 0
+    for _ in range(50):
+        matcher.compute_bitmask()
+        matcher.consume_token(64 + ord("a"))
+    after = work_done(matcher, [1, EOS])
+    assert after is not None and after[0] > before[0] and not matcher.is_error()
 
 
 def test_banned_ids_stay_banned_and_never_leave_nothing(

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import hypothesis.strategies as st
@@ -5,9 +6,11 @@ import pytest
 from hypothesis import given
 
 from halfbyte.chat.mistral_format import MistralFormat
+from halfbyte.chat.prompt import ControlTokens
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning, Router
+from halfbyte.chat.tools import is_call_id
 
-THINK, END_THINK, CALLS, ARGS, EOS, INST = 34, 35, 9, 32, 2, 3
+THINK, END_THINK, CALLS, ARGS, CALL_ID, EOS, INST = 34, 35, 9, 32, 33, 2, 3
 
 
 def script(mistral: MistralFormat, *parts: str | int) -> list[int]:
@@ -52,6 +55,47 @@ def test_thought_text_and_calls_are_told_apart(mistral: MistralFormat) -> None:
         assert answer["content"] == "Let me look."
         assert answer["calls"] == [("get_weather", '{"city": "ü"}'), ("f", "{}")]
         assert answer["reasoning_tokens"] == ids.index(END_THINK) + 1
+
+
+def with_ids(mistral: MistralFormat) -> ControlTokens:
+    """As of a tokenizer that writes the id of a call."""
+    return dataclasses.replace(mistral.control, call_id=CALL_ID)
+
+
+def test_the_id_that_a_model_writes_is_the_calls(mistral: MistralFormat) -> None:
+    ids = script(mistral, CALLS, "f", CALL_ID, "Ab3456789", ARGS, "{}", EOS)
+    # One that is no id, one that is taken, and none.
+    ids = [*ids[:-1], *script(mistral, CALLS, "f", CALL_ID, "x", ARGS, "{}")]
+    ids += script(mistral, CALLS, "f", CALL_ID, "Ab3456789", ARGS, "{}")
+    ids += script(mistral, CALLS, "f", ARGS, "{}", EOS)
+    router = Router(mistral.vocabulary, with_ids(mistral), tool_names=frozenset({"f"}))
+    deltas = [delta for token_id in ids for delta in router.feed(token_id)] + router.finish()
+    starts = [delta for delta in deltas if isinstance(delta, CallStart)]
+    assert [start.name for start in starts] == ["f"] * 4
+    assert starts[0].call_id == "Ab3456789"
+    assert len({start.call_id for start in starts}) == 4
+    assert all(is_call_id(start.call_id) for start in starts)
+    arguments = "".join(delta.text for delta in deltas if isinstance(delta, CallArguments))
+    assert arguments == "{}" * 4 and not any(isinstance(delta, Content) for delta in deltas)
+
+
+@pytest.mark.parametrize(
+    ("parts", "content"),
+    [
+        ((CALLS, "f", CALL_ID, "Ab3"), "[TOOL_CALLS]f[CALL_ID]Ab3"),
+        ((CALLS, "nobody", CALL_ID, "Ab3", ARGS, "{}"), "[TOOL_CALLS]nobody[CALL_ID]Ab3[ARGS]{}"),
+        ((CALL_ID, "text"), "text"),
+        ((CALLS, CALL_ID, ARGS, "{}"), "[TOOL_CALLS][ARGS]{}"),
+    ],
+)
+def test_a_call_with_an_id_that_is_none_becomes_text(
+    mistral: MistralFormat, parts: tuple[str | int, ...], content: str
+) -> None:
+    router = Router(mistral.vocabulary, with_ids(mistral), tool_names=frozenset({"f"}))
+    deltas = [delta for token_id in script(mistral, *parts) for delta in router.feed(token_id)]
+    deltas += router.finish()
+    assert "".join(delta.text for delta in deltas if isinstance(delta, Content)) == content
+    assert not any(isinstance(delta, CallStart) for delta in deltas)
 
 
 def test_control_tokens_written_as_text_are_text(mistral: MistralFormat) -> None:

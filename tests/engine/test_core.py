@@ -351,6 +351,52 @@ def test_failing_mask_ends_its_own_request_only(tiny: Path, mask: Forced) -> Non
     assert engine.stats().free_blocks == engine.stats().total_blocks
 
 
+class Failing(Forced):
+    """A mask that fails after some tokens: where it is asked for one, for all, or told of one."""
+
+    def __init__(self, token_ids: Sequence[int], after: int, asked: str) -> None:
+        super().__init__(token_ids)
+        self.after = after
+        self.asked = asked
+
+    def _check(self, asked: str) -> None:
+        if len(self.accepted) >= self.after and asked in self.asked:
+            raise ValueError(f"no grammar after {self.after}")
+
+    def allows(self, token_id: int) -> bool:
+        self._check("allows")
+        return super().allows(token_id)
+
+    def fill(self, bitmask: NDArray[np.uint32]) -> None:
+        self._check("fill")
+        super().fill(bitmask)
+
+    def accept(self, token_id: int) -> None:
+        self._check("accept")
+        super().accept(token_id)
+
+
+@pytest.mark.parametrize("speculative", [None, "ngram"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("asked", ["fill", "allows fill", "accept"])
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_no_answer_goes_on_unmasked_after_its_mask_has_failed(
+    tiny: Path, after: int, asked: str, temperature: float, speculative: str | None
+) -> None:
+    engine = load(tiny, speculative=speculative)
+    forced = [31, 32, 63, 31, 32, 63, 31, 32]
+    params = replace(GREEDY, temperature=temperature)
+    free = run_alone(engine, SHARED)
+    mask = Failing(forced, after, asked)
+    answers = run(engine, [request("bad", SHARED, params, mask=mask), request("free", SHARED)])
+    bad = answers["bad"]
+    # A token that `accept` failed at was allowed; nothing that was not ever comes out.
+    assert bad.token_ids == forced[: len(bad.token_ids)] and len(bad.token_ids) <= after + 1
+    assert bad.finish is not None and bad.finish.reason == "error" and bad.finish.message
+    assert_same(answers["free"], free)
+    assert engine.stats().free_blocks == engine.stats().total_blocks
+
+
 def test_nan_logits_are_an_error_not_a_token(tiny: Path) -> None:
     def spoil(item: GenerationRequest, generated: Sequence[int], logits_V: torch.Tensor) -> None:
         if item.request_id == "bad" and len(generated) == 2:

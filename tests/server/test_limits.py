@@ -85,8 +85,8 @@ CASES: list[tuple[str, int, str, Any, Any, int]] = [
     ("schema_bytes", 500, CHAT, form({"type": "object"}), form(long), 400),
     ("schema_bytes", 700, CHAT, chat(tools=[tool("a")]), chat(tools=[tool("a", long)]), 400),
     ("schema_depth", 4, CHAT, form(nested(3)), form(nested(5)), 400),
-    ("schema_depth", 4, CHAT, chat(tools=[tool("a", nested(2))]),
-     chat(tools=[tool("a", nested(5))]), 400),
+    ("schema_depth", 4, CHAT, chat(tools=[tool("a", {"properties": {"b": {}}})]),
+     chat(tools=[tool("a", {"properties": {"b": nested(3)}})]), 400),
     ("queued_requests", 2, CHAT, chat(n=2), chat(n=3), 429),
     ("requests_per_key", 2, CHAT, chat(n=2), chat(n=3), 429),
 ]  # fmt: skip

@@ -1,59 +1,72 @@
 """Token masks that hold an answer to a schema, a regex, a choice, a grammar, or to tool calls.
 
-llguidance keeps the grammars (decision 0014): one tokenizer a process, one matcher a sequence.
+llguidance keeps the grammars (decision 0014): one tokenizer a process, one matcher a sequence. What
+a stranger's grammar may cost is bounded before, while and after it is compiled (decision 0044).
 Grammars address control tokens by id, so text can never spell one. Thoughts stand outside the
 grammar: `ThoughtMask` lets them pass and starts the grammar after them.
 """
 
+import contextlib
+import ctypes
 import json
+import os
 import threading
+import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.chat.grammar_limits import GrammarLimits, build, fault, sentence, work_done
+from halfbyte.chat.grammar_trial import GrammarTrials, Words
 from halfbyte.chat.prompt import ControlTokens
+from halfbyte.chat.schema import (
+    HeldSchema,
+    guided,
+    object_schema,
+    short_list,
+    tidied,
+    wide_bounds,
+)
+from halfbyte.chat.tools import CALL_ID_CHARS
 from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.errors import RequestError
 
 Bitmask = NDArray[np.uint32]
 
-# Between two tokens of JSON; without a bound a weak model writes blanks until max_tokens.
-_WHITE_SPACE = r"[ \t\r\n]{1,64}"
+# Expressions of llguidance's lexer take at most so much, and places in its parser.
+_EXPRESSION_BYTES = 400
+_PLACE_BYTES = 40
 
 
-@dataclass(frozen=True, slots=True)
-class GrammarLimits:
-    """What one schema or grammar may cost; the fuel and size bounds are llguidance's.
+class CompiledGrammar:
+    """A checked grammar, shared by the masks of all answers that it holds.
 
-    lexer_fuel     about 50,000 a millisecond while compiling
-    grammar_size   symbols
-    row_items      places where an answer may stand in the grammar at once, before the mask gives
-                   up; an object of n optional properties has 4 n, each looked at once
-    free_row_items the same for grammars that a client wrote: ambiguous rules look at pairs, so
-                   2,000 would hold up everybody's step for a tenth of a second
+    warnings   what a lenient schema does not enforce
+    num_bytes  what it takes; llguidance adds to it as answers come by places that are new
+    problem    why it can no longer be followed; None while it can
     """
 
-    max_source_bytes: int = 262_144
-    max_depth: int = 64
-    lexer_fuel: int = 4_000_000
-    grammar_size: int = 500_000
-    row_items: int = 20_000
-    free_row_items: int = 400
-    cache_entries: int = 256
+    def __init__(
+        self, source: str, matcher: Any, warnings: tuple[str, ...], num_bytes: int
+    ) -> None:
+        self.source = source
+        self.matcher = matcher
+        self.warnings = warnings
+        self.compiled_bytes = num_bytes
+        self.grown_bytes = 0
+        self.problem: str | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class CompiledGrammar:
-    """A checked grammar; `warnings` names what a lenient schema does not enforce."""
-
-    source: str
-    matcher: Any
-    warnings: tuple[str, ...]
+    @property
+    def num_bytes(self) -> int:
+        """All that it takes by now."""
+        return self.compiled_bytes + max(0, self.grown_bytes)
 
 
 class Mask(Protocol):
@@ -82,37 +95,184 @@ class GrammarCompiler:
     def __init__(self, vocabulary: Vocabulary, limits: GrammarLimits | None = None) -> None:
         self._vocabulary = vocabulary
         self._limits = limits or GrammarLimits()
+        wrapped = _WrappedVocabulary(vocabulary)
         self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_WrappedVocabulary(vocabulary)),
-            eos_token=list(vocabulary.eos_token_ids),
+            llguidance.TokenizerWrapper(wrapped), eos_token=list(vocabulary.eos_token_ids)
         )
+        words = Words(
+            wrapped.tokens,
+            wrapped.special_token_ids,
+            wrapped.bos_token_id,
+            list(vocabulary.eos_token_ids),
+        )
+        self._trials = GrammarTrials(words, self._limits)
         self._cache: OrderedDict[tuple[str, bool], CompiledGrammar] = OrderedDict()
+        self._live: weakref.WeakSet[CompiledGrammar] = weakref.WeakSet()
         self._lock = threading.Lock()
+        # One at a time: what compiling takes for a moment is not taken twice.
+        self._compiling = threading.Lock()
+        self._memory = _Memory()
+        # For those who wait for a trial, which must not keep other work of the server waiting.
+        self.threads = ThreadPoolExecutor(64, thread_name_prefix="grammars")
 
-    def compile(self, lark: str, param: str, *, is_free: bool = False) -> CompiledGrammar:
+    def start(self) -> None:
+        """Make ready what the first grammar would wait for."""
+        self._trials.start()
+
+    def compile(
+        self, lark: str, param: str, *, is_free: bool = False, timeout_s: float = 10.0
+    ) -> CompiledGrammar:
         """Check a Lark grammar, or take it from the cache.
 
-        is_free   a client wrote the rules themselves, not a schema or a regex
+        is_free    a client wrote the rules themselves, not a schema or a regex
+        timeout_s  for the trial, in a process of its own
 
         Raises RequestError(param) with llguidance's message for what it cannot express.
         """
         self.check_size(len(lark.encode()), param)
         key = (lark, is_free)
-        with self._lock:
-            known = self._cache.get(key)
+        known = self._known(key)
+        if known is not None:
+            return known
+        tried = self._trials.compile(lark, is_free=is_free, timeout_s=timeout_s)
+        if tried.fault is not None:
+            code = "schema_too_complex" if tried.has_died else "unsupported_schema"
+            raise RequestError(f"{param}: {tried.fault}", param=param, code=code)
+        with self._compiling:
+            known = self._known(key)
             if known is not None:
-                self._cache.move_to_end(key)
                 return known
-        compiled = self._compile(lark, param, is_free)
-        with self._lock:
-            self._cache[key] = compiled
-            while len(self._cache) > self._limits.cache_entries:
-                self._cache.popitem(last=False)
+            self._make_room(tried.num_bytes, param)
+            compiled = self._compile(lark, param, is_free, tried.num_bytes)
+        self._keep(key, compiled)
         return compiled
 
-    def mask(self, grammar: CompiledGrammar, banned_token_ids: Sequence[int] = ()) -> Mask:
+    def compile_schemas(
+        self,
+        schemas: Sequence[HeldSchema],
+        write: Callable[[Sequence[Mapping[str, Any]]], str],
+        param: str,
+        *,
+        timeout_s: float = 10.0,
+    ) -> tuple[CompiledGrammar, tuple[str, ...]]:
+        """Compile a grammar that holds some schemas; also what of them it does not hold.
+
+        write  makes the grammar from the schemas, which may have changed
+
+        Of a schema that is not strict, clauses that cannot be held are left out and named. Raises
+        RequestError with the path of the clause for a strict one.
+        """
+        for held in schemas:
+            self.check_schema(held.schema, held.path)
+        notes: list[str] = [note for held in schemas for note in wide_bounds(held)]
+        usable: list[HeldSchema] = []
+        for held in schemas:
+            schema = held.schema
+            if not held.strict:
+                found = tidied(held)
+                schema = found.schema
+                notes += found.notes
+            if held.is_object:
+                schema = object_schema(schema, held.path)
+            usable.append(replace(held, schema=schema))
+        lark = write([held.schema for held in usable])
+        try:
+            compiled = self.compile(lark, param, timeout_s=timeout_s)
+        except RequestError as error:
+            if error.code != "unsupported_schema":
+                raise
+            results = self._trials.mend(usable, timeout_s=timeout_s)
+            if results is None:
+                raise
+            for result in results:
+                if result.fault is not None:
+                    raise RequestError(
+                        result.fault, param=param, code="unsupported_schema"
+                    ) from error
+                notes += result.notes
+            mended_lark = write([result.schema for result in results])
+            if mended_lark == lark:
+                raise
+            compiled = self.compile(mended_lark, param, timeout_s=timeout_s)
+        return compiled, short_list((*notes, *compiled.warnings))
+
+    def mask(
+        self,
+        grammar: CompiledGrammar,
+        banned_token_ids: Sequence[int] = (),
+    ) -> "GrammarMask":
         """A fresh mask for one sequence; the banned ids are never allowed, whatever it says."""
-        return GrammarMask(grammar, self._vocabulary, banned_token_ids)
+        return GrammarMask(grammar, self._vocabulary, banned_token_ids, self)
+
+    def used_bytes(self) -> int:
+        """What all compiled grammars take that are in use or kept."""
+        with self._lock:
+            return sum(grammar.num_bytes for grammar in self._live)
+
+    def memory_bytes(self) -> int:
+        """The process's memory; what a grammar grows by is seen there."""
+        return self._memory.resident_bytes()
+
+    def has_grown(self, grammar: CompiledGrammar, matcher: Any, num_bytes: int) -> None:
+        """Count what memory has grown by while a grammar was followed; drop it at the limit."""
+        grammar.grown_bytes += num_bytes
+        limits = self._limits
+        grown = grammar.grown_bytes
+        crowded = grown > limits.max_bytes // 8 and self.used_bytes() > limits.total_bytes
+        if grown <= limits.max_bytes and not crowded:
+            return
+        # Others take memory at the same time: whether it was the grammar, llguidance knows.
+        done = work_done(matcher, sorted(self._vocabulary.control_names))
+        if done is not None and done[0] * _EXPRESSION_BYTES + done[1] * _PLACE_BYTES < grown:
+            grammar.grown_bytes = 0
+            return
+        self.give_up(grammar, f"following it took more than {grown // 10**6} MB")
+
+    def give_up(self, grammar: CompiledGrammar, problem: str) -> None:
+        """Let nobody use a grammar again, and keep nothing of it."""
+        grammar.problem = grammar.problem or problem
+        with self._lock:
+            for key, known in list(self._cache.items()):
+                if known is grammar:
+                    del self._cache[key]
+
+    def _known(self, key: tuple[str, bool]) -> CompiledGrammar | None:
+        with self._lock:
+            known = self._cache.get(key)
+            if known is None:
+                return None
+            # One that has grown is made anew, which is cheap.
+            if known.problem is not None or known.grown_bytes > self._limits.max_bytes // 4:
+                del self._cache[key]
+                return None
+            self._cache.move_to_end(key)
+            return known
+
+    def _keep(self, key: tuple[str, bool], grammar: CompiledGrammar) -> None:
+        with self._lock:
+            self._live.add(grammar)
+            self._cache[key] = grammar
+            total = sum(known.num_bytes for known in self._cache.values())
+            while total > self._limits.cache_bytes and self._cache:
+                total -= self._cache.popitem(last=False)[1].num_bytes
+        weakref.finalize(grammar, self._memory.give_back_soon).atexit = False
+
+    def _make_room(self, num_bytes: int, param: str) -> None:
+        """Refuse a grammar for which there is no room beside those in use."""
+        limits = self._limits
+        if self.used_bytes() + num_bytes <= limits.total_bytes:
+            return
+        with self._lock:
+            self._cache.clear()
+        used = self.used_bytes()
+        if used + num_bytes > limits.total_bytes:
+            raise RequestError(
+                f"{param}: the grammars of running answers take {used // 10**6} MB of "
+                f"{limits.total_bytes // 10**6} MB; try again when some have ended",
+                param=param,
+                code="grammars_full",
+                status=429,
+            )
 
     def check_size(self, num_bytes: int, param: str) -> None:
         """Refuse sources over the limit; a character counts as one byte at least."""
@@ -151,65 +311,100 @@ class GrammarCompiler:
             code="schema_too_deep",
         )
 
-    def _parser_limits(self, is_free: bool) -> Any:
-        limits = self._limits
-        return llguidance.LLParserLimits(
-            initial_lexer_fuel=limits.lexer_fuel,
-            max_grammar_size=limits.grammar_size,
-            max_items_in_row=limits.free_row_items if is_free else limits.row_items,
-            verbose_errors=False,
-        )
+    def _compile(self, lark: str, param: str, is_free: bool, num_bytes: int) -> CompiledGrammar:
+        """Compile what the trial has passed, on a stack four times the trial's."""
+        found: list[Any] = []
 
-    def _compile(self, lark: str, param: str, is_free: bool) -> CompiledGrammar:
-        grammar = llguidance.LLMatcher.grammar_from_lark(lark)
-        limits = self._parser_limits(is_free)
-        is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
-            grammar, self._tokenizer, limits=limits
-        )
-        if not is_error:
-            matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
-            is_error, messages = (
-                (True, [matcher.get_error()]) if matcher.is_error() else (False, messages)
-            )
-        if is_error:
-            raise RequestError(
-                f"{param}: {_first_line(messages[0])}", param=param, code="unsupported_schema"
-            )
-        return CompiledGrammar(lark, matcher, tuple(_first_line(text) for text in messages))
+        def work() -> None:
+            found.append(build(self._tokenizer, lark, self._limits, is_free=is_free))
+
+        usual = threading.stack_size(4 * self._limits.trial_stack_bytes)
+        try:
+            thread = threading.Thread(target=work, name="grammar", daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+        thread.join()
+        matcher = found[0]
+        message = fault(matcher)
+        if message is not None:
+            raise RequestError(f"{param}: {message}", param=param, code="unsupported_schema")
+        warnings = tuple(sentence(text) for text in matcher.get_grammar_warnings())
+        return CompiledGrammar(lark, matcher, warnings, num_bytes)
+
+
+class _Memory:
+    """The process's memory: how much, and what is free of it back to the system."""
+
+    def __init__(self) -> None:
+        self._page_bytes = os.sysconf("SC_PAGE_SIZE")
+        self._descriptor = -1
+        with contextlib.suppress(OSError):
+            self._descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
+        self._is_due = threading.Lock()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._trim: Callable[[int], int] = trim if trim is not None else lambda _: 0
+
+    def resident_bytes(self) -> int:
+        """Pages in memory; 0 where the system does not say."""
+        if self._descriptor < 0:
+            return 0
+        return int(os.pread(self._descriptor, 128, 0).split()[1]) * self._page_bytes
+
+    def give_back_soon(self) -> None:
+        """A grammar has gone: give its pages back, once for all that go together."""
+        if self._is_due.acquire(blocking=False):
+            threading.Thread(target=self._give_back, name="trim", daemon=True).start()
+
+    def _give_back(self) -> None:
+        time.sleep(0.2)
+        self._is_due.release()
+        self._trim(0)
 
 
 class GrammarMask:
     """One sequence's position in a grammar."""
 
     def __init__(
-        self, grammar: CompiledGrammar, vocabulary: Vocabulary, banned_token_ids: Sequence[int]
+        self,
+        grammar: CompiledGrammar,
+        vocabulary: Vocabulary,
+        banned_token_ids: Sequence[int],
+        owner: GrammarCompiler,
     ) -> None:
-        self._matcher = grammar.matcher.deep_copy()
+        self._grammar = grammar
+        self._owner = owner
+        # None after a failure, so that nothing of it is kept.
+        self._matcher: Any = grammar.matcher.deep_copy()
         self._vocab_size = vocabulary.size
         self._num_words = -(-vocabulary.size // 32)
         self._eos_token_ids = vocabulary.eos_token_ids
         self._allowed = ~token_bits(banned_token_ids, self._num_words)
         self._is_stuck = False
+        self._problem: str | None = None
 
     def allows(self, token_id: int) -> bool:
         """Whether the grammar goes on with this token; also with one that `fill` leaves out, as it
         sets but one token where only one text may follow.
         """
-        if self._is_stuck or token_id >= self._vocab_size:
+        if self._is_stuck or not self._is_usable() or token_id >= self._vocab_size:
             return False
         if not self._allowed[token_id // 32] >> token_id % 32 & 1:
             return False
-        return not self._matcher.is_error() and self._matcher.validate_tokens([token_id]) == 1
+        with self._watched():
+            return bool(self._matcher.validate_tokens([token_id]) == 1)
 
     def fill(self, bitmask: Bitmask) -> None:
         """Write which tokens may come next; words beyond the tokenizer's vocabulary are cleared."""
         words = bitmask[: self._num_words]
         bitmask[self._num_words :] = 0
-        if self._matcher.is_error():
-            words[:] = 0
-        else:
-            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._is_usable():
+            with self._watched():
+                self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
             words &= self._allowed
+        if not self._is_usable():
+            words[:] = 0
         if not words.any():
             # The grammar has nothing left that may be said: end, instead of sampling from nothing.
             self._is_stuck = True
@@ -217,19 +412,63 @@ class GrammarMask:
 
     def accept(self, token_id: int) -> None:
         """Move on. A token against the grammar ends it: only an end of answer may follow."""
-        if not self._is_stuck and not self._matcher.is_error():
-            self._matcher.consume_token(token_id)
+        if not self._is_stuck and self._is_usable():
+            with self._watched():
+                self._matcher.consume_token(token_id)
+
+    def begin(self, token_ids: Sequence[int]) -> int:
+        """Move on past the beginning of an answer; how many of its tokens fit the grammar."""
+        # In pieces: llguidance keeps everybody else waiting meanwhile.
+        for start in range(0, len(token_ids), 64):
+            piece = list(token_ids[start : start + 64])
+            if not self._is_usable():
+                return start
+            num_fitting = self._matcher.validate_tokens(piece)
+            with self._watched():
+                self._matcher.consume_tokens(piece[:num_fitting])
+            if num_fitting < len(piece):
+                return start + num_fitting
+        return len(token_ids)
 
     def is_finished(self) -> bool:
         """Nothing but an end of answer may follow."""
-        return self._is_stuck or bool(self._matcher.is_stopped())
+        return self._is_stuck or not self._is_usable() or bool(self._matcher.is_stopped())
 
     @property
     def problem(self) -> str | None:
         """What llguidance says if it gave up, as over its limits in an ambiguous grammar."""
-        if self._matcher.is_error():
-            return _first_line(self._matcher.get_error())
+        if not self._is_usable():
+            return self._problem
         return "it asks for a token that no answer may hold" if self._is_stuck else None
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Count what the grammar grows by."""
+        before = self._owner.memory_bytes()
+        yield
+        grown = self._owner.memory_bytes() - before
+        if grown:
+            self._owner.has_grown(self._grammar, self._matcher, grown)
+
+    def _is_usable(self) -> bool:
+        """Whether the grammar can be followed. What failed is dropped: it may be large."""
+        matcher = self._matcher
+        if matcher is None:
+            return False
+        if matcher.is_error():
+            self._problem = sentence(matcher.get_error())
+            self._owner.give_up(self._grammar, self._problem)
+        elif self._grammar.problem is not None:
+            self._problem = self._grammar.problem
+        else:
+            return True
+        self._matcher = None
+        self._grammar = _NOTHING
+        return False
+
+
+# What a mask holds on to after its grammar has failed.
+_NOTHING = CompiledGrammar("", None, (), 0)
 
 
 class ThoughtMask:
@@ -237,6 +476,7 @@ class ThoughtMask:
 
     inner    rules of what follows the thought; None for no rules
     budget   most tokens inside a thought; None for no bound
+    has_begun  the answer after the thought has; there is none any more
 
     The thought may also be left out: at the start [THINK] and whatever `inner` allows are open.
     """
@@ -247,6 +487,8 @@ class ThoughtMask:
         control: ControlTokens,
         inner: Mask | None,
         budget: int | None,
+        *,
+        has_begun: bool = False,
     ) -> None:
         assert control.think is not None
         assert control.end_think is not None
@@ -261,7 +503,7 @@ class ThoughtMask:
         self._token_bytes = vocabulary.token_bytes
         self._num_thought_tokens = 0
         self._pending = b""
-        self._state = "start"
+        self._state = "after" if has_begun else "start"
 
     def allows(self, token_id: int) -> bool:
         """Whether this token may come next."""
@@ -355,19 +597,22 @@ def json_schema_grammar(schema: Mapping[str, Any], *, lenient: bool) -> str:
 
     lenient   keywords that llguidance cannot express become warnings instead of errors
     """
-    return f"start: %json {_guided(schema, lenient=lenient)}\n"
+    return f"start: %json {guided(schema, lenient=lenient)}\n"
 
 
 def regex_grammar(regex: str) -> str:
     """A text that matches the whole of a regex (Rust syntax, ASCII digits)."""
-    return f"start: /{llguidance.regex_to_lark(regex)}/\n"
+    return f"start: /{llguidance.regex_to_lark(regex, use_ascii='d')}/\n"
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    """One of some texts."""
-    return (
-        "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices) + "\n"
-    )
+    """One of some texts. As one terminal, for which llguidance shares beginnings."""
+    return "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, choices)) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A text as Lark has it; DEL is the one character that JSON leaves and Lark refuses."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def tools_grammar(
@@ -384,10 +629,15 @@ def tools_grammar(
                value is the name of the one function to call, once
     parallel   whether several calls may follow each other
     answer     a grammar of the kind above that replaces the free text of "auto"
+
+    Raises RequestError for a model whose calls have another form, and for parameters that are no
+    object's.
     """
-    chosen = [tool["function"] for tool in tools]
+    if not control.has_tools:
+        raise RequestError("tools: this model's format has no tool calls", param="tools")
+    chosen = [(number, tool["function"]) for number, tool in enumerate(tools)]
     if choice not in ("auto", "required"):
-        chosen = [function for function in chosen if function["name"] == choice]
+        chosen = [(number, function) for number, function in chosen if function["name"] == choice]
         parallel = False
     calls = "call+" if parallel else "call"
     if choice != "auto":
@@ -399,27 +649,17 @@ def tools_grammar(
     rules = [start, "TEXT: /(.|\\n)+/"]
     if answer is not None:
         rules.append(answer.strip().replace("start:", "answer:", 1))
-    numbers = range(len(chosen))
-    names = " | ".join(f"tool_{number}" for number in numbers)
+    names = " | ".join(f"tool_{number}" for number, _ in chosen)
     rules.append(f"call: <[{control.tool_calls}]> ({names})")
-    for number, function in zip(numbers, chosen, strict=True):
-        schema = function.get("parameters") or {"type": "object", "properties": {}}
-        guided = _guided({"type": "object", **schema}, lenient=not function.get("strict"))
-        name = json.dumps(function["name"])
-        rules.append(f"tool_{number}: {name} <[{control.args}]> %json {guided}")
+    between = f"<[{control.args}]>"
+    if control.call_id is not None:
+        rules.append(f"CALL_ID: /[a-zA-Z0-9]{{{CALL_ID_CHARS}}}/")
+        between = f"<[{control.call_id}]> CALL_ID {between}"
+    for number, function in chosen:
+        schema = object_schema(function.get("parameters"), f"tools[{number}].function.parameters")
+        held = guided(schema, lenient=not function.get("strict"))
+        rules.append(f"tool_{number}: {_quoted(function['name'])} {between} %json {held}")
     return "\n".join(rules) + "\n"
-
-
-def _guided(schema: Mapping[str, Any], *, lenient: bool) -> str:
-    """The schema with our own options; a client's are overwritten, never obeyed."""
-    options = {"whitespace_pattern": _WHITE_SPACE, "lenient": lenient}
-    return json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
-
-
-def _first_line(text: str) -> str:
-    """The sentence of an llguidance message, without its listing of the grammar."""
-    line = text.strip().splitlines()[0] if text.strip() else "the grammar was refused"
-    return line.split(": ", 1)[1] if line.startswith("at ") and ": " in line else line
 
 
 class _WrappedVocabulary:

@@ -28,6 +28,7 @@ from mistral_common.protocol.instruct.request import (
 )
 from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, Tool, ToolCall
 from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer, is_tekkenizer
 
@@ -86,7 +87,7 @@ class MistralFormat:
             request = ChatCompletionRequest[Any](
                 model="local",
                 messages=converted,
-                tools=[_convert_tool(tool) for tool in tools] or None,
+                tools=[_convert_tool(tool, number) for number, tool in enumerate(tools)] or None,
                 reasoning_effort=ReasoningEffort(reasoning_effort) if reasoning_effort else None,
                 response_format=self._response_format(json_schema),
             )
@@ -112,7 +113,9 @@ class MistralFormat:
     def _response_format(self, json_schema: Mapping[str, Any] | None) -> ResponseFormat:
         if json_schema is None or not self.shows_json_schema:
             return ResponseFormat()
-        schema = JsonSchema(name="response", schema=dict(json_schema), strict=True)
+        path = "response_format.json_schema.schema"
+        shown = tool_calls.shown_schema(json_schema, path, "response_format", strict=False)
+        schema = JsonSchema(name="response", schema=dict(shown), strict=True)
         return ResponseFormat(type=ResponseFormats.json_schema, json_schema=schema)
 
     def _place_images(self, tokenized: Any) -> tuple[EncodedImage, ...]:
@@ -161,14 +164,23 @@ def load_mistral_format(path: Path) -> MistralFormat:
 
 
 def _control_tokens(tekken: Tekkenizer) -> ControlTokens:
+    """The tokens that structure an answer of this version; a file may list more than it uses.
+
+    Calls before v11 are a JSON list after [TOOL_CALLS], which no grammar here writes: such models
+    count as having none.
+    """
+
     def find(name: str) -> int | None:
         return tekken.get_special_token(name) if tekken.is_special(name) else None
 
+    version = tekken.version
+    has_calls = version >= TokenizerVersion.v11
     return ControlTokens(
         think=find("[THINK]"),
         end_think=find("[/THINK]"),
-        tool_calls=find("[TOOL_CALLS]"),
-        args=find("[ARGS]"),
+        tool_calls=find("[TOOL_CALLS]") if has_calls else None,
+        args=find("[ARGS]") if has_calls else None,
+        call_id=find("[CALL_ID]") if version == TokenizerVersion.v11 else None,
     )
 
 
@@ -268,13 +280,19 @@ def _convert_assistant(
     return AssistantMessage(content=content or None, tool_calls=calls or None, prefix=prefix)
 
 
-def _convert_tool(tool: Mapping[str, Any]) -> Tool:
+def _convert_tool(tool: Mapping[str, Any], number: int) -> Tool:
     function = tool["function"]
+    parameters = tool_calls.shown_schema(
+        function.get("parameters") or {},
+        f"tools[{number}].function.parameters",
+        "tools",
+        strict=bool(function.get("strict")),
+    )
     return Tool(
         function=Function(
             name=function["name"],
             description=function.get("description") or "",
-            parameters=function.get("parameters") or {},
+            parameters=dict(parameters),
         )
     )
 

@@ -14,12 +14,14 @@ class ControlTokens:
 
     think, end_think   around the thought
     tool_calls, args   a call is tool_calls NAME args JSON
+    call_id            where calls have an id: tool_calls NAME call_id ID args JSON
     """
 
     think: int | None = None
     end_think: int | None = None
     tool_calls: int | None = None
     args: int | None = None
+    call_id: int | None = None
 
     @property
     def has_thinking(self) -> bool:
@@ -63,5 +65,5 @@ def banned_control_ids(
     if thinking:
         allowed |= {tokens.think, tokens.end_think}
     if tools:
-        allowed |= {tokens.tool_calls, tokens.args}
+        allowed |= {tokens.tool_calls, tokens.args, tokens.call_id}
     return tuple(sorted(set(vocabulary.control_names) - allowed))

@@ -12,7 +12,9 @@ events cannot matter.
     thought    [/THINK]        content
     any        [TOOL_CALLS]    name       (the call before is finished)
     name       text            name       nothing yet
-    name       [ARGS]          arguments  CallStart if the name is known
+    name       [CALL_ID]       id         nothing; models of some versions write one
+    id         text            id         nothing yet
+    name, id   [ARGS]          arguments  CallStart if the name is known
     arguments  text            arguments  CallArguments
     any        end of answer              what was held back
 """
@@ -24,7 +26,7 @@ from typing import TypeAlias
 
 from halfbyte.chat.detokenize import StopStrings, TextStream
 from halfbyte.chat.prompt import ControlTokens
-from halfbyte.chat.tools import new_call_id
+from halfbyte.chat.tools import is_call_id, new_call_id
 from halfbyte.chat.vocabulary import Vocabulary
 
 
@@ -67,6 +69,7 @@ class _State(Enum):
     THOUGHT = 2
     NAME = 3
     ARGUMENTS = 4
+    CALL_ID = 5
 
 
 class Router:
@@ -94,8 +97,10 @@ class Router:
         self._state = _State.CONTENT
         self._stream = TextStream(vocabulary)
         self._name = ""
+        self._call_id = ""
         self._arguments = ""
         self._is_open = False
+        self._used_ids: set[str] = set()
         self.num_calls = 0
         self.num_reasoning_tokens = 0
         self.stopped_by: str | None = None
@@ -135,7 +140,12 @@ class Router:
             return self._enter(_State.CONTENT)
         if token_id == control.tool_calls:
             return self._enter(_State.NAME)
-        if token_id == control.args and state is _State.NAME:
+        if token_id == control.call_id and state is _State.NAME:
+            self._name += self._stream.flush()
+            self._stream = TextStream(self._vocabulary)
+            self._state = _State.CALL_ID
+            return []
+        if token_id == control.args and state in (_State.NAME, _State.CALL_ID):
             return self._open_call()
         # Any other control token says nothing here: an end of answer, a lone [/THINK].
         return []
@@ -149,12 +159,12 @@ class Router:
         """End the current state: flush its text, decide about an unfinished call."""
         deltas = self._text(self._stream.flush())
         self._stream = TextStream(self._vocabulary)
-        if self._state is _State.NAME:
-            deltas += self._content(f"[TOOL_CALLS]{self._name}")
+        if self._state in (_State.NAME, _State.CALL_ID):
+            deltas += self._content(f"[TOOL_CALLS]{self._name}{self._shown_id()}")
         elif self._state is _State.ARGUMENTS and not self._is_open:
             deltas += self._close_held_call()
         self._state = _State.CONTENT
-        self._name = self._arguments = ""
+        self._name = self._call_id = self._arguments = ""
         self._is_open = False
         return deltas
 
@@ -168,6 +178,9 @@ class Router:
         if self._state is _State.NAME:
             self._name += text
             return []
+        if self._state is _State.CALL_ID:
+            self._call_id += text
+            return []
         if self._is_open:
             return [CallArguments(self.num_calls - 1, text)]
         self._arguments += text
@@ -178,7 +191,11 @@ class Router:
         return [Content(shown)] if shown else []
 
     def _open_call(self) -> list[Delta]:
-        self._name += self._stream.flush()
+        rest = self._stream.flush()
+        if self._state is _State.CALL_ID:
+            self._call_id += rest
+        else:
+            self._name += rest
         self._stream = TextStream(self._vocabulary)
         self._state = _State.ARGUMENTS
         if not self._live_calls or self._name.strip() not in self._tool_names:
@@ -188,13 +205,21 @@ class Router:
 
     def _start_call(self) -> CallStart:
         self.num_calls += 1
-        return CallStart(self.num_calls - 1, new_call_id(), self._name.strip())
+        # The model's own id, which it has seen when the result comes back; never one twice.
+        call_id = self._call_id.strip()
+        if not is_call_id(call_id) or call_id in self._used_ids:
+            call_id = new_call_id()
+        self._used_ids.add(call_id)
+        return CallStart(self.num_calls - 1, call_id, self._name.strip())
+
+    def _shown_id(self) -> str:
+        return f"[CALL_ID]{self._call_id}" if self._call_id else ""
 
     def _close_held_call(self) -> list[Delta]:
         if self._name.strip() in self._tool_names and _is_json_object(self._arguments):
             start = self._start_call()
             return [start, CallArguments(start.index, self._arguments)]
-        return self._content(f"[TOOL_CALLS]{self._name}[ARGS]{self._arguments}")
+        return self._content(f"[TOOL_CALLS]{self._name}{self._shown_id()}[ARGS]{self._arguments}")
 
 
 def _is_json_object(text: str) -> bool:

@@ -1,21 +1,37 @@
-"""Tools on their way in and out: call ids, arguments of earlier calls, new ids."""
+"""Tools on their way in and out: their schemas, call ids, arguments of earlier calls, new ids."""
 
+import copy
 import hashlib
 import json
 import re
 import secrets
 import string
+from collections.abc import Mapping
+from typing import Any
 
+import jsonschema
+
+from halfbyte.chat.schema import HeldSchema, tidied
 from halfbyte.errors import RequestError
 
+_DRAFT7 = jsonschema.Draft7Validator
+_IS_SCHEMA = _DRAFT7(_DRAFT7.META_SCHEMA, format_checker=_DRAFT7.FORMAT_CHECKER)
+# What Python's regular expressions say to a pattern that is beyond them.
+_BEYOND_PYTHON = (RecursionError, OverflowError)
+
 _ALPHABET = string.ascii_letters + string.digits
-_CALL_ID_LENGTH = 9  # what Mistral's own formats accept, [a-zA-Z0-9]{9}
+CALL_ID_CHARS = 9  # what Mistral's own formats accept, [a-zA-Z0-9]{9}
 _OUR_KIND = re.compile(r"[a-zA-Z0-9]{9}\Z")
 
 
 def new_call_id() -> str:
     """An id for a call that the model has made: nine characters, unguessable."""
-    return "".join(secrets.choice(_ALPHABET) for _ in range(_CALL_ID_LENGTH))
+    return "".join(secrets.choice(_ALPHABET) for _ in range(CALL_ID_CHARS))
+
+
+def is_call_id(text: str) -> bool:
+    """Whether a text is an id of that kind."""
+    return _OUR_KIND.match(text) is not None
 
 
 class CallIds:
@@ -37,7 +53,7 @@ class CallIds:
         candidate, salt = client_id, 0
         while not _OUR_KIND.match(candidate) or candidate in self._taken:
             digest = hashlib.sha256(f"{salt}:{client_id}".encode()).digest()
-            candidate = "".join(_ALPHABET[byte % 62] for byte in digest[:_CALL_ID_LENGTH])
+            candidate = "".join(_ALPHABET[byte % 62] for byte in digest[:CALL_ID_CHARS])
             salt += 1
         self._inside[client_id] = candidate
         self._taken.add(candidate)
@@ -48,6 +64,49 @@ class CallIds:
         for client_id, inside in self._inside.items():
             text = text.replace(inside, client_id)
         return text
+
+
+def shown_schema(
+    schema: Mapping[str, Any], path: str, param: str, *, strict: bool
+) -> Mapping[str, Any]:
+    """A schema as a model is shown it: itself, if it is one of draft 7.
+
+    mistral-common refuses others. If it is not strict the model sees what is left without the
+    faulty clauses; RequestError for a strict one.
+    """
+    try:
+        if _IS_SCHEMA.is_valid(schema):
+            return schema
+        if strict:
+            error = next(_IS_SCHEMA.iter_errors(schema))
+            place = "".join(f".{step}" for step in error.absolute_path)
+            message = f"{path}{place}: {error.message[:300]}"
+            raise RequestError(message, param=param, code="unsupported_schema")
+        shown: Any = copy.deepcopy(tidied(HeldSchema("", schema, strict=False)).schema)
+        # Round by round; a faulty value may hide another.
+        while errors := list(_IS_SCHEMA.iter_errors(shown)):
+            paths = {tuple(error.absolute_path) for error in errors}
+            if () in paths:
+                return {}
+            for place in sorted(paths, key=str, reverse=True):
+                _drop(shown, place)
+    except _BEYOND_PYTHON as error:
+        if strict:
+            raise RequestError(
+                f"{path}: a pattern in it is too large", param=param, code="unsupported_schema"
+            ) from error
+        return {}
+    return shown if isinstance(shown, Mapping) else {}
+
+
+def _drop(value: Any, path: tuple[str | int, ...]) -> None:
+    """Take one place out of a value, if it is still there."""
+    try:
+        for step in path[:-1]:
+            value = value[step]
+        del value[path[-1]]
+    except (KeyError, IndexError, TypeError):
+        return
 
 
 def checked_arguments(arguments: str, path: str) -> str:

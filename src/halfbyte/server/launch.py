@@ -120,6 +120,8 @@ class Front:
             print("\n  ".join(lines), flush=True)
 
         app.state.announce = announce
+        # So that the first request with a schema does not wait for it.
+        app.state.backend.compiler.start()
 
 
 def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:

@@ -17,6 +17,7 @@ from halfbyte.chat.grammar import CompiledGrammar, Mask, ThoughtMask
 from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_image
 from halfbyte.chat.prompt import ControlTokens, EncodedPrompt
 from halfbyte.chat.router import Router
+from halfbyte.chat.schema import HeldSchema
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from halfbyte.errors import RequestError
 from halfbyte.server import wire
@@ -38,14 +39,14 @@ _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What holds an answer: a compiled grammar, and the tools that may be called."""
+    """What holds an answer: a compiled grammar, and the tools that may be called.
+
+    warnings   what of the request's schemas is not held
+    """
 
     compiled: CompiledGrammar | None = None
+    warnings: tuple[str, ...] = ()
     tool_names: frozenset[str] = frozenset()
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return self.compiled.warnings if self.compiled is not None else ()
 
 
 async def chat_job(
@@ -70,8 +71,16 @@ async def chat_job(
     banned = backend.banned_in_chat(thinking=thinking, tools=bool(rules.tool_names))
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     images = await asyncio.to_thread(_image_inputs, prompt)
+    budget = request.max_reasoning_tokens
+    begun = _beginning(request) if rules.compiled is not None else None
+    if begun is None:
+        masks = [_mask(backend, rules, banned, thinking, budget) for _ in range(request.n)]
+    else:
+        masks = await asyncio.to_thread(
+            _begun_masks, backend, rules, banned, thinking, begun, request
+        )
     choices = []
-    for index in range(request.n):
+    for index, mask in enumerate(masks):
         params = sampling_params(
             backend,
             request,
@@ -80,7 +89,6 @@ async def chat_job(
             banned=banned,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
-        mask = _mask(backend, rules, banned, thinking, request.max_reasoning_tokens)
         generation = GenerationRequest(
             f"{answer_id}-{index}", prompt.token_ids, params, mask, images
         )
@@ -113,7 +121,7 @@ async def chat_job(
 async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
     """A job from a plain completion request: `n` choices of each prompt, in order."""
     prompts = request.prompts
-    rules = Rules(await _compile_format(backend, request.response_format))
+    rules = await _format_rules(backend, request.response_format)
     banned = backend.banned_in_text()
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     choices: list[Choice] = []
@@ -465,7 +473,7 @@ def _check_named(name: str, names: Sequence[str]) -> None:
 async def _chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
     choice, callable_tools = _tool_choice(backend, request)
     if choice == "none":
-        return Rules(await _compile_format(backend, request.response_format))
+        return await _format_rules(backend, request.response_format)
     form = request.response_format
     if choice != "auto" or (form is not None and form.type == "text"):
         # Where a call is forced there is no text that a format could hold.
@@ -476,46 +484,87 @@ async def _chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
             param="response_format",
         )
 
-    def compile_tools() -> CompiledGrammar:
+    def compile_tools() -> Rules:
         tools = [tool.model_dump() for tool in callable_tools]
-        for index, tool in enumerate(tools):
-            backend.compiler.check_schema(
-                tool["function"]["parameters"], f"tools[{index}].function.parameters"
+        # Not all need be callable; a message names a tool by its place in the request.
+        places = [tool.function.name for tool in request.tools or ()]
+        numbers = [i for i, tool in enumerate(tools) if tool["function"]["parameters"]]
+        schemas = [
+            HeldSchema(
+                f"tools[{places.index(function['name'])}].function.parameters",
+                function["parameters"],
+                function["strict"],
+                is_object=True,
             )
-        lark = grammar.tools_grammar(
-            tools,
-            backend.chat.control,
-            choice=choice,
-            parallel=request.parallel_tool_calls,
-            answer=None if form is None else _format_grammar(backend, form),
-        )
-        return backend.compiler.compile(lark, "tools")
+            for function in (tools[number]["function"] for number in numbers)
+        ]
+        if isinstance(form, wire.JsonSchemaFormat):
+            schemas.append(_held_schema(form))
 
-    compiled = await _in_time(backend, compile_tools, "tools")
-    return Rules(compiled, frozenset(tool.function.name for tool in callable_tools))
+        def write(held: Sequence[Mapping[str, Any]]) -> str:
+            for number, schema in zip(numbers, held, strict=False):
+                tools[number]["function"]["parameters"] = schema
+            return grammar.tools_grammar(
+                tools,
+                backend.chat.control,
+                choice=choice,
+                parallel=request.parallel_tool_calls,
+                answer=None if form is None else _format_grammar(backend, form, held[-1:]),
+            )
+
+        names = frozenset(tool.function.name for tool in callable_tools)
+        return Rules(*_compile_schemas(backend, schemas, write, "tools"), names)
+
+    return await _in_time(backend, compile_tools, "tools")
 
 
-async def _compile_format(
-    backend: Backend, response_format: wire.ResponseFormat | None
-) -> CompiledGrammar | None:
-    form = response_format
+async def _format_rules(backend: Backend, form: wire.ResponseFormat | None) -> Rules:
     if form is None or form.type == "text":
-        return None
+        return Rules()
 
-    def compile_format() -> CompiledGrammar:
-        lark = _format_grammar(backend, form)
-        return backend.compiler.compile(lark, "response_format", is_free=form.type == "grammar")
+    def compile_format() -> Rules:
+        if isinstance(form, wire.JsonSchemaFormat):
+
+            def write(held: Sequence[Mapping[str, Any]]) -> str:
+                return _format_grammar(backend, form, held)
+
+            return Rules(*_compile_schemas(backend, [_held_schema(form)], write, "response_format"))
+        compiled = backend.compiler.compile(
+            _format_grammar(backend, form, ()),
+            "response_format",
+            is_free=form.type == "grammar",
+            timeout_s=backend.config.limits.compile_s,
+        )
+        return Rules(compiled, compiled.warnings)
 
     return await _in_time(backend, compile_format, "response_format")
 
 
-def _format_grammar(backend: Backend, form: wire.ResponseFormat) -> str:
-    """The grammar of a response format, after a look at its size and depth."""
+def _compile_schemas(
+    backend: Backend,
+    schemas: Sequence[HeldSchema],
+    write: Callable[[Sequence[Mapping[str, Any]]], str],
+    param: str,
+) -> tuple[CompiledGrammar, tuple[str, ...]]:
+    timeout_s = backend.config.limits.compile_s
+    return backend.compiler.compile_schemas(schemas, write, param, timeout_s=timeout_s)
+
+
+def _held_schema(form: wire.JsonSchemaFormat) -> HeldSchema:
+    named = form.json_schema
+    schema = named.schema_ or {"type": "object"}
+    return HeldSchema("response_format.json_schema.schema", schema, named.strict)
+
+
+def _format_grammar(
+    backend: Backend, form: wire.ResponseFormat, held: Sequence[Mapping[str, Any]]
+) -> str:
+    """The grammar of a response format, after a look at its size; `held` is what is left of its
+    schema.
+    """
     compiler = backend.compiler
     if isinstance(form, wire.JsonSchemaFormat):
-        schema = form.json_schema.schema_ or {"type": "object"}
-        compiler.check_schema(schema, "response_format.json_schema.schema")
-        return grammar.json_schema_grammar(schema, lenient=not form.json_schema.strict)
+        return grammar.json_schema_grammar(held[0], lenient=not form.json_schema.strict)
     if isinstance(form, wire.JsonObjectFormat):
         return grammar.json_schema_grammar({"type": "object"}, lenient=False)
     if isinstance(form, wire.RegexFormat):
@@ -528,13 +577,12 @@ def _format_grammar(backend: Backend, form: wire.ResponseFormat) -> str:
     return form.grammar
 
 
-async def _in_time(
-    backend: Backend, compile_rules: Callable[[], CompiledGrammar], param: str
-) -> CompiledGrammar:
-    """Compile in a thread. What is over the time limit goes on there, bounded by its own fuel."""
+async def _in_time(backend: Backend, compile_rules: Callable[[], Rules], param: str) -> Rules:
+    """Compile in a thread. What is over the time limit goes on there, bounded by its trial."""
     try:
         async with asyncio.timeout(backend.config.limits.compile_s):
-            return await asyncio.to_thread(compile_rules)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(backend.compiler.threads, compile_rules)
     except TimeoutError as error:
         message = f"{param}: compiling took longer than {backend.config.limits.compile_s:g} s"
         raise RequestError(message, param=param, code="schema_too_complex") from error
@@ -551,6 +599,85 @@ def _mask(
     if not thinking or (inner is None and budget is None):
         return inner
     return ThoughtMask(backend.chat.vocabulary, backend.chat.control, inner, budget)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """What of an answer is there already; `path` is where the request has it."""
+
+    path: str
+    text: str
+
+
+def _beginning(request: wire.ChatRequest) -> _Beginning | None:
+    """The beginning of a message that is to be continued; None if nothing has begun."""
+    last = request.messages[-1]
+    if not request.continues_final or not isinstance(last, wire.AssistantMessage):
+        return None
+    path = f"messages[{len(request.messages) - 1}]"
+    if last.tool_calls:
+        raise RequestError(
+            f"{path}.tool_calls: an answer that has called tools is not continued under rules; "
+            "leave out prefix, or tools and response_format",
+            param=f"{path}.tool_calls",
+        )
+    content = last.content or ""
+    if isinstance(content, str):
+        text = content
+        has_thought = False
+    else:
+        text = "".join(
+            part.refusal if isinstance(part, wire.RefusalPart) else part.text
+            for part in content
+            if not isinstance(part, wire.ThinkingPart)
+        )
+        has_thought = len(content) > 0
+    has_thought = has_thought or bool(last.reasoning or last.reasoning_content)
+    return _Beginning(f"{path}.content", text) if text or has_thought else None
+
+
+def _begun_masks(
+    backend: Backend,
+    rules: Rules,
+    banned: tuple[int, ...],
+    thinking: bool,
+    begun: _Beginning,
+    request: wire.ChatRequest,
+) -> list[Mask | None]:
+    """Masks of an answer that has begun; 400 if its beginning is none of what the rules allow."""
+    if backend.upstream is not None:
+        raise RequestError(
+            "prefix: vLLM would begin the response_format or the tool calls anew after it; "
+            "send one without the other",
+            param="messages",
+            code="unsupported_parameter",
+        )
+    assert rules.compiled is not None
+    vocabulary = backend.chat.vocabulary
+    token_ids = vocabulary.encode_text(begun.text)
+    masks: list[Mask | None] = []
+    for _ in range(request.n):
+        mask = backend.compiler.mask(rules.compiled, banned)
+        num_fitting = mask.begin(token_ids)
+        if num_fitting < len(token_ids):
+            shown = vocabulary.decode(token_ids[:num_fitting])[-100:]
+            raise RequestError(
+                f"{begun.path}: the answer cannot begin so; what response_format or tools allow "
+                f"leaves it after {shown!r}",
+                param=begun.path,
+            )
+        masks.append(
+            ThoughtMask(
+                vocabulary,
+                backend.chat.control,
+                mask,
+                request.max_reasoning_tokens,
+                has_begun=True,
+            )
+            if thinking
+            else mask
+        )
+    return masks
 
 
 def _shown_schema(form: wire.ResponseFormat | None) -> Mapping[str, Any] | None:
