@@ -336,7 +336,7 @@ def test_filters_never_draw_what_they_exclude(
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}])
 @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 7e-46, 1e-45, 1e-38, 1e-20, 9e-6])
 def test_temperature_that_f32_cannot_divide_by_is_greedy(
-    temperature: float, filters: dict[str, float]
+    temperature: float, filters: dict[str, Any]
 ) -> None:
     params = replace(SamplingParams(temperature=temperature), **filters)
     assert params.is_greedy
@@ -347,7 +347,7 @@ def test_temperature_that_f32_cannot_divide_by_is_greedy(
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}])
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_logits_that_are_no_numbers_end_their_own_row_only(
-    temperature: float, filters: dict[str, float]
+    temperature: float, filters: dict[str, Any]
 ) -> None:
     params = replace(SamplingParams(temperature=temperature), **filters)
     rows = LOGITS.repeat(4, 1)

@@ -4,7 +4,7 @@ import base64
 import json
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -357,3 +357,110 @@ def _http() -> Iterator[Case]:
     )
     yield Case("header: odd id", CHAT, chat(), (200,), headers=(("X-Request-Id", "a b\tc"),))
     yield Case("body: too large", CHAT, b" " * 2_000_001, (413,))
+
+
+# --- heavy ones: what they cost others is measured over a server process ---------------------
+
+
+class Heavy(NamedTuple):
+    """A request that must cost little; `content` makes its body, `times` of them go at once."""
+
+    name: str
+    path: str
+    content: Callable[[], bytes]
+    statuses: tuple[int, ...] = (400,)
+    times: int = 1
+    is_brief: bool = False
+
+
+def heavy() -> list[Heavy]:
+    """Megabytes of structure, text, ids; brief ones are few enough for every run."""
+    hello = json.dumps(HELLO).encode()
+
+    def chat_with(field: bytes) -> bytes:
+        return b'{"model": "m", "max_tokens": 2, "messages": ' + hello + b", " + field + b"}"
+
+    def many(value: bytes, count: int, start: bytes = b"[", end: bytes = b"]") -> bytes:
+        return start + b",".join([value] * count) + end
+
+    def names(count: int) -> bytes:
+        return b"{" + b",".join(b'"k%d":1' % i for i in range(count)) + b"}"
+
+    def saying(text: bytes) -> bytes:
+        return (
+            b'{"model":"m","max_tokens":2,"messages":[{"role":"user","content":"' + text + b'"}]}'
+        )
+
+    def one(text: str, size: int) -> Callable[[], bytes]:
+        return lambda: saying((text * (size // len(text))).encode())
+
+    def chained(count: int) -> bytes:
+        """A schema whose definitions refer to each other, one after the other."""
+        defs: dict[str, Any] = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(count)}
+        schema = {"$ref": "#/$defs/a0", "$defs": {**defs, f"a{count}": {"type": "string"}}}
+        inner = {"name": "x", "schema": schema, "strict": True}
+        form = {"type": "json_schema", "json_schema": inner}
+        return json.dumps({**chat(response_format=form), "model": "m"}).encode()
+
+    big = 31_000_000
+    user = b'{"role":"user","content":"x"}'
+    part = b'{"type":"text","text":""}'
+    four_times_1000 = many(b'{"role":"user","content":' + many(part, 1000) + b"}", 4)
+    picture = b'{"type":"image_url","image_url":{"url":"data:image/png;base64,'
+    regex = {"type": "regex", "regex": "(a{900}){90}"}
+
+    def messages(value: bytes) -> bytes:
+        return b'{"model":"m","max_tokens":2,"messages":' + value + b"}"
+
+    def ids(path: str, name: str, count: int, **options: Any) -> Heavy:
+        field = name.encode()
+        return Heavy(
+            f"{count} {name}",
+            path,
+            lambda: b'{"model":"m","%s":%s}' % (field, many(b"5", count)),
+            **options,
+        )
+
+    def in_chat(what: str, field: str, value: Callable[[], bytes], **options: Any) -> Heavy:
+        return Heavy(what, CHAT, lambda: chat_with(b'"%s":' % field.encode() + value()), **options)
+
+    found = [
+        in_chat("stop ids", "stop_token_ids", lambda: many(b"5", 590_000)),
+        in_chat("stop ids beyond", "stop_token_ids", lambda: many(b"5", 5_000_000)),
+        in_chat("body beyond", "stop_token_ids", lambda: many(b"5", 17_000_000), statuses=(413,)),
+        in_chat("bias", "logit_bias", lambda: names(59_000)),
+        in_chat("names", "metadata", lambda: names(59_000), statuses=(200,)),
+        in_chat("names beyond", "metadata", lambda: names(400_000)),
+        in_chat("numbers", "metadata", lambda: many(b"1.5", 590_000), statuses=(200,)),
+        in_chat("long numbers", "metadata", lambda: many(b"9" * 4000, 7000)),
+        Heavy("empty messages", CHAT, lambda: messages(many(b"{}", 49_000)), is_brief=True),
+        Heavy("messages", CHAT, lambda: messages(many(user, 49_000))),
+        Heavy("parts", CHAT, lambda: messages(many(part, 49_000))),
+        Heavy("parts of some", CHAT, lambda: messages(four_times_1000), (200, 400), times=4),
+        Heavy("items", RESPONSES, lambda: b'{"model":"m","input":' + many(user, 4000) + b"}",
+              (200, 400), times=2),
+        ids("/detokenize", "tokens", 590_000, is_brief=True),
+        ids("/detokenize", "tokens", 4000, statuses=(200, 429), times=200),
+        ids(TEXT, "prompt", 590_000),
+        Heavy("prompts", TEXT, lambda: b'{"model":"m","prompt":' + many(b'"a"', 190_000) + b"}"),
+        Heavy("text", CHAT, one("ab ", 10_000_000), times=8),
+        Heavy("large text", CHAT, one("ab ", big)),
+        Heavy("text beyond ASCII", CHAT, one("é", big // 2), is_brief=True),
+        Heavy("escaped text", CHAT, lambda: saying(b"\\u00e9" * (big // 6))),
+        Heavy("escaped lines", CHAT, lambda: saying(b"\\n" * (big // 2))),
+        Heavy("text of blanks", CHAT, one(" ", 10_000_000)),
+        Heavy("text of one letter", CHAT, one("a", 60_000), (200, 400), times=16, is_brief=True),
+        Heavy("text near the context", CHAT, one("word ", 60_000), (200, 400), times=40),
+        Heavy("text to tokenize", "/tokenize", lambda: b'{"prompt":"' + b"ab " * 10_000 + b'"}',
+              (200, 400, 429), times=300),
+        Heavy("plain text", TEXT, lambda: b'{"model":"m","prompt":"' + b"ab " * 3_000_000 + b'"}',
+              times=4),
+        Heavy("picture that is none", CHAT, lambda: messages(
+              b'[{"role":"user","content":[' + picture + b"QUJD" * (big // 4 - 100) + b'"}}]}]')),
+        Heavy("chained schema", CHAT, lambda: chained(60), (200, 400)),
+        Heavy("counted regex", CHAT,
+              lambda: json.dumps({**chat(response_format=regex), "model": "m"}).encode(),
+              (200, 400)),
+    ]  # fmt: skip
+    assert len({case.name for case in found}) == len(found)
+    return found

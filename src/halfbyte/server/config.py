@@ -16,10 +16,13 @@ from halfbyte.server.dialect import Setting
 class Limits:
     """What one request, one key and the whole server may ask for.
 
-    body_brackets      arrays and objects of a body, brackets in texts included; tiny ones by the
-                       million would be read for seconds, in which nothing else happens
-    body_values        values of a body, likewise: its commas
-    body_keys          names of fields, likewise: its colons behind a quotation mark
+    body_brackets      opening brackets of a body, those in texts included
+    body_nodes         its arrays and objects; tiny ones by the million would be read for seconds,
+                       in which nothing else happens. So would the following four
+    body_values        its commas outside texts
+    body_keys          its field names
+    body_texts         its texts, field names included
+    body_plain_bytes   what is no text in it: numbers, punctuation, blanks
     parts              parts of contents, and tool calls, of all messages together
     stop_tokens        stop_token_ids of a request
     biased_tokens      tokens in a request's logit_bias
@@ -36,9 +39,12 @@ class Limits:
     """
 
     body_bytes: int = 32_000_000
-    body_brackets: int = 100_000
+    body_brackets: int = 1_000_000
+    body_nodes: int = 50_000
     body_values: int = 600_000
-    body_keys: int = 100_000
+    body_keys: int = 60_000
+    body_texts: int = 200_000
+    body_plain_bytes: int = 8_000_000
     messages: int = 4096
     parts: int = 4096
     choices: int = 16

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from halfbyte.errors import RequestError
+from halfbyte.machine import trim_heap
 from halfbyte.server import wire
 from halfbyte.server.config import Limits
 from halfbyte.server.problems import body_for, response_of, status_and_body
@@ -27,7 +28,9 @@ DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 # Bodies up to here are read without asking for room.
-_SMALL_BODY = 1_000_000
+_SMALL_BODY = 250_000
+# After a large body; its request is mostly answered by then.
+_TRIM_S = 0.5
 # A body that comes more slowly is given up, some time after its beginning.
 _SLOWEST_BYTES_S = 50_000
 
@@ -200,6 +203,7 @@ class BodyRoom:
         self._size = self._free = size
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
+        self._trim: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
     async def hold(self, num_bytes: int, patience_s: float) -> AsyncIterator[None]:
@@ -219,6 +223,13 @@ class BodyRoom:
         finally:
             self._free += num_bytes
             self._freed.set()
+            if self._trim is None:
+                self._trim = asyncio.get_running_loop().call_later(_TRIM_S, self._give_back)
+
+    def _give_back(self) -> None:
+        """What was read and let go goes back to the system: the C library would keep it."""
+        self._trim = None
+        asyncio.get_running_loop().run_in_executor(None, trim_heap)
 
 
 @contextlib.asynccontextmanager

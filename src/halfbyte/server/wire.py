@@ -523,10 +523,11 @@ class RenderRequest(Wire):
 Request = TypeVar("Request", bound=Wire)
 
 
-_KEY = re.compile(rb'"\s*:')
+# A text with its quotation marks, as far as it is there.
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 # Numbers of more digits are slow to read, the slower the longer.
 _LONG_NUMBER = 250
-_MOST_LONG_NUMBERS = 20_000
+_MOST_LONG_NUMBERS = 4000
 # Escapes and bytes beyond ASCII that are read whatever the context.
 _ODD_BYTES = 1_000_000
 _ODD = "escapes or bytes beyond ASCII"
@@ -534,7 +535,10 @@ _ASCII = bytes(range(128))
 
 
 class Structure:
-    """Counts of a body as it arrives; more than the limits of anything is refused unread."""
+    """Counts of a body as it arrives; more than the limits of anything is refused unread.
+
+    Brackets are counted everywhere, which costs nothing, the rest outside texts only.
+    """
 
     def __init__(self, limits: Limits, most_text: int | None = None) -> None:
         """`most_text`: bytes of text that any request may have; None for no limit."""
@@ -542,31 +546,36 @@ class Structure:
         # so. A byte of text may take two escapes at most, and much may stand in ignored fields.
         most_odd = 2**63 if most_text is None else 2 * most_text + _ODD_BYTES
         self._most = {
-            "opening brackets": limits.body_brackets,
-            "commas": limits.body_values,
+            "opening brackets, those in texts included": limits.body_brackets,
+            "arrays and objects": limits.body_nodes,
+            "commas between values": limits.body_values,
             "field names": limits.body_keys,
+            "texts": limits.body_texts,
+            "bytes outside texts": limits.body_plain_bytes,
             f"numbers of over {_LONG_NUMBER} digits": _MOST_LONG_NUMBERS,
             _ODD: most_odd,
         }
         self._counts = dict.fromkeys(self._most, 0)
+        # What an open text has so far that the next piece may continue: its mark, half an escape.
+        self._open = b""
 
     def add(self, chunk: bytes) -> None:
         """Count one more piece. RequestError beyond a limit."""
-        # A colon costs little to count and most bodies have few; which of them end a name is looked
-        # at where there are many. A piece that begins with one may continue a name.
-        num_names = chunk.count(b":")
-        if num_names > 100:
-            num_names = len(_KEY.findall(chunk)) + 1
-        blocks = range(0, len(chunk) - _LONG_NUMBER + 1, _LONG_NUMBER)
-        num_long = sum(chunk[start : start + _LONG_NUMBER].isdigit() for start in blocks)
+        num_brackets = chunk.count(b"[") + chunk.count(b"{")
         num_odd = chunk.count(b"\\")
         if not chunk.isascii():
             num_odd += len(chunk.translate(None, _ASCII))
+        was_open = bool(self._open)
+        plain, num_texts = self._outside(chunk)
+        blocks = range(0, len(plain) - _LONG_NUMBER + 1, _LONG_NUMBER)
         found = (
-            chunk.count(b"[") + chunk.count(b"{"),
-            chunk.count(b","),
-            num_names,
-            num_long,
+            num_brackets,
+            plain.count(b"[") + plain.count(b"{"),
+            plain.count(b","),
+            plain.count(b":"),
+            num_texts - was_open,
+            len(plain),
+            sum(plain[start : start + _LONG_NUMBER].isdigit() for start in blocks),
             num_odd,
         )
         for (what, most), count in zip(self._most.items(), found, strict=True):
@@ -574,10 +583,34 @@ class Structure:
             if self._counts[what] > most:
                 known = "any text for this model has" if what == _ODD else "are read"
                 raise RequestError(
-                    f"the body has more than {most:,} {what}, those in texts included: more than "
-                    f"{known}",
+                    f"the body has more than {most:,} {what}: more than {known}",
                     code="context_length_exceeded" if what == _ODD else "limit_exceeded",
                 )
+
+    def _outside(self, chunk: bytes) -> tuple[bytes, int]:
+        """A piece without its texts, and how many there were."""
+        last = b""
+
+        def note(match: re.Match[bytes]) -> bytes:
+            nonlocal last
+            if match.end() == len(whole):
+                last = match[0]
+            return b" "
+
+        whole = self._open + chunk
+        plain, num_texts = _TEXT.subn(note, whole)
+        self._open = b""
+        if last and (len(last) == 1 or last[-1:] != b'"' or _ends_in_escape(last[:-1])):
+            self._open = b'"\\' if _ends_in_escape(last) else b'"'
+        elif plain.endswith(b"\\"):
+            # The pattern stops in front of half an escape.
+            self._open, plain = b'"\\', plain[:-1]
+        return plain, num_texts
+
+
+def _ends_in_escape(text: bytes) -> bool:
+    """Whether a backslash at the end escapes what follows."""
+    return (len(text) - len(text.rstrip(b"\\"))) % 2 == 1
 
 
 def parse_json(body: bytes | bytearray) -> Any:

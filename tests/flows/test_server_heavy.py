@@ -1,0 +1,242 @@
+"""Heavy requests against a server process with its limits as they are: what they cost others.
+
+Measured: memory of the process over idle while they are in work and afterwards, the longest silence
+of /health/ready, the longest gap of an answer that streams beside them. Others may work on the
+machine, too: bounds of time are stretched by how long the server waited for a processor.
+"""
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.hostile import Heavy, heavy
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
+
+DATA = Path(__file__).parent.parent / "data" / "chat"
+PEAK_MB, KEPT_MB = 600, 100
+SILENCE_S, GAP = 0.150, 5.0
+ATTEMPTS = 3
+
+
+@dataclasses.dataclass
+class Target:
+    """A server process and where it listens."""
+
+    process: "subprocess.Popen[bytes]"
+    port: int
+
+    def memory_mb(self, what: str) -> float:
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.partition(f"{what}:")[2].split()[0]) / 1024
+
+    def processor_s(self) -> tuple[float, float]:
+        """Seconds that its threads have run, and have waited for a processor."""
+        ran = waited = 0
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                fields = (task / "schedstat").read_text().split()
+                ran, waited = ran + int(fields[0]), waited + int(fields[1])
+        return ran / 1e9, waited / 1e9
+
+    def forget_peak(self) -> None:
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def post(self, path: str, content: bytes, timeout: float = 50) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        with contextlib.closing(connection):
+            # A refusal may come before the body is out; it is what counts.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request("POST", path, content, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    directory = tmp_path_factory.mktemp("models") / "m"
+    # Deep enough that a step takes as long as one of a small real model.
+    config = tiny_config(layers=24, vision=True)
+    text = dataclasses.replace(config.text, vocab_size=800)
+    write_tiny_checkpoint(directory, config=dataclasses.replace(config, text=text))
+    shutil.copy(DATA / "tekken" / "tekken.json", directory)
+    log = directory / "log"
+    command = [sys.executable, "-m", "halfbyte", "serve", directory, "--port", "0"]
+    command += ["--max-model-len", "4096", "--kv-cache-tokens", "16384"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=file, stderr=subprocess.DEVNULL, env=environment
+        )
+    try:
+        deadline = time.monotonic() + 50
+        while "Ctrl-C" not in (said := log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.05)
+        url = next(word for word in said.split() if word.endswith("/v1"))
+        found = Target(process, int(url.removesuffix("/v1").rpartition(":")[2]))
+        # What the first request of each kind loads is not the corpus's.
+        status, _ = found.post("/tokenize", b'{"prompt": "Hello"}')
+        assert status == 200
+        with watched(found):
+            time.sleep(1)
+        yield found
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclasses.dataclass
+class Seen:
+    """Longest silence of /health/ready (s), gaps between a stream's tokens (s)."""
+
+    silence_s: float = 0.0
+    gaps: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def gap_ratio(self) -> float:
+        return max(self.gaps) / statistics.median(self.gaps)
+
+
+@contextlib.contextmanager
+def watched(target: Target) -> Iterator[Seen]:
+    """Look at readiness and read a stream while the body runs."""
+    seen, ends = Seen(), threading.Event()
+
+    def look() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=50)
+        with contextlib.closing(connection):
+            while not ends.is_set():
+                started = time.perf_counter()
+                connection.request("GET", "/health/ready")
+                connection.getresponse().read()
+                seen.silence_s = max(seen.silence_s, time.perf_counter() - started)
+                time.sleep(0.005)
+
+    def stream() -> None:
+        body = {
+            "model": "m",
+            "messages": [{"role": "user", "content": "x"}],
+            "stream": True,
+            "ignore_eos": True,
+            "max_tokens": 3000,
+        }
+        while not ends.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=50)
+            with contextlib.closing(connection):
+                content = json.dumps(body).encode()
+                headers = {"Content-Type": "application/json"}
+                connection.request("POST", "/v1/chat/completions", content, headers)
+                answer = connection.getresponse()
+                last = None
+                while not ends.is_set() and (line := answer.readline()):
+                    if line.startswith(b"data: {"):
+                        now = time.perf_counter()
+                        seen.gaps += [] if last is None else [now - last]
+                        last = now
+
+    threads = [threading.Thread(target=one) for one in (look, stream)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(0.5)
+        yield seen
+        time.sleep(0.3)
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join()
+
+
+def sent(target: Target, case: Heavy, content: bytes) -> list[int]:
+    """The statuses of a case's requests, all at once."""
+    statuses: list[int] = []
+
+    def send() -> None:
+        try:
+            statuses.append(target.post(case.path, content)[0])
+        except (OSError, http.client.HTTPException):
+            # A body that was still coming may cost its sender the answer.
+            statuses.append(case.statuses[0] if len(content) > 1_000_000 else 0)
+
+    threads = [threading.Thread(target=send) for _ in range(case.times)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return statuses
+
+
+def check(target: Target, case: Heavy) -> str | None:
+    """What is wrong with a case's cost; time is measured again: others may have been in the way."""
+    content = case.content()
+    base = target.memory_mb("VmRSS")
+    said = ""
+    for _ in range(ATTEMPTS):
+        target.forget_peak()
+        ran, waited = target.processor_s()
+        with watched(target) as seen:
+            statuses = sent(target, case, content)
+        if target.process.poll() is not None:
+            return f"{case.name}: the server died"
+        wrong = [status for status in statuses if status not in case.statuses]
+        if wrong:
+            return f"{case.name}: answered {wrong[:5]}"
+        peak = target.memory_mb("VmHWM") - base
+        if peak > PEAK_MB:
+            return f"{case.name}: {peak:.0f} MB over idle"
+        ran, waited = (
+            now - was for now, was in zip(target.processor_s(), (ran, waited), strict=True)
+        )
+        slowed = 1 + waited / ran
+        median = statistics.median(seen.gaps)
+        said = (
+            f"{case.name}: silent for {seen.silence_s * 1000:.0f} ms, gap {seen.gap_ratio:.1f} of "
+            f"{median * 1000:.1f} ms, slowed {slowed:.1f} times by others, {peak:.0f} MB over idle"
+        )
+        # Shown by `pytest -s`: what each case costs on this machine.
+        print(said)
+        if seen.silence_s <= SILENCE_S * slowed and seen.gap_ratio <= GAP * slowed:
+            return None
+    return said
+
+
+def check_all(target: Target, cases: list[Heavy]) -> None:
+    idle = target.memory_mb("VmRSS")
+    wrong = [said for case in cases if (said := check(target, case)) is not None]
+    assert not wrong, "\n".join(wrong)
+    # Freed memory goes back to the system a moment later.
+    time.sleep(2)
+    kept = target.memory_mb("VmRSS") - idle
+    assert kept <= KEPT_MB, f"{kept:.0f} MB are kept"
+    status, _ = target.post("/detokenize", b'{"tokens": [5]}')
+    assert status == 200
+    connection = http.client.HTTPConnection("127.0.0.1", target.port)
+    with contextlib.closing(connection):
+        connection.request("GET", "/health")
+        health = json.loads(connection.getresponse().read())
+    assert health["ready"] and health["engine_restarts"] == 0
+
+
+@pytest.mark.timeout(150)
+def test_brief_heavy_requests_cost_others_little(target: Target) -> None:
+    cases = [case for case in heavy() if case.is_brief]
+    assert len(cases) >= 4
+    check_all(target, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_all_heavy_requests_cost_others_little(target: Target) -> None:
+    check_all(target, heavy())
