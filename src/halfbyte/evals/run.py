@@ -5,7 +5,7 @@ for what the journal does not hold and writes each raw answer the moment it arri
 grades and writes the record. So a kill costs the attempts in flight, and a resumed run asks for
 nothing twice. inspect-ai's logs hold the same records (`records_of_log`), for its viewer.
 
-This and nothing else of `evals` imports inspect-ai (decision 0013).
+This and `provider` alone of `evals` import inspect-ai (decision 0013).
 """
 
 import asyncio
@@ -41,6 +41,7 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
 from halfbyte.evals.endpoint import Endpoint
 from halfbyte.evals.progress import Progress
+from halfbyte.evals.provider import PROVIDER
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     Journal,
@@ -259,7 +260,7 @@ def _carry(
 
 def _model(url: str, name: str, api_key: str, concurrency: int, config: RunConfig) -> Model:
     return get_model(
-        f"openai-api/halfbyte/{name}",
+        f"{PROVIDER}/{name}",
         base_url=url,
         api_key=api_key,
         memoize=False,
