@@ -49,7 +49,9 @@ class Answers(OpenAICompatibleAPI):
         check_completion(completion)
         for choice in completion.choices:
             # inspect-ai takes the content of every message for one text.
-            answer = read_message(choice.message.model_dump())
+            # Not model_dump, which warns of contents that are no text.
+            message = choice.message
+            answer = read_message({**message.__dict__, **(message.model_extra or {})})
             choice.message.content = answer.text
             choice.message.reasoning_content = answer.reasoning
         return completion
