@@ -21,7 +21,8 @@ pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
 import halfbyte
 from evals_stub import Reply, completion, refusal, serving
 from halfbyte.cli.main import main
-from halfbyte.evals.records import read_attempts, read_records, read_run
+from halfbyte.errors import UsageError
+from halfbyte.evals.records import lock_run, read_attempts, read_records, read_run
 from halfbyte.evals.run import max_tokens_for, records_of_log
 from halfbyte.evals.types import Text
 from halfbyte.model.tiny import write_tiny_checkpoint
@@ -491,31 +492,32 @@ def test_empty_contents_are_empty_answers(tmp_path: Path) -> None:
 def test_a_second_run_in_the_same_folder_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(all_right, delay_s=0.2) as stub:
-        command = [
-            sys.executable, "-m", "halfbyte", "evaluate", stub.url, "--suite", "pocket",
-            "--concurrency", "1", "--out", str(tmp_path),
-        ]  # fmt: skip
-        source = str(Path(halfbyte.__file__).parents[1])
-        first = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": source},
-        )  # fmt: skip
-        try:
-            journal = tmp_path / "pocket" / "attempts.jsonl"
-            while not (journal.exists() and journal.stat().st_size) and first.poll() is None:
-                time.sleep(0.05)
-            assert evaluate(stub.url, tmp_path) == 2
+    def while_running(request: dict[str, Any]) -> Reply:
+        with pytest.raises(UsageError, match="in use"), lock_run(tmp_path):
+            raise AssertionError("the run does not hold its folder")
+        return all_right(request)
+
+    with serving(while_running) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", "2") == 0
+        hold = (
+            "import pathlib, sys, time\nfrom halfbyte.evals.records import lock_run\n"
+            "with lock_run(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+            "    time.sleep(600)"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", hold, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(Path(halfbyte.__file__).parents[1])},
+        ) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"held\n"
+            assert evaluate(stub.url, tmp_path, "--limit", "2") == 2
             said = capsys.readouterr().err
-            assert "in use" in said and str(first.pid) in said
+            assert "in use" in said and str(other.pid) in said
             assert main(["grade", str(tmp_path)]) == 2
-        finally:
-            first.kill()
-            first.wait()
-        # The lock went with the process that held it.
-        assert evaluate(stub.url, tmp_path, "--concurrency", "20") == 0
-        keys = Counter((a.item_id, a.repeat) for a in read_attempts(journal))
-    assert set(keys.values()) == {1} and len(keys) == 40
+            other.kill()
+        # The lock went with the process that held it, however that ended.
+        assert evaluate(stub.url, tmp_path, "--limit", "2") == 0
+        assert len(stub.requests) == 2
 
 
 @pytest.mark.parametrize("name", ["attempts.jsonl", "samples.jsonl", "sessions.jsonl"])
