@@ -18,9 +18,11 @@ import pytest
 
 pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
 
+import halfbyte
 from evals_stub import Reply, completion, refusal, serving
 from halfbyte.cli.main import main
-from halfbyte.evals.records import read_attempts, read_records, read_run
+from halfbyte.errors import UsageError
+from halfbyte.evals.records import lock_run, read_attempts, read_records, read_run
 from halfbyte.evals.run import max_tokens_for, records_of_log
 from halfbyte.evals.types import Text
 from halfbyte.model.tiny import write_tiny_checkpoint
@@ -371,6 +373,165 @@ def test_code_steps_see_their_own_repeat_and_are_run(tmp_path: Path) -> None:
         own = seeds[request["seed"]]
         mentioned = {seeds[s] for s in seeds if f"# seed {s}\n" in earlier}
         assert all(repeat == own[1] for _, repeat in mentioned)
+
+
+def step_answers(request: dict[str, Any]) -> Reply:
+    """The gold code of the step that a request asks for."""
+    problems = (DATA / "scicode" / "problems_dev_subset.jsonl").read_text().splitlines()
+    steps = [step for p in map(json.loads, problems) for step in p["sub_steps"]]
+    text = request["messages"][0]["content"].split("NEXT STEP:")[1]
+    step = next(s for s in steps if s["function_header"] in text)
+    return completion(f"```python\n{step['ground_truth_code']}\n```")
+
+
+def test_a_grader_that_fails_is_recorded_with_its_reason_and_graded_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("h5py", reason="the interpreter of generated code needs h5py")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "scicode").symlink_to(DATA / "scicode")
+    # As people give it: relative, and over the link of a virtual environment.
+    (tmp_path / "code").symlink_to(Path(sys.prefix))
+    monkeypatch.chdir(tmp_path)
+    command = ["--suite", "scicode", "--data", "data", "--repeats", "1", "--limit", "1", "--out",
+               "run", "--code-wall-s", "30"]  # fmt: skip
+    relative = ["--code-python", f"code/bin/{Path(sys.executable).name}"]
+    with serving(step_answers) as stub:
+        # A wrong path is said before anything is asked.
+        wrong = ["--code-python", "nowhere/bin/python"]
+        assert main(["evaluate", stub.url, *command, *wrong]) == 2
+        assert "nowhere/bin/python is no Python" in capsys.readouterr().err
+        assert not stub.requests
+        with monkeypatch.context() as broken:
+            broken.setattr(
+                "halfbyte.evals.score.run_program", lambda *_, **__: (1 / 0 if True else None)
+            )
+            assert main(["evaluate", stub.url, *command, *relative]) == 1
+        result = read_run(tmp_path / "run").benchmarks["scicode"]
+        asked = len(stub.requests)
+        assert result.causes == {"ungraded": asked}
+        assert all("ZeroDivisionError" in why for _, _, why in result.missing)
+        assert "ZeroDivisionError" in result.reason
+        assert "ZeroDivisionError" in capsys.readouterr().out
+        # The answers are there: only the grades are made up for.
+        assert main(["evaluate", stub.url, *command, *relative]) == 0
+        assert len(stub.requests) == asked
+    assert read_run(tmp_path / "run").benchmarks["scicode"].score == 1.0
+
+
+def test_algebra_that_is_missing_is_said_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfbyte.evals.grading import numbers
+
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no such package')")
+    source = str(Path(numbers.__file__).parents[3])
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{source}")
+    numbers.equals_in_child.cache_clear()
+    with serving(all_right) as stub:
+        assert evaluate(stub.url, tmp_path / "run", "--limit", "2") == 2
+        assert not stub.requests
+    assert "needs math-verify" in capsys.readouterr().err
+    numbers.equals_in_child.cache_clear()
+
+
+def as_parts(content: Any) -> Reply:
+    status, body = completion("")
+    body["choices"][0]["message"]["content"] = content
+    return status, body
+
+
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "of course"}]}
+MESSAGES = {
+    "parts": lambda right: as_parts([THOUGHT, {"type": "text", "text": right}]),
+    "split text": lambda right: as_parts([{"type": "text", "text": c} for c in right]),
+    "quoted mark": lambda right: completion(f"The <think> tag.\n{right}", reasoning="of course"),
+    "inline block": lambda right: completion(f"<think>of course</think>{right}"),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_answers_are_read_in_every_form_of_message(tmp_path: Path, name: str) -> None:
+    with serving(lambda request: MESSAGES[name](ANSWERS[question_of(request)])) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", "4", "--retries", "0") == 0
+    assert read_run(tmp_path).benchmarks["pocket"].causes == {"ok": 4}
+    reasoning = {a.reasoning for a in read_attempts(tmp_path / "pocket" / "attempts.jsonl")}
+    assert reasoning == ({""} if name == "split text" else {"of course"})
+
+
+FAULTS: dict[str, tuple[Reply, str]] = {
+    "error body": ((200, {"error": {"message": "out of coins", "code": 502}}), "out of coins"),
+    "error text": ((200, {"error": "out of coins"}), "out of coins"),
+    "no choices": ((200, {"choices": [], "object": "chat.completion"}), "no choices"),
+    "null choices": ((200, {"choices": None, "detail": "busy"}), "busy"),
+    "no message": ((200, {"choices": [{"index": 0}]}), "without a message"),
+    "nothing": ((200, {}), "no choices"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_an_error_with_status_200_is_a_fault_of_the_server_in_its_own_words(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply, words = FAULTS[name]
+    with serving(lambda request: reply) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", "2", "--retries", "0") == 1
+    result = read_run(tmp_path).benchmarks["pocket"]
+    assert result.causes == {"error": 2}
+    assert words in result.missing[0][2]
+    assert words in capsys.readouterr().out
+
+
+def test_empty_contents_are_empty_answers(tmp_path: Path) -> None:
+    replies = iter([as_parts(None), as_parts([]), as_parts(""), as_parts([THOUGHT])])
+    with serving(lambda request: next(replies)) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", "4", "--concurrency", "1") == 0
+    assert read_run(tmp_path).benchmarks["pocket"].causes == {"empty": 4}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def while_running(request: dict[str, Any]) -> Reply:
+        with pytest.raises(UsageError, match="in use"), lock_run(tmp_path):
+            raise AssertionError("the run does not hold its folder")
+        return all_right(request)
+
+    with serving(while_running) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", "2") == 0
+        hold = (
+            "import pathlib, sys, time\nfrom halfbyte.evals.records import lock_run\n"
+            "with lock_run(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+            "    time.sleep(600)"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", hold, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(Path(halfbyte.__file__).parents[1])},
+        ) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"held\n"
+            assert evaluate(stub.url, tmp_path, "--limit", "2") == 2
+            said = capsys.readouterr().err
+            assert "in use" in said and str(other.pid) in said
+            assert main(["grade", str(tmp_path)]) == 2
+            other.kill()
+        # The lock went with the process that held it, however that ended.
+        assert evaluate(stub.url, tmp_path, "--limit", "2") == 0
+        assert len(stub.requests) == 2
+
+
+@pytest.mark.parametrize("name", ["attempts.jsonl", "samples.jsonl", "sessions.jsonl"])
+def test_a_damaged_line_in_the_middle_is_named(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(all_right) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", "4") == 0
+        path = tmp_path / "pocket" / name
+        lines = path.read_bytes().splitlines(keepends=True)
+        for damage in (b"\x00garbage\n", b"[1]\n", lines[0][:-9] + b"\n"):
+            path.write_bytes(b"".join([lines[0], damage, *lines[1:]]))
+            assert evaluate(stub.url, tmp_path, "--limit", "4") == 2
+            assert f"{name}, line 2 is damaged" in capsys.readouterr().err
 
 
 def test_images_travel_as_png_in_reading_order(tmp_path: Path) -> None:

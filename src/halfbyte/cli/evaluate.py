@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.evals.endpoint import connect, describe_checkpoint, serve
     from halfbyte.evals.evaluate import default_arm, evaluate, prepare
     from halfbyte.evals.plan import LOSSES, format_plan, plan_run
-    from halfbyte.evals.records import is_name
+    from halfbyte.evals.records import is_name, lock_run
     from halfbyte.evals.render import format_run
     from halfbyte.evals.tasks.suite import find_benchmarks
 
@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args, arm, out, benchmarks, key)
     prepared = prepare(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_run(out))  # before a server is started
         checkpoint = {}
         if endpoint is None:
             checkpoint = describe_checkpoint(folder)

@@ -1,6 +1,7 @@
 """`halfbyte grade`: grade recorded attempts again, without asking the model."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 EXAMPLE = """\
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     import datetime
     import os
 
+    from halfbyte.evals.records import lock_run
     from halfbyte.evals.regrade import changed_grades, regrade
     from halfbyte.evals.render import format_run
     from halfbyte.evals.sandbox import Limits, interpreter
@@ -32,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         limits = Limits(wall_s=args.code_wall_s)
         code = CodeRunner(interpreter(args.code_python), limits, slots)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    result, file = regrade(args.run, data=args.data, code=code, judge=None, finished=now)
+    with lock_run(args.run) if args.run.is_dir() else contextlib.nullcontext():
+        result, file = regrade(args.run, data=args.data, code=code, judge=None, finished=now)
     print(format_run(result, file))
     suffix = file.name.removeprefix("run.").removesuffix(".json")
     for name in result.benchmarks:

@@ -49,11 +49,7 @@ def connect(url: str, model: str | None, api_key: str, *, take_first: bool = Fal
 
     take_first  without `model`: the first name will do, all of them are one model
     """
-    base = url.rstrip("/").removesuffix("/chat/completions")
-    if not base.startswith(("http://", "https://")):
-        base = f"http://{base}"
-    if not base.endswith("/v1"):
-        base = f"{base}/v1"
+    base = base_address(url)
     headers = {"Authorization": f"Bearer {api_key}"}
     try:
         answer = httpx.get(f"{base}/models", headers=headers, timeout=30)
@@ -73,6 +69,28 @@ def connect(url: str, model: str | None, api_key: str, *, take_first: bool = Fal
     return Endpoint(
         base, model, int(context) if context else None, {"model": entry, "health": health}
     )
+
+
+def base_address(url: str) -> str:
+    """The address below which ``/chat/completions`` and ``/models`` lie.
+
+    ``/v1`` is added to a bare host only: who names a path, such as ``/v1beta/openai``, means it.
+    Examples: ``host:8000`` -> ``http://host:8000/v1``; ``https://a/openai/v1/chat/completions`` ->
+    ``https://a/openai/v1``. Raises UsageError for what is no http address.
+    """
+    base = url.strip()
+    if "://" not in base:
+        base = f"http://{base}"
+    try:
+        parts = httpx.URL(base)
+    except httpx.InvalidURL as failure:
+        raise UsageError(f"{url!r} is no address of a server: {failure}") from failure
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise UsageError(f"{url!r} is no address of a server: give http://HOST:PORT or a folder")
+    path = parts.path.rstrip("/")
+    for end in ("/chat/completions", "/completions", "/models"):
+        path = path.removesuffix(end)
+    return str(parts.copy_with(path=path or "/v1", query=None, fragment=None))
 
 
 def _health(root: str, headers: Mapping[str, str]) -> Any:

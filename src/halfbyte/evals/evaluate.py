@@ -18,6 +18,8 @@ from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals import sandbox
 from halfbyte.evals.config import RunConfig, differing, differing_judges
 from halfbyte.evals.endpoint import Endpoint
+from halfbyte.evals.grading import scripts
+from halfbyte.evals.grading.numbers import check_algebra
 from halfbyte.evals.records import (
     FORMAT,
     BenchmarkResult,
@@ -148,9 +150,13 @@ def _check_graders(config: RunConfig, loaded: Mapping[str, Loaded]) -> None:
     if "judged" in kinds and config.judge is None:
         raise UsageError("AA-LCR needs a judge: --judge ENDPOINT --judge-model NAME")
     if "code" in kinds:
+        python = sandbox.interpreter(_code_python(config))
         active = sandbox.isolation()
-        logger.info("generated code runs under %s: %s", _code_python(config), ", ".join(active))
-        _warn_about_versions(sandbox.interpreter(_code_python(config)))
+        scripts.check_interpreter(python)
+        logger.info("generated code runs under %s: %s", python.path, ", ".join(active))
+        _warn_about_versions(python)
+    if any(b.needs_algebra for b in config.benchmarks if b.name in loaded):
+        check_algebra()
 
 
 def _code_python(config: RunConfig) -> str:

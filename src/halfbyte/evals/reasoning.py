@@ -42,7 +42,9 @@ def split_reasoning(content: str, reasoning: str = "") -> Answer:
         return Answer(content.strip(), "")
     if marks[0].is_close:
         marks.insert(0, _Mark(0, 0, False))
-    thoughts, texts, position = [], [], 0
+    thoughts: list[str] = []
+    texts: list[str] = []
+    position = 0
     for mark, following in zip(marks, (*marks[1:], None), strict=True):
         if mark.is_close or mark.start < position:
             continue

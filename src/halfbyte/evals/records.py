@@ -1,6 +1,7 @@
 """Files of a run: attempts and graded samples as JSON lines, the run as one JSON object.
 
     RUN/run.json                   what was run, how, and the numbers
+    RUN/run.lock                   held by whoever writes here
     RUN/<benchmark>/attempts.jsonl raw answers, one line each, written when they arrive
     RUN/<benchmark>/samples.jsonl  the same joined with gold and score (section 7 of the reference)
     RUN/<benchmark>/sessions.jsonl when asking began, one line for every start or resumption
@@ -12,18 +13,21 @@ Reading never needs the network.
 """
 
 import bisect
+import contextlib
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.types import Attempt, Cause, Sample, Score
 
 FORMAT = 1
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,23 +196,80 @@ def _cut_torn_line(file: int) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a journal; a torn last line is left out."""
+    """Rows of a journal; a torn last line is left out.
+
+    Raises UsageError with the line if another one is damaged.
+    """
+    return (row for _, row in _numbered_rows(path))
+
+
+def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line.decode("utf-8", "surrogatepass"))
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line.decode("utf-8", "surrogatepass"))
+            except (ValueError, RecursionError) as failure:
+                raise _damaged(path, number, f"it is not JSON ({failure})") from failure
+            if not isinstance(row, dict):
+                raise _damaged(path, number, f"it is no object but {line[:40]!r}")
+            yield number, row
+
+
+def _damaged(path: Path, number: int, why: str) -> UsageError:
+    return UsageError(
+        f"{path}, line {number} is damaged: {why}. Restore the file, or remove the line: "
+        "what it held is then asked or graded again"
+    )
+
+
+def _typed(path: Path, kind: type[_Row]) -> Iterator[_Row]:
+    for number, row in _numbered_rows(path):
+        try:
+            yield kind(**row)
+        except TypeError as failure:  # a field too many or too few
+            raise _damaged(path, number, f"it is no {kind.__name__} ({failure})") from failure
 
 
 def read_attempts(path: Path) -> Iterator[Attempt]:
-    """Raw attempts of one benchmark."""
-    return (Attempt(**row) for row in read_lines(path))
+    """Raw attempts of one benchmark. Raises UsageError if a line is damaged."""
+    return _typed(path, Attempt)
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Graded samples of one benchmark, in the order in which they finished."""
-    return (Record(**row) for row in read_lines(path))
+    """Graded samples of one benchmark, in the order in which they finished.
+
+    Raises UsageError if a line is damaged.
+    """
+    return _typed(path, Record)
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for one writer; the lock ends with the process, however that ends.
+
+    Raises UsageError if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as held:
+            who = os.pread(file, 32, 0).decode("ascii", "replace").strip() or "another one"
+            raise UsageError(
+                f"{folder} is in use: process {who} runs or grades there. Wait for it, end it, or "
+                "choose another --out"
+            ) from held
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        yield
+        os.ftruncate(file, 0)
+    finally:
+        os.close(file)
 
 
 def latest(records: Iterator[Record]) -> dict[tuple[str, int], Record]:
@@ -263,14 +324,22 @@ def read_run(path: Path) -> RunRecord:
     file = newest(path, "run", "json") if path.is_dir() else path
     if file is None or not file.exists():
         raise UsageError(f"{path}: no run.json; a run folder is what `halfbyte evaluate` writes")
-    row = json.loads(file.read_text())
-    if row.get("format") != FORMAT:
-        raise UsageError(f"{file}: format {row.get('format')!r}, this version reads {FORMAT}")
-    results = {k: BenchmarkResult(**v) for k, v in row.pop("benchmarks").items()}
+    try:
+        row = json.loads(file.read_bytes())
+        found = row.get("format")
+    except (ValueError, RecursionError, AttributeError) as failure:
+        raise UsageError(f"{file} is no run record: {failure}") from failure
+    if found != FORMAT:
+        raise UsageError(f"{file}: format {found!r}, this version reads {FORMAT}")
+    try:
+        results = {k: BenchmarkResult(**v) for k, v in row.pop("benchmarks").items()}
+        record = RunRecord(**row, benchmarks=results)
+    except (TypeError, KeyError, AttributeError) as failure:
+        raise UsageError(f"{file} is no run record of this version: {failure}") from failure
     for name in results:
         if not is_name(name):
             raise UsageError(f"{file}: benchmark {name!r}: a folder of the run is no path")
-    return RunRecord(**row, benchmarks=results)
+    return record
 
 
 def is_name(text: str) -> bool:

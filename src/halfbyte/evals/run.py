@@ -5,7 +5,7 @@ for what the journal does not hold and writes each raw answer the moment it arri
 grades and writes the record. So a kill costs the attempts in flight, and a resumed run asks for
 nothing twice. inspect-ai's logs hold the same records (`records_of_log`), for its viewer.
 
-This and nothing else of `evals` imports inspect-ai (decision 0013).
+This and `provider` alone of `evals` import inspect-ai (decision 0013).
 """
 
 import asyncio
@@ -41,6 +41,7 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
 from halfbyte.evals.endpoint import Endpoint
 from halfbyte.evals.progress import Progress
+from halfbyte.evals.provider import PROVIDER
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     Journal,
@@ -56,6 +57,7 @@ from halfbyte.evals.records import (
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded
 from halfbyte.evals.types import MISSING_CAUSES, Attempt, Image, Prompt, Sample
+from halfbyte.log import logger
 
 Key = tuple[str, int]
 
@@ -252,6 +254,8 @@ def _carry(
         ctl_server=False,  # no listening socket, and a second less to start
         acp_server=False,
     )
+    if not logs:  # what inspect-ai returns when it was interrupted
+        raise KeyboardInterrupt
     error = logs[0].error
     if logs[0].status != "success" and error is not None and room.fault is None:
         room.fault = f"the run stopped: {error.message}"
@@ -259,7 +263,7 @@ def _carry(
 
 def _model(url: str, name: str, api_key: str, concurrency: int, config: RunConfig) -> Model:
     return get_model(
-        f"openai-api/halfbyte/{name}",
+        f"{PROVIDER}/{name}",
         base_url=url,
         api_key=api_key,
         memoize=False,
@@ -297,8 +301,13 @@ def _solver(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
             if attempt is None:
                 if room.fault is not None:
                     break
-                attempt = await _ask(room, sample, repeat, earlier, model)
-                room.attempts.append(asdict(attempt))
+                try:
+                    attempt = await _ask(room, sample, repeat, earlier, model)
+                    room.attempts.append(asdict(attempt))
+                # inspect-ai keeps to itself what a solver raises; here it ends the run and is said.
+                except Exception as failure:
+                    room.fault = _own_fault("asking", sample.item_id, failure)
+                    break
                 room.answered[key] = attempt
             earlier.append(attempt.answer)
 
@@ -313,6 +322,11 @@ def _solver(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
     return answer_trajectory()
 
 
+def _own_fault(doing: str, item_id: str, failure: Exception) -> str:
+    logger.error("%s item %s failed", doing, item_id, exc_info=failure)
+    return f"{doing} item {item_id} failed: {type(failure).__name__}: {failure}"
+
+
 def _scorer(room: Room, units: dict[str, list[Sample]]) -> Any:
     """Grade a trajectory, write its records, forget its answers."""
 
@@ -325,7 +339,11 @@ def _scorer(room: Room, units: dict[str, list[Sample]]) -> Any:
             if attempt is None:
                 break
             if (sample.item_id, repeat) not in room.graded:
-                record = await _grade(room, sample, attempt, earlier)
+                try:
+                    record = await _grade(room, sample, attempt, earlier)
+                except Exception as failure:
+                    room.fault = _own_fault("recording", sample.item_id, failure)
+                    break
                 rows.append(record_row(record))
             earlier.append(attempt)
         for sample in members:

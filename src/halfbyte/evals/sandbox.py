@@ -11,21 +11,25 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals import sandbox_init
 
-Ending = Literal["exited", "signal", "wall", "cpu", "memory", "output"]
+Ending = Literal["exited", "signal", "wall", "cpu", "memory", "output", "stopped"]
 
+_MEASURE_S = 0.1  # between two looks at the memory in use
 _END_LIMIT_S = 10.0  # for the kernel to end a killed world; far more than it takes
 
 # Without any of these nothing is run.
@@ -61,7 +65,7 @@ class Outcome:
     """How a program ended.
 
     ending     exited: by itself, with `exit_code`; signal: killed by `signal_number`; the others
-               name the limit that it ran into
+               name the limit that it ran into, or say that it was ended with its partner
     stdout, stderr   at most `Limits.output_bytes` together
     isolation  what was active, such as ("mount", "pid", ..., "seccomp")
     """
@@ -73,6 +77,22 @@ class Outcome:
     stderr: str
     wall_s: float
     isolation: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A program of ours, and generated code that it talks to but shares no world with.
+
+    Both programs get two arguments, the descriptors to read from and to write to the other with.
+
+    program, files  what decides; its outcome is the pair's
+    other, other_files  what is untrusted; it sees nothing but the interpreter
+    """
+
+    program: str
+    files: Mapping[str, str]
+    other: str
+    other_files: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +124,19 @@ def isolation() -> tuple[str, ...]:
     return outcome.isolation
 
 
-@cache
 def interpreter(path: str) -> Interpreter:
-    """Look at a Python: where it lives and which numerical packages it has."""
+    """Look at a Python: where it lives and which numerical packages it has.
+
+    path  as a user gives it: absolute, relative to here, or a name to be found in PATH
+    Raises UsageError if it is not there or does not run.
+    """
+    # Made absolute, not resolved: a virtual environment is known by the path of its link.
+    found = shutil.which(path) if os.sep not in path else path
+    return _interpreter(os.path.abspath(found or path))
+
+
+@cache
+def _interpreter(path: str) -> Interpreter:
     question = (
         "import sys, json, importlib.metadata as m\n"
         "names = ['numpy', 'scipy', 'sympy', 'h5py', 'matplotlib']\n"
@@ -117,10 +147,15 @@ def interpreter(path: str) -> Interpreter:
         "have['python'] = sys.version.split()[0]\n"
         "print(json.dumps([[sys.prefix, sys.base_prefix, *sys.path], have]))"
     )
-    answer = subprocess.run(
-        [path, "-I", "-c", question], capture_output=True, text=True, timeout=60, check=True
-    )
-    places, versions = json.loads(answer.stdout)
+    try:
+        answer = subprocess.run(
+            [path, "-I", "-c", question], capture_output=True, text=True, timeout=60, check=True
+        )
+        places, versions = json.loads(answer.stdout)
+    except subprocess.CalledProcessError as failure:
+        raise UsageError(f"{path} does not run: {failure.stderr.strip()[-300:]}") from failure
+    except (OSError, ValueError, subprocess.TimeoutExpired) as failure:
+        raise UsageError(f"{path} is no Python for generated code: {failure}") from failure
     real = [os.path.realpath(path), *places]
     folders = {p for p in real if p and os.path.exists(p)}
     return Interpreter(path, tuple(sorted(folders)), versions)
@@ -128,7 +163,7 @@ def interpreter(path: str) -> Interpreter:
 
 def run_program(
     python: Interpreter,
-    program: str,
+    program: str | Pair,
     *,
     limits: Limits,
     visible: Sequence[Path] = (),
@@ -138,38 +173,93 @@ def run_program(
 
     visible  files or folders that it may read, at their own paths
     files    name -> text, put into its private folder beside the program
+    Of a `Pair` both are for the program that decides; limits hold for each of the two. A limit that
+    the other one ran into is the pair's ending.
     Raises UnsupportedError if the sandbox itself cannot be built.
     """
     for path in visible:
         if not path.exists():
             raise FileNotFoundError(path)
+    if isinstance(program, str):
+        return _run(python, program, limits, visible, files or {})
+    return _run_pair(python, program, limits, visible, {**program.files, **(files or {})})
+
+
+def _run_pair(
+    python: Interpreter,
+    pair: Pair,
+    limits: Limits,
+    visible: Sequence[Path],
+    files: Mapping[str, str],
+) -> Outcome:
+    (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
+    stop = threading.Event()
+    # A little longer than the other, so that a limit is that of the code, not of waiting for it.
+    patient = replace(limits, wall_s=limits.wall_s + 5)
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(
+            _run, python, pair.other, limits, (), pair.other_files, (theirs_in, theirs_out), stop
+        )
+        try:
+            ours = _run(python, pair.program, patient, visible, files, (ours_in, ours_out))
+        finally:
+            stop.set()
+        theirs = other.result()
+    stderr = "\n".join(filter(None, (theirs.stderr[-2000:].strip(), ours.stderr.strip())))
+    is_passed = ours.ending == "exited" and ours.exit_code == 0
+    if is_passed or theirs.ending in ("exited", "stopped"):
+        return replace(ours, stderr=stderr)
+    return replace(theirs, stdout=ours.stdout, stderr=stderr)
+
+
+def _run(
+    python: Interpreter,
+    program: str,
+    limits: Limits,
+    visible: Sequence[Path],
+    files: Mapping[str, str],
+    channel: tuple[int, ...] = (),
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Run one program. `channel`: descriptors that it inherits; they are closed here.
+
+    stop  when set, the program is ended as one that is no longer needed
+    """
     report_read, report_write = os.pipe()
     config = {
-        "argv": [python.path, "-I", "-B", f"{sandbox_init.BOX}/program.py"],
+        "argv": [python.path, "-I", "-B", f"{sandbox_init.BOX}/program.py", *map(str, channel)],
+        "channel": list(channel),
         "environment": _ENVIRONMENT,
         # A user of its own for every run, so that the process limit counts this run only.
         "uid": random.SystemRandom().randrange(200_000, 1_000_000),
-        "visible": [*python.prefixes, *(str(path.resolve()) for path in visible)],
-        "files": {"program.py": program, **(files or {})},
+        # At the path that was given as well as where it leads to, so that either can be opened.
+        "visible": [
+            *python.prefixes,
+            *(str(place) for path in visible for place in (path.absolute(), path.resolve())),
+        ],
+        "files": {**files, "program.py": program},
         "limits": {k: v for k, v in asdict(limits).items() if k not in ("wall_s", "output_bytes")},
     }
     started = time.monotonic()
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", sandbox_init.__file__, str(report_write)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pass_fds=(report_write,),
-        env={},
-        start_new_session=True,
-    )
-    os.close(report_write)
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", sandbox_init.__file__, str(report_write)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(report_write, *channel),
+            env={},
+            start_new_session=True,
+        )
+    finally:
+        for descriptor in (report_write, *channel):
+            os.close(descriptor)
     watch = _Watch()
     try:
         assert child.stdin is not None
         child.stdin.write(json.dumps(config).encode())
         child.stdin.close()
-        _watch(watch, child, report_read, limits, started)
+        _watch(watch, child, report_read, limits, started, stop)
     finally:
         _end(child, watch.facts.get("init"))
         os.close(report_read)
@@ -192,12 +282,14 @@ def _watch(
     report: int,
     limits: Limits,
     started: float,
+    stop: threading.Event | None,
 ) -> None:
     """Read output and reports until the program ends or a limit is passed; then kill it."""
     assert child.stdout is not None and child.stderr is not None
     streams = (child.stdout.fileno(), child.stderr.fileno())
     watch.streams = {stream: bytearray() for stream in streams}
     waiting = {*streams, report}
+    measured = started
     while waiting:
         ready, _, _ = select.select(list(waiting), [], [], 0.1)
         for stream in ready:
@@ -212,8 +304,14 @@ def _watch(
             watch.ending = "output"
         elif time.monotonic() - started > limits.wall_s:
             watch.ending = "wall"
-        elif not ready and _resident_bytes(child.pid) > limits.memory_bytes:
-            watch.ending = "memory"
+        elif time.monotonic() - measured > _MEASURE_S:
+            # By the clock, not when nothing is printed: or a program that always prints is not
+            # measured at all.
+            if _resident_bytes(child.pid) > limits.memory_bytes:
+                watch.ending = "memory"
+            measured = time.monotonic()
+        if watch.ending is None and stop is not None and stop.is_set():
+            watch.ending = "stopped"
         if watch.ending is not None:
             break
         if b'"status"' in watch.report and not ready:
@@ -231,7 +329,8 @@ def _outcome(watch: _Watch, wall_s: float) -> Outcome:
             "the interpreter for generated code does not start in the sandbox: "
             f"{facts['failure']}; the code was not run. Give a virtual environment's python"
         )
-    if "failure" in facts:
+    # After the program's start a fault of init is the program's doing.
+    if "failure" in facts and "seccomp" not in facts:
         raise UnsupportedError(
             f"the sandbox for generated code cannot be built here: {facts['failure']}; "
             "the code was not run. Allow user namespaces, or run as root"

@@ -43,7 +43,10 @@ DENIED_CALLS = {
     "kexec_load": (246, 104), "userfaultfd": (323, 282), "open_by_handle_at": (304, 265),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "io_uring_setup": (425, 425),
     "swapon": (167, 224), "reboot": (169, 142), "settimeofday": (164, 170), "acct": (163, 89),
-    "socket": (41, 198), "memfd_create": (319, 279),
+    "socket": (41, 198), "socketpair": (53, 199), "memfd_create": (319, 279),
+    "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196), "semget": (64, 190),
+    "msgget": (68, 186), "mq_open": (240, 180), "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438), "kcmp": (312, 272), "process_madvise": (440, 440),
 }  # fmt: skip
 CLONE, CLONE3 = (56, 220), (435, 435)
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -57,26 +60,81 @@ def _call(name: str, *arguments: Any) -> None:
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
-def take_namespaces() -> list[str]:
-    """New mount, process, network, IPC and host-name spaces; as a plain user also a user space."""
+def take_namespaces(program_uid: int) -> list[str]:
+    """New mount, process, network, IPC and host-name spaces; a user space where one is needed.
+
+    In a user space root has `program_uid` as well, so that the program can be someone else; a plain
+    user has only itself.
+    """
     spaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     taken = ["mount", "pid", "network", "ipc", "uts"]
-    if os.geteuid() == 0:
+    is_root = os.geteuid() == 0
+    if is_root:
         try:
             _call("unshare", spaces)
             return taken
         except OSError:
-            pass  # root without the right to do so, as in most containers: as a plain user then
+            pass  # root without CAP_SYS_ADMIN, as in most containers: in a user space then
+    mapper = _start_mapper(program_uid) if is_root else None
     uid, gid = os.geteuid(), os.getegid()
-    _call("unshare", spaces | CLONE_NEWUSER)
-    for path, text in (
-        ("/proc/self/setgroups", "deny"),
-        ("/proc/self/uid_map", f"{uid} {uid} 1"),
-        ("/proc/self/gid_map", f"{gid} {gid} 1"),
-    ):
-        with open(path, "w") as file:
-            file.write(text)
+    try:
+        _call("unshare", spaces | CLONE_NEWUSER)
+    finally:
+        if mapper is not None:
+            mapper.finish()
+    if not is_root:
+        _write("/proc/self/setgroups", "deny")
+        _write("/proc/self/uid_map", f"{uid} {uid} 1")
+        _write("/proc/self/gid_map", f"{gid} {gid} 1")
+    elif mapper is not None and not mapper.has_mapped():
+        raise OSError(
+            1,
+            "root without CAP_SYS_ADMIN needs CAP_SETUID and CAP_SETGID to give the program a user "
+            "of its own; add them, or run as a plain user",
+        )
     return ["user", *taken]
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+class _Mapper:
+    """A child that stays outside a new user space and gives it two users.
+
+    Only a process outside, with the right to change its user, may map more than one.
+    """
+
+    def __init__(self, pid: int, start: int) -> None:
+        self._pid, self._start = pid, start
+        self._status = 1
+
+    def finish(self) -> None:
+        """Let it map, now that the space is there (or is not to be), and wait for it."""
+        os.write(self._start, b"1")
+        os.close(self._start)
+        self._status = os.waitpid(self._pid, 0)[1]
+
+    def has_mapped(self) -> bool:
+        return self._status == 0
+
+
+def _start_mapper(program_uid: int) -> _Mapper:
+    launcher = os.getpid()
+    ready, start = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(start)
+        os.read(ready, 1)
+        try:
+            for kind in ("uid_map", "gid_map"):
+                _write(f"/proc/{launcher}/{kind}", f"0 0 1\n{program_uid} {program_uid} 1\n")
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    os.close(ready)
+    return _Mapper(pid, start)
 
 
 def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
@@ -147,6 +205,7 @@ def set_limits(limits: dict[str, int]) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),
     ):
         resource.setrlimit(kind, (value, value))
 
@@ -196,6 +255,8 @@ def run_as_program(config: dict[str, Any], report: int) -> None:
     set_limits(config["limits"])
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     os.write(report, json.dumps({"seccomp": filter_calls()}).encode() + b"\n")
+    for descriptor in config["channel"]:
+        os.set_inheritable(descriptor, True)
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
     os.execve(config["argv"][0], config["argv"], config["environment"])
@@ -204,6 +265,9 @@ def run_as_program(config: dict[str, Any], report: int) -> None:
 def be_init(config: dict[str, Any], report: int) -> int:
     """Process 1: build the world, start the program, reap, and end with the program."""
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The kernel keeps from process 1 every signal of its own world that it has no handler for; and
+    # the one that Python handles is sent by programs that have the same user.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     build_root(config["visible"], config["limits"]["disk_bytes"], config["files"],
                config["uid"] if os.geteuid() == 0 else -1)  # fmt: skip
     program = os.fork()
@@ -227,7 +291,7 @@ def main() -> int:
     os.set_inheritable(report, False)
     config = json.load(sys.stdin)
     try:
-        spaces = take_namespaces()
+        spaces = take_namespaces(config["uid"])
         os.write(report, json.dumps({"namespaces": spaces}).encode() + b"\n")
         init = os.fork()
         if init == 0:

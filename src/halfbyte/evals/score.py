@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evals.grading import scripts
 from halfbyte.evals.grading.judge import grade_judged, judge_prompt, read_verdict
 from halfbyte.evals.sandbox import Interpreter, Limits, run_program
 from halfbyte.evals.tasks.benchmark import Benchmark
 from halfbyte.evals.tasks.scicode import codes_before
 from halfbyte.evals.types import Attempt, Sample, Score, unparsed
+from halfbyte.log import logger
 
 Judge = Callable[[str], Awaitable[str]]
 
@@ -56,7 +57,29 @@ async def score_attempt(
 
     earlier    the attempts before it in its trajectory (SciCode), else empty
     judgement  a stored reply of the judge, used instead of asking when no judge is given
+
+    A grader that fails gives an ungraded score with its reason: missing, never wrong, and never
+    silently absent.
     """
+    try:
+        return await _score(benchmark, sample, attempt, earlier, graders, judgement)
+    except HalfbyteError as failure:
+        return Score(None, None, "ungraded", {"reason": str(failure)[:1000]})
+    # Whatever else a grader raises is a fault of ours that must not cost the attempt.
+    except Exception as failure:
+        logger.exception("grading %s #%d failed", sample.item_id, attempt.repeat)
+        reason = f"the grader failed: {type(failure).__name__}: {failure}"
+        return Score(None, None, "ungraded", {"reason": reason[:1000]})
+
+
+async def _score(
+    benchmark: Benchmark,
+    sample: Sample,
+    attempt: Attempt,
+    earlier: Sequence[Attempt],
+    graders: Graders,
+    judgement: str | None,
+) -> Score:
     if attempt.error is not None:
         if attempt.refused:
             return Score(0.0, None, "refused", {"reason": attempt.error})
@@ -103,6 +126,5 @@ async def _run(
             program,
             limits=code.limits,
             visible=[Path(f["targets"])],
-            files={scripts.RUNTIME: scripts.runtime_source()},
         )
     return scripts.grade_step(own, outcome, token)

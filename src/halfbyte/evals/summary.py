@@ -55,7 +55,7 @@ def summarise(
         status, reason = "not measured", f"the server refused every request: {refused[0].error}"
     elif missing:
         status = "partial" if partial and means else "incomplete"
-        reason = f"{len(missing)} of {len(expected)} attempts are missing"
+        reason = _missing_reason(missing, len(expected))
     has_score = status in ("complete", "partial") and bool(means)
     return BenchmarkResult(
         **identity,
@@ -82,7 +82,16 @@ def summarise(
 def _why(record: Record | None) -> str:
     if record is None:
         return "not asked"
-    return record.error or record.cause
+    reason = record.details.get("reason")
+    return record.error or (f"{record.cause}: {reason}" if reason else record.cause)
+
+
+def _missing_reason(missing: Sequence[tuple[str, int, str]], expected: int) -> str:
+    """How many attempts are missing and why, the most frequent reason first."""
+    why = Counter(text for _, _, text in missing)
+    shown = "; ".join(f"{count} {text[:200]}" for text, count in why.most_common(3))
+    more = f"; {len(why) - 3} more reasons" if len(why) > 3 else ""
+    return f"{len(missing)} of {expected} attempts are missing ({shown}{more})"
 
 
 def _strata(

@@ -1,24 +1,29 @@
-"""SciCode: the prompt of a step, the code in an answer, and the program that tests it.
+"""SciCode: the prompt of a step, the code in an answer, and the programs that test it.
 
-Building text only; the program is run by `sandbox`. Steps of a problem build on each other: a
+Building text only; the programs are run by `sandbox`, tests and code in worlds of their own
+(decision 0057). Steps of a problem build on each other: a
 step's program holds the model's own code of the steps before it.
 Source: ../shared/reference/evaluations.md section 3.4.
 """
 
 import io
+import json
 import re
 import tokenize
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from halfbyte.evals.sandbox import Outcome
+from halfbyte.errors import UnsupportedError
+from halfbyte.evals.sandbox import Interpreter, Limits, Outcome, Pair, run_program
 from halfbyte.evals.types import Score, right_or_wrong, unparsed
 
 # Given in the data set with fixed code: not generated, not tested, not counted.
 GIVEN_STEPS = ("13.6", "62.1", "76.3")
 
 RUNTIME = "scicode_runtime.py"
+TESTER, WORKER, WIRE = "scicode_tester.py", "scicode_worker.py", "scicode_wire.py"
+_DEFINED = re.compile(r"^(?:def|class)\s+(\w+)", re.MULTILINE)
 
 _OPENING = re.compile(r"(?P<fence>`{3,}|~{3,})")
 _LANGUAGE = re.compile(r"[ \t]*\{?\.?(?P<name>[\w+#.-]*)\}?[^\n]*?(?P<end>\n|\Z)")
@@ -174,37 +179,75 @@ def step_program(
     codes: Sequence[str],
     targets_path: str,
     token: str,
-) -> str:
-    """The program that decides step `index`: `codes` includes the step's own code, last.
+) -> Pair:
+    """The tests of step `index` and, apart from them, the code: `codes` has the step's own last.
 
-    All tests run in one process and in order, because later ones use names of earlier ones. It
-    prints `token` at its end, so that a program that leaves early does not count as passed.
+    All tests run in one process and in order, because later ones use names of earlier ones; the
+    code is in a second process that has neither tests nor targets. The tests print `token` when
+    they have all held. Without a path there are no targets.
     """
-    step = problem["sub_steps"][index]
-    tests = step["test_cases"]
-    lines = [
-        "import sys as _sys",
-        "_sys.path.insert(0, '/box')",
-        "import scicode_runtime as _runtime",
-        "for _name in ('scicode', 'scicode.compare', 'scicode.compare.cmp'):",
-        "    _sys.modules[_name] = _runtime",
-        problem["required_dependencies"],
-        *codes,
-        f"_targets = _runtime.read_targets{(targets_path, step['step_number'], len(tests))!r}",
-    ]
-    for number, test in enumerate(tests):
-        lines += [f"target = _targets[{number}]", test]
-    lines.append(f"print({token!r})")
-    return "\n\n".join(lines) + "\n"
+    steps = problem["sub_steps"][: index + 1]
+    headers = "\n".join(step["function_header"] for step in steps)
+    step = {
+        "dependencies": problem["required_dependencies"],
+        "tests": steps[-1]["test_cases"],
+        "functions": _DEFINED.findall(headers),
+        "targets": [targets_path, steps[-1]["step_number"]] if targets_path else [],
+        "token": token,
+    }
+    start = "import json, sys\nsys.path.insert(0, '/box')\nimport {module}\n"
+    channel = "*map(int, sys.argv[1:3])"
+    tester = start.format(module="scicode_tester") + (
+        f"step = json.loads({json.dumps(step)!r})\nsys.exit(scicode_tester.main(step, {channel}))\n"
+    )
+    worker = start.format(module="scicode_worker") + f"scicode_worker.main({channel})\n"
+    wire = _text_of(WIRE)
+    return Pair(
+        tester,
+        {RUNTIME: runtime_source(), TESTER: _text_of(TESTER), WIRE: wire},
+        worker,
+        {
+            "code.py": "\n\n".join([problem["required_dependencies"], *codes]) + "\n",
+            WORKER: _text_of(WORKER),
+            WIRE: wire,
+        },
+    )
+
+
+def check_interpreter(python: Interpreter) -> None:
+    """Run one small step as attempts are run, so that what is missing is said before any is asked.
+
+    Raises UnsupportedError with the interpreter's own words.
+    """
+    # The modules of the tests are imported whatever the step: NumPy, SciPy and h5py.
+    test = "assert np.allclose(check(1.0), 2.0)"
+    step = {"step_number": "0.1", "function_header": "def check(x):", "test_cases": [test]}
+    problem = {"required_dependencies": "import numpy as np", "sub_steps": [step]}
+    code = "def check(x):\n    return np.asarray(x) + 1"
+    program = step_program(problem, 0, [code], "", "held")
+    outcome = run_program(python, program, limits=Limits(wall_s=120))
+    if grade_step(code, outcome, "held").value != 1.0:
+        raise UnsupportedError(
+            f"{python.path} cannot run SciCode's tests: {outcome.ending} with exit code "
+            f"{outcome.exit_code}: {outcome.stderr.strip()[-600:]}\nIt needs NumPy below 2, SciPy "
+            "1.10 to 1.13, sympy, matplotlib and h5py"
+        )
 
 
 def runtime_source() -> str:
-    """Text of the module that the program imports; goes beside it into the sandbox."""
-    return resources.files("halfbyte.evals.grading").joinpath(RUNTIME).read_text()
+    """Text of the module with the comparisons and the reader of targets that the tests import."""
+    return _text_of(RUNTIME)
+
+
+def _text_of(name: str) -> str:
+    return resources.files("halfbyte.evals.grading").joinpath(name).read_text()
 
 
 def grade_step(code: str, outcome: Outcome | None, token: str) -> Score:
-    """Passed when the program left with 0 and reached its end. No code: unparsed, not run."""
+    """Passed when every test held: the tests' process left with 0 and printed `token`.
+
+    No code: unparsed, not run.
+    """
     if outcome is None or not code.strip():
         return unparsed()
     passed = outcome.ending == "exited" and outcome.exit_code == 0 and token in outcome.stdout

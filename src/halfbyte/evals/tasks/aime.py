@@ -90,4 +90,5 @@ BENCHMARK = Benchmark(
     plan_variance=0.047,
     plan_prompt_tokens=200,
     plan_output_tokens=18_000,
+    needs_algebra=True,
 )

@@ -46,6 +46,7 @@ class Benchmark:
               `is_trajectory`) -> one user message
     grade     a sample and the final answer -> score; for `answer` kinds
     repeats   by default; `margin` the largest loss still called no regression, in scores (0.01)
+    needs_algebra  whether some answers can only be compared by math-verify
     plan_*    planning values: variance is the mean p(1-p) of an item's answers for a strong
               reasoning model; of groups their number, and the factor by which shared luck widens
               the standard error (simulated, to be replaced by a pilot's)
@@ -73,6 +74,7 @@ class Benchmark:
     is_trajectory: bool = False
     concurrency: int = 64
     notes: Sequence[str] = ()
+    needs_algebra: bool = False
 
 
 def spread(count: int, limit: int | None) -> list[int]:

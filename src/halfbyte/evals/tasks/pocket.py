@@ -58,4 +58,5 @@ BENCHMARK = Benchmark(
     plan_variance=0.1,
     plan_prompt_tokens=80,
     plan_output_tokens=100,
+    needs_algebra=True,
 )

@@ -1,0 +1,89 @@
+"""Messages of every form in which servers send them, and addresses as people type them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
+
+from halfbyte.errors import UsageError
+from halfbyte.evals.endpoint import base_address
+from halfbyte.evals.provider import read_message
+
+
+@pytest.mark.parametrize(
+    "message, text, reasoning",
+    [
+        ({"content": "B"}, "B", ""),
+        ({"content": None}, "", ""),
+        ({}, "", ""),
+        ({"content": []}, "", ""),
+        ({"content": "B", "reasoning_content": "hm"}, "B", "hm"),
+        ({"content": "B", "reasoning": "hm"}, "B", "hm"),
+        ({"content": "B", "reasoning": "hm", "reasoning_content": "hm"}, "B", "hm"),
+        ({"content": "B", "reasoning_content": None}, "B", ""),
+        ({"content": [{"type": "text", "text": "B"}]}, "B", ""),
+        ({"content": [{"type": "text", "text": "Answer: "}, {"type": "text", "text": "B"}]},
+         "Answer: B", ""),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                      {"type": "text", "text": "B"}]}, "B", "hm"),
+        ({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "B"}]},
+         "B", "hm"),
+        ({"content": [{"type": "reasoning", "reasoning": "hm"}, "B"]}, "B", "hm"),
+        ({"content": [{"type": "thinking", "thinking": ["a", {"text": "b"}]}]}, "", "ab"),
+        ({"content": [{"type": "output_text", "text": "B"}]}, "B", ""),
+        ({"content": [{"type": "image_url", "image_url": "x"}, {"type": "text", "text": "B"}]},
+         "B", ""),
+        ({"content": [None, {"type": "text", "text": None}, {"text": "B"}]}, "B", ""),
+        ({"content": {"type": "text", "text": "B"}}, "B", ""),
+        ({"content": None, "refusal": "I will not."}, "I will not.", ""),
+        ({"content": [{"type": "refusal", "refusal": "no"}]}, "no", ""),
+        ({"content": 7}, "", ""),
+    ],
+)  # fmt: skip
+def test_text_and_thoughts_are_told_apart(
+    message: dict[str, object], text: str, reasoning: str
+) -> None:
+    assert read_message(message) == (text, reasoning)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["type", "text", "thinking", "content"]), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["content", "reasoning", "refusal"]), anything))
+def test_no_message_breaks_the_reader(message: dict[str, object]) -> None:
+    answer = read_message(message)
+    assert isinstance(answer.text, str) and isinstance(answer.reasoning, str)
+
+
+@pytest.mark.parametrize(
+    "given, base",
+    [
+        ("http://h:8000", "http://h:8000/v1"),
+        ("http://h:8000/", "http://h:8000/v1"),
+        ("h:8000", "http://h:8000/v1"),
+        ("127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+        ("http://h/v1", "http://h/v1"),
+        ("http://h/v1/", "http://h/v1"),
+        ("http://h/v1/chat/completions", "http://h/v1"),
+        ("https://h/v1beta/openai", "https://h/v1beta/openai"),
+        ("https://h/v1beta/openai/", "https://h/v1beta/openai"),
+        ("https://h/api/paas/v4", "https://h/api/paas/v4"),
+        ("https://h/openai/v1/chat/completions", "https://h/openai/v1"),
+        ("https://h/v2?key=1", "https://h/v2"),
+        ("http://[::1]:8000", "http://[::1]:8000/v1"),
+    ],
+)
+def test_a_version_is_added_to_a_bare_host_only(given: str, base: str) -> None:
+    assert base_address(given) == base
+
+
+@pytest.mark.parametrize("given", ["ftp://h", "http://", "file:///x", "http://h:port", ""])
+def test_what_is_no_address_is_said(given: str) -> None:
+    with pytest.raises(UsageError, match="no address"):
+        base_address(given)
