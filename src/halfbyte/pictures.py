@@ -2,8 +2,8 @@
 
 The server shows a model what clients send, the benchmarks send what their data sets hold; both
 want the same pixels, so both open files here. A picture comes out upright, as RGB on white, its
-first frame only, and already at the size that is wanted: beside the decoded file itself little
-more than the result is ever held, and no step keeps Python's lock for more than a strip.
+first frame only, and at once at the size that is wanted: no step keeps Python's lock for more than
+a strip, and no more than the decoded file and one copy is ever held (8 bytes a pixel).
 """
 
 import io
@@ -28,7 +28,7 @@ _TRIM_PIXELS = 2**22  # above these the C library is asked to give the decoded f
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # What decides about pixels. Every other chunk may be dropped unread (PNG 5.4, ancillary ones).
-_PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
+_PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
 _PNG_CRITICAL = 0x20  # this bit of a chunk type's first letter is 0
 
 _ORIENTATION = 0x0112
@@ -81,19 +81,19 @@ class Picture:
             return self._assembled(image, size)
 
     def _assembled(self, image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
-        """Strip by strip: upright, on white, as wide as it will be; then as high."""
+        """Strip by strip upright and on white, then scaled."""
         width, height = image.size[::-1] if self.orientation >= 5 else image.size
-        final = (width, height) if size is None else size
-        whole = Image.new("RGB", (final[0], height))
-        for top, strip in self._strips(image, width, height):
-            flat = on_white(strip, self.key)
-            # Pillow scales rows first, then columns: rows alone give the same bytes.
-            if final[0] != width:
-                flat = flat.resize((final[0], flat.height), Image.Resampling.BICUBIC)
-            whole.paste(flat, (0, top))
+        whole = image
+        if image.mode != "RGB" or self.orientation != 1 or self.key is not None:
+            whole = Image.new("RGB", (width, height))
+            for top, strip in self._strips(image, width, height):
+                whole.paste(on_white(strip, self.key), (0, top))
+            image.close()
+        if size is not None and size != (width, height):
+            whole = whole.resize(size, Image.Resampling.BICUBIC)
+        elif whole is image:
+            whole = image.copy()  # not one that still holds its file
         image.close()
-        if final[1] != height:
-            whole = whole.resize(final, Image.Resampling.BICUBIC)
         if width * height > _TRIM_PIXELS:
             trim_heap()
         return whole
@@ -116,7 +116,8 @@ class Picture:
 
 def open_picture(data: bytes, *, max_pixels: int) -> Picture:
     """Read a file's header. Raises PictureError for other formats and for more pixels."""
-    data, key = _without_extras(data) if data.startswith(_PNG) else (data, None)
+    is_png = data.startswith(_PNG)
+    data, key, exif = _without_extras(data) if is_png else (data, None, b"")
     with _decoding(max_pixels):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
@@ -132,7 +133,8 @@ def open_picture(data: bytes, *, max_pixels: int) -> Picture:
                 f"image of {width}x{height} exceeds {MAX_SIDE:,} pixels on a side",
                 "image_too_large",
             )
-        orientation = _orientation(image)
+        # Asked for the EXIF of a PNG, Pillow would decode it.
+        orientation = _orientation(exif if is_png else image)
         if orientation >= 5:
             width, height = height, width
         return Picture(width, height, orientation, key, image)
@@ -160,10 +162,15 @@ def on_white(image: Image.Image, key: int | tuple[int, int, int] | None = None) 
     return white.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(source: Image.Image | bytes) -> int:
     """What EXIF says of how the picture lies; whatever else EXIF says is left unread."""
     try:
-        value = image.getexif().get(_ORIENTATION)
+        if isinstance(source, bytes):
+            exif = Image.Exif()
+            exif.load(source)
+        else:
+            exif = source.getexif()
+        value = exif.get(_ORIENTATION)
         if isinstance(value, tuple) and len(value) == 1:
             (value,) = value
         turned = int(value) if value is not None else 1
@@ -173,8 +180,8 @@ def _orientation(image: Image.Image) -> int:
     return turned if turned in _UPRIGHT else 1
 
 
-def _without_extras(data: bytes) -> tuple[bytes, int | tuple[int, int, int] | None]:
-    """A PNG without the chunks that do not bear on its pixels, and its colour key.
+def _without_extras(data: bytes) -> tuple[bytes, int | tuple[int, int, int] | None, bytes]:
+    """A PNG without the chunks that do not bear on its pixels, its colour key, and its EXIF.
 
     Screenshots carry texts and profiles that Pillow would refuse for their size, or for a wrong
     checksum. The key is in samples as Pillow decodes them: greys of 1, 2 and 4 bits are spread to
@@ -184,24 +191,28 @@ def _without_extras(data: bytes) -> tuple[bytes, int | tuple[int, int, int] | No
     position = len(_PNG)
     depth = colour = 0
     key: int | tuple[int, int, int] | None = None
+    exif = b""
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
+        if end > len(data):
+            break  # cut short; Pillow says so
         body = memoryview(data)[position + 8 : end - 4]
-        is_whole = end <= len(data)
-        if kind == b"IHDR" and len(body) >= 10:
+        is_kept = kind in _PNG_KEPT or not kind[0] & _PNG_CRITICAL
+        if kind == b"IHDR" and length >= 10:
             depth, colour = body[8], body[9]
-        if kind in _PNG_KEPT and is_whole and kind in (b"tRNS", b"eXIf"):
+        elif kind in (b"tRNS", b"eXIf"):
             (checksum,) = struct.unpack_from(">I", data, end - 4)
-            if zlib.crc32(kind + body) != checksum:
-                kind = b"skip"
-        if kind == b"tRNS" and colour != 3:
-            key = _key(bytes(body), depth, colour)
-            kind = b"skip"
-        if kind in _PNG_KEPT or not is_whole or not kind[0] & _PNG_CRITICAL:
+            is_whole = zlib.crc32(kind + body) == checksum
+            is_kept = is_whole and kind == b"tRNS" and colour == 3
+            if is_whole and kind == b"tRNS" and not is_kept:
+                key = _key(bytes(body), depth, colour)
+            elif is_whole and kind == b"eXIf":
+                exif = bytes(body)
+        if is_kept:
             pieces.append(data[position:end])
         position = end
-    return b"".join([*pieces, data[position:]]), key
+    return b"".join([*pieces, data[position:]]), key, exif
 
 
 def _key(body: bytes, depth: int, colour: int) -> int | tuple[int, int, int] | None:
