@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -170,7 +171,7 @@ def _orientation(source: Image.Image | bytes) -> int:
             exif.load(source)
         else:
             exif = source.getexif()
-        value = exif.get(_ORIENTATION)
+        value: Any = exif.get(_ORIENTATION)
         if isinstance(value, tuple) and len(value) == 1:
             (value,) = value
         turned = int(value) if value is not None else 1

@@ -117,7 +117,7 @@ def _check_form(form: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    return (str.__str__(str(error)).splitlines() or [""])[0]
 
 
 class _Code(CodeGenerator):
@@ -157,7 +157,7 @@ def _concat(parts: Iterable[Any]) -> Written:
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _Code
-    concat = staticmethod(_concat)  # type: ignore[assignment]
+    concat = staticmethod(_concat)
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
@@ -349,5 +349,5 @@ def _to_json(
     return own(text) if isinstance(value, Written) and value.is_own else Written(text)
 
 
-def _refuse(message: str) -> NoReturn:
-    raise TemplateRefusalError(message)
+def _refuse(message: object) -> NoReturn:
+    raise TemplateRefusalError(str.__str__(str(message)))

@@ -309,6 +309,7 @@ def _plain_message(
             for number, call in enumerate(calls)
         ]
     plain = typed(plain)
+    assert isinstance(plain, dict)
     role = "system" if plain["role"] == "developer" else plain["role"]
     plain["role"] = _ROLES.get(role, role)
     return plain

@@ -9,6 +9,7 @@ one flag a character through all of that. Where the origin of a result is not ce
 
 # ruff: noqa: D102 - methods are those of `str`, flags included
 
+import itertools
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -145,12 +146,10 @@ class Written(str):
         return self._located(str.rsplit(self, sep, maxsplit), None if sep is None else len(sep))
 
     def splitlines(self, keepends: bool = False) -> list[Any]:
+        lines = self._located(str.splitlines(self, True), 0)
         if keepends:
-            return self._located(str.splitlines(self, keepends), 0)
-        return [line[: len(line.splitlines()[0])] for line in self._kept_lines()]
-
-    def _kept_lines(self) -> list[Any]:
-        return self._located([*str.splitlines(self, True)], 0)
+            return lines
+        return [line[: len(str.splitlines(line)[0])] for line in lines]
 
     def partition(self, sep: str, /) -> Any:
         return tuple(self._located(str.partition(self, sep), 0))
@@ -216,20 +215,24 @@ def formatted(
 
     check  sees every format of a field before it is followed
     """
-    pieces: list[str] = []
-    number = 0
     literal = own if isinstance(pattern, Written) and pattern.is_own else Written
-    for text, name, form, conversion in formatter.parse(str.__str__(pattern)):
-        pieces.append(literal(text))
-        if name is None:
-            continue
-        if not name or name[0] in ".[":
-            name, number = f"{number}{name}", number + 1
-        value, _ = formatter.get_field(name, args, kwargs)
-        value = formatter.convert_field(value, conversion)  # type: ignore[arg-type]
-        if form:
-            check(form)
-            form = formatter.vformat(form, args, kwargs)
-            check(form)
-        pieces.append(value if isinstance(value, str) and not form else format(value, form or ""))
-    return joined(pieces)
+    numbers = itertools.count()
+
+    def pieces(form: str, depth: int) -> Iterator[Any]:
+        for text, name, inner, conversion in formatter.parse(form):
+            yield literal(text)
+            if name is None:
+                continue
+            if not name or name[0] in ".[":
+                name = f"{next(numbers)}{name}"
+            value, _ = formatter.get_field(name, args, kwargs)
+            value = formatter.convert_field(value, conversion)
+            if inner:
+                if depth == 2:
+                    raise ValueError("a format within a format within a format")
+                inner = str.__str__(joined(pieces(inner, depth + 1)))
+                check(inner)
+                value = format(value, inner)
+            yield value if isinstance(value, str) else format(value)
+
+    return joined(pieces(str.__str__(pattern), 1))
