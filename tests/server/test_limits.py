@@ -83,6 +83,7 @@ CASES: list[tuple[str, int, str, Any, Any, int]] = [
     ("images", 1, CHAT, seen(picture(28, 28)), seen(picture(28, 28), picture(28, 28)), 400),
     ("image_bytes", 9000, CHAT, seen(picture(28, 28)), seen(picture(280, 280)), 400),
     ("image_pixels", 800, CHAT, seen(picture(28, 28)), seen(picture(29, 28)), 400),
+    ("request_pixels", 800, CHAT, seen(picture(28, 28)), seen(*[picture(21, 21)] * 2), 400),
     ("schema_bytes", 500, CHAT, form({"type": "object"}), form(long), 400),
     ("schema_bytes", 700, CHAT, chat(tools=[tool("a")]), chat(tools=[tool("a", long)]), 400),
     ("schema_depth", 4, CHAT, form(nested(3)), form(nested(5)), 400),

@@ -113,7 +113,7 @@ async def test_schema_holds_the_answer(make_bench: MakeBench) -> None:
         ({"truncation": "always"}, "truncation"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"reasoning": {"effort": "medium"}}, "reasoning_effort"),
-        ({"input": [{"role": "assistant", "content": "x"}]}, "input"),
+        ({"input": [{"role": "assistant", "content": "x"}]}, "input[0]"),
     ],
 )
 async def test_bad_requests(make_bench: MakeBench, change: dict[str, Any], param: str) -> None:

@@ -7,8 +7,6 @@ alone when memory gets tight; and on a CPU the system refuses what would go beyo
 (RLIMIT_DATA), as an error that the run can end with properly.
 """
 
-import contextlib
-import ctypes
 import errno
 import threading
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from typing import Self
 import torch
 
 from halfbyte.errors import CapacityError
-from halfbyte.machine import Held, held
+from halfbyte.machine import Held, held, trim_heap
 
 try:
     import resource
@@ -203,12 +201,6 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in said for words in ("can't allocate memory", "bad_alloc", "can't start new thread")
     )
-
-
-def trim_heap() -> None:
-    """Give back what the C library keeps of freed memory, where it can be told to."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _gib(num_bytes: int) -> str:

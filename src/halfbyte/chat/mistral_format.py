@@ -5,6 +5,8 @@ decoded. What mistral-common lets pass silently is checked here: arguments of ea
 call ids, efforts.
 """
 
+import functools
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +37,17 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer, is_tekkenizer
 from halfbyte.chat import tools as tool_calls
 from halfbyte.chat.images import ImageEncoder, ImageLayout
 from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
-from halfbyte.chat.vocabulary import Vocabulary, tekken_vocabulary
+from halfbyte.chat.vocabulary import (
+    MAX_TOKENS,
+    Vocabulary,
+    raise_if_unreadable,
+    read_json,
+    tekken_vocabulary,
+)
 from halfbyte.errors import CheckpointError, RequestError
 from halfbyte.files import require_regular
+
+MAX_SPECIAL = 2**16  # control tokens; files in use have 1,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,7 @@ class MistralFormat:
             )
             tokenized = self.tokenizer.encode_chat_completion(request)
         except (MistralCommonException, ValueError) as error:
+            raise_if_unreadable(error)
             message = call_ids.in_the_clients_words(_plain_message(error))
             raise RequestError(message, param="messages") from error
         return EncodedPrompt(tuple(tokenized.tokens), self._place_images(tokenized))
@@ -136,16 +147,19 @@ class MistralFormat:
 
 def load_mistral_format(path: Path) -> MistralFormat:
     """Read a tekken.json. Raises CheckpointError if mistral-common does."""
+    _check_tekken(read_json(path), path)
     try:
         require_regular(path)
         tokenizer: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.from_file(
             path, mode=ValidationMode.serving
         )
-    except (MistralCommonException, ValueError, KeyError, AssertionError, OSError) as error:
+    # mistral-common reads without looking: KeyError, TypeError, AssertionError, what it may be.
+    except Exception as error:
         raise CheckpointError(f"{path}: {_plain_message(error)}") from error
     tekken = tokenizer.instruct_tokenizer.tokenizer
     if not is_tekkenizer(tekken):
         raise CheckpointError(f"{path}: not a tekken vocabulary")
+    _check_pattern(tekken, path)
     layout = _image_layout(tekken)
     if layout is not None:
         # Ours needs no OpenCV, and takes only images that are decoded and checked.
@@ -161,6 +175,64 @@ def load_mistral_format(path: Path) -> MistralFormat:
         shows_json_schema=builder is not None and builder.json_schema is not None,
         image_layout=layout,
     )
+
+
+def _check_tekken(value: Mapping[str, Any], path: Path) -> None:
+    """Refuse numbers that mistral-common would allocate by, and ranks that it would believe."""
+    config = value.get("config")
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"{path}: has no config")
+    for name, limit in (
+        ("default_num_special_tokens", MAX_SPECIAL),
+        ("default_vocab_size", MAX_TOKENS),
+    ):
+        number = config.get(name)
+        if type(number) is not int or not 0 < number <= limit:
+            raise CheckpointError(
+                f"{path}: {name} is {str(number)[:40]}; expected a number from 1 to {limit:,}"
+            )
+    specials = value.get("special_tokens")
+    if specials is None:
+        return  # older files; mistral-common has their names
+    ranks = [token.get("rank") for token in specials if isinstance(token, Mapping)]
+    if not isinstance(specials, list) or ranks != list(range(len(specials))):
+        raise CheckpointError(
+            f"{path}: the ranks of special_tokens must count from 0, in order; "
+            f"they are {str(ranks)[:60]}"
+        )
+    names = [token.get("token_str") for token in specials]
+    if not all(isinstance(name, str) and name for name in names):
+        raise CheckpointError(f"{path}: a special token has no name")
+
+
+def _check_pattern(tekken: Tekkenizer, path: Path) -> None:
+    """Refuse a pattern that drops text: tiktoken encodes what matches and forgets the rest."""
+    for text in _pattern_samples():
+        try:
+            ids = tekken.encode(text, bos=False, eos=False)
+            kept = b"".join(map(tekken.id_to_byte_piece, ids)).decode(errors="replace")
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {_plain_message(error)}") from error
+        if kept != text:
+            raise CheckpointError(
+                f"{path}: its pattern does not match all of a text; of {text[:20]!r} it keeps "
+                f"{kept[:20]!r}"
+            )
+
+
+@functools.cache
+def _pattern_samples() -> tuple[str, ...]:
+    """Characters of every category alone, all pairs of ASCII characters, and all in a row."""
+    of_category: dict[str, list[str]] = {"": ["\ue000", "\ufdd0", "\U00020000", "\U0001f600"]}
+    for code in range(0x3100):  # holds every other category
+        char = chr(code)
+        found = of_category.setdefault(unicodedata.category(char), [])
+        if len(found) < 4:
+            found.append(char)
+    chars = [char for found in of_category.values() for char in found]
+    ascii_ = [chr(code) for code in range(128)]
+    pairs = "".join(first + second for first in ascii_ for second in ascii_)
+    return (*chars, *ascii_, "".join(chars), "".join(reversed(chars)), pairs)
 
 
 def _control_tokens(tekken: Tekkenizer) -> ControlTokens:

@@ -17,7 +17,8 @@ from mistral_common.integrations.chat_templates.chat_templates import (
 from mistral_common.tokens.tokenizers.base import SpecialTokens
 
 from halfbyte.chat.mistral_format import load_mistral_format
-from halfbyte.chat.vocabulary import Vocabulary, byte_level_alphabet, read_json
+from halfbyte.chat.tokenizer_json import byte_level_alphabet
+from halfbyte.chat.vocabulary import Vocabulary, read_json
 from halfbyte.errors import CheckpointError
 from halfbyte.log import logger
 

@@ -1,48 +1,43 @@
 """Encoding for checkpoints with tokenizer.json and their own Jinja chat template.
 
-The template runs in Jinja's immutable sandbox. It sees the real strings, except that every control
-token typed by a user is broken by a guard character; the rendered text is then cut at the control
-tokens that are left, which only the template can have written, the guards are taken out, and the
-text between is encoded by a tokenizer that knows no control tokens. Of an image the template
-writes one token, which becomes the image's rows here; templates that take no parts get the token in
-a string.
+The template runs in a sandbox over text that remembers who wrote it (`sandbox`, `written`). The
+rendered text is cut at the control tokens whose every character is the template's, and what is
+between is encoded by a tokenizer that knows no control tokens. Of an image the template writes one
+token, which becomes the image's rows here; templates that take no parts get the token in a string.
 """
 
-import datetime
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.sandbox
 from PIL import Image
 
 from halfbyte.chat import tools as tool_calls
 from halfbyte.chat.images import ImageLayout, encode_image
 from halfbyte.chat.processor import processor_layout
 from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
-from halfbyte.chat.vocabulary import (
-    Vocabulary,
-    read_json,
-    token_text,
-    tokenizer_json_vocabulary,
-)
+from halfbyte.chat.sandbox import ChatTemplate
+from halfbyte.chat.tokenizer_json import ControlCutter, load_tokenizer_json, token_text
+from halfbyte.chat.vocabulary import Vocabulary, read_json, read_text
+from halfbyte.chat.written import Written, own, typed
 from halfbyte.errors import CheckpointError, RequestError
-from halfbyte.files import read_bounded
 
-# What a template does with data it was not written for.
-_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError)
-# Private-use characters; one that the request does not contain is taken as the guard.
-_GUARDS = tuple(chr(code) for code in range(0xE000, 0xF8FF))
+# Roles are the server's words, not the client's; "<|" + role + "|>" is a control token.
+_ROLES = {role: own(role) for role in ("system", "user", "assistant", "tool")}
+# Stands at the end of an answer that is to be continued. No client can send half a surrogate pair.
+_END = "\udfff"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateFormat:
-    """A tokenizer.json, its chat template, and the names the template may ask for.
+    """A tokenizer.json, its chat templates, and the names a template may ask for.
 
+    cutter        finds the control tokens of a rendered text
+    templates     by name; "default", and "tool_use" where the model has one for tools; empty if
+                  the checkpoint has none
     image_layout  None for a text-only checkpoint
     takes_parts   whether the template writes the image token for an image part of a content list
 
@@ -51,7 +46,8 @@ class TemplateFormat:
     """
 
     vocabulary: Vocabulary
-    template: jinja2.Template | None
+    cutter: ControlCutter
+    templates: Mapping[str, ChatTemplate]
     template_names: Mapping[str, str]
     control: ControlTokens = field(default_factory=ControlTokens)
     reasoning_efforts: tuple[str, ...] = ()
@@ -77,10 +73,10 @@ class TemplateFormat:
         """Token ids of a conversation; see `MistralFormat.encode`.
 
         Raises RequestError for images where the model takes none or its template drops one, for an
-        effort other than "none", and with the template's own words where it refuses the
-        conversation.
+        effort other than "none", with the template's own words where it refuses the conversation,
+        and where the template does not let an answer be continued.
         """
-        if self.template is None:
+        if not self.templates:
             raise RequestError(
                 "this model has no chat template; use /v1/completions", code="no_chat_template"
             )
@@ -92,31 +88,85 @@ class TemplateFormat:
             )
         images: list[Image.Image] = []
         plain = [
-            _plain_message(message, index, images if self.image_layout else None)
+            self._with_image_tokens(
+                _plain_message(message, index, images if self.image_layout else None)
+            )
             for index, message in enumerate(messages)
         ]
         if continue_final and plain[-1]["role"] != "assistant":
             raise RequestError(
                 "only an assistant's last message can be continued", param="messages"
             )
-        guarding = _Guarding(self.vocabulary, plain, tools)
-        guarded = [self._with_image_tokens(guarding.value(message)) for message in plain]
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        template = self.templates[name]
         if continue_final:
-            guarded[-1]["content"] += guarding.end
-        text = self._render(guarded, [guarding.value(tool) for tool in tools], not continue_final)
-        if continue_final:
-            text = text[: text.rindex(guarding.end)]
-        return self._with_images(guarding.encode(text), images)
+            text = self._continued(template, plain, tools)
+        else:
+            text = self._rendered(template, plain, tools, add_generation_prompt=True)
+        return self._with_images(self._ids(text), images)
+
+    def _rendered(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+    ) -> Written:
+        values = {
+            "messages": messages,
+            "tools": typed(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **{key: own(name) for key, name in self.template_names.items()},
+        }
+        return template.render(values)
+
+    def _continued(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> Written:
+        """The conversation up to where its last message ends.
+
+        White space at that end stays if the template keeps it and goes if the template trims, as
+        in transformers: so the model was trained.
+        """
+        last = dict(messages[-1])
+        answer: Written = last.get("content") or typed("")
+        # The space shows whether the template trims.
+        last["content"] = answer + own(_END + " ")
+        text = self._rendered(template, [*messages[:-1], last], tools, add_generation_prompt=False)
+        begun = text[: max(text.find(_END), 0)]
+        if text.count(_END) != 1 or not begun.rstrip().endswith(answer.strip()):
+            raise RequestError(
+                "the model's chat template does not write the last message whole, once; this "
+                "answer cannot be continued",
+                param=f"messages[{len(messages) - 1}]",
+                code="unsupported_value",
+            )
+        is_trimmed = text[len(begun) + 1 : len(begun) + 2] != " "
+        return begun.rstrip() if is_trimmed and answer.strip() else begun
+
+    def _ids(self, text: Written) -> list[int]:
+        """Ids of a rendered conversation; control tokens are what the template wrote."""
+        if not text.isascii() and _HALF_PAIR.search(text):
+            raise RequestError("messages: half a surrogate pair is no text", param="messages")
+        ids: list[int] = []
+        for piece in self.cutter.cut(text, text.own):
+            ids += [piece] if isinstance(piece, int) else self.vocabulary.encode_text(piece)
+        return ids
 
     def _with_image_tokens(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A guarded message as this template takes it: parts stay, or become one string."""
-        content = message["content"]
-        if isinstance(content, str) or self.takes_parts:
+        """A message as this template takes it: parts stay, or become one string."""
+        content = message.get("content")
+        if not isinstance(content, list) or self.takes_parts:
             return message
         assert self.image_layout is not None
-        token = self.vocabulary.control_names[self.image_layout.image_token_id]
+        token = own(self.vocabulary.control_names[self.image_layout.image_token_id])
         texts = (part.get("text", token) for part in content)
-        return {**message, "content": "\n".join(texts)}
+        return {**message, "content": own("\n").join(texts)}
 
     def _with_images(self, ids: list[int], images: Sequence[Image.Image]) -> EncodedPrompt:
         """The prompt with each image token replaced by its image's rows of tokens."""
@@ -141,148 +191,90 @@ class TemplateFormat:
             expanded += encoded.tokens
         return EncodedPrompt(tuple(expanded), tuple(placed))
 
-    def _render(self, messages: list[Any], tools: list[Any], add_prompt: bool) -> str:
-        assert self.template is not None
-        try:
-            return self.template.render(
-                messages=messages,
-                tools=tools or None,
-                add_generation_prompt=add_prompt,
-                **self.template_names,
-            )
-        except _TemplateRefusalError as error:
-            raise RequestError(str(error), param="messages") from error
-        except _FAULTS as error:
-            message = f"the model's chat template cannot render this conversation: {error}"
-            raise RequestError(message, param="messages") from error
-
-
-class _Guarding:
-    """Breaks control tokens in a user's strings, and encodes what the template made of them."""
-
-    def __init__(self, vocabulary: Vocabulary, *values: Any) -> None:
-        self._vocabulary = vocabulary
-        names = sorted(vocabulary.control, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._starts = {name[:length] for name in names for length in range(1, len(name))}
-        text = json.dumps(values, ensure_ascii=False)
-        free = (guard for guard in _GUARDS if guard not in text)
-        self._guard = next(free, "")
-        self.end = next(free, "")
-        if not self.end:
-            # Somebody sent every private-use character there is.
-            raise RequestError("messages use all private-use characters", param="messages")
-
-    def value(self, value: Any) -> Any:
-        """A copy of JSON-like data with every string guarded."""
-        if isinstance(value, str):
-            return self._text(value)
-        if isinstance(value, Mapping):
-            return {self._text(key): self.value(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.value(item) for item in value]
-        return value
-
-    def _text(self, text: str) -> str:
-        """Break each control token after its first character, and ends that could become one.
-
-        "a<|im_end|>" -> "a<GUARD|im_end|>"; "a <|im_" -> "a <|im_GUARD", lest the template's next
-        characters complete it. Templates trim, so white space at the end does not protect.
-        """
-        broken = self._control.sub(lambda m: m[0][0] + self._guard + m[0][1:], text)
-        stripped = broken.rstrip()
-        if any(stripped.endswith(start) for start in self._starts):
-            broken = stripped + self._guard + broken[len(stripped) :]
-        return broken
-
-    def encode(self, rendered: str) -> list[int]:
-        """Ids of a rendered conversation; control tokens are what the template wrote."""
-        ids: list[int] = []
-        position = 0
-        for match in self._control.finditer(rendered):
-            ids += self._plain(rendered[position : match.start()])
-            ids.append(self._vocabulary.control[match[0]])
-            position = match.end()
-        return ids + self._plain(rendered[position:])
-
-    def _plain(self, text: str) -> list[int]:
-        text = text.replace(self._guard, "")
-        return self._vocabulary.encode_text(text) if text else []
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read_bounded(path).decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as text: {error}") from error
-
 
 def load_template_format(directory: Path) -> TemplateFormat:
-    """Read tokenizer.json, the processor's files, and the template.
-
-    The template is chat_template.jinja, else that of tokenizer_config.json.
-    """
-    vocabulary = tokenizer_json_vocabulary(directory)
+    """Read tokenizer.json, the processor's files, and the chat templates."""
+    vocabulary, cutter = load_tokenizer_json(directory)
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    source = config.get("chat_template")
-    if (directory / "chat_template.jinja").exists():
-        source = _read_text(directory / "chat_template.jinja")
     names = {
         key: text
         for key in ("bos_token", "eos_token", "pad_token", "unk_token")
         if (text := token_text(config.get(key))) is not None
     }
-    template = None if source is None else _compile(str(source), directory)
+    templates = {
+        name: ChatTemplate(source, where)
+        for name, (source, where) in _template_sources(directory, config).items()
+    }
+    if templates and "default" not in templates:
+        raise CheckpointError(
+            f"{directory}: chat templates {', '.join(sorted(templates))}; none is called default"
+        )
     layout = processor_layout(directory, vocabulary.control)
     takes_parts = False
-    if template is not None and layout is not None:
+    if templates and layout is not None:
         token = vocabulary.control_names[layout.image_token_id]
-        takes_parts = _takes_parts(template, names, token)
+        takes_parts = _takes_parts(templates["default"], names, token)
     return TemplateFormat(
         vocabulary=vocabulary,
-        template=template,
+        cutter=cutter,
+        templates=templates,
         template_names=names,
         image_layout=layout,
         takes_parts=takes_parts,
     )
 
 
-def _takes_parts(template: jinja2.Template, names: Mapping[str, str], image_token: str) -> bool:
+def _template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Name -> (source, where it stands) of every chat template, from where transformers reads it.
+
+    chat_template.jinja with additional_chat_templates/NAME.jinja beside it, else the processor's
+    chat_template.json, else tokenizer_config.json, with one template or several by name.
+    """
+    files = {"default": directory / "chat_template.jinja"}
+    folder = directory / "additional_chat_templates"
+    if folder.is_dir():
+        files |= {path.stem: path for path in sorted(folder.glob("*.jinja"))}
+    found = {name: (read_text(path), str(path)) for name, path in files.items() if path.exists()}
+    if found:
+        return found
+    of_processor = directory / "chat_template.json"
+    if of_processor.exists():
+        where = of_processor
+        value = read_json(of_processor).get("chat_template")
+    else:
+        where = directory / "tokenizer_config.json"
+        value = config.get("chat_template")
+    return {name: (source, str(where)) for name, source in _named(value, where).items()}
+
+
+def _named(value: object, where: Path) -> dict[str, str]:
+    """A template alone, a list of {"name", "template"}, or a mapping of names."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if not isinstance(value, Mapping) or not all(
+        isinstance(part, str) for pair in value.items() for part in pair
+    ):
+        raise CheckpointError(
+            f"{where}: chat_template is neither a text nor texts by name, but {str(value)[:80]}"
+        )
+    return dict(value)
+
+
+def _takes_parts(template: ChatTemplate, names: Mapping[str, str], image_token: str) -> bool:
     """Whether an image part comes out as one image token; found out by trying."""
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     messages = [{"role": "user", "content": content}]
+    values = {"messages": messages, "tools": None, "documents": None, **names}
     try:
-        text = template.render(messages=messages, tools=None, add_generation_prompt=True, **names)
-    except (_TemplateRefusalError, *_FAULTS):
+        text = template.render({**values, "add_generation_prompt": True})
+    except RequestError:
         return False
     return text.count(image_token) == 1
-
-
-def _compile(source: str, directory: Path) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise CheckpointError(f"{directory}: chat template does not compile: {error}") from error
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Plain JSON, as chat templates expect it (Jinja's own filter escapes for HTML)."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-class _TemplateRefusalError(Exception):
-    """The template called raise_exception."""
-
-
-def _refuse(message: str) -> NoReturn:
-    raise _TemplateRefusalError(message)
 
 
 def _plain_message(
@@ -291,28 +283,48 @@ def _plain_message(
     """A message as templates expect it: absent fields absent, content one string.
 
     With images the content is parts, {"type": "image"} or a text, and their pixels are appended to
-    `images`; None refuses them.
+    `images`; None refuses them. Thoughts go by the names that templates read, arguments of calls
+    are objects, as transformers and other servers hand them over.
     """
     plain = {key: value for key, value in message.items() if value is not None}
     content = plain.get("content")
     if isinstance(content, list):
-        parts = [_plain_part(part, index, n, images) for n, part in enumerate(content)]
+        thoughts = [part["thinking"] for part in content if part["type"] == "thinking"]
+        parts = [
+            _plain_part(part, index, n, images)
+            for n, part in enumerate(content)
+            if part["type"] != "thinking"
+        ]
         has_images = any(part["type"] == "image" for part in parts)
         plain["content"] = parts if has_images else "\n".join(part["text"] for part in parts)
-    plain.setdefault("content", "")
-    if plain["role"] == "developer":
-        plain["role"] = "system"
-    for number, call in enumerate(plain.get("tool_calls", ())):
-        path = f"messages[{index}].tool_calls[{number}].function.arguments"
-        tool_calls.checked_arguments(call["function"]["arguments"], path)
+        if thoughts:
+            plain.setdefault("reasoning_content", "".join(thoughts))
+    thought = plain.get("reasoning_content") or plain.get("reasoning")
+    if thought is not None:
+        plain = {"thinking": thought, **plain, "reasoning_content": thought}
+    if calls := plain.get("tool_calls"):
+        path = f"messages[{index}].tool_calls"
+        plain["tool_calls"] = [
+            {**call, "function": _plain_call(call["function"], f"{path}[{number}].function")}
+            for number, call in enumerate(calls)
+        ]
+    plain = typed(plain)
+    assert isinstance(plain, dict)
+    role = "system" if plain["role"] == "developer" else plain["role"]
+    plain["role"] = _ROLES.get(role, role)
     return plain
+
+
+def _plain_call(function: Mapping[str, Any], path: str) -> dict[str, Any]:
+    arguments = tool_calls.read_arguments(function["arguments"], f"{path}.arguments")
+    return {**function, "arguments": arguments}
 
 
 def _plain_part(
     part: Mapping[str, Any], index: int, number: int, images: list[Image.Image] | None
 ) -> dict[str, str]:
-    if part["type"] == "text":
-        return {"type": "text", "text": str(part["text"])}
+    if part["type"] in ("text", "refusal"):
+        return {"type": "text", "text": str(part[part["type"]])}
     if part["type"] == "image" and images is not None:
         images.append(part["image"])
         return {"type": "image"}

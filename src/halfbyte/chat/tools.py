@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import re
 import secrets
 import string
@@ -109,17 +110,38 @@ def _drop(value: Any, path: tuple[str | int, ...]) -> None:
         return
 
 
-def checked_arguments(arguments: str, path: str) -> str:
+def read_arguments(arguments: str, path: str) -> dict[str, Any]:
     """Arguments of an earlier call, as the JSON object they must be; nothing counts as {}.
 
-    Anything else would enter the prompt as a JSON string, which no model was trained on.
+    Anything else would enter the prompt as a JSON string, which no model was trained on. What
+    Python reads beyond JSON is refused: NaN, Infinity, numbers that become infinite, and escapes
+    that make half a surrogate pair, which is no text.
     """
     if not arguments.strip():
-        return "{}"
+        return {}
     try:
-        value = json.loads(arguments)
+        value = json.loads(arguments, parse_constant=_no_constant, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is not JSON: {error}", param=path) from error
+        reason = "half a surrogate pair" if isinstance(error, UnicodeError) else str(error)
+        raise RequestError(f"{path} is not JSON: {reason}", param=path) from error
     if not isinstance(value, dict):
         raise RequestError(f"{path} must be a JSON object", param=path)
-    return arguments
+    return value
+
+
+def checked_arguments(arguments: str, path: str) -> str:
+    """The same as text, as the client wrote it."""
+    read_arguments(arguments, path)
+    return arguments if arguments.strip() else "{}"
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is too large a number")
+    return value

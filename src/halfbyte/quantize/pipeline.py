@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
-from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal, trim_heap
+from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal
 from halfbyte.calibrate.stream import LayerStatistics, stream_layers
 from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import check_target
@@ -28,6 +28,7 @@ from halfbyte.errors import CapacityError, FormatError
 from halfbyte.files import format_bytes, format_gib
 from halfbyte.kernels.dispatch import largest_fp8_code
 from halfbyte.log import logger, say_once
+from halfbyte.machine import trim_heap
 from halfbyte.quantize import export
 from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validate
 from halfbyte.quantize.journal import Journal

@@ -1,5 +1,6 @@
 """What every route needs, in one place: engine, chat format, limits, counters, admission."""
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -91,6 +92,8 @@ class Backend:
         self.upstream = upstream
         self.metrics = Metrics()
         self.running: dict[str, Running] = {}
+        # One picture is decoded at a time: the largest take 300 MB until they are scaled.
+        self.decoding = asyncio.Lock()
         self.admission = Admission(config, self.metrics)
         limits = config.limits
         self.texts = Texts(chat.vocabulary, config.max_model_len)

@@ -27,6 +27,7 @@ class Limits:
     stop_tokens        stop_token_ids of a request
     biased_tokens      tokens in a request's logit_bias
     token_requests     /tokenize and /detokenize at once; more get 429
+    request_pixels     of all images of a request together, as they are in their files
     queued_requests    answers admitted at once, running ones included; more get 429
     requests_per_key   answers admitted at once for one API key
     request_s          wall clock of one request, from its admission
@@ -57,6 +58,7 @@ class Limits:
     images: int = 32
     image_bytes: int = 20_000_000
     image_pixels: int = 40_000_000
+    request_pixels: int = 400_000_000
     schema_bytes: int = 262_144
     schema_depth: int = 64
     compile_s: float = 10.0

@@ -10,16 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from PIL import Image
-
 from halfbyte.chat import grammar
 from halfbyte.chat.grammar import CompiledGrammar, Mask, ThoughtMask
-from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_image
+from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_opened, open_image
 from halfbyte.chat.prompt import ControlTokens, EncodedPrompt
 from halfbyte.chat.router import Router
 from halfbyte.chat.schema import HeldSchema
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from halfbyte.errors import RequestError
+from halfbyte.pictures import Picture
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
 from halfbyte.server.completion import Choice, Job
@@ -231,10 +230,12 @@ async def encode_resolved(
 
 
 async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> None:
-    """Replace image URLs by decoded images, and thoughts in parts by their text, in place."""
+    """Replace image URLs by decoded images, and thoughts in parts by their text, in place.
+
+    All headers are read first: images whose tokens do not fit the context are never decoded.
+    """
     limits = backend.config.limits
-    image_limits = ImageLimits(limits.image_bytes, limits.image_pixels)
-    num_images = 0
+    opened: list[tuple[list[dict[str, Any]], int, str, Picture]] = []
     for index, message in enumerate(messages):
         content = message.get("content")
         if not isinstance(content, list):
@@ -245,29 +246,49 @@ async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> N
             if part["type"] != "image_url":
                 continue
             path = f"messages[{index}].content[{number}].image_url"
-            num_images += 1
-            check_count(num_images, limits.images, "messages", what="images")
+            check_count(len(opened) + 1, limits.images, "messages", what="images")
             if backend.chat.image_layout is None:
                 raise RequestError(
                     f"{path}: this model takes text only", param=path, code="unsupported_content"
                 )
             value = part["image_url"]
             url = value if isinstance(value, str) else value["url"]
-            content[number] = {
-                "type": "image",
-                "image": await _load_image(backend, url, path, image_limits),
-            }
+            opened.append((content, number, path, await _open_image(backend, url, path)))
+            _check_images(backend, [picture for *_, picture in opened])
+    for content, number, path, picture in opened:
+        # Scaled at once; what waits its turn here is a file in memory, not pixels.
+        async with backend.decoding:
+            image = await asyncio.to_thread(decode_opened, picture, path, backend.chat.image_layout)
+        content[number] = {"type": "image", "image": image}
 
 
-async def _load_image(backend: Backend, url: str, path: str, limits: ImageLimits) -> Image.Image:
+async def _open_image(backend: Backend, url: str, path: str) -> Picture:
+    limits = backend.config.limits
+    image_limits = ImageLimits(limits.image_bytes, limits.image_pixels)
     if url[:5].lower() == "data:":
+        data = await asyncio.to_thread(data_url_bytes, url, path, image_limits)
+    else:
+        data = await fetch_image(url, path, backend.config.image_fetch, limits.image_bytes)
+    return await asyncio.to_thread(open_image, data, path, image_limits)
 
-        def decode() -> Image.Image:
-            return decode_image(data_url_bytes("data:" + url[5:], path, limits), path, limits)
 
-        return await asyncio.to_thread(decode)
-    data = await fetch_image(url, path, backend.config.image_fetch, limits.max_bytes)
-    return await asyncio.to_thread(decode_image, data, path, limits)
+def _check_images(backend: Backend, pictures: Sequence[Picture]) -> None:
+    """400 for images that together are too many pixels, or more tokens than the context has."""
+    layout = backend.chat.image_layout
+    assert layout is not None
+    pixels = sum(picture.width * picture.height for picture in pictures)
+    check_count(pixels, backend.config.limits.request_pixels, "messages", what="pixels of images")
+    num_tokens = 0
+    for picture in pictures:
+        width, height = layout.size(picture.width, picture.height)
+        num_tokens += layout.num_tokens(height, width)
+    if num_tokens >= backend.config.max_model_len:
+        raise RequestError(
+            f"this model's context is {backend.config.max_model_len} tokens; the request's images "
+            f"alone need {num_tokens}",
+            param="messages",
+            code="context_length_exceeded",
+        )
 
 
 def _image_inputs(prompt: EncodedPrompt) -> tuple[ImageInput, ...]:

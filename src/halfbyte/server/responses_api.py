@@ -73,7 +73,7 @@ async def _events(
         try:
             job = await chat_job(backend, chat)
         except RequestError as error:
-            raise as_input_error(error) from error
+            raise as_input_error(error, request) from error
         call.warn(job.warnings)
         builder = _Builder()
         body = _body(backend, request, job)
@@ -104,7 +104,7 @@ def _renamed(request: ResponsesRequest) -> wire.ChatRequest:
     try:
         return request.chat_request()
     except RequestError as error:
-        raise as_input_error(error) from error
+        raise as_input_error(error, request) from error
 
 
 @dataclass(slots=True)

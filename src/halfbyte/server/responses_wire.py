@@ -3,6 +3,8 @@
 Nothing is stored here: `previous_response_id`, `conversation` and `background` are refused by name.
 """
 
+import re
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -196,29 +198,69 @@ class ResponsesRequest(Wire):
         return wire.parse(wire.ChatRequest, body)
 
 
-def as_input_error(error: RequestError) -> RequestError:
-    """An error about messages, renamed to what the client of this route has sent."""
+def as_input_error(error: RequestError, request: ResponsesRequest) -> RequestError:
+    """An error about messages, in the words of what the client of this route has sent."""
+    origins = _converted(request)[1]
+    text = _MESSAGE_PATH.sub(lambda match: _in_input(match, origins), str(error))
     param = error.param
     if param is not None and param.startswith("messages"):
-        param = "input"
-    return RequestError(str(error), param=param, code=error.code, status=error.status)
+        param = _MESSAGE_PATH.sub(lambda match: _in_input(match, origins), param)
+        param = "input" if param.startswith("messages") else param
+    return RequestError(text, param=param, code=error.code, status=error.status)
+
+
+# The start of a path into messages, as far as items of the input are named otherwise.
+_MESSAGE_PATH = re.compile(
+    r"messages\[(?P<index>\d+)\](?P<field>\.tool_calls\[(?P<call>\d+)\](?:\.function)?|\.content)?"
+)
+
+
+@dataclass(slots=True)
+class _Origin:
+    """Where a message comes from: paths of its content, its thought and its calls."""
+
+    whole: str
+    content: str = ""
+    calls: list[str] = field(default_factory=list)
+
+
+def _in_input(match: re.Match[str], origins: list[_Origin]) -> str:
+    index = int(match["index"])
+    if index >= len(origins):
+        return "input"
+    origin = origins[index]
+    if match["call"] is not None and int(match["call"]) < len(origin.calls):
+        return origin.calls[int(match["call"])]
+    if match["field"] == ".content" and origin.content:
+        return origin.content
+    return origin.whole + (match["field"] or "")
 
 
 def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
-    """Items to messages: thoughts and calls join the assistant's message they belong to."""
+    return _converted(request)[0]
+
+
+def _converted(request: ResponsesRequest) -> tuple[list[dict[str, Any]], list[_Origin]]:
+    """Items to messages, and where each comes from.
+
+    Thoughts and calls join the assistant's message they belong to.
+    """
     messages: list[dict[str, Any]] = []
+    origins: list[_Origin] = []
     if request.instructions is not None:
         messages.append({"role": "system", "content": request.instructions})
+        origins.append(_Origin("instructions", "instructions"))
     if isinstance(request.input, str):
-        return [*messages, {"role": "user", "content": request.input}]
-    for item in request.input:
+        messages.append({"role": "user", "content": request.input})
+        return messages, [*origins, _Origin("input", "input")]
+    for number, item in enumerate(request.input):
+        path = f"input[{number}]"
         if isinstance(item, InputMessage):
             content = _content(item.content)
             if item.role != "assistant":
                 messages.append({"role": item.role, "content": content})
-                continue
-            assistant = _assistant(messages, can_have_content=True)
-            assistant["content"] = content
+            else:
+                _assistant(messages, can_have_content=True)["content"] = content
         elif isinstance(item, ReasoningItem):
             texts = item.content or item.summary
             thought = "".join(part.text for part in texts)
@@ -231,7 +273,15 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
         else:
             output = _content(item.output)
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
-    return messages
+        if len(messages) > len(origins):
+            origins.append(_Origin(path))
+        if isinstance(item, InputMessage):
+            origins[-1].content = f"{path}.content"
+        elif isinstance(item, FunctionOutput):
+            origins[-1].content = f"{path}.output"
+        elif isinstance(item, FunctionCall):
+            origins[-1].calls.append(path)
+    return messages, origins
 
 
 def _assistant(messages: list[dict[str, Any]], *, can_have_content: bool) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from halfbyte.chat.detokenize import TextStream
+from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
@@ -111,11 +113,13 @@ def _echo(backend: Backend, request: wire.CompletionRequest, choice: Choice) -> 
         return {"text": text, "logprobs": None}
     entries: list[TokenEntry] = []
     position = 0
+    stream = TextStream(vocabulary)
     scored = [None, *choice.prompt_logprobs]
     for token_id, logprobs in zip(token_ids, scored, strict=True):
         one = logprobs or TokenLogprobs(token_id, float("nan"))
+        # Part of a character begins where the character will stand.
         entries.append(TokenEntry(one, position))
-        position += len(vocabulary.decode((token_id,)))
+        position += len(stream.feed(token_id))
     return {"text": text, "logprobs": _logprobs(backend, request, entries, 0)}
 
 
@@ -136,11 +140,31 @@ def _logprobs(
         "tokens": [text(entry.logprobs.token_id) for entry in entries],
         "token_logprobs": [finite(entry.logprobs.logprob) for entry in entries],
         "top_logprobs": [
-            {text(token_id): finite(value) for token_id, value in entry.logprobs.top} or None
+            {name: finite(value) for name, value in _by_name(vocabulary, entry.logprobs.top)}
+            or None
             for entry in entries
         ],
         "text_offset": [offset + entry.offset_chars for entry in entries],
     }
+
+
+def _by_name(vocabulary: Vocabulary, top: tuple[tuple[int, float], ...]) -> list[tuple[str, float]]:
+    """Log-probs under names of which no two are equal, as keys of an object must be.
+
+    Tokens are named by their text; parts of characters, which have none, by their bytes as OpenAI
+    wrote them (bytes:\\xf0), and what is still named alike by its id.
+    """
+    named: dict[str, float] = {}
+    for token_id, logprob in top:
+        name = token_text(vocabulary, token_id)
+        if token_id < vocabulary.size and "\ufffd" in name:
+            raw = vocabulary.token_bytes[token_id]
+            if raw and raw != name.encode():
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        if name in named:
+            name = f"token_id:{token_id}"
+        named[name] = logprob
+    return list(named.items())
 
 
 def _sum(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,12 @@ _UserParts = Annotated[
     ],
     Discriminator(_content_form),
 ]
+# As a user's, but a tool may have nothing to say.
+_ToolParts = Annotated[
+    Annotated[str, Tag("string")]
+    | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Tag("parts")],
+    Discriminator(_content_form),
+]
 _AssistantParts = Annotated[
     Annotated[str, Tag("string")]
     | Annotated[
@@ -206,7 +212,7 @@ class ToolMessage(Wire):
     IGNORED = _MESSAGE_IGNORED
     role: Literal["tool"]
     tool_call_id: str = Field(min_length=1, max_length=512)
-    content: _TextParts
+    content: _ToolParts
 
 
 Message = Annotated[

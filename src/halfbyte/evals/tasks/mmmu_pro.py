@@ -22,6 +22,7 @@ from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
 from halfbyte.evals.tasks.choices import LETTERS
 from halfbyte.evals.tasks.data import HubSet, Rows, load_rows
 from halfbyte.evals.types import Image, Prompt, Sample, Score, Text
+from halfbyte.pictures import on_white, open_picture
 
 Setting = Literal["standard", "vision", "vision-options"]
 
@@ -40,6 +41,7 @@ _TRANSCRIBE = (
     "The last line of your response must have the form 'Answer: $LETTER' (without quotes), where "
     "LETTER is one of {letters}."
 )
+_MAX_PIXELS = 2**27  # more than any picture of the set has
 _MARKER = re.compile(r"<image (\d)>")
 
 
@@ -127,27 +129,22 @@ def _append(text: str, image: Any) -> Prompt:
 
 
 def _data_uri(source: Any, folder: Path | None) -> str:
-    """PNG data URI, RGB over white; nothing is resized, that is the server's business."""
-    with _open(source, folder) as pixels:
-        if pixels.mode != "RGB":
-            rgba = pixels.convert("RGBA")
-            flat = Pixels.new("RGBA", rgba.size, "white")
-            flat.alpha_composite(rgba)
-            flat = flat.convert("RGB")
-        else:
-            flat = pixels.copy()
+    """PNG data URI, upright, RGB on white as the server would show it; nothing is resized."""
     stream = io.BytesIO()
-    flat.save(stream, format="PNG")
+    _opened(source, folder).save(stream, format="PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _open(source: Any, folder: Path | None) -> Pixels.Image:
-    if isinstance(source, Pixels.Image):
-        return source.copy()
+def _opened(source: Any, folder: Path | None) -> Pixels.Image:
+    if isinstance(source, Pixels.Image):  # the datasets library has decoded it
+        has_key = source.mode in ("1", "L", "RGB", "I;16")
+        return on_white(source, source.info.get("transparency") if has_key else None)
     if isinstance(source, Mapping):  # parquet: {"bytes": ..., "path": ...}
-        return Pixels.open(io.BytesIO(source["bytes"]))
-    assert folder is not None, source
-    return Pixels.open(folder / str(source))
+        data = source["bytes"]
+    else:
+        assert folder is not None, source
+        data = (folder / str(source)).read_bytes()
+    return open_picture(data, max_pixels=_MAX_PIXELS).decode()
 
 
 def grade(sample: Sample, text: str) -> Score:

@@ -1,0 +1,353 @@
+"""Where chat templates run: Jinja's immutable sandbox, with bounds, over `written` text.
+
+A template is a program out of a downloaded file. It can neither reach Python nor run for ever nor
+fill the memory: time is looked at in every turn of a loop and at every call, sizes before a string
+or a list grows. What it writes comes out as `Written`, its own characters told from a client's.
+The extensions are those that transformers gives templates (chat_template_utils).
+"""
+
+import datetime
+import json
+import re
+import string
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.ext import Extension
+from jinja2.filters import make_attrgetter
+from jinja2.parser import Parser
+from markupsafe import Markup
+
+from halfbyte.chat.written import Written, formatted, joined, own
+from halfbyte.errors import CheckpointError, RequestError
+
+MAX_SOURCE = 2**20  # characters of a template; the longest in use have 30,000
+MAX_SECONDS = 2.0  # of one thread's processor for one rendering; usual ones take milliseconds
+MAX_CHARS = 2**25  # of any string on the way
+MAX_ITEMS = 10**6  # of any list on the way, and the largest number given to a function
+_MAX_BITS = 4096  # of a whole number
+# Filters that make as much of something as a number says.
+_TAKES_WIDTH = {"do_center", "do_indent", "do_batch", "do_slice"}
+_LONG_NUMBER = re.compile(r"\d{5}")
+
+
+class TemplateRefusalError(Exception):
+    """The template called raise_exception."""
+
+
+class _BoundError(Exception):
+    """The template asks for more than a template may."""
+
+
+class ChatTemplate:
+    """One compiled template."""
+
+    def __init__(self, source: str, where: str) -> None:
+        """Raises CheckpointError naming `where` if it does not compile."""
+        if len(source) > MAX_SOURCE:
+            raise CheckpointError(
+                f"{where}: a chat template of {len(source):,} characters; "
+                f"the limit is {MAX_SOURCE:,}"
+            )
+        try:
+            self._template = _Environment().from_string(source)
+        # Jinja gives up in its own words, Python's compiler (nesting) and its stack in theirs.
+        except Exception as error:
+            message = f"{where}: chat template does not compile: {_first_line(error)}"
+            raise CheckpointError(message) from error
+
+    def render(self, values: Mapping[str, Any]) -> Written:
+        """The rendered text. RequestError in the template's words where it refuses or fails."""
+        _bounds.ends = time.thread_time() + MAX_SECONDS
+        try:
+            text = self._template.render(values)
+        except TemplateRefusalError as error:
+            raise RequestError(str(error), param="messages") from error
+        # A template is foreign code: whatever it raises is its fault or the conversation's.
+        except Exception as error:
+            reason = _first_line(error) or type(error).__name__
+            message = f"the model's chat template cannot render this conversation: {reason}"
+            raise RequestError(message, param="messages") from error
+        finally:
+            _bounds.ends = None
+        assert isinstance(text, Written)
+        return text
+
+
+class _Bounds(threading.local):
+    """When the rendering of this thread must have ended, in seconds of `time.thread_time`."""
+
+    ends: float | None = None
+
+
+_bounds = _Bounds()
+
+
+def _check_time() -> None:
+    if _bounds.ends is not None and time.thread_time() > _bounds.ends:
+        raise _BoundError(f"it runs for more than {MAX_SECONDS:g} s")
+
+
+def _check_chars(count: int) -> None:
+    if count > MAX_CHARS:
+        raise _BoundError(f"it makes a text of {count:,} characters; the limit is {MAX_CHARS:,}")
+
+
+def _check_items(count: int) -> None:
+    if count > MAX_ITEMS:
+        raise _BoundError(f"it asks for {count:,} items; the limit is {MAX_ITEMS:,}")
+
+
+def _check_arguments(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, int):
+            _check_items(abs(value))
+
+
+def _check_form(form: str) -> None:
+    """Widths in a format, "{:>9999999}" or "%9999999d", make text out of nothing."""
+    if _LONG_NUMBER.search(form):
+        raise _BoundError(f"it formats with a width as in {form[:40]!r}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str.__str__(str(error)).splitlines() or [""])[0]
+
+
+class _Code(CodeGenerator):
+    """Python code in which every constant of the template says whose it is."""
+
+    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
+        value = node.as_const(frame.eval_ctx)
+        if isinstance(value, str):
+            self.write(f"environment.constant({value!r})")
+        else:
+            super().visit_Const(node, frame)
+
+    def visit_TemplateData(self, node: nodes.TemplateData, frame: Frame) -> None:
+        self.write(f"environment.constant({node.data!r})")
+
+    def _output_const_repr(self, group: Iterable[Any]) -> str:
+        return f"environment.constant({''.join(map(str, group))!r})"
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.concat((")
+        for item in node.nodes:
+            self.visit(item, frame)
+            self.write(", ")
+        self.write("))")
+
+
+def _concat(parts: Iterable[Any]) -> Written:
+    pieces: list[Any] = []
+    count = 0
+    for part in parts:
+        piece = part if isinstance(part, str) else str(part)
+        count += len(piece)
+        _check_chars(count)
+        pieces.append(piece)
+    return joined(pieces)
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    code_generator_class = _Code
+    concat = staticmethod(_concat)
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            # Folding would compute with plain strings, and "a" * 10**10 while it compiles.
+            optimized=False,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+        )
+        self._constants: dict[str, Written] = {}
+        self.filters = {name: _bounded(filter_) for name, filter_ in self.filters.items()}
+        self.filters["tojson"] = _to_json
+        self.filters["join"] = _join
+        self.globals["raise_exception"] = _refuse
+        self.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        del self.globals["lipsum"]
+
+    def constant(self, text: str) -> Written:
+        """A string that stands in the template."""
+        found = self._constants.get(text)
+        if found is None:
+            found = self._constants[text] = own(text)
+        return found
+
+    def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
+        for loop in source.find_all(nodes.For):
+            tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
+            statement = nodes.ExprStmt(tick).set_lineno(loop.lineno)
+            loop.body.insert(0, statement.set_environment(self))
+        return super()._generate(source, *args, **options)
+
+    @staticmethod
+    def tick() -> None:
+        """One turn of a loop."""
+        _check_time()
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        _check_time()
+        _check_growth(getattr(__obj, "__self__", None), getattr(__obj, "__name__", ""), args)
+        result = super().call(__context, __obj, *args, **kwargs)
+        if isinstance(result, str):
+            _check_chars(len(result))
+        return result
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        _check_time()
+        if operator == "**":
+            if isinstance(left, int) and isinstance(right, int):
+                _check_bits(left.bit_length() * max(right, 0))
+        elif operator == "*":
+            if isinstance(left, int) and isinstance(right, int):
+                _check_bits(left.bit_length() + right.bit_length())
+            for value, count in ((left, right), (right, left)):
+                if isinstance(value, str) and isinstance(count, int):
+                    _check_chars(len(value) * count)
+                elif isinstance(value, (list, tuple)) and isinstance(count, int):
+                    _check_items(len(value) * count)
+        elif operator == "+":
+            if isinstance(left, str) and isinstance(right, str):
+                _check_chars(len(left) + len(right))
+            elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+                _check_items(len(left) + len(right))
+        elif isinstance(left, str):
+            _check_form(left)
+            if "*" in left:
+                _check_arguments(right if isinstance(right, tuple) else (right,))
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        pattern = getattr(value, "__self__", None)
+        if wrapped is None or isinstance(pattern, Markup):
+            return wrapped
+        assert isinstance(pattern, str)
+        formatter: string.Formatter = jinja2.sandbox.SandboxedFormatter(self)
+        takes_mapping = value.__name__ == "format_map"
+
+        def written(*args: Any, **kwargs: Any) -> Written:
+            if takes_mapping:
+                args, kwargs = (), dict(*args)
+            return formatted(pattern, formatter, args, kwargs, _check_form)
+
+        return written
+
+
+class _Generation(Extension):
+    """{% generation %} marks an answer for training; here it is as if it were not there."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own interface
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def _check_bits(bits: int) -> None:
+    if bits > _MAX_BITS:
+        raise _BoundError(f"it computes a number of {bits:,} bits; the limit is {_MAX_BITS:,}")
+
+
+def _check_growth(owner: Any, name: str, args: tuple[Any, ...]) -> None:
+    """Refuse what would make a long text out of two short ones."""
+    if not isinstance(owner, str):
+        return
+    if name == "replace" and len(args) >= 2 and isinstance(args[0], str):
+        _check_chars(_replaced_length(owner, args[0], str(args[1])))
+    elif name == "join" and args and isinstance(args[0], (list, tuple)):
+        _check_chars(sum(len(part) + len(owner) for part in args[0] if isinstance(part, str)))
+    elif name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
+        tabs = owner.count("\t") + 1
+        _check_chars(tabs * max((arg for arg in args if isinstance(arg, int)), default=8))
+
+
+def _replaced_length(text: str, old: str, new: str) -> int:
+    count = text.count(old) if old else len(text) + 1
+    return len(text) + count * len(new)
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, looking at the time, at its arguments, and at what it makes."""
+    takes_first = hasattr(function, "jinja_pass_arg")
+
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        _check_time()
+        given = args[1:] if takes_first else args
+        if function.__name__ in _TAKES_WIDTH:
+            _check_arguments(given[1:])
+            _check_arguments(kwargs.values())
+        if given and isinstance(given[0], str):
+            if function.__name__ == "do_replace":
+                _check_growth(given[0], "replace", given[1:])
+            elif function.__name__ == "do_format":
+                _check_form(given[0])
+        result = function(*args, **kwargs)
+        if isinstance(result, str):
+            _check_chars(len(result))
+        elif isinstance(result, Iterator):
+            return _ticking(result)
+        return result
+
+    if takes_first:
+        bounded.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
+    return bounded
+
+
+def _ticking(items: Iterator[Any]) -> Iterator[Any]:
+    for item in items:
+        _check_time()
+        yield item
+
+
+@jinja2.pass_environment
+def _join(
+    environment: jinja2.Environment,
+    value: Iterable[Any],
+    d: str = "",
+    attribute: str | int | None = None,
+) -> Written:
+    """Jinja's filter, whose result forgets where its parts came from."""
+    if attribute is not None:
+        value = map(make_attrgetter(environment, attribute), value)
+    pieces: list[Any] = []
+    for part in value:
+        pieces += [d, part] if pieces else [part]
+        _check_items(len(pieces))
+        _check_time()
+    return _concat(pieces)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON, as chat templates expect it (Jinja's own filter escapes for HTML)."""
+    _check_arguments((indent,))
+    text = json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+    _check_chars(len(text))
+    return own(text) if isinstance(value, Written) and value.is_own else Written(text)
+
+
+def _refuse(message: object) -> NoReturn:
+    raise TemplateRefusalError(str.__str__(str(message)))

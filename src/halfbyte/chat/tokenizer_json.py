@@ -1,0 +1,309 @@
+"""Vocabularies out of a tokenizer.json: byte-level BPE, as the tokenizers library reads it.
+
+The file's ids are kept, and compared with the library's at load. Text is encoded by a copy that
+knows no control token; a rendered conversation is cut at its control tokens here, with the white
+space that the file says goes with them.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from halfbyte.chat.vocabulary import MAX_TOKENS, Vocabulary, read_json
+from halfbyte.errors import CheckpointError
+
+MAX_GROWTH = 64  # times that the normalizer may lengthen a text; " " to its three-byte sign is 3
+# Not a character of the byte-level alphabet, hence in no text that the model sees.
+_UNREACHABLE = "\x00"
+# White_Space of Unicode, which is what the library's `lstrip` and `rstrip` take away.
+_SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_SPACES_BEFORE = re.compile(f"[{_SPACES}]*$")
+_SPACES_AFTER = re.compile(f"[{_SPACES}]*")
+_WORD = re.compile(r"\w")
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """One entry of `added_tokens`.
+
+    lstrip, rstrip  white space before and after it in a text belongs to it
+    single_word     it is none where a letter or digit stands next to it
+    """
+
+    token_id: int
+    content: str
+    is_special: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+
+
+class ControlCutter:
+    """Cuts a rendered conversation at its control tokens, as `Tokenizer.encode` would."""
+
+    def __init__(self, tokens: Mapping[str, AddedToken]) -> None:
+        self._tokens = tokens
+        names = sorted(tokens, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def cut(self, text: str, own: bytes) -> Iterator[str | int]:
+        """Ids of control tokens and the texts between, in order.
+
+        own  one byte a character; a name with a 0 among its characters is text
+        """
+        text = str.__str__(text)  # a plain string, whatever it was
+        start = 0
+        at = 0
+        while (match := self._any.search(text, at)) is not None:
+            begin, end = match.span()
+            token = self._tokens[match[0]]
+            if 0 in own[begin:end] or (token.single_word and _is_in_word(text, begin, end)):
+                # A name that is the template's may begin within one that is not.
+                at = begin + 1
+                continue
+            if token.lstrip:
+                space = _SPACES_BEFORE.search(text, start, begin)
+                assert space is not None
+                begin = space.start()
+            if token.rstrip:
+                space = _SPACES_AFTER.match(text, end)
+                assert space is not None
+                end = space.end()
+            if begin > start:
+                yield text[start:begin]
+            yield token.token_id
+            start = at = end
+        if start < len(text):
+            yield text[start:]
+
+
+def _is_in_word(text: str, begin: int, end: int) -> bool:
+    before, after = text[max(begin - 1, 0) : begin], text[end : end + 1]
+    return bool(_WORD.match(before) or _WORD.match(after))
+
+
+def load_tokenizer_json(directory: Path) -> tuple[Vocabulary, ControlCutter]:
+    """The vocabulary of a directory's tokenizer.json, and what finds its control tokens.
+
+    Raises CheckpointError for what is no byte-level BPE (bytes of other kinds cannot be looked up
+    token by token), for ids that the library would not give, and for files made to exhaust us.
+    """
+    path = directory / "tokenizer.json"
+    description = read_json(path)
+    full = _tokenizer(description, path)
+    _check_kind(description, path)
+    _check_growth(description.get("normalizer"), path)
+    added = [_added_token(entry, path) for entry in description.get("added_tokens") or ()]
+    for token in added:
+        found = full.token_to_id(token.content)
+        if found != token.token_id:
+            raise CheckpointError(
+                f"{path}: added token {token.content!r} has id {token.token_id}, but the "
+                f"tokenizers library gives it {found}; the file's ids contradict each other"
+            )
+    specials = {token.content: token for token in added if token.is_special}
+    names = {token.token_id: token.content for token in specials.values()}
+    control = {name: token.token_id for name, token in specials.items()}
+    token_bytes = _token_bytes(description["model"]["vocab"], added, path)
+    vocabulary = Vocabulary(
+        token_bytes=token_bytes,
+        control=control,
+        control_names=names,
+        encode_text=_plain_encoder(description, added, path),
+        bos_token_id=_bos_token_id(directory, control),
+        eos_token_ids=_eos_token_ids(directory, control, len(token_bytes)),
+    )
+    return vocabulary, ControlCutter(specials)
+
+
+def _tokenizer(description: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
+    """The library's own reading; CheckpointError with its words where it gives up."""
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The library raises bare Exceptions, and panics that are not even those.
+    except BaseException as error:
+        raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+
+
+def _check_kind(description: Mapping[str, Any], path: Path) -> None:
+    decoder = description.get("decoder") or {}
+    kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders") or ())]
+    if "ByteLevel" not in kinds:
+        raise CheckpointError(f"{path}: decoder {kinds[0]!r} is not supported; byte-level BPE is")
+    kind = description["model"].get("type", "BPE")
+    if kind != "BPE" or not isinstance(description["model"].get("vocab"), dict):
+        raise CheckpointError(f"{path}: model {kind!r} is not supported; byte-level BPE is")
+    steps = json.dumps([description.get("normalizer"), description.get("pre_tokenizer")])
+    if '"ByteLevel"' not in steps:
+        raise CheckpointError(f"{path}: text does not become bytes; byte-level BPE is supported")
+
+
+def _check_growth(normalizer: Mapping[str, Any] | None, path: Path) -> None:
+    """Refuse replacements that together make much text out of little."""
+    growth = 1.0
+    for step in _steps(normalizer):
+        if step.get("type") == "Replace":
+            pattern = step.get("pattern") or {}
+            # A regular expression may match one character, or none at all between any two.
+            shortest = len(pattern["String"].encode()) if "String" in pattern else 1
+            length = len(str(step.get("content", "")).encode())
+            growth *= max(1.0, length / max(shortest, 1))
+        elif step.get("type") == "Prepend":
+            growth *= 1 + len(str(step.get("prepend", ""))) / 1024
+    if growth > MAX_GROWTH:
+        raise CheckpointError(
+            f"{path}: the normalizer makes text up to {growth:.3g} times as long; the limit is "
+            f"{MAX_GROWTH} times"
+        )
+
+
+def _steps(normalizer: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    if normalizer is None:
+        return
+    if normalizer.get("type") == "Sequence":
+        for step in normalizer.get("normalizers") or ():
+            yield from _steps(step)
+    else:
+        yield normalizer
+
+
+def _added_token(entry: Mapping[str, Any], path: Path) -> AddedToken:
+    # Types are those that the library has just accepted.
+    if not entry["content"]:
+        raise CheckpointError(f"{path}: added token {entry['id']} is empty")
+    flags = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(entry["id"], entry["content"], bool(entry.get("special")), **flags)
+
+
+def _token_bytes(
+    vocab: Mapping[str, int], added: list[AddedToken], path: Path
+) -> tuple[bytes, ...]:
+    """Bytes that each id adds to a text; a hole in the ids adds none, like a control token."""
+    size = max([-1, *vocab.values(), *(token.token_id for token in added)]) + 1
+    if size > MAX_TOKENS:
+        raise CheckpointError(
+            f"{path}: token id {size - 1:,} is too large; the limit is {MAX_TOKENS:,} tokens"
+        )
+    to_byte = byte_level_alphabet()
+    found = [b""] * size
+    for token, token_id in vocab.items():
+        try:
+            found[token_id] = bytes([to_byte[char] for char in token])
+        except KeyError:
+            # As the library's decoder does: what is outside its alphabet stands for itself.
+            found[token_id] = token.encode()
+    for one in added:
+        found[one.token_id] = b"" if one.is_special else one.content.encode()
+    return tuple(found)
+
+
+def _plain_encoder(
+    description: Mapping[str, Any], added: list[AddedToken], path: Path
+) -> Callable[[str], list[int]]:
+    """An encoder that does not know any control token: no text can be one, however it is spelt.
+
+    It is a copy without the special ones among the added tokens. Their entries in the model's
+    vocabulary become unreachable, and merges that would build them go. Added tokens that are not
+    special stay, with the file's ids: the library would count new ones from the end of the
+    vocabulary, where the ids of those left out are free again.
+    """
+    model = description["model"]
+    special = {token.content for token in added if token.is_special} - {model.get("unk_token")}
+    plain = [token for token in added if not token.is_special]
+    vocab = {
+        _UNREACHABLE + token if token in special else token: token_id
+        for token, token_id in model["vocab"].items()
+    }
+    vocab |= {token.content: token.token_id for token in plain}
+
+    def stays(merge: str | list[str]) -> bool:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        return special.isdisjoint((left, right, left + right))
+
+    copy = {
+        **description,
+        "added_tokens": [
+            entry for entry in description.get("added_tokens") or () if not entry.get("special")
+        ],
+        "model": {
+            **model,
+            "vocab": vocab,
+            "merges": [merge for merge in model.get("merges") or () if stays(merge)],
+        },
+        # Post-processors may name the removed tokens; a bos is added by the caller.
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+    tokenizer = _tokenizer(copy, path)
+    for token in plain:
+        assert tokenizer.token_to_id(token.content) == token.token_id, token
+
+    def encode_text(text: str) -> list[int]:
+        # `encode` holds Python's lock for as long as it takes, tenths of a second for a long
+        # prompt, in which no answer gets a token; batches give it up. Nobody asks for offsets.
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    return encode_text
+
+
+def _bos_token_id(directory: Path, control: Mapping[str, int]) -> int | None:
+    """The id put before plain prompts, where tokenizer_config.json asks for one."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    if not config.get("add_bos_token"):
+        return None
+    name = token_text(config.get("bos_token"))
+    return control.get(name) if name else None
+
+
+def _eos_token_ids(directory: Path, control: Mapping[str, int], num_tokens: int) -> tuple[int, ...]:
+    """Ids that end an answer: generation_config.json and config.json, else the tokenizer's eos."""
+    found: list[int] = []
+    for file in ("generation_config.json", "config.json"):
+        path = directory / file
+        value = read_json(path).get("eos_token_id") if path.exists() else None
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        for one in values:
+            if type(one) is not int or not 0 <= one < num_tokens:
+                raise CheckpointError(
+                    f"{path}: eos_token_id {str(value)[:80]}; expected a token id below "
+                    f"{num_tokens}, or a list of them"
+                )
+        found += values
+    path = directory / "tokenizer_config.json"
+    name = token_text(read_json(path).get("eos_token")) if path.exists() else None
+    if name is not None and name in control:
+        found.append(control[name])
+    if not found:
+        raise CheckpointError(f"{directory}: no file names the token that ends an answer")
+    return tuple(dict.fromkeys(found))
+
+
+def token_text(value: object) -> str | None:
+    """A token of tokenizer_config.json, written as a string or as {"content": ...}."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte of the GPT-2 byte-level alphabet.
+
+    Printable Latin-1 bytes stand for themselves; the other 68 take the code points from 256 on,
+    in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet |= {chr(256 + index): byte for index, byte in enumerate(others)}
+    return alphabet

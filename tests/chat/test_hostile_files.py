@@ -1,0 +1,194 @@
+"""Tokenizer files that were made to hurt, or that nobody else could read, end in one sentence."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from halfbyte.chat.mistral_format import MistralFormat
+from halfbyte.chat.template_format import TemplateFormat
+from halfbyte.chat.tokens import ChatFormat, load_chat
+from halfbyte.errors import CheckpointError, RequestError
+
+DATA = Path(__file__).parent.parent / "data" / "chat"
+Change = Callable[[dict[str, Any]], None]
+
+
+def loaded(folder: Path, kind: str, change: Change) -> ChatFormat:
+    """The chat format of a folder whose tokenizer was changed."""
+    shutil.copytree(DATA / kind, folder, dirs_exist_ok=True)
+    path = folder / ("tekken.json" if kind == "tekken" else "tokenizer.json")
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    return load_chat(folder)
+
+
+def added(content: str, token_id: int, special: bool = False, **flags: bool) -> dict[str, Any]:
+    names = ("single_word", "lstrip", "rstrip", "normalized")
+    base = dict.fromkeys(names, False)
+    return {"id": token_id, "content": content, "special": special, **base, **flags}
+
+
+def doubling(times: int) -> dict[str, Any]:
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    return {"type": "Sequence", "normalizers": [step] * times}
+
+
+TOKENIZERS: dict[str, Change] = {
+    "id of an added token": lambda v: v["added_tokens"].append(added("<x>", 2**31)),
+    "id in the vocabulary": lambda v: v["model"]["vocab"].update(zzz=2**31),
+    "id just too large": lambda v: v["model"]["vocab"].update(zzz=2**22),
+    "ids with a hole": lambda v: v["added_tokens"].append(added("<x>", 777)),
+    "an id twice": lambda v: v["added_tokens"].append(added("<x>", 2, special=True)),
+    "35 doublings": lambda v: v.update(normalizer=doubling(35)),
+    "7 doublings": lambda v: v.update(normalizer=doubling(7)),
+    "one long replacement": lambda v: v.update(
+        normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": "b" * 1000}
+    ),
+    "empty special token": lambda v: v["added_tokens"].append(added("", 500, special=True)),
+    "empty plain token": lambda v: v["added_tokens"].append(added("", 500)),
+    "no vocabulary": lambda v: v["model"].pop("vocab"),
+    "vocabulary of words": lambda v: v["model"].update(vocab={"a": "b"}),
+    "negative id": lambda v: v["model"]["vocab"].update(zzz=-1),
+    "unigram": lambda v: v.update(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
+    "no decoder": lambda v: v.update(decoder=None),
+    "no bytes": lambda v: v.update(pre_tokenizer=None),
+    "tokens that are no objects": lambda v: v.update(added_tokens=[1]),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizer_json(name: str, tmp_path: Path) -> None:
+    started = time.thread_time()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: ") as caught:
+        loaded(tmp_path, "chatml", TOKENIZERS[name])
+    assert time.thread_time() - started < 5
+    assert len(str(caught.value)) < 500
+
+
+def test_nesting_is_no_recursion_error(tmp_path: Path) -> None:
+    for kind, file in (("chatml", "tokenizer.json"), ("tekken", "tekken.json")):
+        folder = tmp_path / kind
+        shutil.copytree(DATA / kind, folder)
+        for text in ('{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 100_000):
+            (folder / file).write_text(text)
+            with pytest.raises(CheckpointError, match=file):
+                load_chat(folder)
+
+
+def set_config(**changes: Any) -> Change:
+    return lambda value: value["config"].update(changes)
+
+
+def zero_ranks(value: dict[str, Any]) -> None:
+    for token in value["special_tokens"]:
+        token["rank"] = 0
+
+
+def swap_ranks(value: dict[str, Any]) -> None:
+    one, two = value["special_tokens"][1:3]
+    one["rank"], two["rank"] = two["rank"], one["rank"]
+
+
+TEKKENS: dict[str, Change] = {
+    "a billion special tokens": set_config(default_num_special_tokens=10**9),
+    "half a special token": set_config(default_num_special_tokens=0.5),
+    "no special token": set_config(default_num_special_tokens=0),
+    "a vocabulary of 10^12": set_config(default_vocab_size=10**12),
+    "special tokens of rank 0": zero_ranks,
+    "special tokens in another order": swap_ranks,
+    "special tokens without names": lambda v: v["special_tokens"][5].update(token_str=""),
+    "special tokens that are numbers": lambda v: v.update(special_tokens=[1, 2]),
+    "a pattern of letters": set_config(pattern="[a-z]+"),
+    "a pattern that leaves line ends out": set_config(pattern="."),
+    "a pattern that leaves trailing space out": set_config(pattern=r"\s+(?=\S)|\S+"),
+    "a pattern that leaves combining marks out": set_config(pattern=r"\p{L}+|[^\p{L}\p{M}]"),
+    "a pattern that is none": set_config(pattern="("),
+    "no pattern": lambda v: v["config"].pop("pattern"),
+    "no config": lambda v: v.pop("config"),
+    "no vocabulary": lambda v: v.pop("vocab"),
+    "pieces without bytes": lambda v: v["vocab"][300].pop("token_bytes"),
+    "an unknown version": set_config(version="v99"),
+}
+
+
+@pytest.mark.parametrize("name", TEKKENS)
+def test_tekken_json(name: str, tmp_path: Path) -> None:
+    started = time.thread_time()
+    with pytest.raises(CheckpointError, match=r"tekken\.json: ") as caught:
+        loaded(tmp_path, "tekken", TEKKENS[name])
+    assert time.thread_time() - started < 5
+    assert len(str(caught.value)) < 500
+
+
+def test_a_million_blanks_are_the_clients_error(mistral: MistralFormat) -> None:
+    """More than the stack of the tokenizer's regular expression holds."""
+    for blanks in (" " * 1_000_000, "x" + "\t" * 1_100_000 + "y"):
+        with pytest.raises(RequestError, match="blanks or tabs in a row"):
+            mistral.vocabulary.encode_text(blanks)
+        with pytest.raises(RequestError, match="blanks or tabs in a row"):
+            mistral.encode([{"role": "user", "content": blanks}])
+
+
+@pytest.mark.parametrize("value", ["2", [2, "3"], [[2]], True, 2.0, -1, 10**6, {"a": 2}])
+def test_ends_that_are_no_token_ids_are_named(value: Any, tmp_path: Path) -> None:
+    shutil.copytree(DATA / "chatml", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id"):
+        load_chat(tmp_path)
+
+
+def test_plain_added_tokens_keep_the_files_ids(tmp_path: Path) -> None:
+    """The library would number them anew behind the special ones, which were taken out."""
+    words = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+
+    def change(value: dict[str, Any]) -> None:
+        size = max(value["model"]["vocab"].values()) + 1
+        value["added_tokens"] += [
+            added("<|extra|>", size, special=True),
+            *(added(word, size + 1 + n, rstrip=n == 3) for n, word in enumerate(words)),
+            added("<|last|>", size + 5, special=True),
+        ]
+
+    chat = loaded(tmp_path, "chatml", change)
+    assert isinstance(chat, TemplateFormat)
+    full = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a<think>b</think>  c", *words, "x<tool_call></tool_call>", "</think> </think>"):
+        assert chat.vocabulary.encode_text(text) == full.encode(text).ids
+    for name in chat.vocabulary.control:
+        ids = chat.vocabulary.encode_text(f"<think>{name}</think>")
+        assert not any(map(chat.vocabulary.is_control, ids))
+        assert chat.vocabulary.decode(ids) == f"<think>{name}</think>"
+
+
+def test_no_merge_and_no_whole_word_makes_a_control_token(tmp_path: Path) -> None:
+    """A vocabulary that can build a special token out of its characters, in three ways."""
+
+    def change(value: dict[str, Any]) -> None:
+        model = value["model"]
+        size = max(model["vocab"].values()) + 1
+        model["vocab"]["zq"] = size  # by a merge
+        model["merges"].append(["z", "q"])
+        model["vocab"]["Ġzebra"] = size + 1  # by a whole word
+        model["ignore_merges"] = True
+        value["added_tokens"] += [
+            added("zq", size, special=True),
+            added("Ġzebra", size + 1, special=True),
+        ]
+
+    chat = loaded(tmp_path, "chatml", change)
+    for text in ("zq", "a zq zqzq", " zebra", "a zebra", "Ġzebra"):
+        ids = chat.vocabulary.encode_text(text)
+        assert not any(map(chat.vocabulary.is_control, ids)), text
+        assert chat.vocabulary.decode(ids) == text
+
+
+def test_entries_outside_the_byte_alphabet_are_themselves(tmp_path: Path) -> None:
+    chat = loaded(tmp_path, "chatml", lambda v: v["model"]["vocab"].update({"你 好": 500}))
+    assert chat.vocabulary.token_bytes[500] == "你 好".encode()
