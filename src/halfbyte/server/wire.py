@@ -143,7 +143,11 @@ _UserParts = Annotated[
 # As a user's, but a tool may have nothing to say.
 _ToolParts = Annotated[
     Annotated[str, Tag("string")]
-    | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Tag("parts")],
+    | Annotated[
+        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+        Tag("parts"),
+        Field(max_length=MOST_PARTS),
+    ],
     Discriminator(_content_form),
 ]
 _AssistantParts = Annotated[
