@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from halfbyte.server.responses_wire import joined_name
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -111,7 +112,7 @@ async def test_schema_holds_the_answer(make_bench: MakeBench) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"truncation": "always"}, "truncation"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"reasoning": {"effort": "medium"}}, "reasoning_effort"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input[0]"),
     ],
@@ -133,3 +134,63 @@ async def test_failure_after_the_start_is_an_event(make_bench: MakeBench) -> Non
     events = [event async for event in stream]
     assert events[-1].type == "response.failed"
     assert "lost its mind" in events[-1].response.error.message
+
+
+async def test_tools_that_only_their_servers_have_are_left_out_and_named(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench("ok", EOS)
+    tools = [TOOL, {"type": "web_search", "filters": {}}, {"type": "custom", "name": "apply_patch"}]
+    history = [
+        {"role": "user", "content": "Hi"},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"q": "x"}},
+    ]
+    body = {"model": "m", "input": history, "tools": tools, "client_metadata": {"a": "b"}}
+    async with bench.http() as client:
+        answer = await client.post("/v1/responses", json=body)
+        assert answer.status_code == 200, answer.text
+        warning = answer.headers["x-halfbyte-warning"]
+        assert "custom, web_search" in warning and "web_search_call" in warning
+        only = {"model": "m", "input": "Hi", "tools": tools[:1]}
+        await client.post("/v1/responses", json=only)
+        chosen = {**body, "tool_choice": {"type": "web_search"}}
+        refused = await client.post("/v1/responses", json=chosen)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tool_choice"
+    first, second = bench.service.requests
+    assert first.prompt_token_ids == second.prompt_token_ids
+
+
+@pytest.mark.parametrize("namespace", ["mcp__files__", "files", "n" * 100])
+async def test_functions_in_namespaces_are_called_and_answered_by_both_names(
+    make_bench: MakeBench, namespace: str
+) -> None:
+    joined = joined_name(namespace, "read")
+    assert len(joined) <= 64
+    bench = make_bench(CALLS, joined, ARGS, '{"a": 1}', EOS)
+    inner = [{**TOOL, "name": "read"}, {"type": "web_search"}]
+    tools = [TOOL, {"type": "namespace", "name": namespace, "description": "", "tools": inner}]
+    answer = await both(bench, input="Hi", tools=tools)
+    call = answer.output[0]
+    assert call.name == "read" and call.model_extra["namespace"] == namespace
+    history = [
+        {"role": "user", "content": "Hi"},
+        call.model_dump(),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "done"},
+    ]
+    chosen = {"type": "function", "name": "read", "namespace": namespace}
+    await both(bench, input=history, tools=tools, tool_choice=chosen)
+    prompt = bench.chat.vocabulary.decode(
+        bench.service.requests[-1].prompt_token_ids, keep_control=True
+    )
+    assert f"[TOOL_CALLS]{joined}[ARGS]" in prompt
+
+
+async def test_allowed_tools_of_this_wire(make_bench: MakeBench) -> None:
+    bench = make_bench(CALLS, "f", ARGS, "{}", EOS)
+    choice = {
+        "type": "allowed_tools",
+        "mode": "required",
+        "tools": [{"type": "function", "name": "f"}],
+    }
+    answer = await both(bench, input="Hi", tools=[TOOL, {**TOOL, "name": "g"}], tool_choice=choice)
+    assert answer.output[0].name == "f"

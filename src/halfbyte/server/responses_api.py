@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +74,8 @@ async def _events(
             job = await chat_job(backend, chat)
         except RequestError as error:
             raise as_input_error(error, request) from error
-        call.warn(job.warnings)
-        builder = _Builder()
+        call.warn((*request.left_out(), *job.warnings))
+        builder = _Builder(request.called)
         body = _body(backend, request, job)
         yield {"type": "response.created", "response": body}
         yield {"type": "response.in_progress", "response": body}
@@ -115,6 +115,7 @@ class _Builder:
     output_item.done; function calls have no parts.
     """
 
+    called: Callable[[str], dict[str, str]]
     output: list[dict[str, Any]] = field(default_factory=list)
     _open: dict[str, Any] | None = None
     _text: str = ""
@@ -167,7 +168,7 @@ class _Builder:
             "status": "in_progress",
         }
         if isinstance(delta, CallStart):
-            item |= {"call_id": delta.call_id, "name": delta.name, "arguments": ""}
+            item |= {"call_id": delta.call_id, **self.called(delta.name), "arguments": ""}
         elif kind == "reasoning":
             item |= {"summary": [], "content": []}
         else:

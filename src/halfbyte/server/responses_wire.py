@@ -3,15 +3,33 @@
 Nothing is stored here: `previous_response_id`, `conversation` and `background` are refused by name.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from halfbyte.errors import RequestError
 from halfbyte.server import wire
 from halfbyte.server.wire import Wire
+
+# Tools and items that the service's own servers run and make. They are left out by name: clients
+# send them unasked and have no switch for it.
+_HOSTED_ITEMS = (
+    "web_search_call",
+    "file_search_call",
+    "image_generation_call",
+    "code_interpreter_call",
+    "mcp_list_tools",
+    "mcp_call",
+    "mcp_approval_request",
+    "tool_search_call",
+    "tool_search_output",
+    "compaction",
+)
+_NAMESPACE = r"^[a-zA-Z0-9_-]{1,128}$"
+_MAX_NAME_CHARS = 64  # of a function, as the chat API has it
 
 
 class InputText(Wire):
@@ -60,6 +78,7 @@ class FunctionCall(Wire):
     type: Literal["function_call"]
     call_id: str = Field(min_length=1, max_length=512)
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    namespace: str | None = Field(default=None, pattern=_NAMESPACE)
     arguments: str
 
 
@@ -82,20 +101,30 @@ class ReasoningItem(Wire):
     content: list[ReasoningText] = Field(default_factory=list, max_length=wire.MOST_PARTS)
 
 
+class HostedItem(Wire):
+    """An item that is left out, whatever is in it."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: str
+
+
 def _item_form(value: Any) -> str:
-    return str(value.get("type") or "message") if isinstance(value, dict) else "message"
+    kind = str(value.get("type") or "message") if isinstance(value, dict) else "message"
+    return "hosted" if kind in _HOSTED_ITEMS else kind
 
 
 Item = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionOutput, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[HostedItem, Tag("hosted")],
     Discriminator(_item_form),
 ]
 
 
 class FunctionTool(Wire):
+    IGNORED = frozenset({"output_schema", "defer_loading"})
     type: Literal["function"]
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str = ""
@@ -103,16 +132,91 @@ class FunctionTool(Wire):
     strict: bool = False
 
 
+class HostedTool(Wire):
+    """A tool of another type, which no server of ours runs."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: str
+
+
+def _tool_form(value: Any) -> str:
+    """Which kind of tool this is, read or about to be written."""
+    if isinstance(value, HostedTool):
+        return "hosted"
+    if isinstance(value, (FunctionTool, NamespaceTool)):
+        return value.type
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind if kind in ("function", "namespace") else "hosted"
+
+
+def _inner_form(value: Any) -> str:
+    return "function" if _tool_form(value) == "function" else "hosted"
+
+
+class NamespaceTool(Wire):
+    """Functions under a common name, such as those of one MCP server."""
+
+    type: Literal["namespace"]
+    name: str = Field(pattern=_NAMESPACE)
+    description: str = ""
+    tools: list[
+        Annotated[
+            Annotated[FunctionTool, Tag("function")] | Annotated[HostedTool, Tag("hosted")],
+            Discriminator(
+                lambda value: "hosted" if _tool_form(value) != "function" else "function"
+            ),
+        ]
+    ] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("function")]
+    | Annotated[NamespaceTool, Tag("namespace")]
+    | Annotated[HostedTool, Tag("hosted")],
+    Discriminator(_tool_form),
+]
+
+
 class NamedFunction(Wire):
     type: Literal["function"]
     name: str
+    namespace: str | None = Field(default=None, pattern=_NAMESPACE)
+
+
+class AllowedTools(Wire):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedFunction] = Field(min_length=1, max_length=wire.MOST_TOOLS)
+
+
+def _choice_form(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "string"
+    kind = value.get("type")
+    return kind if kind in ("function", "allowed_tools") else "hosted"
 
 
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("string")]
-    | Annotated[NamedFunction, Tag("object")],
-    Discriminator(lambda value: "object" if isinstance(value, dict) else "string"),
+    | Annotated[NamedFunction, Tag("function")]
+    | Annotated[AllowedTools, Tag("allowed_tools")]
+    | Annotated[HostedTool, Tag("hosted")],
+    Discriminator(_choice_form),
 ]
+
+
+def joined_name(namespace: str | None, name: str) -> str:
+    """One name for a function within a namespace, short enough for the chat API.
+
+    "mcp__files__" and "read" are "mcp__files__read"; "files" and "read" are "files__read".
+    """
+    if namespace is None:
+        return name
+    joined = namespace + name if namespace.endswith("_") else f"{namespace}__{name}"
+    if len(joined) <= _MAX_NAME_CHARS:
+        return joined
+    digest = hashlib.sha256(joined.encode()).hexdigest()[:8]
+    return f"{joined[: _MAX_NAME_CHARS - 9]}_{digest}"
 
 
 class SchemaFormat(Wire):
@@ -162,7 +266,7 @@ class ResponsesRequest(Wire):
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
+    tools: list[Tool] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning: ReasoningSettings | None = None
@@ -185,17 +289,76 @@ class ResponsesRequest(Wire):
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "response_format": _response_format(self.text),
         }
-        if self.tools:
+        functions = self._functions()
+        if functions:
             body["tools"] = [
-                {"type": "function", "function": tool.model_dump(exclude={"type"})}
-                for tool in self.tools
+                {
+                    "type": "function",
+                    "function": {
+                        **tool.model_dump(exclude={"type"}),
+                        "name": joined_name(namespace, tool.name),
+                    },
+                }
+                for namespace, tool in functions
             ]
-        if isinstance(self.tool_choice, NamedFunction):
-            named = {"name": self.tool_choice.name}
-            body["tool_choice"] = {"type": "function", "function": named}
-        elif self.tools or self.tool_choice == "required":
-            body["tool_choice"] = self.tool_choice
+        choice = self.tool_choice
+        if isinstance(choice, HostedTool):
+            raise RequestError(
+                f"tool_choice: this server has no tool of type {choice.type!r}",
+                param="tool_choice",
+                code="unsupported_parameter",
+            )
+        if isinstance(choice, NamedFunction):
+            body["tool_choice"] = _named(choice)
+        elif isinstance(choice, AllowedTools):
+            tools = [_named(tool) for tool in choice.tools]
+            allowed = {"mode": choice.mode, "tools": tools}
+            body["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
+        elif functions or choice == "required":
+            body["tool_choice"] = choice
         return wire.parse(wire.ChatRequest, body)
+
+    def _functions(self) -> list[tuple[str | None, FunctionTool]]:
+        """The functions among the tools, each with the namespace it came in."""
+        found: list[tuple[str | None, FunctionTool]] = []
+        for tool in self.tools:
+            if isinstance(tool, FunctionTool):
+                found.append((None, tool))
+            elif isinstance(tool, NamespaceTool):
+                inner = [one for one in tool.tools if isinstance(one, FunctionTool)]
+                found += [(tool.name, one) for one in inner]
+        return found
+
+    def called(self, name: str) -> dict[str, str]:
+        """What a call of the model names, as the client knows it: `name`, and its `namespace`."""
+        for namespace, tool in self._functions():
+            if namespace is not None and joined_name(namespace, tool.name) == name:
+                return {"name": tool.name, "namespace": namespace}
+        return {"name": name}
+
+    def left_out(self) -> tuple[str, ...]:
+        """Sentences about what the model does not see."""
+        tools = {
+            one.type
+            for tool in self.tools
+            for one in (tool.tools if isinstance(tool, NamespaceTool) else [tool])
+            if isinstance(one, HostedTool)
+        }
+        items = set()
+        if not isinstance(self.input, str):
+            items = {item.type for item in self.input if isinstance(item, HostedItem)}
+        said = []
+        if tools:
+            names = ", ".join(sorted(tools))
+            said.append(f"tools that this server does not have are left out: {names}")
+        if items:
+            said.append(f"items of hosted tools are left out: {', '.join(sorted(items))}")
+        return tuple(said)
+
+
+def _named(choice: NamedFunction) -> dict[str, Any]:
+    name = joined_name(choice.namespace, choice.name)
+    return {"type": "function", "function": {"name": name}}
 
 
 def as_input_error(error: RequestError, request: ResponsesRequest) -> RequestError:
@@ -267,10 +430,11 @@ def _converted(request: ResponsesRequest) -> tuple[list[dict[str, Any]], list[_O
             if thought:
                 messages.append({"role": "assistant", "reasoning_content": thought})
         elif isinstance(item, FunctionCall):
-            function = {"name": item.name, "arguments": item.arguments}
+            name = joined_name(item.namespace, item.name)
+            function = {"name": name, "arguments": item.arguments}
             call = {"id": item.call_id, "type": "function", "function": function}
             _assistant(messages, can_have_content=False).setdefault("tool_calls", []).append(call)
-        else:
+        elif isinstance(item, FunctionOutput):
             output = _content(item.output)
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
         if len(messages) > len(origins):
