@@ -171,7 +171,7 @@ async def test_functions_in_namespaces_are_called_and_answered_by_both_names(
     tools = [TOOL, {"type": "namespace", "name": namespace, "description": "", "tools": inner}]
     answer = await both(bench, input="Hi", tools=tools)
     call = answer.output[0]
-    assert call.name == "read" and call.model_extra["namespace"] == namespace
+    assert call.name == "read" and call.namespace == namespace
     history = [
         {"role": "user", "content": "Hi"},
         call.model_dump(),
