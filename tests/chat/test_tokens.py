@@ -86,7 +86,7 @@ def test_results_follow_their_calls_whatever_ids_the_client_chose(mistral: Mistr
 def test_wrong_ids_are_named_as_the_client_wrote_them(
     mistral: MistralFormat, ids: tuple[str, ...], results: list[tuple[str, str]]
 ) -> None:
-    with pytest.raises(RequestError, match=r"tool call id call_[01] in"):
+    with pytest.raises(RequestError, match=r"id '?call_[01]\b"):
         mistral.encode(called(*ids, results=results))
 
 
@@ -255,7 +255,7 @@ def test_images_become_rows_of_tokens_at_their_place(mistral: MistralFormat) -> 
         assert {10, 12, 13} >= set(run) and run[-1] == 13
 
 
-@pytest.mark.parametrize("arguments", ["[]", "{", "1", '"x"'])
+@pytest.mark.parametrize("arguments", ["[]", "[", "1", '"x"'])
 def test_arguments_that_are_no_object_are_refused(mistral: MistralFormat, arguments: str) -> None:
     call = {"id": "a", "function": {"name": "f", "arguments": arguments}}
     messages = [user("x"), {"role": "assistant", "tool_calls": [call]}]

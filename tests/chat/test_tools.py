@@ -1,3 +1,4 @@
+import json
 import re
 from typing import Any
 
@@ -5,7 +6,14 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from halfbyte.chat.tools import CallIds, checked_arguments, new_call_id, shown_schema
+from halfbyte.chat.tools import (
+    CallIds,
+    checked_arguments,
+    new_call_id,
+    read_arguments,
+    shown_schema,
+    with_results,
+)
 from halfbyte.errors import RequestError
 
 
@@ -72,3 +80,94 @@ def test_a_good_schema_is_shown_as_it_is() -> None:
 def test_a_strict_schema_that_is_none_is_refused_by_name(schema: dict[str, Any], path: str) -> None:
     with pytest.raises(RequestError, match=path):
         shown_schema(schema, "p", "tools", strict=True)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ('{"a": 1', {"a": 1}),
+        ('{"a": "hel', {"a": "hel"}),
+        ('{"a": [1, 2', {"a": [1, 2]}),
+        ('{"a": {"b": "c"}, "d', {"a": {"b": "c"}}),
+        ("{", {}),
+        ('{"a', {}),
+    ],
+)
+def test_arguments_that_were_cut_off_are_closed(text: str, value: dict[str, Any]) -> None:
+    assert read_arguments(text, "x") == value
+    assert json.loads(checked_arguments(text, "x")) == value
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        st.recursive(
+            st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=3)
+            | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+            max_leaves=6,
+        ),
+        max_size=4,
+    ),
+    st.data(),
+)
+def test_every_beginning_of_an_object_is_read(value: dict[str, Any], data: st.DataObject) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    cut = data.draw(st.integers(1, len(text)))
+    found = read_arguments(text[:cut], "x")
+    assert set(found) <= set(value)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a" 1}', "{a: 1}", '{"a": 1} x', "[1, 2", '"abc', "12", '{"a": NaN']
+)
+def test_what_was_never_an_object_is_refused(text: str) -> None:
+    with pytest.raises(RequestError):
+        read_arguments(text, "x")
+
+
+def call(*ids: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"id": one} for one in ids]}
+
+
+def result(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": "r"}
+
+
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    "messages, roles, places",
+    [
+        ([USER, call("a"), result("a"), USER], "uatu", [0, 1, 2, 3]),
+        ([USER, call("a"), USER], "uatu", [0, 1, 1, 2]),
+        ([USER, call("a", "b"), result("b"), USER], "uattu", [0, 1, 2, 1, 3]),
+        ([USER, call("a"), call("b"), result("b")], "uatat", [0, 1, 1, 2, 3]),
+        ([USER, call("a", "a"), result("a"), result("a")], "uatt", [0, 1, 2, 3]),
+        ([USER, call("a")], "ua", [0, 1]),
+    ],
+)
+def test_calls_without_a_result_get_one(
+    messages: list[dict[str, Any]], roles: str, places: list[int]
+) -> None:
+    settled = with_results(messages)
+    assert "".join(message["role"][0] for _, message in settled) == roles
+    assert [place for place, _ in settled] == places
+
+
+@pytest.mark.parametrize(
+    "messages, place",
+    [
+        ([result("a")], 0),
+        ([USER, result("a")], 1),
+        ([USER, call("a"), result("a"), result("a")], 3),
+        ([USER, call("a"), result("b")], 2),
+        ([USER, call("a"), USER, result("a")], 3),
+    ],
+)
+def test_results_that_nothing_waits_for_are_refused_by_place(
+    messages: list[dict[str, Any]], place: int
+) -> None:
+    with pytest.raises(RequestError, match=rf"messages\[{place}\].tool_call_id"):
+        with_results(messages)

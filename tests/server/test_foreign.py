@@ -253,3 +253,51 @@ def test_bodies_that_are_no_objects_and_other_routes_are_left_alone() -> None:
         assert foreign.translate(kind, [1], print) == [1]
     body = {"random_seed": 3}
     assert foreign.translate(wire.DetokenizeRequest, body, print) is body
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+async def test_an_interrupted_call_goes_on(make_bench: MakeBench, path: str) -> None:
+    bench = open_bench(make_bench, "ok", EOS)
+    cut = '{"city": "Ro'
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": cut}}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {
+            "messages": [
+                *HELLO,
+                {"role": "assistant", "tool_calls": [call]},
+                {"role": "user", "content": "Stop"},
+            ]
+        },
+        "/v1/responses": {
+            "input": [
+                *HELLO,
+                {"type": "function_call", "call_id": "abcdefghi", "name": "f", "arguments": cut},
+                {"role": "user", "content": "Stop"},
+            ]
+        },
+        "/v1/messages": {
+            "max_tokens": 5,
+            "messages": [
+                *HELLO,
+                {
+                    "role": "assistant",
+                    "content": [
+                        {
+                            "type": "tool_use",
+                            "id": "abcdefghi",
+                            "name": "f",
+                            "input": {"city": "Ro"},
+                        }
+                    ],
+                },
+                {"role": "user", "content": "Stop"},
+            ],
+        },
+    }
+    answer = await ask(bench, path, **bodies[path])
+    assert answer.status_code == 200, answer.text
+    assert "interrupted: messages[1]" in answer.headers["x-halfbyte-warning"]
+    prompt = bench.chat.vocabulary.decode(
+        bench.service.requests[0].prompt_token_ids, keep_control=True
+    )
+    assert '[ARGS]{"city": "Ro"}' in prompt and "interrupted" in prompt

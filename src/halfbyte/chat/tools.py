@@ -7,10 +7,11 @@ import math
 import re
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jsonschema
+import pydantic_core
 
 from halfbyte.chat.schema import HeldSchema, tidied
 from halfbyte.errors import RequestError
@@ -115,12 +116,18 @@ def read_arguments(arguments: str, path: str) -> dict[str, Any]:
 
     Anything else would enter the prompt as a JSON string, which no model was trained on. What
     Python reads beyond JSON is refused: NaN, Infinity, numbers that become infinite, and escapes
-    that make half a surrogate pair, which is no text.
+    that make half a surrogate pair, which is no text. An object that was cut off is closed behind
+    its last whole value: so ends an answer that has met its limit, and clients send it back.
     """
     if not arguments.strip():
         return {}
     try:
-        value = json.loads(arguments, parse_constant=_no_constant, parse_float=_finite)
+        try:
+            value = json.loads(arguments, parse_constant=_no_constant, parse_float=_finite)
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":
+                raise
+            value = _begun_object(arguments)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = "half a surrogate pair" if isinstance(error, UnicodeError) else str(error)
@@ -131,9 +138,58 @@ def read_arguments(arguments: str, path: str) -> dict[str, Any]:
 
 
 def checked_arguments(arguments: str, path: str) -> str:
-    """The same as text, as the client wrote it."""
-    read_arguments(arguments, path)
-    return arguments if arguments.strip() else "{}"
+    """The same as text, as the client wrote it unless it was cut off."""
+    value = read_arguments(arguments, path)
+    try:
+        json.loads(arguments)
+    except ValueError:
+        return json.dumps(value, ensure_ascii=False)
+    return arguments
+
+
+def _begun_object(text: str) -> Any:
+    """The values of a JSON object that were there before it was cut off; ValueError for others."""
+    value = pydantic_core.from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
+    if not isinstance(value, dict):
+        raise ValueError("it is cut off")
+    # Numbers too large for JSON's readers are refused as in whole objects.
+    return json.loads(json.dumps(value), parse_constant=_no_constant, parse_float=_finite)
+
+
+_NO_RESULT = "(The call was interrupted and has no result.)"
+
+
+def with_results(
+    messages: Sequence[Mapping[str, Any]],
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """Messages with their places, and a result for each call that the client left without one.
+
+    An agent whose user breaks in sends the call and then the user's next message; a model's format
+    has a result between the two. Made-up results have the place of their call. Calls at the very
+    end are left alone: they wait for their results.
+
+    Raises RequestError for a result that no call before it waits for.
+    """
+    settled: list[tuple[int, Mapping[str, Any]]] = []
+    waiting: list[str] = []
+    place = 0
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            call_id = message["tool_call_id"]
+            if call_id not in waiting:
+                path = f"messages[{index}].tool_call_id"
+                text = f"{path}: no call before it waits for a result with the id {call_id!r}"
+                raise RequestError(text, param=path)
+            waiting.remove(call_id)
+        else:
+            settled += [
+                (place, {"role": "tool", "tool_call_id": call_id, "content": _NO_RESULT})
+                for call_id in waiting
+            ]
+            waiting = [call["id"] for call in message.get("tool_calls") or ()]
+            place = index
+        settled.append((index, message))
+    return settled
 
 
 def _no_constant(name: str) -> Any:

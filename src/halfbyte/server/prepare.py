@@ -16,6 +16,7 @@ from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_opened, ope
 from halfbyte.chat.prompt import ControlTokens, EncodedPrompt
 from halfbyte.chat.router import Router
 from halfbyte.chat.schema import HeldSchema
+from halfbyte.chat.tools import with_results
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from halfbyte.errors import RequestError
 from halfbyte.pictures import Picture
@@ -110,7 +111,8 @@ async def chat_job(
     usage = Usage(
         len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
     )
-    job = Job(answer_id, int(time.time()), choices, usage, (*warnings, *rules.warnings))
+    warnings = (*warnings, *_interrupted(backend, messages), *rules.warnings)
+    job = Job(answer_id, int(time.time()), choices, usage, warnings)
     upstream = backend.upstream
     if upstream is not None:
         job.source = lambda: upstream.chat(request, messages, job)
@@ -349,6 +351,19 @@ def check_sampling(backend: Backend, request: wire.Sampling) -> None:
     check_count(len(request.logit_bias or ()), limits.biased_tokens, "logit_bias")
     check_token_ids(backend, [int(key) for key in request.logit_bias or ()], "logit_bias")
     check_token_ids(backend, request.stop_token_ids or (), "stop_token_ids")
+
+
+def _interrupted(backend: Backend, messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What to warn of: calls that the client left without a result."""
+    if not backend.chat.control.has_tools:
+        return ()
+    settled = with_results(messages)
+    if len(settled) == len(messages):
+        return ()
+    whole = {id(message) for message in messages}
+    places = sorted({place for place, message in settled if id(message) not in whole})
+    named = ", ".join(f"messages[{place}]" for place in places)
+    return (f"calls without a result are taken as interrupted: {named}",)
 
 
 def resolve_max_tokens(backend: Backend, num_prompt_tokens: int, asked: int | None) -> int:

@@ -14,13 +14,14 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import httpx
 
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning
+from halfbyte.chat.tools import with_results
 from halfbyte.engine.request import Event, GenerationRequest, TokenLogprobs
 from halfbyte.errors import CapacityError, RequestError, UnsupportedError
 from halfbyte.server import wire
@@ -140,7 +141,7 @@ class VllmUpstream:
             **_sampling(request, job),
             "model": self._model,
             "messages": await asyncio.to_thread(
-                lambda: _with_data_urls(_guarded(messages, self._control))
+                lambda: _with_data_urls(_guarded(_settled(messages), self._control))
             ),
             "max_completion_tokens": job.choices[0].request.params.max_tokens,
             **_guarded(_chat_options(request), self._control),
@@ -272,6 +273,11 @@ def _chat_options(request: wire.ChatRequest) -> dict[str, Any]:
     if request.continues_final:
         options |= {"continue_final_message": True, "add_generation_prompt": False}
     return options
+
+
+def _settled(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with a result for each call, as our own formats have them."""
+    return [dict(message) for _, message in with_results(messages)]
 
 
 def _with_data_urls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
