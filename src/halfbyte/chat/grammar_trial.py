@@ -86,7 +86,7 @@ class GrammarTrials:
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._end = weakref.finalize(self, lambda: None)
+        self._end: Callable[[], Any] = lambda: None
 
     def start(self) -> None:
         """Start the process, if it is not there."""
