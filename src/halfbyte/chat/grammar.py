@@ -111,6 +111,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         # One at a time: what compiling takes for a moment is not taken twice.
         self._compiling = threading.Lock()
+        self._builder: ThreadPoolExecutor | None = None
         self._memory = _Memory()
         # For those who wait for a trial, which must not keep other work of the server waiting.
         self.threads = ThreadPoolExecutor(64, thread_name_prefix="grammars")
@@ -314,19 +315,17 @@ class GrammarCompiler:
 
     def _compile(self, lark: str, param: str, is_free: bool, num_bytes: int) -> CompiledGrammar:
         """Compile what the trial has passed, on a stack four times the trial's."""
-        found: list[Any] = []
-
-        def work() -> None:
-            found.append(build(self._tokenizer, lark, self._limits, is_free=is_free))
-
-        usual = threading.stack_size(4 * self._limits.trial_stack_bytes)
-        try:
-            thread = threading.Thread(target=work, name="grammar", daemon=True)
-            thread.start()
-        finally:
-            threading.stack_size(usual)
-        thread.join()
-        matcher = found[0]
+        if self._builder is None:
+            self._builder = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            usual = threading.stack_size(4 * self._limits.trial_stack_bytes)
+            try:
+                # Starts its one thread.
+                self._builder.submit(int)
+            finally:
+                threading.stack_size(usual)
+        matcher = self._builder.submit(
+            build, self._tokenizer, lark, self._limits, is_free=is_free
+        ).result()
         message = fault(matcher)
         if message is not None:
             raise RequestError(f"{param}: {message}", param=param, code="unsupported_schema")
