@@ -12,7 +12,6 @@ import pytest
 
 from halfbyte.chat.grammar import (
     GrammarCompiler,
-    GrammarLimits,
     Mask,
     ThoughtMask,
     choice_grammar,
@@ -22,7 +21,7 @@ from halfbyte.chat.grammar import (
     tools_grammar,
     unfinished_character,
 )
-from halfbyte.chat.grammar_limits import work_done
+from halfbyte.chat.grammar_limits import GrammarLimits, work_done
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.chat.prompt import ControlTokens
 from halfbyte.chat.template_format import TemplateFormat

@@ -13,12 +13,12 @@ import pytest
 
 from halfbyte.chat.grammar import (
     GrammarCompiler,
-    GrammarLimits,
     Mask,
     choice_grammar,
     json_schema_grammar,
     regex_grammar,
 )
+from halfbyte.chat.grammar_limits import GrammarLimits
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.errors import RequestError
 

@@ -257,9 +257,11 @@ def test_names_of_a_pattern_that_cannot_be_held_are_not_forbidden(tokenizer: Any
 )
 def test_what_fails_in_any_other_way_goes_too(tokenizer: Any, schema: dict[str, Any]) -> None:
     for is_object in (False, True):
-        whole = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+        whole: dict[str, Any] = {
+            "type": "object", "properties": {"a": schema}, "required": ["a"]
+        }  # fmt: skip
         if schema == {"$ref": "#"}:
-            whole = {"allOf": [schema]}
+            whole = {"type": "object", "allOf": [schema]}
         found = mend(tokenizer, whole, is_object=is_object)
         assert found.notes and found.notes[0].startswith("s")
 

@@ -14,6 +14,7 @@ from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.errors import CheckpointError, RequestError
 
+DATA = Path(__file__).parent.parent / "data" / "chat"
 SETTINGS = '[MODEL_SETTINGS]{"reasoning_effort": "none"}[/MODEL_SETTINGS]'
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -310,3 +311,19 @@ def test_other_threads_run_while_a_long_prompt_is_encoded(chatml: TemplateFormat
     during = [tick for tick in ticks if started < tick < ended]
     assert ended - started > 0.02
     assert len(during) > 5
+
+
+@pytest.mark.parametrize(
+    ("version", "has_tools", "has_ids"),
+    [("v3", False, False), ("v7", False, False), ("v11", True, True), ("v13", True, False)],
+)
+def test_calls_are_those_of_the_tokenizers_version(
+    version: str, has_tools: bool, has_ids: bool, tmp_path: Path
+) -> None:
+    source = json.loads((DATA / "tekken" / "tekken.json").read_text())
+    source.pop("model_settings_builder", None)
+    source["config"].pop("model_settings_builder", None)
+    source["config"]["version"] = version
+    (tmp_path / "tekken.json").write_text(json.dumps(source))
+    control = load_chat(tmp_path).control
+    assert control.has_tools is has_tools and (control.call_id is not None) is has_ids

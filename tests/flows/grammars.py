@@ -73,7 +73,8 @@ def _object(rng: random.Random, depth: int) -> tuple[dict[str, Any], dict[str, A
     for _ in range(rng.randint(1, 6)):
         name = _word(rng)
         properties[name], value[name] = _schema(rng, depth - 1)
-    schema = {"type": "object", "properties": properties, "required": sorted(properties)}
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    schema["required"] = sorted(properties)
     if rng.random() < 0.5:
         schema["additionalProperties"] = False
     return schema, value

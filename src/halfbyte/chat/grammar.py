@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
@@ -111,6 +111,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         # One at a time: what compiling takes for a moment is not taken twice.
         self._compiling = threading.Lock()
+        self._builder: ThreadPoolExecutor | None = None
         self._memory = _Memory()
         # For those who wait for a trial, which must not keep other work of the server waiting.
         self.threads = ThreadPoolExecutor(64, thread_name_prefix="grammars")
@@ -255,7 +256,8 @@ class GrammarCompiler:
             total = sum(known.num_bytes for known in self._cache.values())
             while total > self._limits.cache_bytes and self._cache:
                 total -= self._cache.popitem(last=False)[1].num_bytes
-        weakref.finalize(grammar, self._memory.give_back_soon).atexit = False
+        end = weakref.finalize(grammar, self._memory.give_back_soon)
+        end.atexit = False  # type: ignore[misc]
 
     def _make_room(self, num_bytes: int, param: str) -> None:
         """Refuse a grammar for which there is no room beside those in use."""
@@ -313,19 +315,17 @@ class GrammarCompiler:
 
     def _compile(self, lark: str, param: str, is_free: bool, num_bytes: int) -> CompiledGrammar:
         """Compile what the trial has passed, on a stack four times the trial's."""
-        found: list[Any] = []
-
-        def work() -> None:
-            found.append(build(self._tokenizer, lark, self._limits, is_free=is_free))
-
-        usual = threading.stack_size(4 * self._limits.trial_stack_bytes)
-        try:
-            thread = threading.Thread(target=work, name="grammar", daemon=True)
-            thread.start()
-        finally:
-            threading.stack_size(usual)
-        thread.join()
-        matcher = found[0]
+        if self._builder is None:
+            self._builder = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            usual = threading.stack_size(4 * self._limits.trial_stack_bytes)
+            try:
+                # Starts its one thread.
+                self._builder.submit(int)
+            finally:
+                threading.stack_size(usual)
+        matcher = self._builder.submit(
+            build, self._tokenizer, lark, self._limits, is_free=is_free
+        ).result()
         message = fault(matcher)
         if message is not None:
             raise RequestError(f"{param}: {message}", param=param, code="unsupported_schema")
@@ -392,16 +392,17 @@ class GrammarMask:
             return False
         if not self._allowed[token_id // 32] >> token_id % 32 & 1:
             return False
-        with self._watched():
-            return bool(self._matcher.validate_tokens([token_id]) == 1)
+        # What it grows by here has been allowed by the last mask, and is counted with the next.
+        return bool(self._matcher.validate_tokens([token_id]) == 1)
 
     def fill(self, bitmask: Bitmask) -> None:
         """Write which tokens may come next; words beyond the tokenizer's vocabulary are cleared."""
         words = bitmask[: self._num_words]
         bitmask[self._num_words :] = 0
         if self._is_usable():
-            with self._watched():
-                self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            before = self._owner.memory_bytes()
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            self._count_growth(before)
             words &= self._allowed
         if not self._is_usable():
             words[:] = 0
@@ -413,8 +414,9 @@ class GrammarMask:
     def accept(self, token_id: int) -> None:
         """Move on. A token against the grammar ends it: only an end of answer may follow."""
         if not self._is_stuck and self._is_usable():
-            with self._watched():
-                self._matcher.consume_token(token_id)
+            before = self._owner.memory_bytes()
+            self._matcher.consume_token(token_id)
+            self._count_growth(before)
 
     def begin(self, token_ids: Sequence[int]) -> int:
         """Move on past the beginning of an answer; how many of its tokens fit the grammar."""
@@ -423,11 +425,12 @@ class GrammarMask:
             piece = list(token_ids[start : start + 64])
             if not self._is_usable():
                 return start
+            before = self._owner.memory_bytes()
             num_fitting = self._matcher.validate_tokens(piece)
-            with self._watched():
-                self._matcher.consume_tokens(piece[:num_fitting])
+            self._matcher.consume_tokens(piece[:num_fitting])
+            self._count_growth(before)
             if num_fitting < len(piece):
-                return start + num_fitting
+                return start + int(num_fitting)
         return len(token_ids)
 
     def is_finished(self) -> bool:
@@ -441,12 +444,8 @@ class GrammarMask:
             return self._problem
         return "it asks for a token that no answer may hold" if self._is_stuck else None
 
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Count what the grammar grows by."""
-        before = self._owner.memory_bytes()
-        yield
-        grown = self._owner.memory_bytes() - before
+    def _count_growth(self, before_bytes: int) -> None:
+        grown = self._owner.memory_bytes() - before_bytes
         if grown:
             self._owner.has_grown(self._grammar, self._matcher, grown)
 

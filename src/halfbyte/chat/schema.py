@@ -477,9 +477,9 @@ def _nodes(schema: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[
     while below:
         here, node = below.pop()
         yield here, node
-        found: list[tuple[str, Mapping[str, Any]]] = []
-        _mapped(node, lambda one, place, found=found: found.append((place, one)))
-        below += [(f"{here}{place}", one) for place, one in reversed(found)]
+        found: dict[str, Mapping[str, Any]] = {}
+        _mapped(node, lambda one, place, found=found: found.setdefault(place, one))  # type: ignore[misc]
+        below += [(f"{here}{place}", one) for place, one in reversed(found.items())]
 
 
 def short_list(notes: Sequence[str], most: int = 8) -> tuple[str, ...]:

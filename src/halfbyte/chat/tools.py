@@ -90,8 +90,8 @@ def shown_schema(
             paths = {tuple(error.absolute_path) for error in errors}
             if () in paths:
                 return {}
-            for place in sorted(paths, key=str, reverse=True):
-                _drop(shown, place)
+            for steps in sorted(paths, key=str, reverse=True):
+                _drop(shown, steps)
     except _BEYOND_PYTHON as error:
         if strict:
             raise RequestError(

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from halfbyte.chat.grammar import GrammarCompiler, GrammarLimits
+from halfbyte.chat.grammar import GrammarCompiler
+from halfbyte.chat.grammar_limits import GrammarLimits
 from halfbyte.chat.prompt import banned_control_ids
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import RequestError
