@@ -214,7 +214,8 @@ def _add_completions(app: FastAPI, backend: Backend) -> None:
     async def count(request: Request) -> Response:
         """Count the tokens of a prompt, over Anthropic's wire."""
         asked = await read(backend, request, CountRequest)
-        return JSONResponse(await count_tokens(backend, asked))
+        with backend.token_request():
+            return JSONResponse(await count_tokens(backend, asked))
 
     def _stream(
         frames: AsyncGenerator[bytes, None], call: Call, error_tail: bytes = DONE

@@ -37,7 +37,7 @@ def is_open(method: str, path: str) -> bool:
 AccessLog = Callable[[str], None]
 
 # Read by us or by whoever stands in front of us; two of one would be two answers to one question.
-_ONCE = (b"authorization", b"host", b"origin", b"content-type", b"sec-fetch-site")
+_ONCE = (b"authorization", b"x-api-key", b"host", b"origin", b"content-type", b"sec-fetch-site")
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 

@@ -68,6 +68,9 @@ class Texts:
             wire.check_count(len(request.tokens), self._context, "tokens", what="token ids")
         elif isinstance(request, wire.TokenizeRequest) and request.prompt is not None:
             self._check_prompt(request.prompt)
+        elif isinstance(request, wire.RenderRequest):
+            # A part of an answer, which the context held.
+            self._check_bytes((request.text,), "text")
         elif isinstance(request, ResponsesRequest):
             parts = (request.input, request.instructions, request.tools)
             self._check_bytes(_strings(parts), "input")

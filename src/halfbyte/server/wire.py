@@ -533,8 +533,10 @@ class RenderRequest(Wire):
 Request = TypeVar("Request", bound=Wire)
 
 
-# A text with its quotation marks, as far as it is there.
-_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+# A text with its quotation marks, as far as it is there; nothing of it is looked at twice.
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+# Behind a piece: an open text swallows it.
+_END = b"\x00"
 # Numbers of more digits are slow to read, the slower the longer.
 _LONG_NUMBER = 250
 _MOST_LONG_NUMBERS = 4000
@@ -599,22 +601,12 @@ class Structure:
 
     def _outside(self, chunk: bytes) -> tuple[bytes, int]:
         """A piece without its texts, and how many there were."""
-        last = b""
-
-        def note(match: re.Match[bytes]) -> bytes:
-            nonlocal last
-            if match.end() == len(whole):
-                last = match[0]
-            return b" "
-
         whole = self._open + chunk
-        plain, num_texts = _TEXT.subn(note, whole)
+        plain, num_texts = _TEXT.subn(b" ", whole + _END)
         self._open = b""
-        if last and (len(last) == 1 or last[-1:] != b'"' or _ends_in_escape(last[:-1])):
-            self._open = b'"\\' if _ends_in_escape(last) else b'"'
-        elif plain.endswith(b"\\"):
-            # The pattern stops in front of half an escape.
-            self._open, plain = b'"\\', plain[:-1]
+        if plain.endswith(_END):
+            return plain[:-1], num_texts
+        self._open = b'"\\' if _ends_in_escape(whole) else b'"'
         return plain, num_texts
 
 
