@@ -6,6 +6,7 @@ own, so that whoever reports those reports these.
 """
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -18,6 +19,7 @@ from halfbyte.errors import UsageError
 MAX_TEXT_BYTES = 16 << 20
 # Four times the tokenizer.json of a vocabulary of 131,072 pieces with its merges.
 MAX_TOKENIZER_BYTES = 64 << 20
+_PIECE_BYTES = 1 << 20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _KINDS = (
@@ -84,6 +86,15 @@ def refuse_pointer(content: bytes, path: str | Path) -> None:
         raise OddFileError(
             "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`", path
         )
+
+
+def hash_regular(path: str | Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def make_directory(path: Path) -> None:

@@ -15,7 +15,7 @@ def _read(operand: blackwell.Fp4Operand) -> torch.Tensor:
     rows, half = operand.codes_RI2.shape
     scales = unswizzle_128x4(operand.scales, rows, half // 8).float()
     codes = decode_e2m1(unpack_nibbles(operand.codes_RI2))
-    return codes * scales.repeat_interleave(16, dim=1) * operand.tensor_scale
+    return codes * (scales * operand.tensor_scale).repeat_interleave(16, dim=1)
 
 
 @pytest.mark.parametrize("rows,columns", [(128, 64), (130, 96), (1, 32), (300, 1056)])

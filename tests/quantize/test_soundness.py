@@ -36,7 +36,7 @@ Poison = Callable[[Tensor], object]
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sources")
     for dialect in ("none", "mistral-fp8"):
-        write_tiny_checkpoint(root / dialect, layers=LAYERS, vision=True, dialect=dialect)  # type: ignore[arg-type]
+        write_tiny_checkpoint(root / dialect, layers=LAYERS, vision=True, dialect=dialect)
     generator = torch.Generator().manual_seed(0)
     tokens = {"batch0.input_ids": torch.randint(0, 512, (2, 24), generator=generator)}
     save_file(tokens, root / "tokens.safetensors")

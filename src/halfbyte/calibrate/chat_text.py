@@ -4,7 +4,6 @@ The template is the model's own, by way of `chat`, so that the ids are those tha
 tools and calls included, thoughts in the model's thinking form, a closing end token.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from halfbyte.calibrate.blend import Mode
 from halfbyte.calibrate.rows import Conversation
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.errors import CheckpointError, RequestError
-from halfbyte.files import open_regular, read_bounded
+from halfbyte.files import hash_regular, read_bounded
 
 _TOKENIZER_FILES = ("tekken.json", "tokenizer.json")
 
@@ -125,5 +124,4 @@ def _template_file(directory: Path) -> Path | None:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_regular(path)

@@ -37,7 +37,7 @@ from halfbyte.errors import (
     UsageError,
     shown,
 )
-from halfbyte.files import open_regular, read_bounded
+from halfbyte.files import hash_regular, read_bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +140,7 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None) ->
         writer.write_json("generation_config.json", _generation_config(config.text))
         for name, content in files.items():
             writer.write_file(name, content)
-        with open_regular(source) as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        writer.finish({"source": source.name, "source_sha256": digest})
+        writer.finish({"source": source.name, "source_sha256": hash_regular(source)})
     return config
 
 

@@ -20,7 +20,7 @@ from halfbyte.checkpoint.shards import (
     read_bytes,
 )
 from halfbyte.errors import CheckpointError
-from halfbyte.files import open_regular, read_bounded
+from halfbyte.files import hash_regular, read_bounded
 
 MANIFEST_NAME = "halfbyte-manifest.json"
 _CHUNK_BYTES = 16 << 20
@@ -77,8 +77,7 @@ def hash_stored(stored: StoredTensor) -> str:
 def hash_file(path: Path) -> str:
     """sha256 of a file; CheckpointError if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_regular(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 

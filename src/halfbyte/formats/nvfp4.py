@@ -157,10 +157,12 @@ def _encode_chunk(values: Tensor, divisors: Tensor, buffers: E2M1Buffers) -> Ten
 
 
 def decode_nvfp4(encoded: EncodedNVFP4, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The weight (O, I) that the codes stand for: exact product in f32, rounded once to `dtype`.
+    """The weight (O, I) that the codes stand for, computed in f32 and rounded once to `dtype`.
 
-    `value(code) * block_scale` is exact in f32, the tensor scale then rounds once. A block scale
-    of zero (Model-Optimizer 0.44 stores some) decodes to zeros.
+    The step of a block, `block_scale * tensor_scale` rounded to f32, is what the encoder divided
+    by; a weight is `value(code)` times it, in the reference's order: the other one gives other
+    weights where the product lies on a tie of bf16. A block scale of zero (Model-Optimizer 0.44
+    stores some) decodes to zeros.
     """
     codes_OI2, scale_OB, tensor_scale = encoded
     rows, half = codes_OI2.shape
@@ -170,8 +172,8 @@ def decode_nvfp4(encoded: EncodedNVFP4, dtype: torch.dtype = torch.bfloat16) -> 
     for start in range(0, rows, step):
         part = codes_OI2[start : start + step]
         values = pairs.index_select(0, part.reshape(-1).to(torch.int32)).view(-1, BLOCK)
-        values.mul_(decode_e4m3(scale_OB[start : start + step]).view(-1, 1))
-        values.mul_(tensor_scale.to(torch.float32))
+        steps = decode_e4m3(scale_OB[start : start + step]).mul_(tensor_scale.to(torch.float32))
+        values.mul_(steps.view(-1, 1))
         decoded[start : start + step] = values.view(part.shape[0], -1)
     return decoded
 

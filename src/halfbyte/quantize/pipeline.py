@@ -399,15 +399,13 @@ class _Progress:
 
     def _copy(self, names: Sequence[str], reading: Reading) -> dict[str, str]:
         hashes: dict[str, str] = {}
-        writing: Future[dict[str, str]] | None = None
         for name in names:
+            # One at a time: the embedding is as large as a layer.
             self._budget.check(self._job.checkpoint.num_bytes(name))
             tensor = self._job.checkpoint.tensor(name)
-            # One tensor is on its way to the disk while the next one is read.
-            hashes |= {} if writing is None else writing.result()
-            writing = self._writer.submit(self._write, name, tensor)
-            reading.note(name, tensor)
-        hashes |= {} if writing is None else writing.result()
+            noting = self._writer.submit(reading.note, name, tensor)
+            hashes |= self._write(name, tensor)
+            noting.result()
         return hashes
 
     def _write_all(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
