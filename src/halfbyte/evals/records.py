@@ -333,13 +333,12 @@ def read_run(path: Path) -> RunRecord:
         raise UsageError(f"{file}: format {found!r}, this version reads {FORMAT}")
     try:
         results = {k: BenchmarkResult(**v) for k, v in row.pop("benchmarks").items()}
-        record = RunRecord(**row, benchmarks=results)
+        for name in results:
+            if not is_name(name):
+                raise UsageError(f"{file}: benchmark {name!r}: a folder of the run is no path")
+        return RunRecord(**row, benchmarks=results)
     except (TypeError, KeyError, AttributeError) as failure:
         raise UsageError(f"{file} is no run record of this version: {failure}") from failure
-    for name in results:
-        if not is_name(name):
-            raise UsageError(f"{file}: benchmark {name!r}: a folder of the run is no path")
-    return record
 
 
 def is_name(text: str) -> bool:
