@@ -17,6 +17,7 @@ from halfbyte.bench.fidelity import (
     full_divergence,
     interval_of_mean,
     make_baseline,
+    window_logprobs,
 )
 from halfbyte.chat.tokens import load_chat
 from halfbyte.cli.main import main
@@ -299,3 +300,24 @@ def test_baseline_of_another_vocabulary_is_refused(models: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="a vocabulary of 512; the base has 99"):
         compare_with_baseline(wrong, ("fp8", models / "fp8", "weight_only"))
+
+
+def test_reported_divergence_weighs_by_the_base(models: Path, tmp_path: Path) -> None:
+    """The figure is that of the definition, which is another the other way round."""
+    text = tmp_path / "text.txt"
+    text.write_text((models / "text.txt").read_text()[:600])
+    names = ("bf16", "fp8")
+    windows = cut_windows(models / "bf16", text.read_text(), WINDOW, None)
+    base, other = (
+        torch.cat([window_logprobs(engine, window) for window in windows]).double()
+        for engine in (Engine.load(models / name) for name in names)
+    )
+
+    def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    fp8: Candidate = ("fp8", models / "fp8", "weight_only")
+    row = compare_models(models / "bf16", [fp8], text, window_tokens=WINDOW).candidates[0]
+    forth, back = divergence(base, other), divergence(other, base)
+    assert row.kl_mean == pytest.approx(forth, rel=1e-4)
+    assert abs(forth - back) > 10 * abs(forth - row.kl_mean)

@@ -226,3 +226,20 @@ def test_speed_records_are_quoted_and_copied(tmp_path: Path) -> None:
     card_file = write_card(tmp_path / "card", given(tmp_path, figures={"serving.json": record}))
     assert "tokens_per_s: [12.5](evaluation/serving.json)" in card_file.read_text()
     assert (tmp_path / "card" / "evaluation" / "serving.json").exists()
+
+
+@pytest.mark.parametrize(
+    "verdict, says_no_loss, says_a_loss",
+    [("GO", True, False), ("NO-GO", False, True), ("INCONCLUSIVE", False, False)],
+)
+def test_the_first_sentence_says_what_the_verdict_says(
+    tmp_path: Path, verdict: str, says_no_loss: bool, says_a_loss: bool
+) -> None:
+    full = given(tmp_path)
+    assert full.comparison is not None
+    decided = replace(full, comparison=replace(full.comparison, verdict=verdict))
+    body = render_card(decided).split("\n---\n", 1)[1]
+    first = body.split("## Model overview")[0]
+    assert bool(re.search(r"\bno loss\b.* was found", first)) is says_no_loss
+    assert bool(re.search(r"(?<!no )\b(a loss)\b.* was found", first)) is says_a_loss
+    assert ("too small to say" in first) is not (says_no_loss or says_a_loss)

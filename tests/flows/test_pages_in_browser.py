@@ -14,9 +14,8 @@ from halfbyte.card.report import render_report
 from halfbyte.page import Mark, drawing, text_mark
 from halfbyte.quantize.page import render
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium (apt-get install chromium)"
-)
+if CHROMIUM is None:
+    pytest.skip("needs Chromium (apt-get install chromium)", allow_module_level=True)
 
 RAN = "window.ran = (window.ran || 0) + 1"
 HOSTILE = (
