@@ -182,6 +182,31 @@ def test_small_evaluations_do_not_claim_equality(tmp_path: Path) -> None:
     assert "INCONCLUSIVE" in card
 
 
+def test_the_first_sentence_says_what_the_comparison_found(tmp_path: Path) -> None:
+    def head(baseline: int, candidate: int, items: int = 30, **changes: Any) -> str:
+        folder = tmp_path / f"{baseline}-{candidate}-{items}"
+        arms = [arm(folder, "fp8", baseline, items), arm(folder, "mixed", candidate, items)]
+        comparison = compare_arms(arms)
+        assert comparison is not None
+        whole = replace(given(tmp_path, arms=arms), comparison=replace(comparison, **changes))
+        return render_card(whole).partition("## Model overview")[0]
+
+    assert "no loss beyond the margins fixed beforehand was found" in head(400, 400, 400)
+    assert "base: a loss beyond the margins fixed beforehand was found" in head(400, 300, 400)
+    assert "too small to say whether it loses accuracy" in head(20, 20)
+    shown = head(400, 392, 400)
+    assert "it loses accuracy on AIME 2025; whether beyond the margins" in shown
+    assert "not complete enough to say" in head(20, 20, reason="blocked")
+
+
+def test_a_card_says_where_a_margin_came_from(tmp_path: Path) -> None:
+    arms = [arm(tmp_path, "fp8", 400, 400), arm(tmp_path, "mixed", 396, 400)]
+    comparison = compare_arms(arms, margins={"aime2025": 0.05, "macro": 0.05})
+    card = render_card(replace(given(tmp_path, arms=arms), comparison=comparison))
+    assert "no loss beyond the margins given with the comparison was found" in card
+    assert "| 5.0 (flag) | GO |" in card
+
+
 def test_quantization_is_described_from_the_checkpoint(tmp_path: Path) -> None:
     card = render_card(given(tmp_path))
     assert "| mlp | NVFP4 | 4-28 | 75 |" in card

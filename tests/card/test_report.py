@@ -142,6 +142,18 @@ def test_plots_survive_missing_ends_and_equal_values() -> None:
     assert "nan" not in shares([("x", [("ok", 0.0)])], title="t")
 
 
+def test_an_a_a_page_says_whether_the_seeds_differ(tmp_path: Path) -> None:
+    folders = [write_arm(tmp_path, name, 12) for name in ("fp8", "again")]
+    arms = [read_arm(folder) for folder in folders]
+    comparison = compare_arms(arms)
+    assert comparison is not None
+    same = replace(comparison, is_a_a=True)
+    assert "A/A run with the same seeds" in render_report(arms, same)
+    shifted = replace(same, seed_shifts=[0, 1])
+    assert "A/A run, which shows the noise floor" in render_report(arms, shifted)
+    assert "A/A run" not in render_report(arms, comparison)
+
+
 def test_spans() -> None:
     assert spans([0, 1, 2, 7, 9, 10]) == "0-2, 7, 9-10"
     assert spans([]) == ""

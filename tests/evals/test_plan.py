@@ -38,7 +38,7 @@ def test_the_suite_that_decides_ends_go_four_times_of_five_and_names_its_cost() 
     )
 
 
-def simulated(repeats: int, loss: float, runs: int = 400) -> dict[str, float]:
+def simulated(repeats: int, loss: float, runs: int = 250) -> dict[str, float]:
     """IFBench's size with the planner's own variance, verdicts and p values of made-up answers."""
     rng = np.random.default_rng(repeats)
     known = BENCHMARKS["ifbench"]
@@ -58,12 +58,12 @@ def simulated(repeats: int, loss: float, runs: int = 400) -> dict[str, float]:
 
 def test_what_one_benchmark_is_promised_comes_true() -> None:
     (line,) = plan_run(find_benchmarks(["ifbench"]), 8, None, 8000.0, None)
-    assert simulated(8, 0.0)["go"] == pytest.approx(line.go_if_equal, abs=0.06)
-    # 400 runs: one standard error of four in five is 2 points.
-    assert simulated(8, line.shown)["shown"] == pytest.approx(0.8, abs=0.07)
-    assert simulated(8, line.fails)["no_go"] == pytest.approx(0.8, abs=0.07)
+    assert simulated(8, 0.0)["go"] == pytest.approx(line.go_if_equal, abs=0.08)
+    # 250 runs: one standard error of four in five is 2.5 points.
+    assert simulated(8, line.shown)["shown"] == pytest.approx(0.8, abs=0.09)
+    assert simulated(8, line.fails)["no_go"] == pytest.approx(0.8, abs=0.09)
     assert line.repeats_for_go is not None
-    assert simulated(line.repeats_for_go, 0.0)["go"] == pytest.approx(0.8, abs=0.07)
+    assert simulated(line.repeats_for_go, 0.0)["go"] == pytest.approx(0.8, abs=0.09)
 
 
 def test_few_groups_and_more_looks_ask_for_larger_losses() -> None:

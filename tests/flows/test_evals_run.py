@@ -88,6 +88,19 @@ def test_every_attempt_has_its_own_seed_and_both_arms_the_same(tmp_path: Path) -
     assert seeds[0] == seeds[1]
 
 
+def test_a_shifted_run_draws_anew_and_compares_with_its_own_model(tmp_path: Path) -> None:
+    sent = []
+    for name, shift in (("b", "0"), ("again", "1")):
+        with serving(all_right) as stub:
+            command = ("--limit", "4", "--seed-shift", shift)
+            assert evaluate(stub.url, tmp_path / name, *command) == 0
+            # A folder's run goes on with its own seeds only.
+            assert evaluate(stub.url, tmp_path / name, "--limit", "4", "--seed-shift", "2") == 2
+        sent.append({r["seed"] for r in stub.requests})
+    assert len(sent[0]) == len(sent[1]) == 4 and not sent[0] & sent[1]
+    assert main(["compare-evals", str(tmp_path / "b"), str(tmp_path / "again")]) == 3
+
+
 def test_record_holds_what_was_run_and_the_log_holds_the_same_records(tmp_path: Path) -> None:
     with serving(all_right) as stub:
         assert evaluate(stub.url, tmp_path, "--limit", "10") == 0
