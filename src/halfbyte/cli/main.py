@@ -12,6 +12,7 @@ from types import ModuleType
 
 import halfbyte
 from halfbyte import log
+from halfbyte.cli.config_file import apply_config
 from halfbyte.errors import HalfbyteError
 from halfbyte.machine import let_threads_sleep
 from halfbyte.printable import printable_output
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "one HTML page from evaluation records"),
     "card": ("card", "a model card from records"),
     "bench": ("bench", "measure speed and write a record"),
+    "completion": ("completion", "print a script that completes commands and flags in a shell"),
 }
 # Commands that run the engine and no other implementation beside it.
 _SERVING = ("serve", "chat", "evaluate")
@@ -95,7 +97,13 @@ def _run(argv: list[str] | None) -> int:
     if name in _SERVING or (name == "bench" and arguments[:1] == ["serve"]):
         let_threads_sleep()
     module = importlib.import_module(f"halfbyte.cli.{COMMANDS[name][0]}")
-    args = build_parser(name, module).parse_args(arguments)
+    parser = build_parser(name, module)
+    try:
+        apply_config(parser, arguments)
+    except HalfbyteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args = parser.parse_args(arguments)
     log.configure(level=args.log_level)
     try:
         status: int = module.run(args)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.cli.config_file import add_config
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # imported when run, so that --help is quick
@@ -44,6 +45,7 @@ _OUR_ENGINES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="checkpoint directory")
+    add_config(parser)
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     network.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
