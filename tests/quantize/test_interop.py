@@ -30,6 +30,7 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import verify
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import decoder_linears
+from halfbyte.quantize import export
 from halfbyte.quantize.export import export_files
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
@@ -346,3 +347,32 @@ def test_transformers_loads_what_was_passed_through(exports: Path) -> None:
     assert float(ours.last_hidden_state.float().std()) > 0
     for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
         assert model.state_dict()[name].equal(load_file(exports / "hub/model.safetensors")[name])
+
+
+@pytest.mark.parametrize(
+    "told, wanted",
+    [
+        (None, {"temperature": 0.7, "top_p": 0.95, "eos_token_id": 2, "bos_token_id": 1}),
+        ({"eos_token_id": 5}, {"temperature": 0.7, "top_p": 0.95, "eos_token_id": 5}),
+        ({"top_p": 0.5}, {"top_p": 0.5}),
+    ],
+)
+def test_an_export_carries_the_sampling_that_the_models_makers_recommend(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: dict[str, Any] | None,
+    wanted: dict[str, Any],
+) -> None:
+    """Clients that say nothing get what the model was made for; a source's own word stands."""
+    write_tiny_checkpoint(tmp_path, config=CONFIG, dialect="mistral-fp8")
+    file = tmp_path / "generation_config.json"
+    file.unlink()
+    if told is not None:
+        file.write_text(json.dumps(told))
+    before = made_files(tmp_path)
+    assert "temperature" not in json.loads(before["generation_config.json"])
+    sizes = {(CONFIG.text.num_layers, CONFIG.text.width): {"temperature": 0.7, "top_p": 0.95}}
+    assert export._RECOMMENDED.keys() == {(88, 12288)}
+    monkeypatch.setattr(export, "_RECOMMENDED", sizes)
+    made = json.loads(made_files(tmp_path)["generation_config.json"])
+    assert made.pop("pad_token_id", 11) == 11 and made == wanted

@@ -42,13 +42,17 @@ from halfbyte.files import hash_regular, read_bounded
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file that comes inside a Python package, pinned by version and hash."""
+    """A GGUF file that comes inside a Python package, pinned by version and hash.
+
+    sampling  what its makers recommend, as in generation_config.json
+    """
 
     package: str
     requirement: str
     file: str
     sha256: str
     licence: str
+    sampling: tuple[tuple[str, float], ...] = ()
 
 
 PACKAGED: dict[str, PackagedModel] = {
@@ -58,6 +62,8 @@ PACKAGED: dict[str, PackagedModel] = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        # As its card's own example samples; at 1.0 so small a model answers with noise.
+        sampling=(("temperature", 0.2), ("top_p", 0.9)),
     )
 }
 
@@ -137,10 +143,13 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None) ->
             weight = _weight(tensors[names[name]], name, expected[name], config)
             writer.add(foreign_name(name, "hf-text", "none"), weight)
         writer.write_json("config.json", hub_config(config))
-        writer.write_json("generation_config.json", _generation_config(config.text))
+        digest = hash_regular(source)
+        sampling = next((one.sampling for one in PACKAGED.values() if one.sha256 == digest), ())
+        generation = {**_generation_config(config.text), **dict(sampling)}
+        writer.write_json("generation_config.json", generation)
         for name, content in files.items():
             writer.write_file(name, content)
-        writer.finish({"source": source.name, "source_sha256": hash_regular(source)})
+        writer.finish({"source": source.name, "source_sha256": digest})
     return config
 
 

@@ -26,6 +26,11 @@ from halfbyte.modules import decoder_linears
 from halfbyte.recipe.plan import Plan
 
 MANIFEST_NAME = "halfbyte-manifest.json"
+_GENERATION = "generation_config.json"
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Sampling that a model's makers recommend and its files do not carry, by layers and width: Mistral
+# Medium 3.5, as its card says for reasoning. Servers take it where a request says nothing.
+_RECOMMENDED = {(88, 12288): {"temperature": 0.7, "top_p": 0.95}}
 
 # Files of the source that go along: tokenizer, chat template, generation and processor configs.
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
@@ -99,6 +104,8 @@ def export_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     config, older = modelopt_configs(
         checkpoint.raw_config, plan.formats, plan.kv_cache, export_layout(checkpoint)
     )
+    if (generation := _with_sampling(checkpoint, files.get(_GENERATION))) is not None:
+        files[_GENERATION] = generation
     for name, content in _made_for_servers(checkpoint, files.keys()).items():
         files[name] = _json(content)
     for name, text in _hub_tokenizer(checkpoint, files).items():
@@ -108,18 +115,45 @@ def export_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     return files
 
 
+def _with_sampling(checkpoint: Checkpoint, there: bytes | None) -> bytes | None:
+    """generation_config.json with the model's recommended sampling, where the source has none.
+
+    None if there is nothing to add. Raises CheckpointError for a file that is no JSON object.
+    """
+    text = checkpoint.config.text
+    recommended = _RECOMMENDED.get((text.num_layers, text.width))
+    if recommended is None:
+        return None
+    told: Any = _generation_tokens(checkpoint)
+    if there is not None:
+        try:
+            told = json.loads(there.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{_GENERATION}: no JSON: {error}") from error
+        if not isinstance(told, dict):
+            raise CheckpointError(f"{_GENERATION}: must hold a JSON object")
+    if any(told.get(name) is not None for name in _SAMPLING_FIELDS):
+        return None
+    return _json({**told, **recommended})
+
+
+def _generation_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
+    text = checkpoint.config.text
+    eos = text.eos_token_ids
+    tokens = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": text.pad_token_id,
+    }
+    return {key: value for key, value in tokens.items() if value is not None}
+
+
 def _made_for_servers(checkpoint: Checkpoint, there: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Files that servers ask for and the source lacks, as native sources do."""
-    text, vision, names = checkpoint.config.text, checkpoint.config.vision, set(there)
+    vision, names = checkpoint.config.vision, set(there)
     made: dict[str, dict[str, Any]] = {}
-    if "generation_config.json" not in names:
-        eos = text.eos_token_ids
-        tokens = {
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
-            "pad_token_id": text.pad_token_id,
-        }
-        made["generation_config.json"] = {k: v for k, v in tokens.items() if v is not None}
+    if _GENERATION not in names:
+        made[_GENERATION] = _generation_tokens(checkpoint)
     if vision is None:
         return made
     # A hub source's own tokenizer decides what its images are, unless Tekken is all that it has.

@@ -38,6 +38,8 @@ _BOUNDS = {
 def read_sampling(directory: Path) -> SamplingDefaults:
     """The defaults that a checkpoint's generation_config.json recommends; ours where it is silent.
 
+    `do_sample` is passed over: transformers writes `false` into files that nobody thought about.
+
     Raises CheckpointError for a value that no request could have.
     """
     path = directory / _FILE
@@ -69,6 +71,4 @@ def read_sampling(directory: Path) -> SamplingDefaults:
                 "Correct the file, or leave it aside with --generation-config none"
             )
         values[one.name] = max(int(value), 0) if one.name == "top_k" else float(value)
-    if told.get("do_sample") is False and "temperature" not in values:
-        values["temperature"] = 0.0
     return SamplingDefaults(**values)  # type: ignore[arg-type]
