@@ -232,6 +232,6 @@ def test_other_prompts_than_the_pinned_ones_are_noted(tmp_path: Path) -> None:
 
 def test_suites_name_benchmarks_once_and_errors_list_them() -> None:
     assert [b.name for b in find_benchmarks(["seed", "ifbench"])] == list(SUITES["seed"])
-    with pytest.raises(UsageError, match="seed, .*mmlu_pro"):
+    with pytest.raises(UsageError, match=r"seed, .*mmlu_pro"):
         find_benchmarks(["mmlu"])
     assert BENCHMARKS["gpqa_diamond"].full_items == 198

@@ -29,7 +29,7 @@ _OPTION_WORD = (
     r"respuesta|risposta|resposta|antwoord|answer|选项|選項|選択肢|옵션|보기|선택지|الخيار|الحرف)"
 )
 _CHOICE = re.compile(
-    rf"(?:{_OPTION_WORD}\s*[:#]?\s*|(?:la|le|el|il|die|the)\s+(?=[(\[]?(?-i:[A-Z])(?![^\W_])))?"
+    rf"(?:{_OPTION_WORD}\s*[:#]?\s*|(?:la|le|el|il|die|the|it\s+is|it['’]?s)\s+(?=[(\[]?(?-i:[A-Z])(?![^\W_])))?"
     r"(?P<open>(?:[(\[{<]|\\(?:boxed|fbox|framebox)\s*\{?|\s)*)"
     rf"(?:{_OPTION_WORD}\s*[:#]?\s*[(\[{{]?\s*)?"
     r"(?P<letter>[A-Za-z])(?P<close>(?:\s*[)\]}>])*)",
@@ -78,7 +78,7 @@ _LINK_WORDS = (
     r"(?:(?<![^\W_])(?:is|was|would\s+be|should\s+be|must\s+be|has\s+to\s+be|will\s+be|"
     r"appears\s+to\s+be|seems\s+to\s+be|ist|lautet|wäre|est|sera|serait|es|sería|seria|è|"
     r"sarebbe|é|luidt)(?![^\W_])|"
-    r"应该是|應該是|应为|應為|应是|是|为|為|は|が|은|는|이|هي|هو|:|=)"
+    r"选择?(?!项)|選擇?(?!項)|应该是|應該是|应为|應為|应是|是|为|為|は|が|은|는|이|هي|هو|:|=)"
 )
 _ADVERBS = (
     r"(?:[\s,:]*(?:therefore|thus|hence|then|clearly|definitely|simply|indeed|again|still|also|"

@@ -33,7 +33,7 @@ _MORE = re.compile(
     re.IGNORECASE,
 )
 _BETWEEN = re.compile(
-    r"(?<=[\d})\]])\s*[(\[]?\s*(?:\\text\s*\{\s*)?(?:\\(?:lor|land|vee|wedge|quad)\b|and\b|or\b|und\b|oder\b|et\b|ou\b|"
+    r"(?<=[\d})\]])\s*[(\[]?\s*(?:\\text\s*\{\s*)?(?:\\(?:lor|land|vee|wedge|quad)(?![A-Za-z])|and\b|or\b|und\b|oder\b|et\b|ou\b|"
     r"to\b|或|和|または|と|또는|و)\s*\}?\s*(?=[\\\-+\d({])",
     re.IGNORECASE,
 )
@@ -50,14 +50,17 @@ _LEADING_WORDS = re.compile(r"^(?:the )?(?:final |correct )?answer(?: is)?[ :]*"
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:([, ])\d{3})(?:\1\d{3})*(?![\d,])")
 # Units behind the number: words, not single letters, which would be variables.
 _UNIT = re.compile(r"(?<=\d) ?[^\W\d_]{2,}(?:[ ^-]?[^\W\d_]*|\^?\{?[23]\}?)*$")
+_REMARK = re.compile(r"(?<=\d)\s*\([^()\d]*\)$")
 _NO_UNIT = re.compile(
     r"\b(?:percent|per ?cent|prozent|pi|thousand|million|billion|hundred|dozen|times|plus|minus|"
     r"factorial|choose|squared|cubed|mod|base|degrees? (?:f|c)|or|and|to|over|half|sqrt|log|ln|sin|"
     r"cos|tan|in base|th|st|nd|rd)\b",
     re.IGNORECASE,
 )
-_PERCENT = re.compile(r"\d\s*\\?%|\b(?:per\s?cent|percent|prozent)\b", re.IGNORECASE)
-_LIST = re.compile(r"\d\}?\s*[,;]\s*(?:\\[,;! ]\s*)*\{?[-+]?\d")
+_PERCENT = re.compile(
+    r"\d(?:\s|\\[,;:! ]|~)*\\?%|\b(?:per\s?cent|percent|prozent)\b", re.IGNORECASE
+)
+_LIST = re.compile(r"\d\}?\s*[,;]\s*(?:\\[,;! ]\s*)*(?:[A-Za-z]\s*=\s*)?\{?[-+]?\d")
 _INTEGER = re.compile(r"([+-]?\d+)(?:\.0*)?")
 
 
@@ -115,6 +118,9 @@ def simplify(expression: str) -> str:
     bare = _LEADING_NAME.sub("", bare).strip().strip("*").rstrip(".\\ ").strip()
     while len(bare) > 1 and bare[0] + bare[-1] in ("{}", "()", "[]"):
         bare = bare[1:-1].strip()
+    remark = _REMARK.search(bare)
+    if remark is not None and not _NO_UNIT.search(remark[0]):
+        bare = bare[: remark.start()]
     bare = _THOUSANDS.sub(lambda match: re.sub(r"[, ]", "", match[0]), bare)
     unit = _UNIT.search(bare)
     if unit is not None and not _NO_UNIT.search(unit[0]):

@@ -51,6 +51,11 @@ _LATEX_COLOUR = re.compile(
     r"\\(?:textcolor|colorbox)(?:\[[^\]]*\])?\s*\{[^{}]*\}\s*\{([^{}]*)\}|"
     r"\\color(?:\[[^\]]*\])?\s*\{[^{}]*\}"
 )
+_DOUBLE_BRACES = re.compile(r"\{\{([^{}]*)\}\}")
+# Keys of JSON objects that hold the answer under another name.
+_JSON_KEY = re.compile(
+    r"[\"'](?:final|correct|selected)?[ _]?(?:choice|option|letter)[\"']\s*:", re.IGNORECASE
+)
 _LATEX_SWITCH = re.compile(
     r"\\(?:bfseries|itshape|bf|rm|it|sf|tt|displaystyle|textstyle|large|Large|LARGE|huge|Huge|"
     r"normalsize|hfill|blacksquare|checkmark|left|right|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])"
@@ -74,7 +79,7 @@ def plain(text: str) -> str:
     become that character (full-width, bold mathematics, circled; decimal digits of every script).
     Struck-out text is no longer said. Example: ``plain("**Answer**： “Ｃ”") == "Answer: C"``.
     """
-    bare = _STRUCK.sub("", text)
+    bare = _JSON_KEY.sub("\nAnswer:", _STRUCK.sub("", text))
     bare = unicodedata.normalize("NFKC", bare.translate(_BADGES))
     bare = "".join(_ascii_digit(c) for c in bare) if not bare.isascii() else bare
     bare = _SHORT_TAG.sub(r"\2", _TAG.sub("", _ANSWER_TAG.sub("\nAnswer: ", bare)))
@@ -83,6 +88,7 @@ def plain(text: str) -> str:
     for _ in range(4):  # fonts within colours within fonts
         before = bare
         bare = _LATEX_WRAPPER.sub(r"\1", _LATEX_COLOUR.sub(r"\1", bare))
+        bare = _DOUBLE_BRACES.sub(r"{\1}", bare)
         if bare == before:
             break
     return _LATEX_SWITCH.sub("", bare)
