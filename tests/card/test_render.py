@@ -258,7 +258,7 @@ def test_speed_records_are_quoted_and_copied(tmp_path: Path) -> None:
     [("GO", True, False), ("NO-GO", False, True), ("INCONCLUSIVE", False, False)],
 )
 def test_the_first_sentence_says_what_the_verdict_says(
-    tmp_path: Path, verdict: str, says_no_loss: bool, says_a_loss: bool
+    tmp_path: Path, verdict: Any, says_no_loss: bool, says_a_loss: bool
 ) -> None:
     full = given(tmp_path)
     assert full.comparison is not None

@@ -13,6 +13,7 @@ from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     BenchmarkResult,
     Journal,
+    RunRecord,
     is_name,
     newest,
     read_lines,
@@ -124,7 +125,8 @@ def test_a_name_is_never_a_path(
     assert "an arm is named by" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     result = {field.name: None for field in dataclasses.fields(BenchmarkResult)}
-    row = {"format": 1, "benchmarks": {name: result}}
+    run = {field.name: None for field in dataclasses.fields(RunRecord)}
+    row = {**run, "format": 1, "benchmarks": {name: result}}
     (tmp_path / "run.json").write_text(json.dumps(row))
     with pytest.raises(UsageError, match="is no path"):
         read_run(tmp_path)
