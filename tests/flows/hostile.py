@@ -440,7 +440,7 @@ def heavy() -> list[Heavy]:
         Heavy("items", RESPONSES, lambda: b'{"model":"m","input":' + many(user, 4000) + b"}",
               (200, 400), times=2),
         ids("/detokenize", "tokens", 590_000, is_brief=True),
-        ids("/detokenize", "tokens", 4000, statuses=(200, 429), times=200),
+        ids("/detokenize", "tokens", 4000, statuses=(200, 429), times=50),
         ids(TEXT, "prompt", 590_000),
         Heavy("prompts", TEXT, lambda: b'{"model":"m","prompt":' + many(b'"a"', 190_000) + b"}"),
         Heavy("text", CHAT, one("ab ", 10_000_000), times=8),
@@ -452,7 +452,7 @@ def heavy() -> list[Heavy]:
         Heavy("text of one letter", CHAT, one("a", 60_000), (200, 400), times=16, is_brief=True),
         Heavy("text near the context", CHAT, one("word ", 60_000), (200, 400), times=40),
         Heavy("text to tokenize", "/tokenize", lambda: b'{"prompt":"' + b"ab " * 10_000 + b'"}',
-              (200, 400, 429), times=300),
+              (200, 400, 429), times=100),
         Heavy("plain text", TEXT, lambda: b'{"model":"m","prompt":"' + b"ab " * 3_000_000 + b'"}',
               times=4),
         Heavy("picture that is none", CHAT, lambda: messages(

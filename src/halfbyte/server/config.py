@@ -35,7 +35,7 @@ class Limits:
     connections        open at once; one more closes the one that has idled longest, or gets 503.
                        Fewer, where the process may not open as many files
     head_s             for a request's head to arrive, and for the rest of a body after its answer
-    body_s             for a request's body to arrive, and a second more for every 10 kB of it
+    body_s             for a request's body to arrive, and a second more for every 50 kB of it
     stall_s            in which a client must take something of what waits for it
     """
 
@@ -70,7 +70,7 @@ class Limits:
     retry_after_s: int = 2
     connections: int = 1024
     head_s: float = 10.0
-    body_s: float = 20.0
+    body_s: float = 15.0
     stall_s: float = 120.0
 
 
