@@ -412,6 +412,7 @@ def test_a_loss_that_is_beyond_only_as_the_single_look_is_no_no_go(tmp_path: Pat
     assert row.p_beyond_holm == pytest.approx(8 * row.p_beyond)
     assert (row.verdict, row.reason) == ("INCONCLUSIVE", "loss shown")
     assert "only look" in what_would_decide(row)
+    assert "would decide" not in what_would_decide(row)
 
 
 def test_groups_reach_the_p_value(tmp_path: Path) -> None:

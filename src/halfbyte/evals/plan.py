@@ -24,7 +24,7 @@ from halfbyte.evals.stats import POWER_Z, is_decided, smallest
 from halfbyte.evals.tasks.benchmark import Benchmark
 
 LOSSES = (0.0, 0.005, 0.01, 0.02)
-_DRAWS = 20_000
+_DRAWS = 10_000
 _MOST_REPEATS = 100_000
 
 

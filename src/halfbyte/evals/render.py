@@ -74,7 +74,7 @@ def what_would_decide(row: BenchmarkComparison) -> str:
     if row.verdict != "INCONCLUSIVE":
         return ""
     why = why_inconclusive(row)
-    if row.reason == "blocked":
+    if row.reason == "blocked" or row.difference.high < -row.margin:
         return why
     ways = []
     if row.items_to_decide is not None:
