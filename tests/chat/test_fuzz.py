@@ -140,7 +140,10 @@ def conversation(dice: random.Random, *, calls: bool) -> list[dict[str, Any]]:
             messages += [answer, result, {"role": "assistant", "content": text(dice)}]
         else:
             messages.append(answer)
-    return messages if dice.random() < 0.4 else messages[:-1]
+    if dice.random() < 0.6 or not messages[-1]["content"].strip():
+        # Of a blank answer under a trimming template, transformers cuts off the turn's beginning.
+        messages.pop()
+    return messages
 
 
 def ours(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,6 +170,8 @@ def compare_templates(folder: Path, seed: int) -> None:
         theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     for _ in range(8):
         messages = conversation(dice, calls=name == "tools")
+        if name == "slices" and messages[-1]["role"] == "assistant":
+            messages.pop()  # no answer can be continued whose end alone is written
         tools = [{"type": "function", "function": {"name": "f", "description": text(dice)}}]
         options: dict[str, Any] = {"tools": tools if dice.random() < 0.5 else None}
         continues = messages[-1]["role"] == "assistant"
@@ -183,11 +188,6 @@ def compare_templates(folder: Path, seed: int) -> None:
                 chat.encode(ours(messages), tools=options["tools"] or (), continue_final=True)
             continue
         sent = {"tools": options["tools"] or (), "continue_final": continues}
-        if continues and name == "slices":
-            # We want the message whole where transformers is content with its end.
-            with pytest.raises(RequestError, match="cannot be continued"):
-                chat.encode(ours(messages), **sent)
-            continue
         got = chat.encode(ours(messages), **sent).token_ids
         assert list(got) == expected, (seed, name, messages)
     compare_texts(chat, Tokenizer.from_file(str(folder / "tokenizer.json")), dice)
