@@ -1,5 +1,7 @@
 import base64
+import dataclasses
 import io
+import math
 import struct
 import zlib
 from types import SimpleNamespace
@@ -14,11 +16,13 @@ from mistral_common.tokens.tokenizers.image import ImageEncoder as MistralImages
 from PIL import Image
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
+from halfbyte.chat import images
 from halfbyte.chat.images import (
     ImageLayout,
     ImageLimits,
     data_url_bytes,
     decode_image,
+    encode_image,
     to_pixels,
 )
 from halfbyte.errors import RequestError
@@ -171,3 +175,65 @@ def test_pixels_are_normalized_channels_first() -> None:
     pixels = to_pixels(Image.new("RGB", (10, 10), "white"), (28, 56))
     assert pixels.shape == (3, 56, 28) and pixels.dtype == np.float32
     np.testing.assert_allclose(pixels[0], (1 - 0.48145466) / 0.26862954, rtol=1e-6)
+
+
+PNG_URL = base64.b64encode(encoded(Image.new("RGB", (3, 2), "red"), "PNG")).decode()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"data:image/png;base64,{PNG_URL}",
+        f"DATA:image/png;base64,{PNG_URL}",
+        f"data:image/png;BASE64,{PNG_URL}",
+        f"data:image/png;  BaSe64,{PNG_URL}",
+        f"data: image/png;base64 ,{PNG_URL}",
+        f"data:image/png;charset=utf-8;base64,{PNG_URL}",
+        f"data:;base64,{PNG_URL}",
+        f"data:image/png;base64, {PNG_URL}",
+        f"data:image/png;base64,{PNG_URL} \n",
+        f"data:image/png;base64,{PNG_URL.rstrip('=')}",
+        f"data:image/png;base64,{PNG_URL.replace('=', '%3D').replace('+', '%2b')}",
+        "data:image/png;base64," + "".join(f"%{ord(char):02x}" for char in PNG_URL),
+        "data:image/png;base64," + "\t\r\n\f ".join(PNG_URL),
+        f"data:image/png;base64,{PNG_URL}#fragment",
+    ],
+)
+def test_data_urls_are_read_as_browsers_read_them(url: str, monkeypatch: Any) -> None:
+    for chars in (2**20, 8, 4):  # pieces end within an escape, too
+        monkeypatch.setattr(images, "_PIECE_CHARS", chars)
+        decoded = decode_image(data_url_bytes(url, "p", LIMITS), "p", LIMITS)
+        assert decoded.size == (3, 2)
+
+
+@given(st.binary(max_size=60), st.randoms(use_true_random=False))
+def test_any_spelling_of_base64_is_the_same_bytes(data: bytes, dice: Any) -> None:
+    text = base64.b64encode(data).decode()
+    if dice.random() < 0.5:
+        text = text.rstrip("=")
+    spelt = "".join(
+        dice.choice(["", "", " ", "\n", "%20"])
+        + (f"%{ord(char):02X}" if dice.random() < 0.2 else char)
+        for char in text
+    )
+    assert data_url_bytes(f"data:;base64,{spelt}", "p", LIMITS) == data
+
+
+@pytest.mark.parametrize(
+    "payload", ["A", "AAAAA", "A===", "AA=A", "A-_A", "AAAA====", "\u00e9AAA", "=", "%"]
+)
+def test_what_is_no_base64_is_the_clients_error(payload: str) -> None:
+    with pytest.raises(RequestError, match="not valid base64"):
+        data_url_bytes(f"data:image/png;base64,{payload}", "p", LIMITS)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([round, math.floor]))
+def test_a_picture_scaled_on_the_way_in_keeps_its_grid(
+    width: int, height: int, whole_side: Any
+) -> None:
+    layout = dataclasses.replace(LAYOUT, whole_side=whole_side, max_side_pixels=100)
+    size = layout.size(width, height)
+    columns, rows = layout.grid(width, height)
+    encoded_image = encode_image(layout, Image.new("RGB", size))
+    assert encoded_image.tokens == layout.tokens(columns, rows)
+    assert encoded_image.image.shape == (3, rows * 28, columns * 28)

@@ -185,3 +185,27 @@ def test_another_processor_leaves_text_only(tmp_path: Path) -> None:
     assert processor_layout(CHATML, {}) is None
     with pytest.raises(RequestError, match="text only"):
         chat.encode(user(Image.new("RGB", (28, 28))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_processor": [1]},
+        {"image_processor": {"size": "large"}},
+        {"image_processor": {"size": {"longest_edge": "x"}}},
+        {"image_processor": {"size": {"longest_edge": True}}},
+        {"image_processor": {"image_mean": "x"}},
+        {"image_processor": {"image_mean": [0.5] * 4}},
+        {"image_processor": {"do_resize": []}},
+        {"patch_size": 0},
+        {"patch_size": [14]},
+        {"patch_size": 10**9},
+        {"spatial_merge_size": -2},
+    ],
+)
+def test_settings_of_other_kinds_are_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    directory = write(tmp_path / "m")
+    path = directory / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"processor_config\.json: "):
+        load_chat(directory)

@@ -67,7 +67,7 @@ def test_operations_equal_those_of_str_and_never_confuse_who_wrote_what(
     text: Written, other: Written, third: Written, start: int, stop: int
 ) -> None:
     got = operations(text, other, third, start, stop)
-    plain = [str.__str__(one) for one in (text, other, third)]
+    plain = (str.__str__(text), str.__str__(other), str.__str__(third))
     assert got == operations(*plain, start, stop)
     flags_are_true(got[:-1])
 

@@ -1,9 +1,13 @@
+import base64
+import io
 import json
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from halfbyte.server.responses_wire import joined_name
+from halfbyte.pictures import Picture
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -194,3 +198,92 @@ async def test_allowed_tools_of_this_wire(make_bench: MakeBench) -> None:
     }
     answer = await both(bench, input="Hi", tools=[TOOL, {**TOOL, "name": "g"}], tool_choice=choice)
     assert answer.output[0].name == "f"
+
+
+BROKEN = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}
+DONE_CALL = {**BROKEN, "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "a", "output": "y"}
+USER = {"role": "user", "content": "hi"}
+TEXT = {"type": "input_text", "text": "x"}
+NO_IMAGE = {"type": "input_image", "image_url": "data:,x"}
+
+
+@pytest.mark.parametrize("instructions", [None, "Be brief."])
+@pytest.mark.parametrize(
+    ("items", "path"),
+    [
+        ([USER, BROKEN, OUTPUT], "input[1].arguments"),
+        ([USER, {"role": "assistant", "content": "x"}, BROKEN, OUTPUT], "input[2].arguments"),
+        ([USER, DONE_CALL, {**BROKEN, "call_id": "b"}, OUTPUT], "input[2].arguments"),
+        ([USER, {"type": "reasoning", "summary": []}, BROKEN, OUTPUT], "input[2].arguments"),
+        (
+            [USER, {"role": "user", "content": [NO_IMAGE]}],
+            "input[1].content[0].image_url",
+        ),
+        (
+            [
+                USER,
+                DONE_CALL,
+                {**OUTPUT, "output": [{"type": "input_text", "text": "x"}, NO_IMAGE]},
+            ],
+            "input[2].output[1].image_url",
+        ),
+        ([USER, {"role": "assistant", "content": "x"}], "input[1]"),
+    ],
+)
+async def test_errors_name_the_item_that_was_sent(
+    make_bench: MakeBench, instructions: str | None, items: list[Any], path: str
+) -> None:
+    bench = make_bench("x", EOS)
+    body = {"model": "m", "input": items}
+    if instructions is not None:
+        body["instructions"] = instructions
+    async with bench.http() as client:
+        answer = await client.post("/v1/responses", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["param"] == path and "messages" not in error["message"]
+
+
+async def test_tools_may_answer_with_images(make_bench: MakeBench) -> None:
+    """As Responses outputs and as parts of a chat tool message: the same prompt."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (28, 28)).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    bench = make_bench("x", EOS)
+    output = [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": url}]
+    parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": url}}]
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    async with bench.http() as client:
+        body = {"model": "m", "input": [USER, DONE_CALL, {**OUTPUT, "output": output}]}
+        assert (await client.post("/v1/responses", json=body)).status_code == 200
+        messages = [
+            USER,
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a", "content": parts},
+        ]
+        body = {"model": "m", "messages": messages}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    one, two = bench.service.requests
+    assert one.prompt_token_ids == two.prompt_token_ids
+    assert len(one.images) == len(two.images) == 1
+
+
+async def test_images_beyond_the_context_are_never_decoded(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Picture, "decode", fail)
+    buffer = io.BytesIO()
+    Image.new("1", (1540, 1540)).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    part = {"type": "image_url", "image_url": {"url": url}}
+    bench = make_bench("x", EOS)
+    async with bench.http() as client:
+        for route in ("/v1/chat/completions", "/tokenize"):
+            body = {"model": "m", "messages": [{"role": "user", "content": [part] * 32}]}
+            answer = await client.post(route, json=body)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["code"] == "context_length_exceeded"

@@ -3,6 +3,8 @@ from typing import Any
 
 import pytest
 
+from halfbyte.chat.mistral_format import MistralFormat
+from halfbyte.server.text_api import _by_name
 from server.conftest import Bench, MakeBench
 
 EOS = 2
@@ -150,3 +152,30 @@ async def test_a_token_without_text_has_its_frame_and_usage_runs_along(
     chunks = [json.loads(one[6:]) for one in text.split("\n\n")[:-2]]
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["a", "", "", "b", ""]
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("prompt", ["😀a你b", "e\u0301é", "👨\u200d👩\u200d👧 x", "ab", "你"])
+async def test_offsets_count_characters_not_tokens(make_bench: MakeBench, prompt: str) -> None:
+    """A token that is part of a character begins where the character stands."""
+    bench = make_bench("你x", EOS)
+    found = (await both(bench, prompt=prompt, echo=True, logprobs=1))["logprobs"]
+    whole = f"{prompt}你x".encode()
+    vocabulary = bench.chat.vocabulary
+    ids = [1, *vocabulary.encode_text(prompt), *vocabulary.encode_text("你x"), EOS]
+    expected, position = [], 0
+    for token_id in ids:
+        expected.append(len(whole[:position].decode(errors="ignore")))
+        position += len(vocabulary.token_bytes[token_id])
+    assert found["text_offset"] == expected
+
+
+def test_alternatives_of_equal_text_keep_their_entries(mistral: MistralFormat) -> None:
+    """Parts of characters are named by their bytes; no two tokens share a name."""
+    vocabulary = mistral.vocabulary
+    top = tuple((token_id, -float(token_id)) for token_id in range(vocabulary.size + 3))
+    named = _by_name(vocabulary, top)
+    assert [logprob for _, logprob in named] == [logprob for _, logprob in top]
+    names = [name for name, _ in named]
+    assert len(set(names)) == len(names)
+    high = vocabulary.encode_text("😀")[0]
+    assert names[high] == "bytes:\\xf0" and names[vocabulary.encode_text("a")[0]] == "a"

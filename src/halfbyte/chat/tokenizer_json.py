@@ -21,8 +21,8 @@ MAX_GROWTH = 64  # times that the normalizer may lengthen a text; " " to its thr
 # Not a character of the byte-level alphabet, hence in no text that the model sees.
 _UNREACHABLE = "\x00"
 # White_Space of Unicode, which is what the library's `lstrip` and `rstrip` take away.
-_SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_SPACES_BEFORE = re.compile(f"[{_SPACES}]*$")
+_SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B)))
+_SPACES += "\u2028\u2029\u202f\u205f\u3000"
 _SPACES_AFTER = re.compile(f"[{_SPACES}]*")
 _WORD = re.compile(r"\w")
 
@@ -67,9 +67,7 @@ class ControlCutter:
                 at = begin + 1
                 continue
             if token.lstrip:
-                space = _SPACES_BEFORE.search(text, start, begin)
-                assert space is not None
-                begin = space.start()
+                begin = start + len(text[start:begin].rstrip(_SPACES))
             if token.rstrip:
                 space = _SPACES_AFTER.match(text, end)
                 assert space is not None
@@ -211,8 +209,9 @@ def _plain_encoder(
 
     It is a copy without the special ones among the added tokens. Their entries in the model's
     vocabulary become unreachable, and merges that would build them go. Added tokens that are not
-    special stay, with the file's ids: the library would count new ones from the end of the
-    vocabulary, where the ids of those left out are free again.
+    special stay and keep the file's ids: those that the library counts anew from the end of the
+    vocabulary, where the ids of those left out would be free again, are beyond all others and are
+    changed back.
     """
     model = description["model"]
     special = {token.content for token in added if token.is_special} - {model.get("unk_token")}
@@ -221,7 +220,9 @@ def _plain_encoder(
         _UNREACHABLE + token if token in special else token: token_id
         for token, token_id in model["vocab"].items()
     }
-    vocab |= {token.content: token.token_id for token in plain}
+    used = set(vocab.values())
+    end = max([*used, *(token.token_id for token in added)]) + 1
+    vocab |= {f"{_UNREACHABLE}{hole}": hole for hole in range(end) if hole not in used}
 
     def stays(merge: str | list[str]) -> bool:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -243,13 +244,18 @@ def _plain_encoder(
         "padding": None,
     }
     tokenizer = _tokenizer(copy, path)
-    for token in plain:
-        assert tokenizer.token_to_id(token.content) == token.token_id, token
+    anew = {
+        given: token.token_id
+        for token in plain
+        if (given := tokenizer.token_to_id(token.content)) != token.token_id
+    }
+    assert all(given >= end for given in anew), anew
 
     def encode_text(text: str) -> list[int]:
         # `encode` holds Python's lock for as long as it takes, tenths of a second for a long
         # prompt, in which no answer gets a token; batches give it up. Nobody asks for offsets.
-        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return [anew.get(token_id, token_id) for token_id in ids] if anew else ids
 
     return encode_text
 
