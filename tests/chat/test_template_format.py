@@ -92,7 +92,7 @@ def test_arguments_of_earlier_calls_are_objects(tmp_path: Path) -> None:
         '{"city": "Köln", "n": [1, null]} city=Köln n=[1, None]'
     )
     assert shown(chat, called(" ")) == "{}"
-    for wrong in ("[]", "{", '{"a": NaN}', '{"a": 1e999}', '{"a": -Infinity}', '{"\\ud800": 1}'):
+    for wrong in ("[]", "{} x", '{"a": NaN}', '{"a": 1e999}', '{"a": -Infinity}', '{"\\ud800": 1}'):
         with pytest.raises(RequestError, match=r"messages\[1\]\.tool_calls\[0\]\.function\.arg"):
             chat.encode(called(wrong))
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from halfbyte.server.responses_wire import joined_name
 from halfbyte.pictures import Picture
+from halfbyte.server.responses_wire import joined_name
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -200,7 +200,7 @@ async def test_allowed_tools_of_this_wire(make_bench: MakeBench) -> None:
     assert answer.output[0].name == "f"
 
 
-BROKEN = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}
+BROKEN = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "[1]"}
 DONE_CALL = {**BROKEN, "arguments": "{}"}
 OUTPUT = {"type": "function_call_output", "call_id": "a", "output": "y"}
 USER = {"role": "user", "content": "hi"}
