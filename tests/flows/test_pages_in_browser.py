@@ -110,7 +110,14 @@ def test_the_policy_holds_even_where_markup_gets_in(browser: Browser, tmp_path: 
 
 
 def test_drawings_take_no_markup(browser: Browser, tmp_path: Path) -> None:
-    place = {"class": HOSTILE, "x": 1, "y": 2, "width": 3, "height": 4, "fill": HOSTILE}
+    place: dict[str, str | float] = {
+        "class": HOSTILE,
+        "x": 1,
+        "y": 2,
+        "width": 3,
+        "height": 4,
+        "fill": HOSTILE,
+    }
     marks = [Mark("rect", place, title=HOSTILE), text_mark(1, 2, HOSTILE, kind=HOSTILE)]
     page = report_page(tmp_path).replace(
         "<main>", f"<main>{drawing(9, 9, marks, title=HOSTILE)}", 1
