@@ -1,4 +1,5 @@
-"""Generated parts of the documents: README's demo output and speed table, benchmarks/README.md.
+"""Generated parts of the documents: README's demo output and speed table, the errors of verdicts in
+docs/evaluations.md, benchmarks/README.md.
 
 `python -m halfbyte.bench.docs` writes them from `benchmarks/records`; with `--check` it fails if
 one is stale. A generated part of a page stands between `<!-- generated: NAME -->` and
@@ -8,7 +9,7 @@ one is stale. A generated part of a page stands between `<!-- generated: NAME --
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,48 @@ def speed_block(records: Mapping[str, Record]) -> str:
     return "\n".join([*head, *rows])
 
 
+def verdicts_block(records: Mapping[str, Record]) -> str:
+    """How often a verdict is wrong, from the simulated comparisons."""
+    record = records["verdicts"]
+    results = record["results"]
+
+    def largest(rows: Iterable[Mapping[str, Any]], *keys: str) -> str:
+        return f"{max(row[key] for row in rows for key in keys):.1f} %"
+
+    def no_go(row: Mapping[str, Any]) -> float:
+        return float(row["NO-GO of a benchmark"] + row["NO-GO of the mean"])
+
+    single = [row["wrong_go"] for row in results["single_answers"]]
+    drawn = results["repeats_and_groups"]
+    kinds = ("wrong_go_even", "wrong_go_uneven"), ("t_bound_even", "t_bound_uneven")
+    suites = {(row["sizes"], row["loss"]): row for row in results["suites"]}
+    default, decide = (suites[name, "0 x margin"] for name in ("default repeats", "suite decide"))
+    margins = suites["default repeats", "1 x margin"]
+    looks = results["looks"]
+    rows = [
+        ("GO although the loss is the margin, one answer an item (exact, worst of "
+         f"{len(single)} sizes)", largest(single, "score bound"),
+         f"t bound: {largest(single, 't bound')}"),
+        ("the same with repeats and groups (simulated, worst of "
+         f"{2 * len(drawn)} cases)", largest(drawn, *kinds[0]),
+         f"t bound: {largest(drawn, *kinds[1])}"),
+        ("NO-GO of the whole suite although the arms are equal", f"{no_go(default):.1f} %", ""),
+        ("NO-GO of a benchmark although every loss is just the margin",
+         f"{margins['NO-GO of a benchmark']:.1f} %", ""),
+        ("GO of the whole suite for equal arms, default repeats", f"{default['GO']:.1f} %",
+         f"planned: {default['planned_go']:.1f} %"),
+        ("the same with `--suite decide`", f"{decide['GO']:.1f} %",
+         f"planned: {decide['planned_go']:.1f} %"),
+        ("GO although the loss is the margin, at the first look or a second one",
+         f"{largest(looks, 'two_planned_looks')} (planned), {largest(looks, 'fresh_at_1')} (fresh)",
+         f"old and new pooled: {largest(looks, 'pooled_again_at_5')}"),
+    ]  # fmt: skip
+    lines = [f"| {what} | {found} | {other} |" for what, found, other in rows]
+    head = ["| how often | measured | beside it |", "|---|---|---|"]
+    name = "benchmarks/records/verdicts.json"
+    return "\n".join([*head, *lines, "", f"From [{name}](../{name}), {record['date']}."])
+
+
 def where(record: Record) -> str:
     """The machine in a few words."""
     machine = record["machine"]
@@ -66,7 +109,9 @@ def origin(stem: str, record: Record) -> str:
 BLOCKS: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "demo": demo_block,
     "speed": speed_block,
+    "verdicts": verdicts_block,
 }
+PAGES = ("README.md", "docs/evaluations.md")
 
 
 def render(text: str, records: Mapping[str, Record]) -> str:
@@ -110,9 +155,11 @@ def stale_pages(root: Path) -> dict[Path, str]:
     """Pages whose generated content differs from the files, with what they should hold."""
     records = load_records(root / "benchmarks" / "records")
     wanted = {
-        root / "README.md": render((root / "README.md").read_text(encoding="utf-8"), records),
-        root / "benchmarks" / "README.md": benchmarks_page(records),
+        root / page: render((root / page).read_text(encoding="utf-8"), records)
+        for page in PAGES
+        if (root / page).exists()
     }
+    wanted[root / "benchmarks" / "README.md"] = benchmarks_page(records)
     return {
         path: text
         for path, text in wanted.items()
