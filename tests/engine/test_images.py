@@ -183,6 +183,24 @@ def test_text_model_refuses_images(tiny: Path) -> None:
         load(tiny).add(request("a", prompt, images=pictures))
 
 
+def test_blocks_tell_where_their_picture_begins() -> None:
+    """The same tokens and pixels one place further are another content."""
+    pixels = picture(2, 2, 3, 0).pixels
+
+    def digests(offset: int) -> list[bytes]:
+        images = (ImageInput.of(pixels, offset, 6),)
+        sequence = EngineSequence(
+            request("one", [IMAGE] * 12, images=images), arrival=0, seed=0, max_tokens=1
+        )
+        sequence.extend_digests(4, 0, 3)
+        return list(sequence.digests)
+
+    at_0, at_1, at_4 = digests(0), digests(1), digests(4)
+    assert len(at_0) == 3 and at_0 == digests(0)
+    # Each block's digest is part of the next one's, so the first that differs decides.
+    assert at_0[0] != at_1[0] and at_1[0] != at_4[0] and at_0[0] != at_4[0]
+
+
 @needs_exact_kernels
 def test_guesses_of_image_tokens_show_no_image(seeing: Path) -> None:
     """Guesses behind pictures are checked as they are elsewhere, image tokens among them."""

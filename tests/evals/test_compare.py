@@ -321,6 +321,14 @@ def test_requests_that_differ_are_not_compared(tmp_path: Path) -> None:
     assert comparison.verdict == "INCONCLUSIVE"
 
 
+def test_a_run_whose_answers_are_gone_is_refused_by_its_file(tmp_path: Path) -> None:
+    scores = grid(3, 1, lambda i, r: 1.0)
+    b, c = write_arm(tmp_path, "b", scores), write_arm(tmp_path, "c", scores)
+    (c / "gpqa_diamond" / "samples.jsonl").unlink()
+    with pytest.raises(UsageError, match="c/gpqa_diamond: no samples.jsonl"):
+        compare_runs(b, c)
+
+
 def test_runs_without_a_common_item_are_refused(tmp_path: Path) -> None:
     a = write_arm(tmp_path, "a", {("one-1", 0): 1.0})
     b = write_arm(tmp_path, "b", {("two-2", 0): 1.0})

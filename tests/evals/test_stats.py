@@ -1,6 +1,7 @@
 """Closed forms on small cases, and simulated runs with a known true difference."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +100,10 @@ def test_verdicts() -> None:
     # Not significant, and yet no GO: the noise alone could hide the margin.
     wide = decide(_difference(0.0, 0.02), 0.01)
     assert wide.verdict == "INCONCLUSIVE"
+    # A bound at the margin does not lie beyond it, on either side.
+    at = Estimate(0.0, 0.005, -0.01, 0.01, 1000, 1000)
+    assert decide(at, 0.01).verdict == "INCONCLUSIVE"
+    assert decide(replace(at, mean=-0.02, low=-0.03, high=-0.01), 0.01).verdict == "INCONCLUSIVE"
     # Significantly worse, but by less than the margin: still acceptable.
     assert decide(_difference(-0.004, 0.001), 0.01).verdict == "GO"
 

@@ -170,6 +170,23 @@ def test_golden_logits(
     assert (log_p.exp() * (log_p - log_q)).sum(-1).mean() <= tolerances.GOLDEN_ROUNDED_KL
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_final_norm_takes_the_epsilon_of_the_config(directory: Path, eps: float) -> None:
+    """Residuals of real models dwarf it; one as small as it is shows which was taken."""
+    config = tiny_config(layers=1)
+    config = replace(config, text=replace(config.text, norm_eps=eps))
+    write_tiny_checkpoint(directory, config=config)
+    decoder = load_decoder(Checkpoint.open(directory))
+    residual_TD = torch.randn(5, config.text.width).mul_(math.sqrt(eps)).to(torch.bfloat16)
+    wide_TD = residual_TD.double()
+    wanted_TD = wide_TD * (wide_TD.square().mean(-1, keepdim=True) + eps).rsqrt()
+    _, found_TD = decoder.concluded(None, residual_TD, None)
+    # A tenth or ten times of it moves every value by a third and more.
+    assert (
+        relative(found_TD.double(), wanted_TD * decoder.norm_D.double()) <= tolerances.GOLDEN_BF16
+    )
+
+
 def test_only_the_wanted_rows(directory: Path) -> None:
     write_tiny_checkpoint(directory, layers=2)
     decoder = load_decoder(Checkpoint.open(directory))

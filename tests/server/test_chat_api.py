@@ -1,7 +1,10 @@
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from halfbyte.chat.grammar import GrammarMask
+from halfbyte.engine.request import GenerationRequest
+from halfbyte.errors import RequestError
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -226,3 +229,91 @@ async def test_continuing_an_answer(make_bench: MakeBench) -> None:
         refused = await client.post("/v1/chat/completions", json={"model": "m", "messages": early})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "messages[0].prefix"
+
+
+BEGUN = {"role": "assistant", "content": "ye", "prefix": True}
+CHOICE = {"type": "choice", "choices": ["yes", "no"]}
+OBJECT = {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "fitting", "other"),
+    [
+        ({"response_format": CHOICE}, "no", "maybe"),
+        ({"response_format": {"type": "regex", "regex": "a+b"}}, "aab", "ba"),
+        ({"response_format": {"type": "grammar", "grammar": 'start: "x" "y"'}}, "xy", "yx"),
+        ({"response_format": OBJECT}, '{"a": 1}', "[1]"),
+        ({"response_format": OBJECT, "tools": [TOOL]}, '{"a": 1}', "[1]"),
+        ({"response_format": CHOICE, "tools": [TOOL], "tool_choice": "none"}, "no", "maybe"),
+        # A call is forced: no text may stand there, whatever the format says of it.
+        ({"response_format": OBJECT, "tools": [TOOL], "tool_choice": "required"}, "", '{"a": 1}'),
+        ({"response_format": CHOICE, "messages": [*HELLO, BEGUN]}, "s", "yes"),
+    ],
+)
+async def test_rules_reach_the_engine(
+    make_bench: MakeBench, fields: dict[str, Any], fitting: str, other: str
+) -> None:
+    bench = make_bench("no", EOS)
+    async with bench.http() as client:
+        body = {"model": "m", "messages": HELLO, "n": 2, **fields}
+        await client.post("/v1/chat/completions", json=body)
+    # One mask each: what the first answer has said does not bind the second.
+    one, two = (cast(GrammarMask, request.mask) for request in bench.service.requests)
+    assert one is not two
+    assert one.begin(bench.ids(fitting)) == len(bench.ids(fitting))
+    assert two.begin(bench.ids(other)) < len(bench.ids(other))
+
+
+async def test_texts_besides_json_cannot_stand_beside_tools(make_bench: MakeBench) -> None:
+    bench = make_bench("no", EOS)
+    async with bench.http() as client:
+        body = {"model": "m", "messages": HELLO, "response_format": CHOICE, "tools": [TOOL]}
+        refused = await client.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "response_format"
+
+
+async def test_thoughts_may_come_in_parts(make_bench: MakeBench) -> None:
+    bench = make_bench("no", EOS)
+    parts = [{"type": "text", "text": "Hm"}, {"type": "text", "text": "m."}]
+    async with bench.http() as client:
+        for thinking in ("Hmm.", parts):
+            thought = {"type": "thinking", "thinking": thinking}
+            said = {"role": "assistant", "content": [thought, {"type": "text", "text": "Yes"}]}
+            body = {"model": "m", "messages": [*HELLO, said, *HELLO]}
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    whole, split = (request.prompt_token_ids for request in bench.service.requests)
+    assert whole == split
+
+
+async def test_the_first_failure_of_several_answers_is_told(make_bench: MakeBench) -> None:
+    """The others are still running then; that they are ended must not hide it."""
+    bench = make_bench("x" * 50, service={"delay_s": 0.01})
+    ids = bench.ids("x" * 50)
+
+    def script(request: GenerationRequest) -> list[int]:
+        if len(bench.service.requests) > 1:
+            raise RequestError("the second one is ill", code="engine_error", status=500)
+        return ids
+
+    bench.service.script = script
+    async with bench.http() as client:
+        body = {"model": "m", "messages": HELLO, "n": 2}
+        failed = await client.post("/v1/chat/completions", json=body)
+    assert failed.status_code == 500 and "the second one is ill" in failed.text
+    assert not bench.service.running and len(bench.service.aborted) == 2
+
+
+async def test_a_failure_while_draining_is_no_shutdown(make_bench: MakeBench) -> None:
+    bench = make_bench("Hello", EOS, service={"fail_at": 0})
+    ids = bench.ids("Hello")
+
+    def script(request: GenerationRequest) -> list[int]:
+        bench.app.state.backend.admission.is_draining = True
+        return ids
+
+    bench.service.script = script
+    async with bench.http() as client:
+        failed = await client.post("/v1/chat/completions", json={"model": "m", "messages": HELLO})
+    assert failed.status_code == 500 and failed.json()["error"]["code"] == "engine_error"
+    assert "lost its mind" in failed.text

@@ -128,6 +128,31 @@ async def test_urls_that_are_refused_even_when_every_host_is_allowed(url: str) -
     assert caught.value.param == "messages[0]" and caught.value.status == 400
 
 
+@pytest.mark.parametrize(
+    ("found", "is_reached"),
+    [
+        (["93.184.215.14"], True),
+        (["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"], True),
+        (["93.184.215.14", "10.0.0.1"], False),
+        (["127.0.0.1"], False),
+        ([], False),
+    ],
+)
+async def test_a_host_is_reached_if_all_its_addresses_are_public(
+    monkeypatch: pytest.MonkeyPatch, found: list[str], is_reached: bool
+) -> None:
+    async def looked_up(host: str, port: int, **options: Any) -> Any:
+        assert (host, port) == ("example.com", 443)
+        return [(0, 0, 0, "", (address, port)) for address in found]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", looked_up)
+    if is_reached:
+        assert await fetch._resolve("example.com", 443, "p") == found[0]
+        return
+    with pytest.raises(RequestError, match="not a public address"):
+        await fetch._resolve("example.com", 443, "p")
+
+
 async def test_nothing_is_fetched_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     async def never(*arguments: Any) -> Any:
         raise AssertionError("resolved a name")
@@ -212,6 +237,15 @@ async def test_redirects_into_the_own_network_are_refused(names: list[str], loca
         with pytest.raises(RequestError):
             await fetch_image(f"http://example.com:{port}/a", "p", OPEN, 1000)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "file", "gopher", "ws", "data"])
+async def test_a_redirect_leads_to_http_only(names: list[str], scheme: str) -> None:
+    """Refused before the name is looked up, whatever the client that fetches would say to it."""
+    async with site(lambda path: redirect(f"{scheme}://example.com/b")) as (port, _):
+        with pytest.raises(RequestError, match="not a plain http or https URL"):
+            await fetch_image(f"http://example.com:{port}/a", "p", OPEN, 1000)
+    assert names == ["example.com"]
 
 
 async def test_body_is_cut_off_while_it_streams(names: list[str]) -> None:

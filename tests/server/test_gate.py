@@ -43,6 +43,7 @@ async def test_access_log_is_one_json_object_without_secrets(make_bench: MakeBen
         await client.get("/v1/models")
     first, second = map(json.loads, lines)
     assert first["request_id"] == "a-1" and first["status"] == 200 and first["path"] == "/v1/models"
+    assert first["client"] == "127.0.0.1"
     assert second["status"] == 401 and second["key"] == "-"
     assert "sesame" not in str(lines) and "secret" not in str(lines)
 
@@ -59,5 +60,12 @@ def test_access_log_goes_to_the_log_or_to_a_file(
     (tmp_path / "access.jsonl").rename(tmp_path / "old.jsonl")
     write('{"b": 2}')
     assert (tmp_path / "access.jsonl").read_text() == '{"b": 2}\n'
+    # A disk that is full or gone later is no reason to stop serving, but is told each time.
+    told: list[str] = []
+    monkeypatch.setattr(logger, "error", lambda message, *rest: told.append(message % rest))
+    (tmp_path / "access.jsonl").unlink()
+    (tmp_path / "access.jsonl").mkdir()
+    write('{"c": 3}')
+    assert len(told) == 1 and "access.jsonl" in told[0] and "directory" in told[0]
     with pytest.raises(UsageError, match="cannot write the access log"):
         file_log(tmp_path / "nowhere" / "access.jsonl")
