@@ -15,6 +15,7 @@ from halfbyte.recipe.schema import (
     load_recipe,
     parse_recipe,
 )
+from halfbyte.recipe.strict_yaml import parse_yaml
 
 
 def raw(**changes: Any) -> str:
@@ -203,3 +204,20 @@ def test_a_recipe_is_a_small_regular_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=f"{name}.yaml: cannot be read .*{said}"):
             load_recipe(tmp_path / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: x\nrules: [}\n", 2),
+        ("name: x\nrules:\n  - {part: decoder\nkeep: []\n", 4),
+        ("name: x\n\tkeep: []\n", 2),
+        ("name: x\nkeep: []\nname: y\n", 3),
+        ("? {a: b}\n: c\n? [d]\n: e\n", 1),
+        ("a: 1\nb: *nowhere\n", 2),
+        ('a: "open\n\nb: 2\n', 4),
+    ],
+)
+def test_what_is_no_yaml_is_found_by_its_line(text: str, line: int) -> None:
+    with pytest.raises(UsageError, match=rf"^recipe x.yaml: no YAML \(line {line}, column \d+: "):
+        parse_yaml(text, "recipe x.yaml")

@@ -35,6 +35,7 @@ from halfbyte.bench.gpu import (
     watch_board,
 )
 from halfbyte.bench.synthetic import medium_geometry, mixed_formats, random_weights
+from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.library import (
     COLUMNS,
     PREFILL_CONFIGS,
@@ -47,6 +48,7 @@ from halfbyte.kernels.cuda.library import (
     elementwise_code,
     linear_code,
     prefill_code,
+    unavailable,
 )
 from halfbyte.kernels.repack import TileFormat
 from halfbyte.model.cuda_decoder import (
@@ -348,6 +350,9 @@ def run_start(
 def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
     """Every row of the table, printed as it comes."""
     device = torch.device("cuda")
+    reason = unavailable(device.type)
+    if reason is not None:
+        raise UnsupportedError(f"bench engine measures the CUDA kernels: {reason}")
     torch.manual_seed(0)
     torch.zeros(1, device=device)
     ceilings = measure_ceilings(device)

@@ -21,3 +21,8 @@ def run(args: argparse.Namespace) -> int:
 
     run_demo(args.out, record=args.record, threads=args.threads)
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What Ctrl-C leaves."""
+    return f"{args.out} holds an unfinished demo; the same command replaces it"

@@ -179,3 +179,15 @@ def _config(
         api_key=key,
         seed_shift=args.seed_shift,
     )
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What Ctrl-C leaves."""
+    from halfbyte.evals.evaluate import default_arm
+
+    if args.plan or args.target in (None, "plan"):
+        return "nothing is kept of a plan; give the same command again"
+    out = args.out or Path("evals") / (args.arm or default_arm(args.target))
+    if not (out / "run.json").exists():
+        return "no answer had arrived and nothing is kept; give the same command again"
+    return f"answers that arrived are kept in {out}; the same command goes on with the others"

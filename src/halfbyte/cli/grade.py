@@ -44,3 +44,8 @@ def run(args: argparse.Namespace) -> int:
             changed = changed_grades(args.run, name, graded)
             print(f"{name}: {len(changed)} grades changed", *changed[:20], sep="\n  ")
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What Ctrl-C leaves."""
+    return f"the answers in {args.run} are as they were; give the same command to grade them again"

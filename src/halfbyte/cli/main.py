@@ -1,7 +1,8 @@
 """The `halfbyte` command: finds the subcommand, imports only its module, turns errors into text.
 
-A command is a module of this room with `add_arguments(parser)`, `EXAMPLE` and `run(args)`. Its
-hall is imported when it runs, so that `halfbyte --help` answers at once.
+A command is a module of this room with `add_arguments(parser)`, `EXAMPLE` and `run(args)`, and with
+`kept(args)` where Ctrl-C leaves something to go on with: half a sentence on what and how. Its hall
+is imported when it runs, so that `halfbyte --help` answers at once.
 """
 
 import argparse
@@ -39,6 +40,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 # Commands that run the engine and no other implementation beside it.
 _SERVING = ("serve", "chat", "evaluate")
+# extra of pyproject.toml -> modules that only it brings
+_EXTRAS = {
+    "eval": ("inspect_ai", "openai", "math_verify", "if_verifiable", "llama_index"),
+    "demo": ("gguf", "matplotlib"),
+    "otel": ("opentelemetry",),
+    "hub": ("huggingface_hub",),
+}
+_NOTHING_KEPT = "nothing is kept of this command; give it again to start over"
 
 
 def overview() -> str:
@@ -74,12 +83,24 @@ def build_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 is success, 1 a failed check, 2 a mistake in what was asked.
+    """Run one command; 0 is success, 1 a failed check, 2 a mistake in what was asked, 130 Ctrl-C.
 
     Whatever it prints of files, servers and models commands the terminal nothing.
     """
-    with printable_output():
-        return _run(argv)
+    try:
+        try:
+            with printable_output():
+                return _run(argv)
+        finally:
+            # What is still in the buffer is written here, where its reader may have left.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is no failure of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:  # before a command began or after it ended
+        print("interrupted: nothing was running", file=sys.stderr)
+        return 130
 
 
 def _run(argv: list[str] | None) -> int:
@@ -110,10 +131,13 @@ def _run(argv: list[str] | None) -> int:
     except HalfbyteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if args.log_level == "debug" or _is_ours(error.name):
+            raise
+        print(f"error: {name} needs {error.name}; {_how_to_get(error.name)}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; that is no failure of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise  # an OSError, but no failure: `main` knows what it means
     except OSError as error:
         # What the system refuses is the machine's matter or the user's, wherever it comes up.
         if args.log_level == "debug":
@@ -122,6 +146,25 @@ def _run(argv: list[str] | None) -> int:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        # A second Ctrl-C while this is said changes nothing.
+        kept = vars(module).get("kept")
+        print(f"interrupted: {_NOTHING_KEPT if kept is None else kept(args)}", file=sys.stderr)
         return 130
     return status
+
+
+def _is_ours(name: str | None) -> bool:
+    """Whether a module that was not found is ours: then the fault is, too."""
+    return name is None or name.partition(".")[0] == "halfbyte"
+
+
+def _how_to_get(name: str | None) -> str:
+    """The extra that brings a module, by the installed package's own metadata."""
+    for extra, modules in _EXTRAS.items():
+        if (name or "").partition(".")[0] in modules:
+            return (
+                f"install halfbyte with its extra {extra}: pip install '.[{extra}]' in its folder"
+            )
+    return (
+        "it is missing from this installation; install halfbyte again: pip install . in its folder"
+    )

@@ -63,14 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """`12GiB`, `10GB`, `500MB`, or a number of bytes."""
-    units = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    """`12GiB`, `10GB`, `1.5TB`, `4096B`; a number without a unit is refused: few mean bytes."""
+    binary = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+    units = {**binary, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "b": 1}
     lowered = text.strip().lower()
     unit = next((unit for unit in units if lowered.endswith(unit)), "")
     try:
         value = float(lowered.removesuffix(unit)) * units.get(unit, 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 12GiB or 10GB") from None
+    if not unit:
+        number = text.strip()
+        raise argparse.ArgumentTypeError(f"{text!r} has no unit; write {number}GiB or {number}GB")
     if not 0 < value < 2**60:
         raise argparse.ArgumentTypeError(f"{text!r} is out of range")
     return int(value)
@@ -119,3 +123,13 @@ def run(args: argparse.Namespace) -> int:
         f" GB, {result.num_calibration_tokens} calibration tokens, {result.seconds:.1f} s"
     )
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What Ctrl-C leaves."""
+    from halfbyte.quantize.staging import work_directory
+
+    work = work_directory(args.output)
+    if not work.exists():
+        return "no layer was finished and nothing is kept; give the same command again"
+    return f"finished layers are kept in {work}; the same command goes on with them"

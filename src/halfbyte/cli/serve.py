@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--api-key", action="append", default=[], help="may be given several times"
     )
-    network.add_argument("--api-key-file", type=Path, help="one key a line, # begins a comment")
+    network.add_argument(
+        "--api-key-file", type=Path, help="one key a line; # begins a comment, also behind a key"
+    )
     network.add_argument(
         "--served-model-name", nargs="+", help="names to answer to (the directory's name)"
     )
@@ -339,3 +341,8 @@ def _print_vllm(args: argparse.Namespace, name: str, max_images: int) -> int:
         print(f"# The checkpoint must be at {args.directory} on all of them.")
     print(plan.shell())
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What Ctrl-C leaves before there is a server; later the server ends its answers itself."""
+    return f"{args.directory} was still being loaded; give the same command again to serve it"

@@ -33,7 +33,7 @@ from halfbyte.engine.images import ImageEncoder, Placement
 from halfbyte.engine.sampler import Sampler
 from halfbyte.engine.scheduler import Work
 from halfbyte.engine.slices import Chunk, Costs
-from halfbyte.engine.workers import Workers, check_devices, config_of
+from halfbyte.engine.workers import Workers, check_device, check_devices, config_of
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.library import unavailable
 from halfbyte.log import logger
@@ -233,6 +233,7 @@ def load_runner(
     ends them. Raises CheckpointError, UsageError, CapacityError, each with what to do.
     """
     checkpoint = Checkpoint.open(directory)
+    check_device(config)
     require_trusted(checkpoint.config, config.accept)
     check_size(checkpoint.config.text, config.tensor_parallel_size)
     if config.deterministic and config.tensor_parallel_size > 2:

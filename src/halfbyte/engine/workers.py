@@ -355,6 +355,21 @@ def config_of(config: EngineConfig, rank: int) -> EngineConfig:
     return replace(config, device=f"cuda:{rank}") if config.device == "cuda" else config
 
 
+def check_device(config: EngineConfig) -> None:
+    """Raise UsageError for what is no device, CapacityError for a GPU that is not here."""
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise UsageError(f"device {config.device!r}: cpu, cuda or cuda:1 was expected") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {config.device!r}: cpu, cuda or cuda:1 was expected")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CapacityError(
+            f"device {config.device}: no such GPU here ({torch.cuda.device_count()} visible); use "
+            "--device cpu"
+        )
+
+
 def check_devices(config: EngineConfig) -> None:
     """Raise UsageError or CapacityError if there is no device for every rank."""
     size, device = config.tensor_parallel_size, torch.device(config.device)

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from halfbyte.errors import UsageError
 from halfbyte.evals.bounds import LEVEL
 from halfbyte.evals.records import RunRecord
 from halfbyte.evals.tasks.suite import BENCHMARKS
+from halfbyte.recipe.strict_yaml import parse_yaml, read_yaml_text
 
 # With it a second look that nobody planned: 5 % and 1 % together are at most 6 %.
 UNPLANNED_LEVEL = 0.01
@@ -71,10 +70,7 @@ def parse_margins(flags: Sequence[str], file: Path | None) -> dict[str, Margin]:
     """
     found: dict[str, Margin] = {}
     if file is not None:
-        try:
-            rows = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
-            raise UsageError(f"{file}: no margins can be read: {failure}") from failure
+        rows = parse_yaml(read_yaml_text(file, "margins"), f"margins {file}")
         if not isinstance(rows, dict):
             raise UsageError(f"{file}: expected lines of NAME: POINTS, such as ifbench: 1.0")
         for name, points in rows.items():

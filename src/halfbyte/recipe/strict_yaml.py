@@ -33,8 +33,17 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # ValueError: a date that is none, a number of more digits than Python reads.
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{where}: no YAML ({said[:200]})") from error
+        raise UsageError(f"{where}: no YAML ({_said(error)})") from error
+
+
+def _said(error: Exception) -> str:
+    """What the parser says on one line, with the line of the file where it says it of one."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    parts = (" ".join(part.split()) for part in (error.context, error.problem) if part)
+    return place + ", ".join(parts)[:200]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -49,9 +58,11 @@ class _UniqueKeys(yaml.SafeLoader):
                 seen.add(key)
             except TypeError:
                 said = "a mapping or a list is no key"
-                raise yaml.constructor.ConstructorError(None, None, said, None) from None
+                raise yaml.constructor.ConstructorError(
+                    None, None, said, key_node.start_mark
+                ) from None
             if not is_new:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{shown(key)} occurs twice", None
+                    None, None, f"{shown(key)} occurs twice", key_node.start_mark
                 )
         return super().construct_mapping(node, deep)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ def read_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
             lines = read_bounded(file).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read keys from {file}: {error}") from error
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        # A comment begins its line or follows a blank: a key itself may hold the sign.
+        bare = (re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines)
+        found = [key for key in bare if key]
         if not found:
             raise UsageError(f"{file} holds no key")
         keys += found
