@@ -42,21 +42,21 @@ TEMPLATE = (
 )
 
 
-def make_tekken(directory: Path) -> None:
+def make_tekken(directory: Path, ranks: int = RANKS, specials: int = SPECIALS) -> None:
     directory.mkdir(exist_ok=True)
     source = json.loads(files("mistral_common").joinpath("data/tekken_240911.json").read_text())
     value = {
         "config": {
             **source["config"],
-            "num_vocab_tokens": RANKS,
-            "default_vocab_size": RANKS + SPECIALS,
-            "default_num_special_tokens": SPECIALS,
+            "num_vocab_tokens": ranks,
+            "default_vocab_size": ranks + specials,
+            "default_num_special_tokens": specials,
             "version": "v15",
         },
-        "vocab": source["vocab"][:RANKS],
+        "vocab": source["vocab"][:ranks],
         "special_tokens": [
             {"rank": i, "token_str": NAMED.get(i, f"<SPECIAL_{i}>"), "is_control": True}
-            for i in range(SPECIALS)
+            for i in range(specials)
         ],
         "image": {"image_patch_size": 14, "max_image_size": 1540, "spatial_merge_size": 2},
         "model_settings_builder": {
