@@ -1,0 +1,171 @@
+"""`python -m pocket.evaluate`: held-out items of every kind, answered by the engine, graded.
+
+Prompts are encoded and answers split by the very code that serves, without the wire between.
+Greedy decoding; a record says n, right answers and their share by kind and effort.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from halfbyte.chat.mistral_format import MistralFormat, load_mistral_format
+from halfbyte.chat.router import CallArguments, CallStart, Content, Reasoning, Router
+from halfbyte.engine.core import Engine, EngineConfig
+from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams, TokensEvent
+from pocket.grade import Answer, is_right
+from pocket.items import Item
+from pocket.mixture import AT_LENGTH, GRADED, item
+
+MAX_ANSWER_TOKENS = 400
+# Wrong answers that a record shows of each kind.
+SHOWN = 4
+
+
+def messages_of(found: Item) -> list[dict[str, Any]]:
+    """The conversation in the words of a chat request."""
+    messages: list[dict[str, Any]] = []
+    if found.system is not None:
+        messages.append({"role": "system", "content": found.system})
+    pending: list[str] = []
+    for turn in found.turns:
+        if turn.role == "user":
+            parts = [{"type": "image", "image": image} for image in turn.images]
+            messages.append(
+                {"role": "user", "content": [*parts, {"type": "text", "text": turn.content}]}
+            )
+        elif turn.role == "tool":
+            call_id = pending.pop(0)
+            messages.append({"role": "tool", "content": turn.content, "tool_call_id": call_id})
+        else:
+            message: dict[str, Any] = {"role": "assistant", "content": turn.content or None}
+            if turn.thought is not None:
+                message["reasoning_content"] = turn.thought
+            pending = [f"{len(messages):03d}call{n:02d}" for n in range(len(turn.calls))]
+            message["tool_calls"] = [
+                {
+                    "id": call_id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(dict(call.arguments), ensure_ascii=False),
+                    },
+                }
+                for call_id, call in zip(pending, turn.calls, strict=True)
+            ]
+            messages.append(message)
+    return messages
+
+
+def prompt_of(found: Item, chat: MistralFormat) -> tuple[tuple[int, ...], tuple[ImageInput, ...]]:
+    """Everything before the last answer, as the server encodes it."""
+    encoded = chat.encode(
+        messages_of(found)[:-1],
+        tools=found.tools,
+        reasoning_effort=found.effort,
+        json_schema=found.schema,
+    )
+    images = tuple(ImageInput.of(i.pixels, i.offset, i.num_tokens) for i in encoded.images)
+    return encoded.token_ids, images
+
+
+def answer_of(token_ids: Sequence[int], found: Item, chat: MistralFormat) -> Answer:
+    """The answer's parts, as the server splits it."""
+    names = frozenset(tool["function"]["name"] for tool in found.tools)
+    router = Router(chat.vocabulary, chat.control, tool_names=names, live_calls=False)
+    deltas = [delta for token_id in token_ids for delta in router.feed(token_id)]
+    content = thought = ""
+    calls: list[list[str]] = []
+    for delta in [*deltas, *router.finish()]:
+        if isinstance(delta, Content):
+            content += delta.text
+        elif isinstance(delta, Reasoning):
+            thought += delta.text
+        elif isinstance(delta, CallStart):
+            calls.append([delta.name, ""])
+        elif isinstance(delta, CallArguments):
+            calls[-1][1] += delta.text
+    return Answer(content, thought, tuple((name, text) for name, text in calls))
+
+
+def evaluate(
+    engine: Engine, chat: MistralFormat, kind: str, numbers: Sequence[int]
+) -> dict[str, Any]:
+    """Answers and judgements of held-out items of one kind."""
+    started = time.perf_counter()
+    items = {str(number): item(kind, number, "test") for number in numbers}
+    tokens: dict[str, list[int]] = {name: [] for name in items}
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
+    for name, found in items.items():
+        prompt, images = prompt_of(found, chat)
+        engine.add(GenerationRequest(name, prompt, params, images=images))
+    while engine.has_work():
+        for event in engine.step():
+            if isinstance(event, TokensEvent):
+                tokens[event.request_id] += event.token_ids
+    judged: dict[str, list[bool]] = {}
+    wrong = []
+    for name, found in items.items():
+        answer = answer_of(tokens[name], found, chat)
+        right = is_right(found, answer)
+        judged.setdefault(found.effort, []).append(right)
+        if not right and len(wrong) < SHOWN:
+            wrong.append(
+                {
+                    "number": int(name),
+                    "asked": found.turns[-2].content[-300:],
+                    "thought": answer.thought[-200:],
+                    "content": answer.content[-200:],
+                    "calls": [list(call) for call in answer.calls],
+                    "gold": dict(found.gold),
+                    "wanted_thought": found.turns[-1].thought,
+                }
+            )
+    return {
+        "n": len(items),
+        "right": sum(map(sum, judged.values())),
+        "by_effort": {e: {"n": len(j), "right": sum(j)} for e, j in sorted(judged.items())},
+        "answer_tokens": sum(map(len, tokens.values())),
+        "seconds": round(time.perf_counter() - started, 1),
+        "wrong": wrong,
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the record to write (JSON)")
+    parser.add_argument("--items", type=int, default=100, help="items of each kind (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first item")
+    parser.add_argument("--kinds", nargs="*", default=[*GRADED, *AT_LENGTH])
+    parser.add_argument("--batch", type=int, default=32, help="sequences at once (%(default)s)")
+    parser.add_argument("--mode", default="auto", choices=("auto", "weight_only", "declared"))
+    args = parser.parse_args()
+    chat = load_mistral_format(args.checkpoint / "tekken.json")
+    config = EngineConfig(
+        max_model_len=20480,
+        max_sequences=args.batch,
+        kv_cache_tokens=131072,
+        mode=args.mode,
+        max_decode_slowdown=None,
+    )
+    engine = Engine.load(args.checkpoint, config)
+    record: dict[str, Any] = {"checkpoint": args.checkpoint.name, "mode": args.mode, "kinds": {}}
+    for kind in args.kinds:
+        count = args.items if kind not in AT_LENGTH else max(1, args.items // 5)
+        found = evaluate(engine, chat, kind, range(args.first, args.first + count))
+        record["kinds"][kind] = found
+        print(
+            f"{kind}: {found['right']} of {found['n']} right {found['by_effort']} "
+            f"{found['answer_tokens']} tokens in {found['seconds']} s",
+            flush=True,
+        )
+        args.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()
