@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from halfbyte.errors import UsageError
+from halfbyte.evals.bounds import p_beyond, pair
 from halfbyte.evals.compare import compare_runs, write_comparison
 from halfbyte.evals.records import (
     FORMAT,
@@ -432,6 +433,10 @@ def test_groups_reach_the_p_value(tmp_path: Path) -> None:
     row = compare_runs(b, c).benchmarks["scicode"]
     assert row.test == "sign-flip permutation"
     assert row.p_value == pytest.approx(0.25, abs=0.02)
+    right, left = np.ones(320), np.repeat(np.arange(40) >= 3, 8).astype(float)
+    problems = [str(i // 8) for i in range(320)]
+    assert row.p_beyond == pytest.approx(p_beyond(pair(right, left, problems), row.margin))
+    assert row.p_beyond > 10 * p_beyond(pair(right, left), row.margin)
     for stratum in row.by_stratum.values():
         assert stratum["low"] is not None  # one stratum of forty groups
     gpqa = compare_runs(
