@@ -34,6 +34,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -63,6 +64,9 @@ PYTEST = (
     *("-m", "not slow and not gpu and not multi_gpu"),
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
 )
+
+# Packages that pytest wants to load itself, as its plugins or theirs.
+_LEFT_TO_PYTEST = {"pytest", "hypothesis", "schemathesis", "anyio", "coverage", "xdist"}
 
 # Tests beside the mirrored one (tests/ROOM/test_FILE.py), from tests/.
 MORE_TESTS: dict[str, tuple[str, ...]] = {
@@ -99,18 +103,21 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "quantize/report": ("quantize/test_page.py", "quantize/test_pipeline.py"),
     "quantize/source_proof": ("quantize/test_resume.py", "quantize/test_soundness.py"),
     "server/completion": ("server/test_chat_api.py", "server/test_text_api.py"),
-    "server/gate": ("server/test_app.py", "server/test_limits.py"),
+    "server/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
     "server/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
     "server/metrics": ("server/test_completion.py", "server/test_app.py"),
     "server/prepare": (
         "server/test_chat_api.py",
         "server/test_bounds.py",
         "server/test_text_api.py",
+        "server/test_foreign.py",
+        "server/test_limits.py",
+        "server/test_errors.py",
     ),
     "server/responses_wire": ("server/test_responses_api.py", "server/test_same_conversation.py"),
     "server/stream": ("server/test_chat_api.py", "server/test_responses_api.py"),
     "server/texts": ("server/test_bounds.py",),
-    "server/wire": ("server/test_chat_api.py", "server/test_text_api.py", "server/test_bounds.py"),
+    "server/wire": ("server/test_errors.py", "server/test_foreign.py", "server/test_text_api.py"),
 }
 
 TURNED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
@@ -380,9 +387,11 @@ class Bench:
         found = json.loads(self.said.read_text())
         # What the tests import is loaded once, here, for all children to come.
         for name in found["packages"]:
-            if name not in sys.modules and "pytest" not in name:
+            if name not in sys.modules and not _LEFT_TO_PYTEST & set(re.split(r"[._]", name)):
                 with contextlib.suppress(Exception), warnings.catch_warnings():
                     importlib.import_module(name)
+        if not found["seconds"]:
+            raise SystemExit(f"{path}: none of its tests ran; see {self.output}")
         by_line = {int(line): names for line, names in found["tests_by_line"].items()}
         return Covered(found["seconds"], by_line, found["failing"])
 
@@ -631,7 +640,8 @@ def main() -> None:
     results = report(files)
     for survivor in results["survivors"]:
         print(
-            f"{survivor['where']}: {survivor['was']!r} -> {survivor['became']!r}: {survivor['kind']}"
+            f"{survivor['where']}: {survivor['was']!r} -> {survivor['became']!r}: "
+            f"{survivor['kind']}"
         )
     print(json.dumps({"all": results["all"], "rooms": results["rooms"]}, indent=1))
     if arguments.write:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats as distributions
 
 from halfbyte.evals.bounds import (
-    Design,
     _CORRECTION,
+    Design,
     PairedItems,
     _about_the_margin,
     _excess,

@@ -12,6 +12,7 @@ import pytest
 from halfbyte.errors import UsageError
 from halfbyte.evals.bounds import p_beyond, pair
 from halfbyte.evals.compare import compare_runs, write_comparison
+from halfbyte.evals.guards import blockers
 from halfbyte.evals.records import (
     FORMAT,
     BenchmarkResult,
@@ -320,6 +321,27 @@ def test_requests_that_differ_are_not_compared(tmp_path: Path) -> None:
     comparison = compare_runs(a, b)
     assert comparison.left_out == {"gpqa_diamond": "the rendered requests differ between the arms"}
     assert comparison.verdict == "INCONCLUSIVE"
+
+
+def test_single_requests_that_differ_block_but_those_of_trajectories_may() -> None:
+    """What a later step of a SciCode problem asks holds the model's own earlier answers."""
+    one = record("g0-0", 0, 1.0, "g0")
+    pairs = {"g0-0": [(one, replace(one, prompt_sha256="other"))]}
+    identity = {
+        "title": "t", "full_items": 1, "prompt_id": "p", "prompts_sha256": "h", "scorer": "s",
+        "source": "x", "licence": "y", "notes": [], "provenance": {}, "max_tokens": 9,
+    }  # fmt: skip
+
+    def found(name: str) -> list[str]:
+        result = summarise(
+            {"name": name, **identity}, [one], expected=[("g0-0", 0)], partial=False,
+            has_groups=False, wall_s=1.0,
+        )  # fmt: skip
+        return blockers(result, result, pairs, 0)
+
+    assert found("gpqa_diamond") == ["1 requests differ between the arms"]
+    assert found("of_ones_own") == ["1 requests differ between the arms"]
+    assert found("scicode") == []
 
 
 def test_a_run_whose_answers_are_gone_is_refused_by_its_file(tmp_path: Path) -> None:
