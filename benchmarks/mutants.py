@@ -19,7 +19,8 @@ test and leave the count, `cosmetic` ones change words or speed alone and stay i
 counts as survived, `time` (the fault made an endless loop, or the machine was busy) as killed.
 
 Last record: benchmarks/records/mutants.json; results of each mutant: build/mutants/results.jsonl.
-A second run goes on where the first ended; `--again` tries only what has survived.
+A second run goes on where the first ended; `--again` tries what has survived with all tests of its
+file, whatever time they take.
 
 Run: make mutants, or PYTHONPATH=src python benchmarks/mutants.py src/halfbyte/evals/stats.py
 """
@@ -187,14 +188,17 @@ class Measuring:
 
 
 class Chosen:
-    """A plugin: only the chosen tests, in their order; the first that fails is written down."""
+    """A plugin: only the chosen tests, in their order, or whole files; writes down what fails."""
 
     def __init__(self, tests: Sequence[str], said: Path) -> None:
+        self.is_all = not any("::" in test for test in tests)
         self.order = {test: place for place, test in enumerate(tests)}
         self.said = said
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.is_all:
+            return
         items[:] = sorted(
             (item for item in items if item.nodeid in self.order),
             key=lambda item: self.order[item.nodeid],
@@ -356,16 +360,18 @@ def work_on(path: str, bench: Bench, arguments: argparse.Namespace) -> None:
             open_ones.append(mutant)
     if not open_ones:
         return
-    covered = bench.measure(path, tests_of(path), arguments.test_seconds * 5)
-    for test in covered.failing:
-        print(f"{path}: {test} fails without a fault and is left out", flush=True)
+    covered = None
+    if not arguments.again:
+        covered = bench.measure(path, tests_of(path), arguments.test_seconds * 5)
+        for test in covered.failing:
+            print(f"{path}: {test} fails without a fault and is left out", flush=True)
     for mutant in open_ones:
-        tests = _tests_for(mutant, covered, arguments.test_seconds)
         began = time.monotonic()
-        verdict, by = "uncovered", ""
-        if tests:
-            nominal = sum(covered.seconds[test] for test in tests)
-            verdict, by = bench.verdict(mutant, tests, 45 + 4 * nominal)
+        tests, limit_s = tests_of(path), 20 * arguments.test_seconds
+        if covered is not None:
+            tests = _tests_for(mutant, covered, arguments.test_seconds)
+            limit_s = 45 + 4 * sum(covered.seconds[test] for test in tests)
+        verdict, by = bench.verdict(mutant, tests, limit_s) if tests else ("uncovered", "")
         line = {
             **asdict(mutant),
             "source": source,
@@ -466,7 +472,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--test-seconds", type=float, default=30, help="of tests for each mutant")
-    parser.add_argument("--again", action="store_true", help="try survivors again")
+    parser.add_argument(
+        "--again", action="store_true", help="try survivors again, with all tests of their file"
+    )
     parser.add_argument("--write", action="store_true", help=f"write {RECORD.name}")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is known")
     arguments = parser.parse_args()
