@@ -8,8 +8,7 @@ of each file. The tests that mirror the file (and those named in `MORE_TESTS`) r
 coverage, which says what test runs which line and how long it takes. A mutant then meets the tests
 that run its line, quick ones first, until one fails. Every mutant runs in a forked child of a
 process that has the heavy packages loaded already, against a copy of `src` of its own, so that
-programs started by a test see the fault, too. Annotations, messages, log lines and what stands in
-`raise` are left alone.
+programs started by a test see the fault, too. Which faults there are: faults.py.
 
 Cost model: one run of each file's tests under coverage, then two seconds a mutant on an idle core,
 and all covering tests (at most `--test-seconds`) for one that lives.
@@ -20,13 +19,13 @@ test and leave the count, `cosmetic` ones change words or speed alone and stay i
 counts as survived, `time` (the fault made an endless loop, or the machine was busy) as killed.
 
 Last record: benchmarks/records/mutants.json; results of each mutant: build/mutants/results.jsonl.
-A second run goes on where the first ended; `--again` tries only what has survived.
+A second run goes on where the first ended; `--again` tries what has survived with all tests of its
+file, whatever time they take.
 
 Run: make mutants, or PYTHONPATH=src python benchmarks/mutants.py src/halfbyte/evals/stats.py
 """
 
 import argparse
-import ast
 import collections
 import contextlib
 import hashlib
@@ -34,18 +33,20 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import coverage
 import pytest
+from faults import Mutant, mutants_of
 
 from halfbyte.bench import record
 
@@ -63,6 +64,9 @@ PYTEST = (
     *("-m", "not slow and not gpu and not multi_gpu"),
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
 )
+
+# Packages that pytest wants to load itself, as its plugins or theirs.
+_LEFT_TO_PYTEST = {"pytest", "hypothesis", "schemathesis", "anyio", "coverage", "xdist"}
 
 # Tests beside the mirrored one (tests/ROOM/test_FILE.py), from tests/.
 MORE_TESTS: dict[str, tuple[str, ...]] = {
@@ -99,58 +103,22 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "quantize/report": ("quantize/test_page.py", "quantize/test_pipeline.py"),
     "quantize/source_proof": ("quantize/test_resume.py", "quantize/test_soundness.py"),
     "server/completion": ("server/test_chat_api.py", "server/test_text_api.py"),
-    "server/gate": ("server/test_app.py", "server/test_limits.py"),
+    "server/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
     "server/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
     "server/metrics": ("server/test_completion.py", "server/test_app.py"),
     "server/prepare": (
         "server/test_chat_api.py",
         "server/test_bounds.py",
         "server/test_text_api.py",
+        "server/test_foreign.py",
+        "server/test_limits.py",
+        "server/test_errors.py",
     ),
     "server/responses_wire": ("server/test_responses_api.py", "server/test_same_conversation.py"),
     "server/stream": ("server/test_chat_api.py", "server/test_responses_api.py"),
     "server/texts": ("server/test_bounds.py",),
-    "server/wire": ("server/test_chat_api.py", "server/test_text_api.py", "server/test_bounds.py"),
+    "server/wire": ("server/test_errors.py", "server/test_foreign.py", "server/test_text_api.py"),
 }
-
-TURNED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
-    ast.Lt: (ast.LtE, ast.GtE),
-    ast.LtE: (ast.Lt, ast.Gt),
-    ast.Gt: (ast.GtE, ast.LtE),
-    ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,),
-    ast.And: (ast.Or,),
-    ast.Or: (ast.And,),
-    ast.Add: (ast.Sub,),
-    ast.Sub: (ast.Add,),
-    ast.Mult: (ast.Div,),
-    ast.Div: (ast.Mult,),
-    ast.FloorDiv: (ast.Mult,),
-    ast.Mod: (ast.Mult,),
-    ast.BitAnd: (ast.BitOr,),
-    ast.BitOr: (ast.BitAnd,),
-    ast.LShift: (ast.RShift,),
-    ast.RShift: (ast.LShift,),
-}
-OTHER_CALL = {"min": "max", "max": "min", "any": "all", "all": "any"}
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One fault: the text from `start` to `stop` (bytes of the file) becomes `became`."""
-
-    path: str
-    line: int
-    lines: tuple[int, ...]  # those of its statement, as coverage may name any of them
-    start: int
-    stop: int
-    was: str
-    became: str
 
 
 class Covered(NamedTuple):
@@ -159,113 +127,6 @@ class Covered(NamedTuple):
     seconds: dict[str, float]
     tests_by_line: dict[int, list[str]]
     failing: list[str]
-
-
-# ------------------------------------------------------------------------------ making mutants
-
-
-def mutants_of(path: str, text: str) -> list[Mutant]:
-    """Every fault that fits into the file, in the order of its lines."""
-    starts = [0]
-    for line in text.encode().splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    found = []
-    for node, statement, replacement in _faults(ast.parse(text), ast.Pass(lineno=0, end_lineno=0)):
-        lines = set(range(node.lineno, node.end_lineno + 1)) | {statement.lineno}
-        if not hasattr(statement, "body"):
-            lines |= set(range(statement.lineno, statement.end_lineno + 1))
-        start = starts[node.lineno - 1] + node.col_offset
-        stop = starts[node.end_lineno - 1] + node.end_col_offset
-        was = text.encode()[start:stop].decode()
-        found.append(Mutant(path, node.lineno, tuple(sorted(lines)), start, stop, was, replacement))
-    return sorted(set(found), key=lambda mutant: (mutant.start, mutant.stop, mutant.became))
-
-
-def _faults(node: ast.AST, statement: Any) -> Iterator[tuple[Any, Any, str]]:
-    """Node, the statement that it is part of, what stands there instead."""
-    if isinstance(node, ast.stmt):
-        statement = node
-    for part, replacement in _faults_at(node):
-        yield part, statement, replacement
-    for child in _mutable_children(node):
-        yield from _faults(child, statement)
-
-
-def _mutable_children(node: ast.AST) -> Iterator[ast.AST]:
-    """Parts that may hold a fault: no annotations, decorators, docstrings, messages."""
-    if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert | ast.Import | ast.ImportFrom):
-        return
-    if isinstance(node, ast.Call) and _says_something(node):
-        return
-    left_alone = {"annotation", "returns", "decorator_list", "bases", "type_comment"}
-    for name, value in ast.iter_fields(node):
-        if name in left_alone:
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, ast.AST):
-                yield item
-
-
-def _faults_at(node: ast.AST) -> Iterator[tuple[Any, str]]:
-    match node:
-        case ast.Compare(ops=[operator]):
-            for other in TURNED.get(type(operator), ()):
-                yield node, _unparsed(node, ops=[other()])
-        case ast.BoolOp(op=operator) | ast.BinOp(op=operator):
-            if not _joins_texts(node):
-                for other in TURNED.get(type(operator), ()):
-                    yield node, _unparsed(node, op=other())
-        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
-            yield node, f"({ast.unparse(operand)})"
-        case ast.Constant(value=bool(value)):
-            yield node, str(not value)
-        case ast.Constant(value=int(value)):
-            yield node, str(value + 1)
-        case ast.Constant(value=float(value)):
-            yield node, repr(value * 1.25 if value else 1.0)
-        case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test):
-            yield test, f"(not ({ast.unparse(test)}))"
-        case ast.comprehension(ifs=conditions):
-            for condition in conditions:
-                yield condition, f"(not ({ast.unparse(condition)}))"
-        case ast.Raise() | ast.AugAssign():
-            yield node, "pass"
-        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
-            yield node, "pass"
-        case ast.Expr(value=(ast.Call() | ast.Await()) as call):
-            if not (isinstance(call, ast.Call) and _says_something(call)):
-                yield node, "pass"
-        case ast.Return(value=value) if value is not None:
-            if not (isinstance(value, ast.Constant) and value.value is None):
-                yield node, "return None"
-        case ast.Break():
-            yield node, "continue"
-        case ast.Continue():
-            yield node, "break"
-        case ast.Call(func=ast.Name(id=name)) if name in OTHER_CALL:
-            yield node.func, OTHER_CALL[name]
-
-
-def _unparsed(node: Any, **changed: Any) -> str:
-    fields = {name: getattr(node, name) for name in node._fields}
-    return f"({ast.unparse(type(node)(**{**fields, **changed}))})"
-
-
-def _joins_texts(node: ast.AST) -> bool:
-    """Whether an operand is a text (`"a" + b`) or the operation unites types (`int | None`)."""
-    parts = [node.left, node.right] if isinstance(node, ast.BinOp) else []
-    return any(
-        isinstance(part, ast.JoinedStr)
-        or (isinstance(part, ast.Constant) and (part.value is None or isinstance(part.value, str)))
-        or (isinstance(part, ast.Name) and (part.id[:1].isupper() and not part.id.isupper()))
-        or (isinstance(part, ast.Name) and part.id in {"str", "int", "float", "bytes", "bool"})
-        for part in parts
-    )
-
-
-def _says_something(call: ast.Call) -> bool:
-    names = [node.id for node in ast.walk(call.func) if isinstance(node, ast.Name)]
-    return bool({"log", "warnings", "print", "logger", "_LOG"} & set(names))
 
 
 # ------------------------------------------------------------------------------- running tests
@@ -327,14 +188,17 @@ class Measuring:
 
 
 class Chosen:
-    """A plugin: only the chosen tests, in their order; the first that fails is written down."""
+    """A plugin: only the chosen tests, in their order, or whole files; writes down what fails."""
 
     def __init__(self, tests: Sequence[str], said: Path) -> None:
+        self.is_all = not any("::" in test for test in tests)
         self.order = {test: place for place, test in enumerate(tests)}
         self.said = said
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.is_all:
+            return
         items[:] = sorted(
             (item for item in items if item.nodeid in self.order),
             key=lambda item: self.order[item.nodeid],
@@ -380,9 +244,11 @@ class Bench:
         found = json.loads(self.said.read_text())
         # What the tests import is loaded once, here, for all children to come.
         for name in found["packages"]:
-            if name not in sys.modules and "pytest" not in name:
+            if name not in sys.modules and not _LEFT_TO_PYTEST & set(re.split(r"[._]", name)):
                 with contextlib.suppress(Exception), warnings.catch_warnings():
                     importlib.import_module(name)
+        if not found["seconds"]:
+            raise SystemExit(f"{path}: none of its tests ran; see {self.output}")
         by_line = {int(line): names for line, names in found["tests_by_line"].items()}
         return Covered(found["seconds"], by_line, found["failing"])
 
@@ -494,16 +360,20 @@ def work_on(path: str, bench: Bench, arguments: argparse.Namespace) -> None:
             open_ones.append(mutant)
     if not open_ones:
         return
-    covered = bench.measure(path, tests_of(path), arguments.test_seconds * 5)
-    for test in covered.failing:
-        print(f"{path}: {test} fails without a fault and is left out", flush=True)
+    covered = None
+    if not arguments.again:
+        covered = bench.measure(path, tests_of(path), arguments.test_seconds * 5)
+        for test in covered.failing:
+            print(f"{path}: {test} fails without a fault and is left out", flush=True)
     for mutant in open_ones:
-        tests = _tests_for(mutant, covered, arguments.test_seconds)
         began = time.monotonic()
-        verdict, by = "uncovered", ""
-        if tests:
-            nominal = sum(covered.seconds[test] for test in tests)
-            verdict, by = bench.verdict(mutant, tests, 45 + 4 * nominal)
+        tests, limit_s = tests_of(path), 20 * arguments.test_seconds
+        if covered is not None:
+            tests = _tests_for(mutant, covered, arguments.test_seconds)
+            limit_s = 45 + 4 * sum(covered.seconds[test] for test in tests)
+        verdict, by = bench.verdict(mutant, tests, limit_s) if tests else ("uncovered", "")
+        if verdict == "time" and arguments.again:
+            verdict = "survived"  # the tests as a whole were too long, not the fault's loop
         line = {
             **asdict(mutant),
             "source": source,
@@ -604,7 +474,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--test-seconds", type=float, default=30, help="of tests for each mutant")
-    parser.add_argument("--again", action="store_true", help="try survivors again")
+    parser.add_argument(
+        "--again", action="store_true", help="try survivors again, with all tests of their file"
+    )
     parser.add_argument("--write", action="store_true", help=f"write {RECORD.name}")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is known")
     arguments = parser.parse_args()
@@ -631,7 +503,8 @@ def main() -> None:
     results = report(files)
     for survivor in results["survivors"]:
         print(
-            f"{survivor['where']}: {survivor['was']!r} -> {survivor['became']!r}: {survivor['kind']}"
+            f"{survivor['where']}: {survivor['was']!r} -> {survivor['became']!r}: "
+            f"{survivor['kind']}"
         )
     print(json.dumps({"all": results["all"], "rooms": results["rooms"]}, indent=1))
     if arguments.write:

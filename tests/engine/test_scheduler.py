@@ -202,6 +202,14 @@ def test_a_long_prompt_is_promised_piece_by_piece(max_batch_tokens: int) -> None
     assert machine.answers["0"] == machine.answers["1"] == expected(prompt, 1)
 
 
+def test_who_waits_for_a_promised_prefix_holds_up_nobody_behind() -> None:
+    machine = Machine(num_blocks=40, max_sequences=4, max_batch_tokens=20)
+    maker = machine.add([0, 1, 2, 0, 1, 2, 2, 1, 0], 1)
+    machine.add([0, 1, 2, 0, 1, 2, 2, 1, 0], 1)
+    other = machine.add([1, 0, 0, 2, 1], 1)
+    assert [work.sequence for work in machine.step()] == [maker, other]
+
+
 def test_waiting_for_a_promised_prefix_survives_the_abort_of_its_maker() -> None:
     machine = Machine(num_blocks=40, max_batch_tokens=3)
     prompt = [0, 1, 2, 0, 1, 2, 2, 1, 0]

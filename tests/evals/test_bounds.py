@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from scipy import stats as distributions
 
 from halfbyte.evals.bounds import (
+    _CORRECTION,
     Design,
     PairedItems,
+    _about_the_margin,
+    _excess,
     lower_end,
     p_beyond,
     pair,
@@ -146,6 +149,42 @@ def test_wrong_go_with_repeats_and_groups(
         passes += rules_out_loss(pair(b, c, labels.tolist(), draws=repeats), margin)
     # 400 runs: one standard error is 1.1 points, so a rule of 6 % ends below 9 % always.
     assert passes / 400 <= 0.09
+
+
+@given(st.integers(2, 9), st.integers(0, 2**31), st.floats(0.01, 0.3), st.floats(1.5, 7.0))
+@settings(max_examples=100, deadline=None)
+def test_the_excess_is_that_of_the_best_cap(
+    groups: int, seed: int, margin: float, q2: float
+) -> None:
+    """Caps on a fine grid, one by one: none does better, and the best nearly as well."""
+    random = np.random.default_rng(seed)
+    sums, sizes = random.integers(-3, 6, groups) / 2.0, random.integers(1, 5, groups).astype(float)
+    items = PairedItems(sums, sizes, 0.5)
+    lessened = sums.copy()
+    best = int(np.argmax(sums))
+    if sums[best] > 0:
+        lessened[best] = max(0.0, sums[best] - items.unit)
+    y = lessened + sizes * margin
+    constant = q2**2 * items.unit**2 * items.num_items * margin
+    tried = []
+    # Gains alone are capped: the smallest sum is never lifted.
+    for cap in np.linspace(y.min(), y.max(), 4001):
+        x = np.minimum(y, cap).sum() - _CORRECTION * items.unit
+        if x > 0:
+            tried.append(x * x - q2 * np.square(np.minimum(y, cap)).sum() - constant / x)
+    found = _excess(items, margin, q2)
+    # Where none passes, only the sign matters.
+    if max([found, *tried]) > 0:
+        assert found >= max(tried, default=0.0) - 1e-9
+        assert found == pytest.approx(max(tried), abs=0.01 * (1 + max(tried)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 12, 200])
+def test_sums_about_the_margin_ask_for_the_same_as_t(count: int) -> None:
+    x = np.random.default_rng(count).normal(0.3, 1.0, count)
+    t = x.mean() / (x.std(ddof=1) / math.sqrt(count))
+    # The value of t itself is what lies exactly at the bound.
+    assert x.sum() ** 2 == pytest.approx(_about_the_margin(t, count) * np.square(x).sum())
 
 
 def test_the_interval_is_the_one_of_the_verdict() -> None:

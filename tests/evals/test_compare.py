@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from halfbyte.errors import UsageError
+from halfbyte.evals.bounds import p_beyond, pair
 from halfbyte.evals.compare import compare_runs, write_comparison
+from halfbyte.evals.guards import blockers
 from halfbyte.evals.records import (
     FORMAT,
     BenchmarkResult,
@@ -321,11 +323,32 @@ def test_requests_that_differ_are_not_compared(tmp_path: Path) -> None:
     assert comparison.verdict == "INCONCLUSIVE"
 
 
+def test_single_requests_that_differ_block_but_those_of_trajectories_may() -> None:
+    """What a later step of a SciCode problem asks holds the model's own earlier answers."""
+    one = record("g0-0", 0, 1.0, "g0")
+    pairs = {"g0-0": [(one, replace(one, prompt_sha256="other"))]}
+    identity = {
+        "title": "t", "full_items": 1, "prompt_id": "p", "prompts_sha256": "h", "scorer": "s",
+        "source": "x", "licence": "y", "notes": [], "provenance": {}, "max_tokens": 9,
+    }  # fmt: skip
+
+    def found(name: str) -> list[str]:
+        result = summarise(
+            {"name": name, **identity}, [one], expected=[("g0-0", 0)], partial=False,
+            has_groups=False, wall_s=1.0,
+        )  # fmt: skip
+        return blockers(result, result, pairs, 0)
+
+    assert found("gpqa_diamond") == ["1 requests differ between the arms"]
+    assert found("of_ones_own") == ["1 requests differ between the arms"]
+    assert found("scicode") == []
+
+
 def test_a_run_whose_answers_are_gone_is_refused_by_its_file(tmp_path: Path) -> None:
     scores = grid(3, 1, lambda i, r: 1.0)
     b, c = write_arm(tmp_path, "b", scores), write_arm(tmp_path, "c", scores)
     (c / "gpqa_diamond" / "samples.jsonl").unlink()
-    with pytest.raises(UsageError, match="c/gpqa_diamond: no samples.jsonl"):
+    with pytest.raises(UsageError, match=r"c/gpqa_diamond: no samples\.jsonl"):
         compare_runs(b, c)
 
 
@@ -433,6 +456,10 @@ def test_groups_reach_the_p_value(tmp_path: Path) -> None:
     row = compare_runs(b, c).benchmarks["scicode"]
     assert row.test == "sign-flip permutation"
     assert row.p_value == pytest.approx(0.25, abs=0.02)
+    right, left = np.ones(320), np.repeat(np.arange(40) >= 3, 8).astype(float)
+    problems = [str(i // 8) for i in range(320)]
+    assert row.p_beyond == pytest.approx(p_beyond(pair(right, left, problems), row.margin))
+    assert row.p_beyond > 10 * p_beyond(pair(right, left), row.margin)
     for stratum in row.by_stratum.values():
         assert stratum["low"] is not None  # one stratum of forty groups
     gpqa = compare_runs(

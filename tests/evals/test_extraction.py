@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.grading.judge import read_verdict
-from halfbyte.evals.grading.scripts import drop_imports, extract_code
+from halfbyte.evals.grading.scripts import drop_imports, extract_code, grade_step
 from halfbyte.evals.reasoning import split_reasoning
+from halfbyte.evals.sandbox import Outcome
 from halfbyte.evals.tasks import aime
 from halfbyte.evals.tasks.benchmark import Options
 from halfbyte.evals.tasks.data import load_rows
@@ -219,3 +221,26 @@ def test_a_block_at_the_start_is_thought_and_the_rest_answer(
 ) -> None:
     split = split_reasoning(f"{tag[0]}{thought}{tag[1]}{answer}")
     assert split == (answer.strip(), thought.strip())
+
+
+@pytest.mark.parametrize(
+    ("code", "ending", "exit_code", "stdout", "value", "cause"),
+    [
+        ("x = 1", "exited", 0, "held", 1.0, "ok"),
+        ("x = 1", "exited", 0, "held back and forth", 1.0, "ok"),
+        ("x = 1", "exited", 0, "", 0.0, "wrong"),
+        ("x = 1", "exited", 1, "held", 0.0, "wrong"),
+        ("x = 1", "wall", 0, "held", 0.0, "wrong"),
+        # Nothing was extracted: neither passed nor wrong code, whatever ran.
+        ("", "exited", 0, "held", 0.0, "unparsed"),
+        (" \n", "exited", 0, "held", 0.0, "unparsed"),
+        ("x = 1", None, 0, "", 0.0, "unparsed"),
+        ("", None, 0, "", 0.0, "unparsed"),
+    ],
+)
+def test_a_step_passes_only_if_its_code_ran_to_the_end(
+    code: str, ending: Any, exit_code: int, stdout: str, value: float, cause: str
+) -> None:
+    outcome = ending and Outcome(ending, exit_code, 0, stdout, "", 0.1, ("mount",))
+    score = grade_step(code, outcome, "held")
+    assert (score.value, score.cause) == (value, cause)

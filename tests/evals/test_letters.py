@@ -89,3 +89,22 @@ def test_recorded_answers_give_the_letter_of_the_official_script() -> None:
     for row in map(json.loads, lines):
         letters = LETTERS[: len(row["options"])]
         assert extract_letter(row["sample_output"], letters) == row["upstream_pred"]
+
+
+LATER = "I looked at the units and the signs of each term once more. "
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        # What stood before the answer is not what the correction leaves.
+        (f"The answer is A.\nAnswer: B\n{LATER}Wait, that is wrong.", None),
+        (f"It is (A), they say.\nAnswer: B\n{LATER}Wait, it is C.", "C"),
+        (f"The answer is A.\nAnswer: B\n{LATER}Wait, the answer is C.", "C"),
+        # Nor what stands between it and the correction.
+        (f"Answer: B\nSo it is D in other books. {LATER}Wait, that is wrong.", None),
+        (f"The answer is A.\nAnswer: B\n{LATER}But the way there was long.", "B"),
+    ],
+)
+def test_a_correction_looks_behind_itself_only(text: str, letter: str | None) -> None:
+    assert extract_letter(text, LETTERS) == letter

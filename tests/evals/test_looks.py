@@ -10,7 +10,9 @@ from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals.compare import compare_runs, write_comparison
 from halfbyte.evals.config import RunConfig, seed_for
-from halfbyte.evals.looks import Margin, parse_margins
+from halfbyte.evals.looks import Margin, margin_of, next_look, parse_margins
+
+THIRD_OF_FIVE = {"number": 3, "planned": 5, "level": 0.01}
 
 
 def arms(folder: Path, items: int, shift: int = 0, lost: int = 0) -> tuple[Path, Path]:
@@ -40,6 +42,11 @@ def test_margins_record_where_they_came_from(tmp_path: Path) -> None:
     assert comparison.macro_margin == 0.03
     # A flag comes last, and is named as one.
     assert parse_margins(["gpqa_diamond=1.5"], file)["gpqa_diamond"] == Margin(0.015, "flag")
+
+
+def test_margins_nobody_gave_are_those_of_the_documentation() -> None:
+    shown = {name: 100 * margin_of(name, {}).value for name in ("gpqa_diamond", "macro", "own")}
+    assert shown == {"gpqa_diamond": 1.0, "macro": 1.0, "own": 1.5}
 
 
 def test_a_margin_for_nobody_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +84,11 @@ def test_planned_looks_share_the_level(tmp_path: Path) -> None:
     second = compare_runs(*arms(tmp_path, 500), after=file)
     assert (second.look.number, second.look.level, second.verdict) == (2, 0.025, "GO")
     file = compared(tmp_path, "second", arms(tmp_path, 330), after=file)
+    # What the forecasts reckon with: the level of the look to come, if there may be one.
+    levels = [once.look.next_level, first.look.next_level, second.look.next_level]
+    assert levels == [0.01, 0.025, None]
+    middle = next_look(file, {**json.loads(file.read_text()), "look": THIRD_OF_FIVE}, {}, [0])
+    assert (middle.number, middle.next_level) == (4, 0.01)
     with pytest.raises(UsageError, match="last of 2 planned looks"):
         compare_runs(*arms(tmp_path, 500), after=file)
     with pytest.raises(UsageError, match="--looks 0"):
@@ -105,6 +117,10 @@ def test_a_look_after_a_verdict_or_with_another_margin_is_refused(tmp_path: Path
     open_ = compared(tmp_path, "open", arms(tmp_path, 100))
     with pytest.raises(UsageError, match="gpqa_diamond: 1 and 5"):
         compare_runs(*arms(tmp_path, 100, shift=1), {"gpqa_diamond": 0.05}, after=open_)
+    for text in ("", "{", "no"):
+        (tmp_path / "no.json").write_text(text)
+        with pytest.raises(UsageError, match="no comparison can be read"):
+            compare_runs(*arms(tmp_path, 100, shift=1), after=tmp_path / "no.json")
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(UsageError, match="not what"):
         compare_runs(*arms(tmp_path, 100, shift=1), after=tmp_path / "no.json")

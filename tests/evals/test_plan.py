@@ -8,9 +8,10 @@ import pytest
 
 from evals.test_compare import grid, write_arm
 from halfbyte.cli.main import main
+from halfbyte.errors import UsageError
 from halfbyte.evals.bounds import p_beyond, pair, rules_out_loss
 from halfbyte.evals.compare import compare_runs
-from halfbyte.evals.plan import format_plan, plan_run, suite_chances
+from halfbyte.evals.plan import _size, format_plan, plan_run, suite_chances
 from halfbyte.evals.stats import mcnemar, sign_flip
 from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES, find_benchmarks
 
@@ -85,6 +86,20 @@ def test_a_limit_counts_problems_where_they_are_trajectories() -> None:
     assert (lcr.items, lcr.groups) == (10, 3)
     (one,) = plan_run(find_benchmarks(["gpqa_diamond"]), 1, 1, 8000.0, None)
     assert one.repeats_for_go is None and one.go_if_equal == 0
+
+
+def test_a_limit_is_kept_exactly_and_groups_never_outnumber_items() -> None:
+    for benchmark in BENCHMARKS.values():
+        for limit in range(1, min(400, benchmark.full_items)):
+            items, groups = _size(benchmark, limit)
+            assert 1 <= groups <= items <= benchmark.full_items, (benchmark.name, limit)
+            assert benchmark.is_trajectory or items == limit
+
+
+@pytest.mark.parametrize("rates", [(0.0, None), (-1.0, None), (8000.0, 0.0)])
+def test_a_rate_that_is_not_positive_plans_nothing(rates: tuple[float, float | None]) -> None:
+    with pytest.raises(UsageError, match="give a positive one"):
+        plan_run(find_benchmarks(["pocket"]), None, None, rates[0], None, rates[1])
 
 
 def test_a_pilot_measures_how_groups_share_luck(tmp_path: Path) -> None:

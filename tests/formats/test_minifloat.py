@@ -74,6 +74,7 @@ def expected_e2m1(values: Tensor) -> Tensor:
 def test_e2m1_codes_mean_what_the_table_says() -> None:
     assert decode_e2m1(torch.arange(16, dtype=torch.uint8)).tolist() == list(E2M1_VALUES)
     assert E2M1_VALUES[:8] == E2M1_MAGNITUDES
+    assert E2M1_VALUES[8:] == tuple(-value for value in E2M1_MAGNITUDES)
     assert max(E2M1_VALUES) == E2M1_MAX
 
 

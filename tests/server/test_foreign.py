@@ -109,6 +109,43 @@ async def test_what_cannot_be_honoured_is_refused_with_advice(
     assert not bench.service.requests
 
 
+async def test_settings_of_a_chat_template_are_ours_where_we_have_them(
+    make_bench: MakeBench,
+) -> None:
+    bench = open_bench(make_bench, " more", EOS)
+    begun = [*HELLO, {"role": "assistant", "content": "Some"}]
+    for settings in (
+        {"continue_final_message": True},
+        {"continue_final_message": True, "add_generation_prompt": False},
+    ):
+        answer = await ask(bench, messages=begun, chat_template_kwargs=settings)
+        assert answer.status_code == 200, answer.text
+        assert "x-halfbyte-warning" not in answer.headers
+    own = await ask(bench, messages=begun, continue_final_message=True)
+    assert own.status_code == 200
+    prompts = {request.prompt_token_ids for request in bench.service.requests}
+    assert len(prompts) == 1 and bench.chat.vocabulary.decode(prompts.pop()).endswith("Some")
+    other = await ask(bench, chat_template_kwargs={"date": "today", "empty": None})
+    assert "chat_template_kwargs.date" in other.headers["x-halfbyte-warning"]
+    assert "empty" not in other.headers["x-halfbyte-warning"]
+
+
+@pytest.mark.parametrize(
+    "path, fields",
+    [
+        ("/v1/chat/completions", {"verbosity": "low"}),
+        ("/v1/responses", {"input": "Hi", "text": {"verbosity": "high"}}),
+    ],
+)
+async def test_a_wish_for_brevity_is_named_and_left_out(
+    make_bench: MakeBench, path: str, fields: dict[str, Any]
+) -> None:
+    strict = make_bench("ok", EOS, strict_effort=False)  # what is unknown would be refused
+    answer = await ask(strict, path, **fields)
+    assert answer.status_code == 200, answer.text
+    assert "verbosity" in answer.headers["x-halfbyte-warning"]
+
+
 @pytest.mark.parametrize("name", ["previous_response_id", "conversation"])
 async def test_nothing_is_stored_and_the_refusal_says_so(make_bench: MakeBench, name: str) -> None:
     bench = open_bench(make_bench, "x", EOS)
