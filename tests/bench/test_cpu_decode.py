@@ -6,14 +6,18 @@ from halfbyte.bench import cpu_decode
 from halfbyte.bench.cpu_decode import Ours, Report, headlines, measure, write_record
 from halfbyte.bench.idle import Usage
 from halfbyte.bench.record import read
+from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.errors import UnsupportedError
+from halfbyte.model.tiny import write_tiny_checkpoint
 
 MODEL = "halfbyte mixed"
 
 
 @pytest.fixture
 def report() -> Report:
-    figures = {"prefill": 500.0, "decode": 60.0, "decode of 16": 150.0}
+    figures = {
+        "prefill": 500.0, "decode": 60.0, "decode of 16": 150.0, "16 with prompts": 120.0
+    }  # fmt: skip
     medians = {"transformers": {"prefill": 400.0, "decode": 20.0}, MODEL: figures}
     return Report(medians, {f"{MODEL}.decode": [59.0, 60.0, 61.0]}, Usage(0.01, 0.0))
 
@@ -21,7 +25,7 @@ def report() -> Report:
 def test_headlines_compare_with_the_peer_of_the_same_run(report: Report) -> None:
     rows = headlines(report)
     assert [row["what"] for row in rows] == [
-        f"{MODEL}, {what}" for what in ("prefill", "decode", "decode of 16")
+        f"{MODEL}, {what}" for what in ("prefill", "decode", "decode of 16", "16 with prompts")
     ]
     assert rows[0]["against"].startswith("1.25x transformers")
     # Many at once against one stream of the peer.
@@ -29,11 +33,17 @@ def test_headlines_compare_with_the_peer_of_the_same_run(report: Report) -> None
     assert "7.50x" in report.table() and "1.0%" in report.table()
 
 
-def test_record_keeps_every_sample(report: Report, tmp_path: Path) -> None:
-    write_record(report, tmp_path / "r.json", "halfbyte bench cpu")
+def test_record_keeps_every_sample_and_rows_of_a_card(report: Report, tmp_path: Path) -> None:
+    folder = tmp_path / MODEL.removeprefix("halfbyte ")
+    write_tiny_checkpoint(folder, layers=1)
+    write_record(report, tmp_path / "r.json", "halfbyte bench cpu", folder)
     record = read(tmp_path / "r.json")
     assert record["samples"] == {f"{MODEL}.decode, tokens/s": [59.0, 60.0, 61.0]}
     assert record["results"]["tokens_per_s"][MODEL]["decode"] == 60.0
+    assert record["checkpoint"] == checkpoint_identity(folder)
+    one, many = record["results"]["speed"]
+    assert (one["users"], one["first_token_s"], one["output_tokens_per_s"]) == (1, 512 / 500, 60)
+    assert (many["users"], many["output_tokens_per_s"]) == (16, 120.0)
 
 
 def test_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

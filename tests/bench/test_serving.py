@@ -30,7 +30,7 @@ def test_figures_follow_from_samples(tmp_path: Path) -> None:
     assert found["gap_ratio"] == pytest.approx(3.0)
     assert (found["gaps_over_the_bar"], found["gaps_beside_a_prompt"]) == (1, 2)
     assert (found["usual_gaps_over_the_bar"], found["usual_gaps"]) == (1, 100)
-    write_record(report, tmp_path / "serving.json", "halfbyte bench serve DIR")
+    write_record(report, tmp_path / "serving.json", "halfbyte bench serve DIR", tmp_path)
     record = read(tmp_path / "serving.json")
     assert record["samples"]["gap beside a prompt, ms"] == [3.0, 1.0]
     assert [row["figure"] for row in record["results"]["headlines"]] == [

@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.checkpoint.identity import checkpoint_identity
+from halfbyte.errors import UsageError
+from halfbyte.evals.endpoint import Endpoint, describe_checkpoint, describe_served
+from halfbyte.model.tiny import write_tiny_checkpoint
+
 PARENT = """
 import subprocess, sys
 from halfbyte.evals.endpoint import ending_with_us
@@ -45,3 +50,18 @@ def test_a_server_ends_with_a_run_that_is_killed() -> None:
     while is_running(child):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_run_knows_the_checkpoint_behind_its_address(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        write_tiny_checkpoint(tmp_path / name, layers=1, seed=seed)
+    own = checkpoint_identity(tmp_path / "a")
+    ours = Endpoint("http://x/v1", "m", None, {"health": {"checkpoint": own}})
+    assert describe_served(ours, None) == {"identity": own}
+    assert describe_served(ours, tmp_path / "a") == describe_checkpoint(tmp_path / "a")
+    with pytest.raises(UsageError, match="but http://x/v1 serves"):
+        describe_served(ours, tmp_path / "b")
+    for health in (None, [], {}, {"checkpoint": 3}):
+        silent = Endpoint("http://x/v1", "m", None, {"health": health})
+        assert describe_served(silent, None) == {}
+        assert describe_served(silent, tmp_path / "b")["identity"] != own

@@ -20,6 +20,7 @@ pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
 
 import halfbyte
 from evals_stub import Reply, completion, refusal, serving
+from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals.records import lock_run, read_attempts, read_records, read_run
@@ -610,6 +611,8 @@ def test_a_checkpoint_folder_is_served_evaluated_and_let_go(tmp_path: Path) -> N
     assert (result.status, result.items, sum(result.causes.values())) == ("complete", 2, 2)
     assert result.completion_tokens == 8
     assert len(run.checkpoint["headers sha256"]) == 64
+    assert run.checkpoint["identity"] == checkpoint_identity(folder)
+    assert run.server["health"]["checkpoint"] == checkpoint_identity(folder)
     port = int(run.endpoint.rsplit(":", 1)[1].removesuffix("/v1"))
     with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
         probe.connect(("127.0.0.1", port))

@@ -231,14 +231,16 @@ def measure(
     return Report(medians, samples, usage)
 
 
-def write_record(report: Report, path: Path, command: str) -> None:
+def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> None:
     """The report as a benchmark record."""
     records.write(
         path,
         name="cpu_decode",
         question="tokens a second on CPU against transformers in bf16 with the same weights",
         command=command,
+        checkpoint=checkpoint,
         results={
+            "speed": speed_rows(report, f"halfbyte {checkpoint.name}"),
             "tokens_per_s": report.tokens_per_s,
             "others_share": round(report.usage.foreign, 4),
             "steal_share": round(report.usage.steal, 4),
@@ -249,6 +251,25 @@ def write_record(report: Report, path: Path, command: str) -> None:
         },
         samples={f"{key}, tokens/s": values for key, values in report.samples.items()},
     )
+
+
+def speed_rows(report: Report, name: str) -> list[dict[str, float | int | str]]:
+    """Rows of a model card's speed section: one answer, and many at once."""
+    figures = report.tokens_per_s[name]
+    shape = {"prompt_tokens": PROMPT_TOKENS, "answer_tokens": NEW_TOKENS}
+    one = {
+        "users": 1,
+        **shape,
+        "first_token_s": PROMPT_TOKENS / figures["prefill"],
+        "between_tokens_ms": 1000 / figures["decode"],
+        "output_tokens_per_s": figures["decode"],
+    }
+    many = {
+        "users": CONCURRENT,
+        **shape,
+        "output_tokens_per_s": figures[f"{CONCURRENT} with prompts"],
+    }
+    return [one, many]
 
 
 def headlines(report: Report) -> list[dict[str, str]]:

@@ -5,7 +5,10 @@ benchmarks/README.md from the files. A number that has no record is not publishe
 
 A record: `name`, `question` (one line), `command`, `date`, `commit` and `dirty`, `machine`
 (processor, cores, memory, device, versions), `results` (what the tables show, plain numbers with
-units in their names), `samples` (every timed sample by name, with its unit).
+units in their names), `samples` (every timed sample by name, with its unit). Where one checkpoint
+was measured, `checkpoint` is its identity, and `results` may hold `speed`: rows of a model card,
+objects with any of users, prompt_tokens, answer_tokens, first_token_s, between_tokens_ms,
+output_tokens_per_s and prompt_tokens_per_s.
 """
 
 import datetime
@@ -21,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.errors import CheckpointError
 
 VERSIONS_OF = ("torch", "triton", "transformers", "nvidia-modelopt", "llama-cpp-python", "halfbyte")
@@ -34,8 +38,12 @@ def write(
     command: str,
     results: Mapping[str, Any],
     samples: Mapping[str, Sequence[float]] | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Write a record and return it. `samples` hold every timing, not only the median."""
+    """Write a record and return it. `samples` hold every timing, not only the median.
+
+    checkpoint  the directory that was measured; its identity lets a model card take the figures
+    """
     commit, dirty = revision()
     record: dict[str, Any] = {
         "name": name,
@@ -45,6 +53,7 @@ def write(
         "commit": commit,
         "dirty": dirty,
         "machine": machine(),
+        **({} if checkpoint is None else {"checkpoint": checkpoint_identity(checkpoint)}),
         "results": dict(results),
         "samples": {key: list(values) for key, values in (samples or {}).items()},
     }

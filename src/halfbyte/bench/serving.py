@@ -201,7 +201,7 @@ def measure(
     return report
 
 
-def write_record(report: Report, path: Path, command: str) -> None:
+def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> None:
     """The report as a benchmark record."""
     found = report.figures()
     rows = [
@@ -221,6 +221,7 @@ def write_record(report: Report, path: Path, command: str) -> None:
         name="serving",
         question="what HTTP adds to a step, a cached prompt saves and a long one disturbs",
         command=command,
+        checkpoint=checkpoint,
         results={
             **{name: round(value, 4) for name, value in found.items()},
             "streams": STREAMS,

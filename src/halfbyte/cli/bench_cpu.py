@@ -36,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
     )
     print(report.table())
-    write_record(report, args.record, own_command())
+    write_record(report, args.record, own_command(), args.directory)
     print(f"recorded in {args.record}")
     return 0

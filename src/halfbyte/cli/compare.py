@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.bench import fidelity
     from halfbyte.bench.baseline import load_baseline, save_baseline
     from halfbyte.bench.choices import encode_choices
+    from halfbyte.checkpoint.identity import checkpoint_identity
 
     choices = (
         encode_choices(args.models[0], args.choices, args.data, args.limit) if args.choices else ()
@@ -83,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
         comparison = fidelity.compare_models(base, candidates, args.text, **options)
     print(comparison.table())
     if args.json is not None:
-        args.json.write_text(json.dumps(comparison.as_dict(), indent=1) + "\n", encoding="utf-8")
+        told = comparison.as_dict()
+        # So that a card knows whose figures they are.
+        (candidate_row,) = told["candidates"]
+        candidate_row["checkpoint"] = checkpoint_identity(args.models[-1])
+        args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=parse_count, help="at most so many items of each benchmark, evenly spread")
     add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
     add("--arm", help="name of this side of a comparison (default: that of --out)")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="the folder that a server at an address serves, where it does not say: a card takes "
+        "only records of its own checkpoint",
+    )
     add("--model", help="model name, where the server has several")
     add("--data", type=Path, help="folder with benchmark items; see docs/evaluations.md")
     add("--temperature", type=float, default=0.7, help="(%(default)s)")
@@ -87,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
-    from halfbyte.evals.endpoint import connect, describe_checkpoint, serve
+    from halfbyte.evals.endpoint import connect, describe_checkpoint, describe_served, serve
     from halfbyte.evals.evaluate import default_arm, evaluate, prepare
     from halfbyte.evals.plan import LOSSES, format_plan, plan_run
     from halfbyte.evals.records import is_name, lock_run
@@ -126,11 +133,12 @@ def run(args: argparse.Namespace) -> int:
     prepared = prepare(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_run(out))  # before a server is started
-        checkpoint = {}
         if endpoint is None:
             checkpoint = describe_checkpoint(folder)
             url = stack.enter_context(serve(folder, out / "server.log"))
             endpoint = connect(url, args.model, key, take_first=True)
+        else:
+            checkpoint = describe_served(endpoint, args.checkpoint)
         command = shlex.join(["halfbyte", *sys.argv[1:]])
         result = evaluate(config, endpoint, checkpoint, command, prepared)
     print(format_run(result, out / "run.json"))

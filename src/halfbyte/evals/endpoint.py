@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals.tasks.data import file_sha256
 
@@ -102,12 +103,16 @@ def _health(root: str, headers: Mapping[str, str]) -> Any:
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """What identifies a checkpoint folder: its configuration's and index's hashes, its formats.
+    """What identifies a checkpoint folder: `identity` (`checkpoint.identity`), the hashes of its
+    configuration and index, its formats.
 
     `note` is what its NOTE.txt says (`checkpoint.fp8_source` copies it from arm to arm), which
     belongs beside every figure.
     """
-    about: dict[str, Any] = {"folder": folder.name}
+    about: dict[str, Any] = {
+        "folder": folder.resolve().name,
+        "identity": checkpoint_identity(folder),
+    }
     if (folder / "NOTE.txt").is_file():
         about["note"] = " ".join((folder / "NOTE.txt").read_text(encoding="utf-8").split())
     for name in ("config.json", "hf_quant_config.json", "model.safetensors.index.json"):
@@ -124,6 +129,25 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     if config.exists():
         about["quantization_config"] = json.loads(config.read_text()).get("quantization_config")
+    return about
+
+
+def describe_served(endpoint: Endpoint, folder: Path | None) -> dict[str, Any]:
+    """What is known of the weights behind an address; {} if nothing.
+
+    Our server says the identity of what it serves; of another, the user may name the folder.
+    Raises UsageError if the server says that it serves another checkpoint than the folder's.
+    """
+    health = endpoint.server.get("health")
+    said = health.get("checkpoint") if isinstance(health, Mapping) else None
+    if folder is None:
+        return {"identity": said} if isinstance(said, str) else {}
+    about = describe_checkpoint(folder)
+    if isinstance(said, str) and said != about["identity"]:
+        raise UsageError(
+            f"--checkpoint {folder} is {about['identity'][:20]}..., but {endpoint.url} serves "
+            f"{said[:20]}...: name the folder that is served"
+        )
     return about
 
 

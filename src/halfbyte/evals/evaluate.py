@@ -194,6 +194,8 @@ def _begin(
                 changed.append(f"{name}: {was!r} and {now!r}")
         if run.checkpoint.get("headers sha256") != checkpoint.get("headers sha256"):
             changed.append("the checkpoint's tensors")
+        elif run.checkpoint.get("identity", now_is := checkpoint.get("identity")) != now_is:
+            changed.append("the checkpoint's weights")
         judge, limits = _judge_of(config), _sandbox_of(config)
         if run.judge and judge:
             changed += [f"judge {text}" for text in differing_judges(run.judge, judge)]

@@ -12,6 +12,7 @@ import torch
 from fastapi import FastAPI
 
 from halfbyte.chat.tokens import ChatFormat, load_chat
+from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.checkpoint.metadata import read_config
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
@@ -90,9 +91,9 @@ class Front:
     tracing: Tracing | None = None
 
     def config(
-        self, max_model_len: int, vocab_size: int, facts: Mapping[str, object]
+        self, directory: Path, max_model_len: int, vocab_size: int, facts: Mapping[str, object]
     ) -> ServerConfig:
-        """The server's configuration for a model."""
+        """The server's configuration for the model of a directory."""
         return ServerConfig(
             model_names=self.names,
             max_model_len=max_model_len,
@@ -107,7 +108,10 @@ class Front:
             dialect=self.dialect,
             allowed_hosts=self.allowed_hosts,
             allowed_origins=self.allowed_origins,
-            facts=tuple((f"engine_{key}", value) for key, value in facts.items()),
+            facts=(
+                ("checkpoint", checkpoint_identity(directory)),
+                *((f"engine_{key}", value) for key, value in facts.items()),
+            ),
         )
 
     def announce(self, app: FastAPI, details: Sequence[str]) -> None:
@@ -150,6 +154,7 @@ def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:
         Supervisor(service_of(engine), load_again),
         chat,
         front.config(
+            directory,
             engine.max_model_len,
             engine.vocab_size,
             {**dataclasses.asdict(resolved), **engine.facts()},
@@ -179,6 +184,7 @@ def launch_vllm(plan: VllmPlan, chat: ChatFormat, front: Front) -> FastAPI:
         Supervisor(VllmProcess(plan, key), lambda: VllmProcess(plan, key)),
         chat,
         front.config(
+            plan.directory,
             plan.flags.get("max-model-len", text.max_positions),
             text.vocab_size,
             {"name": "vllm", "command": plan.command()},
