@@ -175,9 +175,10 @@ def is_long(number: int) -> bool:
     return number % LONG_EVERY == LONG_EVERY - 1
 
 
-def shares(*, long: bool) -> dict[str, float]:
-    """The kinds of a batch with their shares of its tokens."""
-    return {k: share for k, (_, share) in SHARES.items() if (k in LONG_KINDS) is long}
+def shares(*, long: bool, changed: Mapping[str, float] | None = None) -> dict[str, float]:
+    """The kinds of a batch with their shares of its tokens; `changed` ones instead of the usual."""
+    everything = {kind: share for kind, (_, share) in SHARES.items()} | dict(changed or {})
+    return {k: share for k, share in everything.items() if (k in LONG_KINDS) is long and share > 0}
 
 
 def training_batch(
@@ -187,9 +188,10 @@ def training_batch(
     control: Mapping[str, int],
     short: Shape = SHORT,
     long: Shape = LONG,
+    changed: Mapping[str, float] | None = None,
 ) -> Batch:
     """The batch of a number: always the kind that is furthest behind its share."""
-    wanted = shares(long=is_long(number))
+    wanted = shares(long=is_long(number), changed=changed)
     shape = long if is_long(number) else short
     packer = _Packer(shape, control["[IMG]"], control["<pad>"])
     rng = Random(f"{seed}/{number}")
@@ -257,16 +259,20 @@ def _work(
     most_ahead: int,
     short: Shape,
     long: Shape,
+    changed: Mapping[str, float],
 ) -> None:
     vocabulary = Vocabulary(tekken)
     encoder = Encoder(vocabulary)
     number = start + worker
+    parent = multiprocessing.parent_process()
     while True:
         # The trainer deletes what it has used up. Who makes the very batch that it waits for must
         # never wait in turn, however many later ones are there.
         while number > _first_waiting(folder, number) + most_ahead:
             time.sleep(0.2)
-        batch = training_batch(number, seed, encoder, vocabulary.control, short, long)
+            if parent is None or not parent.is_alive():
+                return
+        batch = training_batch(number, seed, encoder, vocabulary.control, short, long, changed)
         batch.save(path_of(folder, number))
         number += num_workers
 
@@ -281,12 +287,24 @@ def start_workers(
     most_ahead: int = 2000,
     short: Shape = SHORT,
     long: Shape = LONG,
+    changed: Mapping[str, float] | None = None,
 ) -> list[multiprocessing.Process]:
-    """Processes that write batches from number `start` on; daemons, so they end with the caller."""
+    """Processes that write batches from number `start` on; they end when the caller does."""
     context = multiprocessing.get_context("spawn")
     workers = []
     for worker in range(num_workers):
-        arguments = (tekken, folder, seed, worker, num_workers, start, most_ahead, short, long)
+        arguments = (
+            tekken,
+            folder,
+            seed,
+            worker,
+            num_workers,
+            start,
+            most_ahead,
+            short,
+            long,
+            changed or {},
+        )
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         workers.append(process)

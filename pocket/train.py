@@ -9,11 +9,12 @@ import argparse
 import json
 import logging
 import math
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from pocket import packs
 from pocket.encode import ANSWER, Encoder
-from pocket.mixture import AT_LENGTH, GRADED
+from pocket.mixture import AT_LENGTH, GRADED, SHARES
 from pocket.model import (
     Attend,
     Inputs,
@@ -41,6 +42,8 @@ logger = logging.getLogger("pocket")
 FILE_BYTES = 15 << 20
 # Rows whose logits are computed at a time.
 LOSS_ROWS = 16384
+# How long a batch may take to come before something must be wrong.
+PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +52,18 @@ class Settings:
 
     seconds         wall time of the sitting from the first step, the fall of the rate included
     decay_seconds   the rate falls to zero over the last so many; 0 leaves it up for a next sitting
+    shares          shares of kinds that differ from `mixture.SHARES`, in percent
     """
 
     seconds: float
     decay_seconds: float
-    muon_rate: float = 0.02
-    adam_rate: float = 0.003
+    muon_rate: float = 0.006
+    adam_rate: float = 0.001
     warmup_steps: int = 200
     seed: int = 1
     eval_every_s: float = 60.0
     eval_items: int = 96
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 class Muon:
@@ -189,6 +194,7 @@ class Loader:
         self._ahead = ahead
         self._pool = ThreadPoolExecutor(ahead)
         self._waiting: deque[Any] = deque()
+        self._is_closed = False
         self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[tuple[int, Inputs, Tensor, Tensor]]:
@@ -199,12 +205,23 @@ class Loader:
             number, future = self._waiting.popleft()
             started = time.perf_counter()
             moved = future.result()
+            assert moved is not None, "read from a closed loader"
             self.waited_s += time.perf_counter() - started
             yield number, *moved
 
-    def _load(self, number: int) -> tuple[Inputs, Tensor, Tensor]:
+    def close(self) -> None:
+        """End the waiting for batches that nobody will use."""
+        self._is_closed = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def _load(self, number: int) -> tuple[Inputs, Tensor, Tensor] | None:
         path = packs.path_of(self._folder, number)
+        deadline = time.monotonic() + PATIENCE_S
         while not path.exists():
+            if self._is_closed:
+                return None
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"batch {number} did not come within {PATIENCE_S:.0f} s")
             time.sleep(0.01)
         batch = packs.Batch.load(path)
         path.unlink()
@@ -227,7 +244,6 @@ class Trainer:
         linears = {name: w for name, w in self.weights.items() if is_linear(name)}
         self.muon = Muon(linears, compiled=compiled)
         self._linears = linears
-        # Rates of the embedding, the head, the rest; the norms' is the rest's.
         rest = [w for name, w in self.weights.items() if not is_linear(name)]
         self.adam = torch.optim.AdamW(
             [{"params": rest, "rate": settings.adam_rate}],
@@ -363,50 +379,40 @@ def load_checkpoint(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def run(args: argparse.Namespace) -> None:
-    """One sitting."""
-    device = args.device
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    settings = Settings(
-        args.seconds,
-        args.decay_seconds,
-        args.muon_rate,
-        args.adam_rate,
-        args.warmup_steps,
-        args.seed,
-        args.eval_every,
-        args.eval_items,
+def _settings(args: argparse.Namespace) -> Settings:
+    return Settings(
+        seconds=args.seconds,
+        decay_seconds=args.decay_seconds,
+        muon_rate=args.muon_rate,
+        adam_rate=args.adam_rate,
+        warmup_steps=args.warmup_steps,
+        seed=args.seed,
+        eval_every_s=args.eval_every,
+        eval_items=args.eval_items,
+        shares=dict(args.shares),
     )
+
+
+def _shapes(args: argparse.Namespace) -> tuple[packs.Shape, packs.Shape]:
+    """Short and long batches, smaller ones where the command says so."""
+    if not args.tokens:
+        return packs.SHORT, packs.LONG
+    patches = max(packs.IMAGE_PATCHES, args.tokens // 8)
+    short, long = (
+        replace(shape, tokens=args.tokens, patches=patches) for shape in (packs.SHORT, packs.LONG)
+    )
+    return short, long
+
+
+def _trainer(args: argparse.Namespace, state: dict[str, Any] | None) -> Trainer:
+    """The model with first weights, a warm start's, or those of the state."""
+    device = args.device
     config = pocket_config(
         layers=args.layers,
         width=args.width,
         mlp_width=args.mlp_width,
         vision_layers=args.vision_layers,
         vision_width=args.vision_width,
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    state_file = args.out / "state.pt"
-    args.batches.mkdir(parents=True, exist_ok=True)
-    for old in args.batches.iterdir():
-        old.unlink()
-    state = torch.load(state_file, map_location=device) if state_file.exists() else None
-    start = state["step"] if state else args.first_batch
-    short, long = packs.SHORT, packs.LONG
-    if args.tokens:
-        patches = max(packs.IMAGE_PATCHES, args.tokens // 8)
-        short, long = (
-            replace(shape, tokens=args.tokens, patches=patches) for shape in (short, long)
-        )
-    packs.start_workers(
-        args.tekken,
-        args.batches,
-        seed=args.seed,
-        num_workers=args.workers,
-        start=start,
-        most_ahead=args.most_ahead,
-        short=short,
-        long=long,
     )
     compiled = device != "cpu" and not args.eager
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -415,9 +421,24 @@ def run(args: argparse.Namespace) -> None:
     if args.warm_start is not None:
         loaded = load_checkpoint(args.warm_start)
         weights = {name: loaded[name].to(device, torch.float32) for name in weights}
-    trainer = Trainer(model=model, weights=weights, settings=settings, compiled=compiled)
-    if state:
+    trainer = Trainer(model=model, weights=weights, settings=_settings(args), compiled=compiled)
+    if state is not None:
         trainer.restore(state)
+    count = sum(weight.numel() for weight in weights.values())
+    logger.info("%d parameters; %s", count, asdict(trainer.settings))
+    return trainer
+
+
+def run(args: argparse.Namespace) -> None:
+    """One sitting."""
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.batches.mkdir(parents=True, exist_ok=True)
+    state_file = args.out / "state.pt"
+    state = torch.load(state_file, map_location=args.device) if state_file.exists() else None
+    start = state["step"] if state else args.first_batch
+    short, long = _shapes(args)
     vocabulary = Vocabulary(args.tekken)
     encoder = Encoder(vocabulary)
 
@@ -435,8 +456,28 @@ def run(args: argparse.Namespace) -> None:
             )
         ]
 
-    logger.info("%d parameters; %s", sum(w.numel() for w in weights.values()), asdict(settings))
-    _loop(trainer, Loader(args.batches, device, start), held_out, args)
+    # A folder of its own: batches that an earlier run left behind are other ones.
+    with tempfile.TemporaryDirectory(dir=args.batches, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        workers = packs.start_workers(
+            args.tekken,
+            folder,
+            seed=args.seed,
+            num_workers=args.workers,
+            start=start,
+            most_ahead=args.most_ahead,
+            short=short,
+            long=long,
+            changed=dict(args.shares),
+        )
+        loader = Loader(folder, args.device, start)
+        try:
+            _loop(_trainer(args, state), loader, held_out, args)
+        finally:
+            loader.close()
+            for worker in workers:
+                worker.terminate()
+                worker.join()
 
 
 def _loop(
@@ -527,6 +568,13 @@ def _save(trainer: Trainer, args: argparse.Namespace) -> None:
     logger.info("saved at step %d", trainer.step_number)
 
 
+def _share(text: str) -> tuple[str, float]:
+    kind, _, percent = text.partition("=")
+    if kind not in SHARES:
+        raise argparse.ArgumentTypeError(f"{kind!r} is no kind; there are {', '.join(SHARES)}")
+    return kind, float(percent)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pocket.train", description=__doc__)
@@ -539,8 +587,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decay-seconds", type=float, default=200.0)
     parser.add_argument("--steps", type=int, default=0, help="end after this step, if not 0")
     parser.add_argument("--first-batch", type=int, default=0)
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--adam-rate", type=float, default=0.003)
+    parser.add_argument("--muon-rate", type=float, default=0.006)
+    parser.add_argument("--adam-rate", type=float, default=0.001)
     parser.add_argument("--warmup-steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=14)
@@ -550,6 +598,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--final-items", type=int, default=0, help="items a kind at the end")
     parser.add_argument("--save-every", type=float, default=120.0)
     parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument(
+        "--shares",
+        nargs="*",
+        type=_share,
+        default=[],
+        metavar="KIND=PERCENT",
+        help="other shares of the training tokens than mixture.SHARES",
+    )
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=384)

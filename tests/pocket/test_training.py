@@ -165,6 +165,7 @@ def test_measuring_counts_answers_without_a_miss(vocabulary: Vocabulary) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_sitting_ends_with_a_checkpoint_and_the_next_goes_on(
     tmp_path: Path, tekken: Path
 ) -> None:
