@@ -70,6 +70,18 @@ def test_every_row_of_a_batch_belongs_to_one_sequence(number: int, vocabulary: V
     assert (found == np.arange(len(found))).all()
 
 
+def test_a_sitting_may_change_the_mixture(vocabulary: Vocabulary) -> None:
+    encoder, control = Encoder(vocabulary), vocabulary.control
+    changed = dict.fromkeys((kind for kind in packs.shares(long=False) if kind != "drill"), 0.0)
+    batch = training_batch(0, 1, encoder, control, SHORT, LONG, changed)
+    assert set(batch.kinds.tolist()) == {"drill"}
+    assert dict(parse(["--tekken=t", "--out=o", "--batches=b", "--shares", "hard=2.5"]).shares) == {
+        "hard": 2.5
+    }
+    with pytest.raises(SystemExit):
+        parse(["--tekken=t", "--out=o", "--batches=b", "--shares", "nothing=2"])
+
+
 def test_a_worker_whose_batch_is_awaited_never_waits(tmp_path: Path) -> None:
     """Later batches may fill the folder while one is missing: that one must still be made."""
     for number in range(5, 50):
