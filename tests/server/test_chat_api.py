@@ -258,7 +258,7 @@ async def test_rules_reach_the_engine(
         body = {"model": "m", "messages": HELLO, "n": 2, **fields}
         await client.post("/v1/chat/completions", json=body)
     # One mask each: what the first answer has said does not bind the second.
-    one, two = (cast(GrammarMask, request.mask) for request in bench.service.requests)
+    one, two = (cast("GrammarMask", request.mask) for request in bench.service.requests)
     assert one is not two
     assert one.begin(bench.ids(fitting)) == len(bench.ids(fitting))
     assert two.begin(bench.ids(other)) < len(bench.ids(other))
