@@ -192,7 +192,7 @@ async def test_engine_error_is_a_status_before_and_a_frame_after_the_start(
         assert broken.status_code == 200
         lines = broken.text.strip().split("\n\n")
         assert "lost its mind" in lines[-2] and '"error"' in lines[-2]
-        assert lines[-1] == "data: [DONE]"
+        assert lines[-1] == "data: [DONE]" and "event:" not in broken.text
         whole = await client.post("/v1/chat/completions", json={**body, "stream": False})
         assert whole.status_code == 500
     assert not bench.service.running
