@@ -97,6 +97,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "evals/test_records.py",
         "flows/test_evals_pages.py",
     ),
+    "formats/nvfp4": ("quantize/test_scales.py",),
     "formats/measure": ("quantize/test_layer.py",),
     "quantize/export": ("quantize/test_interop.py", "quantize/test_pipeline.py"),
     "quantize/record": ("quantize/test_page.py",),

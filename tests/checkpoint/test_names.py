@@ -17,6 +17,7 @@ from halfbyte.checkpoint.names import (
     foreign_module,
     foreign_name,
     hub_to_native_rows,
+    is_scale,
     native_to_hub_rows,
     rotary_heads,
 )
@@ -162,3 +163,13 @@ def test_only_q_and_k_have_rotary_rows(make: Any) -> None:
     assert heads["decoder.0.attention.k.weight"] == make.text.num_kv_heads
     assert heads["encoder.0.attention.k.weight"] == make.vision.num_heads
     assert {name.split(".")[-2] for name in heads} == {"q", "k"}
+
+
+def test_scales_of_every_dialect_are_told_from_what_they_scale() -> None:
+    layer = "model.layers.0.mlp.up_proj"
+    ours = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
+    theirs = ("weight_scale_inv", "activation_scale", "qscale_weight", "qscale_act")
+    for role in (*ours, *theirs):
+        assert is_scale(f"{layer}.{role}"), role
+    for name in (f"{layer}.weight", f"{layer}.bias", "model.norm.weight", "k_scale.weight"):
+        assert not is_scale(name), name

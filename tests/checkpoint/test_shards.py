@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from halfbyte.checkpoint.shards import (
     StoredTensor,
     parse_json,
+    read_bytes,
     read_columns,
     read_header,
     read_rows,
@@ -69,10 +70,33 @@ def test_rows_and_columns_are_slices(
         assert read(stored, start, stop).equal(wanted)
 
 
-def test_columns_of_a_big_tensor_come_in_chunks(
-    matrix: tuple[torch.Tensor, StoredTensor], monkeypatch: pytest.MonkeyPatch
+@given(data=st.data())
+def test_bytes_are_those_of_the_file(
+    matrix: tuple[torch.Tensor, StoredTensor], data: st.DataObject
 ) -> None:
-    monkeypatch.setattr("halfbyte.checkpoint.shards._CHUNK_BYTES", 50)
+    weight, stored = matrix
+    everything = weight.view(torch.uint8).numpy().tobytes()
+    start = data.draw(st.integers(0, len(everything)))
+    stop = data.draw(st.integers(start, len(everything)))
+    assert bytes(read_bytes(stored, start, stop)) == everything[start:stop]
+
+
+def test_a_tensor_without_rows_or_columns_has_slices(tmp_path: Path) -> None:
+    tensors = {"rowless": torch.empty(0, 7), "narrow": torch.empty(7, 0), "w": torch.ones(2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = read_header(tmp_path / "x.safetensors")[0]
+    assert read_rows(found["rowless"], 0, 0).shape == (0, 7)
+    assert read_columns(found["rowless"], 2, 5).shape == (0, 3)
+    assert read_rows(found["narrow"], 2, 5).shape == (3, 0)
+    assert read_columns(found["narrow"], 0, 0).shape == (7, 0)
+
+
+# Two rows at once, or less than one: a single row may be larger than what is read at once.
+@pytest.mark.parametrize("chunk_bytes", [50, 5])
+def test_columns_of_a_big_tensor_come_in_chunks(
+    matrix: tuple[torch.Tensor, StoredTensor], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr("halfbyte.checkpoint.shards._CHUNK_BYTES", chunk_bytes)
     weight, stored = matrix
     assert read_columns(stored, 3, 9).equal(weight[:, 3:9])
     assert read_whole(stored).equal(weight)
@@ -226,6 +250,19 @@ def test_an_index_cannot_point_elsewhere(tmp_path: Path, shard: object) -> None:
     two_shards(tmp_path)
     write_index(tmp_path, {"a": shard})
     with pytest.raises(CheckpointError, match="is no shard beside it"):
+        scan(tmp_path)
+
+
+def test_an_index_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_index(tmp_path, two_shards(tmp_path))
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("halfbyte.checkpoint.shards.read_bounded", refused)
+    with pytest.raises(CheckpointError, match=r"index\.json: cannot be read \(Permission denied\)"):
         scan(tmp_path)
 
 

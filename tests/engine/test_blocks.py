@@ -25,11 +25,13 @@ def test_released_prefix_is_found_until_its_blocks_are_needed() -> None:
         pool.publish(block, digest)
     pool.release(blocks)
     assert pool.find([*digests, b"c"]) == blocks
+    assert pool.knows(b"a") and pool.knows(b"b") and not pool.knows(b"c")
     assert (pool.num_free, pool.num_cached) == (4, 2)
     taken = pool.allocate(3)
     # The end of the sequence goes first: its beginning is still of use.
     assert pool.find(digests) == blocks[:1]
     assert blocks[1] in taken
+    assert pool.knows(b"a") and not pool.knows(b"b")
     pool.check([taken])
 
 

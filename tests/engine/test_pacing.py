@@ -68,13 +68,14 @@ def test_prompts_alone_give_a_start_and_no_more() -> None:
     pacer = PrefillPacer(2.0)
     pacer.observe(0.1, 0, 100)  # a millisecond a token
     for _ in range(9):
-        pacer.observe(0.010, 4, 0)
-    assert pacer.max_prefill_tokens() == 8  # four fifths of one decode's ten milliseconds
-    pacer.observe(9.0, 0, 100)
-    assert pacer.max_prefill_tokens() == 8
+        pacer.observe(0.100, 4, 0)
+    assert pacer.max_prefill_tokens() == 80  # four fifths of one decode's hundred milliseconds
+    for _ in range(40):
+        pacer.observe(9.0, 0, 100)
+    assert pacer.max_prefill_tokens() == 80
     # Half as fast beside answers: a fifth of the way there after each step.
-    pacer.observe(0.010 + 8 * 0.002, 4, 8)
-    assert pacer.max_prefill_tokens() == 6  # 8 / (1 + 0.2)
+    pacer.observe(0.100 + 80 * 0.002, 4, 80)
+    assert pacer.max_prefill_tokens() == 66  # 80 / 1.2
 
 
 def test_no_limit_when_none_is_wanted() -> None:

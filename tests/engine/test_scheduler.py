@@ -210,6 +210,16 @@ def test_who_waits_for_a_promised_prefix_holds_up_nobody_behind() -> None:
     assert [work.sequence for work in machine.step()] == [maker, other]
 
 
+def test_an_answer_that_is_complete_but_unread_holds_up_nobody() -> None:
+    """Run ahead: its last token is reserved, nothing of it is to be computed any more."""
+    machine = Machine(num_blocks=40, max_sequences=4, max_batch_tokens=20)
+    done, other = machine.add([0, 1, 2], 2), machine.add([1, 0, 0], 5)
+    machine.step()
+    done.reserve(0)
+    assert done.is_exhausted and not other.is_exhausted
+    assert [work.sequence for work in machine.scheduler.plan()] == [other]
+
+
 def test_waiting_for_a_promised_prefix_survives_the_abort_of_its_maker() -> None:
     machine = Machine(num_blocks=40, max_batch_tokens=3)
     prompt = [0, 1, 2, 0, 1, 2, 2, 1, 0]

@@ -42,6 +42,10 @@ def _needs_language_data() -> None:
         ),
         ("words:words_position", {"keyword": "sun"}, "The Sun shines; the sun sets.", True),
         ("words:words_position", {"keyword": "sun"}, "The moon shines.", False),
+        # Without a closing mark the last word is the last word.
+        ("words:words_position", {"keyword": "sun"}, "The sun may sun us", True),
+        ("words:words_position", {"keyword": "sun"}, "The sun does sun us all", False),
+        ("words:words_position", {"keyword": "sun"}, "", False),
         # Indices are of characters and the end is included.
         (
             "repeat:repeat_span",

@@ -15,6 +15,8 @@ from halfbyte.evals.grading.judge import grade_judged, judge_prompt, read_verdic
         ("Incorrect, it is not", False),
         ("The answer is CORRECT", None),
         ("CORRECTLY", None),
+        ("CORRECT / INCORRECT", None),
+        ("Incorrect, no, correct", None),
         ("", None),
     ],
 )

@@ -192,7 +192,7 @@ async def test_engine_error_is_a_status_before_and_a_frame_after_the_start(
         assert broken.status_code == 200
         lines = broken.text.strip().split("\n\n")
         assert "lost its mind" in lines[-2] and '"error"' in lines[-2]
-        assert lines[-1] == "data: [DONE]"
+        assert lines[-1] == "data: [DONE]" and "event:" not in broken.text
         whole = await client.post("/v1/chat/completions", json={**body, "stream": False})
         assert whole.status_code == 500
     assert not bench.service.running
@@ -258,7 +258,7 @@ async def test_rules_reach_the_engine(
         body = {"model": "m", "messages": HELLO, "n": 2, **fields}
         await client.post("/v1/chat/completions", json=body)
     # One mask each: what the first answer has said does not bind the second.
-    one, two = (cast(GrammarMask, request.mask) for request in bench.service.requests)
+    one, two = (cast("GrammarMask", request.mask) for request in bench.service.requests)
     assert one is not two
     assert one.begin(bench.ids(fitting)) == len(bench.ids(fitting))
     assert two.begin(bench.ids(other)) < len(bench.ids(other))
