@@ -1,5 +1,6 @@
 """Pictures as viewers show them, opened without decoding, decoded without waste."""
 
+import contextlib
 import io
 import os
 import struct
@@ -158,6 +159,16 @@ def test_a_key_with_a_wrong_checksum_is_none() -> None:
     damaged = chunk(b"tRNS", struct.pack(">3H", 9, 8, 7), damage=1)
     data = png(1, [bytes([9, 8, 7])], 8, 2, damaged)
     assert opened(data).decode().getpixel((0, 0)) == (9, 8, 7)
+
+
+@pytest.mark.parametrize("colour", range(8))
+@pytest.mark.parametrize("kind", [b"tRNS", b"eXIf", b"PLTE", b"IHDR", b"acTL"])
+def test_chunks_that_do_not_fit_the_header_are_no_crash(kind: bytes, colour: int) -> None:
+    for depth in (0, 1, 2, 3, 4, 8, 15, 16, 255):
+        for length in (0, 1, 2, 6, 13, 400):
+            data = png(1, [bytes(9)], depth, colour, chunk(kind, b"\xff" * length))
+            with contextlib.suppress(PictureError):
+                opened(data).decode()
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 3))

@@ -118,8 +118,8 @@ class Picture:
 def open_picture(data: bytes, *, max_pixels: int) -> Picture:
     """Read a file's header. Raises PictureError for other formats and for more pixels."""
     is_png = data.startswith(_PNG)
-    data, key, exif = _without_extras(data) if is_png else (data, None, b"")
     with _decoding(max_pixels):
+        data, key, exif = _without_extras(data) if is_png else (data, None, b"")
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if image.format == "WEBP":
@@ -217,10 +217,11 @@ def _without_extras(data: bytes) -> tuple[bytes, int | tuple[int, int, int] | No
 
 
 def _key(body: bytes, depth: int, colour: int) -> int | tuple[int, int, int] | None:
-    if colour == 0 and len(body) == 2:
+    # Depths that PNG does not have for a colour type are refused by whoever decodes.
+    if colour == 0 and len(body) == 2 and depth in (1, 2, 4, 8, 16):
         (grey,) = struct.unpack(">H", body)
         return int(grey) if depth == 16 else int(grey) * 255 // (2**depth - 1)
-    if colour == 2 and len(body) == 6:
+    if colour == 2 and len(body) == 6 and depth in (8, 16):
         red, green, blue = (value >> (depth - 8) for value in struct.unpack(">3H", body))
         return red, green, blue
     return None

@@ -8,6 +8,7 @@ from hypothesis import given
 
 from halfbyte.chat.tools import (
     CallIds,
+    OpeningBrace,
     checked_arguments,
     new_call_id,
     read_arguments,
@@ -89,7 +90,7 @@ def test_a_strict_schema_that_is_none_is_refused_by_name(schema: dict[str, Any],
         ('{"a": "hel', {"a": "hel"}),
         ('{"a": [1, 2', {"a": [1, 2]}),
         ('{"a": {"b": "c"}, "d', {"a": {"b": "c"}}),
-        ("{", {}),
+        ('{"', {}),
         ('{"a', {}),
     ],
 )
@@ -113,17 +114,25 @@ def test_arguments_that_were_cut_off_are_closed(text: str, value: dict[str, Any]
 )
 def test_every_beginning_of_an_object_is_read(value: dict[str, Any], data: st.DataObject) -> None:
     text = json.dumps(value, ensure_ascii=False)
-    cut = data.draw(st.integers(1, len(text)))
+    cut = data.draw(st.integers(2, len(text)))
     found = read_arguments(text[:cut], "x")
     assert set(found) <= set(value)
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a" 1}', "{a: 1}", '{"a": 1} x', "[1, 2", '"abc', "12", '{"a": NaN']
+    "text", ["{", " {\n", '{"a" 1}', "{a: 1}", '{"a": 1} x', "[1, 2", '"abc', "12", '{"a": NaN']
 )
 def test_what_was_never_an_object_is_refused(text: str) -> None:
     with pytest.raises(RequestError):
         read_arguments(text, "x")
+
+
+@given(st.text('{} \n"a:1,', max_size=12), st.integers(1, 4))
+def test_arguments_are_shown_from_what_follows_their_brace_on(text: str, step: int) -> None:
+    brace = OpeningBrace()
+    pieces = [brace.feed(text[start : start + step]) for start in range(0, len(text), step)]
+    shown = "".join(pieces)
+    assert shown == ("" if text.strip() in ("", "{") else text)
 
 
 def call(*ids: str) -> dict[str, Any]:

@@ -94,7 +94,6 @@ def _shapes() -> Iterator[Case]:
         "null part": [{"role": "user", "content": [None]}],
         "unknown part": [{"role": "user", "content": [{"type": "audio"}]}],
         "part without text": [{"role": "user", "content": [{"type": "text"}]}],
-        "constructor": [{"role": "user", "content": "x", "__class__": "y"}],
         "assistant only": [{"role": "assistant", "content": "x"}],
         "system only": [{"role": "system", "content": "x"}],
         "tool without call": [*HELLO, {"role": "tool", "tool_call_id": "a", "content": "x"}],
@@ -113,12 +112,24 @@ def _shapes() -> Iterator[Case]:
         "call with a list": [*HELLO, _calling("[]")],
         "call with a bad name": [*HELLO, _calling("{}", name="a b")],
         "call with an empty id": [*HELLO, _calling("{}", call_id="")],
-        "call without result": [*HELLO, _calling("{}"), *HELLO],
+        "call with a brace": [*HELLO, _calling("{"), *HELLO],
+        "result nobody waits for": [
+            *HELLO,
+            _calling("{}"),
+            {"role": "tool", "tool_call_id": "b", "content": "x"},
+        ],
     }
     for name, value in messages.items():
         yield Case(f"messages: {name}", CHAT, chat(messages=value))
-    nothing = [*HELLO, {"role": "assistant"}, *HELLO]
-    yield Case("messages: empty assistant", CHAT, chat(messages=nothing), (200,))
+    # What clients do send: fields that nobody knows, calls that somebody broke into.
+    answered = {
+        "empty assistant": [*HELLO, {"role": "assistant"}, *HELLO],
+        "constructor": [{"role": "user", "content": "x", "__class__": "y"}],
+        "call without result": [*HELLO, _calling("{}"), *HELLO],
+        "call that was cut off": [*HELLO, _calling('{"a": [1, "b'), *HELLO],
+    }
+    for name, value in answered.items():
+        yield Case(f"messages: {name}", CHAT, chat(messages=value), (200,))
     yield Case("messages: 5000", CHAT, chat(messages=HELLO * 5000))
     yield Case("messages: over the context", CHAT, said("word " * 20_000))
 
@@ -156,16 +167,25 @@ def _values() -> Iterator[Case]:
         "top_logprobs": [5, -1, 100],
         "stream": ["yes", 1],
         "stream_options": [{"include_usage": "x"}, {"x": 1}, True],
-        "reasoning_effort": ["medium", "HIGH", 5, "high; drop table"],
+        "reasoning_effort": ["MEDIUM", "HIGH", 5, "high; drop table"],
         "max_reasoning_tokens": [-1, "x"],
         "min_tokens": [-1, 100],
         "stop_token_ids": [[-1], [10**9], ["x"]],
-        "user_id": [1],
         "functions": [[{"name": "f"}]],
         "modalities": [["audio"], ["text", "image"]],
         "audio": [{"voice": "x"}],
-        "prediction": [{"type": "content"}],
     }
+    # Left out with a warning, taken as the nearest, or without a meaning here.
+    answered = {
+        "user_id": 1,
+        "reasoning_effort": "medium",
+        "prediction": {"type": "content"},
+        "__proto__": {"model": "x"},
+        "": {"": None},
+        "\0": "\0",
+    }
+    for field, value in answered.items():
+        yield Case(f"value: {field!r} is answered", CHAT, chat(**{field: value}), (200,))
     for field, bad in values.items():
         for number, value in enumerate(bad):
             statuses = (404,) if field == "model" else (400,)

@@ -206,7 +206,7 @@ async def test_images_reach_the_engine(make_bench: MakeBench) -> None:
 
     buffer = io.BytesIO()
     Image.new("RGB", (100, 60), "red").save(buffer, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    url = " \n\0data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode() + "\n "
     parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
     bench = make_bench("red", EOS)
     answer = await both(bench, messages=[{"role": "user", "content": parts}])

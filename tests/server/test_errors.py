@@ -10,6 +10,7 @@ import pytest
 from server.conftest import MakeBench
 
 HELLO = [{"role": "user", "content": "Hello"}]
+WARNING = "x-halfbyte-warning"
 CHAT = {"model": "m", "messages": HELLO}
 
 
@@ -209,3 +210,47 @@ async def test_nulls_and_bookkeeping_fields_change_nothing(make_bench: MakeBench
     async with bench.http() as client:
         answer = await client.post("/v1/chat/completions", content=json.dumps(body))
         assert answer.status_code == 200, answer.text
+
+
+LONG = "x" * 50_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": LONG},
+        {LONG: 1},
+        {"messages": [{"role": "user", "content": "x", LONG: {}}]},
+        {"messages": [{"role": LONG, "content": "x"}]},
+        {"messages": [{"role": "tool", "content": "x", "tool_call_id": "a" * 500}]},
+        {"reasoning_effort": LONG},
+        {"tools": [{"type": "function", "function": {"name": LONG}}]},
+        {"tool_choice": {"type": "function", "function": {"name": LONG}}, "tools": []},
+        {"logit_bias": {LONG: 1}},
+        {"response_format": {"type": LONG}},
+        {"response_format": {"type": "regex", "regex": "(" + LONG}},
+        {"response_format": {"type": "grammar", "grammar": "start: " + LONG}},
+    ],
+)
+async def test_messages_stay_short_whatever_was_sent(
+    make_bench: MakeBench, change: dict[str, Any]
+) -> None:
+    async with make_bench("x", 2).http() as client:
+        answer = await client.post("/v1/chat/completions", json={**CHAT, **change})
+    assert answer.status_code in (400, 404)
+    assert_error(answer.json())
+    assert len(answer.content) < 3000
+
+
+@pytest.mark.parametrize("name", ["", " ", "\0", "a\nb", "\x85", "é", "\U0001f600", "x " * 400])
+async def test_odd_names_of_fields_are_named_in_sound_headers(
+    make_bench: MakeBench, name: str
+) -> None:
+    body = {**CHAT, name: 1, "user": {name: 1}}
+    async with make_bench("x", 2, unknown_fields="accept").http() as client:
+        warning = (await client.post("/v1/chat/completions", json=body)).headers[WARNING]
+    assert warning == warning.strip() and warning.isascii() and warning.isprintable()
+    async with make_bench("x", 2).http() as client:
+        error = (await client.post("/v1/chat/completions", json=body)).json()["error"]
+    assert error["code"] == "unknown_parameter" and error["param"].strip()
+    assert error["message"].isprintable()

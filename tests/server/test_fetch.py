@@ -248,6 +248,31 @@ async def test_a_redirect_leads_to_http_only(names: list[str], scheme: str) -> N
     assert names == ["example.com"]
 
 
+@pytest.mark.parametrize("status", [300, 301, 304, 307, 399])
+@pytest.mark.parametrize("location", [None, "http://[", "http://[::1/x", "//[x]", "\u2100", ""])
+async def test_redirects_to_nowhere_are_refused(
+    names: list[str], status: int, location: str | None
+) -> None:
+    to = "" if location is None else f"Location: {location}\r\n"
+    answer = f"HTTP/1.1 {status} x\r\n{to}Content-Length: 0\r\n\r\n".encode()
+    async with site(lambda path: answer) as (port, _):
+        with pytest.raises(RequestError, match=r"^p: "):
+            await fetch_image(f"http://example.com:{port}/a", "p", OPEN, 1000)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://[", "http://[x]/", "http://a]/", "https://[::1", "http:", "https:/", "http://\0/",
+     "http://\u2100.com/", "http://a:b/", "http://a:99999/", "http://a..b/", "http://%00/",
+     "http://" + "a" * 300, "http://" + "a." * 200, "http://xn--/", "http://x@/", "HTTP://[::1]x/",
+     "http://example.com/" + "a" * 9000, "//example.com/", "[", ":", "", "http"],
+)  # fmt: skip
+async def test_what_is_no_address_is_refused_whatever_the_policy(url: str) -> None:
+    for policy in (OPEN, ImageFetch()):
+        with pytest.raises(RequestError, match=r"^p: "):
+            await fetch_image(url, "p", policy, 9)
+
+
 async def test_body_is_cut_off_while_it_streams(names: list[str]) -> None:
     endless = b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 10_000_000
     async with site(lambda path: endless) as (port, _):

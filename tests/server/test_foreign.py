@@ -164,7 +164,7 @@ async def test_unknown_fields_are_left_out_and_named(make_bench: MakeBench) -> N
     )
     assert answer.status_code == 200, answer.text
     warning = answer.headers["x-halfbyte-warning"]
-    for name in ("frobnicate", "messages[0].timestamp", "messages[0].content[0].x", "tools[0].s"):
+    for name in ("frobnicate", "messages[0].timestamp", "messages[0].content[0].x", "tools[0].'s"):
         assert name in warning
     assert warning.isascii() and "\n" not in warning
     assert not lines
@@ -333,8 +333,49 @@ async def test_an_interrupted_call_goes_on(make_bench: MakeBench, path: str) -> 
     }
     answer = await ask(bench, path, **bodies[path])
     assert answer.status_code == 200, answer.text
-    assert "interrupted: messages[1]" in answer.headers["x-halfbyte-warning"]
+    place = "input[1]" if path == "/v1/responses" else "messages[1]"
+    assert f"interrupted: {place}" in answer.headers["x-halfbyte-warning"]
     prompt = bench.chat.vocabulary.decode(
         bench.service.requests[0].prompt_token_ids, keep_control=True
     )
     assert '[ARGS]{"city": "Ro"}' in prompt and "interrupted" in prompt
+
+
+@pytest.mark.parametrize("num_tokens", range(3, 9))
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_that_met_its_limit_anywhere_can_be_sent_back(
+    make_bench: MakeBench, num_tokens: int, stream: bool
+) -> None:
+    bench = open_bench(make_bench, CALLS, "f", ARGS, '{"a": 1}', EOS)
+    options: dict[str, Any] = {"messages": HELLO, "tools": [tool("f")], "stream": stream}
+    options["max_tokens"] = num_tokens
+    client: Any = bench.openai()
+    if stream:
+        arguments = ""
+        async for chunk in await client.chat.completions.create(model="m", **options):
+            for call in chunk.choices[0].delta.tool_calls or ():
+                arguments += call.function.arguments or ""
+    else:
+        answer = await client.chat.completions.create(model="m", **options)
+        assert answer.choices[0].finish_reason == "length"
+        arguments = answer.choices[0].message.tool_calls[0].function.arguments
+    function = {"name": "f", "arguments": arguments}
+    call = {"id": "abcdefghi", "type": "function", "function": function}
+    item = {"type": "function_call", "call_id": "abcdefghi", "name": "f", "arguments": arguments}
+    user = {"role": "user", "content": "Go on"}
+    message = {"role": "assistant", "tool_calls": [call]}
+    chat = await ask(bench, "/v1/chat/completions", messages=[*HELLO, message, user])
+    told = await ask(bench, "/v1/responses", input=[*HELLO, item, user])
+    assert (chat.status_code, told.status_code) == (200, 200), chat.text + told.text
+
+
+@pytest.mark.parametrize("arguments", ["{", " { ", '{"a" 1', "[", '{"a": NaN}', "x"])
+async def test_arguments_that_no_answer_ends_in_are_named(
+    make_bench: MakeBench, arguments: str
+) -> None:
+    bench = open_bench(make_bench, "ok", EOS)
+    item = {"type": "function_call", "call_id": "a", "name": "f", "arguments": arguments}
+    output = {"type": "function_call_output", "call_id": "a", "output": "y"}
+    told = await ask(bench, "/v1/responses", instructions="I", input=[*HELLO, item, output])
+    assert told.status_code == 400
+    assert "input[1].arguments" in told.text and "messages[" not in told.text

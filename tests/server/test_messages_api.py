@@ -269,3 +269,73 @@ async def test_head_answers_on_every_page_that_get_does(make_bench: MakeBench) -
                 head.content == b"" and head.headers["content-type"] == got.headers["content-type"]
             )
         assert (await http.head("/v1/messages")).status_code == 405
+
+
+def _use(call_id: str, name: str = "f", **given: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def _result(call_id: str, *content: Any) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": call_id, "content": list(content)}
+
+
+_TEXT = {"type": "text", "text": "x"}
+_LEFT_OUT = {"type": "redacted_thinking", "data": "x"}
+_NO_IMAGE = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": "eHh4"},
+}
+
+
+@pytest.mark.parametrize("system", [None, "Be brief.", [_TEXT, _TEXT]])
+@pytest.mark.parametrize(
+    ("turns", "path"),
+    [
+        ([[_TEXT], [_use("a")], [_result("b")]], "messages[2].content[0].tool_use_id"),
+        ([[_TEXT], [_use("a")], [_TEXT, _result("a"), _result("a")]],
+         "messages[2].content[2].tool_use_id"),
+        ([[_LEFT_OUT, _TEXT, _NO_IMAGE]], "messages[0].content[2].source"),
+        ([[_TEXT], [_LEFT_OUT, _use("a"), _use("b", "c d")], [_result("a"), _result("b")]],
+         "messages[1].content[2].name"),
+        ([[_TEXT], [_use("a"), _use("b")], [_result("a"), _result("b", _TEXT, _NO_IMAGE)]],
+         "messages[2].content[1].content[1].source"),
+        ([[_TEXT], [_use("a")], [_TEXT, _result("a"), _NO_IMAGE]],
+         "messages[2].content[2].source"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("route", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_errors_name_the_block_that_was_sent(
+    make_bench: MakeBench, turns: list[Any], path: str, system: Any, route: str
+) -> None:
+    messages = [
+        {"role": ("user", "assistant")[number % 2], "content": content}
+        for number, content in enumerate(turns)
+    ]
+    body: dict[str, Any] = {"model": "m", "messages": messages, "system": system}
+    if route == "/v1/messages":
+        body["max_tokens"] = 5
+    async with make_bench("x", EOS).http() as client:
+        answer = await client.post(route, json=body)
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith(path + ": ")
+    assert "tool_call" not in message and "image_url" not in message
+
+
+async def test_errors_and_warnings_name_the_tool_and_the_format_that_were_sent(
+    make_bench: MakeBench,
+) -> None:
+    hosted = {"type": "web_search_20250305", "name": "web_search"}
+    loose = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}
+    ask = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}
+    async with make_bench("x", EOS).http() as client:
+        tools = [hosted, {"name": "f", "input_schema": loose}]
+        held = await client.post("/v1/messages", json={**ask, "tools": tools})
+        assert "tools[1].input_schema.properties.a" in held.headers["x-halfbyte-warning"]
+        tools = [hosted, {"name": "f g", "input_schema": {}}]
+        refused = await client.post("/v1/messages", json={**ask, "tools": tools})
+        assert "tools[1].name: " in refused.text
+        form = {"format": {"type": "json_schema", "schema": {"type": "banana"}}}
+        refused = await client.post("/v1/messages", json={**ask, "output_config": form})
+        assert "output_config.format.schema" in refused.text
+        assert "response_format" not in refused.text

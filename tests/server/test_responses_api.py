@@ -117,7 +117,7 @@ async def test_schema_holds_the_answer(make_bench: MakeBench) -> None:
         ({"background": True}, "background"),
         ({"truncation": "always"}, "truncation"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
-        ({"reasoning": {"effort": "medium"}}, "reasoning_effort"),
+        ({"reasoning": {"effort": "medium"}}, "reasoning.effort"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input[0]"),
     ],
 )
@@ -287,3 +287,77 @@ async def test_images_beyond_the_context_are_never_decoded(
             answer = await client.post(route, json=body)
             assert answer.status_code == 400, answer.text
             assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({"input": [{"type": "web_search_call"}]}, "input"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+        ({"input": [{**USER, "role": "system"}]}, "input"),
+        ({"input": [USER, DONE_CALL, {**OUTPUT, "call_id": "b"}]}, "input[2].call_id"),
+        ({"input": [{"type": "no_such_item"}]}, "input[0]"),
+        (
+            {
+                "input": "x",
+                "tools": [
+                    {"type": "web_search"},
+                    {
+                        "type": "namespace",
+                        "name": "n",
+                        "tools": [
+                            {"type": "custom", "name": "c"},
+                            {**TOOL, "parameters": {"type": "string"}},
+                        ],
+                    },
+                ],
+            },
+            "tools[1].tools[1].parameters",
+        ),
+        (
+            {
+                "input": "x",
+                "text": {
+                    "format": {
+                        "type": "json_schema",
+                        "name": "n",
+                        "schema": {"type": "banana"},
+                        "strict": True,
+                    }
+                },
+            },
+            "text.format",
+        ),
+        ({"input": "x" * 100, "max_output_tokens": 10**6}, "max_output_tokens"),
+    ],
+)
+async def test_errors_are_in_the_words_of_this_route(
+    make_bench: MakeBench, body: dict[str, Any], path: str
+) -> None:
+    async with make_bench("x", EOS).http() as client:
+        answer = await client.post("/v1/responses", json={"model": "m", **body})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert path in message or answer.json()["error"]["param"] == path
+    for foreign in ("messages", "tool_call_id", "function.", "response_format", "_item_form"):
+        assert foreign not in message
+
+
+SAID = {"role": "assistant", "content": "said"}
+THOUGHT = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
+
+
+@pytest.mark.parametrize("between", [[THOUGHT], [SAID], [SAID, THOUGHT], [THOUGHT, THOUGHT, SAID]])
+async def test_what_stands_between_a_call_and_its_output_is_of_the_same_turn(
+    make_bench: MakeBench, between: list[dict[str, Any]]
+) -> None:
+    second = {**DONE_CALL, "call_id": "b"}
+    outputs = [OUTPUT, {**OUTPUT, "call_id": "b"}]
+    bench = make_bench("x", EOS)
+    async with bench.http() as client:
+        body = {"model": "m", "input": [USER, DONE_CALL, *between, second, *outputs, USER]}
+        assert (await client.post("/v1/responses", json=body)).status_code == 200
+        body["input"] = [USER, *between, DONE_CALL, second, *outputs, USER]
+        if THOUGHT not in between[1:]:
+            assert (await client.post("/v1/responses", json=body)).status_code == 200
+    assert len({request.prompt_token_ids for request in bench.service.requests}) == 1

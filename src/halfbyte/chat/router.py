@@ -15,7 +15,7 @@ events cannot matter.
     name       [CALL_ID]       id         nothing; models of some versions write one
     id         text            id         nothing yet
     name, id   [ARGS]          arguments  CallStart if the name is known
-    arguments  text            arguments  CallArguments
+    arguments  text            arguments  CallArguments, from what follows the opening brace on
     any        end of answer              what was held back
 """
 
@@ -26,7 +26,7 @@ from typing import TypeAlias
 
 from halfbyte.chat.detokenize import StopStrings, TextStream
 from halfbyte.chat.prompt import ControlTokens
-from halfbyte.chat.tools import is_call_id, new_call_id
+from halfbyte.chat.tools import OpeningBrace, is_call_id, new_call_id
 from halfbyte.chat.vocabulary import Vocabulary
 
 
@@ -99,6 +99,7 @@ class Router:
         self._name = ""
         self._call_id = ""
         self._arguments = ""
+        self._brace = OpeningBrace()
         self._is_open = False
         self._used_ids: set[str] = set()
         self.num_calls = 0
@@ -182,7 +183,8 @@ class Router:
             self._call_id += text
             return []
         if self._is_open:
-            return [CallArguments(self.num_calls - 1, text)]
+            shown = self._brace.feed(text)
+            return [CallArguments(self.num_calls - 1, shown)] if shown else []
         self._arguments += text
         return []
 
@@ -201,6 +203,7 @@ class Router:
         if not self._live_calls or self._name.strip() not in self._tool_names:
             return []
         self._is_open = True
+        self._brace = OpeningBrace()
         return [self._start_call()]
 
     def _start_call(self) -> CallStart:

@@ -117,7 +117,8 @@ def read_arguments(arguments: str, path: str) -> dict[str, Any]:
     Anything else would enter the prompt as a JSON string, which no model was trained on. What
     Python reads beyond JSON is refused: NaN, Infinity, numbers that become infinite, and escapes
     that make half a surrogate pair, which is no text. An object that was cut off is closed behind
-    its last whole value: so ends an answer that has met its limit, and clients send it back.
+    its last whole value: so ends an answer that has met its limit, and clients send it back. A
+    brace alone is no such object; no answer of ours ends so (`OpeningBrace`).
     """
     if not arguments.strip():
         return {}
@@ -149,11 +150,34 @@ def checked_arguments(arguments: str, path: str) -> str:
 
 def _begun_object(text: str) -> Any:
     """The values of a JSON object that were there before it was cut off; ValueError for others."""
+    if text.strip() == "{":
+        raise ValueError("nothing follows its brace; send {} for an empty object")
     value = pydantic_core.from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
     if not isinstance(value, dict):
         raise ValueError("it is cut off")
     # Numbers too large for JSON's readers are refused as in whole objects.
     return json.loads(json.dumps(value), parse_constant=_no_constant, parse_float=_finite)
+
+
+class OpeningBrace:
+    """Holds back the brace that a call's arguments begin with until something follows it.
+
+    An answer may meet its limit right there. What clients get, and send back, is then a call
+    without arguments, which is an empty object, instead of a brace, which is nothing.
+    """
+
+    def __init__(self) -> None:
+        self._held: str | None = ""
+
+    def feed(self, text: str) -> str:
+        """What may be shown after one more piece of the arguments."""
+        if self._held is None:
+            return text
+        self._held += text
+        if self._held.strip() in ("", "{"):
+            return ""
+        shown, self._held = self._held, None
+        return shown
 
 
 _NO_RESULT = "(The call was interrupted and has no result.)"

@@ -40,6 +40,7 @@ class Call:
             return
         self._warnings += new
         text = "; ".join(self._warnings).encode("ascii", "backslashreplace").decode()
-        text = re.sub(r"[^\x20-\x7e]", " ", text)[:_MAX_WARNING_CHARS]
+        # Names of fields may be anything; a header's value neither begins nor ends with a blank.
+        text = re.sub(r"[^\x20-\x7e]", " ", text)[:_MAX_WARNING_CHARS].strip()
         self.headers["x-halfbyte-warning"] = text
         self.facts["warnings"] = text

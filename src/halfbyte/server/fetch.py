@@ -8,7 +8,7 @@ the body is cut off at the limit while it streams; the whole has a deadline.
 import asyncio
 import ipaddress
 import socket
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import httpx
 
@@ -39,15 +39,17 @@ _NOT_PUBLIC = tuple(
 )
 # The only part of IPv6 that is handed out; all else is local, retired, or without a meaning yet.
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_MAX_URL_CHARS = 8192
 # An IPv4 address in the last 32 bits, for the gateways of the network.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 async def fetch_image(url: str, path: str, policy: ImageFetch, max_bytes: int) -> bytes:
     """The bytes behind an image URL. RequestError for all that the policy forbids or that fails."""
-    scheme = urlsplit(url).scheme.lower() if len(url) < 8192 else ""
-    if scheme not in ("http", "https"):
+    if url.partition(":")[0].lower() not in ("http", "https"):
         raise _refused(path, "image URLs must begin with data:, http: or https:")
+    if len(url) > _MAX_URL_CHARS:
+        raise _refused(path, f"an address of {len(url):,} characters; {_MAX_URL_CHARS:,} are read")
     if not policy.hosts:
         raise _refused(path, "this server does not fetch image URLs; send a data: URL")
     try:
@@ -56,7 +58,7 @@ async def fetch_image(url: str, path: str, policy: ImageFetch, max_bytes: int) -
                 data, redirect = await _get(url, path, policy, max_bytes)
                 if redirect is None:
                     return data
-                url = urljoin(url, redirect)
+                url = _joined(url, redirect, path)
     except TimeoutError as error:
         raise _refused(path, f"not fetched within {policy.deadline_s:g} s") from error
     raise _refused(path, f"more than {policy.max_redirects} redirects")
@@ -71,7 +73,7 @@ async def _get(url: str, path: str, policy: ImageFetch, max_bytes: int) -> tuple
             async with client.stream(
                 "GET", request, headers={"Host": host}, extensions=extensions
             ) as response:
-                if response.is_redirect:
+                if response.has_redirect_location:
                     return b"", response.headers["location"]
                 if response.status_code != 200:
                     raise _refused(path, f"the image's server answered {response.status_code}")
@@ -85,14 +87,22 @@ async def _get(url: str, path: str, policy: ImageFetch, max_bytes: int) -> tuple
             raise _refused(path, f"not fetched: {type(error).__name__}") from error
 
 
+def _joined(url: str, redirect: str, path: str) -> str:
+    """Where a redirect leads; RequestError if that is no address."""
+    try:
+        return urljoin(url, redirect)
+    except ValueError as error:
+        raise _refused(path, "redirected to what is no valid URL") from error
+
+
 async def _pinned(url: str, path: str, policy: ImageFetch) -> tuple[str, httpx.URL, dict[str, str]]:
     """(Host header, URL with the checked address for a host, TLS name) of a permitted URL."""
     try:
         parsed = httpx.URL(url)
         port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        host = parsed.host.rstrip(".").lower()
     except (httpx.InvalidURL, ValueError) as error:
         raise _refused(path, "not a valid URL") from error
-    host = parsed.host.rstrip(".").lower()
     if parsed.scheme not in ("http", "https") or not host or parsed.userinfo:
         raise _refused(path, "not a plain http or https URL")
     if not host_allowed(host, policy.hosts):

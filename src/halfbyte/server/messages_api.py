@@ -16,7 +16,7 @@ from halfbyte.errors import RequestError
 from halfbyte.server.backend import Backend
 from halfbyte.server.call import Call
 from halfbyte.server.completion import Job, run
-from halfbyte.server.messages_wire import CountRequest, MessagesRequest, as_messages_error
+from halfbyte.server.messages_wire import CountRequest, MessagesRequest, paths_of
 from halfbyte.server.pieces import Piece
 from halfbyte.server.prepare import chat_job, chat_prompt, check_sampling
 from halfbyte.server.problems import messages_error_body, status_and_body
@@ -91,7 +91,7 @@ async def count_tokens(backend: Backend, request: CountRequest) -> dict[str, Any
     try:
         prompt, _ = await chat_prompt(backend, chat)
     except RequestError as error:
-        raise as_messages_error(error) from error
+        raise paths_of(request).error(error) from error
     return {"input_tokens": len(prompt.token_ids)}
 
 
@@ -104,12 +104,12 @@ async def _events(
         with backend.admission.admit(call.key, 1):
             # Clients always send the most that they would take; the context may leave less.
             job = await chat_job(backend, chat, clamp_max_tokens=True)
-            job.warnings = (*warnings, *job.warnings)
+            job.warnings = (*warnings, *map(paths_of(request).text, job.warnings))
             call.warn(job.warnings)
             async for event in _job_events(backend, request, job, call):
                 yield event
     except RequestError as error:
-        raise as_messages_error(error) from error
+        raise paths_of(request).error(error) from error
 
 
 async def _job_events(

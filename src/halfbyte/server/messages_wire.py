@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from halfbyte.errors import RequestError
 from halfbyte.server import wire
+from halfbyte.server.paths import Origin, Paths
 from halfbyte.server.wire import Wire
 
 # Blocks that only Anthropic's own servers make and read. An answer of ours never holds one.
@@ -279,13 +280,13 @@ class CountRequest(Wire):
         try:
             return wire.parse(wire.ChatRequest, body), tuple(warnings)
         except RequestError as error:
-            raise as_messages_error(error) from error
+            raise paths_of(self).error(error) from error
 
     def _sampling(self) -> dict[str, Any]:
         return {}
 
     def _prompt(self, efforts: tuple[str, ...], warnings: list[str]) -> dict[str, Any]:
-        body: dict[str, Any] = {"messages": _chat_messages(self, warnings)}
+        body: dict[str, Any] = {"messages": _chat_messages(self, warnings)[0]}
         tools = [tool for tool in self.tools if isinstance(tool, ToolDefinition)]
         hosted = [tool for tool in self.tools if isinstance(tool, HostedTool)]
         if hosted:
@@ -341,19 +342,34 @@ class MessagesRequest(CountRequest):
 
 
 # The other way about: what chat requests call things that this wire has under other names.
+_FIELDS = {
+    "tool_call_id": "tool_use_id",
+    "arguments": "input",
+    "image_url": "source",
+    "parameters": "input_schema",
+}
 _NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
+    "response_format.json_schema": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "max_reasoning_tokens": "thinking.budget_tokens",
     "max_completion_tokens": "max_tokens",
 }
 
 
-def as_messages_error(error: RequestError) -> RequestError:
-    """An error about the chat request, its parameter renamed to the one that the client sent."""
-    param = _NAMES.get(error.param or "", error.param)
-    return RequestError(str(error), param=param, code=error.code, status=error.status)
+def paths_of(request: CountRequest) -> Paths:
+    """The places of a request, as its client knows them."""
+    tools = [
+        f"tools[{number}]"
+        for number, tool in enumerate(request.tools)
+        if isinstance(tool, ToolDefinition)
+    ]
+    names = _NAMES
+    if request.output_format is not None:
+        form = dict.fromkeys(("response_format", "response_format.json_schema"), "output_format")
+        names = _NAMES | form
+    return Paths(_chat_messages(request, [])[1], tools, _FIELDS, names)
 
 
 def _chat_choice(choice: Choice, hosted: list[HostedTool], has_tools: bool) -> dict[str, Any]:
@@ -373,25 +389,38 @@ def _chat_choice(choice: Choice, hosted: list[HostedTool], has_tools: bool) -> d
     return body
 
 
-def _chat_messages(request: CountRequest, warnings: list[str]) -> list[dict[str, Any]]:
-    """Turns to messages: results of tools become messages of their own, ahead of their turn."""
+def _chat_messages(
+    request: CountRequest, warnings: list[str]
+) -> tuple[list[dict[str, Any]], list[Origin]]:
+    """Turns to messages, and where each comes from.
+
+    Results of tools become messages of their own, ahead of their turn.
+    """
     messages: list[dict[str, Any]] = []
+    origins: list[Origin] = []
     if request.system is not None and (system := _joined_text(request.system)):
         messages.append({"role": "system", "content": system})
+        origins.append(Origin("system", "system"))
     for index, turn in enumerate(request.messages):
-        path = f"messages[{index}].content"
+        whole = f"messages[{index}]"
+        origin = Origin(whole, f"{whole}.content")
         if isinstance(turn, SystemTurn):
             messages.append({"role": "system", "content": _joined_text(turn.content)})
+            origins.append(origin)
         elif isinstance(turn.content, str):
             messages.append({"role": turn.role, "content": turn.content})
+            origins.append(origin)
         elif isinstance(turn, AssistantTurn):
-            messages.append(_assistant_message(turn.content, path, warnings))
+            messages.append(_assistant_message(turn.content, origin, warnings))
+            origins.append(origin)
         else:
-            messages += _user_messages(turn.content, path, warnings)
+            for message, found in _user_messages(turn.content, origin, warnings):
+                messages.append(message)
+                origins.append(found)
     if messages and messages[-1]["role"] == "assistant":
         # A last turn of the assistant's is the beginning of its answer.
         messages[-1]["prefix"] = True
-    return messages
+    return messages, origins
 
 
 def _joined_text(content: str | list[TextBlock]) -> str:
@@ -400,59 +429,70 @@ def _joined_text(content: str | list[TextBlock]) -> str:
     return "\n\n".join(block.text for block in content if block.text)
 
 
-def _user_messages(blocks: list[Any], path: str, warnings: list[str]) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = []
+def _user_messages(
+    blocks: list[Any], origin: Origin, warnings: list[str]
+) -> list[tuple[dict[str, Any], Origin]]:
+    """Results of tools, each a message, and what else the turn has; where each comes from."""
+    results: list[tuple[dict[str, Any], Origin]] = []
     parts: list[dict[str, Any]] = []
     for number, block in enumerate(blocks):
-        where = f"{path}[{number}]"
+        path = f"{origin.content}[{number}]"
         if isinstance(block, ToolResultBlock):
+            found = Origin(path, f"{path}.content")
             content: Any = block.content
             if not isinstance(content, str):
-                content = _parts(content, f"{where}.content", warnings)
-            results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+                content = _parts(content, found, warnings)
+            message = {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+            results.append((message, found))
         else:
-            parts += _parts([block], path, warnings, first=number)
+            parts += _parts([block], origin, warnings, first=number)
     if parts or not results:
-        results.append({"role": "user", "content": parts or ""})
+        results.append(({"role": "user", "content": parts or ""}, origin))
     return results
 
 
 def _parts(
-    blocks: list[Any], path: str, warnings: list[str], *, first: int = 0
+    blocks: list[Any], origin: Origin, warnings: list[str], *, first: int = 0
 ) -> list[dict[str, Any]]:
+    """Blocks as parts of a content; `first` is the place of the first in the client's list."""
     parts: list[dict[str, Any]] = []
     for number, block in enumerate(blocks, first):
+        path = f"{origin.content}[{number}]"
+        if isinstance(block, HostedBlock):
+            warnings.append(f"{path} is left out: {block.type}")
+            continue
+        origin.parts.append(path)
         if isinstance(block, ImageBlock):
             parts.append({"type": "image_url", "image_url": {"url": block.url}})
         elif isinstance(block, DocumentBlock):
             if not isinstance(block.source, TextSource):
                 raise RequestError(
-                    f"{path}[{number}].source: documents are read as plain text only (a source of "
+                    f"{path}.source: documents are read as plain text only (a source of "
                     "type text); send the text of the file",
-                    param=f"{path}[{number}].source",
+                    param=f"{path}.source",
                     code="unsupported_content",
                 )
             title = f"{block.title}\n\n" if block.title else ""
             parts.append({"type": "text", "text": title + block.source.data})
-        elif isinstance(block, HostedBlock):
-            warnings.append(f"{path}[{number}] is left out: {block.type}")
         else:
             parts.append({"type": "text", "text": block.text})
     return parts
 
 
-def _assistant_message(blocks: list[Any], path: str, warnings: list[str]) -> dict[str, Any]:
+def _assistant_message(blocks: list[Any], origin: Origin, warnings: list[str]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant"}
     thoughts, texts, calls = [], [], []
     for number, block in enumerate(blocks):
+        path = f"{origin.content}[{number}]"
         if isinstance(block, ThinkingBlock):
             thoughts.append(block.thinking)
         elif isinstance(block, ToolUseBlock):
             arguments = json.dumps(block.input, ensure_ascii=False)
             function = {"name": block.name, "arguments": arguments}
             calls.append({"id": block.id, "type": "function", "function": function})
+            origin.calls.append(path)
         elif isinstance(block, HostedBlock):
-            warnings.append(f"{path}[{number}] is left out: {block.type}")
+            warnings.append(f"{path} is left out: {block.type}")
         else:
             texts.append(block.text)
     if any(thoughts):

@@ -31,6 +31,9 @@ from halfbyte.server.wire import check_count
 # Messages that are made plain on the event loop.
 _FEW_MESSAGES = 64
 
+# Readers of URLs drop these at both ends (WHATWG URL, "basic URL parser").
+_AROUND_URLS = "".join(map(chr, range(0x21)))
+
 Number = TypeVar("Number", int, float)
 
 # Efforts by how much they ask for; other names are nobody's.
@@ -267,6 +270,7 @@ async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> N
 async def _open_image(backend: Backend, url: str, path: str) -> Picture:
     limits = backend.config.limits
     image_limits = ImageLimits(limits.image_bytes, limits.image_pixels)
+    url = url.strip(_AROUND_URLS)
     if url[:5].lower() == "data:":
         data = await asyncio.to_thread(data_url_bytes, url, path, image_limits)
     else:

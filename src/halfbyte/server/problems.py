@@ -23,6 +23,8 @@ _TYPES = {
     504: "timeout_error",
     505: "invalid_request_error",
 }
+# Messages carry what was sent, which may be megabytes; of longer ones both ends are told.
+_MOST_CHARS = 2000
 # The rest of the request is not read; what follows on the connection could not be told from it.
 _CLOSING_STATUSES = (408, 505)
 _CLOSING_CODES = ("invalid_http",)
@@ -33,6 +35,9 @@ def error_body(
 ) -> dict[str, Any]:
     """The one error object of every route, streams included."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    if len(message) > _MOST_CHARS:
+        half = _MOST_CHARS // 2
+        message = f"{message[:half]} [...] {message[-half:]}"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -16,7 +16,7 @@ from halfbyte.server.completion import Job, run
 from halfbyte.server.pieces import Piece
 from halfbyte.server.prepare import chat_job, check_sampling
 from halfbyte.server.problems import status_and_body
-from halfbyte.server.responses_wire import ResponsesRequest, as_input_error
+from halfbyte.server.responses_wire import ResponsesRequest, paths_of
 from halfbyte.server.stream import frame
 
 Event = dict[str, Any]
@@ -73,8 +73,8 @@ async def _events(
         try:
             job = await chat_job(backend, chat)
         except RequestError as error:
-            raise as_input_error(error, request) from error
-        call.warn((*request.left_out(), *job.warnings))
+            raise paths_of(request).error(error) from error
+        call.warn((*request.left_out(), *map(paths_of(request).text, job.warnings)))
         builder = _Builder(request.called)
         body = _body(backend, request, job)
         yield {"type": "response.created", "response": body}
@@ -104,7 +104,7 @@ def _renamed(request: ResponsesRequest) -> wire.ChatRequest:
     try:
         return request.chat_request()
     except RequestError as error:
-        raise as_input_error(error, request) from error
+        raise paths_of(request).error(error) from error
 
 
 @dataclass(slots=True)

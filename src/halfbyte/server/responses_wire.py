@@ -4,14 +4,13 @@ Nothing is stored here: `previous_response_id`, `conversation` and `background` 
 """
 
 import hashlib
-import re
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from halfbyte.errors import RequestError
 from halfbyte.server import wire
+from halfbyte.server.paths import Origin, Paths
 from halfbyte.server.wire import Wire
 
 # Tools and items that the service's own servers run and make. They are left out by name: clients
@@ -281,7 +280,7 @@ class ResponsesRequest(Wire):
         """The same request in the form of /v1/chat/completions."""
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": _messages(self),
+            "messages": _converted(self)[0],
             "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -289,7 +288,7 @@ class ResponsesRequest(Wire):
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "response_format": _response_format(self.text),
         }
-        functions = self._functions()
+        functions = [(namespace, tool) for _, namespace, tool in self.functions()]
         if functions:
             body["tools"] = [
                 {
@@ -318,20 +317,24 @@ class ResponsesRequest(Wire):
             body["tool_choice"] = choice
         return wire.parse(wire.ChatRequest, body)
 
-    def _functions(self) -> list[tuple[str | None, FunctionTool]]:
-        """The functions among the tools, each with the namespace it came in."""
-        found: list[tuple[str | None, FunctionTool]] = []
-        for tool in self.tools:
+    def functions(self) -> list[tuple[str, str | None, FunctionTool]]:
+        """The functions among the tools, each with its path and the namespace it came in."""
+        found: list[tuple[str, str | None, FunctionTool]] = []
+        for number, tool in enumerate(self.tools):
+            path = f"tools[{number}]"
             if isinstance(tool, FunctionTool):
-                found.append((None, tool))
+                found.append((path, None, tool))
             elif isinstance(tool, NamespaceTool):
-                inner = [one for one in tool.tools if isinstance(one, FunctionTool)]
-                found += [(tool.name, one) for one in inner]
+                found += [
+                    (f"{path}.tools[{index}]", tool.name, one)
+                    for index, one in enumerate(tool.tools)
+                    if isinstance(one, FunctionTool)
+                ]
         return found
 
     def called(self, name: str) -> dict[str, str]:
         """What a call of the model names, as the client knows it: `name`, and its `namespace`."""
-        for namespace, tool in self._functions():
+        for _, namespace, tool in self.functions():
             if namespace is not None and joined_name(namespace, tool.name) == name:
                 return {"name": tool.name, "namespace": namespace}
         return {"name": name}
@@ -361,73 +364,62 @@ def _named(choice: NamedFunction) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
-def as_input_error(error: RequestError, request: ResponsesRequest) -> RequestError:
-    """An error about messages, in the words of what the client of this route has sent."""
-    origins = _converted(request)[1]
-    text = _MESSAGE_PATH.sub(lambda match: _in_input(match, origins), str(error))
-    param = error.param
-    if param is not None and param.startswith("messages"):
-        param = _MESSAGE_PATH.sub(lambda match: _in_input(match, origins), param)
-        param = "input" if param.startswith("messages") else param
-    return RequestError(text, param=param, code=error.code, status=error.status)
+# What the chat request calls things that this wire has under other names.
+_FIELDS = {"tool_call_id": "call_id", "id": "call_id"}
+_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "response_format.json_schema": "text.format",
+}
 
 
-# The start of a path into messages, as far as items of the input are named otherwise.
-_MESSAGE_PATH = re.compile(
-    r"messages\[(?P<index>\d+)\](?P<field>\.tool_calls\[(?P<call>\d+)\](?:\.function)?|\.content)?"
-)
+def paths_of(request: ResponsesRequest) -> Paths:
+    """The places of a request, as its client knows them."""
+    tools = [place for place, _, _ in request.functions()]
+    return Paths(_converted(request)[1], tools, _FIELDS, _NAMES)
 
 
-@dataclass(slots=True)
-class _Origin:
-    """Where a message comes from: paths of its content, its thought and its calls."""
-
-    whole: str
-    content: str = ""
-    calls: list[str] = field(default_factory=list)
-
-
-def _in_input(match: re.Match[str], origins: list[_Origin]) -> str:
-    index = int(match["index"])
-    if index >= len(origins):
-        return "input"
-    origin = origins[index]
-    if match["call"] is not None and int(match["call"]) < len(origin.calls):
-        return origin.calls[int(match["call"])]
-    if match["field"] == ".content" and origin.content:
-        return origin.content
-    return origin.whole + (match["field"] or "")
-
-
-def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
-    return _converted(request)[0]
-
-
-def _converted(request: ResponsesRequest) -> tuple[list[dict[str, Any]], list[_Origin]]:
+def _converted(request: ResponsesRequest) -> tuple[list[dict[str, Any]], list[Origin]]:
     """Items to messages, and where each comes from.
 
-    Thoughts and calls join the assistant's message they belong to.
+    Thoughts and calls join the assistant's message they belong to. So does whatever else the
+    assistant said while a call of that message waits for an output that comes later.
     """
     messages: list[dict[str, Any]] = []
-    origins: list[_Origin] = []
+    origins: list[Origin] = []
     if request.instructions is not None:
         messages.append({"role": "system", "content": request.instructions})
-        origins.append(_Origin("instructions", "instructions"))
+        origins.append(Origin("instructions", "instructions"))
     if isinstance(request.input, str):
         messages.append({"role": "user", "content": request.input})
-        return messages, [*origins, _Origin("input", "input")]
+        return messages, [*origins, Origin("input", "input")]
+    outputs = [
+        (number, item.call_id)
+        for number, item in enumerate(request.input)
+        if isinstance(item, FunctionOutput)
+    ]
+    last_output = {call_id: number for number, call_id in outputs}
     for number, item in enumerate(request.input):
         path = f"input[{number}]"
+        waiting = _calls_waiting(messages, last_output, number)
         if isinstance(item, InputMessage):
             content = _content(item.content)
             if item.role != "assistant":
                 messages.append({"role": item.role, "content": content})
+            elif waiting and "content" not in messages[-1]:
+                messages[-1]["content"] = content
             else:
                 _assistant(messages, can_have_content=True)["content"] = content
         elif isinstance(item, ReasoningItem):
             texts = item.content or item.summary
             thought = "".join(part.text for part in texts)
-            if thought:
+            if thought and waiting:
+                thought = messages[-1].get("reasoning_content", "") + thought
+                messages[-1]["reasoning_content"] = thought
+            elif thought:
                 messages.append({"role": "assistant", "reasoning_content": thought})
         elif isinstance(item, FunctionCall):
             name = joined_name(item.namespace, item.name)
@@ -438,7 +430,7 @@ def _converted(request: ResponsesRequest) -> tuple[list[dict[str, Any]], list[_O
             output = _content(item.output)
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
         if len(messages) > len(origins):
-            origins.append(_Origin(path))
+            origins.append(Origin(path))
         if isinstance(item, InputMessage):
             origins[-1].content = f"{path}.content"
         elif isinstance(item, FunctionOutput):
@@ -446,6 +438,14 @@ def _converted(request: ResponsesRequest) -> tuple[list[dict[str, Any]], list[_O
         elif isinstance(item, FunctionCall):
             origins[-1].calls.append(path)
     return messages, origins
+
+
+def _calls_waiting(
+    messages: list[dict[str, Any]], last_output: dict[str, int], number: int
+) -> bool:
+    """Whether the last message has called something whose output comes after an item."""
+    calls = messages[-1].get("tool_calls", ()) if messages else ()
+    return any(last_output.get(call["id"], -1) > number for call in calls)
 
 
 def _assistant(messages: list[dict[str, Any]], *, can_have_content: bool) -> dict[str, Any]:

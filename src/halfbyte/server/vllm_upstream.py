@@ -15,13 +15,13 @@ import re
 import shutil
 import signal
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import httpx
 
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning
-from halfbyte.chat.tools import with_results
+from halfbyte.chat.tools import OpeningBrace, with_results
 from halfbyte.engine.request import Event, GenerationRequest, TokenLogprobs
 from halfbyte.errors import CapacityError, RequestError, UnsupportedError
 from halfbyte.server import wire
@@ -327,11 +327,13 @@ class _Told:
     """What the chunks of one choice have told so far.
 
     num_calls  tool calls that have begun
+    brace      of the arguments of the last one
     shown      what the last text was a part of; None before any
     held       log-probs of tokens that no text has come of yet: a part of a character, say
     """
 
     num_calls: int = 0
+    brace: OpeningBrace = field(default_factory=OpeningBrace)
     is_thinking: bool = False
     shown: type[Delta] | None = None
     held: tuple[TokenEntry, ...] = ()
@@ -359,9 +361,10 @@ def _chat_pieces(
         function = call.get("function") or {}
         if function.get("name") and call["index"] >= so_far.num_calls:
             so_far.num_calls = call["index"] + 1
+            so_far.brace = OpeningBrace()
             found.append(CallStart(call["index"], call["id"], function["name"]))
-        if function.get("arguments"):
-            found.append(CallArguments(call["index"], function["arguments"]))
+        if arguments := so_far.brace.feed(function.get("arguments") or ""):
+            found.append(CallArguments(call["index"], arguments))
     for one in found:
         so_far.shown = type(one)
         yield Piece(choice.index, one, entries if isinstance(one, Content) else ())

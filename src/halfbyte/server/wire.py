@@ -627,6 +627,7 @@ def parse_json(body: bytes | bytearray) -> Any:
 # Fields that are left out, one after the other, before a body counts as not meant for this route.
 _MAX_LEFT_OUT = 200
 _MAX_NAMED = 20
+_MAX_NAME_CHARS = 100
 _MISSING: Any = object()
 
 
@@ -710,6 +711,10 @@ def check_count(count: int, limit: int, param: str, *, what: str | None = None) 
 def _refusal(problem: Any, value: Any) -> RequestError:
     path = _written(_place(problem, value))
     text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "union_tag_invalid":
+        # In our words: pydantic names functions of ours, and tags for what is left out.
+        known = problem["ctx"]["expected_tags"].replace(", 'hosted'", "")
+        text = f"{problem['ctx']['tag']!r} is not known here; known are {known}"
     if problem["type"] == "extra_forbidden":
         return RequestError(f"unknown field: {path}", param=path, code="unknown_parameter")
     code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
@@ -753,7 +758,13 @@ def _written(place: list[str | int]) -> str:
     """`messages[0].content` from its steps."""
     path = ""
     for step in place:
-        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+        if isinstance(step, int):
+            path += f"[{step}]"
+        else:
+            # A client may call its fields anything; none of it is left unseen, or fills a screen.
+            name = step if step.strip() and step.isprintable() else repr(step)
+            name = name if len(name) <= _MAX_NAME_CHARS else f"{name[:_MAX_NAME_CHARS]}..."
+            path += f".{name}" if path else name
     return path
 
 
