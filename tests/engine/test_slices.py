@@ -159,7 +159,9 @@ def test_pictures_go_through_slices(tmp_path: Path, plan: Plan) -> None:
     text = [token for token in prompt_of(60, 4) if token not in (10, 12, 13)]
     prompt = [*text[:20], *layout, *text[20:40], *layout, *text[40:]]
     size = 3, 6 * 28, 7 * 28
-    pictures = [torch.randn(size, generator=generator).numpy() for _ in range(3)]
+    pictures = [
+        torch.randint(256, size, dtype=torch.uint8, generator=generator).numpy() for _ in range(3)
+    ]
     offsets = 20, 40 + len(layout)
 
     def asked(name: str, *numbers: int) -> GenerationRequest:

@@ -552,6 +552,7 @@ class Engine:
         message: str | None = None,
     ) -> FinishEvent:
         self._scheduler.remove(sequence)
+        self._forget_begun(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence)
         sequence.is_finished = True
@@ -571,6 +572,15 @@ class Engine:
             sequence.num_settled,
             message,
         )
+
+    def _forget_begun(self, sequence: Sequence) -> None:
+        """Let go of what was computed in part for a sequence that has left."""
+        if self._chunk is not None and self._chunk.works is not self._scheduler.carried:
+            self._chunk = None
+        images = self._runner.images
+        if sequence.request.images and images is not None and images.has_begun:
+            left = (*self._scheduler.running, *self._scheduler.waiting)
+            images.release(sequence.request for sequence in left)
 
     def _note_prompt_logprobs(self, work: Work, logits_TV: Tensor) -> None:
         """Keep log-probs of the prompt tokens that follow the rows of this chunk."""
