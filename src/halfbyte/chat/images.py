@@ -27,6 +27,10 @@ _WHITE_SPACE = b"\t\n\f\r "
 _PIECE_CHARS = 2**20  # of a URL at a time, so that no step keeps Python's lock for long
 
 
+# A picture of any size, or pixels as `decode_pixels` gives them.
+ImageSource = Image.Image | NDArray[np.uint8]
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
     """What one image may be."""
@@ -105,10 +109,13 @@ class ImageEncoder:
         return encode_image(self._layout, chunk.image)
 
 
-def encode_image(layout: ImageLayout, image: Image.Image) -> ImageTokens:
-    """Tokens and pixels of one RGB image, scaled by `decode_opened` or of any size."""
-    width, height = image.size
+def encode_image(layout: ImageLayout, image: ImageSource) -> ImageTokens:
+    """Tokens and pixels of one RGB image; pixels are not copied."""
     patch = layout.patch_pixels
+    if isinstance(image, np.ndarray):
+        _, height, width = image.shape
+        return ImageTokens(layout.tokens(width // patch, height // patch), image)
+    width, height = image.size
     largest = -(-layout.max_side_pixels // patch)
     columns, rows = width // patch, height // patch
     if width % patch or height % patch or max(columns, rows) > largest:
@@ -206,6 +213,12 @@ def decode_opened(picture: Picture, path: str, layout: ImageLayout | None = None
         return picture.decode(size)
     except PictureError as error:
         raise RequestError(f"{path}: {error}", param=path, code=error.code) from error
+
+
+def decode_pixels(picture: Picture, path: str, layout: ImageLayout) -> NDArray[np.uint8]:
+    """As `decode_opened`, in the form that waits for the encoder: (3, height, width)."""
+    image = decode_opened(picture, path, layout)
+    return to_pixels(image, image.size)
 
 
 def decode_image(data: bytes, path: str, limits: ImageLimits) -> Image.Image:

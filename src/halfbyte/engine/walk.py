@@ -64,7 +64,9 @@ class Walk:
         left = part.num_units - self._num_done
         least = min(part.least, left)
         fitting = self._costs.num_fitting(part, deadline - started)
-        if fitting is not None and fitting < least and not is_first:
+        # What is not known yet is tried while there is time at all.
+        is_over = started >= deadline if fitting is None else fitting < least
+        if is_over and not is_first:
             return False
         count = min(max(fitting or 0, least), left)
         part.compute(self._num_done, self._num_done + count)

@@ -150,10 +150,8 @@ class VisionModel(nn.Module):
         vectors = []
         for pixels in images:
             channels, height, width = pixels.shape
-            if channels != self.config.num_channels:
-                raise FormatError(
-                    f"an image of {channels} channels; the encoder takes {self.config.num_channels}"
-                )
+            if channels != self.config.num_channels or self.num_vectors(height, width) == 0:
+                raise FormatError(f"an image of {channels} x {height} x {width} has no whole patch")
             encoding = self.begin(height, width, partial(_rows_of, pixels))
             compute_all(encoding.parts())
             vectors.append(encoding.vectors_MD)
@@ -162,9 +160,6 @@ class VisionModel(nn.Module):
     @torch.inference_mode()
     def begin(self, height: int, width: int, rows: PixelRows) -> "Encoding":
         """An image of this many pixels, to be encoded in parts; see `forward`."""
-        if self.num_vectors(height, width) == 0:
-            channels = self.config.num_channels
-            raise FormatError(f"an image of {channels} x {height} x {width} has no whole patch")
         return Encoding(self, height, width, rows)
 
     def num_vectors(self, height: int, width: int) -> int:
@@ -202,25 +197,23 @@ class Encoding:
         self._vision = vision
         self._pixel_rows = rows
         self._rows, self._columns = height // config.patch_size, width // config.patch_size
-        num = self._rows * self._columns
-        heads, head_dim = config.num_heads, config.head_dim
         patch = vision.patch
+        self._num = num = self._rows * self._columns
         is_cpu = patch.device.type == "cpu"
-        self._block_rows = min(_BLOCK_ROWS, num) if is_cpu else num
-        self._query_rows = min(_QUERY_ROWS, num) if is_cpu else num
-        # Each layer's output takes the place of its input, each row of what is attended to that of
-        # its query.
-        self._x_TD = patch.new_empty(num, config.width)
-        self._q_TNH = patch.new_empty(num, heads, head_dim)
+        self._block_rows = _BLOCK_ROWS if is_cpu else num
+        self._query_rows = _QUERY_ROWS if is_cpu else num
+        # Each layer's output takes the place of its input, what is attended to that of the queries.
+        self._x_TD: Tensor | None = None
+        self._q_NTH: Tensor | None = None
         # Head by head: attention reads all keys and values of a head for every block of queries.
-        self._k_NTH = patch.new_empty(heads, num, head_dim)
-        self._v_NTH = patch.new_empty(heads, num, head_dim)
+        self._k_NTH: Tensor | None = None
+        self._v_NTH: Tensor | None = None
         num_vectors = vision.num_vectors(height, width)
         self.vectors_MD = patch.new_empty(num_vectors, len(vision.projector.out))
 
     def parts(self) -> Iterator[Part]:
         """Parts of the whole, to be computed once, in order."""
-        num, side = self._rows * self._columns, self._vision.config.spatial_merge_size
+        num, side = self._num, self._vision.config.spatial_merge_size
         # Whole squares of patches, and whole rows of squares.
         grid_rows = max(self._block_rows // self._columns // side, 1) * side
         yield self._part("embed", self._rows, grid_rows, self._embed)
@@ -229,6 +222,7 @@ class Encoding:
             assert isinstance(layer, EncoderLayer)
             yield self._part("project", num, self._block_rows, partial(self._project, layer))
             yield self._part("attend", num, self._query_rows, self._attend)
+            self._k_NTH = self._v_NTH = None
             yield self._part("transform", num, self._block_rows, partial(self._transform, layer))
         yield self._part("merge", self._rows // side * side, grid_rows, self._merge)
 
@@ -240,37 +234,58 @@ class Encoding:
                 compute(first, min(first + block, rows))
 
         return Part(
-            f"picture: {name}", len(self._x_TD).bit_length(), -(-rows // block), 1, compute_blocks
+            f"picture: {name}", self._num.bit_length(), -(-rows // block), 1, compute_blocks
         )
 
     def _embed(self, start: int, stop: int) -> None:
         side = self._vision.config.patch_size
         rows = slice(start * self._columns, stop * self._columns)
-        self._x_TD[rows] = self._vision.embed(self._pixel_rows(start * side, stop * side))
+        x_TD = self._vision.embed(self._pixel_rows(start * side, stop * side))
+        self._x_TD = self._with_rows(self._x_TD, rows, x_TD)
 
     def _turn(self, start: int, stop: int) -> None:
-        device = self._x_TD.device
+        device = self._vision.patch.device
         self._rotation = patch_rotation(self._vision.config, self._rows, self._columns, device)
 
     def _project(self, layer: EncoderLayer, start: int, stop: int) -> None:
+        assert self._x_TD is not None
         rows = slice(start, stop)
-        q_TNH, k_TNH, v_TNH = layer.project(self._x_TD[rows], self._rotation.rows(rows))
-        self._q_TNH[rows] = q_TNH
-        self._k_NTH[:, rows] = k_TNH.transpose(0, 1)
-        self._v_NTH[:, rows] = v_TNH.transpose(0, 1)
+        projected = layer.project(self._x_TD[rows], self._rotation.rows(rows))
+        q_NTH, k_NTH, v_NTH = (x_TNH.transpose(0, 1) for x_TNH in projected)
+        self._q_NTH = self._with_rows(self._q_NTH, rows, q_NTH)
+        self._k_NTH = self._with_rows(self._k_NTH, rows, k_NTH)
+        self._v_NTH = self._with_rows(self._v_NTH, rows, v_NTH)
 
     def _attend(self, start: int, stop: int) -> None:
-        q_NTH = self._q_TNH[start:stop].transpose(0, 1)
-        out_1NTH = F.scaled_dot_product_attention(q_NTH[None], self._k_NTH[None], self._v_NTH[None])
-        self._q_TNH[start:stop] = out_1NTH[0].transpose(0, 1)
+        assert self._q_NTH is not None and self._k_NTH is not None and self._v_NTH is not None
+        rows = slice(start, stop)
+        out_1NTH = F.scaled_dot_product_attention(
+            self._q_NTH[None, :, rows], self._k_NTH[None], self._v_NTH[None]
+        )
+        self._q_NTH = self._with_rows(self._q_NTH, rows, out_1NTH[0])
 
     def _transform(self, layer: EncoderLayer, start: int, stop: int) -> None:
+        assert self._q_NTH is not None and self._x_TD is not None
         rows = slice(start, stop)
-        self._x_TD[rows] = layer.transform(self._q_TNH[rows], self._x_TD[rows])
+        x_TD = layer.transform(self._q_NTH[:, rows].transpose(0, 1), self._x_TD[rows])
+        self._x_TD = self._with_rows(self._x_TD, rows, x_TD)
+
+    def _with_rows(self, buffer: Tensor | None, rows: slice, values: Tensor) -> Tensor:
+        """The buffer with values in these rows, its last dimension but one; changed in place.
+
+        Values of all rows are themselves the buffer: nothing is copied where one block is all.
+        """
+        if values.shape[-2] == self._num:
+            return values
+        if buffer is None:
+            buffer = values.new_empty((*values.shape[:-2], self._num, values.shape[-1]))
+        buffer[..., rows, :] = values
+        return buffer
 
     def _merge(self, start: int, stop: int) -> None:
         side, columns = self._vision.config.spatial_merge_size, self._columns
         vectors = slice(start // side * (columns // side), stop // side * (columns // side))
+        assert self._x_TD is not None
         x_TD = self._x_TD[start * columns : stop * columns]
         self.vectors_MD[vectors] = self._vision.project(x_TD, stop - start, columns)
 
