@@ -505,3 +505,25 @@ def test_a_draft_model_finds_the_picture_behind_a_chunk(
     found = beside_a_stream(engine, item)["seen"]
     assert set(done) == {0, 1}
     assert found.token_ids == alone(seeing, item).token_ids
+
+
+@needs_exact_kernels
+def test_a_picture_alone_is_encoded_in_short_steps(
+    seeing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without anybody to wait for a token: a client that leaves need not wait for the tower."""
+    monkeypatch.setattr(core, "_ENCODE_S", 0.0)
+    engine = load(seeing, **ROOM)
+    done = watch_encoder(engine, monkeypatch)
+    engine.add(asked("gone", 1))
+    for num_steps in range(1, 6):
+        assert engine.step() == []
+        assert done == [0, *[1] * num_steps]
+    engine.abort("gone")
+    engine.check()
+    encoder = engine._runner.images
+    assert encoder is not None and not encoder.has_begun
+    answers = {"seen": Answer([], [])}
+    engine.add(asked("seen", 2))
+    drain(engine, answers)
+    assert_equal(answers["seen"], alone(seeing, asked("alone", 2)))

@@ -141,6 +141,10 @@ class ImageEncoder:
         ):
             self._begun = None
 
+    def has(self, image: ImageInput) -> bool:
+        """Whether the vectors of an image are there."""
+        return image.digest in self._vectors
+
     @property
     def num_bytes(self) -> int:
         """Of the vectors kept now."""
@@ -198,6 +202,11 @@ class Placing:
                 return False
             self._vectors.append(vectors_MD[first : first + len(rows)])
         return True
+
+    @property
+    def has_missing(self) -> bool:
+        """Whether vectors are still to be computed, by anybody."""
+        return any(not self._encoder.has(one.image) for one in self._shown)
 
     def placement(self) -> Placement | None:
         """What goes where, once `advance` has come to its end; None without image tokens."""

@@ -140,6 +140,10 @@ class Runner:
         step_of = partial(_step, batch)
         return Chunk(works, self.decoder, step_of, batch.attend, placing, self._costs)
 
+    def lacks_images(self, works: SequenceOf[Work]) -> bool:
+        """Whether images that these works show are still to be encoded."""
+        return self.images is not None and self.images.begin(works).has_missing
+
     def places_of(self, works: SequenceOf[Work]) -> Places:
         """Where the works' rows lie as they are now."""
         return self._table.places(works, self.cache.block_tokens)

@@ -68,15 +68,17 @@ class Chunk:
         self._passage = _Passage(decoder, step_of, attend, placing)
         self._walk = Walk(self._passage.parts(), costs)
 
+    def encode(self, deadline: float) -> bool:
+        """As `advance`, but no further than the images; whether they are all there."""
+        return self._placing is None or self._placing.advance(deadline)
+
     @torch.inference_mode()
     def advance(self, deadline: float) -> Finished | None:
         """Go on about until then, a little in any case; the result once all layers are through.
 
         deadline  by `time.perf_counter`
         """
-        if self._placing is not None and not self._placing.advance(deadline):
-            return None
-        if not self._walk.advance(deadline):
+        if not self.encode(deadline) or not self._walk.advance(deadline):
             return None
         return Finished(self.works, *self._passage.concluded)
 
