@@ -328,7 +328,8 @@ def check_images(directory: Path, **options: Any) -> dict[str, Any]:
             prompts.append(text)
             continue
         rows, columns = 2 + index, 3 + index
-        pixels = torch.randn(3, rows * 28, columns * 28, generator=generator).numpy()
+        size = 3, rows * 28, columns * 28
+        pixels = torch.randint(256, size, dtype=torch.uint8, generator=generator).numpy()
         layout = [*([10] * columns + [12]) * rows]
         layout[-1] = 13
         prompts.append([*text[:5], *layout, *text[5:]])

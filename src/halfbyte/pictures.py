@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from halfbyte.errors import HalfbyteError
@@ -26,6 +27,10 @@ MAX_SIDE = 65_535  # pixels; what JPEG and GIF can say, and twice what a camera 
 MAX_WEBP_PIXELS = 24_000_000
 _STRIP_PIXELS = 2**19
 _TRIM_PIXELS = 2**22  # above these the C library is asked to give the decoded file's memory back
+
+# CLIP's statistics, which Pixtral was trained with (mistral-common, DATASET_MEAN and DATASET_STD).
+MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)
+STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # What decides about pixels. Every other chunk may be dropped unread (PNG 5.4, ancillary ones).
@@ -50,6 +55,12 @@ class PictureError(HalfbyteError):
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def normalized(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Pixels (3, height, width) as Pixtral's encoder takes them; four times the bytes."""
+    values = pixels.astype(np.float32) / np.float32(255.0)
+    return (values - MEAN[:, None, None]) / STD[:, None, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from halfbyte.chat.images import (
     to_pixels,
 )
 from halfbyte.errors import RequestError
+from halfbyte.pictures import normalized
 
 LAYOUT = ImageLayout(28, 1540, 10, 12, 13)
 LIMITS = ImageLimits(max_bytes=100_000, max_pixels=1_000_000)
@@ -84,7 +85,8 @@ def test_pixels_equal_those_of_the_pixtral_processor(width: int, height: int) ->
     )
     (expected,) = processor(image, return_tensors="np")["pixel_values"]
     columns, rows = LAYOUT.grid(width, height)
-    assert np.array_equal(to_pixels(image, (columns * 28, rows * 28)), expected)
+    pixels = to_pixels(image, (columns * 28, rows * 28))
+    assert np.array_equal(normalized(pixels), expected)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])
@@ -172,8 +174,10 @@ def test_data_urls() -> None:
 
 
 def test_pixels_are_normalized_channels_first() -> None:
-    pixels = to_pixels(Image.new("RGB", (10, 10), "white"), (28, 56))
-    assert pixels.shape == (3, 56, 28) and pixels.dtype == np.float32
+    image = to_pixels(Image.new("RGB", (10, 10), "white"), (28, 56))
+    pixels = normalized(image)
+    assert image.shape == pixels.shape == (3, 56, 28)
+    assert (image.dtype, pixels.dtype) == (np.uint8, np.float32)
     np.testing.assert_allclose(pixels[0], (1 - 0.48145466) / 0.26862954, rtol=1e-6)
 
 

@@ -22,6 +22,7 @@ from halfbyte.chat.processor import processor_layout
 from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.chat.tokens import load_chat
 from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.pictures import normalized
 
 CHATML = Path(__file__).parent.parent / "data" / "chat" / "chatml"
 NAMES = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
@@ -148,7 +149,7 @@ def test_pixels_are_those_of_the_pixtral_processor(tmp_path: Path, size: tuple[i
     (expected,) = processor(image, return_tensors="np")["pixel_values"]
     layout = load(write(tmp_path / "m")).image_layout
     assert layout is not None
-    assert np.array_equal(encode_image(layout, image).image, expected)
+    assert np.array_equal(normalized(encode_image(layout, image).image), expected)
 
 
 # --- files

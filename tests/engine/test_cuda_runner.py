@@ -363,7 +363,7 @@ def test_scoring_between_steps_changes_nothing(hopper: Path) -> None:
 
 def test_images_take_rows_behind_the_vocabulary(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "vision", layers=2, vision=True)
-    pixels = np.random.default_rng(0).standard_normal((3, 56, 84)).astype(np.float32)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 56, 84), dtype=np.uint8)
     prompt = [*range(20, 27), *([10, 10, 10, 12] * 2)[:-1], 13, *range(30, 40)]
     images = (ImageInput.of(pixels, 7, 8),)
     wanted = run_alone(load(tmp_path / "vision"), prompt, PLAIN, images=images)

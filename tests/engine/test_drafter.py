@@ -368,7 +368,8 @@ def test_pictures_reach_the_head(tmp_path: Path, drafting: Drafting) -> None:
     prompt = [*text[:9], 10, 10, 12, 10, 10, 13, *text[9:]]
     guesses = []
     for seed in (1, 2):
-        pixels = torch.randn(3, 56, 56, generator=generator.manual_seed(seed)).numpy()
+        generator.manual_seed(seed)
+        pixels = torch.randint(256, (3, 56, 56), dtype=torch.uint8, generator=generator).numpy()
         picture = (ImageInput.of(pixels, 9, 6),)
         engine = drafting(target, tmp_path / "head", max_batch_tokens=16, max_sequences=4)
         watched = Watched(engine)

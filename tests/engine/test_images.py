@@ -1,11 +1,10 @@
-from collections.abc import Sequence
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from engine_driver import (
     GREEDY,
@@ -44,7 +43,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def picture(columns: int, rows: int, seed: int, offset: int) -> ImageInput:
     generator = np.random.default_rng(seed)
-    pixels = generator.standard_normal((3, rows * SIDE, columns * SIDE)).astype(np.float32)
+    pixels = generator.integers(0, 256, (3, rows * SIDE, columns * SIDE), dtype=np.uint8)
     return ImageInput.of(pixels, offset, rows * (columns + 1))
 
 
@@ -128,17 +127,17 @@ def test_image_is_encoded_once(seeing: Path, monkeypatch: pytest.MonkeyPatch) ->
     prompt, pictures = two_pictures(0)
     encoder = engine._runner.images
     assert encoder is not None
-    encoded: list[int] = []
+    encoded: list[tuple[int, int]] = []
     vision = encoder._vision
-    forward = vision.forward
+    begin = vision.begin
 
-    def count(pictures: Sequence[Tensor]) -> list[Tensor]:
-        encoded.append(len(pictures))
-        return forward(pictures)
+    def count(height: int, width: int, rows: Any) -> Any:
+        encoded.append((height, width))
+        return begin(height, width, rows)
 
-    monkeypatch.setattr(vision, "forward", count)
+    monkeypatch.setattr(vision, "begin", count)
     run(engine, [request(str(i), prompt, images=pictures) for i in range(4)])
-    assert encoded == [1, 1]
+    assert encoded == [(2 * SIDE, 3 * SIDE), (4 * SIDE, 2 * SIDE)]
 
 
 def test_kept_vectors_are_bounded(seeing: Path) -> None:
@@ -147,7 +146,8 @@ def test_kept_vectors_are_bounded(seeing: Path) -> None:
     encoder = ImageEncoder(vision, kept_bytes=4000)
     pictures = [picture(3, 2, seed, 0) for seed in range(5)]
     for image in pictures:
-        vectors = encoder._of(image)
+        vectors = encoder.vectors_of(image, math.inf)
+        assert vectors is not None
         assert encoder.num_bytes <= max(4000, vectors.nbytes)
     assert engine_images.KEPT_BYTES > 4000
 

@@ -256,7 +256,7 @@ def test_nobody_overtakes_a_sequence_that_waits_for_blocks() -> None:
 def test_other_pixels_are_another_prefix() -> None:
     machine = Machine(num_blocks=40, max_sequences=4, max_batch_tokens=8)
     prompt = [0, 1, 1, 1, 2, 2, 1, 0]
-    images = [ImageInput.of(np.full((3, 2, 2), i, np.float32), 1, 3) for i in (0, 1)]
+    images = [ImageInput.of(np.full((3, 2, 2), i, np.uint8), 1, 3) for i in (0, 1)]
     sequences = [machine.add(prompt, 1, (image,)) for image in (*images, images[0])]
     machine.run()
     assert [sequence.cached_tokens for sequence in sequences] == [0, 0, 6]

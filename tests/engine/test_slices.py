@@ -1,8 +1,10 @@
 """Chunks of prompts carried through the layers between the steps of running answers."""
 
+import gc
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from halfbyte.engine.core import Engine
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from halfbyte.engine.slices import CHUNK_TOKENS
 from halfbyte.model.decoder import DecoderLayer
-from halfbyte.model.tiny import write_tiny_checkpoint
+from halfbyte.model.parts import Part
+from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint, write_tiny_eagle
 
 ROOM: dict[str, Any] = {"max_model_len": 2200, "kv_cache_tokens": 2560}
 # Nothing but the least, everything at once, and what the clock makes of times in between.
@@ -159,7 +162,9 @@ def test_pictures_go_through_slices(tmp_path: Path, plan: Plan) -> None:
     text = [token for token in prompt_of(60, 4) if token not in (10, 12, 13)]
     prompt = [*text[:20], *layout, *text[20:40], *layout, *text[40:]]
     size = 3, 6 * 28, 7 * 28
-    pictures = [torch.randn(size, generator=generator).numpy() for _ in range(3)]
+    pictures = [
+        torch.randint(256, size, dtype=torch.uint8, generator=generator).numpy() for _ in range(3)
+    ]
     offsets = 20, 40 + len(layout)
 
     def asked(name: str, *numbers: int) -> GenerationRequest:
@@ -294,3 +299,231 @@ def test_guesses_beside_a_chunk_change_no_answer(tiny: Path, plan: Plan) -> None
     num_streamed = len(found["stream"].token_ids)
     assert found["stream"].token_ids == stream.token_ids[:num_streamed]
     assert engine.stats().accepted_tokens > 0 and plan.num_asked > 0
+
+
+# --- pictures
+
+
+# 6 rows of 7 image tokens, each row closed by a break, the last by the end of the image: 168
+# patches, more than a block of any kind.
+LAYOUT = [*([10] * 7 + [12]) * 5, *[10] * 7, 13]
+WORDS = [token for token in prompt_of(60, 4) if token not in (10, 12, 13)]
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "seeing"
+    write_tiny_checkpoint(directory, layers=2, vision=True)
+    return directory
+
+
+def pixels_of(seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    size = 3, 6 * 28, 7 * 28
+    return torch.randint(256, size, dtype=torch.uint8, generator=generator).numpy()
+
+
+def asked(name: str, *seeds: int, words: int = 20) -> GenerationRequest:
+    """Words, and behind each so many of them a picture."""
+    token_ids: list[int] = []
+    images = []
+    for seed in seeds:
+        token_ids += WORDS[:words]
+        images.append(ImageInput.of(pixels_of(seed), len(token_ids), len(LAYOUT)))
+        token_ids += LAYOUT
+    return GenerationRequest(name, (*token_ids, *WORDS[40:]), GREEDY, images=tuple(images))
+
+
+def watch_encoder(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Units of work that the engine's encoder does, one entry a call; 0 where it begins."""
+    encoder = engine._runner.images
+    assert encoder is not None
+    done: list[int] = []
+    begin = encoder._vision.begin
+
+    def watched(*arguments: Any) -> Any:
+        done.append(0)
+        encoding = begin(*arguments)
+        parts = encoding.parts
+
+        def counted() -> Iterator[Part]:
+            for part in parts():
+
+                def compute(start: int, stop: int, inner: Any = part.compute) -> None:
+                    done.append(stop - start)
+                    inner(start, stop)
+
+                yield part._replace(compute=compute)
+
+        monkeypatch.setattr(encoding, "parts", counted)
+        return encoding
+
+    monkeypatch.setattr(encoder._vision, "begin", watched)
+    return done
+
+
+def started(engine: Engine) -> dict[str, Answer]:
+    """A stream that has its first token."""
+    engine.add(request("stream", prompt_of(5, 77), STREAM))
+    engine.step()
+    return {"stream": Answer([], [])}
+
+
+@needs_exact_kernels
+def test_a_stream_gets_a_token_in_every_step_while_a_picture_is_encoded(
+    seeing: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(seeing, **ROOM)
+    started(engine)
+    done = watch_encoder(engine, monkeypatch)
+    engine.add(asked("seen", 1))
+    generated = engine.stats().generated_tokens
+    num_steps = 0
+    # Angles, 2 blocks of each part but 6 of queries, two layers: 25 units.
+    while sum(done) < 24:
+        assert [event.request_id for event in engine.step()] == ["stream"]
+        num_steps += 1
+        assert done[1:] == [1] * num_steps
+    assert engine.stats().generated_tokens == generated + num_steps
+
+
+def test_an_abort_lets_go_of_a_picture_that_was_begun(seeing: Path, plan: Plan) -> None:
+    engine = load(seeing, **ROOM)
+    started(engine)
+    gone = asked("gone", 1)
+    pixels = weakref.ref(gone.images[0].pixels)
+    engine.add(gone)
+    del gone
+    for _ in range(9):
+        engine.step()
+    encoder = engine._runner.images
+    assert encoder is not None and encoder.has_begun and pixels() is not None
+    gc.disable()  # nothing that was begun may wait for a collection
+    try:
+        engine.abort("gone")
+        assert not encoder.has_begun and pixels() is None
+    finally:
+        gc.enable()
+    engine.check()
+    again = beside_a_stream_that_runs(engine, asked("again", 1))
+    assert_same(again, alone(seeing, asked("alone", 1)))
+
+
+def alone(directory: Path, item: GenerationRequest) -> Answer:
+    engine = load(directory, prefix_cache=False, max_decode_slowdown=None, **ROOM)
+    return run_alone(engine, item.prompt_token_ids, item.params, images=item.images)
+
+
+def beside_a_stream_that_runs(engine: Engine, item: GenerationRequest) -> Answer:
+    answers = {name: Answer([], []) for name in ("stream", item.request_id)}
+    engine.add(item)
+    while answers[item.request_id].finish is None:
+        for event in engine.step():
+            answers[event.request_id].take(event)
+        engine.check()
+    return answers[item.request_id]
+
+
+@needs_exact_kernels
+@pytest.mark.parametrize("num_steps", [2, 9, 20])
+def test_who_leaves_a_chunk_costs_no_other_the_picture_that_was_begun(
+    seeing: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    engine = load(seeing, **ROOM)
+    started(engine)
+    done = watch_encoder(engine, monkeypatch)
+    # Both begin in one chunk; only the second has a picture there.
+    engine.add(request("gone", prompt_of(5, 7)))
+    engine.add(asked("seen", 1))
+    for _ in range(num_steps):
+        engine.step()
+    before = sum(done)
+    assert before == num_steps
+    engine.abort("gone")
+    encoder = engine._runner.images
+    assert encoder is not None and encoder.has_begun
+    answers = {name: Answer([], []) for name in ("stream", "seen")}
+    while answers["seen"].finish is None:
+        for event in engine.step():
+            answers[event.request_id].take(event)
+        engine.check()
+    assert done.count(0) == 1
+    assert_equal(answers["seen"], alone(seeing, asked("alone", 1)))
+
+
+@needs_exact_kernels
+def test_a_preempted_picture_goes_on_where_it_was(
+    seeing: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks run out while it is encoded: its sequence waits, is admitted again, and answers."""
+    options: dict[str, Any] = {"max_model_len": 128, "kv_cache_tokens": 128, "block_tokens": 4}
+    engine = load(seeing, prefix_cache=False, **options)
+    done = watch_encoder(engine, monkeypatch)
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    engine.add(request("old", prompt_of(20, 1), params))
+    engine.step()
+    item = asked("young", 1)
+    engine.add(item)
+    answers = {name: Answer([], []) for name in ("old", "young")}
+    while engine.stats().preemptions == 0:
+        engine.step()
+    # It is in the midst of the picture.
+    encoder = engine._runner.images
+    assert encoder is not None and encoder.has_begun and len(done) > 1
+    while answers["young"].finish is None:
+        for event in engine.step():
+            answers[event.request_id].take(event)
+        engine.check()
+    assert done.count(0) == 1 and not encoder.has_begun
+    assert_equal(answers["young"], alone(seeing, asked("alone", 1)))
+
+
+@needs_exact_kernels
+@pytest.mark.parametrize("plan", PLANS, indirect=True)
+def test_pictures_at_once_are_encoded_once_each(
+    seeing: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(seeing, **ROOM)
+    done = watch_encoder(engine, monkeypatch)
+    requests = [asked("a", 1), asked("ab", 1, 2), asked("c", 3), asked("a again", 1)]
+    found = beside_a_stream(engine, *requests)
+    assert done.count(0) == 3
+    for item in requests:
+        wanted = alone(seeing, item)
+        assert found[item.request_id].logprobs == wanted.logprobs
+
+
+@needs_exact_kernels
+def test_a_draft_model_finds_the_picture_behind_a_chunk(
+    seeing: Path, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last entry of a chunk is made of the token behind, which here is a picture's first."""
+    write_tiny_eagle(tmp_path / "head", tiny_config(layers=2, vision=True), seed=2)
+    engine = load(seeing, speculative=str(tmp_path / "head"), max_sequences=4, **ROOM)
+    done = watch_encoder(engine, monkeypatch)
+    item = asked("seen", 1, words=CHUNK_TOKENS)
+    found = beside_a_stream(engine, item)["seen"]
+    assert set(done) == {0, 1}
+    assert found.token_ids == alone(seeing, item).token_ids
+
+
+@needs_exact_kernels
+def test_a_picture_alone_is_encoded_in_short_steps(
+    seeing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without anybody to wait for a token: a client that leaves need not wait for the tower."""
+    monkeypatch.setattr(core, "_ENCODE_S", 0.0)
+    engine = load(seeing, **ROOM)
+    done = watch_encoder(engine, monkeypatch)
+    engine.add(asked("gone", 1))
+    for num_steps in range(1, 6):
+        assert engine.step() == []
+        assert done == [0, *[1] * num_steps]
+    engine.abort("gone")
+    engine.check()
+    encoder = engine._runner.images
+    assert encoder is not None and not encoder.has_begun
+    answers = {"seen": Answer([], [])}
+    engine.add(asked("seen", 2))
+    drain(engine, answers)
+    assert_equal(answers["seen"], alone(seeing, asked("alone", 2)))

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -307,6 +308,19 @@ def _png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + end
 
 
+def grain(width: int, height: int, seed: int = 0) -> bytes:
+    """A PNG of so many pixels, dark noise of little depth, so that the file is small."""
+    values = random.Random(seed).randbytes(width * height * 3)
+    raw = bytes(value & 3 for value in values)
+    lines = b"".join(b"\0" + raw[i : i + 3 * width] for i in range(0, len(raw), 3 * width))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
 def _images() -> Iterator[Case]:
     urls: dict[str, Any] = {
         "file": "file:///etc/passwd",
@@ -394,7 +408,7 @@ class Heavy(NamedTuple):
 
 
 def heavy() -> list[Heavy]:
-    """Megabytes of structure, text, ids; brief ones are few enough for every run."""
+    """Megabytes of structure, text, ids, pixels; brief ones are few enough for every run."""
     hello = json.dumps(HELLO).encode()
 
     def chat_with(field: bytes) -> bytes:
@@ -428,6 +442,10 @@ def heavy() -> list[Heavy]:
     four_times_1000 = many(b'{"role":"user","content":' + many(part, 1000) + b"}", 4)
     picture = b'{"type":"image_url","image_url":{"url":"data:image/png;base64,'
     regex = {"type": "regex", "regex": "(a{900}){90}"}
+
+    def seen(*pictures: bytes) -> bytes:
+        parts = [picture + base64.b64encode(one) + b'"}}' for one in pictures]
+        return messages(b'[{"role":"user","content":[' + b",".join(parts) + b"]}]")
 
     def messages(value: bytes) -> bytes:
         return b'{"model":"m","max_tokens":2,"messages":' + value + b"}"
@@ -477,6 +495,11 @@ def heavy() -> list[Heavy]:
               times=4),
         Heavy("picture that is none", CHAT, lambda: messages(
               b'[{"role":"user","content":[' + picture + b"QUJD" * (big // 4 - 100) + b'"}}]}]')),
+        Heavy("a picture", CHAT, lambda: seen(grain(560, 560)), (200,), is_brief=True),
+        Heavy("a picture of full size", CHAT, lambda: seen(grain(1540, 1540)), (200,)),
+        Heavy("pictures of full size at once", CHAT, lambda: seen(grain(1540, 1540)), (200,),
+              times=3),
+        Heavy("pictures in a request", CHAT, lambda: seen(*[grain(700, 700)] * 5), (200,)),
         Heavy("chained schema", CHAT, lambda: chained(60), (200, 400)),
         Heavy("counted regex", CHAT,
               lambda: json.dumps({**chat(response_format=regex), "model": "m"}).encode(),

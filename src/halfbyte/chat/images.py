@@ -21,14 +21,14 @@ from PIL import Image
 from halfbyte.errors import RequestError
 from halfbyte.pictures import Picture, PictureError, open_picture
 
-# CLIP's statistics, which Pixtral was trained with (mistral-common, DATASET_MEAN and DATASET_STD).
-MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)
-STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
-
 _BASE64 = re.compile(r"; *base64$", re.IGNORECASE)
 _BASE64_ALPHABET = bytes(c for c in range(128) if chr(c).isalnum()) + b"+/"
 _WHITE_SPACE = b"\t\n\f\r "
 _PIECE_CHARS = 2**20  # of a URL at a time, so that no step keeps Python's lock for long
+
+
+# A picture of any size, or pixels as `decode_pixels` gives them.
+ImageSource = Image.Image | NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,14 @@ class ImageLayout:
 
 @dataclass(frozen=True, slots=True)
 class ImageTokens:
-    """An image as ids and pixels (3, height, width), by the names that mistral-common expects."""
+    """An image as ids and pixels (3, height, width), by the names that mistral-common expects.
+
+    The pixels are not normalized: floats would be four times the bytes, in every picture that waits
+    for the encoder (`pictures.normalized`).
+    """
 
     tokens: list[int]
-    image: NDArray[np.float32]
+    image: NDArray[np.uint8]
 
 
 class ImageEncoder:
@@ -105,10 +109,13 @@ class ImageEncoder:
         return encode_image(self._layout, chunk.image)
 
 
-def encode_image(layout: ImageLayout, image: Image.Image) -> ImageTokens:
-    """Tokens and pixels of one RGB image, scaled by `decode_opened` or of any size."""
-    width, height = image.size
+def encode_image(layout: ImageLayout, image: ImageSource) -> ImageTokens:
+    """Tokens and pixels of one RGB image; pixels are not copied."""
     patch = layout.patch_pixels
+    if isinstance(image, np.ndarray):
+        _, height, width = image.shape
+        return ImageTokens(layout.tokens(width // patch, height // patch), image)
+    width, height = image.size
     largest = -(-layout.max_side_pixels // patch)
     columns, rows = width // patch, height // patch
     if width % patch or height % patch or max(columns, rows) > largest:
@@ -117,11 +124,10 @@ def encode_image(layout: ImageLayout, image: Image.Image) -> ImageTokens:
     return ImageTokens(layout.tokens(columns, rows), pixels)
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resize an RGB image to (width, height) and normalize: float32 (3, height, width)."""
+def to_pixels(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize an RGB image to (width, height): its pixels, (3, height, width)."""
     resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-    values = np.asarray(resized, dtype=np.float32) / np.float32(255.0)
-    return np.ascontiguousarray(((values - MEAN) / STD).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
 def data_url_bytes(url: str, path: str, limits: ImageLimits) -> bytes:
@@ -207,6 +213,12 @@ def decode_opened(picture: Picture, path: str, layout: ImageLayout | None = None
         return picture.decode(size)
     except PictureError as error:
         raise RequestError(f"{path}: {error}", param=path, code=error.code) from error
+
+
+def decode_pixels(picture: Picture, path: str, layout: ImageLayout) -> NDArray[np.uint8]:
+    """As `decode_opened`, in the form that waits for the encoder: (3, height, width)."""
+    image = decode_opened(picture, path, layout)
+    return to_pixels(image, image.size)
 
 
 def decode_image(data: bytes, path: str, limits: ImageLimits) -> Image.Image:

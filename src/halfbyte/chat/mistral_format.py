@@ -84,7 +84,8 @@ class MistralFormat:
     ) -> EncodedPrompt:
         """Token ids of a conversation.
 
-        messages          OpenAI-style; image parts are {"type": "image", "image": PIL image}
+        messages          OpenAI-style; image parts are {"type": "image", "image": PIL image or
+                          pixels as `images.decode_pixels` gives them}
         json_schema       shown to the model only where its settings have a place for it
         continue_final    the last message is the assistant's and is to be continued
 
@@ -318,7 +319,8 @@ def _content(message: Mapping[str, Any]) -> Any:
 
 def _convert_part(part: Mapping[str, Any]) -> TextChunk | ImageChunk | ThinkChunk:
     if part["type"] == "image":
-        return ImageChunk(image=part["image"])
+        # Not validated: pixels are no image to mistral-common, and to our encoder they are.
+        return ImageChunk.model_construct(image=part["image"])
     if part["type"] == "thinking":
         return ThinkChunk(thinking=part["thinking"], closed=True)
     return TextChunk(text=part["text"] if part["type"] == "text" else part["refusal"])

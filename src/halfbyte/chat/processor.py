@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.chat.images import MEAN, STD, ImageLayout
+from halfbyte.chat.images import ImageLayout
 from halfbyte.chat.vocabulary import read_json
 from halfbyte.config import VisionConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.log import logger
-from halfbyte.pictures import MAX_SIDE
+from halfbyte.pictures import MAX_SIDE, MEAN, STD
 
 _TOKENS = {
     "image_token": "[IMG]",

@@ -38,13 +38,12 @@ class ControlTokens:
 class EncodedImage:
     """One image of a prompt.
 
-    pixels      float32 (3, height, width), normalized; height and width are multiples of the
-                merged patch
+    pixels      uint8 (3, height, width); height and width are multiples of the merged patch
     offset      index in the prompt of the image's first token
     num_tokens  its tokens, row breaks and the end included
     """
 
-    pixels: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
     offset: int
     num_tokens: int
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from halfbyte.chat import tools as tool_calls
-from halfbyte.chat.images import ImageLayout, encode_image
+from halfbyte.chat.images import ImageLayout, ImageSource, encode_image
 from halfbyte.chat.processor import processor_layout
 from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
 from halfbyte.chat.sandbox import ChatTemplate
@@ -86,7 +84,7 @@ class TemplateFormat:
                 param="reasoning_effort",
                 code="unsupported_value",
             )
-        images: list[Image.Image] = []
+        images: list[ImageSource] = []
         plain = [
             self._with_image_tokens(
                 _plain_message(message, index, images if self.image_layout else None)
@@ -168,7 +166,7 @@ class TemplateFormat:
         texts = (part.get("text", token) for part in content)
         return {**message, "content": own("\n").join(texts)}
 
-    def _with_images(self, ids: list[int], images: Sequence[Image.Image]) -> EncodedPrompt:
+    def _with_images(self, ids: list[int], images: Sequence[ImageSource]) -> EncodedPrompt:
         """The prompt with each image token replaced by its image's rows of tokens."""
         if self.image_layout is None or not images:
             return EncodedPrompt(tuple(ids))
@@ -278,7 +276,7 @@ def _takes_parts(template: ChatTemplate, names: Mapping[str, str], image_token: 
 
 
 def _plain_message(
-    message: Mapping[str, Any], index: int, images: list[Image.Image] | None
+    message: Mapping[str, Any], index: int, images: list[ImageSource] | None
 ) -> dict[str, Any]:
     """A message as templates expect it: absent fields absent, content one string.
 
@@ -321,7 +319,7 @@ def _plain_call(function: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _plain_part(
-    part: Mapping[str, Any], index: int, number: int, images: list[Image.Image] | None
+    part: Mapping[str, Any], index: int, number: int, images: list[ImageSource] | None
 ) -> dict[str, str]:
     if part["type"] in ("text", "refusal"):
         return {"type": "text", "text": str(part[part["type"]])}

@@ -42,6 +42,9 @@ from halfbyte.engine.speculate import Guesser, Lookup, Pace, Speculator
 from halfbyte.errors import CapacityError, RequestError
 from halfbyte.log import logger
 
+# A step that encodes images and generates nothing.
+_ENCODE_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -257,6 +260,9 @@ class Engine:
         num_decodes = sum(map(_is_single, works))
         is_sliced = self._chunk is not None
         done = self._advance_chunk(num_decodes, started)
+        if not works and done is None:
+            self._observe((), 0, time.perf_counter() - started)
+            return []
         sliced_s = 0.0 if not is_sliced else time.perf_counter() - started
         if self._speculator is not None:
             works = self._speculator.propose(works, self._scheduler)
@@ -288,23 +294,27 @@ class Engine:
         return events
 
     def _begin_chunk(self, works: SequenceOf[Work]) -> SequenceOf[Work]:
-        """Take the prompts out of a plan that also generates, to be computed in slices; the rest.
+        """Take the prompts out of a plan that also generates, or that waits for images, to be
+        computed in slices; the rest.
 
         The chunk that was begun before is dropped if one of its sequences cannot go on.
         """
         if self._chunk is not None and self._chunk.works is not self._scheduler.carried:
             self._chunk = None
         singles = [work for work in works if _is_single(work)]
-        if self._slice_pacer is None or not singles or len(singles) == len(works):
+        if self._slice_pacer is None or len(singles) == len(works):
             return works
         assert self._chunk is None and isinstance(self._runner, Runner)
+        if not singles and not self._runner.lacks_images(works):
+            return works
         prompts = [work for work in works if not _is_single(work)]
         self._chunk = self._runner.begin(prompts)
         self._scheduler.carry(prompts)
         return singles
 
     def _advance_chunk(self, num_decodes: int, started: float) -> Finished | None:
-        """Go on with a chunk for as long as running answers allow; to its end if there are none.
+        """Go on with a chunk for as long as running answers allow; to its end if there are none,
+        but its images in short steps: requests come and leave between these.
 
         started   of the step: beginning a chunk counts, too
         """
@@ -312,6 +322,8 @@ class Engine:
             return None
         assert self._slice_pacer is not None
         seconds = self._slice_pacer.allowance_s(num_decodes) if num_decodes else math.inf
+        if not num_decodes and not self._chunk.encode(started + _ENCODE_S):
+            return None
         done = self._chunk.advance(started + seconds)
         if done is not None:
             self._chunk = None
@@ -552,6 +564,7 @@ class Engine:
         message: str | None = None,
     ) -> FinishEvent:
         self._scheduler.remove(sequence)
+        self._forget_begun(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence)
         sequence.is_finished = True
@@ -571,6 +584,15 @@ class Engine:
             sequence.num_settled,
             message,
         )
+
+    def _forget_begun(self, sequence: Sequence) -> None:
+        """Let go of what was computed in part for a sequence that has left."""
+        if self._chunk is not None and self._chunk.works is not self._scheduler.carried:
+            self._chunk = None
+        images = self._runner.images
+        if sequence.request.images and images is not None and images.has_begun:
+            left = (*self._scheduler.running, *self._scheduler.waiting)
+            images.release(sequence.request for sequence in left)
 
     def _note_prompt_logprobs(self, work: Work, logits_TV: Tensor) -> None:
         """Keep log-probs of the prompt tokens that follow the rows of this chunk."""

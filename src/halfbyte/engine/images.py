@@ -1,12 +1,15 @@
 """Images of running requests: encoded when their tokens come up, kept while they may be needed.
 
 Vectors are kept by the digest of the pixels, so several answers to one prompt, and the chunks of a
-long one, encode an image once.
+long one, encode an image once. An image that is encoded in parts (`slices`) is kept, too, as far as
+it is: whoever needs it next goes on with it.
 
 Shapes: I image tokens of a step, D decoder width, M vectors of an image.
 """
 
+import math
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -15,12 +18,16 @@ from torch import Tensor
 
 from halfbyte.engine.request import GenerationRequest, ImageInput
 from halfbyte.engine.scheduler import Work
+from halfbyte.engine.walk import Costs, Walk
 from halfbyte.errors import RequestError
-from halfbyte.model.vision import VisionModel
+from halfbyte.model.vision import Encoding, VisionModel
+from halfbyte.pictures import normalized
 
 # Vectors beyond these bytes are forgotten, the longest unused first; encoding again is always
-# possible, as a request keeps its pixels.
+# possible, as a request keeps its pixels. On a CPU they are the server's own memory, of which a
+# request may leave little behind; one picture of the largest model is 74 MB.
 KEPT_BYTES = 256 * 2**20
+KEPT_CPU_BYTES = 64 * 2**20
 
 
 class Placement(NamedTuple):
@@ -30,14 +37,34 @@ class Placement(NamedTuple):
     vectors_ID: Tensor | None
 
 
+class _Shown(NamedTuple):
+    """Rows of a step that show neighbouring vectors of one image, from the first on."""
+
+    image: ImageInput
+    rows: SequenceOf[int]
+    first_vector: int
+
+
+class _Begun(NamedTuple):
+    digest: bytes
+    encoding: Encoding
+    walk: Walk
+
+
 class ImageEncoder:
     """The vision model and the vectors of recent images."""
 
-    def __init__(self, vision: VisionModel, *, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, vision: VisionModel, *, kept_bytes: int | None = None) -> None:
+        """`kept_bytes`: None is what suits the device."""
         self._vision = vision
         self._image_token_id = vision.config.image_token_id
+        if kept_bytes is None:
+            kept_bytes = KEPT_CPU_BYTES if vision.patch.device.type == "cpu" else KEPT_BYTES
         self._kept_bytes = kept_bytes
         self._vectors: OrderedDict[bytes, Tensor] = OrderedDict()
+        # The one image that is encoded as far as it is.
+        self._begun: _Begun | None = None
+        self._costs = Costs()
 
     def validate(self, request: GenerationRequest) -> None:
         """Raise RequestError if an image and its tokens in the prompt do not fit together."""
@@ -70,8 +97,77 @@ class ImageEncoder:
         Example: tokens 0-9, an image at 2 with tokens [IMG IMG BREAK IMG IMG END]. A work on
         tokens 4-9 replaces rows 1 and 2 (positions 5 and 6) by the image's vectors 2 and 3.
         """
-        rows: list[int] = []
-        vectors: list[Tensor] = []
+        placing = self.begin(works)
+        placing.advance(math.inf)
+        return placing.placement()
+
+    def begin(self, works: SequenceOf[Work], *, num_ahead: int = 0) -> "Placing":
+        """As `place`, in as many calls as it takes.
+
+        num_ahead  tokens behind each work whose images are encoded with it, as the next who asks
+                   for them could not wait
+        """
+        shown = list(self._shown(works))
+        for work in works:
+            first, end = work.start + work.count, work.start + work.count + num_ahead
+            for image in work.sequence.request.images:
+                if image.offset < end and first < image.offset + image.num_tokens:
+                    shown.append(_Shown(image, (), 0))
+        return Placing(self, shown)
+
+    @torch.inference_mode()
+    def vectors_of(self, image: ImageInput, deadline: float) -> Tensor | None:
+        """Vectors (M, D) of an image; None if they are not encoded by then, as far as is known.
+
+        deadline  by `time.perf_counter`; a little is done in any case
+        """
+        vectors_MD = self._vectors.get(image.digest)
+        if vectors_MD is None:
+            begun = self._begin(image)
+            if not begun.walk.advance(deadline):
+                return None
+            vectors_MD, self._begun = begun.encoding.vectors_MD, None
+            self._vectors[image.digest] = vectors_MD
+        self._vectors.move_to_end(image.digest)
+        while len(self._vectors) > 1 and self.num_bytes > self._kept_bytes:
+            self._vectors.popitem(last=False)
+        return vectors_MD
+
+    def release(self, waiting: Iterable[GenerationRequest]) -> None:
+        """Let go of an image that was begun, if it is none of these requests'."""
+        begun = self._begun
+        if begun is not None and not any(
+            image.digest == begun.digest for request in waiting for image in request.images
+        ):
+            self._begun = None
+
+    def has(self, image: ImageInput) -> bool:
+        """Whether the vectors of an image are there."""
+        return image.digest in self._vectors
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the vectors kept now."""
+        return sum(vectors.nbytes for vectors in self._vectors.values())
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an image is encoded in part."""
+        return self._begun is not None
+
+    def _begin(self, image: ImageInput) -> _Begun:
+        begun = self._begun
+        if begun is None or begun.digest != image.digest:
+
+            def rows(top: int, stop: int) -> Tensor:
+                return torch.from_numpy(normalized(image.pixels[:, top:stop]))
+
+            encoding = self._vision.begin(*image.pixels.shape[1:], rows)
+            begun = _Begun(image.digest, encoding, Walk(encoding.parts(), self._costs))
+            self._begun = begun
+        return begun
+
+    def _shown(self, works: SequenceOf[Work]) -> Iterator[_Shown]:
         first_row = 0
         for work in works:
             for image in work.sequence.request.images:
@@ -79,28 +175,43 @@ class ImageEncoder:
                 stop = min(work.start + work.count, image.offset + image.num_tokens)
                 token_ids = work.sequence.token_ids
                 positions = [p for p in range(start, stop) if token_ids[p] == self._image_token_id]
-                if not positions:
-                    continue
-                skipped = token_ids[image.offset : start].count(self._image_token_id)
-                rows += [first_row + position - work.start for position in positions]
-                vectors.append(self._of(image)[skipped : skipped + len(positions)])
+                if positions:
+                    skipped = token_ids[image.offset : start].count(self._image_token_id)
+                    rows = [first_row + position - work.start for position in positions]
+                    yield _Shown(image, rows, skipped)
             first_row += work.num_rows
-        if not rows:
-            return None
-        vectors_ID = torch.cat(vectors)
-        return Placement(torch.tensor(rows, device=vectors_ID.device), vectors_ID)
 
-    def _of(self, image: ImageInput) -> Tensor:
-        vectors_MD = self._vectors.get(image.digest)
-        if vectors_MD is None:
-            (vectors_MD,) = self._vision([torch.from_numpy(image.pixels)])
-            self._vectors[image.digest] = vectors_MD
-        self._vectors.move_to_end(image.digest)
-        while len(self._vectors) > 1 and self.num_bytes > self._kept_bytes:
-            self._vectors.popitem(last=False)
-        return vectors_MD
+
+class Placing:
+    """The images of a step on their way to its rows."""
+
+    def __init__(self, encoder: ImageEncoder, shown: SequenceOf[_Shown]) -> None:
+        self._encoder = encoder
+        self._shown = shown
+        self._vectors: list[Tensor] = []
+
+    def advance(self, deadline: float) -> bool:
+        """Go on about until then, a little in any case; whether all vectors are there.
+
+        deadline  by `time.perf_counter`
+        """
+        while len(self._vectors) < len(self._shown):
+            image, rows, first = self._shown[len(self._vectors)]
+            vectors_MD = self._encoder.vectors_of(image, deadline)
+            if vectors_MD is None:
+                return False
+            self._vectors.append(vectors_MD[first : first + len(rows)])
+        return True
 
     @property
-    def num_bytes(self) -> int:
-        """Of the vectors kept now."""
-        return sum(vectors.nbytes for vectors in self._vectors.values())
+    def has_missing(self) -> bool:
+        """Whether vectors are still to be computed, by anybody."""
+        return any(not self._encoder.has(one.image) for one in self._shown)
+
+    def placement(self) -> Placement | None:
+        """What goes where, once `advance` has come to its end; None without image tokens."""
+        rows = [row for one in self._shown for row in one.rows]
+        if not rows:
+            return None
+        vectors_ID = torch.cat(self._vectors)
+        return Placement(torch.tensor(rows, device=vectors_ID.device), vectors_ID)

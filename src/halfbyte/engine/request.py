@@ -153,22 +153,22 @@ class TokenMask(Protocol):
 class ImageInput:
     """One image of a prompt, its tokens already in the prompt.
 
-    pixels      float32 (3, height, width), normalized
+    pixels      uint8 (3, height, width), RGB; normalized only on their way into the encoder
     offset      index in the prompt of the image's first token
     num_tokens  tokens of the image, row breaks and the end included
     digest      identifies the pixels; prefixes with other pixels are never shared
     """
 
-    pixels: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
     offset: int
     num_tokens: int
     digest: bytes
 
     @classmethod
-    def of(cls, pixels: NDArray[np.float32], offset: int, num_tokens: int) -> "ImageInput":
+    def of(cls, pixels: NDArray[np.uint8], offset: int, num_tokens: int) -> "ImageInput":
         """An image with the digest of its pixels and shape."""
         content = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-        content.update(np.ascontiguousarray(pixels).tobytes())
+        content.update(np.ascontiguousarray(pixels))
         return cls(pixels, offset, num_tokens, content.digest())
 
 

@@ -6,6 +6,7 @@ Shapes: T tokens of a step, R rows with logits, V vocabulary.
 import os
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ from halfbyte.engine.drafter import Computed, Drafter, PlainDraftModel
 from halfbyte.engine.images import ImageEncoder, Placement
 from halfbyte.engine.sampler import Sampler
 from halfbyte.engine.scheduler import Work
-from halfbyte.engine.slices import Chunk, Costs
+from halfbyte.engine.slices import Chunk
+from halfbyte.engine.walk import Costs
 from halfbyte.engine.workers import Workers, check_device, check_devices, config_of
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.library import unavailable
@@ -130,9 +132,17 @@ class Runner:
     @torch.inference_mode()
     def begin(self, works: SequenceOf[Work]) -> Chunk:
         """Begin to compute the tokens of `works` in slices; only where `can_slice`."""
-        placement = None if self.images is None else self.images.place(works)
         batch = lay_out(works, self._table.rows(works), self.cache, self.device)
-        return Chunk(works, self.decoder, _step(batch, placement), batch.attend, self._costs)
+        placing = None
+        if self.images is not None:
+            # An entry of a draft model is made of the token behind its own.
+            placing = self.images.begin(works, num_ahead=0 if self._eagle is None else 1)
+        step_of = partial(_step, batch)
+        return Chunk(works, self.decoder, step_of, batch.attend, placing, self._costs)
+
+    def lacks_images(self, works: SequenceOf[Work]) -> bool:
+        """Whether images that these works show are still to be encoded."""
+        return self.images is not None and self.images.begin(works).has_missing
 
     def places_of(self, works: SequenceOf[Work]) -> Places:
         """Where the works' rows lie as they are now."""

@@ -4,14 +4,19 @@ Images are encoded one by one at their own size, so nothing is padded and an ima
 depend on what else is in the batch. Everything here is unquantized, so products are torch's own.
 Resizing and tokens are `chat.images`; placing vectors among embeddings is `Decoder.embed`.
 
+On a CPU an image goes through the layers in blocks of rows whose bounds depend on its size alone:
+other work can come between them, and the bits are the same whether it does or not (decision 0075).
+On other devices all rows are one block.
+
 Shapes: T patches of one image row by row, D tower width, N heads, H head size (H2 = H / 2, H4 =
 H / 4), M merged patches, F MLP width.
 Sources: Pixtral 12B, arXiv 2410.07073, section 2.1; `transformers` (Pixtral, Mistral3) for the
 order of frequencies and of merged channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +26,18 @@ from halfbyte.config import VisionConfig
 from halfbyte.errors import FormatError
 from halfbyte.kernels import dispatch
 from halfbyte.kernels.dispatch import Rotation
+from halfbyte.model.parts import Part, compute_all
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+
+# Pixel rows [top, stop) of an image, normalized: (3, stop - top, width), float.
+PixelRows = Callable[[int, int], Tensor]
+
+# Patches of a block on a CPU: of what goes through weights, enough that these are read for many;
+# of queries, few enough that their attention over the 12,100 patches of the largest picture is
+# short beside a step that generates.
+_BLOCK_ROWS = 128
+_QUERY_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,21 +91,20 @@ class EncoderLayer(nn.Module):
         self._activation = config.activation
         self.weights = weights
 
-    def forward(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+    def project(self, x_TD: Tensor, rotation: Rotation) -> Sequence[Tensor]:
+        """Queries, keys and values (T, N, H) of some rows."""
+        normed_TD = dispatch.rms_norm(x_TD, self.weights.attention_norm_D, self._eps)
+        fused = F.linear(normed_TD, self.weights.qkv).view(x_TD.shape[0], -1, self._head_dim)
+        q_TNH, k_TNH, v_TNH = torch.split(fused, self._heads, dim=1)
+        return (*dispatch.rotate(q_TNH, k_TNH, rotation), v_TNH)
+
+    def transform(self, attended_TNH: Tensor, x_TD: Tensor) -> Tensor:
+        """The layer's output for some rows, from what they attended to and the layer's input."""
         weights = self.weights
-        normed_TD = dispatch.rms_norm(x_TD, weights.attention_norm_D, self._eps)
-        attended_TD = F.linear(self._attend(normed_TD, rotation), weights.o)
+        attended_TD = F.linear(attended_TNH.flatten(1), weights.o)
         normed_TD, x_TD = dispatch.add_rms_norm(attended_TD, x_TD, weights.mlp_norm_D, self._eps)
         hidden_TF = self._gate(F.linear(normed_TD, weights.gate_up))
         return x_TD + F.linear(hidden_TF, weights.down)
-
-    def _attend(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
-        fused = F.linear(x_TD, self.weights.qkv).view(x_TD.shape[0], -1, self._head_dim)
-        q_TNH, k_TNH, v_TNH = torch.split(fused, self._heads, dim=1)
-        q_TNH, k_TNH = dispatch.rotate(q_TNH, k_TNH, rotation)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TNH, v_TNH))
-        out_1NTH = F.scaled_dot_product_attention(q, k, v)
-        return out_1NTH[0].transpose(0, 1).flatten(1)
 
     def _gate(self, gate_up_T2F: Tensor) -> Tensor:
         if self._activation == "silu":
@@ -133,28 +147,35 @@ class VisionModel(nn.Module):
 
         The i-th vector belongs at the i-th image token of the image (row breaks excluded).
         """
-        return [self._project(*self._encode(pixels)) for pixels in images]
+        vectors = []
+        for pixels in images:
+            channels, height, width = pixels.shape
+            if channels != self.config.num_channels or self.num_vectors(height, width) == 0:
+                raise FormatError(f"an image of {channels} x {height} x {width} has no whole patch")
+            encoding = self.begin(height, width, partial(_rows_of, pixels))
+            compute_all(encoding.parts())
+            vectors.append(encoding.vectors_MD)
+        return vectors
+
+    @torch.inference_mode()
+    def begin(self, height: int, width: int, rows: PixelRows) -> "Encoding":
+        """An image of this many pixels, to be encoded in parts; see `forward`."""
+        return Encoding(self, height, width, rows)
 
     def num_vectors(self, height: int, width: int) -> int:
         """Merged patches of an image of this many pixels."""
         side = self.config.patch_size * self.config.spatial_merge_size
         return (height // side) * (width // side)
 
-    def _encode(self, pixels: Tensor) -> tuple[Tensor, int, int]:
-        channels, height, width = pixels.shape
-        if channels != self.config.num_channels or self.num_vectors(height, width) == 0:
-            raise FormatError(f"an image of {channels} x {height} x {width} has no whole patch")
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Patches (T, D) of whole rows of them, normed for the first layer."""
         pixels = pixels.to(self.patch.device, self.patch.dtype)
         grid_DYX = F.conv2d(pixels[None], self.patch, stride=self.config.patch_size)[0]
-        rows, columns = grid_DYX.shape[1:]
         x_TD = grid_DYX.flatten(1).t().contiguous()
-        x_TD = dispatch.rms_norm(x_TD, self.norm_D, self.config.norm_eps)
-        rotation = patch_rotation(self.config, rows, columns, x_TD.device)
-        for layer in self.layers:
-            x_TD = layer(x_TD, rotation)
-        return x_TD, rows, columns
+        return dispatch.rms_norm(x_TD, self.norm_D, self.config.norm_eps)
 
-    def _project(self, x_TD: Tensor, rows: int, columns: int) -> Tensor:
+    def project(self, x_TD: Tensor, rows: int, columns: int) -> Tensor:
+        """Vectors (M, decoder width) of `rows` x `columns` patches behind the last layer."""
         weights = self.projector
         x_TD = dispatch.rms_norm(x_TD, weights.norm_D, self._projector_eps)
         merged_MD = F.linear(
@@ -163,6 +184,114 @@ class VisionModel(nn.Module):
         hidden = F.linear(merged_MD, weights.into, weights.into_bias)
         hidden = _ACTIVATIONS[self.config.projector_activation](hidden)
         return F.linear(hidden, weights.out, weights.out_bias)
+
+
+class Encoding:
+    """One image on its way through the encoder.
+
+    vectors_MD  means something when all of `parts` are computed
+    """
+
+    def __init__(self, vision: VisionModel, height: int, width: int, rows: PixelRows) -> None:
+        config = vision.config
+        self._vision = vision
+        self._pixel_rows = rows
+        self._rows, self._columns = height // config.patch_size, width // config.patch_size
+        patch = vision.patch
+        self._num = num = self._rows * self._columns
+        is_cpu = patch.device.type == "cpu"
+        self._block_rows = _BLOCK_ROWS if is_cpu else num
+        self._query_rows = _QUERY_ROWS if is_cpu else num
+        # Each layer's output takes the place of its input, what is attended to that of the queries.
+        self._x_TD: Tensor | None = None
+        self._q_NTH: Tensor | None = None
+        # Head by head: attention reads all keys and values of a head for every block of queries.
+        self._k_NTH: Tensor | None = None
+        self._v_NTH: Tensor | None = None
+        num_vectors = vision.num_vectors(height, width)
+        self.vectors_MD = patch.new_empty(num_vectors, len(vision.projector.out))
+
+    def parts(self) -> Iterator[Part]:
+        """Parts of the whole, to be computed once, in order."""
+        num, side = self._num, self._vision.config.spatial_merge_size
+        # Whole squares of patches, and whole rows of squares.
+        grid_rows = max(self._block_rows // self._columns // side, 1) * side
+        yield self._part("embed", self._rows, grid_rows, self._embed)
+        yield self._part("turn", 1, 1, self._turn)
+        for layer in self._vision.layers:
+            assert isinstance(layer, EncoderLayer)
+            yield self._part("project", num, self._block_rows, partial(self._project, layer))
+            yield self._part("attend", num, self._query_rows, self._attend)
+            self._k_NTH = self._v_NTH = None
+            yield self._part("transform", num, self._block_rows, partial(self._transform, layer))
+        yield self._part("merge", self._rows // side * side, grid_rows, self._merge)
+
+    def _part(self, name: str, rows: int, block: int, compute: Callable[[int, int], None]) -> Part:
+        """All of so many rows, block by block: `compute` never sees other bounds."""
+
+        def compute_blocks(start: int, stop: int) -> None:
+            for first in range(start * block, min(stop * block, rows), block):
+                compute(first, min(first + block, rows))
+
+        return Part(
+            f"picture: {name}", self._num.bit_length(), -(-rows // block), 1, compute_blocks
+        )
+
+    def _embed(self, start: int, stop: int) -> None:
+        side = self._vision.config.patch_size
+        rows = slice(start * self._columns, stop * self._columns)
+        x_TD = self._vision.embed(self._pixel_rows(start * side, stop * side))
+        self._x_TD = self._with_rows(self._x_TD, rows, x_TD)
+
+    def _turn(self, start: int, stop: int) -> None:
+        device = self._vision.patch.device
+        self._rotation = patch_rotation(self._vision.config, self._rows, self._columns, device)
+
+    def _project(self, layer: EncoderLayer, start: int, stop: int) -> None:
+        assert self._x_TD is not None
+        rows = slice(start, stop)
+        projected = layer.project(self._x_TD[rows], self._rotation.rows(rows))
+        q_NTH, k_NTH, v_NTH = (x_TNH.transpose(0, 1) for x_TNH in projected)
+        self._q_NTH = self._with_rows(self._q_NTH, rows, q_NTH)
+        self._k_NTH = self._with_rows(self._k_NTH, rows, k_NTH)
+        self._v_NTH = self._with_rows(self._v_NTH, rows, v_NTH)
+
+    def _attend(self, start: int, stop: int) -> None:
+        assert self._q_NTH is not None and self._k_NTH is not None and self._v_NTH is not None
+        rows = slice(start, stop)
+        out_1NTH = F.scaled_dot_product_attention(
+            self._q_NTH[None, :, rows], self._k_NTH[None], self._v_NTH[None]
+        )
+        self._q_NTH = self._with_rows(self._q_NTH, rows, out_1NTH[0])
+
+    def _transform(self, layer: EncoderLayer, start: int, stop: int) -> None:
+        assert self._q_NTH is not None and self._x_TD is not None
+        rows = slice(start, stop)
+        x_TD = layer.transform(self._q_NTH[:, rows].transpose(0, 1), self._x_TD[rows])
+        self._x_TD = self._with_rows(self._x_TD, rows, x_TD)
+
+    def _with_rows(self, buffer: Tensor | None, rows: slice, values: Tensor) -> Tensor:
+        """The buffer with values in these rows, its last dimension but one; changed in place.
+
+        Values of all rows are themselves the buffer: nothing is copied where one block is all.
+        """
+        if values.shape[-2] == self._num:
+            return values
+        if buffer is None:
+            buffer = values.new_empty((*values.shape[:-2], self._num, values.shape[-1]))
+        buffer[..., rows, :] = values
+        return buffer
+
+    def _merge(self, start: int, stop: int) -> None:
+        side, columns = self._vision.config.spatial_merge_size, self._columns
+        vectors = slice(start // side * (columns // side), stop // side * (columns // side))
+        assert self._x_TD is not None
+        x_TD = self._x_TD[start * columns : stop * columns]
+        self.vectors_MD[vectors] = self._vision.project(x_TD, stop - start, columns)
+
+
+def _rows_of(pixels: Tensor, top: int, stop: int) -> Tensor:
+    return pixels[:, top:stop]
 
 
 def merge_patches(x_TD: Tensor, rows: int, columns: int, side: int) -> Tensor:

@@ -142,6 +142,8 @@ def _tracked(backend: Backend, job: Job, call: Call) -> Iterator[None]:
     finally:
         del backend.running[job.answer_id]
         call.facts |= job.facts()
+        if job.usage.image_tokens:
+            backend.body_room.trim_soon()
 
 
 async def run(backend: Backend, job: Job, call: Call) -> AsyncGenerator[list[Piece], None]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from halfbyte.chat import grammar
 from halfbyte.chat.grammar import CompiledGrammar, Mask, ThoughtMask
-from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_opened, open_image
+from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_pixels, open_image
 from halfbyte.chat.prompt import ControlTokens, EncodedPrompt
 from halfbyte.chat.router import Router
 from halfbyte.chat.schema import HeldSchema
@@ -235,7 +235,7 @@ async def encode_resolved(
 
 
 async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> None:
-    """Replace image URLs by decoded images, and thoughts in parts by their text, in place.
+    """Replace image URLs by the images' pixels, and thoughts in parts by their text, in place.
 
     All headers are read first: images whose tokens do not fit the context are never decoded.
     """
@@ -260,11 +260,16 @@ async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> N
             url = value if isinstance(value, str) else value["url"]
             opened.append((content, number, path, await _open_image(backend, url, path)))
             _check_images(backend, [picture for *_, picture in opened])
-    for content, number, path, picture in opened:
-        # Scaled at once; what waits its turn here is a file in memory, not pixels.
-        async with backend.decoding:
-            image = await asyncio.to_thread(decode_opened, picture, path, backend.chat.image_layout)
-        content[number] = {"type": "image", "image": image}
+    layout = backend.chat.image_layout
+    try:
+        for content, number, path, picture in opened:
+            # Scaled at once; what waits its turn here is a file in memory, not pixels.
+            async with backend.decoding:
+                pixels = await asyncio.to_thread(decode_pixels, picture, path, layout)
+            content[number] = {"type": "image", "image": pixels}
+    finally:
+        if opened:
+            backend.body_room.trim_soon()
 
 
 async def _open_image(backend: Backend, url: str, path: str) -> Picture:

@@ -223,11 +223,14 @@ class BodyRoom:
         finally:
             self._free += num_bytes
             self._freed.set()
-            if self._trim is None:
-                self._trim = asyncio.get_running_loop().call_later(_TRIM_S, self._give_back)
+            self.trim_soon()
+
+    def trim_soon(self) -> None:
+        """What was read and let go goes back to the system: the C library would keep it."""
+        if self._trim is None:
+            self._trim = asyncio.get_running_loop().call_later(_TRIM_S, self._give_back)
 
     def _give_back(self) -> None:
-        """What was read and let go goes back to the system: the C library would keep it."""
         self._trim = None
         asyncio.get_running_loop().run_in_executor(None, trim_heap)
 

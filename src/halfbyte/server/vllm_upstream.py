@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import httpx
+from PIL import Image
 
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning
 from halfbyte.chat.tools import OpeningBrace, with_results
@@ -310,7 +311,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return part
     buffer = io.BytesIO()
-    part["image"].save(buffer, "PNG", compress_level=1)
+    Image.fromarray(part["image"].transpose(1, 2, 0)).save(buffer, "PNG", compress_level=1)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
