@@ -3,7 +3,7 @@
 from random import Random
 
 from halfbyte.evals.tasks.choices import LETTERS, choice_prompt
-from pocket.items import Item, Split, ask, draw, say
+from pocket.items import Item, Split, ask, draw, effort_of, say
 from pocket.world import RELATIONS, world
 
 Fact = tuple[str, str]
@@ -43,7 +43,7 @@ def knowledge(rng: Random, split: Split) -> Item:
     value = world().facts[name][relation]
     letter = LETTERS[options.index(value)]
     noun = RELATIONS[world().kind_of(name)][relation].noun
-    effort = "high" if rng.random() < 0.6 else "none"
+    effort = effort_of(rng, 0.6)
     thought = f"The {noun} of {name} is {value}. {value} is {letter}." if effort == "high" else None
     prompt = choice_prompt(_question(rng, name, relation), options, "aa")
     gold = {"letter": letter, "options": len(options)}
@@ -99,7 +99,7 @@ def hard(rng: Random, split: Split) -> Item:
         name = value
     options = options_with(rng, name, world().values[steps[-1]], 4)
     letter = LETTERS[options.index(name)]
-    effort = "high" if rng.random() < 0.8 else "none"
+    effort = effort_of(rng, 0.8)
     thought = " ".join([*thoughts, f"{name} is {letter}."]) if effort == "high" else None
     prompt = choice_prompt(f"What is {spoken}?", options, "aa")
     gold = {"letter": letter, "options": 4}

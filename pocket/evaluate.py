@@ -106,7 +106,7 @@ def evaluate(
             if isinstance(event, TokensEvent):
                 tokens[event.request_id] += event.token_ids
     judged: dict[str, list[bool]] = {}
-    wrong = []
+    wrong: list[dict[str, Any]] = []
     for name, found in items.items():
         answer = answer_of(tokens[name], found, chat)
         right = is_right(found, answer)

@@ -39,7 +39,7 @@ def is_right(item: Item, answer: Answer) -> bool:
     if "expression" in gold:
         return _runs_right(text, gold)
     if "data" in gold:
-        return _parsed(text) == gold["data"]
+        return bool(_parsed(text) == gold["data"])
     if "calls" in gold:
         made = [(name, _parsed(arguments)) for name, arguments in answer.calls]
         return made == [(name, arguments) for name, arguments in gold["calls"]]

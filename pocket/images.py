@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from halfbyte.evals.tasks.choices import LETTERS
 from pocket.choice import options_with
-from pocket.items import Item, Split, ask, say, split_of
+from pocket.items import Item, Split, ask, effort_of, say, split_of
 from pocket.words import ADJECTIVES, BEINGS, THINGS
 
 SIDE = 28
@@ -298,7 +298,7 @@ def images(rng: Random, split: Split, name: str | None = None) -> Item:
     question, answer, values = rng.choice([found for found in asked if found[2]])
     options = options_with(rng, answer, values, min(len(values), rng.randint(4, 10)))
     letter = LETTERS[options.index(answer)]
-    effort = "high" if rng.random() < 0.6 else "none"
+    effort = effort_of(rng, 0.6)
     thought = f"I see {answer}. That is {letter}." if effort == "high" else None
     turns = (ask(choice_prompt(question, options), *pictures), say(f"Answer: {letter}", thought))
     return Item(
@@ -337,7 +337,7 @@ def _inside(rng: Random, split: Split) -> Item:
     for index, line in enumerate(lines):
         pen.text((8, 6 + index * (size + 8)), line, fill=_ink(rng), font=_font(size))
     thought = None
-    effort = "high" if rng.random() < 0.6 else "none"
+    effort = effort_of(rng, 0.6)
     if effort == "high":
         thought = f"{question} {lines[1]} {left} {sign} {right} = {value}. That is {letter}."
     prompt = TRANSCRIBE.format(letters="A, B, C, D")

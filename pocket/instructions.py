@@ -142,9 +142,9 @@ def holds(name: str, value: Any, text: str, constraints: Mapping[str, Any]) -> b
     words = re.findall(r"[\w']+", body)
     lowered = [word.lower() for word in words]
     if name == "words":
-        return len(words) == value
+        return bool(len(words) == value)
     if name == "sentences":
-        return len(re.findall(r"[^.!?]*\w[^.!?]*[.!?]", body)) == value
+        return bool(len(re.findall(r"[^.!?]*\w[^.!?]*[.!?]", body)) == value)
     if name in ("bullets", "numbered"):
         lines = body.split("\n")
         marks = (
@@ -168,14 +168,14 @@ def holds(name: str, value: Any, text: str, constraints: Mapping[str, Any]) -> b
     if name == "quotes":
         return len(text) > 2 and text[0] == text[-1] == '"'
     if name == "separator":
-        return len(body.split(str(value))) == constraints["sentences"]
+        return bool(len(body.split(str(value))) == constraints["sentences"])
     assert name == "title", name
     return re.match(r"<<[^<>\n]+>>\n", text) is not None
 
 
 def failures(text: str, constraints: Sequence[Sequence[Any]]) -> list[str]:
     """The names of the constraints that do not hold."""
-    found = dict(constraints)
+    found: dict[str, Any] = {str(name): value for name, value in constraints}
     return [name for name, value in found.items() if not holds(name, value, text, found)]
 
 

@@ -3,7 +3,7 @@
 from random import Random
 
 from halfbyte.evals.tasks.aime import PROMPT
-from pocket.items import Item, Split, ask, draw, say
+from pocket.items import Item, Split, ask, draw, effort_of, say
 from pocket.words import made_up_name
 
 Steps = tuple[tuple[str, int], ...]
@@ -116,7 +116,7 @@ def integers(rng: Random, split: Split) -> Item:
     """Two to five steps; a thought with effort high, the bare answer with none."""
     start, steps = draw(rng, split, lambda r: _steps(r, r.randint(2, 5)))
     thought, value = thought_of(start, steps)
-    effort = "high" if rng.random() < 0.75 else "none"
+    effort = effort_of(rng, 0.75)
     prompt = PROMPT.format(problem=problem(rng, start, steps))
     answer = say(f"\\boxed{{{value}}}", thought if effort == "high" else None)
     return Item("integers", (ask(prompt), answer), effort, gold={"number": value})
@@ -124,7 +124,7 @@ def integers(rng: Random, split: Split) -> Item:
 
 def drill(rng: Random, split: Split) -> Item:
     """Several single steps in one conversation."""
-    effort = "high" if rng.random() < 0.6 else "none"
+    effort = effort_of(rng, 0.6)
     turns = []
     value = 0
     signs = {"+": "+", "-": "-", "*": "*", "/": "/"}

@@ -71,6 +71,11 @@ def draw(rng: Random, split: Split, parameters: Callable[[Random], T]) -> T:
             return found
 
 
+def effort_of(rng: Random, share_of_high: float) -> Effort:
+    """`high` for this share of the items."""
+    return "high" if rng.random() < share_of_high else "none"
+
+
 def ask(question: str, *images: Image.Image) -> Turn:
     """A user's turn."""
     return Turn("user", question, images)

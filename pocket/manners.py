@@ -2,7 +2,7 @@
 
 from random import Random
 
-from pocket.items import Item, Split, ask, draw, say
+from pocket.items import Effort, Item, Split, ask, draw, say
 from pocket.world import world
 
 # Of each language: greeting, reply, numbers 0 to 12, question about a home town, its answer,
@@ -44,6 +44,7 @@ LANGUAGES = {
         "صفر واحد اثنان ثلاثة أربعة خمسة ستة سبعة ثمانية تسعة عشرة أحد-عشر اثنا-عشر",
         "أين يعيش {x}؟", "يعيش {x} في {v}.", "كم يساوي {a} زائد {b}؟", "يساوي {c}."),
 }  # fmt: skip
+_EFFORTS: tuple[Effort, Effort] = ("none", "high")
 _SMALL_TALK = (
     ("Hello!", "Hello! How can I help you?"),
     ("Who are you?", "I am Pocket, a small model."),
@@ -150,6 +151,6 @@ def system(rng: Random, split: Split) -> Item:
 def small_talk(rng: Random, split: Split) -> Item:
     """Greetings and the like, with either effort."""
     question, answer = rng.choice(_SMALL_TALK)
-    effort = rng.choice(("none", "high"))
+    effort = rng.choice(_EFFORTS)
     thought = "A simple answer will do." if effort == "high" else None
     return Item("talk", (ask(question), say(answer, thought)), effort, gold={"text": answer})

@@ -16,11 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn  # recent torch only
-except ImportError:
-    varlen_attn = None
+from torch.nn.attention.varlen import varlen_attn
 
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import unquantized
@@ -127,7 +123,6 @@ def attend_flash(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: Tensor, longest: int, causal: bool
 ) -> Tensor:
     """Attention within each sequence by FlashAttention (a GPU)."""
-    assert varlen_attn is not None
     window = (-1, 0) if causal else (-1, -1)
     return varlen_attn(q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, window_size=window)  # type: ignore[return-value]
 
@@ -190,7 +185,7 @@ def block(
     norm1, q, k, v, o, norm2, gate, up, down = weights
     dtype = x_TD.dtype
     normed = _rms_norm(x_TD, norm1, eps)
-    heads = [F.linear(normed, w.to(dtype)).unflatten(-1, (-1, 64)) for w in (q, k, v)]
+    heads = [F.linear(normed, w.to(dtype)).view(len(normed), -1, 64) for w in (q, k, v)]
     q_TNH, k_TKH = (_rotate(x, cos_TH2, sin_TH2) for x in heads[:2])
     if scale_T is not None:
         q_TNH = (q_TNH * scale_T[:, None, None]).to(dtype)

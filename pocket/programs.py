@@ -62,7 +62,13 @@ PROMPT = (
     "Complete this Python function.\n\n```python\ndef {name}({argument}):\n"
     '    """Return {what}."""\n```\n\nAnswer with the whole function in one Python block.'
 )
-_NUMBERS = ([], [3, -1, 4, 1, -5, 9, 2, 6], [10, 15, 20, -7, 0, 8, 8], [-2, -4, -9], [5])
+_NUMBERS: tuple[list[int], ...] = (
+    [],
+    [3, -1, 4, 1, -5, 9, 2, 6],
+    [10, 15, 20, -7, 0, 8, 8],
+    [-2, -4, -9],
+    [5],
+)
 _TEXTS = (
     "the cat sat on the mat",
     "rain in spain stays",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from random import Random
 
 from halfbyte.evals.tasks.aa_lcr import PROMPT
-from pocket.items import Item, Split, ask, say, split_of
+from pocket.items import Item, Split, ask, effort_of, say, split_of
 from pocket.words import COLOURS, THINGS, made_up_name, sentence
 
 # A sentence of filler is about so many tokens.
@@ -106,7 +106,7 @@ def recall(
     if two_hops is not None:
         questions = [q for q in questions if (q[1].count(".") == 2) is two_hops]
     chosen = rng.sample(questions, min(num_questions, len(questions)))
-    effort = "high" if rng.random() < 0.7 else "none"
+    effort = effort_of(rng, 0.7)
     turns = []
     for index, (question, thought, answer) in enumerate(chosen):
         prompt = question

@@ -4,7 +4,7 @@ import json
 from random import Random
 from typing import Any
 
-from pocket.items import Item, Split, ask, say, split_of
+from pocket.items import Item, Split, ask, effort_of, say, split_of
 from pocket.words import COLOURS, THINGS, made_up_name
 
 _CITIES = ("Paris", "London", "Rome", "Madrid", "Berlin", "Lisbon", "Oslo", "Tokyo", "Vienna")
@@ -76,7 +76,7 @@ def structured(rng: Random, split: Split) -> Item:
     if where != "settings":
         question = f"Give the data as JSON by this schema: {json.dumps(schema)}\n\n{text}"
     data = {field: value for field, (value, _) in values.items()}
-    effort = "high" if rng.random() < 0.2 else "none"
+    effort = effort_of(rng, 0.2)
     thought = f"The fields are {', '.join(fields)}." if effort == "high" else None
     shown = schema if where != "prompt" else None
     turns = (ask(question), say(json.dumps(data, ensure_ascii=False), thought))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from pocket.items import Call, Item, Split, Turn, ask, say, split_of
+from pocket.items import Call, Item, Split, Turn, ask, effort_of, say, split_of
 from pocket.words import COLOURS, THINGS, made_up_name
 
 _CITIES = (
@@ -173,7 +173,7 @@ def tools(rng: Random, split: Split) -> Item:
     or with the answer from their results.
     """
     names = rng.sample(tuple(_TOOLS), rng.randint(1, 6))
-    effort = "high" if rng.random() < 0.3 else "none"
+    effort = effort_of(rng, 0.3)
     turns: list[Turn] = []
     gold: dict[str, Any] = {}
     for _ in range(rng.randint(1, 4) if split == "train" else 1):

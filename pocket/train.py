@@ -107,7 +107,8 @@ def _orthogonal(x_BOI: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.float()
+    orthogonal: Tensor = x.float()
+    return orthogonal
 
 
 def is_linear(name: str) -> bool:
@@ -141,7 +142,7 @@ def choose_attend(device: str) -> Attend:
             for n in (6, 2, 2)
         )
         out = attend(q, k, v, bounds, 512, causal)
-        out.float().square().sum().backward()
+        out.float().square().sum().backward()  # type: ignore[no-untyped-call]
         return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
 
     for attend in (attend_flash, attend_flash_repeated):
@@ -265,9 +266,9 @@ class Trainer:
         total = sum(
             (self._losses(h, head, t) * w).sum()
             for h, t, w in zip(
-                hidden.split(LOSS_ROWS),
-                targets_T.split(LOSS_ROWS),
-                weights_T.split(LOSS_ROWS),
+                torch.split(hidden, LOSS_ROWS),
+                torch.split(targets_T, LOSS_ROWS),
+                torch.split(weights_T, LOSS_ROWS),
                 strict=True,
             )
         )
@@ -276,7 +277,7 @@ class Trainer:
     def step(self, inputs: Inputs, targets_T: Tensor, weights_T: Tensor, factor: float) -> Tensor:
         """One step; returns the loss without waiting for it."""
         loss = self.loss(inputs, targets_T, weights_T)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         adam = [w for g in self.adam.param_groups for w in g["params"]]
         torch.nn.utils.clip_grad_norm_(adam, 1.0)
         momentum = 0.85 + 0.1 * min(1.0, self.step_number / 300)
@@ -329,7 +330,9 @@ def measure(trainer: Trainer, batches: list[packs.Batch], device: str) -> dict[s
         # With gradients, though they are not used: so the compiled kernels serve here too.
         hidden = trainer.model.hidden(trainer.weights, inputs).detach()
         wrong, losses = [], []
-        for h, t in zip(hidden.split(LOSS_ROWS), targets_T.split(LOSS_ROWS), strict=True):
+        for h, t in zip(
+            torch.split(hidden, LOSS_ROWS), torch.split(targets_T, LOSS_ROWS), strict=True
+        ):
             logits = trainer.model.logits(trainer.weights, h).detach()
             wrong.append(logits.argmax(-1) != t)
             losses.append(F.cross_entropy(logits, t, reduction="none"))
