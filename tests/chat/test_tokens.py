@@ -52,6 +52,36 @@ def test_effort_reaches_the_settings_and_unknown_ones_are_refused(mistral: Mistr
     assert caught.value.param == "reasoning_effort"
 
 
+def other_settings(folder: Path, **changes: Any) -> MistralFormat:
+    """The same vocabulary with other settings of its model; None takes one out."""
+    tekken = json.loads((DATA / "tekken" / "tekken.json").read_text())
+    settings = {**tekken["model_settings_builder"], **changes}
+    tekken["model_settings_builder"] = {k: v for k, v in settings.items() if v is not None}
+    (folder / "tekken.json").write_text(json.dumps(tekken))
+    chat = load_chat(folder)
+    assert isinstance(chat, MistralFormat)
+    return chat
+
+
+def test_a_model_without_thoughts_does_what_none_asks_for(tmp_path: Path) -> None:
+    chat = other_settings(tmp_path, reasoning_effort=None)
+    assert chat.reasoning_efforts == () and chat.default_effort is None
+    assert shown(chat, [user("x")], reasoning_effort="none") == shown(chat, [user("x")])
+    with pytest.raises(RequestError, match="not one this model knows: none"):
+        chat.encode([user("x")], reasoning_effort="high")
+
+
+def test_a_schema_is_shown_where_the_model_has_a_place_for_it(
+    mistral: MistralFormat, tmp_path: Path
+) -> None:
+    schema = {"type": "object", "properties": {"colour": {"type": "string"}}}
+    assert "colour" not in shown(mistral, [user("x")], json_schema=schema)
+    chat = other_settings(tmp_path, json_schema={"type": "json_schema", "accepts_none": False})
+    assert chat.shows_json_schema
+    assert "colour" in shown(chat, [user("x")], json_schema=schema)
+    assert shown(chat, [user("x")]) == shown(mistral, [user("x")])
+
+
 def test_mistral_continues_an_answer(mistral: MistralFormat) -> None:
     messages = [user("Hi"), {"role": "assistant", "content": "Sure"}]
     assert shown(mistral, messages, continue_final=True).endswith("[INST]Hi[/INST]Sure")

@@ -251,6 +251,30 @@ def test_a_mask_is_filled_only_where_the_first_draw_falls(
     assert mask.num_fills == fills
 
 
+class Broken(Only):
+    """A mask whose program fails, as foreign code may."""
+
+    def allows(self, token_id: int) -> bool:
+        raise RuntimeError("no more room")
+
+    def fill(self, bitmask: NDArray[np.uint32]) -> None:
+        raise RuntimeError("no more room")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_that_fails_lets_nothing_through(temperature: float) -> None:
+    """Its own request ends; nothing is said that no grammar has allowed. The others go on."""
+    sampler = Sampler(VOCAB, (0,))
+    params = SamplingParams(temperature=temperature)
+    made = [
+        Sequence(GenerationRequest(name, (1,), params, mask), arrival=i, seed=1, max_tokens=9)
+        for i, (name, mask) in enumerate([("a", Broken({1})), ("b", Only({4})), ("c", None)])
+    ]
+    broken, held, free = sampler.choose(LOGITS.repeat(3, 1), made)
+    assert broken.token_id == IMPOSSIBLE
+    assert held.token_id == 4 and free.token_id != IMPOSSIBLE
+
+
 def test_filters_look_at_the_model_first_then_at_what_the_mask_leaves() -> None:
     """top-p 0.5 keeps 1 and 3 of the model; of what the mask leaves 3 and 5."""
     allowed = {3, 4, 5}

@@ -210,6 +210,23 @@ def test_who_waits_for_a_promised_prefix_holds_up_nobody_behind() -> None:
     assert [work.sequence for work in machine.step()] == [maker, other]
 
 
+def test_an_older_prompt_that_is_read_late_takes_no_step_from_the_generating() -> None:
+    """It waited for a prefix; who came later generates already."""
+    machine = Machine(num_blocks=60, max_sequences=4, max_batch_tokens=4)
+    prefix = [0, 1, 2, 0, 1, 2]
+    machine.add(prefix, 1)
+    late = machine.add([*prefix, *[1] * 30], 1)
+    generating = machine.add([1], 20)
+    num_beside = 0
+    while machine.scheduler.has_work():
+        is_generating = generating.slot is not None and generating.is_decoding
+        planned = [work.sequence for work in machine.step()]
+        if is_generating and late in planned:
+            assert generating in planned
+            num_beside += 1
+    assert num_beside > 2
+
+
 def test_an_answer_that_is_complete_but_unread_holds_up_nobody() -> None:
     """Run ahead: its last token is reserved, nothing of it is to be computed any more."""
     machine = Machine(num_blocks=40, max_sequences=4, max_batch_tokens=20)

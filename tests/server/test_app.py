@@ -174,6 +174,8 @@ async def test_metrics_hold_times_sizes_and_cached_tokens(make_bench: MakeBench)
     least = 0.03 * (num_answer - 1)
     assert 2 * least <= float(found["halfbyte_request_seconds_sum"]) <= took
     assert 2 * 0.03 <= float(found["halfbyte_first_token_seconds_sum"]) <= took - 2 * least + 0.06
+    between = float(found["halfbyte_token_seconds_sum"])
+    assert 2 * (least - 0.03) <= between <= took
     # What the scripted engine says of every answer.
     assert found["halfbyte_cached_prompt_tokens_total"] == "6"
     assert float(found["halfbyte_prompt_size_tokens_sum"]) == 2 * num_prompt

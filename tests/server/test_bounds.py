@@ -176,6 +176,16 @@ def test_no_text_within_the_context_is_refused(mistral: MistralFormat) -> None:
     check()
 
 
+def test_twice_the_context_is_the_bound_exactly(mistral: MistralFormat) -> None:
+    text = "word, " * 200
+    count = len(mistral.vocabulary.encode_text(text))
+    text, count = (text, count) if count % 2 == 0 else (text + ",", count + 1)
+    assert len(mistral.vocabulary.encode_text(text)) == count
+    Texts(mistral.vocabulary, count // 2).check_tokens((text,), "messages")
+    with pytest.raises(RequestError, match="more than twice as many"):
+        Texts(mistral.vocabulary, count // 2 - 1).check_tokens((text,), "messages")
+
+
 @pytest.mark.parametrize(
     "unit", ["word ", "a", " ", "é", "\U0001f469\u200d\U0001f680", "1", "\n\n"]
 )

@@ -132,3 +132,16 @@ def test_whose_dialect(
     setting: Any, path: str, agent: str, body: dict[str, Any], dialect: Dialect
 ) -> None:
     assert dialect_of(setting, path, agent, body) == dialect
+
+
+def test_what_each_dialect_says_otherwise() -> None:
+    shown = {
+        "openai": (OPENAI.whole_calls, OPENAI.thought_parts, OPENAI.closing_usage),
+        "mistral": (MISTRAL.whole_calls, MISTRAL.thought_parts, MISTRAL.closing_usage),
+        "bare": (BARE.whole_calls, BARE.thought_parts, BARE.closing_usage),
+    }
+    assert shown == {
+        "openai": (False, False, False),
+        "mistral": (True, True, True),
+        "bare": (True, False, True),
+    }

@@ -115,6 +115,20 @@ async def test_malformed_bodies_are_400(make_bench: MakeBench, body: bytes) -> N
             assert_error(answer.json())
 
 
+async def test_messages_begin_with_the_path_of_what_is_wrong(make_bench: MakeBench) -> None:
+    bench = make_bench("x", 2)
+    async with bench.http() as client:
+        for change, path in (
+            ({"temperature": "hot"}, "temperature"),
+            ({"messages": [{"role": "user"}]}, "messages[0].content"),
+            ({"stop": [1]}, "stop"),
+        ):
+            answer = await client.post("/v1/chat/completions", json={**CHAT, **change})
+            error = answer.json()["error"]
+            assert error["message"].startswith(f"{path}") and error["param"].startswith(path)
+            assert ": " in error["message"]
+
+
 async def test_statuses_of_the_official_client(make_bench: MakeBench) -> None:
     client: Any = make_bench("x", 2).openai()
     with pytest.raises(openai.NotFoundError, match="this server has: m"):
