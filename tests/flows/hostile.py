@@ -308,10 +308,11 @@ def _png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + end
 
 
-def grain(width: int, height: int, seed: int = 0) -> bytes:
-    """A PNG of so many pixels, dark noise of little depth, so that the file is small."""
-    values = random.Random(seed).randbytes(width * height * 3)
-    raw = bytes(value & 3 for value in values)
+def grain(width: int, height: int, *, is_black: bool = False) -> bytes:
+    """A PNG of so many pixels: dark noise of little depth, or nothing at all in a small file."""
+    raw = bytes(width * height * 3)
+    if not is_black:
+        raw = bytes(value & 3 for value in random.Random(0).randbytes(len(raw)))
     lines = b"".join(b"\0" + raw[i : i + 3 * width] for i in range(0, len(raw), 3 * width))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 1)), (b"IEND", b""))
@@ -407,6 +408,20 @@ class Heavy(NamedTuple):
     is_brief: bool = False
 
 
+_PICTURE = b'{"type":"image_url","image_url":{"url":"data:image/png;base64,'
+
+
+def messages(value: bytes) -> bytes:
+    """The body of a chat with these messages."""
+    return b'{"model":"m","max_tokens":2,"messages":' + value + b"}"
+
+
+def seen(*pictures: bytes) -> bytes:
+    """The body of a chat that shows these pictures, files of any format."""
+    parts = [_PICTURE + base64.b64encode(one) + b'"}}' for one in pictures]
+    return messages(b'[{"role":"user","content":[' + b",".join(parts) + b"]}]")
+
+
 def heavy() -> list[Heavy]:
     """Megabytes of structure, text, ids, pixels; brief ones are few enough for every run."""
     hello = json.dumps(HELLO).encode()
@@ -440,15 +455,7 @@ def heavy() -> list[Heavy]:
     user = b'{"role":"user","content":"x"}'
     part = b'{"type":"text","text":""}'
     four_times_1000 = many(b'{"role":"user","content":' + many(part, 1000) + b"}", 4)
-    picture = b'{"type":"image_url","image_url":{"url":"data:image/png;base64,'
     regex = {"type": "regex", "regex": "(a{900}){90}"}
-
-    def seen(*pictures: bytes) -> bytes:
-        parts = [picture + base64.b64encode(one) + b'"}}' for one in pictures]
-        return messages(b'[{"role":"user","content":[' + b",".join(parts) + b"]}]")
-
-    def messages(value: bytes) -> bytes:
-        return b'{"model":"m","max_tokens":2,"messages":' + value + b"}"
 
     def ids(path: str, name: str, count: int, **options: Any) -> Heavy:
         field = name.encode()
@@ -494,7 +501,7 @@ def heavy() -> list[Heavy]:
         Heavy("plain text", TEXT, lambda: b'{"model":"m","prompt":"' + b"ab " * 3_000_000 + b'"}',
               times=4),
         Heavy("picture that is none", CHAT, lambda: messages(
-              b'[{"role":"user","content":[' + picture + b"QUJD" * (big // 4 - 100) + b'"}}]}]')),
+              b'[{"role":"user","content":[' + _PICTURE + b"QUJD" * (big // 4 - 100) + b'"}}]}]')),
         Heavy("a picture", CHAT, lambda: seen(grain(560, 560)), (200,), is_brief=True),
         Heavy("a picture of full size", CHAT, lambda: seen(grain(1540, 1540)), (200,)),
         Heavy("pictures of full size at once", CHAT, lambda: seen(grain(1540, 1540)), (200,),

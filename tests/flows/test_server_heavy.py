@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.hostile import Heavy, heavy
+from flows.hostile import CHAT, Heavy, grain, heavy, seen
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
@@ -63,17 +63,16 @@ class Target:
             return answer.status, answer.read()
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    directory = tmp_path_factory.mktemp("models") / "m"
-    # Deep enough that a step takes as long as one of a small real model.
-    config = tiny_config(layers=24, vision=True)
-    text = dataclasses.replace(config.text, vocab_size=800)
+@contextlib.contextmanager
+def serving(directory: Path, *, layers: int, max_model_len: int) -> Iterator[Target]:
+    """A server process over a small random model with a vision tower."""
+    config = tiny_config(layers=layers, vision=True)
+    text = dataclasses.replace(config.text, vocab_size=800, max_positions=max_model_len)
     write_tiny_checkpoint(directory, config=dataclasses.replace(config, text=text))
     shutil.copy(DATA / "tekken" / "tekken.json", directory)
     log = directory / "log"
     command = [sys.executable, "-m", "halfbyte", "serve", directory, "--port", "0"]
-    command += ["--max-model-len", "4096", "--kv-cache-tokens", "16384"]
+    command += ["--max-model-len", max_model_len, "--kv-cache-tokens", 4 * max_model_len]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -89,12 +88,20 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         # What the first request of each kind loads is not the corpus's.
         status, _ = found.post("/tokenize", b'{"prompt": "Hello"}')
         assert status == 200
-        with watched(found):
-            time.sleep(1)
         yield found
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    directory = tmp_path_factory.mktemp("models") / "m"
+    # Deep enough that a step takes as long as one of a small real model.
+    with serving(directory, layers=24, max_model_len=4096) as found:
+        with watched(found):
+            time.sleep(1)
+        yield found
 
 
 @dataclasses.dataclass
@@ -240,3 +247,22 @@ def test_brief_heavy_requests_cost_others_little(target: Target) -> None:
 @pytest.mark.timeout(1200)
 def test_all_heavy_requests_cost_others_little(target: Target) -> None:
     check_all(target, heavy())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_many_pictures_of_full_size_wait_in_little_memory(tmp_path: Path) -> None:
+    """As many as a request may have; their client leaves while the first is encoded."""
+    with serving(tmp_path / "m", layers=2, max_model_len=131_072) as target:
+        assert target.post(CHAT, seen(grain(28, 28)))[0] == 200
+        idle = target.memory_mb("VmRSS")
+        target.forget_peak()
+        with pytest.raises(TimeoutError):
+            target.post(CHAT, seen(*[grain(1540, 1540, is_black=True)] * 32), timeout=40)
+        peak = target.memory_mb("VmHWM") - idle
+        # All have been decoded: 7.1 million bytes each.
+        assert 200 <= peak <= PEAK_MB, f"{peak:.0f} MB over idle"
+        deadline = time.monotonic() + 60
+        while (kept := target.memory_mb("VmRSS") - idle) > KEPT_MB:
+            assert time.monotonic() < deadline, f"{kept:.0f} MB are kept"
+            time.sleep(0.5)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -111,6 +112,38 @@ def test_an_image_does_not_depend_on_the_others(directory: Path) -> None:
     together = vision(images)
     for image, result in zip(images, together, strict=True):
         assert torch.equal(vision([image])[0], result)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (42, 70), (28, 1540), (168, 196), (308, 280)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_slices_change_no_bit(directory: Path, size: tuple[int, int], seed: int) -> None:
+    """Any number of units of a part at a time, others' work between them."""
+    vision = ours(write(directory))
+    image, other = pictures(size, (308, 280))
+    random = Random(seed)
+    bounds: list[tuple[int, int]] = []
+
+    def rows(top: int, stop: int) -> Tensor:
+        bounds.append((top, stop))
+        return image[:, top:stop]
+
+    with torch.inference_mode():
+        encoding = vision.begin(*size, rows)
+        between = iter(vision.begin(308, 280, lambda top, stop: other[:, top:stop]).parts())
+        for part in encoding.parts():
+            assert part.num_units >= 1
+            start = 0
+            while start < part.num_units:
+                stop = random.randint(start + 1, part.num_units)
+                part.compute(start, stop)
+                start = stop
+            one = next(between, None)
+            if one is not None:
+                one.compute(0, one.num_units)
+    assert torch.equal(encoding.vectors_MD, vision([image])[0])
+    # Each row of pixels is read once, so that few are floats at a time.
+    tops, stops = zip(*bounds, strict=True)
+    assert list(tops) == [0, *stops[:-1]] and stops[-1] == size[0] // 14 * 14
 
 
 def prompt_of(images: list[Tensor]) -> list[int]:
