@@ -189,6 +189,28 @@ def test_no_merge_and_no_whole_word_makes_a_control_token(tmp_path: Path) -> Non
         assert chat.vocabulary.decode(ids) == text
 
 
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_a_control_token_for_unknown_bytes_is_none_that_can_be_typed(
+    tmp_path: Path, ignore_merges: bool
+) -> None:
+    def change(value: dict[str, Any]) -> None:
+        model = value["model"]
+        size = max(model["vocab"].values()) + 1
+        model["vocab"]["zq"] = size
+        model["merges"].append(["z", "q"])
+        model |= {"unk_token": "zq", "ignore_merges": ignore_merges}
+        value["added_tokens"].append(added("zq", size, special=True))
+        # And one byte that no token has.
+        del model["vocab"]["~"]
+        model["merges"] = [pair for pair in model["merges"] if "~" not in "".join(pair)]
+
+    chat = loaded(tmp_path, "chatml", change)
+    for text in ("zq", "a zq zqzq", "z~q", "~"):
+        ids = chat.vocabulary.encode_text(text)
+        assert not any(map(chat.vocabulary.is_control, ids)), text
+        assert chat.vocabulary.decode(ids) == text.replace("~", "")
+
+
 def test_entries_outside_the_byte_alphabet_are_themselves(tmp_path: Path) -> None:
     chat = loaded(tmp_path, "chatml", lambda v: v["model"]["vocab"].update({"你 好": 500}))
     assert chat.vocabulary.token_bytes[500] == "你 好".encode()

@@ -214,8 +214,9 @@ def _plain_encoder(
     changed back.
     """
     model = description["model"]
-    special = {token.content for token in added if token.is_special} - {model.get("unk_token")}
+    special = {token.content for token in added if token.is_special}
     plain = [token for token in added if not token.is_special]
+    unknown = model.get("unk_token")
     vocab = {
         _UNREACHABLE + token if token in special else token: token_id
         for token, token_id in model["vocab"].items()
@@ -237,6 +238,8 @@ def _plain_encoder(
             **model,
             "vocab": vocab,
             "merges": [merge for merge in model.get("merges") or () if stays(merge)],
+            # It may be a control token; unknown bytes that somebody types are none.
+            "unk_token": None if unknown in special else unknown,
         },
         # Post-processors may name the removed tokens; a bos is added by the caller.
         "post_processor": None,
