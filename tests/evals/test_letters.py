@@ -40,7 +40,7 @@ LETTERS = "ABCDEFGHIJ"
         (r"thus \boxed{(C)}", "C"),
         (r"thus \boxed{C. 12 m}", "C"),
         (r"thus \boxed{Cat}", None),
-        (r"\boxed{A} and \boxed{B}", "B"),
+        (r"\boxed{A} and \boxed{B}", None),
         ("The answer is (D).", "D"),
         ("The answer is D", "D"),
         ("the answer is a matter of taste", None),
