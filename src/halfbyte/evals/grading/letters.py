@@ -412,5 +412,6 @@ def _is_unsaid(rest: str, letter: str) -> bool:
     match = _UNSAID.search(rest)
     if match is None:
         return False
-    named = re.findall(r"(?<![^\W_])[A-Z](?![^\W_]|['’])", rest[: match.start()])
+    sentence = re.split(r"[.!?\n]", rest[: match.start()])[-1]
+    named = re.findall(r"(?<![^\W_])[A-Z](?![^\W_]|['’])", sentence)
     return all(other in (letter, "I") for other in named)
