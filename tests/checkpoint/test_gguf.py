@@ -205,6 +205,7 @@ def test_the_requirements_file_pins_what_the_code_names() -> None:
 
 
 @pytest.mark.demo_model
+@pytest.mark.timeout(240)  # two processes load the model: over a minute on a busy machine
 def test_the_demo_model_answers_and_equals_llama(tmp_path: Path) -> None:
     """Bit for bit the logits of LlamaForCausalLM on the same GGUF file."""
     try:

@@ -43,3 +43,29 @@ def test_exact_match_folds_what_does_not_matter() -> None:
     assert same_text("1. Café (12)", "1 cafe 12")
     assert not same_text("", "")
     assert not same_text("12", "13")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Correct answer is 7", "CORRECT ANSWER: 7", "correct answer: 5, the candidate says 6",
+        "CORRECT: no", "CORRECT - no", "CORRECT: false", "CORRECT=false", "CORRECT. Wait, no.",
+        "Correct, but incomplete", "CORRECT except for the unit", "CORRECT if rounded",
+        "CORRECT. However, the unit is missing", "correct ❌", "!CORRECT", "¬CORRECT",
+        "INCORRECT. Wait, it fits", "CORRECT — no, wrong.",
+    ],
+)  # fmt: skip
+def test_a_verdict_that_goes_on_as_something_else_is_none(reply: str) -> None:
+    assert read_verdict(reply) is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "CORRECT\n\nThe candidate matches.", "CORRECT - same figure", "CORRECT (both say 5%)",
+        "CORRECT, the figures agree", "CORRECT ✅", "[[CORRECT]]",
+        "CORRECT<|im_end|>", "ＣＯＲＲＥＣＴ",
+    ],
+)  # fmt: skip
+def test_a_verdict_may_be_explained(reply: str) -> None:
+    assert read_verdict(reply) is True

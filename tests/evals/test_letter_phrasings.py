@@ -26,7 +26,7 @@ UNSTATED = [text for want, text in ROWS if want == "-"]
 def with_letter(text: str, letter: str) -> str:
     """The phrasing with another letter: each C that stands alone, in each of its forms."""
     forms = (("C", 0x41), ("Ｃ", 0xFF21), ("Ⓒ", 0x24B6), ("🅒", 0x1F150), ("𝐂", 0x1D400),
-             ("𝗖", 0x1D5D4), ("⒞", 0x249C))  # fmt: skip
+             ("𝗖", 0x1D5D4), ("⒞", 0x249C), ("🄲", 0x1F130), ("🇨", 0x1F1E6))  # fmt: skip
     offset = ord(letter) - ord("A")
     out = []
     for place, character in enumerate(text):

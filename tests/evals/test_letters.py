@@ -40,7 +40,7 @@ LETTERS = "ABCDEFGHIJ"
         (r"thus \boxed{(C)}", "C"),
         (r"thus \boxed{C. 12 m}", "C"),
         (r"thus \boxed{Cat}", None),
-        (r"\boxed{A} and \boxed{B}", "B"),
+        (r"\boxed{A} and \boxed{B}", None),
         ("The answer is (D).", "D"),
         ("The answer is D", "D"),
         ("the answer is a matter of taste", None),
@@ -104,6 +104,10 @@ LATER = "I looked at the units and the signs of each term once more. "
         # Nor what stands between it and the correction.
         (f"Answer: B\nSo it is D in other books. {LATER}Wait, that is wrong.", None),
         (f"The answer is A.\nAnswer: B\n{LATER}But the way there was long.", "B"),
+        # Nor what is said of another option.
+        ("Answer: B\n\n- A: no, this is incorrect\n- C: no, that is wrong", "B"),
+        ("The answer is B. No, that's wrong. I do not know.", None),
+        ("C'est donc B.", "B"),
     ],
 )
 def test_a_correction_looks_behind_itself_only(text: str, letter: str | None) -> None:

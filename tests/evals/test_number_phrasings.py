@@ -94,7 +94,9 @@ def test_no_text_breaks_the_reader(text: str) -> None:
     grade_number(7, text, lambda *_: False)
 
 
-@pytest.mark.parametrize("unit", ["\\boxed{", "Answer: ", "1,", "1 or ", "\\text{", "7 ", "{", "="])
+@pytest.mark.parametrize(
+    "unit", ["\\boxed{", "Answer: ", "1,", "1 or ", "\\text{", "7 ", "{", "=", "is 7 wait "]
+)
 def test_long_texts_are_read_in_time(unit: str) -> None:
     text = unit * (100_000 // len(unit))
     for whole in (text, f"\\boxed{{{text}}}", f"Answer: {text}"):

@@ -27,11 +27,16 @@ JUDGE_PROMPT_SHA256 = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()
 _WORD = re.compile(r"[^\W_]+")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _BOTH = frozenset(("CORRECT", "INCORRECT"))
-# Nothing but marks before the word; after it, or at the end, no letter or digit.
-_VERDICT = re.compile(r"[\W_]*(?:IN)?CORRECT(?![^\W_])")
-_DOUBT = re.compile(
-    r"^[\W_]*CORRECT\s*\?|\bNOT\s+CORRECT\b|\b(?:IS|WAS)(?:N['’]?T| NOT)\b|\bPARTIALLY\b"
+# Nothing but marks before the word, none of them a "not"; after it the end, or a mark: "Correct
+# answer: 7" speaks of the official answer.
+_VERDICT = re.compile(
+    r"(?:[^\w!¬≠]|_)*(?:IN)?CORRECT(?![^\W_])(?![ \t]+(?!(?:BECAUSE|SINCE|AS|THE|BOTH)\b)[^\W_])"
 )
+_DOUBT = re.compile(
+    r"^[\W_]*CORRECT\s*\?|^[\W_]*CORRECT[\W_]+(?:NO|NOT|NOPE|FALSE|WRONG|BUT|EXCEPT|ONLY|IF)\b|"
+    r"\bNOT\s+CORRECT\b|\b(?:IS|WAS)(?:N['’]?T| NOT)\b|\b(?:PARTIALLY|HOWEVER|ACTUALLY)\b|[❌✗✘]"
+)
+_TAKEN_BACK = re.compile(r"\b(?:WAIT|ON SECOND THOUGHT|LET ME RECONSIDER|CORRECTION)\b")
 
 
 def judge_prompt(question: str, official: str, candidate: str) -> str:
@@ -53,7 +58,7 @@ def read_verdict(text: str) -> bool | None:
     words = _WORD.findall(bare)
     if not words or not _VERDICT.match(bare) or len(_BOTH.intersection(words)) > 1:
         return None
-    if words[0] == "CORRECT" and _DOUBT.search(bare):
+    if _TAKEN_BACK.search(bare) or (words[0] == "CORRECT" and _DOUBT.search(bare)):
         return None
     return {"CORRECT": True, "INCORRECT": False}.get(words[0])
 

@@ -17,26 +17,34 @@ from halfbyte.evals.types import Score, right_or_wrong, unparsed
 __all__ = ["extract_letter", "grade_letter", "last_boxed"]
 
 SEVERAL = "several"
+_BULLETS = "#-•>→⇒ \t👉➡✅✔🔹🔸▶➤➜\ufe0f"  # what a last line may begin with
 _AHEAD = 400  # characters that are looked at behind a letter
 
 # The example in an echoed instruction: "(for example 'Answer: A')".
 _ECHO = re.compile(r"\((?:for example|e\.g\.|such as)[\s,]*answer:[^)\n]*\)", re.IGNORECASE)
 
 _OPTION_WORD = (
-    r"(?:(?:the|la|le|el|il|die|de|o|a)\s+)?(?:correct\s+|right\s+|best\s+)?"
-    r"(?:options?|choices?|letter|alternative|buchstabe|möglichkeit|opción|opcion|letra|alternativa|"
+    r"(?:(?:the|la|le|el|il|die|de|o|a)\s+|l['’])?(?:correct\s+|right\s+|best\s+)?"
+    r"(?:options?|choices?|letter|alternative|buchstabe|möglichkeit|opción|opcion|letra|"
+    r"alternativa|"
     r"inciso|opzione|lettera|opção|opcao|optie|letter|choix|lettre|proposition|antwort|réponse|"
     r"respuesta|risposta|resposta|antwoord|answer|选项|選項|選択肢|옵션|보기|선택지|الخيار|الحرف)"
 )
 _CHOICE = re.compile(
-    rf"(?:{_OPTION_WORD}\s*[:#]?\s*|(?:la|le|el|il|die|the|it\s+is|it['’]?s)\s+(?=[(\[]?(?-i:[A-Z])(?![^\W_])))?"
+    rf"(?:{_OPTION_WORD}\s*[:#]?\s*|(?:la|le|el|il|die|the|(?-i:a)|it\s+is|it['’]?s)"
+    r"\s+(?=[(\[]?(?-i:[A-Z])(?![^\W_])))?"
     r"(?P<open>(?:[(\[{<]|\\(?:boxed|fbox|framebox)\s*\{?|\s)*)"
     rf"(?:{_OPTION_WORD}\s*[:#]?\s*[(\[{{]?\s*)?"
     r"(?P<letter>[A-Za-z])(?P<close>(?:\s*[)\]}>])*)",
     re.IGNORECASE,
 )
 # A letter that goes on as something else: "Cat", "C2", "I'm", "f(x)", "C-14", "E = mc", "C++".
-_GOES_ON = re.compile(r"[^\W_]|['’^+#%(\\_](?![()\[\]\s])|-[^\W_]|\s*=|\.[A-Za-z]\b", re.IGNORECASE)
+# Units, ions and bonds, too: "C/m", "J/(kg K)", "A·s", "F−", "C≡C".
+_GOES_ON = re.compile(
+    r"(?!\\(?:lor|land|vee|wedge|cup|cap)(?![A-Za-z]))"
+    r"(?:[^\W_]|['’^+#%(\\_](?![()\[\]\s}])|[-–—≡·⋅∙][^\W_]|\s*=|\.[A-Za-z]\b|"
+    r"/(?:\(|[^\W\dA-Z_]|[^\W_]+[\^²³]|[K-Z]\b)|[-–—][ \t]*(?=[.,;]?(?:$|\n)))",
+)
 # Scripts that are written without blanks, or right to left, after the letter.
 _CJK = re.compile(r"[\u0600-\u06ff\u2e80-\ud7ff\uf900-\ufaff]")
 _WORD = re.compile(r"[ \t]+(?P<word>[^\W\d_]+)")
@@ -57,22 +65,47 @@ _FOLLOWERS = frozenset(_FOLLOWING.split())
 _DENIED = re.compile(
     r"\s*(?:is|are|ist|est|es|è|é)\s+(?:therefore\s+|thus\s+|clearly\s+|definitely\s+|also\s+)*"
     r"(?:incorrect|wrong|false|not\b|nicht|falsch|faux|fausse|incorrecta?|falsa?|sbagliata|onjuist|"
-    r"ruled\s+out|eliminated|impossible)|\s*(?:isn['’]?t|would|could|might|may|can(?:['’]?t|not))\b",
+    r"ruled\s+out|eliminated|impossible)|\s*(?:(?:では|じゃ)(?:ない|ありません|なく)|[가이]\s*아[니닙]|不对|不正确|错)|"
+    r"\s*(?:isn['’]?t|would|could|might|may|can(?:['’]?t|not))\b",
     re.IGNORECASE,
 )
 _AND = (
     r"(?:,\s*(?:and|or|und|oder|et|ou|y|o|e|en|of)\b|and/or\b|as\s+well\s+as\b|plus\b|and\b|or\b|"
     r"und\b|oder\b|et\b|ou\b|y\b|u\b|o\b|e\b|en\b|of\b|&|/|\+|和|或者?|及|与|と|や|または|および|"
-    r"와|과|또는|및|그리고|أو\b|و)"
+    r"와|과|또는|및|그리고|أو\b|و|\\(?:lor|land|vee|wedge|cup|cap)(?![A-Za-z])|sowie\b|"
+    r"along\s+with\b)"
 )
-_OTHER = rf"\s*(?:{_OPTION_WORD}\s+)?[(\[{{<]*\s*(?P<other>[A-Z])(?![A-Za-z0-9])"
-_JOINED = re.compile(rf"[)\]}}>.]*\s*{_AND}{_OTHER}")
+_MAYBE = (
+    r"(?:\s*(?:maybe|perhaps|possibly|probably|vielleicht|peut-être|quizás?|forse|talvez|"
+    r"misschien))?"
+)
+_OTHER = (
+    rf"{_MAYBE}\s*(?:{_OPTION_WORD}\s+)?(?:\\(?:boxed|fbox)\s*\{{\s*)?[(\[{{<]*\s*"
+    rf"(?P<other>[A-Z])(?![A-Za-z0-9])"
+)
+_JOINED = re.compile(
+    rf"[)\]}}>.]*\s*(?:{_AND}{_OTHER}|\(\s*(?:or|oder|ou|o|of|maybe|perhaps|possibly)"
+    rf"{_OTHER.replace('other', 'bracketed')}\s*\))"
+)
 _ROMAN = re.compile(rf"[)\]}}>]*\s*(?:,|{_AND})\s*[(\[]?(?:II|III|IV|VI{{0,3}}|IX)\b")
 _LISTED = re.compile(
-    rf"[)\]}}>]*\s*[,;、]{_OTHER}(?=[)\]}}>]*\s*(?:$|[,.;、)\n&/]|{_AND}|are\b|sind\b|sont\b|son\b|"
+    rf"[)\]}}>]*\s*(?:[,;、|→]|(?<=[)\]}}])(?=\s*[(\[{{])){_OTHER}(?=[)\]}}>]*\s*(?:$|"
+    rf"[,.;、)\n&/]|{_AND}|are\b|sind\b|sont\b|son\b|"
     r"[\u0600-\u06ff\u2e80-\ud7ff\uff00-\uffef]))"
 )
-_SPACED = re.compile(r"[)\]}>]*[ \t]+[(\[{<]*(?P<other>[A-Z])[)\]}>]*[ \t]*\.?[ \t]*(?=$|\n)")
+# "C; A and B are too light": what follows is said of the others.
+_OTHERS_FAIL = re.compile(
+    r"[)\]}>]*\s+(?:(?:are|is|were|do|does|sind|sont|son|sono|são|zijn)\s+)?(?:all\s+|both\s+|"
+    r"alle\s+|"
+    r"clearly\s+)?(?:wrong|incorrect|false|fail|fails|not|too|excluded|ruled|eliminated|"
+    r"impossible|falsch|"
+    r"faux|fausses|incorrectas|sbagliate|erradas|onjuist)\b",
+    re.IGNORECASE,
+)
+_SPACED = re.compile(
+    r"[)\]}>]*(?:[ \t]+[A-Z])*[ \t]+(?:-[ \t]+)?[(\[{<]*(?P<other>[A-Z])[)\]}>]*[ \t]*\.?[ \t]*"
+    r"(?=$|\n)"
+)
 
 _LINK_WORDS = (
     r"(?:(?<![^\W_])(?:is|was|would\s+be|should\s+be|must\s+be|has\s+to\s+be|will\s+be|"
@@ -84,36 +117,60 @@ _ADVERBS = (
     r"(?:[\s,:]*(?:therefore|thus|hence|then|clearly|definitely|simply|indeed|again|still|also|"
     r"obviously|actually|now|in\s+fact|most\s+likely|likely|probably|consequently|daher|somit|"
     r"folglich|donc|ainsi|por\s+(?:lo\s+)?tanto|entonces|quindi|dunque|pertanto|portanto|então|"
-    r"logo|dus|daarom|因此|所以|故)\b)*[\s,:]*"
+    r"logo|dus|daarom|in\s+my\s+(?:opinion|view)|因此|所以|故)\b)*[\s,:、]*"
 )
 _ADJECTIVES = (
     r"(?:\s+(?:finale?|correct[aeo]?|corretta|correta|richtige?|juste|exacte|giusta|esatta|certa|"
     r"juiste?|الصحيحة|الصحيح|النهائية))?"
 )
 _CHOICE_NOUN = (
-    r"(?:(?:correct|right|best|final|my|our|only|richtige|bonne|correcta|corretta|correta|giusta|"
+    r"(?:(?:correct|right|best|final|my|our|only|chosen|selected|正しい|올바른|richtige|bonne|"
+    r"correcta|corretta|correta|giusta|"
     r"juiste|正确|正確)(?:e|en|er)?\s*(?:final\s+|correct\s+)?(?:option|choice|alternative|statement|"
-    r"pick|selection|letter|one|opzione|opção|optie|lösung|选项|選項|的?选项)|"
+    r"pick|guess|selection|letter|one|opzione|opção|optie|lösung|选项|選項|的?选项|選択肢|選択|선택지|보기|답)|"
+    r"gabarito|الخيار\s+الصحيح|الحل|"
+    r"(?:option|choice)\s+(?:that\s+)?I\s+(?:choose|pick|select|chose)|"
     r"(?<![^\W_])(?:opción|opcion|option|opzione|opção|alternativa|lettera|letra|lettre)"
     r"\s+(?:correct[aeo]?|corretta|correta|juste|giusta|esatta|certa))"
 )
 _TO_WHAT = r"(?:\s+(?:to|for|of|in|here|à|zu|auf|della|do|da|op|van)\b[^.:;!?\n]{0,60}?)?"
 _PHRASE = re.compile(
     rf"(?:{KEYS}|{_CHOICE_NOUN})(?:\s+(?:choice|option|letter))?{_ADJECTIVES}{_TO_WHAT}"
-    rf"\s*{_LINK_WORDS}{_ADVERBS}",
+    rf"(?:,\s*(?:then|therefore|thus|hence),)?\s*{_LINK_WORDS}{_ADVERBS}",
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
     r"(?:\b(?i:I|we|I['’]?(?:ll|d)|let['’]?s|so|thus|hence|therefore),?\s+"
     r"(?:would\s+|will\s+|must\s+|should\s+|shall\s+|therefore\s+|thus\s+|finally\s+)*"
     r"(?:choose|chose|select|pick|go\s+with|opt\s+for|settle\s+on)|"
+    r"\b(?i:I['’]?m|I\s+am)\s+(?:going|staying|sticking)\s+with|\b(?i:je\s+choisis|"
+    r"(?:yo\s+)?elijo|ich\s+wähle|"
+    r"ich\s+entscheide\s+mich\s+für|scelgo|(?:eu\s+)?escolho|ik\s+kies)(?:\s+(?:donc|daher|also|"
+    r"dus))?|"
+    r"(?:本题|本題|此题|此題)\s*(?:应|應)?(?:选择?|選擇?)(?!项|項|択)|"
     r"(?:应该?|應該?|故|因此|所以|我)\s*(?:选择?|選擇?)(?!项|項|択)|(?<![^\W])(?:选择?|選擇?)(?!项|項|択))\s*:?\s*"
 )
 _NAMED_CORRECT = re.compile(
-    r"(?<![^\W_])(?P<lead>(?:options?|choice|answer|alternative)\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s+is\s+"
+    r"(?<![^\W_])(?P<lead>(?:options?|choice|answer|alternative)\s+)?[(\[]?"
+    r"(?P<letter>[A-Z])[)\]]?\s+is\s+"
     r"(?:therefore\s+|thus\s+|hence\s+|clearly\s+|indeed\s+)?(?:the\s+)?"
-    r"(?P<what>(?:correct|right|best|final)(?:\s+(?:answer|option|choice|one))?)"
-    r"(?!\s+(?:only|if|when|for\s+the|in\s+that))\b"
+    r"(?P<what>(?:correct|right|best|final)(?:\s+(?:answer|option|choice|one))?|"
+    r"answer\s*(?=[.!]?$))"
+    r"(?!\s+(?:only|if|when|for\s+the|in\s+that))\b",
+    re.MULTILINE,
+)
+# The same in the card's other languages of this word order: "C est la bonne réponse".
+_NAMED_ELSEWHERE = re.compile(
+    r"(?<![^\W_])(?P<lead>(?i:antwort|option|opción|opzione|risposta|opção|alternativa|letra|"
+    r"réponse|respuesta|resposta|antwoord|optie|proposition)\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s+"
+    r"(?:ist|est|es|è|é|is)\s+(?:also\s+|somit\s+|daher\s+|donc\s+|quindi\s+|portanto\s+|dus\s+)?"
+    r"(?:(?:die|la|a|het|l['’])\s*)?"
+    r"(?P<what>(?:richtige|korrekte|bonne|juiste|correcte)\s+(?i:antwort|option|réponse|"
+    r"antwoord|optie|lösung)|"
+    r"(?:réponse|respuesta|opción|risposta|opzione|resposta|opção|alternativa)\s+"
+    r"(?:correcte|exacte|correcta|corretta|esatta|giusta|correta|certa)|"
+    r"richtig|korrekt|correcte?|correcta|corretta|correta|juist)(?![^\W_])"
+    r"(?!\s+(?:only|if|when|nur|wenn|falls|si|se|als|solo|seulement|apenas|alleen))"
 )
 _NOT_MEANT = re.compile(
     r"(?:\b(?:and|or|nor|not|if|whether|why|that|unless|suppose|neither|either)|[,&/])\s*$",
@@ -121,8 +178,11 @@ _NOT_MEANT = re.compile(
 )
 _LAST_LINE = re.compile(
     r"(?:(?:so|thus|therefore|hence|finally|ergo|in\s+conclusion|final|daher|donc|quindi|portanto|"
-    rf"dus|因此|所以|故)\b[\s,:]*)?(?:(?:the\s+)?(?:final\s+)?{KEYS}[\s,:]*)?"
-    rf"(?:{_OPTION_WORD}\s*)?(?:[(\[{{<]\s*)?(?P<letter>[A-Za-z])\s*[)\]}}>]?\s*[.!。]?",
+    r"dus|因此|所以|故)\b[\s,:]*)?(?:(?:question\s*)?\d{1,3}[.):]\s*)?"
+    r"(?:(?:(?:it|that)(?:['’]s|\s+is|\s+must\s+be|\s+has\s+to\s+be|\s+leaves)|"
+    r"c['’]est(?:\s+donc)?|richtig\s+ist)\s+)?"
+    rf"(?:(?:the\s+)?(?:final\s+)?{KEYS}[\s,:]*)?"
+    rf"(?:{_OPTION_WORD}\s*)?(?:[(\[{{<]\s*){{0,2}}(?P<letter>[A-Za-z])\s*[)\]}}>]{{0,2}}\s*[.!。]?",
     re.IGNORECASE,
 )
 _OPTION_LINE = re.compile(r"(?:[(\[]\s*(?P<a>[A-Z])\s*[)\]][.:]?|(?P<b>[A-Z])\s*[).:])[ \t]+\S.*")
@@ -134,16 +194,30 @@ _RETRACTED = re.compile(
 )
 _UNSAID = re.compile(
     r"\b(?:that|this|it)(?:['’]s|s|\s+is|\s+was|\s+must\s+be)\s+(?:wrong|incorrect|not\s+right|"
-    r"not\s+correct|a\s+mistake|an\s+error)|\bI\s+(?:was|am)\s+(?:wrong|mistaken)",
+    r"not\s+correct|a\s+mistake|an\s+error)|\b(?:that|this|it)\s+(?:can['’]?t|cannot|"
+    r"could(?:n['’]?t|\s+not))\s+be\s+"
+    r"(?:right|correct|it)|\bI\s+(?:was|am)\s+(?:wrong|mistaken)",
     re.IGNORECASE,
 )
 _LOOSE = re.compile(
-    r"\b(?:it|that|this|make\s+(?:it|that))(?:['’]?s)?\s*(?:is|was|should\s+be|must\s+be|has\s+to\s+be|"
+    r"\b(?:it|that|this|make\s+(?:it|that))(?:['’]?s)?\s*(?:is|was|should\s+be|must\s+be|"
+    r"has\s+to\s+be|"
     r"would\s+be)?\s+(?:actually\s+|really\s+|rather\s+)?",
     re.IGNORECASE,
 )
-_HEDGED = re.compile(
-    r"\b(?:(?:is|was)(?:n['’]?t|\s+not)|cannot\s+be|can['’]?t\s+be)\s*$", re.IGNORECASE
+# "B... no, C.": a letter alone after the word that takes the first one back.
+_INSTEAD = re.compile(
+    r"\b(?:no|wait|sorry|rather|actually|make\s+that|I\s+mean)[\s,:]+(?:no[\s,:]+)?"
+    r"(?=[(\[]?[A-Z][)\]]?\s*[.!]?\s*(?:$|\n))",
+    re.IGNORECASE,
+)
+# "If friction were ignored, the answer would be B."
+_SUPPOSED = re.compile(
+    r"\bif\b[^.!?\n]*\bwould\s+be\b|\bwould\s+be\b[^.!?\n]*\bif\b", re.IGNORECASE
+)
+_CLAUSE = 120  # characters of a sentence that are looked at on either side
+_TWO_BOXES = re.compile(
+    rf"\\f?boxed\s*\{{([^{{}}]*)\}}[\s)\]]*(?:[,;、]|{_AND})?[\s(\[]*\\f?boxed\s*\{{([^{{}}]*)\}}"
 )
 
 
@@ -171,7 +245,7 @@ def extract_letter(text: str, letters: str) -> str | None:
     found = max(formal, key=_place, default=None)
     if found is not None:
         found = _taken_back(bare, letters, found, phrases)
-    found = found or _boxed(bare, letters) or max(phrases, key=_place, default=None)
+    found = found or _boxed(bare, letters) or _last_phrase(bare, phrases)
     found = found or _last_line(bare, letters)
     return None if found is None or found.letter == SEVERAL else found.letter
 
@@ -217,11 +291,15 @@ def _choice(
 def _listed(letter: str, after: str, letters: str) -> str | None:
     """All letters of a list such as "B and D", "B, D", "A/B/C/D"; None if there is but one."""
     others = letter
+    is_apart = _LISTED.match(after) is not None and _JOINED.match(after) is None
     while match := (_JOINED.match(after) or _LISTED.match(after)):
-        if match["other"] not in letters:
+        other = match.groupdict().get("bracketed") or match["other"]
+        if other not in letters:
             break
-        others += match["other"]
+        others += other
         after = after[match.end() :]
+    if is_apart and _OTHERS_FAIL.match(after):
+        return None
     if len(others) == 1:
         if _ROMAN.match(after):
             return letter + letter
@@ -244,7 +322,9 @@ def _boxed(text: str, letters: str) -> _Found | None:
     content = last_boxed(text)
     if content is None:
         return None
-    inner = re.sub(r"\\[,;:! ]|\\q?quad|~", " ", content).strip()
+    if any(one.strip() != other.strip() for one, other in _TWO_BOXES.findall(text)):
+        return _Found(0, 0, SEVERAL)
+    inner = re.sub(r"\\(?=[{}])", "", re.sub(r"\\[,;:! ]|\\q?quad|~", " ", content)).strip()
     found = _choice(inner, 0, letters, 0)
     return found or max(_after(inner, letters, FORMAL), key=_place, default=None)
 
@@ -253,9 +333,10 @@ def _phrases(text: str, letters: str) -> list[_Found]:
     """Statements within sentences; upper case only, since "(b)" may name a question's part."""
     found: list[_Found | None] = []
     for match in (*_PHRASE.finditer(text), *_CHOSEN.finditer(text)):
-        found.append(_choice(text, match.end(), letters, match.start(), upper_only=True))
+        if not _is_supposed(text, match.start()):
+            found.append(_choice(text, match.end(), letters, match.start(), upper_only=True))
     last_line = text.rstrip().rfind("\n")
-    for match in _NAMED_CORRECT.finditer(text):
+    for match in (*_NAMED_CORRECT.finditer(text), *_NAMED_ELSEWHERE.finditer(text)):
         is_named = match["lead"] or " " in match["what"].strip()
         is_last = match.start() > last_line
         if match["letter"] not in letters or not (is_named or is_last):
@@ -268,21 +349,31 @@ def _phrases(text: str, letters: str) -> list[_Found]:
     return [one for one in found if one is not None]
 
 
+def _is_supposed(text: str, position: int) -> bool:
+    """Whether the sentence at a place only says what would be true under another condition."""
+    before = text[max(0, position - _CLAUSE) : position]
+    after = text[position : position + _CLAUSE]
+    sentence = re.split(r"[.!?\n]", before)[-1] + re.split(r"[.!?\n]", after, maxsplit=1)[0]
+    # The plain search first: most sentences have no "would".
+    return "would" in sentence and bool(_SUPPOSED.search(sentence))
+
+
 def _last_line(text: str, letters: str) -> _Found | None:
     """A last line that is only a letter, or an option with its text: "(C) 42 m/s"."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip(" \t#-•")]
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip(_BULLETS)]
     if not lines:
         return None
-    line = lines[-1].lstrip("#-•> \t")
+    line = lines[-1].lstrip(_BULLETS)
     if match := _LAST_LINE.fullmatch(line):
         letter = match["letter"].upper()
         return _Found(0, 0, letter) if letter in letters else None
     if match := _OPTION_LINE.fullmatch(line):
         letter = match["a"] or match["b"]
         # The end of a list of options states none of them.
-        is_list = len(lines) > 1 and _OPTION_LINE.fullmatch(lines[-2].lstrip("#-•> \t"))
+        is_list = len(lines) > 1 and _OPTION_LINE.fullmatch(lines[-2].lstrip(_BULLETS))
         if letter in letters and not is_list and not _DENIED.search(line):
-            return _Found(0, 0, letter)
+            is_several = _listed(letter, line[match.end("a" if match["a"] else "b") :], letters)
+            return _Found(0, 0, SEVERAL if is_several else letter)
     return None
 
 
@@ -297,12 +388,30 @@ def _taken_back(text: str, letters: str, formal: _Found, phrases: list[_Found]) 
         return formal
     start = formal.end + retracted.start()
     later = [one for one in phrases if one.start >= start]
-    for match in _LOOSE.finditer(text, start):
+    for match in (*_LOOSE.finditer(text, start), *_INSTEAD.finditer(text, start)):
         loose = _choice(text, match.end(), letters, match.start(), upper_only=True)
         if loose is not None:
             later.append(loose)
     if later:
         return max(later, key=_place)
-    if _UNSAID.search(rest):
-        return _Found(start, start, SEVERAL)
-    return formal
+    return _Found(start, start, SEVERAL) if _is_unsaid(rest, formal.letter) else formal
+
+
+def _last_phrase(text: str, phrases: list[_Found]) -> _Found | None:
+    """The last statement within sentences, unless the text takes it back."""
+    last = max(phrases, key=_place, default=None)
+    if last is None or not _RETRACTED.search(text, last.end):
+        return last
+    return (
+        _Found(last.start, last.end, SEVERAL) if _is_unsaid(text[last.end :], last.letter) else last
+    )
+
+
+def _is_unsaid(rest: str, letter: str) -> bool:
+    """Whether what follows a statement calls it wrong, and not another option that it discusses."""
+    match = _UNSAID.search(rest)
+    if match is None:
+        return False
+    sentence = re.split(r"[.!?\n]", rest[: match.start()])[-1]
+    named = re.findall(r"(?<![^\W_])[A-Z](?![^\W_]|['’])", sentence)
+    return all(other in (letter, "I") for other in named)

@@ -26,19 +26,30 @@ MISSING = 3  # exit code of the child: the package is not there
 # What ends the number on an answer's line: punctuation, a remark, the next sentence, a closing
 # brace or tag.
 _LINE_NUMBER = re.compile(
-    r"(?P<number>[^\n]*?\d[\d,.]*[)\]]*)\s*(?:[.,;:!}|]+(?=\s|$)\s*|[-–—](?=\s)\s*|\()(?P<remark>[^\n]*)$"
+    r"(?P<number>[^\n]*?\d[\d,.]*[)\]]*)\s*(?:[.,;:!}|]+(?=\s|$)\s*|[-–—](?=\s)\s*|"
+    r"\()(?P<remark>[^\n]*)$"
 )
+_LONGEST = 4000  # characters; a longer expression is no integer with a dress
+_DECORATION = " \t✅✔🎉🎯⭐\ufe0f"
 _MORE = re.compile(
-    r"(?:[,;(]|and\b|or\b|und\b|oder\b|et\b|ou\b|y\b|o\b|e\b|en\b|of\b)*\s*[-+(\[]?\d",
+    r"(?:(?:or|oder|ou|o|of)?\s*(?:maybe|perhaps|possibly)\b|[,;(]|and\b|or\b|und\b|oder\b|et\b|"
+    r"ou\b|y\b|o\b|e\b|en\b|of\b)*\s*[-+(\[]?\d",
     re.IGNORECASE,
 )
 _BETWEEN = re.compile(
-    r"(?<=[\d})\]])\s*[(\[]?\s*(?:\\text\s*\{\s*)?(?:\\(?:lor|land|vee|wedge|quad)(?![A-Za-z])|and\b|or\b|und\b|oder\b|et\b|ou\b|"
-    r"to\b|或|和|または|と|또는|و)\s*\}?\s*(?=[\\\-+\d({])",
+    r"(?<=[\d})\]])\s*[(\[]?\s*(?:\\text\s*\{\s*)?(?:\\(?:lor|land|vee|wedge|quad)(?![A-Za-z])|"
+    r"and\b|or\b|und\b|oder\b|et\b|ou\b|"
+    r"to\b|maybe\b|perhaps\b|possibly\b|或|和|または|と|또는|و)\s*\}?\s*(?=[\\\-+\d({])",
     re.IGNORECASE,
 )
+_TWO_BOXES = re.compile(
+    r"\\f?boxed\s*\{([^{}]*)\}\s*(?:,?\s*(?:and|or|und|oder|et|ou|y|o|e|en|of)\b|"
+    r"[,;、或和]|または|と|또는|와|أو|و)"
+    r"\s*\\f?boxed\s*\{([^{}]*)\}"
+)
 _TEXT = re.compile(
-    r"\\(?:text(?:bf|rm|it|sf|tt|normal)?|math(?:rm|bf|sf|it|tt)|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|rm|it|sf|tt|normal)?|math(?:rm|bf|sf|it|tt)|mbox|hbox|"
+    r"operatorname)\s*\{([^{}]*)\}"
 )
 _MODULUS = re.compile(
     r"[,;]?\s*[(\[]?\s*(?:\\(?:pmod|bmod|mod|pod)|\\?\bmod(?:ulo)?\b\.?)\s*\{?\s*\d+\s*\}?\s*[)\]]?"
@@ -49,16 +60,45 @@ _LEADING_NAME = re.compile(r"^(?:[^=\d]*(?:=|\\equiv|\\Rightarrow|\\implies|:))+
 _LEADING_WORDS = re.compile(r"^(?:the )?(?:final |correct )?answer(?: is)?[ :]*", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:([, ])\d{3})(?:\1\d{3})*(?![\d,])")
 # Units behind the number: words, not single letters, which would be variables.
-_UNIT = re.compile(r"(?<=\d) ?[^\W\d_]{2,}(?:[ ^-]?[^\W\d_]*|\^?\{?[23]\}?)*$")
+_UNIT = re.compile(
+    r"(?<=\d) ?(?:(?:k?m|g|s|J|N|W)/(?:s|h|m|g|kg|min|mol)|[^\W\d_]{2,})(?:[ ^-]?[^\W\d_]*|"
+    r"\^?\{?[23]\}?)*$"
+)
 _REMARK = re.compile(r"(?<=\d)\s*\([^()\d]*\)$")
 _NO_UNIT = re.compile(
     r"\b(?:percent|per ?cent|prozent|pi|thousand|million|billion|hundred|dozen|times|plus|minus|"
-    r"factorial|choose|squared|cubed|mod|base|degrees? (?:f|c)|or|and|to|over|half|sqrt|log|ln|sin|"
+    r"pour ?cent|por ?ciento|per ?cento|por ?cento|procent|remainder|factorial|choose|squared|"
+    r"cubed|mod|base|degrees? (?:f|c)|or|and|to|over|half|sqrt|log|ln|sin|"
     r"cos|tan|in base|th|st|nd|rd)\b",
     re.IGNORECASE,
 )
 _PERCENT = re.compile(
-    r"\d(?:\s|\\[,;:! ]|~)*\\?%|\b(?:per\s?cent|percent|prozent)\b", re.IGNORECASE
+    r"\d(?:\s|\\[,;:! ]|~)*\\?[%‰]|\b(?:per\s?cent|percent|pour\s?cent|por\s?ciento|per\s?cento|"
+    r"por\s?cento|"
+    r"prozent|procent)\b|퍼센트|パーセント|بالمئة|بالمائة",
+    re.IGNORECASE,
+)
+# Not equal, a bound, another base, a division's rest, an ordinal: not that number, though an
+# algebra system may read it as one.
+_NOT_EQUAL = re.compile(
+    r"[<>≠≤≥≥]|\\(?:n?eq?|not|[lg]eq?q?|[lg]eqslant|lt|gt)(?![A-Za-z])|\d\}?\s*_\s*\{?\s*\d|"
+    r"\bremainder\b|"
+    r"\d(?:st|nd|rd|th)\b|\d\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b",
+    re.IGNORECASE,
+)
+_RETRACTED = re.compile(
+    r"\b(?:wait|actually|no|sorry|correction|hmm+|oops|hold\s+on|on\s+second\s+thought)\b",
+    re.IGNORECASE,
+)
+_UNSAID = re.compile(
+    r"\b(?:that|this|it)(?:['’]?s|\s+is|\s+was)\s+(?:wrong|incorrect|not\s+right|not\s+correct|"
+    r"a\s+mistake)\b",
+    re.IGNORECASE,
+)
+_SAID_ANEW = re.compile(
+    r"\banswer\s+(?:is|must\s+be|should\s+be)\s+(?:therefore\s+|"
+    r"actually\s+)?(?P<number>[-+]?\d[\d,]*)\b",
+    re.IGNORECASE,
 )
 _LIST = re.compile(r"\d\}?\s*[,;]\s*(?:\\[,;! ]\s*)*(?:[A-Za-z]\s*=\s*)?\{?[-+]?\d")
 _INTEGER = re.compile(r"([+-]?\d+)(?:\.0*)?")
@@ -73,7 +113,10 @@ def extract_number(text: str) -> str | None:
     bare = plain(text)
     boxed = last_boxed(bare)
     if boxed is not None:
-        return boxed.strip()
+        joined = [
+            match for match in _TWO_BOXES.finditer(bare) if match[1].strip() != match[2].strip()
+        ]
+        return f"{joined[-1][1].strip()}, {joined[-1][2].strip()}" if joined else boxed.strip()
     last = max(
         (match for key in (FORMAL, HEADING) for match in key.finditer(bare)),
         key=lambda match: match.end(),
@@ -81,10 +124,19 @@ def extract_number(text: str) -> str | None:
     )
     if last is None:
         return None
-    line = bare[last.end() :].split("\n", 1)[0].strip()
+    rest = bare[last.end() :]
+    line = rest.split("\n", 1)[0].strip()
+    # "Wait, the answer is 80" replaces what stood there, "Wait, that is wrong" leaves nothing.
+    retracted = _RETRACTED.search(rest)
+    if retracted is not None:
+        anew = [match["number"] for match in _SAID_ANEW.finditer(rest, retracted.start())]
+        if anew:
+            return anew[-1].rstrip(",")
+        if _UNSAID.search(rest, retracted.start()):
+            return None
     match = _LINE_NUMBER.match(line)
     if match is None or _MORE.match(match["remark"]):
-        return line or None
+        return line.rstrip(_DECORATION) or None
     number = match["number"].strip()
     return number if number[0] in "([" else number.rstrip(")]")
 
@@ -95,6 +147,8 @@ def read_integer(expression: str) -> int | None:
     Examples: ``070`` -> 70; ``70.0`` -> 70; ``x = 1{,}024`` -> 1024; ``\text{70}^\circ`` -> 70;
     ``70 \pmod{1000}`` -> 70; ``70\%``, ``70, 80``, ``7 0`` and ``\frac{140}{2}`` -> None.
     """
+    if len(expression) > _LONGEST:
+        return None
     bare = simplify(plain(expression))
     match = _INTEGER.fullmatch(bare)
     return int(match[1]) if match and len(match[1]) < 1000 else None
@@ -115,7 +169,7 @@ def simplify(expression: str) -> str:
     bare = _TEXT.sub(lambda match: f" {match[1]} " if re.search(r"\d", match[1]) else " ", bare)
     bare = _SPACES.sub(" ", _DEGREES.sub("", bare))
     bare = _LEADING_WORDS.sub("", _MODULUS.sub("", bare).strip())
-    bare = _LEADING_NAME.sub("", bare).strip().strip("*").rstrip(".\\ ").strip()
+    bare = _LEADING_NAME.sub("", bare).strip().strip("*").rstrip(".,\\ ").strip()
     while len(bare) > 1 and bare[0] + bare[-1] in ("{}", "()", "[]"):
         bare = bare[1:-1].strip()
     remark = _REMARK.search(bare)
@@ -185,14 +239,14 @@ def grade_number(
     expression = extract_number(text)
     if expression is None or not expression.strip():
         return unparsed()
+    # Seventy per cent is no integer, "unequal to 70" none either: the algebra drops such signs.
+    if _PERCENT.search(expression) or _NOT_EQUAL.search(expression):
+        return right_or_wrong(False, expression[:200])
     integer = read_integer(expression)
     if integer is not None:
         return right_or_wrong(integer == gold, str(integer))
     if is_several(expression):
         return unparsed(several=expression[:200])
-    # Seventy per cent is no integer, and the algebra system drops the sign.
-    if _PERCENT.search(expression):
-        return right_or_wrong(False, expression[:200])
     # Without a digit no expression of a contest answer is a number; sympy need not be asked.
     if not any(character.isdigit() for character in expression):
         return right_or_wrong(False, expression[:200])

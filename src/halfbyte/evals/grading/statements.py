@@ -6,6 +6,7 @@ places where an answer is given in the demanded form ("Answer: ..."). Which lett
 there is decided by `letters` and `numbers`.
 """
 
+import html
 import re
 import unicodedata
 
@@ -14,7 +15,7 @@ import unicodedata
 KEYS = (
     r"(?:(?<![^\W_])(?:answers?|ans\.?|réponses?|reponses?|respuestas?|antwort(?:en)?|lösung|"
     r"risposta|risposte|respostas?|antwoord(?:en)?)(?![^\W_])|答案|答え|解答|回答|正解|答|정답|"
-    r"답안|답|الإجابة|الاجابة|إجابة|اجابة|الجواب|جواب)"
+    r"답안|답변|답|الحل|الإجابة|الاجابة|إجابة|اجابة|الجواب|جواب)"
 )
 # What may stand between the word and the colon: "Answer (final):", "Answer choice:",
 # "الإجابة الصحيحة:".
@@ -22,18 +23,23 @@ _BETWEEN = (
     r"(?:\s*\([^()\n]{0,24}\)|[ \t]+(?:choice|option|letter|number|value|finale?|correcte?|"
     r"correct[ao]|corretta|richtig|juste|exacte|الصحيحة|الصحيح|النهائية|النهائي))?"
 )
-LINK = r"(?::=?|={1,3}>?|[-=]>|→|⇒|➡|\||[-–—](?=\s))"
+LINK = r"(?:】\s*:?|:=?|={1,3}>?|[-=]>|→|⇒|➡|➜|➝|➤|\.\.\.|\||[-–—](?=\s))"
 FORMAL = re.compile(rf"{KEYS}{_BETWEEN}\s*{LINK}[ \t]*\n?[ \t\n]*", re.IGNORECASE)
 # A heading that is the word alone, its answer on the next line.
 HEADING = re.compile(
     rf"^[ \t#]*(?:the\s+)?(?:final\s+|correct\s+)?{KEYS}[ \t]*\n\s*", re.IGNORECASE | re.MULTILINE
 )
 
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z]{2,8});", re.IGNORECASE)
+_MARKED = re.compile(r"(?<![=<>!:])==(?=\S)([^=\n]+)(?<=\S)==(?!=)")
+# A full-width bracket opens a remark, where "C(" would be a function's call or "C(s)".
+_REMARK_BRACKETS = {0xFF08: " ("}
 _STRUCK = re.compile(r"~~[^~\n]*~~|<(?:s|del|strike)>.*?</(?:s|del|strike)>", re.IGNORECASE)
 _ANSWER_TAG = re.compile(
     r"<(?:final[-_ ]?)?(?:answer|choice|option|solution|response)(?:\s[^<>]*)?>", re.IGNORECASE
 )
-_TAG = re.compile(r"</?[a-z][a-z0-9]+(?:\s[^<>]*)?/?>", re.IGNORECASE)
+_CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,20}\|>|</?s>\s*$", re.IGNORECASE)
+_TAG = re.compile(r"</?[a-z][a-z0-9_-]+(?:\s[^<>]*)?/?>", re.IGNORECASE)
 # Tags of one letter only in pairs: "<B>" alone is an option in angle brackets.
 _SHORT_TAG = re.compile(r"<([bipqu])>([^<>]*)</\1>", re.IGNORECASE)
 _SNAKE = re.compile(r"(?<=[a-z])_(?=[a-z])")
@@ -54,7 +60,8 @@ _LATEX_COLOUR = re.compile(
 _DOUBLE_BRACES = re.compile(r"\{\{([^{}]*)\}\}")
 # Keys of JSON objects that hold the answer under another name.
 _JSON_KEY = re.compile(
-    r"[\"'](?:final|correct|selected)?[ _]?(?:choice|option|letter)[\"']\s*:", re.IGNORECASE
+    r"[\"'](?:(?:final|correct|selected)?[ _]?(?:choice|option|letter|result)|prediction)[\"']\s*:",
+    re.IGNORECASE,
 )
 _LATEX_SWITCH = re.compile(
     r"\\(?:bfseries|itshape|bf|rm|it|sf|tt|displaystyle|textstyle|large|Large|LARGE|huge|Huge|"
@@ -64,6 +71,7 @@ _LATEX_SWITCH = re.compile(
 _BADGES = {
     **{0x1F150 + i: chr(65 + i) for i in range(26)},
     **{0x1F170 + i: chr(65 + i) for i in range(26)},
+    **{0x1F1E6 + i: chr(65 + i) for i in range(26)},
     0x2212: "-",
     0x066B: ".",
     0x066C: ",",
@@ -79,7 +87,9 @@ def plain(text: str) -> str:
     become that character (full-width, bold mathematics, circled; decimal digits of every script).
     Struck-out text is no longer said. Example: ``plain("**Answer**： “Ｃ”") == "Answer: C"``.
     """
-    bare = _JSON_KEY.sub("\nAnswer:", _STRUCK.sub("", text))
+    bare = _CONTROL_TOKEN.sub("", text)
+    bare = _ENTITY.sub(lambda match: html.unescape(match[0]), bare).translate(_REMARK_BRACKETS)
+    bare = _JSON_KEY.sub("\nAnswer:", _MARKED.sub(r"\1", _STRUCK.sub("", bare)))
     bare = unicodedata.normalize("NFKC", bare.translate(_BADGES))
     bare = "".join(_ascii_digit(c) for c in bare) if not bare.isascii() else bare
     bare = _SHORT_TAG.sub(r"\2", _TAG.sub("", _ANSWER_TAG.sub("\nAnswer: ", bare)))
