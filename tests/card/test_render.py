@@ -185,6 +185,29 @@ def test_a_part_of_a_set_or_made_up_items_are_no_result_of_the_set(tmp_path: Pat
     assert card.count("made-up items") == 2
 
 
+@pytest.mark.parametrize(
+    ("provenance", "said"),
+    [
+        (
+            {"source": "x", "revision": "r9", "note": ""},
+            "math-ai/aime25, test: the published items",
+        ),
+        ({"source": "x", "revision": None, "note": ""}, "**a local copy, not compared with"),
+        ({"source": "x", "revision": "r9", "note": "made-up items"}, "**made-up items**"),
+        ({}, "**a local copy, not compared with"),
+    ],
+)
+def test_a_card_says_which_items_were_asked(
+    tmp_path: Path, provenance: dict[str, Any], said: str
+) -> None:
+    one = arm(tmp_path, "mixed", 19)
+    result = replace(one.run.benchmarks["aime2025"], provenance=provenance)
+    run = replace(one.run, benchmarks={"aime2025": result})
+    card = render_card(given(tmp_path, arms=[replace(one, run=run)]))
+    assert said in card
+    assert ("model-index" in metadata(card)) is ("the published items" in said)
+
+
 def test_a_checkpoints_note_stands_at_the_head_and_under_limitations(tmp_path: Path) -> None:
     noted = replace(checkpoint(), note="the vision tower is untrained")
     choices: tuple[list[Any] | None, ...] = (None, [])

@@ -35,6 +35,7 @@ from halfbyte.card.markdown import Markdown, code, hub_link, join, link, md, one
 from halfbyte.card.published import published_figures, published_run, scrubbed
 from halfbyte.errors import UsageError
 from halfbyte.evals.compare import Comparison, write_comparison
+from halfbyte.evals.records import BenchmarkResult
 from halfbyte.evals.render import (
     level_text,
     margin_text,
@@ -256,7 +257,7 @@ def _model_index(given: CardInput, arm: Arm) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, result in arm.run.benchmarks.items():
         # A part of a set, or items that are not the set's, are no result of that set.
-        is_whole = result.items == result.full_items and not result.provenance.get("note")
+        is_whole = result.items == result.full_items and _which_items(result) == _PUBLISHED
         if result.score is None or result.status != "complete" or not is_whole:
             continue
         known = BENCHMARKS.get(name)
@@ -588,14 +589,29 @@ def _evaluation_data(given: CardInput) -> Markdown:
             said = (known.title, known.source, known.licence) if known else (name, "-", "-")
             lines.append(row([*said, NOT_MEASURED, Markdown("-")]))
             continue
-        origin = r.provenance.get("source", "")
         revision = r.provenance.get("revision") or "by hash, see the record"
-        note = r.provenance.get("note")
-        warning = md("; **{}**", note) if note else Markdown("")
-        read = md("{} (read from {}){}", r.source, origin, warning)
+        which = _which_items(r)
+        part = "" if r.items == r.full_items else "a part of the set; "
+        shown = which if which == _PUBLISHED else md("**{}**", which)
+        read = md("{}: {}{}", r.source, part, shown)
         scored = link(f"{r.items} of {r.full_items}", _path(given, arm))
         lines.append(row([r.title, read, r.licence, scored, revision]))
     return join("\n", lines)
+
+
+_PUBLISHED = "the published items"
+# Their items, or what decides on a right answer, are compared with a hash of the published ones.
+_BY_CONTENT = ("ifbench", "scicode", "pocket")
+
+
+def _which_items(result: BenchmarkResult) -> str:
+    """Whether the items are those that the set's authors published, in half a sentence."""
+    note = result.provenance.get("note")
+    if note:
+        return str(note)
+    if result.provenance.get("revision") is not None or result.name in _BY_CONTENT:
+        return _PUBLISHED
+    return "a local copy, not compared with the published items"
 
 
 def _quantization(c: CheckpointFacts) -> Markdown:
