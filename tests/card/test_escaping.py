@@ -14,10 +14,11 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from card.test_render import IDENTITY, checkpoint
 from card.test_render import arm as card_arm
-from card.test_render import checkpoint
 from card.test_report import write_arm
-from halfbyte.card.facts import Arm, compare_arms, read_arm
+from halfbyte.card.base import Base
+from halfbyte.card.facts import Arm, ChatFacts, compare_arms, read_arm
 from halfbyte.card.markdown import code, link, md, one_line, row
 from halfbyte.card.render import CardInput, record_names, render_card, write_card
 from halfbyte.card.report import render_report
@@ -64,7 +65,17 @@ def tags(page: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 # Fields that are looked up, so that any other text would not be found or not be shown.
-_KEYS = {"benchmark", "name", "status", "verdict", "macro_verdict", "cause", "format"}
+_KEYS = {
+    "benchmark",
+    "name",
+    "status",
+    "identity",
+    "checkpoint",
+    "verdict",
+    "macro_verdict",
+    "cause",
+    "format",
+}
 
 
 def filled(value: Any, text: Callable[[], str], name: str = "") -> Any:
@@ -98,7 +109,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Arm], Compa
         dataclasses.replace(
             arm,
             run=dataclasses.replace(
-                arm.run, checkpoint={"note": "n", "headers sha256": "h"}, judge={"model": "j"},
+                arm.run, judge={"model": "j"},
+                checkpoint={"note": "n", "headers sha256": "h", "identity": IDENTITY},
                 sandbox={"kind": "s"}, packages={"p": "1"},
             ),
         )
@@ -213,19 +225,28 @@ def test_no_text_of_a_record_becomes_markup_of_the_card(
         card_arm(folder, "mixed", 19, note="note")
     arms = [read_arm(folder / name) for name in ("fp8", "mixed")]
     comparison = compare_arms(arms)
-    figure = {"question": "q?", "results": {"speed": "fast"}}
     facts = dataclasses.replace(
         checkpoint(),
         note="noted",
         made_of={**checkpoint().made_of, "recipe": {"scales": {"weights": "w"}}},
     )
 
+    rows = [{"users": 1, "first_token_s": 0.5}, {"users": "many"}]
+    figure = {
+        "question": "q?", "results": {"speed": rows}, "checkpoint": facts.identity,
+        "machine": {"processor": "p", "versions": {"torch": "1"}}, "command": "halfbyte bench",
+    }  # fmt: skip
+
     def build(text: Callable[[], str]) -> CardInput:
         made_of = filled(facts.made_of, text)
-        named = dataclasses.replace(facts, note=text(), folder=text(), made_of=made_of)
+        named = dataclasses.replace(
+            facts, note=text(), folder=text(), made_of=made_of, licence_file=text(),
+            chat=ChatFacts(True, True, (text(), text())),
+        )  # fmt: skip
         return CardInput(
-            named, filled(arms, text), filled(comparison, text), text(), text(), text(), text(),
-            text(), text(), {"speed.json": filled(figure, text)},
+            named, filled(arms, text), filled(comparison, text), Base(text(), text()), text(),
+            "other", text(), text(), (text(), text()), text(), text(), text(),
+            {"speed.json": filled(figure, text)},
         )  # fmt: skip
 
     card = render_card(build(in_turn(texts)))
@@ -240,6 +261,10 @@ def test_no_text_of_a_record_becomes_markup_of_the_card(
     # Fields that are empty once blanks are gone leave no emphasis; each text here has letters.
     if all(one_line(text) for text in texts):
         assert drawn_tags(body) == drawn_tags(plain_body)
+    # What folds the endings is ours, and the only HTML.
+    for ours in ("<details>", "<summary>How answers ended</summary>", "</details>"):
+        assert body.count(ours) == 1
+        body = body.replace(ours, "")
     assert "html" not in " ".join(drawn_tags(body))
 
 

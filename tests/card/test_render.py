@@ -1,17 +1,28 @@
 """The card: every section, a metadata block the hub reads, every figure linked to a record."""
 
+import hashlib
 import importlib
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
-from halfbyte.card.facts import CheckpointFacts, compare_arms, read_arm, read_figures
+from halfbyte.card.base import Base, find_base
+from halfbyte.card.facts import (
+    CheckpointFacts,
+    compare_arms,
+    read_arm,
+    read_checkpoint,
+    read_figures,
+)
+from halfbyte.card.published import findings
 from halfbyte.card.render import CardInput, render_card, write_card
 from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.cli.main import COMMANDS, build_parser
@@ -19,14 +30,22 @@ from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import UsageError
 from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
 from halfbyte.evals.summary import summarise
+from halfbyte.model.tiny import write_tiny_checkpoint
+
+TEKKEN = Path(__file__).parents[1] / "data" / "chat" / "tekken" / "tekken.json"
 
 SECTIONS = [
-    "Model overview", "Description", "Terms of use", "Deployment geography", "Use case",
-    "Release date", "Model architecture", "Input", "Output", "Software integration",
-    "Model version", "Training data", "Calibration data", "Evaluation data",
+    "Model overview", "Description", "Base model and makers", "Terms of use",
+    "Deployment geography", "Use case", "Languages", "Release date", "Model architecture",
+    "Input", "Output", "Software integration", "Model version", "Training data",
+    "Calibration data", "Evaluation data",
     "Post-training quantization", "Usage", "Evaluation", "Speed", "Fidelity to the source",
-    "Limitations", "Ethical considerations", "Records",
+    "Limitations", "Ethical considerations", "Contact",
+    "Records",
 ]  # fmt: skip
+
+
+IDENTITY = "tensors:" + "5c" * 32
 
 
 def checkpoint() -> CheckpointFacts:
@@ -41,6 +60,7 @@ def checkpoint() -> CheckpointFacts:
         formats={"attention": {"fp8": 120}, "mlp": {"fp8": 15, "nvfp4": 75}},
         layers_by_format={"attention fp8": "0-29", "mlp fp8": "0-3, 29", "mlp nvfp4": "4-28"},
         weight_bytes=133_924_680,
+        identity=IDENTITY,
         made_of={
             "recipe": {"name": "medium-3.5", "scales": {"weights": "amax", "activations": "amax"}},
             "profile": "ieee",
@@ -76,8 +96,8 @@ def arm(folder: Path, name: str, right: int, items: int = 30, note: str = "") ->
         "temperature": 0.7, "top_p": 0.95, "reasoning_effort": "high", "max_tokens": 9,
     }  # fmt: skip
     run = RunRecord(
-        FORMAT, f"{name}-id", name, "m", "u", {}, {}, settings, None, None, {}, "x86", "c", "", "",
-        {"aime2025": result},
+        FORMAT, f"{name}-id", name, "m", "u", {}, {"identity": IDENTITY}, settings, None, None,
+        {}, "x86", "c", "", "", {"aime2025": result},
     )  # fmt: skip
     write_run(folder / name / "run.json", run)
     return read_arm(folder / name)
@@ -88,7 +108,7 @@ def given(tmp_path: Path, **changes: Any) -> CardInput:
     if arms is None:
         arms = [arm(tmp_path, "fp8", 20), arm(tmp_path, "mixed", 19)]
     comparison = compare_arms(arms) if arms else None
-    defaults: dict[str, Any] = {"base_model": "some/base", "figures": {}}
+    defaults: dict[str, Any] = {"base": Base("some/base", "It is stated."), "figures": {}}
     return CardInput(checkpoint(), arms, comparison, **{**defaults, **changes})
 
 
@@ -165,6 +185,29 @@ def test_a_part_of_a_set_or_made_up_items_are_no_result_of_the_set(tmp_path: Pat
     assert card.count("made-up items") == 2
 
 
+@pytest.mark.parametrize(
+    ("provenance", "said"),
+    [
+        (
+            {"source": "x", "revision": "r9", "note": ""},
+            "math-ai/aime25, test: the published items",
+        ),
+        ({"source": "x", "revision": None, "note": ""}, "**a local copy, not compared with"),
+        ({"source": "x", "revision": "r9", "note": "made-up items"}, "**made-up items**"),
+        ({}, "**a local copy, not compared with"),
+    ],
+)
+def test_a_card_says_which_items_were_asked(
+    tmp_path: Path, provenance: dict[str, Any], said: str
+) -> None:
+    one = arm(tmp_path, "mixed", 19)
+    result = replace(one.run.benchmarks["aime2025"], provenance=provenance)
+    run = replace(one.run, benchmarks={"aime2025": result})
+    card = render_card(given(tmp_path, arms=[replace(one, run=run)]))
+    assert said in card
+    assert ("model-index" in metadata(card)) is ("the published items" in said)
+
+
 def test_a_checkpoints_note_stands_at_the_head_and_under_limitations(tmp_path: Path) -> None:
     noted = replace(checkpoint(), note="the vision tower is untrained")
     choices: tuple[list[Any] | None, ...] = (None, [])
@@ -192,7 +235,7 @@ def test_the_first_sentence_says_what_the_comparison_found(tmp_path: Path) -> No
         return render_card(whole).partition("## Model overview")[0]
 
     assert "no loss beyond the margins fixed beforehand was found" in head(400, 400, 400)
-    assert "base: a loss beyond the margins fixed beforehand was found" in head(400, 300, 400)
+    assert "base): a loss beyond the margins fixed beforehand was found" in head(400, 300, 400)
     assert "too small to say whether it loses accuracy" in head(20, 20)
     shown = head(400, 392, 400)
     assert "it loses accuracy on AIME 2025; whether beyond the margins" in shown
@@ -228,7 +271,8 @@ def test_commands_of_the_card_are_commands_we_have(tmp_path: Path) -> None:
 
 def test_a_comparison_of_distributions_becomes_a_table(tmp_path: Path) -> None:
     row = {
-        "name": "mixed", "mode": "weight_only", "bytes": 5, "perplexity": 12.5, "kl_mean": 0.03,
+        "name": "mixed", "checkpoint": IDENTITY, "mode": "weight_only", "bytes": 5,
+        "perplexity": 12.5, "kl_mean": 0.03,
         "kl_interval": [0.02, 0.04], "kl_p99": 0.4, "kl_max": 1.0, "top1_agreement": 0.9,
         "kl_median": 0.01, "flips": {"items": 20, "base_right": 9, "right": 8, "lost": 2, "won": 1,
                                      "changed_wrong": 1},
@@ -246,11 +290,52 @@ def test_a_comparison_of_distributions_becomes_a_table(tmp_path: Path) -> None:
         read_figures([file])
 
 
-def test_speed_records_are_quoted_and_copied(tmp_path: Path) -> None:
-    record = {"name": "serving", "question": "How fast?", "results": {"tokens_per_s": 12.5}}
-    card_file = write_card(tmp_path / "card", given(tmp_path, figures={"serving.json": record}))
-    assert "tokens_per_s: [12.5](evaluation/serving.json)" in card_file.read_text()
-    assert (tmp_path / "card" / "evaluation" / "serving.json").exists()
+def speed_record(**changes: Any) -> dict[str, Any]:
+    rows = [{"users": 1, "first_token_s": 0.25, "output_tokens_per_s": 12.5}, {"users": 8}]
+    machine = {"processor": "CPU X", "cores": 2, "versions": {"torch": "2.13.0"}}
+    return {
+        "name": "speed", "question": "?", "command": "halfbyte bench cpu /home/ann/mixed",
+        "machine": machine, "checkpoint": IDENTITY, "results": {"speed": rows}, **changes,
+    }  # fmt: skip
+
+
+def test_speed_is_a_table_of_this_checkpoint_on_a_named_machine(tmp_path: Path) -> None:
+    card_file = write_card(tmp_path / "card", given(tmp_path, figures={"s.json": speed_record()}))
+    section = card_file.read_text().split("## Speed")[1].split("\n## ")[0]
+    assert "Measured on CPU X, 2 cores by `halfbyte bench cpu mixed`" in section
+    assert "| users at once | first token, s | output tokens/s |" in section
+    assert "| 1 | 0.250 | 12.5 |" in section and "| 8 | - | - |" in section
+    assert "ann" not in (tmp_path / "card" / "evaluation" / "s.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (speed_record(checkpoint="tensors:" + "00" * 32), "measured another checkpoint"),
+        ({k: v for k, v in speed_record().items() if k != "checkpoint"}, "does not say which"),
+        (speed_record(results={"gap_ratio": 1.5}), "no speed of a model"),
+        (speed_record(results={"speed": "fast"}), "no speed of a model"),
+        ({"base": {}, "candidates": [{"checkpoint": "tensors:00"}]}, "another checkpoint"),
+        ({"base": {}, "candidates": [{"name": "x"}]}, "does not say which"),
+        ({"base": {}, "candidates": []}, "does not say which"),
+    ],
+)
+def test_records_of_others_are_refused(tmp_path: Path, record: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        write_card(tmp_path / "card", given(tmp_path, figures={"s.json": record}))
+    assert not (tmp_path / "card").exists()
+
+
+@pytest.mark.parametrize("checkpoint", [{}, {"identity": "tensors:1"}, {"headers sha256": "0"}])
+def test_a_run_of_another_checkpoint_is_refused(tmp_path: Path, checkpoint: dict[str, str]) -> None:
+    card = given(tmp_path)
+    baseline, mixed = card.arms
+    other = replace(mixed, run=replace(mixed.run, checkpoint=checkpoint))
+    with pytest.raises(UsageError, match=r"run mixed .*checkpoint"):
+        render_card(replace(card, arms=[baseline, other]))
+    # The baseline is another checkpoint by its nature.
+    first = replace(baseline, run=replace(baseline.run, checkpoint=checkpoint))
+    assert "2025" in render_card(replace(card, arms=[first, mixed]))
 
 
 @pytest.mark.parametrize(
@@ -268,3 +353,146 @@ def test_the_first_sentence_says_what_the_verdict_says(
     assert bool(re.search(r"\bno loss\b.* was found", first)) is says_no_loss
     assert bool(re.search(r"(?<!no )\b(a loss)\b.* was found", first)) is says_a_loss
     assert ("too small to say" in first) is not (says_no_loss or says_a_loss)
+
+
+def test_the_hub_reads_the_whole_block_and_loses_nothing(tmp_path: Path) -> None:
+    """By the hub's own parser, which turns `model-index` into results and back."""
+    hub = pytest.importorskip("huggingface_hub", reason="extra 'hub' is not installed")
+    named = replace(
+        given(tmp_path, repository="me/small-nvfp4"),
+        checkpoint=replace(checkpoint(), made_of={**checkpoint().made_of, **BLEND}),
+        licence_name="modified-mit", licence_link="LICENSE", languages=["en", "fr"],
+    )  # fmt: skip
+    card = render_card(named)
+    block = metadata(card)
+    read = hub.ModelCard(card, ignore_metadata_errors=False)
+    assert read.data.to_dict() == {**block, "model-index": read.data.to_dict()["model-index"]}
+    ours, theirs = block["model-index"][0], read.data.to_dict()["model-index"][0]
+    assert theirs["name"] == ours["name"] == "small-nvfp4"
+    (mine,), (back,) = ours["results"], theirs["results"]
+    assert back["task"] == mine["task"] and back["source"] == mine["source"]
+    assert back["dataset"] == mine["dataset"] and back["metrics"] == mine["metrics"]
+    assert block["datasets"] == ["nvidia/Math-v2"] and block["language"] == ["en", "fr"]
+    assert (block["license"], block["license_name"]) == ("other", "modified-mit")
+    for name in (block["base_model"], *block["datasets"]):
+        hub.utils.validate_repo_id(name)
+
+
+BLEND = {
+    "calibration": {
+        "rows": 46, "tokens": 10_858, "longest": 512, "sha256": "da" * 32,
+        "provenance": {"blend": "nemotron-v3", "members": [
+            {"name": "math", "dataset": "nvidia/Math-v2", "revision": "8e79", "taken_rows": 40,
+             "num_tokens": 10_000},
+            {"name": "/home/ann/rows.jsonl", "dataset": None, "revision": None, "taken_rows": 6,
+             "num_tokens": 858},
+        ]},
+    }
+}  # fmt: skip
+
+
+def test_calibration_names_the_blend_and_its_sources_and_no_folder(tmp_path: Path) -> None:
+    facts = replace(checkpoint(), made_of={**checkpoint().made_of, **BLEND})
+    card = render_card(replace(given(tmp_path), checkpoint=facts))
+    section = card.split("### Calibration data")[1].split("\n## ")[0].split("\n### ")[0]
+    assert "Blend `nemotron-v3`: 46 samples" in section
+    linked = "[nvidia/Math-v2](https://huggingface.co/datasets/nvidia/Math-v2)"
+    assert f"| {linked} | 8e79 | 40 | 10000 |" in section
+    assert "ann" not in section and "| 6 | 858 |" in section
+
+
+def test_a_card_says_what_the_reference_card_says(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "small-nvfp4", layers=6, vision=True)
+    folder = tmp_path / "small-nvfp4"
+    shutil.copy(TEKKEN, folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.7, "top_p": 0.95}')
+    (folder / "LICENSE").write_text("text")
+    facts = read_checkpoint(folder)
+    given_all = CardInput(facts, [], None, contact="safety@example.com")
+    base = find_base(facts, "some/base")
+    card = render_card(replace(given_all, base=base, repository="me/small-nvfp4"))
+    shards = [load_file(file) for file in folder.glob("*.safetensors")]
+    parameters = sum(tensor.numel() for shard in shards for tensor in shard.values())
+    assert f"({parameters:,})" in card
+    assert "Recommended sampling (generation_config.json): temperature 0.7, top_p 0.95." in card
+    assert "[some/base](https://huggingface.co/some/base)" in card
+    assert "some did not make this quantization" in card
+    assert "safety@example.com" in card and "text and images" in card
+    assert metadata(card)["license_link"] == "LICENSE"
+    assert "`hf download me/small-nvfp4 --local-dir small-nvfp4`" in card
+    command = card.split("With vLLM:")[1].split("```")[1]
+    assert command.startswith("sh\nvllm serve me/small-nvfp4 \\\n")
+    words = shlex.split(command.removeprefix("sh\n").replace("\\\n", " "))
+    assert words[words.index("--served-model-name") + 1] == "small-nvfp4"
+    for flag in ("--config-format", "--tokenizer-mode", "--max-model-len", "--tool-call-parser"):
+        assert flag in words
+    assert str(tmp_path) not in card and findings(card) == []
+
+
+@pytest.mark.parametrize(
+    ("claimed", "origin", "said"),
+    [
+        ("mistralai/Mistral-Medium-3.5-128B", "", "the name says 128B parameters, this"),
+        ("some/model-7b-instruct", "", "the name says 7b"),
+        ("other/name", "some/name@0123", "made from some/name@0123"),
+        ("no hub id", "", "owner/name was expected"),
+    ],
+)
+def test_a_base_model_that_cannot_be_is_refused(claimed: str, origin: str, said: str) -> None:
+    facts = replace(checkpoint(), made_of={"origin": origin} if origin else {})
+    with pytest.raises(UsageError, match=said):
+        find_base(facts, claimed)
+
+
+@pytest.mark.parametrize(
+    "claimed", ["some/base", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/Mix-8x7B", "a/x-0.1B-v2"]
+)
+def test_a_base_model_that_may_be_is_stated(claimed: str) -> None:
+    # The fixture has the geometry of a model of 135 million parameters.
+    base = find_base(checkpoint(), claimed)
+    assert base is not None and base.name == claimed and "states" in base.proof
+
+
+def test_the_manifest_knows_the_base_model(tmp_path: Path) -> None:
+    assert find_base(checkpoint(), None) is None
+    facts = replace(checkpoint(), made_of={"origin": "some/name@0123abc"})
+    base = find_base(facts, None)
+    assert base is not None and base.name == "some/name" and "0123abc" in base.proof
+    (tmp_path / "config.json").write_text("{}")
+    source = {"config.json": {"sha256": hashlib.sha256(b"{}").hexdigest()}}
+    facts = replace(checkpoint(), made_of={"source": source})
+    base = find_base(facts, "some/name", tmp_path)
+    assert base is not None and "compared with a copy" in base.proof
+    (tmp_path / "config.json").write_text("{ }")
+    with pytest.raises(UsageError, match="is not the one that was quantized"):
+        find_base(facts, "some/name", tmp_path)
+    with pytest.raises(UsageError, match="No such file"):
+        find_base(facts, "some/name", tmp_path / "nowhere")
+
+
+def test_a_published_card_and_its_records_name_no_place(tmp_path: Path) -> None:
+    card = given(tmp_path)
+    baseline, mixed = card.arms
+    result = replace(
+        mixed.run.benchmarks["aime2025"],
+        provenance={"source": "team/items", "revision": None, "sha256": {}, "note": ""},
+        missing=[["i", 0, "no answer from http://gpu07.corp:8000/v1"]],
+    )
+    run = replace(
+        mixed.run, endpoint="http://gpu07.corp:8000/v1", command="halfbyte evaluate /home/ann/x",
+        server={"health": {"engine_directory": "/home/ann/x", "version": "0.1.0"}},
+        judge={"url": "http://judge.corp:1", "model": "qwen", "revision": "not stated"},
+        benchmarks={"aime2025": result},
+    )  # fmt: skip
+    remarked = replace(card.comparison, remarks=["see /home/ann/runs"])  # type: ignore[type-var]
+    file = write_card(
+        tmp_path / "card", replace(card, arms=[baseline, replace(mixed, run=run)],
+                                   comparison=remarked),
+    )  # fmt: skip
+    texts = [path.read_text() for path in file.parent.rglob("*") if path.is_file()]
+    assert len(texts) == 4
+    for text in texts:
+        assert findings(text) == []
+        for word in ("gpu07", "corp.", "/ann", "team/"):
+            assert word not in text
+    assert "judged by qwen (its revision was not stated)" in texts[0] + "".join(texts)

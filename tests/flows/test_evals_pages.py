@@ -68,8 +68,13 @@ def test_card_becomes_the_checkpoints_readme_and_verify_accepts_it(
     save_file({"batch0.input_ids": torch.arange(64).reshape(2, 32)}, tokens)
     recipe = load_recipe("medium-3.5")
     quantize(QuantizeConfig(tmp_path / "source", mixed, recipe, calibration_tokens=tokens))
-    command = ["card", str(mixed), "--runs", *runs, "--base-model", "some/base"]
-    assert main(command) == 0
+    command = ["card", str(mixed), "--base-model", "some/base", "--runs"]
+    assert main([*command, *runs]) == 2  # nobody said what answered at the address
+    own = str(tmp_path / "own")
+    with serving(lambda request: completion("Answer: B \\boxed{42}")) as stub:
+        asked = ["evaluate", stub.url, "--suite", "pocket", "--out", own]
+        assert main([*asked, "--checkpoint", str(mixed)]) == 0
+    assert main([*command, runs[0], own]) == 0
     assert main(["verify", str(mixed)]) == 0
     _, _, body = (mixed / "README.md").read_text().split("---\n", 2)
     # The hub draws tables and headings much like this.

@@ -5,24 +5,33 @@ page says "not measured". No figure is computed here that is not in a record.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.fp8_source import NOTE_FILE
+from halfbyte.checkpoint.identity import checkpoint_identity
+from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.manifest import read_manifest
-from halfbyte.checkpoint.metadata import Quantization, read_config
+from halfbyte.checkpoint.metadata import Quantization, read_config, unquantized
 from halfbyte.config import ModelConfig
 from halfbyte.errors import UsageError
 from halfbyte.evals.compare import Comparison, compare_runs
 from halfbyte.evals.records import BenchmarkResult, RunRecord, newest, read_records, read_run
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES
 from halfbyte.modules import decoder_linears
+from halfbyte.server.defaults import SamplingDefaults, read_sampling
+from halfbyte.server.vllm_command import VllmOptions, VllmPlan, plan_vllm
 
 # Items whose authors ask that they never stand in plain text online.
 PRIVATE = ("gpqa_diamond",)
+_LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
+# What the command of the card asks for: more costs memory that few have beside the weights.
+MAX_MODEL_LEN = 196_608
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +59,24 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatFacts:
+    """What the tokenizer files say the model can do beside answering."""
+
+    has_tools: bool
+    has_thinking: bool
+    efforts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointFacts:
     """What a checkpoint folder says of itself; `formats` counts linears by format and group.
 
-    note  what its NOTE.txt says, "" without one; it belongs beside every figure
+    identity   what records of it carry (`checkpoint.identity`)
+    sampling   what its generation_config.json recommends, under the names of the API
+    chat       None where it has no tokenizer
+    vllm       the command for vLLM under the name NAME; None without a tokenizer
+    licence_file  its LICENSE, "" without one
+    note       what its NOTE.txt says, "" without one; it belongs beside every figure
     """
 
     folder: str
@@ -64,6 +87,11 @@ class CheckpointFacts:
     weight_bytes: int
     made_of: Mapping[str, Any]
     note: str = ""
+    identity: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    chat: ChatFacts | None = None
+    vllm: VllmPlan | None = None
+    licence_file: str = ""
 
 
 def read_arm(folder: Path) -> Arm:
@@ -131,6 +159,7 @@ def read_checkpoint(folder: Path) -> CheckpointFacts:
         layers.setdefault(f"{group} {chosen}", set()).add(int(linear.name.split(".")[1]))
     manifest = read_manifest(folder)
     note = folder / NOTE_FILE
+    chat, vllm = _read_chat(folder, config)
     return CheckpointFacts(
         folder=folder.resolve().name,
         config=config,
@@ -140,7 +169,35 @@ def read_checkpoint(folder: Path) -> CheckpointFacts:
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         made_of=manifest.made_of if manifest is not None else {},
         note=" ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else "",
+        identity=checkpoint_identity(folder),
+        sampling=_recommended(folder),
+        chat=chat,
+        vllm=vllm,
+        licence_file=next((n for n in _LICENCES if (folder / n).is_file()), ""),
     )
+
+
+def _read_chat(folder: Path, config: ModelConfig) -> tuple[ChatFacts | None, VllmPlan | None]:
+    if not any((folder / name).exists() for name in ("tekken.json", "tokenizer.json")):
+        return None, None
+    chat = load_chat(folder)
+    facts = ChatFacts(
+        chat.control.has_tools, chat.control.has_thinking, tuple(chat.reasoning_efforts)
+    )
+    longest = min(MAX_MODEL_LEN, config.text.max_positions)
+    return facts, plan_vllm(folder, chat, VllmOptions("NAME", 8000, max_model_len=longest))
+
+
+def _recommended(folder: Path) -> dict[str, float]:
+    """Only what the file says: a default of ours is no recommendation of the model's makers."""
+    found, silent = asdict(read_sampling(folder)), asdict(SamplingDefaults())
+    return {name: value for name, value in found.items() if value != silent[name]}
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, vision tower included, as its makers count them: before packing."""
+    tensors = expected_tensors(config, unquantized(config))
+    return sum(math.prod(expected.shape) for expected in tensors.values())
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -160,7 +217,7 @@ def read_figures(files: Sequence[Path]) -> dict[str, Any]:
     for file in files:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as failure:
+        except (OSError, ValueError, RecursionError) as failure:
             raise UsageError(f"{file}: no record: {failure}") from failure
         if not isinstance(record, dict) or not ("results" in record or is_fidelity(record)):
             raise UsageError(
@@ -174,3 +231,52 @@ def read_figures(files: Sequence[Path]) -> dict[str, Any]:
 def is_fidelity(record: Mapping[str, Any]) -> bool:
     """Whether a record is a comparison by `halfbyte compare --json`."""
     return "base" in record and "candidates" in record
+
+
+def require_own_records(
+    c: CheckpointFacts, arms: Sequence[Arm], figures: Mapping[str, Any]
+) -> None:
+    """Raise UsageError unless every record measured this very checkpoint.
+
+    Of two arms the last is this checkpoint's, the first its baseline; of a comparison of
+    distributions at least one candidate.
+    """
+    if arms:
+        run = arms[-1].run
+        hint = (
+            "evaluate the folder, or name it beside an address: halfbyte evaluate URL --checkpoint"
+        )
+        _require_own(c, f"run {run.arm}", run.checkpoint.get("identity"), hint)
+    for name, record in figures.items():
+        if is_fidelity(record):
+            rows = [row for row in record["candidates"] if isinstance(row, Mapping)]
+            own = [row.get("checkpoint") for row in rows]
+            said = c.identity if c.identity in own else next(iter(own), None)
+            _require_own(c, f"record {name}", said, "run halfbyte compare --json again")
+            continue
+        _require_own(c, f"record {name}", record.get("checkpoint"), "measure this checkpoint")
+        if not speed_rows(record):
+            raise UsageError(
+                f"record {name}: holds no speed of a model, only figures of its own question; a "
+                "card takes records with rows under results.speed, as halfbyte bench cpu writes"
+            )
+
+
+def _require_own(c: CheckpointFacts, what: str, said: object, hint: str) -> None:
+    if not isinstance(said, str):
+        raise UsageError(
+            f"{what} does not say which checkpoint it measured, so it cannot stand on the card of "
+            f"{c.folder}; {hint}"
+        )
+    if said != c.identity:
+        raise UsageError(
+            f"{what} measured another checkpoint ({said[:20]}...) than {c.folder} "
+            f"({c.identity[:20]}...); {hint}"
+        )
+
+
+def speed_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a record that a card's speed section shows; empty if it has none."""
+    results = record.get("results")
+    rows = results.get("speed") if isinstance(results, Mapping) else None
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []

@@ -73,7 +73,12 @@ def code(value: object) -> Markdown:
 
 def link(text: object, target: str) -> Markdown:
     """A link to a file beside the card; the target is a relative path."""
-    return Markdown(f"[{escape(text)}]({quote(target)})")
+    return Markdown(f"[{escape(text)}]({quote(one_line(target))})")
+
+
+def hub_link(name: str, kind: str = "") -> Markdown:
+    """A link to a model on the hub, or with the kind `datasets/` to a data set."""
+    return Markdown(f"[{escape(name)}](https://huggingface.co/{kind}{quote(one_line(name))})")
 
 
 def row(cells: Sequence[object]) -> Markdown:

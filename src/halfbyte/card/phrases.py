@@ -1,24 +1,13 @@
 """The card's sentences that are the same for every checkpoint; no figures in here."""
 
-USE_CASE = (
-    "Developers who want to run the base model with less memory: chat assistants, agents with "
-    "tools, code, retrieval over long documents, and other text generation that the base model is "
-    "made for."
-)
-
-OUTPUT = """\
-- **Types:** text
-- **Format:** chat completions, streamed or whole
-- **Parameters:** text (1D)
-- **Other:** reasoning and tool calls where the chat template has them"""
-
 SOFTWARE = """\
-- **Runtimes:** halfbyte; servers that read NVIDIA Model Optimizer's checkpoint layout
-- **Hardware:** NVIDIA GPUs; a CPU for small models and for checking
-- **Operating system:** Linux
-
 Without FP4 hardware an NVFP4 layer decodes its weights exactly and leaves activations alone. Any
 use needs tests of its own on the task, the hardware and the software at hand."""
+
+VLLM_UNTRIED = (
+    "The flags are those of vLLM 0.20 to 0.25 that the files of this checkpoint call for. The "
+    "command was not run for this card."
+)
 
 TRAINING_DATA = (
     "Nothing was trained for this checkpoint. The training data is that of the base model, as its "
@@ -31,10 +20,10 @@ FORMATS = (
 )
 
 USAGE = """\
-Serve it:
+Serve it FROM:
 
 ```sh
-halfbyte serve . --port 8000 --served-model-name TITLE --max-model-len LENGTH
+halfbyte serve FOLDER --port 8000 --served-model-name TITLE --max-model-len LENGTH
 ```
 
 Ask it:
@@ -47,7 +36,7 @@ curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/jso
 Check that the files are whole, and evaluate it again:
 
 ```sh
-halfbyte verify .
+halfbyte verify FOLDER
 halfbyte evaluate http://127.0.0.1:8000 --suite pocket
 ```"""
 
@@ -59,9 +48,9 @@ VERDICTS = (
 )
 
 FIDELITY = (
-    "These figures find broken layers and rank recipes that are far apart. They measure how much "
-    "changed, not whether it got worse: no verdict above rests on them. Answers are letters given "
-    "without reasoning."
+    "These figures show whether a layer is broken, and which of two very different quantizations "
+    "is closer to the source. They measure how much changed, not whether it got worse: no verdict "
+    "above rests on them. The answers counted here are single letters, given without reasoning."
 )
 
 LIMITATIONS = (
@@ -72,6 +61,6 @@ LIMITATIONS = (
 
 ETHICS = (
     "Whoever deploys this model is responsible for checking that it meets the requirements of the "
-    "use, the industry and the law that apply, and for measures against misuse. Report security "
-    "problems and concerns to the maintainers of the project in private."
+    "use, the industry and the law that apply, for the rights in what it is given and gives, "
+    "pictures included, and for measures against misuse."
 )

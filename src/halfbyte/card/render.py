@@ -6,11 +6,12 @@ into Markdown by `markdown.md`, which escapes it.
 """
 
 import json
+import math
 import re
 import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,23 @@ from typing import Any
 import yaml
 
 from halfbyte.card import phrases
-from halfbyte.card.facts import Arm, CheckpointFacts, columns, is_fidelity, title_of
-from halfbyte.card.markdown import Markdown, code, join, link, md, one_line, row, rule
+from halfbyte.card.base import HUB_ID, Base
+from halfbyte.card.facts import (
+    MAX_MODEL_LEN,
+    Arm,
+    CheckpointFacts,
+    columns,
+    count_parameters,
+    is_fidelity,
+    require_own_records,
+    speed_rows,
+    title_of,
+)
+from halfbyte.card.markdown import Markdown, code, hub_link, join, link, md, one_line, row, rule
+from halfbyte.card.published import published_figures, published_run, scrubbed
 from halfbyte.errors import UsageError
 from halfbyte.evals.compare import Comparison, write_comparison
-from halfbyte.evals.records import newest
+from halfbyte.evals.records import BenchmarkResult
 from halfbyte.evals.render import (
     level_text,
     margin_text,
@@ -36,7 +49,6 @@ from halfbyte.evals.stats import Estimate
 from halfbyte.evals.tasks.suite import BENCHMARKS
 
 RECORDS = "evaluation"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NOT_MEASURED = "not measured"
 _NOT_MEASURED = Markdown(NOT_MEASURED.capitalize())
 _COMPARISON = "comparison.json"
@@ -46,6 +58,10 @@ _COMPARISON = "comparison.json"
 class CardInput:
     """All a card is made of.
 
+    base        the base model and what speaks for it
+    licence_name, licence_link  for the licence "other"
+    languages   codes of ISO 639, as the base model's card states them
+    contact     address of a page or a mailbox
     figures     records of `halfbyte bench` and `halfbyte compare --json`, by file name
     repository  hub id under which the card will stand; the metadata's links need it
     """
@@ -53,38 +69,59 @@ class CardInput:
     checkpoint: CheckpointFacts
     arms: Sequence[Arm]
     comparison: Comparison | None
-    base_model: str | None = None
+    base: Base | None = None
     title: str | None = None
     licence: str = "other"
+    licence_name: str | None = None
     licence_link: str | None = None
+    languages: Sequence[str] = ()
+    contact: str | None = None
     release_date: str | None = None
     repository: str | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
+def for_the_public(given: CardInput) -> CardInput:
+    """The same without hosts, paths, keys and answers in its records.
+
+    Raises UsageError for a record of another checkpoint.
+    """
+    require_own_records(given.checkpoint, given.arms, given.figures)
+    comparison = given.comparison
+    if comparison is not None:
+        # The answers inside stay at home: they may repeat items that must not be published.
+        comparison = scrubbed(_without_answers(comparison))
+    return replace(
+        given,
+        arms=[replace(arm, run=published_run(arm.run)) for arm in given.arms],
+        comparison=comparison,
+        figures={name: published_figures(record) for name, record in given.figures.items()},
+    )
+
+
 def write_card(out: Path, given: CardInput) -> Path:
     """Write OUT/README.md and OUT/evaluation/ with the records it links to; returns the card.
 
-    Raises UsageError if two records would have one name there.
+    Raises UsageError if two records would have one name there, or measured another checkpoint.
     """
+    given = for_the_public(given)
     records = out / RECORDS
     files: dict[str, bytes] = {}
     for arm, name in zip(given.arms, record_names(given.arms), strict=True):
-        source = newest(arm.folder, "run", "json")
-        assert source is not None, arm.folder
-        files[name] = source.read_bytes()
+        files[name] = (json.dumps(asdict(arm.run), indent=1, ensure_ascii=False) + "\n").encode(
+            "utf-8", "replace"
+        )
     for name, figure in given.figures.items():
         if name in files or name == _COMPARISON:
             raise UsageError(f"--records: {name} is the name of a run's record; rename the file")
         files[name] = (json.dumps(figure, indent=1) + "\n").encode()
-    card = render_card(given).encode()
+    card = _render(given).encode()
     _ensure_folder(records)
     for name, content in files.items():
         _write(records / name, content)
     if given.comparison is not None:
-        # The answers inside stay at home: they may repeat items that must not be published.
         _unlink(records / _COMPARISON)
-        write_comparison(records / _COMPARISON, _without_answers(given.comparison))
+        write_comparison(records / _COMPARISON, given.comparison)
     _write(out / "README.md", card)
     return out / "README.md"
 
@@ -135,7 +172,11 @@ def _without_answers(comparison: Comparison) -> Comparison:
 
 
 def render_card(given: CardInput) -> str:
-    """The card's text."""
+    """The card's text. Raises UsageError for a record of another checkpoint."""
+    return _render(for_the_public(given))
+
+
+def _render(given: CardInput) -> str:
     template = resources.files("halfbyte.card").joinpath("template.md").read_text()
     c = given.checkpoint
     title = one_line(given.title or c.folder)
@@ -145,24 +186,27 @@ def render_card(given: CardInput) -> str:
         title=title,
         intro=_intro(given),
         description=_description(given),
+        makers=_makers(given),
         licence=_licence(given),
-        use_case=Markdown(phrases.USE_CASE),
+        use_case=_use_case(c),
+        languages=_languages(given),
         release_date=given.release_date or "Not stated.",
         architecture=_architecture(c),
         input=_input(c),
-        output=Markdown(phrases.OUTPUT),
-        software=Markdown(phrases.SOFTWARE),
+        output=_output(c),
+        software=_software(given),
         version=_version(given, title),
         training_data=Markdown(phrases.TRAINING_DATA),
         calibration=_calibration(c),
         evaluation_data=_evaluation_data(given),
         quantization=_quantization(c),
-        usage=_usage(c, title),
+        usage=_usage(given, title),
         evaluation=_evaluation(given),
-        speed=_figures(given, "speed", ("engine", "serving", "kernels", "latency", "speed")),
+        speed=_speed(given),
         fidelity=_fidelity(given),
         limitations=_limitations(given),
         ethics=Markdown(phrases.ETHICS),
+        contact=_contact(given),
         records=_records(given),
     )
 
@@ -190,12 +234,18 @@ def _metadata(given: CardInput, title: str) -> str:
         "tags": tags,
     }
     if given.licence == "other":
-        block["license_name"] = "base-model-licence"
-        if given.licence_link:
-            block["license_link"] = one_line(given.licence_link)
-    if given.base_model:
-        block["base_model"] = one_line(given.base_model)
+        block["license_name"] = one_line(given.licence_name or "base-model-licence")
+        place = given.licence_link or given.checkpoint.licence_file
+        if place:
+            block["license_link"] = one_line(place)
+    if given.base:
+        block["base_model"] = one_line(given.base.name)
         block["base_model_relation"] = "quantized"
+    if given.languages:
+        block["language"] = [one_line(code) for code in given.languages]
+    datasets = [str(m["dataset"]) for m in _members(given.checkpoint) if _is_hub_id(m["dataset"])]
+    if datasets:
+        block["datasets"] = list(dict.fromkeys(datasets))
     arm = _candidate(given)
     results = _model_index(given, arm) if arm else []
     if results:
@@ -207,12 +257,12 @@ def _model_index(given: CardInput, arm: Arm) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, result in arm.run.benchmarks.items():
         # A part of a set, or items that are not the set's, are no result of that set.
-        is_whole = result.items == result.full_items and not result.provenance.get("note")
+        is_whole = result.items == result.full_items and _which_items(result) == _PUBLISHED
         if result.score is None or result.status != "complete" or not is_whole:
             continue
         known = BENCHMARKS.get(name)
         source = (known.source if known else result.source).split(",")[0]
-        if not _HUB_ID.fullmatch(source):
+        if not HUB_ID.fullmatch(source):
             continue  # the hub lists results on sets that it knows
         found.append(
             {
@@ -238,15 +288,18 @@ def _model_index(given: CardInput, arm: Arm) -> list[dict[str, Any]]:
 def _intro(given: CardInput) -> Markdown:
     noted = given.checkpoint.note
     note = md("\n\n**Note: {}.**", noted) if noted else Markdown("")
-    base = given.base_model or "its source checkpoint"
+    base = _base_link(given)
     if given.comparison is None:
-        return md(
-            "A quantized version of {}. {}: its difference to it.{}", base, _NOT_MEASURED, note
-        )
+        found = md("{}: its difference to it", _NOT_MEASURED)
+        return md("A quantized version of {}. {}.{}", base, found, note)
     record = link("comparison", f"{RECORDS}/{_COMPARISON}")
     return md(
         "A quantized version of {}: {} ({}).{}", base, _finding(given.comparison), record, note
     )
+
+
+def _base_link(given: CardInput) -> Markdown:
+    return hub_link(given.base.name) if given.base else Markdown("its source checkpoint")
 
 
 def _finding(comparison: Comparison) -> str:
@@ -272,11 +325,14 @@ def _description(given: CardInput) -> Markdown:
     counts: dict[str, int] = {}
     for chosen in c.quantization.formats.values():
         counts[chosen] = counts.get(chosen, 0) + 1
-    shares = ", ".join(f"{count} in {name.upper()}" for name, count in sorted(counts.items()))
+    stored = [f"{n} {'is' if n == 1 else 'are'} stored in {f.upper()}"
+              for f, n in sorted(counts.items())]  # fmt: skip
+    shares = " and ".join(stored)
     return md(
-        "The decoder's {} linear layers are stored {}; the KV cache is {}; embeddings, norms, head"
-        "{} keep bfloat16. The weight files take {:.3f} GB. Written by halfbyte in the layout "
-        "of NVIDIA Model Optimizer, readable by servers that read that layout.",
+        "{}\n\nOf the decoder's {} linear layers, {}. The KV cache is stored in {}; embeddings, "
+        "norms and head{} keep bfloat16. The weight files take {:.3f} GB. They were written by "
+        "halfbyte in the layout of NVIDIA Model Optimizer.",
+        _model_in_short(c),
         len(c.quantization.formats),
         shares,
         c.quantization.kv_cache.upper(),
@@ -285,14 +341,158 @@ def _description(given: CardInput) -> Markdown:
     )
 
 
-def _licence(given: CardInput) -> Markdown:
-    base = given.base_model or "the base model"
+def _model_in_short(c: CheckpointFacts) -> Markdown:
+    reads = "text and images" if c.config.vision else "text"
+    able = [] if c.chat is None else [
+        *(["calls tools"] if c.chat.has_tools else []),
+        *(["can reason before it answers"] if c.chat.has_thinking else []),
+    ]  # fmt: skip
+    also = f", {' and '.join(able)}" if able else ""
     return md(
-        "The terms of {} apply to these weights: quantization changes how they are stored, "
-        "not whose they are. Identifier in the metadata: {}.",
-        base,
-        code(given.licence),
+        "A dense decoder-only transformer of {} parameters ({:,}). It reads {} and answers in "
+        "text{}. Its context is {:,} tokens.",
+        _rounded(count_parameters(c.config)),
+        count_parameters(c.config),
+        reads,
+        also,
+        c.config.text.max_positions,
     )
+
+
+def _rounded(count: int) -> str:
+    """A count as people say it: 135M, 8.03B, 128B."""
+    unit, name = (1e9, "B") if count >= 1e9 else (1e6, "M")
+    return f"{count / unit:.3g}{name}"
+
+
+def _makers(given: CardInput) -> Markdown:
+    if given.base is None:
+        return Markdown(
+            "The base model was not stated. Whoever made it did not make this quantization."
+        )
+    owner = given.base.name.partition("/")[0]
+    publisher = (given.repository or "").partition("/")[0]
+    if publisher == owner:
+        return md("Base model: {}. {}", hub_link(given.base.name), given.base.proof)
+    return md(
+        "Base model: {}. {}\n\nThe base model is a work of third parties. {} did not make this "
+        "quantization, does not maintain it and does not vouch for it; for the base model itself, "
+        "see its own card.",
+        hub_link(given.base.name),
+        given.base.proof,
+        owner,
+    )
+
+
+def _licence(given: CardInput) -> Markdown:
+    base = _base_link(given)
+    named = given.licence_name or given.licence
+    place = given.licence_link or given.checkpoint.licence_file
+    where = Markdown("")
+    if place:
+        # A bare address links to itself.
+        where = md(" ({})", place if "://" in place else link(place, place))
+    if given.licence == "other" and given.licence_name is None:
+        stated = Markdown("Its name was not stated for this card")
+    else:
+        stated = md("It is {}{}", code(named), where)
+    return md(
+        "The licence of {} applies to these weights: quantization changes how they are stored, "
+        "not whose they are. {}. Whether commercial use is allowed, it says.",
+        base,
+        stated,
+    )
+
+
+def _use_case(c: CheckpointFacts) -> Markdown:
+    uses = ["chat assistants", "code", "other text generation that the base model is made for"]
+    if c.config.vision:
+        uses.insert(1, "questions about images")
+    if c.chat is not None and c.chat.has_tools:
+        uses.insert(1, "agents that call tools")
+    if c.config.text.max_positions >= 32_768:
+        uses.insert(-1, f"work on documents of up to {c.config.text.max_positions:,} tokens")
+    return md(
+        "Developers who want to run the base model with less memory: {} and {}.",
+        ", ".join(uses[:-1]),
+        uses[-1],
+    )
+
+
+def _languages(given: CardInput) -> Markdown:
+    if not given.languages:
+        return Markdown("Those of the base model; its own card names them.")
+    return md(
+        "{}, as the base model's card states them. Calibration may favour the languages of its "
+        "texts.",
+        ", ".join(given.languages),
+    )
+
+
+def _output(c: CheckpointFacts) -> Markdown:
+    other = "none" if c.chat is None else " and ".join(
+        [*(["reasoning"] if c.chat.has_thinking else []),
+         *(["tool calls"] if c.chat.has_tools else [])]
+    ) or "none"  # fmt: skip
+    return md(
+        "- **Types:** text\n- **Format:** chat completions, streamed or whole\n"
+        "- **Parameters:** text (1D)\n- **Beside text:** {}",
+        other,
+    )
+
+
+def _software(given: CardInput) -> Markdown:
+    """Where it ran, from the records: nothing else is known to work."""
+    made = given.checkpoint.made_of.get("versions", {})
+    lines = [
+        md("- **Written by:** {}", _versions(made) or "a version that was not recorded"),
+        Markdown(
+            "- **Runtimes:** halfbyte; vLLM by the command below, and other servers that read "
+            "NVIDIA Model Optimizer's checkpoint layout"
+        ),
+    ]
+    ran = _tested(given)
+    lines += ran or [md("- **Tested on:** {}, as no record names a machine", NOT_MEASURED)]
+    lines.append(Markdown("- **Operating system:** Linux"))
+    return join("\n\n", [join("\n", lines), Markdown(phrases.SOFTWARE)])
+
+
+def _tested(given: CardInput) -> list[Markdown]:
+    lines = []
+    arm = _candidate(given)
+    if arm is not None:
+        health = arm.run.server.get("health") or {}
+        engine = f"halfbyte {health['version']}" if "version" in health else "not recorded"
+        device = health.get("engine_device", "not recorded")
+        text = "- **Evaluated with:** server {}, device {} ({})"
+        lines.append(md(text, engine, device, link("record", _path(given, arm))))
+    for name, record in given.figures.items():
+        if speed_rows(record):
+            machine = record.get("machine") or {}
+            text = "- **Speed measured on:** {}; {} ({})"
+            found = link("record", f"{RECORDS}/{name}")
+            lines.append(md(text, _hardware(machine), _versions(machine.get("versions")), found))
+    return lines
+
+
+def _hardware(machine: Mapping[str, Any]) -> str:
+    gpu = machine.get("gpu")
+    cores = f"{machine.get('processor', 'processor not recorded')}, {machine.get('cores')} cores"
+    return f"{gpu}, CUDA {machine.get('cuda')}" if gpu else cores
+
+
+def _versions(found: object) -> str:
+    if not isinstance(found, Mapping):
+        return ""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _contact(given: CardInput) -> Markdown:
+    if given.contact:
+        return md(
+            "Questions, concerns and security problems of this quantization: {}.", given.contact
+        )
+    return Markdown("None was given; the discussions of the repository are open to all.")
 
 
 def _architecture(c: CheckpointFacts) -> Markdown:
@@ -339,17 +539,42 @@ def _version(given: CardInput, title: str) -> Markdown:
     return md("{}, recipe {}, scale rules {}.", title, code(recipe), code(rules))
 
 
+def _members(c: CheckpointFacts) -> list[Mapping[str, Any]]:
+    """Sources of the calibration blend, as the manifest records them."""
+    provenance = (c.made_of.get("calibration") or {}).get("provenance") or {}
+    return [m for m in provenance.get("members") or [] if isinstance(m, Mapping) and "dataset" in m]
+
+
+def _is_hub_id(name: object) -> bool:
+    return isinstance(name, str) and HUB_ID.fullmatch(name) is not None
+
+
 def _calibration(c: CheckpointFacts) -> Markdown:
     found = c.made_of.get("calibration")
     if not found:
         return Markdown("Not recorded in the checkpoint's manifest.")
-    return md(
-        "{0[rows]:,} samples, {0[tokens]:,} tokens, the longest {0[longest]:,}; sha256 of the rows "
-        "{1} ([halfbyte-manifest.json](halfbyte-manifest.json) names the rest). The data sets "
-        "behind them and their licences are those of the calibration blend.",
-        found,
-        code(found["sha256"][:16]),
-    )
+    blend = (found.get("provenance") or {}).get("blend")
+    named = md("Blend {}: ", code(blend)) if blend else Markdown("")
+    lines = [
+        md(
+            "{0}{1[rows]:,} samples, {1[tokens]:,} tokens, the longest {1[longest]:,}; sha256 of "
+            "the rows {2}. The whole record stands in "
+            "[halfbyte-manifest.json](halfbyte-manifest.json).",
+            named,
+            found,
+            code(found["sha256"][:16]),
+        )
+    ]
+    members = _members(c)
+    if members:
+        lines += [Markdown(""), row(["source", "revision", "samples", "tokens"]), rule(4)]
+        for m in members:
+            source = hub_link(m["dataset"], "datasets/") if _is_hub_id(m["dataset"]) else scrubbed(
+                str(m.get("name", "a local file")))  # fmt: skip
+            cells = [m.get("revision") or "-", m.get("taken_rows", "-"), m.get("num_tokens", "-")]
+            lines.append(row([source, *cells]))
+        lines += [Markdown(""), Markdown("Each source has a licence of its own.")]
+    return join("\n", lines)
 
 
 def _evaluation_data(given: CardInput) -> Markdown:
@@ -364,14 +589,29 @@ def _evaluation_data(given: CardInput) -> Markdown:
             said = (known.title, known.source, known.licence) if known else (name, "-", "-")
             lines.append(row([*said, NOT_MEASURED, Markdown("-")]))
             continue
-        origin = r.provenance.get("source", "")
         revision = r.provenance.get("revision") or "by hash, see the record"
-        note = r.provenance.get("note")
-        warning = md("; **{}**", note) if note else Markdown("")
-        read = md("{} (read from {}){}", r.source, origin, warning)
+        which = _which_items(r)
+        part = "" if r.items == r.full_items else "a part of the set; "
+        shown = which if which == _PUBLISHED else md("**{}**", which)
+        read = md("{}: {}{}", r.source, part, shown)
         scored = link(f"{r.items} of {r.full_items}", _path(given, arm))
         lines.append(row([r.title, read, r.licence, scored, revision]))
     return join("\n", lines)
+
+
+_PUBLISHED = "the published items"
+# Their items, or what decides on a right answer, are compared with a hash of the published ones.
+_BY_CONTENT = ("ifbench", "scicode", "pocket")
+
+
+def _which_items(result: BenchmarkResult) -> str:
+    """Whether the items are those that the set's authors published, in half a sentence."""
+    note = result.provenance.get("note")
+    if note:
+        return str(note)
+    if result.provenance.get("revision") is not None or result.name in _BY_CONTENT:
+        return _PUBLISHED
+    return "a local copy, not compared with the published items"
 
 
 def _quantization(c: CheckpointFacts) -> Markdown:
@@ -396,12 +636,53 @@ def _quantization(c: CheckpointFacts) -> Markdown:
     return join("\n", [*lines, Markdown(""), text])
 
 
-def _usage(c: CheckpointFacts, title: str) -> Markdown:
+def _usage(given: CardInput, title: str) -> Markdown:
     """Commands for a shell; a title that means something to one is quoted."""
-    asked = {"model": title, "messages": [{"role": "user", "content": "Hello"}]}
+    c = given.checkpoint
+    asked = {"model": title, "messages": [{"role": "user", "content": "Hello"}], **c.sampling}
     body = shlex.quote(json.dumps(asked, ensure_ascii=False))
-    named = phrases.USAGE.replace("LENGTH", str(min(196_608, c.config.text.max_positions)))
-    return Markdown(named.replace("BODY", body).replace("TITLE", shlex.quote(title)))
+    folder, place = ".", "in the folder of this checkpoint"
+    if given.repository:
+        name = one_line(given.repository)
+        folder = shlex.quote(name.rpartition("/")[2])
+        place = f"after {code(f'hf download {shlex.quote(name)} --local-dir {folder}')}"
+    length = str(min(MAX_MODEL_LEN, c.config.text.max_positions))
+    words = {"FROM": place, "FOLDER": folder, "LENGTH": length, "BODY": body,
+             "TITLE": shlex.quote(title)}  # fmt: skip
+    filled = re.sub("|".join(words), lambda found: words[found.group()], phrases.USAGE)
+    commands = Markdown(filled)
+    return join("\n\n", [_sampling(c), commands, *_vllm(given, title)])
+
+
+def _sampling(c: CheckpointFacts) -> Markdown:
+    if not c.sampling:
+        text = "Recommended sampling: the checkpoint's generation_config.json names none."
+    else:
+        values = ", ".join(f"{name} {value:g}" for name, value in c.sampling.items())
+        text = f"Recommended sampling (generation_config.json): {values}."
+    efforts = () if c.chat is None else c.chat.efforts
+    return md("{}{}", text, f" Reasoning efforts: {', '.join(efforts)}." if efforts else "")
+
+
+# Flags of our own server in front of vLLM; whoever starts vLLM alone needs none of them.
+_BEHIND_OURS = ("host", "generation-config", "enable-prompt-tokens-details",
+                "disable-uvicorn-access-log")  # fmt: skip
+
+
+def _vllm(given: CardInput, title: str) -> list[Markdown]:
+    plan = given.checkpoint.vllm
+    if plan is None:
+        return []
+    flags = {name: value for name, value in plan.flags.items() if name not in _BEHIND_OURS}
+    place = Path(one_line(given.repository)) if given.repository else Path()
+    plan = replace(plan, directory=place, flags={**flags, "served-model-name": title})
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", plan.shell())), default=0))
+    lines = [
+        Markdown("With vLLM:"),
+        Markdown(f"{fence}sh\n{plan.shell()}\n{fence}"),
+        Markdown(phrases.VLLM_UNTRIED),
+    ]
+    return [*lines, *(md("Note: {}.", warning) for warning in plan.warnings)]
 
 
 def _evaluation(given: CardInput) -> Markdown:
@@ -410,7 +691,8 @@ def _evaluation(given: CardInput) -> Markdown:
     names = columns(given.arms)
     lines = [row(["precision", *(title_of(name) for name in names)]), rule(len(names) + 1)]
     lines += [
-        row([arm.run.arm, *(_cell(given, arm, name) for name in names)]) for arm in given.arms
+        row([link(arm.run.arm, _path(given, arm)), *(_cell(arm, name) for name in names)])
+        for arm in given.arms
     ]
     parts = [join("\n", lines), _settings(given), _shares(given)]
     if given.comparison is not None:
@@ -418,13 +700,13 @@ def _evaluation(given: CardInput) -> Markdown:
     return join("\n\n", parts)
 
 
-def _cell(given: CardInput, arm: Arm, name: str) -> Markdown:
+def _cell(arm: Arm, name: str) -> Markdown:
     result = arm.run.benchmarks.get(name)
     if result is None or result.score is None:
         return Markdown(NOT_MEASURED)
     return md(
         "{} ({} to {})",
-        link(percent(result.score), _path(given, arm)),
+        percent(result.score),
         percent(result.low, 1),
         percent(result.high, 1),
     )
@@ -442,9 +724,18 @@ def _settings(given: CardInput) -> Markdown:
         s["top_p"],
         s["reasoning_effort"] or "not sent",
         s["max_tokens"],
-        md("; judge {0[model]} ({0[revision]})", judge) if judge else Markdown(""),
+        _judge(judge),
         link(arm.run.run_id, _path(given, arm)),
     )
+
+
+def _judge(judge: Mapping[str, Any] | None) -> Markdown:
+    if judge is None:
+        return Markdown("")
+    revision = judge.get("revision")
+    known = md("revision {}", revision) if revision and revision != "not stated" else (
+        Markdown("its revision was not stated"))  # fmt: skip
+    return md("; judged by {} ({})", judge.get("model"), known)
 
 
 def _shares(given: CardInput) -> Markdown:
@@ -457,9 +748,14 @@ def _shares(given: CardInput) -> Markdown:
                 continue
             cut = f"{percent(r.metrics.get('length_share'), 1)} %"
             unread = f"{percent(r.metrics.get('unparsed_share'), 1)} %"
-            linked = link(cut, _path(given, arm))
-            lines.append(row([r.title, arm.run.arm, r.repeats, linked, unread, len(r.missing)]))
-    return join("\n", lines)
+            name_of = link(arm.run.arm, _path(given, arm))
+            lines.append(row([r.title, name_of, r.repeats, cut, unread, len(r.missing)]))
+    return _folded("How answers ended", join("\n", lines))
+
+
+def _folded(title: str, text: Markdown) -> Markdown:
+    """Shown when it is clicked; the blank lines let the hub read Markdown inside."""
+    return md("<details>\n<summary>{}</summary>\n\n{}\n\n</details>", title, text)
 
 
 def _comparison(comparison: Comparison) -> Markdown:
@@ -498,21 +794,18 @@ def _interval(found: Estimate, path: str) -> Markdown:
 
 
 def _fidelity(given: CardInput) -> Markdown:
-    """Tables of `halfbyte compare --json`, then other records of the subject."""
+    """Tables of `halfbyte compare --json`."""
     parts = [
-        _fidelity_table(name, record)
+        _fidelity_table(name, record, given.checkpoint.identity)
         for name, record in given.figures.items()
         if is_fidelity(record)
     ]
-    listed = _figures(given, "fidelity", ("fidelity", "compare", "demo"))
     if not parts:
-        return listed
-    if not listed.startswith(_NOT_MEASURED):
-        parts.append(listed)
+        return md("{}: no record of fidelity was given.", _NOT_MEASURED)
     return join("\n\n", [*parts, Markdown(phrases.FIDELITY)])
 
 
-def _fidelity_table(name: str, record: Mapping[str, Any]) -> Markdown:
+def _fidelity_table(name: str, record: Mapping[str, Any], identity: str) -> Markdown:
     path, none = f"{RECORDS}/{name}", Markdown("-")
     base = record["base"]
     head = ["model", "perplexity", "KL mean (95 %)", "KL median", "KL p99", "same top token",
@@ -530,6 +823,8 @@ def _fidelity_table(name: str, record: Mapping[str, Any]) -> Markdown:
         row([base["name"], link(f"{base['perplexity']:.3f}", path), *[none] * 5]),
     ]
     for one in record["candidates"]:
+        if one.get("checkpoint") != identity:
+            continue  # another checkpoint's figures are not this card's
         interval = one.get("kl_interval")
         spread = f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
         flips = one.get("flips")
@@ -553,20 +848,44 @@ def _fidelity_table(name: str, record: Mapping[str, Any]) -> Markdown:
     return join("\n", lines)
 
 
-def _figures(given: CardInput, subject: str, words: Sequence[str]) -> Markdown:
-    lines = []
+# field of a row -> head of its column, digits
+_SPEED_COLUMNS = {
+    "users": ("users at once", 0),
+    "prompt_tokens": ("prompt tokens", 0),
+    "answer_tokens": ("answer tokens", 0),
+    "first_token_s": ("first token, s", 3),
+    "between_tokens_ms": ("between tokens, ms", 1),
+    "output_tokens_per_s": ("output tokens/s", 1),
+    "prompt_tokens_per_s": ("prompt tokens/s", 1),
+}
+
+
+def _speed(given: CardInput) -> Markdown:
+    parts = []
     for name, record in given.figures.items():
-        if any(word in name for word in words) and "results" in record:
-            path = f"{RECORDS}/{name}"
-            lines.append(md("- {} ({})", record.get("question", name), link("record", path)))
-            lines += [
-                md("  - {}: {}", key, link(value, path))
-                for key, value in record["results"].items()
-                if isinstance(value, int | float | str)
+        rows = speed_rows(record)
+        if not rows:
+            continue
+        shown = [field for field in _SPEED_COLUMNS if any(_is_number(r.get(field)) for r in rows)]
+        machine = record.get("machine") or {}
+        command, found = record.get("command", "not recorded"), link("record", f"{RECORDS}/{name}")
+        lines = [
+            md("Measured on {} by {} ({}):", _hardware(machine), code(command), found),
+            Markdown(""),
+            row([_SPEED_COLUMNS[field][0] for field in shown]),
+            rule(len(shown)),
+        ]
+        for r in rows:
+            cells = [
+                f"{r[f]:,.{_SPEED_COLUMNS[f][1]}f}" if _is_number(r.get(f)) else "-" for f in shown
             ]
-    if not lines:
-        return md("{}: no record of {} was given.", _NOT_MEASURED, subject)
-    return join("\n", lines)
+            lines.append(row([Markdown(cell) for cell in cells]))
+        parts.append(join("\n", lines))
+    return join("\n\n", parts) if parts else md("{}: no record of speed was given.", _NOT_MEASURED)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _limitations(given: CardInput) -> Markdown:
