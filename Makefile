@@ -1,14 +1,15 @@
 # Two commands for a newcomer; they create and reuse .venv and need only Python 3.11 or newer.
 #   make demo    the whole story on a small real model, with a table, a plot and a served answer
 #   make check   formatting, lint, types, import layers, tests
-# and one for the curious:
+# Two more take long, for who changes the code:
 #   make mutants which small faults in the source would the tests not notice? (hours; SAMPLE=5 FILES=src/halfbyte/...)
+#   make clients clients that others wrote, each against the server (half an hour, 6 GB); writes docs/clients.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: demo check mutants setup-demo setup-check clean
+.PHONY: demo check clients mutants setup-demo setup-check clean
 
 demo: setup-demo
 	$(BIN)/halfbyte demo --out build/demo
@@ -20,6 +21,9 @@ SAMPLE ?= 20
 JOBS ?= 2
 mutants: setup-check
 	PYTHONPATH=src $(BIN)/python benchmarks/mutants.py --sample $(SAMPLE) --jobs $(JOBS) --write $(FILES)
+
+clients: setup-check
+	$(BIN)/python clients/run.py
 
 setup-demo: $(VENV)/.ready-demo
 setup-check: $(VENV)/.ready-check

@@ -1,8 +1,8 @@
-"""A server for clients that others wrote: the real application on a small random model.
+r"""A server for clients that others wrote: the real application on a small random model.
 
 A random model says nothing sensible, so a hook on the logits plays a scripted one. It reads lines
 of the last user message that has any: `@say TEXT`, `@think TEXT`, `@call NAME {..}`; several on one
-line are joined by ` ;; `. Each line is one turn of the assistant's. Everything else - the chat
+line are joined by ` ;; `, and `\n` in what is said ends a line. Each line is one turn of the assistant's. Everything else - the chat
 format, masks, streams, caches, the wire - is as users get it.
 
     python clients/server.py --port 8123 --model build/clients/model --record requests.jsonl
@@ -111,7 +111,7 @@ class Player:
                 ids += [control["[TOOL_CALLS]"], *encode(name)]
                 ids += [control["[ARGS]"], *encode(arguments)]
             else:
-                ids += encode(text)
+                ids += encode(text.replace("\\n", "\n"))
         return [*ids, self._eos]
 
 
@@ -184,6 +184,7 @@ def main() -> None:
 
     settings = ServerConfig(("tiny",), engine.max_model_len, engine.vocab_size, limits=Limits())
     app = create_app(Supervisor(EngineService(engine), again), chat, settings, access_log=None)
+    app.state.backend.compiler.start()
     if args.record is not None:
         app.add_middleware(Recorder, path=args.record)
     serve(app, listen("127.0.0.1", args.port), lambda url: print(f"ready at {url}", flush=True))
