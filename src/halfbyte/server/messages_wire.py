@@ -281,6 +281,11 @@ class CountRequest(Wire):
         except RequestError as error:
             raise as_messages_error(error) from error
 
+    def called(self, name: str) -> str:
+        """The name of a tool that the model has called, as the client knows it."""
+        long = (tool.name for tool in self.tools if wire.short_name(tool.name) == name)
+        return next(long, name)
+
     def _sampling(self) -> dict[str, Any]:
         return {}
 
@@ -296,7 +301,7 @@ class CountRequest(Wire):
                 {
                     "type": "function",
                     "function": {
-                        "name": tool.name,
+                        "name": wire.short_name(tool.name),
                         "description": tool.description,
                         "parameters": tool.input_schema,
                         "strict": tool.strict,
@@ -367,7 +372,10 @@ def _chat_choice(choice: Choice, hosted: list[HostedTool], has_tools: bool) -> d
                 param="tool_choice",
                 code="unsupported_parameter",
             )
-        body["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        body["tool_choice"] = {
+            "type": "function",
+            "function": {"name": wire.short_name(choice.name)},
+        }
     elif has_tools or choice.type == "any":
         body["tool_choice"] = "required" if choice.type == "any" else choice.type
     return body
@@ -449,7 +457,7 @@ def _assistant_message(blocks: list[Any], path: str, warnings: list[str]) -> dic
             thoughts.append(block.thinking)
         elif isinstance(block, ToolUseBlock):
             arguments = json.dumps(block.input, ensure_ascii=False)
-            function = {"name": block.name, "arguments": arguments}
+            function = {"name": wire.short_name(block.name), "arguments": arguments}
             calls.append({"id": block.id, "type": "function", "function": function})
         elif isinstance(block, HostedBlock):
             warnings.append(f"{path}[{number}] is left out: {block.type}")
