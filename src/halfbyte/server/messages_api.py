@@ -7,7 +7,7 @@ streamed is what its events build.
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +128,7 @@ async def _job_events(
             "usage": _usage(job),
         },
     }
-    blocks = _Blocks(shows_thoughts=request.may_think)
+    blocks = _Blocks(request.called, shows_thoughts=request.may_think)
     reason = "stop"
     async with contextlib.aclosing(run(backend, job, call)) as batches:
         async for batch in batches:
@@ -160,6 +160,7 @@ async def _job_events(
 class _Blocks:
     """Content blocks so far. A delta goes to the open block of its kind, or opens the next."""
 
+    called: Callable[[str], str]
     shows_thoughts: bool
     _num_blocks: int = 0
     _open: str | None = None
@@ -177,7 +178,7 @@ class _Blocks:
             yield {
                 "type": "content_block_start",
                 "index": self._num_blocks,
-                "content_block": _empty_block(delta),
+                "content_block": _empty_block(delta, self.called),
             }
         if isinstance(delta, CallStart) or not delta.text:
             return
@@ -205,9 +206,10 @@ def _kind(delta: Delta) -> str:
     return "thinking" if isinstance(delta, Reasoning) else "tool_use"
 
 
-def _empty_block(delta: Delta) -> dict[str, Any]:
+def _empty_block(delta: Delta, called: Callable[[str], str]) -> dict[str, Any]:
     if isinstance(delta, CallStart):
-        return {"type": "tool_use", "id": delta.call_id, "name": delta.name, "input": {}}
+        name = called(delta.name)
+        return {"type": "tool_use", "id": delta.call_id, "name": name, "input": {}}
     if isinstance(delta, Reasoning):
         return {"type": "thinking", "thinking": "", "signature": ""}
     return {"type": "text", "text": ""}

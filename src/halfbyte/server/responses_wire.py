@@ -3,7 +3,6 @@
 Nothing is stored here: `previous_response_id`, `conversation` and `background` are refused by name.
 """
 
-import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -28,7 +27,6 @@ _HOSTED_ITEMS = (
     "compaction",
 )
 _NAMESPACE = r"^[a-zA-Z0-9_-]{1,128}$"
-_MAX_NAME_CHARS = 64  # of a function, as the chat API has it
 
 
 class InputText(Wire):
@@ -212,10 +210,7 @@ def joined_name(namespace: str | None, name: str) -> str:
     if namespace is None:
         return name
     joined = namespace + name if namespace.endswith("_") else f"{namespace}__{name}"
-    if len(joined) <= _MAX_NAME_CHARS:
-        return joined
-    digest = hashlib.sha256(joined.encode()).hexdigest()[:8]
-    return f"{joined[: _MAX_NAME_CHARS - 9]}_{digest}"
+    return wire.short_name(joined)
 
 
 class SchemaFormat(Wire):

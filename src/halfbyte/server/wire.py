@@ -5,6 +5,7 @@ sender expects it to change something. Fields known to change nothing here are l
 with their reason in docs/api.md. A null means absent.
 """
 
+import hashlib
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -176,6 +177,17 @@ class UserMessage(Wire):
     IGNORED = _MESSAGE_IGNORED
     role: Literal["user"]
     content: _UserParts
+
+
+_MAX_NAME_CHARS = 64  # of a function, as the chat API and the model's format have it
+
+
+def short_name(name: str) -> str:
+    """A function's name as the chat API takes it: longer ones of other wires end in a digest."""
+    if len(name) <= _MAX_NAME_CHARS:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: _MAX_NAME_CHARS - 9]}_{digest}"
 
 
 class CalledFunction(Wire):
