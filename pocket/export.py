@@ -17,7 +17,6 @@ from torch import Tensor
 
 from halfbyte.calibrate.observers import AmaxObserver
 from halfbyte.calibrate.stream import READERS
-from halfbyte.chat.images import MEAN, STD
 from halfbyte.checkpoint.fp8_source import write_fp8_source
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import hub_config, unquantized
@@ -30,6 +29,7 @@ from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.load import load_decoder, load_vision
 from halfbyte.model.vision import VisionModel
 from halfbyte.modules import decoder_linears
+from halfbyte.pictures import MEAN, STD
 from pocket.encode import Encoded, Encoder, Pixels
 from pocket.mixture import SHARES, item
 from pocket.model import pocket_config

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,8 @@ def test_a_run_knows_the_checkpoint_behind_its_address(tmp_path: Path) -> None:
     assert describe_served(ours, tmp_path / "a") == describe_checkpoint(tmp_path / "a")
     with pytest.raises(UsageError, match="but http://x/v1 serves"):
         describe_served(ours, tmp_path / "b")
-    for health in (None, [], {}, {"checkpoint": 3}):
+    odd: tuple[Any, ...] = (None, [], {}, {"checkpoint": 3})
+    for health in odd:
         silent = Endpoint("http://x/v1", "m", None, {"health": health})
         assert describe_served(silent, None) == {}
         assert describe_served(silent, tmp_path / "b")["identity"] != own

@@ -256,6 +256,7 @@ def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> 
 def speed_rows(report: Report, name: str) -> list[dict[str, float | int | str]]:
     """Rows of a model card's speed section: one answer, and many at once."""
     figures = report.tokens_per_s[name]
+    shape: dict[str, float | int | str]
     shape = {"prompt_tokens": PROMPT_TOKENS, "answer_tokens": NEW_TOKENS}
     one = {
         "users": 1,

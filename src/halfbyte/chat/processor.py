@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.chat.images import ImageLayout
 from halfbyte.chat.vocabulary import read_json
@@ -24,9 +25,6 @@ _TOKENS = {
     "image_break_token": "[IMG_BREAK]",
     "image_end_token": "[IMG_END]",
 }
-# What Pixtral's pixels are normalised by (chat format reference).
-_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # What the processor does unless its file says otherwise; other values are not implemented.
 _FIXED: dict[str, Any] = {
     "do_resize": True,
@@ -38,6 +36,11 @@ _FIXED: dict[str, Any] = {
     "image_mean": MEAN.tolist(),
     "image_std": STD.tolist(),
 }
+
+
+def _written(values: NDArray[np.float32]) -> list[float]:
+    """Numbers as people write them: the shortest that is the same float32."""
+    return [float(str(value)) for value in values]
 
 
 def processor_layout(directory: Path, control: Mapping[str, int]) -> ImageLayout | None:
@@ -97,8 +100,8 @@ def processor_files(vision: VisionConfig, *, with_tokens: bool) -> dict[str, dic
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
-            "image_mean": list(_IMAGE_MEAN),
-            "image_std": list(_IMAGE_STD),
+            "image_mean": _written(MEAN),
+            "image_std": _written(STD),
             "patch_size": {"height": vision.patch_size, "width": vision.patch_size},
             "resample": 3,  # bicubic
             "rescale_factor": 1 / 255,

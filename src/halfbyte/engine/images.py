@@ -162,7 +162,8 @@ class ImageEncoder:
             def rows(top: int, stop: int) -> Tensor:
                 return torch.from_numpy(normalized(image.pixels[:, top:stop]))
 
-            encoding = self._vision.begin(*image.pixels.shape[1:], rows)
+            _, height, width = image.pixels.shape
+            encoding = self._vision.begin(height, width, rows)
             begun = _Begun(image.digest, encoding, Walk(encoding.parts(), self._costs))
             self._begun = begun
         return begun

@@ -168,7 +168,7 @@ class ImageInput:
     def of(cls, pixels: NDArray[np.uint8], offset: int, num_tokens: int) -> "ImageInput":
         """An image with the digest of its pixels and shape."""
         content = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-        content.update(np.ascontiguousarray(pixels))
+        content.update(np.ascontiguousarray(pixels).data)
         return cls(pixels, offset, num_tokens, content.digest())
 
 

@@ -90,6 +90,15 @@ class _Passage:
     """
 
     concluded: tuple[Tensor, Tensor]
+    # Made by `_make_room`, once the step is known.
+    _num_rows: int
+    _delta_TD: Tensor | None
+    _residual_TD: Tensor
+    _next_delta_TD: Tensor
+    _next_residual_TD: Tensor
+    _q_TNH: Tensor
+    _out_TNH: Tensor
+    _totals: Tensor
 
     def __init__(
         self,
@@ -116,7 +125,7 @@ class _Passage:
             yield Part("attend", size, num_spans, 1, self._attend_spans)
             yield Part("transform", size, num_rows, _LEAST_ROWS, partial(self._transform, layer))
             self._delta_TD = self._next_delta_TD
-            self._next_delta_TD = torch.empty_like(self._delta_TD)
+            self._next_delta_TD = torch.empty_like(self._residual_TD)
         rows_R = step.logit_rows_R
         num_logits = num_rows if rows_R is None else len(rows_R)
         yield Part("conclude", num_logits.bit_length(), 1, 1, partial(self._conclude, rows_R))
@@ -125,7 +134,7 @@ class _Passage:
         """For what a part of a layer reads, and what it leaves to the next one."""
         config = self._decoder.config
         self._rotation = self._decoder.rotary.at(step.positions_T)
-        self._delta_TD: Tensor | None = None
+        self._delta_TD = None
         self._residual_TD = self._decoder.embed(step)
         self._next_delta_TD = torch.empty_like(self._residual_TD)
         self._next_residual_TD = torch.empty_like(self._residual_TD)

@@ -261,6 +261,8 @@ async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> N
             opened.append((content, number, path, await _open_image(backend, url, path)))
             _check_images(backend, [picture for *_, picture in opened])
     layout = backend.chat.image_layout
+    if layout is None:
+        return
     try:
         for content, number, path, picture in opened:
             # Scaled at once; what waits its turn here is a file in memory, not pixels.
