@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare-evals": ("compare_evals", "paired comparison of two evaluation runs"),
     "report": ("report", "one HTML page from evaluation records"),
     "card": ("card", "a model card from records"),
+    "publish": ("publish", "send a checkpoint and its card to the hub, checked (a dry run first)"),
     "bench": ("bench", "measure speed and write a record"),
     "completion": ("completion", "print a script that completes commands and flags in a shell"),
 }
