@@ -57,13 +57,18 @@ def write_bf16(
         writer.finish()
 
 
+def rgb_of(image: Pixels) -> Tensor:
+    """uint8 pixels (3, height, width) from patches."""
+    rows, columns = int(image.rows_P.max()) + 1, int(image.columns_P.max()) + 1
+    grid = torch.zeros(rows, columns, 3, 14, 14, dtype=torch.uint8)
+    patches = torch.from_numpy(image.patches_PC).view(-1, 3, 14, 14)
+    grid[image.rows_P.astype(int), image.columns_P.astype(int)] = patches
+    return grid.permute(2, 0, 3, 1, 4).reshape(3, rows * 14, columns * 14)
+
+
 def pixels_of(image: Pixels) -> Tensor:
     """Normalized pixels (3, height, width) from patches."""
-    rows, columns = int(image.rows_P.max()) + 1, int(image.columns_P.max()) + 1
-    grid = torch.zeros(rows, columns, 3, 14, 14)
-    patches = torch.from_numpy(image.patches_PC).view(-1, 3, 14, 14).float()
-    grid[image.rows_P.astype(int), image.columns_P.astype(int)] = patches
-    values = grid.permute(2, 0, 3, 1, 4).reshape(3, rows * 14, columns * 14) / 255
+    values = rgb_of(image).float() / 255
     return (values - torch.from_numpy(MEAN)[:, None, None]) / torch.from_numpy(STD)[:, None, None]
 
 

@@ -6,6 +6,7 @@ from random import Random
 import pytest
 from pocket.encode import ANSWER, Encoder, patches_of
 from pocket.evaluate import answer_of, messages_of, prompt_of
+from pocket.export import rgb_of
 from pocket.grade import Answer, is_right
 from pocket.instructions import failures
 from pocket.integers import thought_of
@@ -144,15 +145,13 @@ def test_training_sees_the_ids_that_the_server_sends(kind: str, vocabulary: Voca
 
 
 def test_patches_are_the_servers_pixels_in_squares(vocabulary: Vocabulary) -> None:
-    from pocket.export import pixels_of
-
     chat = load_mistral_format(vocabulary.path)
     found = item("images", 2, "train")
     _, images = prompt_of(found, chat)
     for image, picture in zip(images, found.turns[0].images, strict=True):
         pixels, columns, rows = patches_of(picture)
         assert image.pixels.shape == (3, rows * 28, columns * 28)
-        assert abs(pixels_of(pixels).numpy() - image.pixels).max() < 1e-5
+        assert (rgb_of(pixels).numpy() == image.pixels).all()
 
 
 def test_shares_name_every_graded_kind() -> None:
