@@ -78,7 +78,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "checkpoint/soundness": ("quantize/test_soundness.py", "checkpoint/test_verify.py"),
     "checkpoint/untrained_tower": ("flows/test_untrained_tower.py",),
     "checkpoint/verify_values": ("checkpoint/test_verify.py",),
-    "engine/request": ("engine/test_core.py", "engine/test_sampler.py"),
+    "engine/request": ("engine/test_sampler.py", "engine/test_core.py"),
     "engine/sequence": ("engine/test_scheduler.py", "engine/test_images.py"),
     "evals/config": ("evals/test_tasks.py",),
     "evals/evaluate": ("flows/test_evals_run.py",),

@@ -187,6 +187,23 @@ def test_sums_about_the_margin_ask_for_the_same_as_t(count: int) -> None:
     assert x.sum() ** 2 == pytest.approx(_about_the_margin(t, count) * np.square(x).sum())
 
 
+def test_few_groups_have_the_quantile_of_their_number() -> None:
+    """Data that would pass with two groups more, and do not with those that there are."""
+    random, num_between = np.random.default_rng(1), 0
+    for _ in range(300):
+        items = PairedItems(random.normal(0.0, 1.0, 4), np.full(4, 20.0), 0.05)
+        right, wrong = (
+            _excess(items, 0.05, _about_the_margin(distributions.t.ppf(0.95, freedom), 4))
+            for freedom in (3, 5)
+        )
+        if right <= 0 < wrong:
+            assert not rules_out_loss(items, 0.05)
+            num_between += 1
+        elif right > 0:
+            assert rules_out_loss(items, 0.05)
+    assert num_between > 3
+
+
 def test_the_interval_is_the_one_of_the_verdict() -> None:
     rng = np.random.default_rng(3)
     for _ in range(20):

@@ -337,8 +337,11 @@ def test_single_requests_that_differ_block_but_those_of_trajectories_may() -> No
             {"name": name, **identity}, [one], expected=[("g0-0", 0)], partial=False,
             has_groups=False, wall_s=1.0,
         )  # fmt: skip
-        return blockers(result, result, pairs, 0)
+        return blockers(result, result, pairs, num_dropped)
 
+    num_dropped = 2
+    assert found("scicode") == ["2 items are not in both arms with all repeats"]
+    num_dropped = 0
     assert found("gpqa_diamond") == ["1 requests differ between the arms"]
     assert found("of_ones_own") == ["1 requests differ between the arms"]
     assert found("scicode") == []
