@@ -89,10 +89,12 @@ def equal(got: Any, wanted: Any) -> None:
 def main() -> None:
     """Run the cases, or those named on the command line."""
     chosen = sys.argv[1:] or list(_CASES)
+    # One loop for all: clients keep connections that belong to it.
+    loop = asyncio.new_event_loop()
     for name in chosen:
         try:
             work = _CASES[name]
-            note = asyncio.run(work()) if inspect.iscoroutinefunction(work) else work()
+            note = loop.run_until_complete(work()) if inspect.iscoroutinefunction(work) else work()
             said = {"case": name, "ok": True, "note": note or ""}
         except BaseException as error:
             traceback.print_exc()

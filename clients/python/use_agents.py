@@ -19,10 +19,10 @@ def script(call):
     return f"@call {call}\n@say {SAID}"
 
 
-def told(command, **env):
+def told(command, text="", **env):
     """What a command prints; it must end well and give the last turn's words."""
     done = subprocess.run(
-        command, cwd=FOLDER, env={**os.environ, **env}, stdin=subprocess.DEVNULL, text=True,
+        command, cwd=FOLDER, env={**os.environ, **env}, input=text, text=True,
         capture_output=True, timeout=500,
     )
     print(done.stderr[-3000:])
@@ -94,7 +94,9 @@ def opencode():
     )
     used(
         told(
-            ["opencode", "run", "--format", "json", script(f'read {{"filePath":{PATH}}}')],
+            ["opencode", "run", "--format", "json"],
+            # A message on the command line would be put into quotation marks.
+            script(f'read {{"filePath":{PATH}}}'),
             OPENCODE_DISABLE_AUTOUPDATE="1", OPENCODE_DISABLE_MODELS_FETCH="1",
             OPENCODE_DISABLE_LSP_DOWNLOAD="1",
         )
