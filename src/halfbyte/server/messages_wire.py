@@ -195,7 +195,7 @@ class ToolDefinition(Wire):
     strict: bool = False
 
 
-class HostedTool(Wire):
+class HostedDefinition(Wire):
     """A tool of another type: its name, so that a choice of it can be refused."""
 
     model_config = ConfigDict(extra="ignore")
@@ -254,7 +254,7 @@ class CountRequest(Wire):
     system: _SystemText | None = None
     tools: list[
         Annotated[
-            Annotated[ToolDefinition, Tag("custom")] | Annotated[HostedTool, Tag("hosted")],
+            Annotated[ToolDefinition, Tag("custom")] | Annotated[HostedDefinition, Tag("hosted")],
             Discriminator(_tool_tag),
         ]
     ] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
@@ -293,7 +293,7 @@ class CountRequest(Wire):
     def _prompt(self, efforts: tuple[str, ...], warnings: list[str]) -> dict[str, Any]:
         body: dict[str, Any] = {"messages": _chat_messages(self, warnings)[0]}
         tools = [tool for tool in self.tools if isinstance(tool, ToolDefinition)]
-        hosted = [tool for tool in self.tools if isinstance(tool, HostedTool)]
+        hosted = [tool for tool in self.tools if isinstance(tool, HostedDefinition)]
         if hosted:
             kinds = ", ".join(sorted({tool.type for tool in hosted}))
             warnings.append(f"tools that this server does not have are left out: {kinds}")
@@ -377,7 +377,7 @@ def paths_of(request: CountRequest) -> Paths:
     return Paths(_chat_messages(request, [])[1], tools, _FIELDS, names)
 
 
-def _chat_choice(choice: Choice, hosted: list[HostedTool], has_tools: bool) -> dict[str, Any]:
+def _chat_choice(choice: Choice, hosted: list[HostedDefinition], has_tools: bool) -> dict[str, Any]:
     body: dict[str, Any] = {"parallel_tool_calls": not choice.disable_parallel_tool_use}
     if choice.type == "tool":
         if choice.name is None:

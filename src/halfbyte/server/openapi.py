@@ -99,8 +99,8 @@ def describe(app: FastAPI, *, asks_for_key: bool, open_paths: Collection[str]) -
             if name is not None:
                 kind = bodies[name]
                 schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas |= schema.pop("$defs", {})
-                schemas[kind.__name__] = schema
+                for part, said in {**schema.pop("$defs", {}), kind.__name__: schema}.items():
+                    assert schemas.setdefault(part, said) == said, f"two types are called {part}"
             operation["responses"].pop("422", None)
             for status in STATUSES:
                 operation["responses"].setdefault(str(status), error)

@@ -180,7 +180,7 @@ class NamedFunction(Wire):
     namespace: str | None = Field(default=None, pattern=_NAMESPACE)
 
 
-class AllowedTools(Wire):
+class AllowedFunctions(Wire):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: list[NamedFunction] = Field(min_length=1, max_length=wire.MOST_TOOLS)
@@ -196,7 +196,7 @@ def _choice_form(value: Any) -> str:
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("string")]
     | Annotated[NamedFunction, Tag("function")]
-    | Annotated[AllowedTools, Tag("allowed_tools")]
+    | Annotated[AllowedFunctions, Tag("allowed_tools")]
     | Annotated[HostedTool, Tag("hosted")],
     Discriminator(_choice_form),
 ]
@@ -304,7 +304,7 @@ class ResponsesRequest(Wire):
             )
         if isinstance(choice, NamedFunction):
             body["tool_choice"] = _named(choice)
-        elif isinstance(choice, AllowedTools):
+        elif isinstance(choice, AllowedFunctions):
             tools = [_named(tool) for tool in choice.tools]
             allowed = {"mode": choice.mode, "tools": tools}
             body["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
