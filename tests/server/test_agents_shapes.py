@@ -68,7 +68,8 @@ async def test_claude_code_calls_a_tool_whatever_the_length_of_its_name(
     for body in bodies:
         probe: Bench = make_bench("x", EOS)
         async with probe.http() as http:
-            await http.post("/v1/messages", json=body)
+            probed = await http.post("/v1/messages", json=body)
+        assert probed.status_code == 200, probed.text
         prompt = probe.chat.vocabulary.decode(probe.service.requests[0].prompt_token_ids)
         seen = short or prompt.split('"name": "')[1].split('"')[0]
         assert len(seen) <= 64

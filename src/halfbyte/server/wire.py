@@ -179,15 +179,15 @@ class UserMessage(Wire):
     content: _UserParts
 
 
-_MAX_NAME_CHARS = 64  # of a function, as the chat API and the model's format have it
+_MAX_FUNCTION_CHARS = 64  # of a function, as the chat API and the model's format have it
 
 
 def short_name(name: str) -> str:
     """A function's name as the chat API takes it: longer ones of other wires end in a digest."""
-    if len(name) <= _MAX_NAME_CHARS:
+    if len(name) <= _MAX_FUNCTION_CHARS:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: _MAX_NAME_CHARS - 9]}_{digest}"
+    return f"{name[: _MAX_FUNCTION_CHARS - 9]}_{digest}"
 
 
 class CalledFunction(Wire):
