@@ -8,14 +8,18 @@ import traceback
 from pathlib import Path
 
 
+# Names of threads that belong to pools.
+_POOLS = ("asyncio_", "AnyIO worker", "long-texts", "grammar", "masks")
+
+
 def figures() -> dict[str, int]:
     """Resident bytes, open files, threads, and tasks of the running event loop.
 
-    pool_threads are the workers of asyncio's pools, which come with the first calls and stay.
+    pool_threads are the workers of bounded pools, which come with the first calls and stay.
     Resident bytes and open files on Linux only; elsewhere they are left out.
     """
     names = [thread.name for thread in threading.enumerate()]
-    num_pooled = sum(name.startswith(("asyncio_", "AnyIO worker")) for name in names)
+    num_pooled = sum(name.startswith(_POOLS) for name in names)
     found = {
         "threads": len(names) - num_pooled,
         "pool_threads": num_pooled,

@@ -116,7 +116,10 @@ def extract_number(text: str) -> str | None:
         joined = [
             match for match in _TWO_BOXES.finditer(bare) if match[1].strip() != match[2].strip()
         ]
-        return f"{joined[-1][1].strip()}, {joined[-1][2].strip()}" if joined else boxed.strip()
+        # Boxes on the way are followed by others; only the last one can be one of two.
+        if joined and "\\boxed" not in bare[joined[-1].end() :]:
+            return f"{joined[-1][1].strip()}, {joined[-1][2].strip()}"
+        return boxed.strip()
     last = max(
         (match for key in (FORMAL, HEADING) for match in key.finditer(bare)),
         key=lambda match: match.end(),
