@@ -7,7 +7,6 @@ import threading
 import traceback
 from pathlib import Path
 
-
 # Names of threads that belong to pools.
 _POOLS = ("asyncio_", "AnyIO worker", "long-texts", "grammar", "masks")
 
