@@ -179,7 +179,8 @@ def test_headers_of_many_objects_stay_within_memory(tmp_path: Path, make: Any) -
         started = time.process_time()
         with pytest.raises(HalfbyteError, match="needs exactly dtype"):
             Checkpoint.open(tmp_path / "x")
-        assert time.process_time() - started < 5
+        # A second alone; beside a worker's whole heap each garbage collection walks that, too.
+        assert time.process_time() - started < 20
     path.write_bytes(struct.pack("<Q", 20 << 20) + b"{" + bytes(20 << 20))
     with pytest.raises(HalfbyteError, match="header of 20971520 bytes; 16777216 at most"):
         Checkpoint.open(tmp_path / "x")
