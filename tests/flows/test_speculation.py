@@ -101,7 +101,7 @@ async def test_the_server_says_what_it_says_without(directory: Path, tmp_path: P
         if speculative == "ngram":
             assert figures["accepted_tokens"] > 20
         proposed = figures["proposed_tokens"]
-        assert f"halfbyte_engine_proposed_tokens {proposed}" in metrics
+        assert f"halfbyte_engine_proposed_tokens_total {float(proposed)}" in metrics
 
 
 def _config() -> ModelConfig:

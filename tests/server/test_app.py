@@ -105,7 +105,7 @@ async def test_health_shows_limits_and_death(make_bench: MakeBench) -> None:
         bench.service.is_alive = False
         assert (await client.get("/health")).status_code == 503
         assert (await client.get("/ready")).status_code == 503
-        assert "halfbyte_engine_alive 0" in (await client.get("/metrics")).text
+        assert "halfbyte_engine_alive 0.0" in (await client.get("/metrics")).text
 
 
 async def test_limits_of_the_queue_are_429_with_a_time(make_bench: MakeBench) -> None:
@@ -150,13 +150,13 @@ async def test_metrics_count_what_happened(make_bench: MakeBench) -> None:
         text = (await client.get("/metrics")).text
     lines = set(text.splitlines())
     assert 'vllm:kv_cache_usage_perc{model_name="m"} 0.0' in lines
-    assert 'halfbyte_answers_total{reason="stop"} 1' in lines
-    assert 'halfbyte_answers_total{reason="length"} 1' in lines
-    assert 'halfbyte_http_requests_total{route="/v1/chat/completions",status="200"} 2' in lines
-    assert f"halfbyte_completion_tokens_total {len(bench.ids('Hello')) + 2}" in lines
-    assert "halfbyte_answers_running 0" in lines and "halfbyte_engine_free_blocks 100" in lines
-    assert 'halfbyte_first_token_seconds_bucket{le="+Inf"} 2' in lines
-    assert 'vllm:request_success_total{model_name="m",finished_reason="stop"} 1' in lines
+    assert 'halfbyte_answers_total{reason="stop"} 1.0' in lines
+    assert 'halfbyte_answers_total{reason="length"} 1.0' in lines
+    assert 'halfbyte_http_requests_total{route="/v1/chat/completions",status="200"} 2.0' in lines
+    assert f"halfbyte_completion_tokens_total {len(bench.ids('Hello')) + 2}.0" in lines
+    assert "halfbyte_answers_running 0.0" in lines and "halfbyte_engine_free_blocks 100.0" in lines
+    assert 'halfbyte_first_token_seconds_bucket{le="+Inf"} 2.0' in lines
+    assert 'vllm:request_success_total{finished_reason="stop",model_name="m"} 1.0' in lines
     assert "secret" not in text
 
 
@@ -177,12 +177,12 @@ async def test_metrics_hold_times_sizes_and_cached_tokens(make_bench: MakeBench)
     between = float(found["halfbyte_token_seconds_sum"])
     assert 2 * (least - 0.03) <= between <= took
     # What the scripted engine says of every answer.
-    assert found["halfbyte_cached_prompt_tokens_total"] == "6"
+    assert found["halfbyte_cached_prompt_tokens_total"] == "6.0"
     assert float(found["halfbyte_prompt_size_tokens_sum"]) == 2 * num_prompt
     assert float(found["halfbyte_answer_size_tokens_sum"]) == 2 * num_answer
-    assert found["halfbyte_prompt_tokens_total"] == str(2 * num_prompt)
+    assert found["halfbyte_prompt_tokens_total"] == str(2.0 * num_prompt)
     for name in ("request_seconds", "prompt_size_tokens", "answer_size_tokens"):
-        assert found[f"halfbyte_{name}_count"] == "2", name
+        assert found[f"halfbyte_{name}_count"] == "2.0", name
 
 
 async def test_request_ids_are_kept_or_made(make_bench: MakeBench) -> None:

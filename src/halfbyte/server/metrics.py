@@ -1,12 +1,27 @@
 """Counters and histograms of one server, written as Prometheus text.
 
-Names begin with `halfbyte_`. With the vLLM option the figures that its dashboards read are written
-once more under `vllm:` names.
+Names begin with `halfbyte_` and follow Prometheus' naming rules: base units, `_total` on what only
+grows (https://prometheus.io/docs/practices/naming/). With the vLLM option the figures that its
+dashboards read are written once more under `vllm:` names.
 """
 
 import bisect
-from collections.abc import Iterator, Mapping
+import platform
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+import halfbyte
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072, 262144)
@@ -28,17 +43,63 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.total += value
 
-    def lines(self, name: str, labels: str = "") -> Iterator[str]:
-        """Prometheus lines, cumulative as the format wants."""
-        running = 0
-        comma = f",{labels}" if labels else ""
+    def buckets(self) -> list[tuple[str, float]]:
+        """Each bound with the number of values up to it, as Prometheus wants them."""
+        running, found = 0, []
         for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
             running += count
-            text = "+Inf" if bound == float("inf") else f"{bound:g}"
-            yield f'{name}_bucket{{le="{text}"{comma}}} {running}'
-        braces = f"{{{labels}}}" if labels else ""
-        yield f"{name}_sum{braces} {self.total!r}"
-        yield f"{name}_count{braces} {running}"
+            found.append(("+Inf" if bound == float("inf") else f"{bound:g}", float(running)))
+        return found
+
+
+class _Shown(NamedTuple):
+    """How a figure of the engine or the process is published."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    what: str
+
+
+# Keyed by the fields of `engine.core.EngineStats`; counters start again with the engine.
+ENGINE_FIGURES = {
+    "alive": _Shown("alive", "gauge", "1 while the engine takes requests, 0 otherwise."),
+    "running": _Shown("running", "gauge", "Answers that are being generated."),
+    "waiting": _Shown("waiting", "gauge", "Answers that wait for room in the KV cache."),
+    "total_blocks": _Shown("total_blocks", "gauge", "Blocks that the KV cache has."),
+    "free_blocks": _Shown(
+        "free_blocks", "gauge", "Blocks of the KV cache that no running answer holds."
+    ),
+    "cached_blocks": _Shown(
+        "cached_blocks", "gauge", "Free blocks whose content a later prompt can find again."
+    ),
+    "block_tokens": _Shown("block_tokens", "gauge", "Tokens that one block of the KV cache holds."),
+    "weight_bytes": _Shown("weight_bytes", "gauge", "Bytes of the weights in memory."),
+    "cache_bytes": _Shown("cache_bytes", "gauge", "Bytes of the KV cache in memory."),
+    "requests": _Shown("requests", "counter", "Requests given to the engine."),
+    "steps": _Shown("steps", "counter", "Steps that the engine has run."),
+    "step_s": _Shown("step_seconds", "counter", "Seconds that the engine has spent in steps."),
+    "preemptions": _Shown(
+        "preemptions", "counter", "Answers set back because the KV cache had no room for them."
+    ),
+    "prompt_tokens": _Shown("prompt_tokens", "counter", "Prompt tokens given to the engine."),
+    "cached_tokens": _Shown(
+        "cached_tokens", "counter", "Prompt tokens whose keys and values were found in the cache."
+    ),
+    "generated_tokens": _Shown("generated_tokens", "counter", "Tokens that the engine generated."),
+    "proposed_tokens": _Shown(
+        "proposed_tokens", "counter", "Tokens guessed by speculation and checked by the model."
+    ),
+    "accepted_tokens": _Shown(
+        "accepted_tokens", "counter", "Guessed tokens that the model agreed with."
+    ),
+}
+PROCESS_FIGURES = {
+    "threads": _Shown("threads", "gauge", "Threads of the process outside bounded pools."),
+    "pool_threads": _Shown("pool_threads", "gauge", "Workers of the process's bounded pools."),
+    "tasks": _Shown("tasks", "gauge", "Tasks of the event loop that are not finished."),
+    "resident_bytes": _Shown("resident_bytes", "gauge", "Bytes of memory the process occupies."),
+    "open_files": _Shown("open_files", "gauge", "File descriptors the process holds open."),
+}
 
 
 class Metrics:
@@ -76,89 +137,155 @@ class Metrics:
         *,
         vllm_names: bool = False,
     ) -> str:
-        """The whole page. `engine` and `process` hold gauges by name."""
-        lines = list(self._own_lines())
-        for name, value in process.items():
-            lines += _metric(f"halfbyte_process_{name}", "gauge", f"Process: {name}.", value)
-        for name, value in engine.items():
-            lines += _metric(f"halfbyte_engine_{name}", "gauge", f"Engine: {name}.", value)
-        if vllm_names:
-            lines += self._vllm_lines(engine, model)
-        return "\n".join(lines) + "\n"
+        """The whole page. `engine` and `process` hold figures by name, model the served name."""
+        families = [
+            _build_info(model),
+            *self._own(),
+            *_figures("halfbyte_process_", process, PROCESS_FIGURES),
+            *_figures("halfbyte_engine_", engine, ENGINE_FIGURES),
+            *(self._vllm(engine, model) if vllm_names else ()),
+        ]
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Families(families))
+        return generate_latest(registry).decode()
 
-    def _own_lines(self) -> Iterator[str]:
-        yield from _head("halfbyte_http_requests_total", "counter", "HTTP responses.")
-        for (route, status), count in sorted(self.http_requests.items()):
-            yield f'halfbyte_http_requests_total{{route="{route}",status="{status}"}} {count}'
-        yield from _head("halfbyte_answers_total", "counter", "Answers by how they ended.")
-        for reason, count in sorted(self.finished.items()):
-            yield f'halfbyte_answers_total{{reason="{reason}"}} {count}'
+    def _own(self) -> Iterator[Metric]:
+        yield _counter(
+            "halfbyte_http_requests",
+            "HTTP responses by route and status.",
+            {(route, str(status)): n for (route, status), n in sorted(self.http_requests.items())},
+            ("route", "status"),
+        )
+        yield _counter(
+            "halfbyte_answers",
+            "Answers by how they ended.",
+            {(reason,): count for reason, count in sorted(self.finished.items())},
+            ("reason",),
+        )
         counters = (
-            ("prompt_tokens", "Tokens of prompts.", self.prompt_tokens),
-            ("cached_prompt_tokens", "Prompt tokens from the cache.", self.cached_prompt_tokens),
-            ("completion_tokens", "Generated tokens.", self.completion_tokens),
-            ("reasoning_tokens", "Generated tokens inside thoughts.", self.reasoning_tokens),
-            ("disconnects", "Requests that the client left.", self.disconnects),
+            ("prompt_tokens", "Tokens of the prompts of finished answers.", self.prompt_tokens),
+            (
+                "cached_prompt_tokens",
+                "Prompt tokens whose keys and values were found in the cache.",
+                self.cached_prompt_tokens,
+            ),
+            ("completion_tokens", "Tokens of finished answers.", self.completion_tokens),
+            ("reasoning_tokens", "Tokens of answers inside thoughts.", self.reasoning_tokens),
+            ("disconnects", "Requests whose client left before their end.", self.disconnects),
         )
         for name, what, value in counters:
-            yield from _metric(f"halfbyte_{name}_total", "counter", what, value)
-        yield from _metric("halfbyte_answers_running", "gauge", "Admitted answers.", self.running)
-        for name, what, histogram in self._histograms():
-            yield from _head(f"halfbyte_{name}", "histogram", what)
-            yield from histogram.lines(f"halfbyte_{name}")
-
-    def _histograms(self) -> tuple[tuple[str, str, Histogram], ...]:
-        return (
-            ("request_seconds", "From admission to the end of an answer.", self.request_seconds),
-            ("first_token_seconds", "From admission to the first token.", self.first_token_seconds),
-            ("token_seconds", "Between events of a running answer.", self.token_seconds),
+            yield CounterMetricFamily(f"halfbyte_{name}", what, value=value)
+        yield GaugeMetricFamily(
+            "halfbyte_answers_running",
+            "Answers that were admitted and have not ended.",
+            value=self.running,
+        )
+        histograms = (
+            ("request_seconds", "Seconds from admission to an answer's end.", self.request_seconds),
+            (
+                "first_token_seconds",
+                "Seconds from admission to an answer's first token.",
+                self.first_token_seconds,
+            ),
+            (
+                "token_seconds",
+                "Seconds between two events of a running answer.",
+                self.token_seconds,
+            ),
             ("prompt_size_tokens", "Tokens of a prompt.", self.prompt_size_tokens),
             ("answer_size_tokens", "Tokens of an answer.", self.answer_size_tokens),
         )
+        for name, what, histogram in histograms:
+            yield HistogramMetricFamily(
+                f"halfbyte_{name}", what, histogram.buckets(), histogram.total
+            )
 
-    def _vllm_lines(self, engine: Mapping[str, float], model: str) -> Iterator[str]:
-        label = f'model_name="{model}"'
+    def _vllm(self, engine: Mapping[str, float], model: str) -> Iterator[Metric]:
+        labels, values = ("model_name",), (model,)
         total = engine.get("total_blocks", 0)
         used = (total - engine.get("free_blocks", 0)) / total if total else 0.0
         gauges = (
-            ("num_requests_running", engine.get("running", 0)),
-            ("num_requests_waiting", engine.get("waiting", 0)),
-            ("kv_cache_usage_perc", used),
+            ("num_requests_running", "Answers being generated.", engine.get("running", 0)),
+            ("num_requests_waiting", "Answers that wait.", engine.get("waiting", 0)),
+            ("kv_cache_usage_perc", "Share of the KV cache in use, from 0 to 1.", used),
         )
-        for name, value in gauges:
-            yield from _head(f"vllm:{name}", "gauge", f"As vLLM's {name}.")
-            yield f"vllm:{name}{{{label}}} {value}"
+        for name, what, value in gauges:
+            gauge = GaugeMetricFamily(f"vllm:{name}", what, labels=labels)
+            gauge.add_metric(values, value)
+            yield gauge
         counters = (
-            ("prompt_tokens_total", self.prompt_tokens),
-            ("generation_tokens_total", self.completion_tokens),
-            ("prefix_cache_queries_total", self.prompt_tokens),
-            ("prefix_cache_hits_total", self.cached_prompt_tokens),
-            ("spec_decode_num_draft_tokens_total", engine.get("proposed_tokens", 0)),
-            ("spec_decode_num_accepted_tokens_total", engine.get("accepted_tokens", 0)),
+            ("prompt_tokens", "Prompt tokens.", self.prompt_tokens),
+            ("generation_tokens", "Generated tokens.", self.completion_tokens),
+            ("prefix_cache_queries", "Prompt tokens looked up in the cache.", self.prompt_tokens),
+            (
+                "prefix_cache_hits",
+                "Prompt tokens found in the cache.",
+                self.cached_prompt_tokens,
+            ),
+            (
+                "spec_decode_num_draft_tokens",
+                "Tokens guessed by speculation.",
+                engine.get("proposed_tokens", 0),
+            ),
+            (
+                "spec_decode_num_accepted_tokens",
+                "Guessed tokens that stood.",
+                engine.get("accepted_tokens", 0),
+            ),
         )
-        for name, value in counters:
-            yield from _head(f"vllm:{name}", "counter", f"As vLLM's {name}.")
-            yield f"vllm:{name}{{{label}}} {value}"
-        yield from _head("vllm:request_success_total", "counter", "As vLLM's request_success.")
-        for reason, count in sorted(self.finished.items()):
-            yield f'vllm:request_success_total{{{label},finished_reason="{reason}"}} {count}'
+        for name, what, value in counters:
+            yield _counter(f"vllm:{name}", what, {values: value}, labels)
+        yield _counter(
+            "vllm:request_success",
+            "Answers by how they ended.",
+            {(model, reason): count for reason, count in sorted(self.finished.items())},
+            ("model_name", "finished_reason"),
+        )
         histograms = (
-            ("time_to_first_token_seconds", self.first_token_seconds),
-            ("inter_token_latency_seconds", self.token_seconds),
-            ("e2e_request_latency_seconds", self.request_seconds),
-            ("request_prompt_tokens", self.prompt_size_tokens),
-            ("request_generation_tokens", self.answer_size_tokens),
+            (
+                "time_to_first_token_seconds",
+                "Seconds to the first token.",
+                self.first_token_seconds,
+            ),
+            ("inter_token_latency_seconds", "Seconds between tokens.", self.token_seconds),
+            ("e2e_request_latency_seconds", "Seconds of an answer.", self.request_seconds),
+            ("request_prompt_tokens", "Tokens of a prompt.", self.prompt_size_tokens),
+            ("request_generation_tokens", "Tokens of an answer.", self.answer_size_tokens),
         )
-        for name, histogram in histograms:
-            yield from _head(f"vllm:{name}", "histogram", f"As vLLM's {name}.")
-            yield from histogram.lines(f"vllm:{name}", label)
+        for name, what, histogram in histograms:
+            family = HistogramMetricFamily(f"vllm:{name}", what, labels=labels)
+            family.add_metric(values, histogram.buckets(), histogram.total)
+            yield family
 
 
-def _head(name: str, kind: str, what: str) -> Iterator[str]:
-    yield f"# HELP {name} {what}"
-    yield f"# TYPE {name} {kind}"
+class _Families(Collector):
+    """Hands finished families to the library's writer, which escapes labels and help texts."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
-def _metric(name: str, kind: str, what: str, value: float) -> Iterator[str]:
-    yield from _head(name, kind, what)
-    yield f"{name} {value}"
+def _counter(
+    name: str, what: str, values: Mapping[tuple[str, ...], float], labels: tuple[str, ...]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, what, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family
+
+
+def _figures(
+    prefix: str, values: Mapping[str, float], known: Mapping[str, _Shown]
+) -> Iterator[Metric]:
+    for name, value in values.items():
+        shown = known[name]
+        kind = CounterMetricFamily if shown.kind == "counter" else GaugeMetricFamily
+        yield kind(prefix + shown.name, shown.what, value=value)
+
+
+def _build_info(model: str) -> Metric:
+    facts = {"version": halfbyte.__version__, "python": platform.python_version(), "model": model}
+    return InfoMetricFamily("halfbyte_build", "What runs here; the value is always 1.", value=facts)
