@@ -41,6 +41,20 @@ TEXT_FIELDS = (CHAT_FIELDS - {"messages", "max_completion_tokens", "top_logprobs
 }  # fmt: skip
 
 
+def _wrong_choice(body: dict[str, Any]) -> str | None:
+    """What vLLM would refuse about a choice of tools; it knows no list of allowed ones."""
+    choice = body.get("tool_choice", "none")
+    names = [tool["function"]["name"] for tool in body.get("tools", ())]
+    if isinstance(choice, dict):
+        if set(choice) != {"type", "function"} or choice["type"] != "function":
+            return f"tool_choice {choice} is not known"
+        choice = choice["function"]["name"]
+        return None if choice in names else f"tool {choice} is not in tools"
+    if choice not in ("none", "auto", "required"):
+        return f"tool_choice {choice} is not known"
+    return None if names or choice == "none" else "tool_choice needs tools"
+
+
 def read_flags(words: list[str]) -> dict[str, str]:
     """As vLLM reads them; exits for one that it does not have."""
     found, rest = {}, list(words)
@@ -104,6 +118,9 @@ class StandIn:
         body = await self._read(request, CHAT_FIELDS)
         if isinstance(body, Response):
             return body
+        wrong = _wrong_choice(body)
+        if wrong is not None:
+            return JSONResponse({"error": {"message": wrong, "param": "tool_choice"}}, 400)
         return StreamingResponse(self._chat_chunks(body), media_type="text/event-stream")
 
     async def _chat_chunks(self, body: dict[str, Any]) -> AsyncIterator[str]:

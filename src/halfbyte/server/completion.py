@@ -6,8 +6,8 @@ Both forms are made of the same pieces: a response that is not streamed is the s
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.chat.grammar import Mask
@@ -104,7 +104,8 @@ class Choice:
 class Job:
     """A validated request, ready to run: its choices and what its answer will be called.
 
-    source    where its pieces come from, if not from this process's engine
+    source      where its pieces come from, if not from this process's engine
+    tool_names  of tools that the model knows by other names: its names, and the client's
     """
 
     answer_id: str
@@ -113,6 +114,7 @@ class Job:
     usage: Usage
     warnings: tuple[str, ...] = ()
     source: Callable[[], AsyncGenerator[list[Piece], None]] | None = None
+    tool_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def request_ids(self) -> tuple[str, ...]:
@@ -152,7 +154,14 @@ async def run(backend: Backend, job: Job, call: Call) -> AsyncGenerator[list[Pie
     with _tracked(backend, job, call):
         async with contextlib.aclosing(pieces):
             async for batch in pieces:
-                yield batch
+                yield [_in_clients_names(piece, job.tool_names) for piece in batch]
+
+
+def _in_clients_names(piece: Piece, names: Mapping[str, str]) -> Piece:
+    delta = piece.delta
+    if not isinstance(delta, CallStart) or delta.name not in names:
+        return piece
+    return replace(piece, delta=replace(delta, name=names[delta.name]))
 
 
 async def _run_choices(backend: Backend, job: Job) -> AsyncGenerator[list[Piece], None]:

@@ -20,7 +20,7 @@ from halfbyte.chat.tools import with_results
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from halfbyte.errors import RequestError
 from halfbyte.pictures import Picture
-from halfbyte.server import wire
+from halfbyte.server import tool_names, wire
 from halfbyte.server.backend import Backend
 from halfbyte.server.completion import Choice, Job
 from halfbyte.server.fetch import fetch_image
@@ -62,7 +62,8 @@ async def chat_job(
     Raises RequestError for everything that is the client's.
     """
     effort, warnings = settle_effort(backend, request.reasoning_effort)
-    request = request.model_copy(update={"reasoning_effort": effort})
+    names = tool_names.client_names(request.tools or ())
+    request = tool_names.for_model(request).model_copy(update={"reasoning_effort": effort})
     rules = await _chat_rules(backend, request)
     thinking = _may_think(backend, request)
     prompt, messages = await chat_prompt(backend, request)
@@ -115,7 +116,7 @@ async def chat_job(
         len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
     )
     warnings = (*warnings, *_interrupted(backend, messages), *rules.warnings)
-    job = Job(answer_id, int(time.time()), choices, usage, warnings)
+    job = Job(answer_id, int(time.time()), choices, usage, warnings, tool_names=names)
     upstream = backend.upstream
     if upstream is not None:
         job.source = lambda: upstream.chat(request, messages, job)

@@ -264,13 +264,15 @@ def _chat_options(request: wire.ChatRequest) -> dict[str, Any]:
         "thinking_token_budget": request.max_reasoning_tokens,
     }
     if request.tools:
-        options["tools"] = [tool.model_dump(exclude_none=True) for tool in request.tools]
+        tools, choice = request.tools, request.tool_choice or "auto"
+        if isinstance(choice, wire.AllowedTools):
+            # vLLM has no such choice, and a tool that is not shown cannot be called.
+            allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+            tools = [tool for tool in tools if tool.function.name in allowed]
+            choice = choice.allowed_tools.mode
+        options["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
         options["parallel_tool_calls"] = request.parallel_tool_calls
-        choice = request.tool_choice
-        if choice is not None:
-            options["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
-        else:
-            options["tool_choice"] = "auto"
+        options["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
     if request.continues_final:
         options |= {"continue_final_message": True, "add_generation_prompt": False}
     return options

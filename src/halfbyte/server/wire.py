@@ -5,7 +5,6 @@ sender expects it to change something. Fields known to change nothing here are l
 with their reason in docs/api.md. A null means absent.
 """
 
-import hashlib
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -179,19 +178,12 @@ class UserMessage(Wire):
     content: _UserParts
 
 
-_MAX_FUNCTION_CHARS = 64  # of a function, as the chat API and the model's format have it
-
-
-def short_name(name: str) -> str:
-    """A function's name as the chat API takes it: longer ones of other wires end in a digest."""
-    if len(name) <= _MAX_FUNCTION_CHARS:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: _MAX_FUNCTION_CHARS - 9]}_{digest}"
+# Of a tool. What of it the model sees is `tool_names`' matter.
+ToolName = Annotated[str, Field(min_length=1, max_length=512)]
 
 
 class CalledFunction(Wire):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: ToolName
     arguments: str
 
 
@@ -240,7 +232,7 @@ Message = Annotated[
 
 
 class Function(Wire):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: ToolName
     description: str = ""
     parameters: dict[str, Any] | None = None
     strict: bool = False
