@@ -35,6 +35,7 @@ CHAT_FIELDS = {
     "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format",
     "structured_outputs", "reasoning_effort", "thinking_token_budget", "continue_final_message",
     "add_generation_prompt", "return_tokens_as_token_ids", "skip_special_tokens",
+    "include_stop_str_in_output", "return_token_ids",
 }  # fmt: skip
 TEXT_FIELDS = (CHAT_FIELDS - {"messages", "max_completion_tokens", "top_logprobs"}) | {
     "prompt", "max_tokens", "prompt_logprobs", "add_special_tokens",
@@ -128,7 +129,7 @@ class StandIn:
         try:
             for index in range(body.get("n", 1)):
                 for delta in [{"role": "assistant", "content": ""}, *self.script]:
-                    yield _event({"choices": [_chunk(index, delta, bool(body.get("logprobs")))]})
+                    yield _event({"choices": [_chunk(index, delta, body)]})
                 if self.hang:
                     await asyncio.sleep(3600)
                 last = {"delta": {}, "finish_reason": self.finish, **self.last}
@@ -151,6 +152,8 @@ class StandIn:
                     "token_logprobs": [-0.5],
                     "top_logprobs": [{"token_id:100": -0.5}],
                 }
+            if body.get("return_token_ids"):
+                choice["token_ids"] = [100]
             if "prompt_logprobs" in body:
                 scores = [{str(i): {"logprob": -i / 100, "rank": 1}} for i in prompt[1:]]
                 choice["prompt_logprobs"] = [None, *scores]
@@ -167,12 +170,14 @@ class StandIn:
         return StreamingResponse(chunks(), media_type="text/event-stream")
 
 
-def _chunk(index: int, delta: dict[str, Any], has_logprobs: bool) -> dict[str, Any]:
+def _chunk(index: int, delta: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     delta = dict(delta)
     ids = delta.pop("tokens", [100] if delta.get("content") else [])
     choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": None}
-    if has_logprobs and ids:
+    if body.get("logprobs") and ids:
         choice["logprobs"] = {"content": token_rows(ids)}
+    if body.get("return_token_ids"):
+        choice["token_ids"] = ids
     return choice
 
 

@@ -262,6 +262,28 @@ async def test_our_fields_in_vllms_words(front: Front) -> None:
             assert stand_in.seen[-1][name] == value
 
 
+async def test_vllms_own_fields_pass_through(front: Front) -> None:
+    bench, stand_in = front
+    stand_in.script = [{"content": "Hel", "tokens": [100, 101]}, {"tokens": [102]},
+                       {"content": "lo", "tokens": [103]}]  # fmt: skip
+    asked = {"model": "m", "return_token_ids": True, "include_stop_str_in_output": True}
+    chat, text = {**asked, "messages": HELLO}, {**asked, "prompt": [100, 101, 102]}
+    async with bench.http() as client:
+        (choice,) = (await client.post(CHAT, json=chat)).json()["choices"]
+        assert choice["token_ids"] == [100, 101, 102, 103]
+        (choice,) = (await client.post("/v1/completions", json=text)).json()["choices"]
+        assert choice["token_ids"] == [100] and choice["prompt_token_ids"] == [100, 101, 102]
+        assert all(seen["include_stop_str_in_output"] for seen in stand_in.seen)
+        scored = {**text, "prompt_logprobs": 1}
+        (choice,) = (await client.post("/v1/completions", json=scored)).json()["choices"]
+        assert choice["prompt_logprobs"][0] is None
+        assert choice["prompt_logprobs"][1]["101"]["logprob"] == -1.01
+        assert choice["logprobs"] is None
+        refused = await client.post(CHAT, json={**chat, "prompt_logprobs": 1})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "prompt_logprobs"
+
+
 @pytest.mark.parametrize("mode", ["auto", "required"])
 async def test_only_allowed_tools_reach_vllm(front: Front, mode: str) -> None:
     """vLLM knows no list of allowed tools; what it is not shown it cannot call."""

@@ -371,6 +371,9 @@ class Sampling(Wire):
     logit_bias: dict[str, float] | None = Field(default=None, max_length=MOST_IDS)
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    return_token_ids: bool = False
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -395,6 +398,8 @@ class Sampling(Wire):
     def _options_of_streams(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs come with a whole answer; send stream: false")
         return self
 
 
