@@ -41,6 +41,7 @@ class Client:
     venv       environment it runs in, or "npm"
     pins       what is shown as its version, and installed
     needs      further packages of that environment
+    python     the oldest Python it asks for, where that is newer than ours may be
     """
 
     name: str
@@ -50,16 +51,16 @@ class Client:
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
     timeout_s: float = 300.0
-    ignores_python: bool = False
+    python: tuple[int, int] = (3, 11)
 
 
 def _python(
     name: str, venv: str, pins: str, script: str, env: Mapping[str, str] | None = None,
-    needs: str = "", timeout_s: float = 300.0, *, ignores_python: bool = False,
+    needs: str = "", timeout_s: float = 300.0,
 ) -> Client:
     return Client(
         name, venv, tuple(pins.split()), f"python/{script}.py", env or {}, tuple(needs.split()),
-        timeout_s, ignores_python,
+        timeout_s,
     )
 
 
@@ -135,8 +136,7 @@ CLIENTS = (
     *(
         dataclasses.replace(
             _agent(f"mistral-vibe {kind}", "mistral-vibe==3.0.2", f"vibe-{kind}", "vibe"),
-            # It asks for Python 3.12 and runs with 3.11.
-            ignores_python=True,
+            python=(3, 12),
         )
         for kind in ("mistral", "generic", "reasoning", "anthropic")
     ),
@@ -174,11 +174,28 @@ def _npm_commands(pins: Sequence[str]) -> list[list[str]]:
 
 def _venv_commands(venv: str, pins: Sequence[str], inside: Sequence[Client]) -> list[list[str]]:
     python = str(BUILD / venv / "bin" / "python")
-    options = ["--ignore-requires-python"] if any(one.ignores_python for one in inside) else []
+    interpreter = _interpreter(max(one.python for one in inside))
+    # mistral-vibe asks for Python 3.12 and also runs with 3.11.
+    options = [] if interpreter else ["--ignore-requires-python"]
     commands = [[python, "-m", "pip", "install", "-q", *options, *pins]]
     if not Path(python).exists():
-        commands.insert(0, [sys.executable, "-m", "venv", str(BUILD / venv)])
+        made = interpreter or sys.executable
+        commands.insert(0, [made, "-m", "venv", str(BUILD / venv)])
     return commands
+
+
+def _interpreter(oldest: tuple[int, int]) -> str | None:
+    """A Python of this machine that is new enough: ours, one on the path, or one of pyenv's."""
+    if sys.version_info >= oldest:
+        return sys.executable
+    names = [f"python3.{minor}" for minor in range(oldest[1], oldest[1] + 4)]
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [str(path) for name in names for path in sorted(versions.glob(f"*/bin/{name}"))]
+    for python in [*names, *found]:
+        # A shim of pyenv's is there for each version that is installed, and works for one.
+        if shutil.which(python) and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return python
+    return None
 
 
 # --- running --------------------------------------------------------------------------------
@@ -261,7 +278,7 @@ def run(client: Client, url: str, log: Path) -> list[dict[str, object]]:
         "NO_COLOR": "1",
         "DO_NOT_TRACK": "1",
         "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(HERE / "python"),
+        "PYTHONPATH": f"{HERE / 'python'}:{ROOT / 'src'}",
         "HALFBYTE_URL": url,
         "PNG_BASE64": PNG_BASE64,
         **client.env,

@@ -111,7 +111,7 @@ def _shapes() -> Iterator[Case]:
         ],
         "call with broken arguments": [*HELLO, _calling('{"a":')],
         "call with a list": [*HELLO, _calling("[]")],
-        "call with a bad name": [*HELLO, _calling("{}", name="a b")],
+        "call with a bad name": [*HELLO, _calling("{}", name="")],
         "call with an empty id": [*HELLO, _calling("{}", call_id="")],
         "call with a brace": [*HELLO, _calling("{"), *HELLO],
         "result nobody waits for": [

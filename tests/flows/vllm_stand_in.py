@@ -35,10 +35,25 @@ CHAT_FIELDS = {
     "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format",
     "structured_outputs", "reasoning_effort", "thinking_token_budget", "continue_final_message",
     "add_generation_prompt", "return_tokens_as_token_ids", "skip_special_tokens",
+    "include_stop_str_in_output", "return_token_ids",
 }  # fmt: skip
 TEXT_FIELDS = (CHAT_FIELDS - {"messages", "max_completion_tokens", "top_logprobs"}) | {
     "prompt", "max_tokens", "prompt_logprobs", "add_special_tokens",
 }  # fmt: skip
+
+
+def _wrong_choice(body: dict[str, Any]) -> str | None:
+    """What vLLM would refuse about a choice of tools; it knows no list of allowed ones."""
+    choice = body.get("tool_choice", "none")
+    names = [tool["function"]["name"] for tool in body.get("tools", ())]
+    if isinstance(choice, dict):
+        if set(choice) != {"type", "function"} or choice["type"] != "function":
+            return f"tool_choice {choice} is not known"
+        choice = choice["function"]["name"]
+        return None if choice in names else f"tool {choice} is not in tools"
+    if choice not in ("none", "auto", "required"):
+        return f"tool_choice {choice} is not known"
+    return None if names or choice == "none" else "tool_choice needs tools"
 
 
 def read_flags(words: list[str]) -> dict[str, str]:
@@ -104,6 +119,9 @@ class StandIn:
         body = await self._read(request, CHAT_FIELDS)
         if isinstance(body, Response):
             return body
+        wrong = _wrong_choice(body)
+        if wrong is not None:
+            return JSONResponse({"error": {"message": wrong, "param": "tool_choice"}}, 400)
         return StreamingResponse(self._chat_chunks(body), media_type="text/event-stream")
 
     async def _chat_chunks(self, body: dict[str, Any]) -> AsyncIterator[str]:
@@ -111,7 +129,7 @@ class StandIn:
         try:
             for index in range(body.get("n", 1)):
                 for delta in [{"role": "assistant", "content": ""}, *self.script]:
-                    yield _event({"choices": [_chunk(index, delta, bool(body.get("logprobs")))]})
+                    yield _event({"choices": [_chunk(index, delta, body)]})
                 if self.hang:
                     await asyncio.sleep(3600)
                 last = {"delta": {}, "finish_reason": self.finish, **self.last}
@@ -134,6 +152,8 @@ class StandIn:
                     "token_logprobs": [-0.5],
                     "top_logprobs": [{"token_id:100": -0.5}],
                 }
+            if body.get("return_token_ids"):
+                choice["token_ids"] = [100]
             if "prompt_logprobs" in body:
                 scores = [{str(i): {"logprob": -i / 100, "rank": 1}} for i in prompt[1:]]
                 choice["prompt_logprobs"] = [None, *scores]
@@ -150,12 +170,14 @@ class StandIn:
         return StreamingResponse(chunks(), media_type="text/event-stream")
 
 
-def _chunk(index: int, delta: dict[str, Any], has_logprobs: bool) -> dict[str, Any]:
+def _chunk(index: int, delta: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     delta = dict(delta)
     ids = delta.pop("tokens", [100] if delta.get("content") else [])
     choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": None}
-    if has_logprobs and ids:
+    if body.get("logprobs") and ids:
         choice["logprobs"] = {"content": token_rows(ids)}
+    if body.get("return_token_ids"):
+        choice["token_ids"] = ids
     return choice
 
 

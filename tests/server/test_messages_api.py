@@ -295,7 +295,7 @@ _NO_IMAGE = {
         ([[_TEXT], [_use("a")], [_TEXT, _result("a"), _result("a")]],
          "messages[2].content[2].tool_use_id"),
         ([[_LEFT_OUT, _TEXT, _NO_IMAGE]], "messages[0].content[2].source"),
-        ([[_TEXT], [_LEFT_OUT, _use("a"), _use("b", "c d")], [_result("a"), _result("b")]],
+        ([[_TEXT], [_LEFT_OUT, _use("a"), _use("b", "c" * 600)], [_result("a"), _result("b")]],
          "messages[1].content[2].name"),
         ([[_TEXT], [_use("a"), _use("b")], [_result("a"), _result("b", _TEXT, _NO_IMAGE)]],
          "messages[2].content[1].content[1].source"),
@@ -332,7 +332,7 @@ async def test_errors_and_warnings_name_the_tool_and_the_format_that_were_sent(
         tools = [hosted, {"name": "f", "input_schema": loose}]
         held = await client.post("/v1/messages", json={**ask, "tools": tools})
         assert "tools[1].input_schema.properties.a" in held.headers["x-halfbyte-warning"]
-        tools = [hosted, {"name": "f g", "input_schema": {}}]
+        tools = [hosted, {"name": "f" * 600, "input_schema": {}}]
         refused = await client.post("/v1/messages", json={**ask, "tools": tools})
         assert "tools[1].name: " in refused.text
         form = {"format": {"type": "json_schema", "schema": {"type": "banana"}}}

@@ -8,6 +8,7 @@ from PIL import Image
 
 from halfbyte.pictures import Picture
 from halfbyte.server.responses_wire import joined_name
+from halfbyte.server.tool_names import model_name
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -164,12 +165,11 @@ async def test_tools_that_only_their_servers_have_are_left_out_and_named(
     assert first.prompt_token_ids == second.prompt_token_ids
 
 
-@pytest.mark.parametrize("namespace", ["mcp__files__", "files", "n" * 100])
+@pytest.mark.parametrize("namespace", ["mcp__files__", "files", "n" * 100, "files.example"])
 async def test_functions_in_namespaces_are_called_and_answered_by_both_names(
     make_bench: MakeBench, namespace: str
 ) -> None:
-    joined = joined_name(namespace, "read")
-    assert len(joined) <= 64
+    joined = model_name(joined_name(namespace, "read"))
     bench = make_bench(CALLS, joined, ARGS, '{"a": 1}', EOS)
     inner = [{**TOOL, "name": "read"}, {"type": "web_search"}]
     tools = [TOOL, {"type": "namespace", "name": namespace, "description": "", "tools": inner}]

@@ -21,6 +21,7 @@ from halfbyte.server.app import create_app
 from halfbyte.server.config import Limits, ServerConfig
 from halfbyte.server.run import listen
 from halfbyte.server.supervise import Supervisor
+from halfbyte.server.tool_names import model_name
 from halfbyte.server.vllm_command import VllmPlan
 from halfbyte.server.vllm_upstream import VllmUpstream
 from server.conftest import DATA, Bench
@@ -259,6 +260,60 @@ async def test_our_fields_in_vllms_words(front: Front) -> None:
             answer = await client.post(CHAT, json={"model": "m", "messages": HELLO, **change})
             assert answer.status_code == 200, answer.text
             assert stand_in.seen[-1][name] == value
+
+
+async def test_vllms_own_fields_pass_through(front: Front) -> None:
+    bench, stand_in = front
+    stand_in.script = [{"content": "Hel", "tokens": [100, 101]}, {"tokens": [102]},
+                       {"content": "lo", "tokens": [103]}]  # fmt: skip
+    asked = {"model": "m", "return_token_ids": True, "include_stop_str_in_output": True}
+    chat, text = {**asked, "messages": HELLO}, {**asked, "prompt": [100, 101, 102]}
+    async with bench.http() as client:
+        (choice,) = (await client.post(CHAT, json=chat)).json()["choices"]
+        assert choice["token_ids"] == [100, 101, 102, 103]
+        (choice,) = (await client.post("/v1/completions", json=text)).json()["choices"]
+        assert choice["token_ids"] == [100] and choice["prompt_token_ids"] == [100, 101, 102]
+        assert all(seen["include_stop_str_in_output"] for seen in stand_in.seen)
+        scored = {**text, "prompt_logprobs": 1}
+        (choice,) = (await client.post("/v1/completions", json=scored)).json()["choices"]
+        assert choice["prompt_logprobs"][0] is None
+        assert choice["prompt_logprobs"][1]["101"]["logprob"] == -1.01
+        assert choice["logprobs"] is None
+        refused = await client.post(CHAT, json={**chat, "prompt_logprobs": 1})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "prompt_logprobs"
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+async def test_only_allowed_tools_reach_vllm(front: Front, mode: str) -> None:
+    """vLLM knows no list of allowed tools; what it is not shown it cannot call."""
+    bench, stand_in = front
+    shown = model_name("files.read")
+    call = {"index": 0, "id": "abcdefghi", "type": "function"}
+    stand_in.script = [{"tool_calls": [{**call, "function": {"name": shown, "arguments": "{}"}}]}]
+    stand_in.finish = "tool_calls"
+    tools = [TOOL, *(_tool(name) for name in ("files.read", "g"))]
+    chosen = [{"type": "function", "function": {"name": name}} for name in ("g", "files.read")]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": chosen}}
+    answer = await both(bench, tools=tools, tool_choice=choice)
+    assert answer["calls"] == [["files.read", "{}"]]
+    for seen in stand_in.seen:
+        assert [tool["function"]["name"] for tool in seen["tools"]] == [shown, "g"]
+        assert seen["tool_choice"] == mode
+
+
+async def test_a_named_tool_reaches_vllm_by_the_name_it_is_shown(front: Front) -> None:
+    bench, stand_in = front
+    choice = {"type": "function", "function": {"name": "files.read"}}
+    async with bench.http() as client:
+        body = {"model": "m", "messages": HELLO, "tools": [_tool("files.read")]}
+        answer = await client.post(CHAT, json={**body, "tool_choice": choice})
+    assert answer.status_code == 200, answer.text
+    assert stand_in.seen[0]["tool_choice"]["function"]["name"] == model_name("files.read")
+
+
+def _tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
 
 
 async def test_images_arrive_as_what_we_decoded(front: Front) -> None:

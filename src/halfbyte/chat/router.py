@@ -75,6 +75,7 @@ class _State(Enum):
 class Router:
     """State of one answer.
 
+    keeps_stop     a stop string that ends the answer is shown
     tool_names     names that a call may have; others reach the client as text
     live_calls     a grammar guarantees the arguments: stream them as they come. Otherwise a call is
                    held until it is whole, and becomes text if it is not a JSON object
@@ -86,6 +87,7 @@ class Router:
         control: ControlTokens,
         *,
         stops: tuple[str, ...] = (),
+        keeps_stop: bool = False,
         tool_names: frozenset[str] = frozenset(),
         live_calls: bool = True,
     ) -> None:
@@ -94,6 +96,7 @@ class Router:
         self._tool_names = tool_names
         self._live_calls = live_calls
         self._stops = StopStrings(stops)
+        self._keeps_stop = keeps_stop
         self._state = _State.CONTENT
         self._stream = TextStream(vocabulary)
         self._name = ""
@@ -190,6 +193,8 @@ class Router:
 
     def _content(self, text: str) -> list[Delta]:
         shown, self.stopped_by = self._stops.feed(text)
+        if self._keeps_stop and self.stopped_by is not None:
+            shown += self.stopped_by
         return [Content(shown)] if shown else []
 
     def _open_call(self) -> list[Delta]:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import halfbyte
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
-from halfbyte.server import foreign, markdown, wire
+from halfbyte.server import foreign, markdown, tool_names, wire
 from halfbyte.server.backend import Backend, Upstream
 from halfbyte.server.call import Call
 from halfbyte.server.chat_api import chat_frames, chat_response
@@ -251,6 +251,7 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
             return await asyncio.to_thread(JSONResponse, body)
 
     async def tokens_of(asked: wire.TokenizeRequest) -> Sequence[int]:
+        asked = tool_names.for_model(asked)
         if asked.messages is not None:
             encoded = await encode_resolved(
                 backend,

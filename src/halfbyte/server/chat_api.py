@@ -1,20 +1,23 @@
 """/v1/chat/completions: jobs to chunks and to the one response, in OpenAI's form."""
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import halfbyte
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning
+from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
 from halfbyte.server.call import Call
-from halfbyte.server.completion import Job, Message, collect, run, token_text
+from halfbyte.server.completion import Choice, Job, Message, collect, run, token_text
 from halfbyte.server.dialect import Dialect
 from halfbyte.server.pieces import Piece, TokenEntry
 from halfbyte.server.prepare import chat_job, check_sampling
 from halfbyte.server.stream import DONE, frame
 
+# JSON has no infinity; OpenAI's own floor stands in.
+_LEAST_LOGPROB = -9999.0
 FINGERPRINT = f"halfbyte-{halfbyte.__version__}"
 
 
@@ -25,6 +28,12 @@ async def chat_response(backend: Backend, request: wire.ChatRequest, call: Call)
         job = await chat_job(backend, request)
         call.warn(job.warnings)
         messages = await collect(backend, job, call)
+    prompt = job.choices[0]
+    told: dict[str, Any] = {}
+    if request.return_token_ids:
+        told["prompt_token_ids"] = list(prompt.request.prompt_token_ids)
+    if request.prompt_logprobs is not None:
+        told["prompt_logprobs"] = prompt_entries(backend, prompt, request.prompt_logprobs)
     return {
         "id": job.answer_id,
         "object": "chat.completion",
@@ -41,11 +50,40 @@ async def chat_response(backend: Backend, request: wire.ChatRequest, call: Call)
                     else None
                 ),
                 "finish_reason": message.finish_reason,
+                **_token_ids(request, message.token_ids),
             }
             for index, message in enumerate(messages)
         ],
         "usage": job.usage.chat_body(),
+        **told,
     }
+
+
+def _token_ids(request: wire.Sampling, token_ids: Sequence[int]) -> dict[str, Any]:
+    return {"token_ids": list(token_ids)} if request.return_token_ids else {}
+
+
+def prompt_entries(backend: Backend, choice: Choice, num_top: int) -> list[Any]:
+    """Log-probs of a prompt in vLLM's form: by token id, the prompt's own token first.
+
+    Its rank is only known where it is among the `num_top` most likely ones. The first token of a
+    prompt has no distribution.
+    """
+    vocabulary = backend.chat.vocabulary
+
+    def told(logprobs: TokenLogprobs) -> dict[str, Any]:
+        ranks = {one: rank for rank, (one, _) in enumerate(logprobs.top[:num_top], 1)}
+        scores = {logprobs.token_id: logprobs.logprob, **dict(logprobs.top[:num_top])}
+        return {
+            str(one): {
+                "logprob": max(score, _LEAST_LOGPROB),
+                "rank": ranks.get(one),
+                "decoded_token": token_text(vocabulary, one),
+            }
+            for one, score in scores.items()
+        }
+
+    return [None, *map(told, choice.prompt_logprobs)]
 
 
 def message_body(message: Message, request: wire.ChatRequest, dialect: Dialect) -> dict[str, Any]:
@@ -86,6 +124,9 @@ async def chat_frames(
         }
         if options.include_usage:
             head["usage"] = None
+        prompt_ids: dict[str, Any] = {}
+        if request.return_token_ids:
+            prompt_ids["prompt_token_ids"] = list(job.choices[0].request.prompt_token_ids)
         chunks = _Chunks(backend, request, call.dialect)
         num_running = len(job.choices)
         async with contextlib.aclosing(run(backend, job, call)) as batches:
@@ -96,7 +137,8 @@ async def chat_frames(
                     num_running -= choice["finish_reason"] is not None
                     if call.dialect.closing_usage and not num_running:
                         usage = {"usage": job.usage.chat_body()}
-                    frames.append(frame({**head, "choices": [choice], **usage}))
+                    frames.append(frame({**head, "choices": [choice], **prompt_ids, **usage}))
+                    prompt_ids = {}
                 yield b"".join(frames)
         if options.include_usage:
             yield frame({**head, "choices": [], "usage": job.usage.chat_body()})
@@ -116,9 +158,22 @@ class _Chunks:
         self._begun: set[int] = set()
         # Of each choice the call that is held until it is whole.
         self._held: dict[int, dict[str, Any]] = {}
+        # Of each choice the tokens that no chunk has told of yet.
+        self._token_ids: dict[int, list[int]] = {}
 
     def feed(self, piece: Piece) -> list[dict[str, Any]]:
         """The chunks of a piece, after the one that opens its choice."""
+        chunks = self._chunks(piece)
+        if self._request.return_token_ids:
+            waiting = self._token_ids.setdefault(piece.index, [])
+            waiting += piece.token_ids
+            for chunk in chunks:
+                chunk["token_ids"] = []
+            if chunks:
+                chunks[-1]["token_ids"] = self._token_ids.pop(piece.index)
+        return chunks
+
+    def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
         chunks = []
         index = piece.index
         if index not in self._begun:
@@ -185,8 +240,7 @@ def _entries(backend: Backend, entries: tuple[TokenEntry, ...]) -> list[dict[str
         text = token_text(vocabulary, token_id)
         known = token_id < vocabulary.size and not vocabulary.is_control(token_id)
         raw = vocabulary.token_bytes[token_id] if known else text.encode()
-        # JSON has no infinity; OpenAI's own floor stands in.
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(raw)}
 
     return [
         {

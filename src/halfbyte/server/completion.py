@@ -6,8 +6,8 @@ Both forms are made of the same pieces: a response that is not streamed is the s
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.chat.grammar import Mask
@@ -34,6 +34,7 @@ class Choice:
     want_entries     log-probs of the content's tokens are wanted
     is_plain         a plain continuation: each counted token has its entry and its piece, also one
                      without text and the one that ends the answer
+    keeps_stop       a stop string, or a stop token with a text, is part of the content
     """
 
     index: int
@@ -42,6 +43,7 @@ class Choice:
     has_own_prompt: bool = True
     want_entries: bool = False
     is_plain: bool = False
+    keeps_stop: bool = False
     mask: Mask | None = None
     shown_chars: int = 0
     num_tokens: int = 0
@@ -50,6 +52,7 @@ class Choice:
     finish: FinishEvent | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     _entries: list[TokenEntry] = field(default_factory=list)
+    _token_ids: list[int] = field(default_factory=list)
 
     @property
     def num_completion_tokens(self) -> int:
@@ -65,6 +68,7 @@ class Choice:
         deltas: list[Delta] = []
         for position, token_id in enumerate(event.token_ids):
             self.num_tokens += 1
+            self._token_ids.append(token_id)
             is_wanted = self.is_plain or self.router.is_content(token_id)
             if self.want_entries and is_wanted and event.logprobs is not None:
                 self._entries.append(TokenEntry(event.logprobs[position], self.shown_chars))
@@ -77,13 +81,27 @@ class Choice:
 
     def end(self, reason: str) -> list[Piece]:
         """The last pieces, with the finish reason."""
-        pieces = self._pieces(self._count(self.router.finish()))
+        pieces = self._pieces([*self._ending(), *self._count(self.router.finish())])
         ended_by = self.finish.stop_logprobs if self.finish is not None else None
         if self.is_plain and self.want_entries and ended_by and self.router.stopped_by is None:
             self._entries.append(TokenEntry(ended_by, self.shown_chars))
         if self.router.num_calls and reason == "stop":
             reason = "tool_calls"
-        return [*pieces, Piece(self.index, None, self._take_entries(), reason)]
+        last = Piece(self.index, None, self._take_entries(), reason, self._take_token_ids())
+        return [*pieces, last]
+
+    def _ending(self) -> list[Delta]:
+        """What is shown of the token that ended the answer, which the engine hands out last."""
+        token_id = self.finish.stop_token_id if self.finish is not None else None
+        if token_id is None or self.router.stopped_by is not None:
+            return []
+        self._token_ids.append(token_id)
+        if not self.keeps_stop or not self.router.is_content(token_id):
+            return []
+        ended_by = self.finish.stop_logprobs if self.finish is not None else None
+        if self.want_entries and ended_by and not self.is_plain:
+            self._entries.append(TokenEntry(ended_by, self.shown_chars))
+        return self._count(self.router.feed(token_id))
 
     def _count(self, deltas: list[Delta]) -> list[Delta]:
         self.shown_chars += sum(len(delta.text) for delta in deltas if isinstance(delta, Content))
@@ -91,9 +109,18 @@ class Choice:
 
     def _pieces(self, deltas: list[Delta]) -> list[Piece]:
         return [
-            Piece(self.index, delta, self._take_entries() if isinstance(delta, Content) else ())
+            Piece(
+                self.index,
+                delta,
+                self._take_entries() if isinstance(delta, Content) else (),
+                token_ids=self._take_token_ids(),
+            )
             for delta in _joined(deltas)
         ]
+
+    def _take_token_ids(self) -> tuple[int, ...]:
+        token_ids, self._token_ids = tuple(self._token_ids), []
+        return token_ids
 
     def _take_entries(self) -> tuple[TokenEntry, ...]:
         entries, self._entries = tuple(self._entries), []
@@ -104,7 +131,8 @@ class Choice:
 class Job:
     """A validated request, ready to run: its choices and what its answer will be called.
 
-    source    where its pieces come from, if not from this process's engine
+    source      where its pieces come from, if not from this process's engine
+    tool_names  of tools that the model knows by other names: its names, and the client's
     """
 
     answer_id: str
@@ -113,6 +141,7 @@ class Job:
     usage: Usage
     warnings: tuple[str, ...] = ()
     source: Callable[[], AsyncGenerator[list[Piece], None]] | None = None
+    tool_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def request_ids(self) -> tuple[str, ...]:
@@ -152,7 +181,14 @@ async def run(backend: Backend, job: Job, call: Call) -> AsyncGenerator[list[Pie
     with _tracked(backend, job, call):
         async with contextlib.aclosing(pieces):
             async for batch in pieces:
-                yield batch
+                yield [_in_clients_names(piece, job.tool_names) for piece in batch]
+
+
+def _in_clients_names(piece: Piece, names: Mapping[str, str]) -> Piece:
+    delta = piece.delta
+    if not isinstance(delta, CallStart) or delta.name not in names:
+        return piece
+    return replace(piece, delta=replace(delta, name=names[delta.name]))
 
 
 async def _run_choices(backend: Backend, job: Job) -> AsyncGenerator[list[Piece], None]:
@@ -299,12 +335,14 @@ class Message:
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     entries: list[TokenEntry] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
         """One more piece."""
         delta = piece.delta
         self.entries += piece.entries
+        self.token_ids += piece.token_ids
         if piece.finish_reason is not None:
             self.finish_reason = piece.finish_reason
         if isinstance(delta, Content):

@@ -44,8 +44,7 @@ _BOTH: dict[str, _Neutral] = {
     "truncate_prompt_tokens": ((), "shorten the prompt yourself; /tokenize counts it"),
     "detokenize": ((True,), "answers are text"),
     "logits_processors": (([],), "code in requests is not run"),
-    "return_token_ids": ((False,), "use logprobs, whose entries have the tokens' bytes"),
-    "return_tokens_as_token_ids": ((False,), "use /tokenize on the text"),
+    "return_tokens_as_token_ids": ((False,), "use return_token_ids"),
     "suffix": (("",), "there is no model for filling in the middle here"),
     "kv_transfer_params": (({},), "caches are not moved between servers here"),
     "mm_processor_kwargs": (({},), "images are read as the checkpoint says"),
@@ -61,12 +60,10 @@ _CHAT: dict[str, _Neutral] = {
     "web_search_options": ((), "there is no web search here"),
     "documents": (([],), "write documents into messages"),
     "chat_template": ((), "the checkpoint's own template is used"),
-    "prompt_logprobs": ((), "use /v1/completions with echo and logprobs"),
     "top_logprobs": ((0,), "top_logprobs is only allowed when logprobs is true"),
 }
 _TEXT: dict[str, _Neutral] = {
     "add_special_tokens": ((True,), "send token ids as the prompt"),
-    "prompt_logprobs": ((), "use echo and logprobs"),
 }
 _RESPONSES: dict[str, _Neutral] = {
     "top_logprobs": ((0,), "use /v1/chat/completions with logprobs"),

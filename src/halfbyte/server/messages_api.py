@@ -7,12 +7,13 @@ streamed is what its events build.
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning
 from halfbyte.errors import RequestError
+from halfbyte.server import tool_names
 from halfbyte.server.backend import Backend
 from halfbyte.server.call import Call
 from halfbyte.server.completion import Job, run
@@ -89,7 +90,7 @@ async def count_tokens(backend: Backend, request: CountRequest) -> dict[str, Any
     chat, _ = request.chat_request(backend.chat.reasoning_efforts)
     backend.check_model(chat.model)
     try:
-        prompt, _ = await chat_prompt(backend, chat)
+        prompt, _ = await chat_prompt(backend, tool_names.for_model(chat))
     except RequestError as error:
         raise paths_of(request).error(error) from error
     return {"input_tokens": len(prompt.token_ids)}
@@ -128,7 +129,7 @@ async def _job_events(
             "usage": _usage(job),
         },
     }
-    blocks = _Blocks(request.called, shows_thoughts=request.may_think)
+    blocks = _Blocks(shows_thoughts=request.may_think)
     reason = "stop"
     async with contextlib.aclosing(run(backend, job, call)) as batches:
         async for batch in batches:
@@ -160,7 +161,6 @@ async def _job_events(
 class _Blocks:
     """Content blocks so far. A delta goes to the open block of its kind, or opens the next."""
 
-    called: Callable[[str], str]
     shows_thoughts: bool
     _num_blocks: int = 0
     _open: str | None = None
@@ -178,7 +178,7 @@ class _Blocks:
             yield {
                 "type": "content_block_start",
                 "index": self._num_blocks,
-                "content_block": _empty_block(delta, self.called),
+                "content_block": _empty_block(delta),
             }
         if isinstance(delta, CallStart) or not delta.text:
             return
@@ -206,10 +206,9 @@ def _kind(delta: Delta) -> str:
     return "thinking" if isinstance(delta, Reasoning) else "tool_use"
 
 
-def _empty_block(delta: Delta, called: Callable[[str], str]) -> dict[str, Any]:
+def _empty_block(delta: Delta) -> dict[str, Any]:
     if isinstance(delta, CallStart):
-        name = called(delta.name)
-        return {"type": "tool_use", "id": delta.call_id, "name": name, "input": {}}
+        return {"type": "tool_use", "id": delta.call_id, "name": delta.name, "input": {}}
     if isinstance(delta, Reasoning):
         return {"type": "thinking", "thinking": "", "signature": ""}
     return {"type": "text", "text": ""}

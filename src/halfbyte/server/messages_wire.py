@@ -90,7 +90,7 @@ class ToolUseBlock(Block):
     IGNORED = Block.IGNORED | {"caller"}
     type: Literal["tool_use"]
     id: str = Field(min_length=1, max_length=512)
-    name: str = Field(min_length=1, max_length=128)
+    name: wire.ToolName
     input: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -189,7 +189,7 @@ class ToolDefinition(Wire):
         }
     )
     type: Literal["custom"] = "custom"
-    name: str = Field(min_length=1, max_length=128)
+    name: wire.ToolName
     description: str = ""
     input_schema: dict[str, Any] = Field(default_factory=dict)
     strict: bool = False
@@ -282,11 +282,6 @@ class CountRequest(Wire):
         except RequestError as error:
             raise paths_of(self).error(error) from error
 
-    def called(self, name: str) -> str:
-        """The name of a tool that the model has called, as the client knows it."""
-        long = (tool.name for tool in self.tools if wire.short_name(tool.name) == name)
-        return next(long, name)
-
     def _sampling(self) -> dict[str, Any]:
         return {}
 
@@ -302,7 +297,7 @@ class CountRequest(Wire):
                 {
                     "type": "function",
                     "function": {
-                        "name": wire.short_name(tool.name),
+                        "name": tool.name,
                         "description": tool.description,
                         "parameters": tool.input_schema,
                         "strict": tool.strict,
@@ -388,10 +383,7 @@ def _chat_choice(choice: Choice, hosted: list[HostedDefinition], has_tools: bool
                 param="tool_choice",
                 code="unsupported_parameter",
             )
-        body["tool_choice"] = {
-            "type": "function",
-            "function": {"name": wire.short_name(choice.name)},
-        }
+        body["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
     elif has_tools or choice.type == "any":
         body["tool_choice"] = "required" if choice.type == "any" else choice.type
     return body
@@ -496,7 +488,7 @@ def _assistant_message(blocks: list[Any], origin: Origin, warnings: list[str]) -
             thoughts.append(block.thinking)
         elif isinstance(block, ToolUseBlock):
             arguments = json.dumps(block.input, ensure_ascii=False)
-            function = {"name": wire.short_name(block.name), "arguments": arguments}
+            function = {"name": block.name, "arguments": arguments}
             calls.append({"id": block.id, "type": "function", "function": function})
             origin.calls.append(path)
         elif isinstance(block, HostedBlock):

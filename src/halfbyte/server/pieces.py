@@ -17,12 +17,16 @@ class TokenEntry:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Something new in one choice: a delta, log-probs of its tokens, or its end."""
+    """Something new in one choice: a delta, log-probs of its tokens, or its end.
+
+    token_ids  all tokens since the piece before, also those that nothing is shown of
+    """
 
     index: int
     delta: Delta | None = None
     entries: tuple[TokenEntry, ...] = ()
     finish_reason: str | None = None
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from halfbyte.chat.tools import with_results
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from halfbyte.errors import RequestError
 from halfbyte.pictures import Picture
-from halfbyte.server import wire
+from halfbyte.server import tool_names, wire
 from halfbyte.server.backend import Backend
 from halfbyte.server.completion import Choice, Job
 from halfbyte.server.fetch import fetch_image
@@ -62,7 +62,8 @@ async def chat_job(
     Raises RequestError for everything that is the client's.
     """
     effort, warnings = settle_effort(backend, request.reasoning_effort)
-    request = request.model_copy(update={"reasoning_effort": effort})
+    names = tool_names.client_names(request.tools or ())
+    request = tool_names.for_model(request).model_copy(update={"reasoning_effort": effort})
     rules = await _chat_rules(backend, request)
     thinking = _may_think(backend, request)
     prompt, messages = await chat_prompt(backend, request)
@@ -91,6 +92,8 @@ async def chat_job(
             max_tokens=max_tokens,
             banned=banned,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            # The choices have one prompt.
+            prompt_logprobs=request.prompt_logprobs if index == 0 else None,
         )
         generation = GenerationRequest(
             f"{answer_id}-{index}", prompt.token_ids, params, mask, images
@@ -99,6 +102,7 @@ async def chat_job(
             backend.chat.vocabulary,
             backend.chat.control,
             stops=request.stops,
+            keeps_stop=request.include_stop_str_in_output,
             tool_names=rules.tool_names,
         )
         choices.append(
@@ -108,6 +112,7 @@ async def chat_job(
                 router,
                 has_own_prompt=index == 0,
                 want_entries=request.logprobs,
+                keeps_stop=request.include_stop_str_in_output,
                 mask=mask,
             )
         )
@@ -115,9 +120,15 @@ async def chat_job(
         len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
     )
     warnings = (*warnings, *_interrupted(backend, messages), *rules.warnings)
-    job = Job(answer_id, int(time.time()), choices, usage, warnings)
+    job = Job(answer_id, int(time.time()), choices, usage, warnings, tool_names=names)
     upstream = backend.upstream
     if upstream is not None:
+        if request.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs: in front of vLLM only /v1/completions has them",
+                param="prompt_logprobs",
+                code="unsupported_parameter",
+            )
         job.source = lambda: upstream.chat(request, messages, job)
     return job
 
@@ -144,11 +155,16 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
                 max_tokens=max_tokens,
                 banned=banned,
                 logprobs=request.logprobs,
-                prompt_logprobs=request.logprobs if request.echo else None,
+                prompt_logprobs=scored_alternatives(request),
             )
             mask = _mask(backend, rules, banned, False, None)
             generation = GenerationRequest(f"{answer_id}-{index}", token_ids, params, mask)
-            router = Router(backend.chat.vocabulary, ControlTokens(), stops=request.stops)
+            router = Router(
+                backend.chat.vocabulary,
+                ControlTokens(),
+                stops=request.stops,
+                keeps_stop=request.include_stop_str_in_output,
+            )
             choices.append(
                 Choice(
                     index,
@@ -157,6 +173,7 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
                     has_own_prompt=number == 0,
                     want_entries=request.logprobs is not None,
                     is_plain=True,
+                    keeps_stop=request.include_stop_str_in_output,
                     mask=mask,
                 )
             )
@@ -165,6 +182,12 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
     if upstream is not None:
         job.source = lambda: upstream.text(request, job)
     return job
+
+
+def scored_alternatives(request: wire.CompletionRequest) -> int | None:
+    """Alternatives to have at each token of the prompt, for `echo` or `prompt_logprobs`."""
+    asked = [request.prompt_logprobs, request.logprobs if request.echo else None]
+    return max((one for one in asked if one is not None), default=None)
 
 
 # --- prompts --------------------------------------------------------------------------------

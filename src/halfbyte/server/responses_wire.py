@@ -26,7 +26,7 @@ _HOSTED_ITEMS = (
     "tool_search_output",
     "compaction",
 )
-_NAMESPACE = r"^[a-zA-Z0-9_-]{1,128}$"
+_Name = Annotated[str, Field(min_length=1, max_length=255)]
 
 
 class InputText(Wire):
@@ -74,8 +74,8 @@ class FunctionCall(Wire):
     IGNORED = frozenset({"id", "status"})
     type: Literal["function_call"]
     call_id: str = Field(min_length=1, max_length=512)
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    namespace: str | None = Field(default=None, pattern=_NAMESPACE)
+    name: _Name
+    namespace: _Name | None = None
     arguments: str
 
 
@@ -123,7 +123,7 @@ Item = Annotated[
 class FunctionTool(Wire):
     IGNORED = frozenset({"output_schema", "defer_loading"})
     type: Literal["function"]
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: _Name
     description: str = ""
     parameters: dict[str, Any] | None = None
     strict: bool = False
@@ -154,7 +154,7 @@ class NamespaceTool(Wire):
     """Functions under a common name, such as those of one MCP server."""
 
     type: Literal["namespace"]
-    name: str = Field(pattern=_NAMESPACE)
+    name: _Name
     description: str = ""
     tools: list[
         Annotated[
@@ -177,7 +177,7 @@ Tool = Annotated[
 class NamedFunction(Wire):
     type: Literal["function"]
     name: str
-    namespace: str | None = Field(default=None, pattern=_NAMESPACE)
+    namespace: _Name | None = None
 
 
 class AllowedFunctions(Wire):
@@ -203,14 +203,13 @@ ToolChoice = Annotated[
 
 
 def joined_name(namespace: str | None, name: str) -> str:
-    """One name for a function within a namespace, short enough for the chat API.
+    """One name for a function within a namespace.
 
     "mcp__files__" and "read" are "mcp__files__read"; "files" and "read" are "files__read".
     """
     if namespace is None:
         return name
-    joined = namespace + name if namespace.endswith("_") else f"{namespace}__{name}"
-    return wire.short_name(joined)
+    return namespace + name if namespace.endswith("_") else f"{namespace}__{name}"
 
 
 class SchemaFormat(Wire):

@@ -10,7 +10,7 @@ from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server import wire
 from halfbyte.server.backend import Backend
 from halfbyte.server.call import Call
-from halfbyte.server.chat_api import running_usage
+from halfbyte.server.chat_api import prompt_entries, running_usage
 from halfbyte.server.completion import Choice, Job, Message, collect, run, token_text
 from halfbyte.server.pieces import TokenEntry
 from halfbyte.server.prepare import check_sampling, text_job
@@ -30,7 +30,8 @@ async def text_response(
     for choice, message in zip(job.choices, messages, strict=True):
         echo = _echo(backend, request, choice)
         answer = _answer(backend, request, message, len(echo["text"]))
-        choices.append(_body(choice.index, _sum(echo, answer), message.finish_reason))
+        body = _body(choice.index, _sum(echo, answer), message.finish_reason)
+        choices.append({**body, **_of_prompt(backend, request, choice), **_ids(request, message)})
     return {**_head(backend, job), "choices": choices, "usage": _usage(request, job)}
 
 
@@ -52,11 +53,14 @@ async def text_frames(
                     message = Message()
                     message.add(piece)
                     part = _answer(backend, request, message, lengths.get(piece.index, 0))
+                    told = _ids(request, message)
                     if piece.index not in lengths:
-                        echo = _echo(backend, request, job.choices[piece.index])
+                        choice = job.choices[piece.index]
+                        echo = _echo(backend, request, choice)
+                        told |= _of_prompt(backend, request, choice)
                         lengths[piece.index] = len(echo["text"])
                         part = _sum(echo, _answer(backend, request, message, lengths[piece.index]))
-                    body = _body(piece.index, part, piece.finish_reason)
+                    body = {**_body(piece.index, part, piece.finish_reason), **told}
                     frames.append(frame({**head, "choices": [body], **running_usage(options, job)}))
                 yield b"".join(frames)
         if options.include_usage:
@@ -80,6 +84,22 @@ def _body(index: int, part: dict[str, Any], reason: str | None) -> dict[str, Any
         "logprobs": part["logprobs"],
         "finish_reason": reason,
     }
+
+
+def _of_prompt(backend: Backend, request: wire.CompletionRequest, choice: Choice) -> dict[str, Any]:
+    """What vLLM's fields ask to be told of a choice's prompt."""
+    told: dict[str, Any] = {}
+    if request.return_token_ids:
+        told["prompt_token_ids"] = list(choice.request.prompt_token_ids)
+    if request.prompt_logprobs is not None:
+        told["prompt_logprobs"] = prompt_entries(backend, choice, request.prompt_logprobs)
+    return told
+
+
+def _ids(request: wire.CompletionRequest, message: Message) -> dict[str, Any]:
+    if not request.return_token_ids:
+        return {}
+    return {"token_ids": [] if request.max_tokens == 0 else list(message.token_ids)}
 
 
 def _usage(request: wire.CompletionRequest, job: Job) -> dict[str, Any]:
@@ -129,6 +149,7 @@ def _logprobs(
     if request.logprobs is None:
         return None
     vocabulary = backend.chat.vocabulary
+    num_top = request.logprobs
 
     def text(token_id: int) -> str:
         return token_text(vocabulary, token_id)
@@ -140,7 +161,10 @@ def _logprobs(
         "tokens": [text(entry.logprobs.token_id) for entry in entries],
         "token_logprobs": [finite(entry.logprobs.logprob) for entry in entries],
         "top_logprobs": [
-            {name: finite(value) for name, value in _by_name(vocabulary, entry.logprobs.top)}
+            {
+                name: finite(value)
+                for name, value in _by_name(vocabulary, entry.logprobs.top[:num_top])
+            }
             or None
             for entry in entries
         ],

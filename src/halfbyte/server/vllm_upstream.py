@@ -29,6 +29,7 @@ from halfbyte.server import wire
 from halfbyte.server.completion import Choice, Job
 from halfbyte.server.defaults import SamplingDefaults
 from halfbyte.server.pieces import Piece, TokenEntry
+from halfbyte.server.prepare import scored_alternatives
 from halfbyte.server.vllm_command import VllmPlan
 
 _POLL_S = 0.5
@@ -176,9 +177,9 @@ class VllmUpstream:
             "logprobs": request.logprobs,
             "add_special_tokens": False,
         }
-        if request.echo and request.logprobs is not None:
+        body["prompt_logprobs"] = scored_alternatives(request)
+        if body["prompt_logprobs"] is not None:
             # Log-probs of prompts are not streamed.
-            body["prompt_logprobs"] = request.logprobs
             answer = self._whole("/v1/completions", body)
         else:
             answer = self._chunks("/v1/completions", body)
@@ -243,6 +244,8 @@ def _sampling(request: wire.ChatRequest | wire.CompletionRequest, job: Job) -> d
     for one in fields(SamplingDefaults):
         body[one.name] = getattr(params, one.name)
     body["stop"] = list(request.stops) or None
+    for name in ("include_stop_str_in_output", "return_token_ids"):
+        body[name] = getattr(request, name) or None
     body["return_tokens_as_token_ids"] = True
     form = request.response_format
     if isinstance(form, wire.RegexFormat):
@@ -264,13 +267,15 @@ def _chat_options(request: wire.ChatRequest) -> dict[str, Any]:
         "thinking_token_budget": request.max_reasoning_tokens,
     }
     if request.tools:
-        options["tools"] = [tool.model_dump(exclude_none=True) for tool in request.tools]
+        tools, choice = request.tools, request.tool_choice or "auto"
+        if isinstance(choice, wire.AllowedTools):
+            # vLLM has no such choice, and a tool that is not shown cannot be called.
+            allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+            tools = [tool for tool in tools if tool.function.name in allowed]
+            choice = choice.allowed_tools.mode
+        options["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
         options["parallel_tool_calls"] = request.parallel_tool_calls
-        choice = request.tool_choice
-        if choice is not None:
-            options["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
-        else:
-            options["tool_choice"] = "auto"
+        options["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
     if request.continues_final:
         options |= {"continue_final_message": True, "add_generation_prompt": False}
     return options
@@ -331,6 +336,7 @@ class _Told:
     brace      of the arguments of the last one
     shown      what the last text was a part of; None before any
     held       log-probs of tokens that no text has come of yet: a part of a character, say
+    token_ids  tokens that no piece has told of yet
     """
 
     num_calls: int = 0
@@ -338,6 +344,11 @@ class _Told:
     is_thinking: bool = False
     shown: type[Delta] | None = None
     held: tuple[TokenEntry, ...] = ()
+    token_ids: tuple[int, ...] = ()
+
+    def take_token_ids(self) -> tuple[int, ...]:
+        token_ids, self.token_ids = self.token_ids, ()
+        return token_ids
 
 
 def _chat_pieces(
@@ -351,6 +362,7 @@ def _chat_pieces(
     delta = told.get("delta") or {}
     entries = so_far.held + _chat_entries(told, choice)
     so_far.held = ()
+    so_far.token_ids += tuple(told.get("token_ids") or ())
     found: list[Delta] = []
     thought = delta.get("reasoning") or delta.get("reasoning_content")
     if thought:
@@ -368,7 +380,8 @@ def _chat_pieces(
             found.append(CallArguments(call["index"], arguments))
     for one in found:
         so_far.shown = type(one)
-        yield Piece(choice.index, one, entries if isinstance(one, Content) else ())
+        kept = entries if isinstance(one, Content) else ()
+        yield Piece(choice.index, one, kept, token_ids=so_far.take_token_ids())
     if not found:
         so_far.held = entries
     if told.get("finish_reason"):
@@ -377,7 +390,8 @@ def _chat_pieces(
             reason = "tool_calls"
         choice.reason = reason
         is_content = so_far.shown in (None, Content)
-        yield Piece(choice.index, None, so_far.held if is_content else (), reason)
+        held = so_far.held if is_content else ()
+        yield Piece(choice.index, None, held, reason, so_far.take_token_ids())
 
 
 def _thought_and_content(
@@ -414,9 +428,10 @@ def _text_pieces(told: Mapping[str, Any], choice: Choice) -> Iterator[Piece]:
             )
             for token, value, top in rows
         )
-    if told.get("text") or entries:
+    token_ids = tuple(told.get("token_ids") or ())
+    if told.get("text") or entries or token_ids:
         text = told.get("text") or ""
-        yield Piece(choice.index, Content(text), entries)
+        yield Piece(choice.index, Content(text), entries, token_ids=token_ids)
         choice.shown_chars += len(text)
     if told.get("finish_reason"):
         choice.reason = told["finish_reason"]

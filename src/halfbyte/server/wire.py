@@ -5,7 +5,6 @@ sender expects it to change something. Fields known to change nothing here are l
 with their reason in docs/api.md. A null means absent.
 """
 
-import hashlib
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -179,19 +178,12 @@ class UserMessage(Wire):
     content: _UserParts
 
 
-_MAX_FUNCTION_CHARS = 64  # of a function, as the chat API and the model's format have it
-
-
-def short_name(name: str) -> str:
-    """A function's name as the chat API takes it: longer ones of other wires end in a digest."""
-    if len(name) <= _MAX_FUNCTION_CHARS:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: _MAX_FUNCTION_CHARS - 9]}_{digest}"
+# Of a tool. What of it the model sees is `tool_names`' matter.
+ToolName = Annotated[str, Field(min_length=1, max_length=512)]
 
 
 class CalledFunction(Wire):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: ToolName
     arguments: str
 
 
@@ -240,7 +232,7 @@ Message = Annotated[
 
 
 class Function(Wire):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: ToolName
     description: str = ""
     parameters: dict[str, Any] | None = None
     strict: bool = False
@@ -379,6 +371,9 @@ class Sampling(Wire):
     logit_bias: dict[str, float] | None = Field(default=None, max_length=MOST_IDS)
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    return_token_ids: bool = False
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -403,6 +398,8 @@ class Sampling(Wire):
     def _options_of_streams(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs come with a whole answer; send stream: false")
         return self
 
 
