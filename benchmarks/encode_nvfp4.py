@@ -25,12 +25,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
 from halfbyte.bench import record
 from halfbyte.bench.idle import Watch, wait_until_quiet
+from halfbyte.figures import Against, Figure
 from halfbyte.formats.measure import largest_magnitude
 from halfbyte.formats.nvfp4 import EncodedNVFP4, encode_nvfp4, nvfp4_tensor_scale
 
@@ -100,9 +102,16 @@ def main() -> None:
         name="encode_nvfp4",
         question="bf16 to NVFP4 on a CPU: how much faster than Model Optimizer, same bytes?",
         command=f"PYTHONPATH=src python benchmarks/encode_nvfp4.py --threads {args.threads}",
+        figures=encode_figures(results),
         results=results,
         samples=samples,
     )
+
+
+def encode_figures(results: dict[str, Any]) -> list[Figure]:
+    ours = results["halfbyte_ns_per_weight"]
+    against = (Against("Model Optimizer", results["modelopt_ns_per_weight"]),)
+    return [Figure("bf16 to NVFP4 on a CPU", ours, "ns/weight", "quantize", {}, against)]
 
 
 if __name__ == "__main__":

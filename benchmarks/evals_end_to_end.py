@@ -36,6 +36,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from halfbyte.bench import record
+from halfbyte.figures import Against, Figure
 
 REPOSITORY = Path(__file__).parents[1]
 MADE_UP = REPOSITORY / "tests" / "data" / "evals"
@@ -139,10 +140,11 @@ def scores(benchmarks: dict[str, Any]) -> dict[str, Any]:
     return {name: {key: row[key] for key in keys} for name, row in benchmarks.items()}
 
 
-def headlines(results: dict[str, Any]) -> list[dict[str, str]]:
-    what = f"{results['benchmarks_compared']} benchmarks on two small arms, with report and card"
-    figure = f"{results['wall_s'] / 60:.1f} min"
-    return [{"what": what, "figure": figure, "against": "goal: at most 20 min"}]
+def run_figures(results: dict[str, Any]) -> list[Figure]:
+    conditions = {"benchmarks": results["benchmarks_compared"], "arms": "2 small ones"}
+    goal = (Against("at most", 20, is_bound=True),)
+    name = "evaluation, report and card"
+    return [Figure(name, results["wall_s"] / 60, "min", "evaluation", conditions, goal)]
 
 
 def main() -> None:
@@ -203,7 +205,6 @@ def main() -> None:
         "notes_of_checkpoints": {arm: r["checkpoint"].get("note") for arm, r in records.items()},
         "scores": {arm: scores(r["benchmarks"]) for arm, r in records.items()},
     }
-    results["headlines"] = headlines(results)
     if args.record:
         question = "do two checkpoints become a report and a card, and how long does it take?"
         command = (
@@ -211,7 +212,7 @@ def main() -> None:
             "--data ITEMS --record benchmarks/records/evals_end_to_end.json"
         )
         record.write(args.record, name="evals_end_to_end", question=question, command=command,
-                     results=results)  # fmt: skip
+                     figures=run_figures(results), results=results)  # fmt: skip
     print(json.dumps(results, indent=1))
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.bench import record
+from halfbyte.figures import Figure
 
 STUB = """
 import asyncio, json
@@ -142,8 +143,19 @@ def main() -> None:
     command = " ".join(["python", *sys.argv])
     if args.record:
         record.write(args.record, name="evals_overhead", question=question, command=command,
-                     results={**results, **versions()}, samples=samples)  # fmt: skip
+                     figures=harness_figures(results), results={**results, **versions()},
+                     samples=samples)  # fmt: skip
     print(json.dumps(results, indent=1))
+
+
+def harness_figures(results: dict[str, Any]) -> list[Figure]:
+    conditions = {"items": results["items"], "concurrency": results["concurrency"]}
+    growth = 100 * results["memory_growth"]
+    return [
+        Figure("evaluation against a stub", results["items_per_s"], "items/s", "evaluation",
+               conditions),
+        Figure("growth of resident memory", growth, "%", "evaluation", conditions),
+    ]  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ With `OMP_WAIT_POLICY` as `halfbyte serve` sets it (decision 0028).
 
 Reading the result: `share_of_step` is what the paired medians differ by, which also holds the
 slower path through the sampler; `mask_share` only what was timed inside. The aim is 0.05 for
-both; the headline is the larger.
+both; the figure is the larger.
 
 Last record: benchmarks/records/mask_cost.json.
 
@@ -34,6 +34,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
 from halfbyte.engine.sampler import Sampler
+from halfbyte.figures import Figure
 
 RECORD = Path(__file__).parent / "records" / "mask_cost.json"
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 160
@@ -190,8 +192,7 @@ def main() -> None:
     wait_until_quiet(300)
     watch = Watch()
     samples = {}
-    results: dict[str, object] = {"threads": args.threads, "vocabulary": engine.vocab_size}
-    headlines = []
+    results: dict[str, Any] = {"threads": args.threads, "vocabulary": engine.vocab_size}
     cases = [(batch, "greedy", SamplingParams(temperature=0.0)) for batch in args.batches]
     cases.append((args.batches[-1], "top-p", SamplingParams(temperature=0.7, top_p=0.9)))
     for batch, kind, params in cases:
@@ -215,14 +216,8 @@ def main() -> None:
             f"({share:+.1%}); masks {mask * 1e3:.0f} us a step ({mask / free:.1%}), "
             f"{filled:.0%} of them whole"
         )
-        headlines.append({
-            "what": f"a schema's masks, share of a decode step, {batch} at once, {kind}",
-            "figure": f"{max(share, mask / free):.1%}",
-            "against": f"step without: {free:.1f} ms",
-        })  # fmt: skip
     usage = watch.usage()
     results["others_share"] = round(usage.foreign + usage.steal, 3)
-    results["headlines"] = headlines
     if not usage.is_quiet:
         raise SystemExit(f"no record: others took {usage.foreign + usage.steal:.0%} of the machine")
     record.write(
@@ -232,9 +227,28 @@ def main() -> None:
         command="OMP_WAIT_POLICY=PASSIVE PYTHONPATH=src python benchmarks/mask_cost.py "
         "build/demo/mixed "
         f"--threads {args.threads} --rounds {args.rounds}",
+        figures=mask_figures(results),
         results=results,
         samples=samples,
     )
+
+
+def mask_figures(results: dict[str, Any]) -> list[Figure]:
+    """The larger of the two ways to see it, for each batch and way of choosing."""
+    figures = []
+    for name, found in results.items():
+        if not name.startswith("batch_"):
+            continue
+        batch, _, kind = name.removeprefix("batch_").partition("_")
+        conditions: dict[str, str | int | float] = {
+            "users": int(batch),
+            "sampling": "top-p" if kind else "greedy",
+            "step without": f"{found['free_step_ms']:.1f} ms",
+        }
+        share = 100 * max(found["share_of_step"], found["mask_share"])
+        figures.append(Figure("a schema's masks in a decode step", share, "%", "serving",
+                              conditions))  # fmt: skip
+    return figures
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ import pytest
 from faults import Mutant, mutants_of
 
 from halfbyte.bench import record
+from halfbyte.figures import Figure
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "mutants.json"
@@ -468,6 +469,16 @@ def _share(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def mutant_figures(results: dict[str, Any]) -> list[Figure]:
+    """The share that a test notices of those that change what the program does."""
+    rows = {"all rooms": results["all"], **results["rooms"]}
+    return [
+        Figure("small faults that a test notices", row["killed_percent_after_equivalent"], "%",
+               "tests", {"in": room, "of": row["run"] - row["equivalent"]})
+        for room, row in rows.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Put small faults into the source, run tests.")
     parser.add_argument("files", nargs="*", help="source files; default: the rooms of the record")
@@ -514,6 +525,7 @@ def main() -> None:
             name="mutants",
             question="how many small faults in the source make a test fail?",
             command=f"make mutants SAMPLE={arguments.sample}",
+            figures=mutant_figures(results),
             results=results,
         )
 

@@ -47,6 +47,7 @@ from halfbyte import log
 from halfbyte.bench import record
 from halfbyte.calibrate.tokens import read_token_rows
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.figures import Against, Figure
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.recipe.plan import make_plan
@@ -193,12 +194,12 @@ def measure(args: argparse.Namespace, text: Any, folder: Path, activation_bytes:
     if has_modelopt and not args.no_modelopt:
         results["modelopt"] = compare(checkpoint, plan, tokens, device, folder, layer_s)
     show(results)
-    results["headlines"] = headlines(results)
     record.write(
         args.out,
         name="quantize_gpu",
         question="One full-width layer, 128 x 2048 tokens, on one GPU: how long, and 88 of them?",
         command="PYTHONPATH=src python benchmarks/quantize_gpu.py " + " ".join(sys.argv[1:]),
+        figures=gpu_figures(results),
         results=results,
         samples=samples,
     )
@@ -255,25 +256,23 @@ def show(results: dict[str, Any]) -> None:
         print(f"{name:<28} {value}")
 
 
-def headlines(results: dict[str, Any]) -> list[dict[str, str]]:
+def gpu_figures(results: dict[str, Any]) -> list[Figure]:
+    conditions = {"width": "full", "calibration": results["calibration"]}
     theirs = results.get("modelopt")
-    against = "nothing"
+    against: tuple[Against, ...] = ()
     if theirs is not None:
-        against = (
-            f"Model Optimizer {theirs['version']}: {theirs['layer_s']} s, all layers in GPU memory"
-        )
+        name = f"Model Optimizer {theirs['version']} with all layers in GPU memory"
+        against = (Against(name, theirs["layer_s"]),)
+    planned = (Against("planned", results["gpu_memory_planned_gib"]),)
+    projected = {**conditions, "layers": MODEL_LAYERS, "disk": "2 GB/s", "how": "projected"}
     return [
-        {
-            "what": "quantizing one full-width layer on a GPU, 128 x 2048 tokens",
-            "figure": f"{results['layer_s']} s, {results['gpu_memory_gib']} GiB",
-            "against": against,
-        },
-        {
-            "what": "... 88 layers of it at 2 GB/s of disk, projected",
-            "figure": f"{results['model_minutes_at_2_gb_per_s']} min",
-            "against": "nothing",
-        },
-    ]
+        Figure("quantizing a layer on a GPU", results["layer_s"], "s", "quantize", conditions,
+               against),
+        Figure("GPU memory while quantizing", results["gpu_memory_gib"], "GiB", "quantize",
+               conditions, planned),
+        Figure("quantizing the model on a GPU", results["model_minutes_at_2_gb_per_s"], "min",
+               "quantize", projected),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,8 +24,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from halfbyte.figures import Against, Figure
 
 RECORD = Path(__file__).parent / "records" / "quantize_memory.json"
 
@@ -97,6 +100,18 @@ def measure(args: argparse.Namespace, layers: int) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def memory_figures(
+    results: dict[str, Any], layers: Sequence[int], budget_gib: float
+) -> list[Figure]:
+    """Peak memory for each number of layers, against what was allowed."""
+    bound = (Against("--memory at most", budget_gib, is_bound=True),)
+    return [
+        Figure("peak memory of quantizing", results[f"peak_gib_{count}_layers"], "GiB", "quantize",
+               {"width": "full", "layers": count}, bound, is_headline=count == max(layers))
+        for count in layers
+    ]  # fmt: skip
+
+
 def main() -> None:
     args = parse()
     if args.child is not None:
@@ -121,13 +136,6 @@ def main() -> None:
             str(n): [round(v / 2**30, 3) for v in peaks[n]["after_layers"]] for n in args.layers
         },
     }
-    results["headlines"] = [
-        {
-            "what": f"peak memory at full width, {args.layers[0]} and {args.layers[1]} layers",
-            "figure": " and ".join(f"{value / 2**30:.2f}" for value in values) + " GiB",
-            "against": f"--memory {args.memory}",
-        }
-    ]
     for name, value in results.items():
         print(f"{name:<22} {value}")
     record.write(
@@ -135,6 +143,7 @@ def main() -> None:
         name="quantize_memory",
         question="Quantizing at full width: is --memory kept, whatever the number of layers?",
         command="PYTHONPATH=src python benchmarks/quantize_memory.py " + " ".join(sys.argv[1:]),
+        figures=memory_figures(results, args.layers, budget / 2**30),
         results=results,
     )
     if not (results["is_within_budget"] and results["is_within_3_percent"]):

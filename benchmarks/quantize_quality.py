@@ -33,6 +33,7 @@ from halfbyte import log
 from halfbyte.bench import record
 from halfbyte.bench.fidelity import PairRow, Row, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
+from halfbyte.figures import Against, Figure
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
@@ -116,24 +117,30 @@ def main() -> None:
         "rows": [row_facts(row) for row in found.candidates],
         "pairs": [pair_facts(pair) for pair in found.pairs],
     }
-    declared = {row.name: row for row in found.candidates if row.mode == "declared"}
-    results["headlines"] = [
-        {
-            "what": "SmolLM2-135M, mixed, KL from bf16 by method (declared)",
-            "figure": ", ".join(
-                f"{n} {declared[n].kl_mean:.4f}" for n in ("max", "headroom", "mse")
-            ),
-            "against": f"NVFP4 everywhere {declared['NVFP4 everywhere'].kl_mean:.4f}",
-        }
-    ]
     record.write(
         args.out,
         name="quantize_quality",
         question="Perplexity and KL of a real small model by calibration method?",
         command="PYTHONPATH=src python benchmarks/quantize_quality.py " + " ".join(sys.argv[1:]),
+        figures=quality_figures(results),
         results=results,
     )
     shutil.rmtree(args.work, ignore_errors=True)
+
+
+def quality_figures(results: dict[str, Any]) -> list[Figure]:
+    """How far each variant's answers are from bf16's, in both arithmetics."""
+    worst = {row["mode"]: row["kl_mean"] for row in results["rows"]
+             if row["name"] == "NVFP4 everywhere"}  # fmt: skip
+    figures = []
+    for row in results["rows"]:
+        conditions = {"model": "SmolLM2-135M", "weights": row["name"], "arithmetic": row["mode"]}
+        against: tuple[Against, ...] = ()
+        if row["mode"] in worst and row["name"] != "NVFP4 everywhere":
+            against = (Against("NVFP4 everywhere", worst[row["mode"]]),)
+        figures.append(Figure("KL divergence from bf16", row["kl_mean"], "nats/token", "fidelity",
+                              conditions, against))  # fmt: skip
+    return figures
 
 
 def pair_facts(pair: PairRow) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from wide_model import Widths, mixed_recipe, text_config, write_source
 from halfbyte.bench import record
 from halfbyte.bench.idle import Watch, wait_until_quiet
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.figures import Against, Figure
 from halfbyte.modules import decoder_linears
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
@@ -138,17 +139,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         "threads": args.threads,
         "others_share": round(usage.foreign + usage.steal, 3),
     }
-    results["headlines"] = [
-        {
-            "what": "FP8 to mixed, data-free, on a CPU, start to finish",
-            "figure": f"{medians['halfbyte_ns']} ns a weight; bound by the {bound}",
-            "against": f"Model Optimizer's quantize and export: {medians['modelopt_ns']} ns; "
-            f"moving the bytes alone: {medians['disk_ns']} ns",
-        }
-    ]
     for name, value in results.items():
-        if name != "headlines":
-            print(f"{name:<24} {value}")
+        print(f"{name:<24} {value}")
     if same != of:
         raise SystemExit("the two exports differ")
     if not usage.is_quiet and not args.even_if_busy:
@@ -158,9 +150,20 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         name="quantize_speed",
         question="Data-free FP8 to mixed on a CPU: against Model Optimizer, and the disk alone?",
         command="PYTHONPATH=src python benchmarks/quantize_speed.py " + " ".join(sys.argv[1:]),
+        figures=speed_figures(results),
         results=results,
         samples=samples,
     )
+
+
+def speed_figures(results: dict[str, Any]) -> list[Figure]:
+    """The whole run, from the open source to the renamed output."""
+    theirs = Against("Model Optimizer's quantize and export", results["modelopt_ns_per_weight"])
+    disk = Against("moving the bytes alone", results["disk_ns_per_weight"])
+    return [
+        Figure("FP8 to mixed, data-free, on a CPU", results["halfbyte_ns_per_weight"], "ns/weight",
+               "quantize", {"bound by": results["bound"]}, (theirs, disk), is_headline=True),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

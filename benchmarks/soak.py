@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from halfbyte.bench import record as records
 from halfbyte.bench.soak import made_up, soak
+from halfbyte.figures import Against, Figure
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -76,11 +78,23 @@ def main() -> int:
         name="soak",
         question="64 clients at once, 30 % of whom leave: the same answers, nothing left over",
         command="python benchmarks/soak.py",
+        figures=soak_figures(results),
         results=results,
         samples={"resident memory, bytes": report.resident_bytes},
     )
     is_whole = not report.different and not report.leaks() and report.growth < 0.05 and not status
     return 0 if is_whole else 1
+
+
+def soak_figures(results: dict[str, Any]) -> list[Figure]:
+    conditions = {"clients": results["concurrent"], "requests": results["requests"]}
+    changed = 100 * results["different"] / results["requests"]
+    bound = (Against("at most", 5, is_bound=True),)
+    growth = 100 * results["resident_growth"]
+    return [
+        Figure("answers that changed under load", changed, "%", "tests", conditions),
+        Figure("growth of resident memory", growth, "%", "tests", conditions, bound),
+    ]
 
 
 def _urls(process: "subprocess.Popen[str]") -> tuple[str, str]:

@@ -39,6 +39,7 @@ from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.engine.core import Engine, EngineConfig
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
+from halfbyte.figures import Against, Figure
 
 RECORD = Path(__file__).parent / "records" / "speculate.json"
 MAX_TOKENS = 160
@@ -123,6 +124,17 @@ def measure(directory: Path, rounds: int) -> tuple[dict[str, list[float]], dict[
     return samples, accepted
 
 
+def ngram_figures(medians: dict[str, float]) -> list[Figure]:
+    """Each kind of text, one answer alone and several together, against plain decoding."""
+    return [
+        Figure("decode with n-gram speculation", medians[f"{kind} {company} ngram"], "tokens/s",
+               "speculation", {"text": kind, "answers": company},
+               (Against("plain decoding", medians[f"{kind} {company} plain"]),))
+        for kind in KINDS
+        for company in ("alone", "together")
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?", help="a checkpoint (the demo model)")
@@ -145,17 +157,9 @@ def main() -> None:
         samples, accepted = measure(directory, args.rounds)
         usage = watch.usage()
     medians = {name: round(statistics.median(values), 1) for name, values in samples.items()}
-    headlines = []
-    for kind in KINDS:
-        for company in ("alone", "together"):
-            plain, ngram = (medians[f"{kind} {company} {name}"] for name in ("plain", "ngram"))
-            line = {
-                "what": f"{kind}, {company}: n-gram speculation",
-                "figure": f"{ngram:.0f} tokens/s",
-                "against": f"{ngram / plain:.2f}x plain decoding",
-            }
-            headlines.append(line)
-            print(f"{line['what']}: {line['figure']}, {line['against']}")
+    figures = ngram_figures(medians)
+    for figure in figures:
+        print(f"{figure.conditions_text}: {figure.value_text}; {figure.against_text}")
     print(f"share of guesses that stood: {accepted}; answers equal")
     if not usage.is_quiet:
         raise SystemExit(f"no record: others took {usage.foreign + usage.steal:.0%} of the machine")
@@ -165,6 +169,7 @@ def main() -> None:
         question="tokens a second with n-gram speculation against without, same answers",
         command=f"PYTHONPATH=src python benchmarks/speculate.py --threads {args.threads} "
         f"--rounds {args.rounds}",
+        figures=figures,
         results={
             "tokens_per_s": medians,
             "accepted_share": accepted,
@@ -172,7 +177,6 @@ def main() -> None:
             "max_tokens": MAX_TOKENS,
             "threads": args.threads,
             "others_share": round(usage.foreign + usage.steal, 3),
-            "headlines": headlines,
         },
         samples={f"{name}, tokens/s": values for name, values in samples.items()},
     )

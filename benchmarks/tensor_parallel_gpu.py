@@ -28,8 +28,10 @@ Run on a machine with N GPUs, with any checkpoint that fits one of them:
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -38,6 +40,7 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
+from halfbyte.figures import Against, Figure
 
 NUM_TOKENS = 64
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -111,14 +114,17 @@ def measure(args: argparse.Namespace, size: int) -> Measured:
     return measured
 
 
-def headline(medians: dict[str, float], batch: int, size: int) -> dict[str, str]:
-    """A row for people: one batch size."""
-    one, many = (medians[f"decode {batch}, {n} ranks, ms"] for n in (1, size))
-    return {
-        "what": f"decode, batch {batch}, {size} GPUs",
-        "figure": f"{many:.2f} ms a step",
-        "against": f"1 GPU: {one:.2f} ms ({one / many:.2f}x)",
-    }
+def rank_figures(results: dict[str, Any], batches: Sequence[int], size: int) -> list[Figure]:
+    """A decode step of each batch and a prompt, against one GPU."""
+    medians, layers = results["medians"], results["config"]["layers"]
+    conditions = {"GPUs": size, "layers": layers}
+
+    def figure(name: str, what: str, topic: Literal["decode", "prefill"], **more: int) -> Figure:
+        one, many = (medians[f"{what}, {n} ranks, ms"] for n in (1, size))
+        return Figure(name, many, "ms", topic, {**conditions, **more}, (Against("1 GPU", one),))
+
+    steps = [figure("decode step", f"decode {b}", "decode", batch=b) for b in batches]
+    return [*steps, figure("a long prompt", "prompt", "prefill")]
 
 
 def main() -> None:
@@ -154,19 +160,20 @@ def main() -> None:
         print(f"decode {batch}: {ratio:.2f}x with {args.size} ranks")
     print(f"{num_same} of {len(one)} answers equal in all {NUM_TOKENS} tokens")
     if args.out is not None:
+        results = {
+            "config": {"layers": Checkpoint.open(args.directory).config.text.num_layers},
+            "medians": medians,
+            "equal_answers": num_same,
+            "answers": len(one),
+        }
         record.write(
             args.out,
             name="tensor_parallel_gpu",
             question="a decode step and a prompt on several GPUs against one",
             command="PYTHONPATH=src python benchmarks/tensor_parallel_gpu.py "
             f"{args.directory.name} --size {args.size} --rounds {args.rounds}",
-            results={
-                "config": {"layers": Checkpoint.open(args.directory).config.text.num_layers},
-                "medians": medians,
-                "equal_answers": num_same,
-                "answers": len(one),
-                "headlines": [headline(medians, batch, args.size) for batch in args.batches],
-            },
+            figures=rank_figures(results, args.batches, args.size),
+            results=results,
             samples=samples,
         )
 

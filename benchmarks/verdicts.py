@@ -53,6 +53,7 @@ from halfbyte.evals.stats import (
     paired_difference,
 )
 from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES
+from halfbyte.figures import Against, Figure
 
 RECORD = Path(__file__).parent / "records" / "verdicts.json"
 Floats = NDArray[np.float64]
@@ -494,21 +495,29 @@ def publish(results: dict[str, Any], out: Path) -> None:
         for kind in ("even", "uneven")
     )
     results["largest_wrong_go"] = {"single answers, exact": exact, "simulated": drawn}
-    results["headlines"] = [
-        {
-            "what": "wrong GO at a true loss of the margin, worst of all sizes and kinds",
-            "figure": f"{exact:.1f} % (single answers, exact), {drawn:.1f} % (repeats, groups)",
-            "against": "nominal 5 %; a t bound: "
-            f"{max(row['wrong_go']['t bound'] for row in results['single_answers']):.1f} %",
-        }
-    ]
     record.write(
         out,
         name="verdicts",
         question="What is a verdict worth, on made-up comparisons whose truth is known?",
         command="PYTHONPATH=src python benchmarks/verdicts.py",
+        figures=verdict_figures(results),
         results=results,
     )
+
+
+def verdict_figures(results: dict[str, Any]) -> list[Figure]:
+    """How often GO is wrong, at worst over all sizes and kinds."""
+    largest = results["largest_wrong_go"]
+    t_bound = max(row["wrong_go"]["t bound"] for row in results["single_answers"])
+    nominal = Against("nominally at most", 5, is_bound=True)
+    name = "GO although the loss is the margin"
+    exact = {"worst of": f"{len(results['single_answers'])} sizes", "answers": "one an item"}
+    drawn = {"worst of": f"{2 * len(results['repeats_and_groups'])} cases", "answers": "repeated"}
+    return [
+        Figure(name, largest["single answers, exact"], "%", "evaluation", exact,
+               (nominal, Against("with a t bound", t_bound)), is_headline=True),
+        Figure(name, largest["simulated"], "%", "evaluation", drawn, (nominal,)),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from halfbyte.engine.drafter import Computed, PlainDraftModel
 from halfbyte.engine.graphs import HopperExecutor
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams, TokensEvent
 from halfbyte.engine.scheduler import Work
+from halfbyte.figures import Against, Figure
 from halfbyte.kernels import dispatch
 from halfbyte.model.cuda_decoder import Mode
 from halfbyte.model.cuda_load import load_cuda_weights
@@ -979,21 +980,16 @@ def draft_speed(num_layers: int, guesses: int = 3) -> dict[str, Any]:
     return result
 
 
-def draft_rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    """The table of `draft_speed`."""
+def draft_figures(found: dict[str, Any]) -> list[Figure]:
+    """A step with guesses against one without: so many tokens a step must it bring to pay."""
     plain, draft = found["plain"], found["draft"]
-    rows = []
-    for batch in (1, 4, 16):
-        with_it, without = draft[f"decode_{batch}_ms"], plain[f"decode_{batch}_ms"]
-        rows.append(
-            {
-                "what": f"a step with {found['guesses']} guesses of an EAGLE head, batch {batch}",
-                "figure": f"{with_it:.1f} ms",
-                "against": f"plain {without:.1f} ms; it pays from "
-                f"{with_it / without:.2f} tokens a step",
-            }
-        )
-    return rows
+    conditions = {"layers": found["layers"], "guesses": found["guesses"]}
+    return [
+        Figure("decode step with guesses of an EAGLE head", draft[f"decode_{batch}_ms"], "ms",
+               "speculation", {**conditions, "batch": batch},
+               (Against("without", plain[f"decode_{batch}_ms"]),))
+        for batch in (1, 4, 16)
+    ]  # fmt: skip
 
 
 def _time_ms(function: Callable[[], Any], repeats: int = 10) -> float:
@@ -1056,44 +1052,39 @@ def _prompt_ms(engine: Engine, length: int) -> float:
     return round(least * 1e3, 2)
 
 
-def deterministic_rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    """A line for each batch size: greedy, the device ahead of the host."""
+def deterministic_figures(found: dict[str, Any]) -> list[Figure]:
+    """A step of each batch size: greedy, the device ahead of the host."""
     plain, fixed = found["plain"], found["deterministic"]
     return [
-        {
-            "what": f"deterministic decoding, batch {batch}",
-            "figure": f"{fixed[f'decode_{batch}_ms']['ahead']:.1f} ms a step",
-            "against": f"plain {plain[f'decode_{batch}_ms']['ahead']:.1f} ms",
-        }
+        Figure("deterministic decode step", fixed[f"decode_{batch}_ms"]["ahead"], "ms", "decode",
+               {"layers": found["layers"], "batch": batch},
+               (Against("plain", plain[f"decode_{batch}_ms"]["ahead"]),))
         for batch in (1, 16, 64)
-    ]
+    ]  # fmt: skip
 
 
-def start_rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    """One line: the slower of the two starts."""
+def start_figures(found: dict[str, Any]) -> list[Figure]:
+    """The slower of the two starts."""
     seconds = max(found[turn]["first_token_s"] for turn in ("first", "second"))
-    return [
-        {
-            "what": f"start, {found['bytes'] / 1e9:.1f} GB in page cache to the first token",
-            "figure": f"{seconds:.1f} s",
-            "against": "nothing",
-        }
-    ]
+    size = f"{found['bytes'] / 1e9:.1f} GB in page cache"
+    conditions = {"layers": found["layers"], "weights": size}
+    return [Figure("start to the first token", seconds, "s", "start", conditions)]
 
 
 def report(
     name: str,
     question: str,
     found: dict[str, Any],
-    rows: Callable[[dict[str, Any]], list[dict[str, str]]],
+    figures: Callable[[dict[str, Any]], list[Figure]],
     out: Sequence[str],
 ) -> None:
     """Print what was found, and write it as a record if there is a path for one."""
     print(json.dumps(found))
     if out:
-        results = {"config": {"layers": found["layers"]}, "headlines": rows(found), **found}
+        results = {"config": {"layers": found["layers"]}, **found}
         command = shlex.join(["PYTHONPATH=src:tests", "python", *sys.argv])
-        record.write(Path(out[0]), name=name, question=question, command=command, results=results)
+        record.write(Path(out[0]), name=name, question=question, command=command,
+                     figures=figures(found), results=results)  # fmt: skip
 
 
 def main() -> int:
@@ -1114,7 +1105,7 @@ def main() -> int:
             "deterministic",
             "What does batch-invariant decoding cost the serving engine?",
             speed(int(arguments[0])),
-            deterministic_rows,
+            deterministic_figures,
             arguments[1:],
         )
     elif command == "draft":
@@ -1122,7 +1113,7 @@ def main() -> int:
             "draft_model",
             "What do the guesses of an EAGLE head cost on a GPU?",
             draft_speed(int(arguments[0])),
-            draft_rows,
+            draft_figures,
             arguments[1:],
         )
     elif command == "fast":
@@ -1134,7 +1125,7 @@ def main() -> int:
             "start",
             "How long from a checkpoint in page cache to the first token?",
             start_big(paths[0], int(arguments[1])),
-            start_rows,
+            start_figures,
             arguments[2:],
         )
     else:

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 
 from halfbyte.bench import cpu_decode
-from halfbyte.bench.cpu_decode import Ours, Report, headlines, measure, write_record
+from halfbyte.bench.cpu_decode import Ours, Report, cpu_figures, measure, write_record
 from halfbyte.bench.idle import Usage
-from halfbyte.bench.record import read
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.errors import UnsupportedError
+from halfbyte.figures import read_record
 from halfbyte.model.tiny import write_tiny_checkpoint
 
 MODEL = "halfbyte mixed"
@@ -22,28 +22,29 @@ def report() -> Report:
     return Report(medians, {f"{MODEL}.decode": [59.0, 60.0, 61.0]}, Usage(0.01, 0.0))
 
 
-def test_headlines_compare_with_the_peer_of_the_same_run(report: Report) -> None:
-    rows = headlines(report)
-    assert [row["what"] for row in rows] == [
-        f"{MODEL}, {what}" for what in ("prefill", "decode", "decode of 16", "16 with prompts")
-    ]
-    assert rows[0]["against"].startswith("1.25x transformers")
+def test_figures_compare_with_the_peer_of_the_same_run(report: Report) -> None:
+    peers = [f for f in cpu_figures(report.tokens_per_s, MODEL) if f.topic == "peer"]
+    ours = [f for f in cpu_figures(report.tokens_per_s, MODEL) if f.topic != "peer"]
+    assert {figure.conditions["by"] for figure in peers} == {"transformers"}
+    assert [figure.name for figure in ours] == [
+        "prefill", "decode", "decode", "decode, prompts included"
+    ]  # fmt: skip
+    assert ours[0].against_text == "transformers bf16, 1 user: 400 tokens/s (1.25x)"
     # Many at once against one stream of the peer.
-    assert rows[2]["against"].startswith("7.50x transformers")
+    assert ours[2].against_text.endswith("20 tokens/s (7.50x)")
     assert "7.50x" in report.table() and "1.0%" in report.table()
 
 
-def test_record_keeps_every_sample_and_rows_of_a_card(report: Report, tmp_path: Path) -> None:
+def test_record_keeps_every_sample_and_figures_of_a_card(report: Report, tmp_path: Path) -> None:
     folder = tmp_path / MODEL.removeprefix("halfbyte ")
     write_tiny_checkpoint(folder, layers=1)
     write_record(report, tmp_path / "r.json", "halfbyte bench cpu", folder)
-    record = read(tmp_path / "r.json")
-    assert record["samples"] == {f"{MODEL}.decode, tokens/s": [59.0, 60.0, 61.0]}
-    assert record["results"]["tokens_per_s"][MODEL]["decode"] == 60.0
-    assert record["checkpoint"] == checkpoint_identity(folder)
-    one, many = record["results"]["speed"]
-    assert (one["users"], one["first_token_s"], one["output_tokens_per_s"]) == (1, 512 / 500, 60)
-    assert (many["users"], many["output_tokens_per_s"]) == (16, 120.0)
+    record = read_record(tmp_path / "r.json")
+    assert record.samples == {f"{MODEL}.decode, tokens/s": [59.0, 60.0, 61.0]}
+    assert record.results["tokens_per_s"][MODEL]["decode"] == 60.0
+    assert record.checkpoint == checkpoint_identity(folder)
+    own = [(f.conditions["users"], f.value) for f in record.figures if f.topic != "peer"]
+    assert own == [(1, 500.0), (1, 60.0), (16, 150.0), (16, 120.0)]
 
 
 def test_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from halfbyte.bench.idle import Usage
-from halfbyte.bench.record import read
 from halfbyte.bench.serving import Report, Sizes, measure, percentile, write_record
 from halfbyte.errors import UnsupportedError
+from halfbyte.figures import read_record
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
@@ -31,13 +31,14 @@ def test_figures_follow_from_samples(tmp_path: Path) -> None:
     assert (found["gaps_over_the_bar"], found["gaps_beside_a_prompt"]) == (1, 2)
     assert (found["usual_gaps_over_the_bar"], found["usual_gaps"]) == (1, 100)
     write_record(report, tmp_path / "serving.json", "halfbyte bench serve DIR", tmp_path)
-    record = read(tmp_path / "serving.json")
-    assert record["samples"]["gap beside a prompt, ms"] == [3.0, 1.0]
-    assert [row["figure"] for row in record["results"]["headlines"]] == [
-        "20.0%",
-        "4.0% of uncached",
-        "3.00x",
-        "3.00x",
+    record = read_record(tmp_path / "serving.json")
+    assert record.samples["gap beside a prompt, ms"] == [3.0, 1.0]
+    assert [(figure.value_text, figure.against_text) for figure in record.figures] == [
+        ("20.0 %", "at most 15 %"),
+        ("20 ms", "not cached: 500 ms (0.04x); at most 50 ms"),
+        ("3 ms", "alone: 1 ms (3.00x); at most 2 ms"),
+        ("3 ms", "alone, 99th percentile: 1 ms (3.00x); at most 2 ms"),
+        ("50 %", "alone: 1 % (50.00x)"),
     ]
     assert "20.0% over the model" in report.table()
 

@@ -232,11 +232,16 @@ def test_no_text_of_a_record_becomes_markup_of_the_card(
         made_of={**checkpoint().made_of, "recipe": {"scales": {"weights": "w"}}},
     )
 
-    rows = [{"users": 1, "first_token_s": 0.5}, {"users": "many"}]
     figure = {
-        "question": "q?", "results": {"speed": rows}, "checkpoint": facts.identity,
+        "question": "q?", "results": {}, "checkpoint": facts.identity,
         "machine": {"processor": "p", "versions": {"torch": "1"}}, "command": "halfbyte bench",
     }  # fmt: skip
+
+    def measured(text: Callable[[], str]) -> dict[str, object]:
+        """A figure whose every free text is given."""
+        against = [{"what": text(), "value": 2}]
+        return {"name": text(), "value": 1.5, "unit": "ms", "topic": "decode",
+                "conditions": {text(): text(), text(): 3}, "against": against}  # fmt: skip
 
     def build(text: Callable[[], str]) -> CardInput:
         made_of = filled(facts.made_of, text)
@@ -247,7 +252,7 @@ def test_no_text_of_a_record_becomes_markup_of_the_card(
         return CardInput(
             named, filled(arms, text), filled(comparison, text), Base(text(), text()), text(),
             "other", text(), text(), (text(), text()), text(), text(), text(),
-            {"speed.json": filled(figure, text)},
+            {"speed.json": {**filled(figure, text), "figures": [measured(text)]}},
         )  # fmt: skip
 
     owners = [text.partition("/")[0] for text in texts]

@@ -30,6 +30,7 @@ from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import UsageError
 from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
 from halfbyte.evals.summary import summarise
+from halfbyte.figures import CARD_TOPICS, read_record
 from halfbyte.model.tiny import write_tiny_checkpoint
 
 TEKKEN = Path(__file__).parents[1] / "data" / "chat" / "tekken" / "tekken.json"
@@ -290,12 +291,52 @@ def test_a_comparison_of_distributions_becomes_a_table(tmp_path: Path) -> None:
         read_figures([file])
 
 
+FIGURE = {"name": "decode", "value": 12.5, "unit": "tokens/s", "topic": "decode"}
+
+
+def test_our_own_records_show_numbers_with_units_once_and_no_bookkeeping(tmp_path: Path) -> None:
+    told = 0
+    for path in sorted((Path(__file__).parents[2] / "benchmarks" / "records").glob("*.json")):
+        raw = json.loads(path.read_text())
+        shown = [f for f in read_record(path).figures if f.topic in CARD_TOPICS]
+        own = given(tmp_path, figures={path.name: {**raw, "checkpoint": IDENTITY}})
+        if not shown:
+            with pytest.raises(UsageError, match="no speed of a model"):
+                render_card(own)
+            continue
+        section = render_card(own).split("## Speed")[1].split("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+        assert len(rows) == len(set(rows)) == len(shown)
+        for line, figure in zip(rows, shown, strict=True):
+            value = line.split(" | ")[2]
+            assert value == figure.value_text and re.fullmatch(r"[\d.,]+ [a-zA-Z%/]+", value)
+        assert not re.search(r"[a-z]_[a-z]|None|nan|\{|others.share|samples", "\n".join(rows))
+        told += len(rows)
+    assert told > 60
+
+
+def test_a_record_from_before_figures_were_typed_still_shows_its_rows(tmp_path: Path) -> None:
+    rows = [{"users": 1, "first_token_s": 0.25, "output_tokens_per_s": 12.5}, {"users": "many"}]
+    old = {name: value for name, value in speed_record().items() if name != "figures"}
+    card = render_card(given(tmp_path, figures={"s.json": old | {"results": {"speed": rows}}}))
+    assert "| time to the first token | users 1 | 0.250 s | - |" in card
+    assert "| output | users 1 | 12.5 tokens/s | - |" in card
+
+
 def speed_record(**changes: Any) -> dict[str, Any]:
-    rows = [{"users": 1, "first_token_s": 0.25, "output_tokens_per_s": 12.5}, {"users": 8}]
+    conditions = {"users": 1, "prompt tokens": 512}
+    figures = [
+        {"name": "time to the first token", "value": 0.25, "unit": "s", "topic": "serving",
+         "conditions": conditions, "against": [{"what": "at most", "value": 1, "is_bound": True}]},
+        {"name": "decode", "value": 12.5, "unit": "tokens/s", "topic": "decode",
+         "conditions": conditions, "against": [{"what": "peer", "value": 5}], "is_headline": True},
+        {"name": "of the peer", "value": 5, "unit": "tokens/s", "topic": "peer"},
+    ]  # fmt: skip
     machine = {"processor": "CPU X", "cores": 2, "versions": {"torch": "2.13.0"}}
     return {
         "name": "speed", "question": "?", "command": "halfbyte bench cpu /home/ann/mixed",
-        "machine": machine, "checkpoint": IDENTITY, "results": {"speed": rows}, **changes,
+        "machine": machine, "checkpoint": IDENTITY, "figures": figures,
+        "results": {"rounds": 77}, **changes,
     }  # fmt: skip
 
 
@@ -303,8 +344,11 @@ def test_speed_is_a_table_of_this_checkpoint_on_a_named_machine(tmp_path: Path) 
     card_file = write_card(tmp_path / "card", given(tmp_path, figures={"s.json": speed_record()}))
     section = card_file.read_text().split("## Speed")[1].split("\n## ")[0]
     assert "Measured on CPU X, 2 cores by `halfbyte bench cpu mixed`" in section
-    assert "| users at once | first token, s | output tokens/s |" in section
-    assert "| 1 | 0.250 | 12.5 |" in section and "| 8 | - | - |" in section
+    under = "users 1, prompt tokens 512"
+    assert f"| time to the first token | {under} | 0.250 s | at most 1 s |" in section
+    assert f"| decode | {under} | 12.5 tokens/s | peer: 5 tokens/s (2.50x) |" in section
+    # Neither the peer's own figures nor what the benchmark keeps for itself.
+    assert "of the peer" not in section and "77" not in section and "rounds" not in section
     assert "ann" not in (tmp_path / "card" / "evaluation" / "s.json").read_text()
 
 
@@ -313,8 +357,11 @@ def test_speed_is_a_table_of_this_checkpoint_on_a_named_machine(tmp_path: Path) 
     [
         (speed_record(checkpoint="tensors:" + "00" * 32), "measured another checkpoint"),
         ({k: v for k, v in speed_record().items() if k != "checkpoint"}, "does not say which"),
-        (speed_record(results={"gap_ratio": 1.5}), "no speed of a model"),
-        (speed_record(results={"speed": "fast"}), "no speed of a model"),
+        (speed_record(figures=[], results={"gap_ratio": 1.5}), "no speed of a model"),
+        (speed_record(figures=[FIGURE | {"topic": "quantize"}]), "no speed of a model"),
+        (speed_record(figures=[FIGURE | {"topic": "speed"}]), "topic is 'speed'; it must be one"),
+        (speed_record(figures=[FIGURE | {"value": float("nan")}]), "must be a finite number"),
+        (speed_record(figures="fast"), "it must be a list"),
         ({"base": {}, "candidates": [{"checkpoint": "tensors:00"}]}, "another checkpoint"),
         ({"base": {}, "candidates": [{"name": "x"}]}, "does not say which"),
         ({"base": {}, "candidates": []}, "does not say which"),

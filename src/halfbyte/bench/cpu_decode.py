@@ -20,10 +20,10 @@ Last record: benchmarks/records/cpu_decode.json
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -32,11 +32,15 @@ from halfbyte.bench.idle import FOREIGN_LIMIT, Usage, Watch, wait_until_quiet
 from halfbyte.engine.core import Engine, EngineConfig
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
 from halfbyte.errors import CapacityError, UnsupportedError
+from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 128
 CONCURRENT = 16
+PEER = "transformers"
+# What is timed with many at once -> the name of its figure.
+_NAMES = {f"{CONCURRENT} with prompts": "decode, prompts included"}
 Prompt = tuple[int, ...]
 
 
@@ -239,57 +243,49 @@ def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> 
         question="tokens a second on CPU against transformers in bf16 with the same weights",
         command=command,
         checkpoint=checkpoint,
+        figures=cpu_figures(report.tokens_per_s, f"halfbyte {checkpoint.name}"),
         results={
-            "speed": speed_rows(report, f"halfbyte {checkpoint.name}"),
             "tokens_per_s": report.tokens_per_s,
             "others_share": round(report.usage.foreign, 4),
             "steal_share": round(report.usage.steal, 4),
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS,
             "concurrent": CONCURRENT,
-            "headlines": headlines(report),
         },
         samples={f"{key}, tokens/s": values for key, values in report.samples.items()},
     )
 
 
-def speed_rows(report: Report, name: str) -> list[dict[str, float | int | str]]:
-    """Rows of a model card's speed section: one answer, and many at once."""
-    figures = report.tokens_per_s[name]
-    shape: dict[str, float | int | str]
-    shape = {"prompt_tokens": PROMPT_TOKENS, "answer_tokens": NEW_TOKENS}
-    one = {
-        "users": 1,
-        **shape,
-        "first_token_s": PROMPT_TOKENS / figures["prefill"],
-        "between_tokens_ms": 1000 / figures["decode"],
-        "output_tokens_per_s": figures["decode"],
-    }
-    many = {
-        "users": CONCURRENT,
-        **shape,
-        "output_tokens_per_s": figures[f"{CONCURRENT} with prompts"],
-    }
-    return [one, many]
+def cpu_figures(medians: Mapping[str, Mapping[str, float]], measured: str) -> list[Figure]:
+    """Every contestant's tokens a second against transformers, one stream, in the same run.
 
-
-def headlines(report: Report) -> list[dict[str, str]]:
-    """Rows of the README's speed table."""
-    peer = report.tokens_per_s["transformers"]
-    rows = []
-    for name, figures in report.tokens_per_s.items():
-        if name == "transformers":
-            continue
-        for figure, value in figures.items():
-            base = "prefill" if figure == "prefill" else "decode"
-            rows.append(
-                {
-                    "what": f"{name}, {figure}",
-                    "figure": f"{value:.0f} tokens/s",
-                    "against": f"{value / peer[base]:.2f}x transformers bf16 {base} of one",
-                }
+    medians   contestant -> what was timed -> tokens a second
+    measured  the contestant whose checkpoint the record is about; the others are its peers
+    """
+    peer, found = medians[PEER], []
+    for name, timed in medians.items():
+        for what, value in timed.items():
+            base: Literal["prefill", "decode"] = "prefill" if what == "prefill" else "decode"
+            users = CONCURRENT if str(CONCURRENT) in what else 1
+            is_measured = name == measured
+            conditions: dict[str, str | int | float] = {
+                "by": name,
+                "users": users,
+                "prompt tokens": PROMPT_TOKENS,
+                **({} if base == "prefill" else {"answer tokens": NEW_TOKENS}),
+            }
+            found.append(
+                Figure(
+                    _NAMES.get(what, base),
+                    value,
+                    "tokens/s",
+                    base if is_measured else "peer",
+                    conditions,
+                    () if name == PEER else (Against(f"{PEER} bf16, 1 user", peer[base]),),
+                    is_headline=is_measured and what == "decode",
+                )
             )
-    return rows
+    return found
 
 
 def _contestants(

@@ -27,6 +27,7 @@ from halfbyte.bench import record as records
 from halfbyte.bench.fidelity import Comparison, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.errors import CapacityError, UnsupportedError, UsageError
+from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
 from halfbyte.printable import own
 from halfbyte.quantize.fp8_source import make_fp8_source
@@ -111,8 +112,40 @@ def run_demo(out: Path, *, record: Path | None = None, threads: int | None = Non
             name="demo",
             question="What does a newcomer see, and what do the formats cost a small real model?",
             command="halfbyte demo",
+            figures=demo_figures(summary),
             results={"summary": summary, "transcript": narrator.lines},
         )
+
+
+def demo_figures(summary: Mapping[str, Any]) -> list[Figure]:
+    """What the formats cost the small model in bytes and in likeness, and how fast it answers."""
+    found = []
+    model = {"model": summary["model"]}
+    for arm, num_bytes in summary["bytes"].items():
+        name, _, arithmetic = arm.partition("_")
+        conditions = {
+            **model,
+            "weights": name,
+            **({"arithmetic": arithmetic} if arithmetic else {}),
+        }
+        if not arithmetic:  # the same files
+            against = () if name == "bf16" else (Against("bf16", summary["bytes"]["bf16"] / 1e6),)
+            found.append(
+                Figure("weights on disk", num_bytes / 1e6, "MB", "fidelity", conditions, against)
+            )
+        perplexity = summary["perplexity"][arm]
+        found.append(Figure("perplexity", perplexity, "perplexity", "fidelity", conditions))
+        if arm in summary["kl_mean"]:
+            fp8 = () if name == "fp8" else (Against("fp8", summary["kl_mean"]["fp8"]),)
+            found.append(
+                Figure("KL divergence from bf16", summary["kl_mean"][arm], "nats/token",
+                       "fidelity", conditions, fp8, is_headline=arm == "mixed")
+            )  # fmt: skip
+            agreed = 100 * summary["top1_agreement"][arm]
+            found.append(Figure("same top token as bf16", agreed, "%", "fidelity", conditions))
+    speed = summary["decode_tokens_per_s"]
+    served = {**model, "weights": "mixed", "users": 1}
+    return [*found, Figure("served answers", speed, "tokens/s", "peer", served)]
 
 
 def set_threads(threads: int | None) -> None:

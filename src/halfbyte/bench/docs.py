@@ -1,4 +1,4 @@
-"""Generated parts of the documents: README's demo output and speed table, the errors of verdicts in
+"""Generated parts of the documents: README's demo output and figures, the errors of verdicts in
 docs/evaluations.md, benchmarks/README.md.
 
 `python -m halfbyte.bench.docs` writes them from `benchmarks/records`; with `--check` it fails if
@@ -13,44 +13,47 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.bench.record import read
 from halfbyte.errors import CheckpointError
+from halfbyte.figures import Figure, Record, read_record
 
-Record = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def load_records(directory: Path) -> dict[str, Record]:
     """Every record of the directory by its file's stem."""
-    return {path.stem: read(path) for path in sorted(directory.glob("*.json"))}
+    return {path.stem: read_record(path) for path in sorted(directory.glob("*.json"))}
 
 
 def demo_block(records: Mapping[str, Record]) -> str:
     """The transcript of the recorded demo run."""
     record = records["demo"]
-    lines = "\n".join(record["results"]["transcript"])
+    lines = "\n".join(record.results["transcript"])
     return f"```\n$ halfbyte demo\n{lines}\n```\n\n{origin('demo', record)}"
 
 
-def speed_block(records: Mapping[str, Record]) -> str:
+def figures_block(records: Mapping[str, Record]) -> str:
     """One row per headline of every record that has some."""
     rows = [
-        f"| {headline['what']} | {headline['figure']} | {headline['against']} | "
-        f"{where(record)} | [{stem}](benchmarks/records/{stem}.json) |"
+        f"| {cells(figure)} | {record.machine.text} | [{stem}](benchmarks/records/{stem}.json) |"
         for stem, record in records.items()
-        for headline in record["results"].get("headlines", [])
+        for figure in record.headlines
     ]
     head = [
-        "| what | measured | against, in the same run | machine | record |",
-        "|---|---|---|---|---|",
+        "| what | under | measured | against, in the same run | machine | record |",
+        "|---|---|---|---|---|---|",
     ]
     return "\n".join([*head, *rows])
+
+
+def cells(figure: Figure) -> str:
+    """What, under which conditions, how much and against what, as cells of a table."""
+    return " | ".join((figure.name, figure.conditions_text, figure.value_text, figure.against_text))
 
 
 def verdicts_block(records: Mapping[str, Record]) -> str:
     """How often a verdict is wrong, from the simulated comparisons."""
     record = records["verdicts"]
-    results = record["results"]
+    results = record.results
 
     def largest(rows: Iterable[Mapping[str, Any]], *keys: str) -> str:
         return f"{max(row[key] for row in rows for key in keys):.1f} %"
@@ -86,29 +89,20 @@ def verdicts_block(records: Mapping[str, Record]) -> str:
     lines = [f"| {what} | {found} | {other} |" for what, found, other in rows]
     head = ["| how often | measured | beside it |", "|---|---|---|"]
     name = "benchmarks/records/verdicts.json"
-    return "\n".join([*head, *lines, "", f"From [{name}](../{name}), {record['date']}."])
-
-
-def where(record: Record) -> str:
-    """The machine in a few words."""
-    machine = record["machine"]
-    if "gpu" in machine:
-        layers = record["results"].get("config", {}).get("layers")
-        return f"{machine['gpu']}" + (f", {layers} layers" if layers else "")
-    return f"{machine['processor']}, {machine['threads']} threads"
+    return "\n".join([*head, *lines, "", f"From [{name}](../{name}), {record.date}."])
 
 
 def origin(stem: str, record: Record) -> str:
     """Where a generated block comes from, for the reader."""
     return (
-        f"From [benchmarks/records/{stem}.json](benchmarks/records/{stem}.json): {where(record)}, "
-        f"{record['date']}."
+        f"From [benchmarks/records/{stem}.json](benchmarks/records/{stem}.json): "
+        f"{record.machine.text}, {record.date}."
     )
 
 
 BLOCKS: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "demo": demo_block,
-    "speed": speed_block,
+    "figures": figures_block,
     "verdicts": verdicts_block,
 }
 PAGES = ("README.md", "docs/evaluations.md")
@@ -129,24 +123,24 @@ def render(text: str, records: Mapping[str, Record]) -> str:
 
 
 def benchmarks_page(records: Mapping[str, Record]) -> str:
-    """benchmarks/README.md: what each record asks, its command and its headlines."""
+    """benchmarks/README.md: what each record asks, its command and all its figures."""
     parts = [
         "# Benchmarks",
         "Generated from `records/` by `python -m halfbyte.bench.docs`; each file there holds every "
         "sample, the command, the machine and the versions. Comparisons are made in one run on one "
-        "machine.",
+        "machine; `x` is the figure as a multiple of what it is compared with.",
     ]
     for stem, record in records.items():
         lines = [
             f"## {stem}",
-            str(record.get("question", "")),
-            f"`{record['command']}` on {where(record)}, {record['date']}: "
+            record.question,
+            f"`{record.command}` on {record.machine.text}, {record.date}: "
             f"[records/{stem}.json](records/{stem}.json)",
         ]
-        headlines = record["results"].get("headlines", [])
-        if headlines:
-            rows = [f"| {h['what']} | {h['figure']} | {h['against']} |" for h in headlines]
-            lines.append("\n".join(["| what | measured | against |", "|---|---|---|", *rows]))
+        if record.figures:
+            rows = [f"| {cells(figure)} |" for figure in record.figures]
+            head = ["| what | under | measured | against |", "|---|---|---|---|"]
+            lines.append("\n".join([*head, *rows]))
         parts.append("\n\n".join(line for line in lines if line))
     return "\n\n".join(parts) + "\n"
 

@@ -15,8 +15,12 @@ from typing import Any
 
 import torch
 
+from halfbyte.figures import Against, Figure
+
 # What tells one row from another, in the order of its label.
 LABEL_KEYS = ("kind", "linear", "format", "block", "batch", "context", "tokens", "mode")
+# Mistral Medium 3.5's decoder; fewer are built where memory is short.
+WHOLE_MODEL_LAYERS = 88
 
 
 def time_ms(work: Callable[[], object], *, warmups: int = 3, repeats: int = 10) -> list[float]:
@@ -202,27 +206,38 @@ def results_and_samples(
         if "samples_ms" in row:
             samples[f"{label}, ms"] = list(row["samples_ms"])
         kept.append({"label": label, **{k: v for k, v in row.items() if k != "samples_ms"}})
-    headlines = [headline(row) for row in kept if "share_of_floor" in row]
-    results = {
-        "ceilings": asdict(ceilings),
-        "config": dict(config),
-        "headlines": headlines,
-        "rows": kept,
-    }
-    return results, samples
+    return {"ceilings": asdict(ceilings), "config": dict(config), "rows": kept}, samples
 
 
-def headline(row: Mapping[str, Any]) -> dict[str, str]:
-    """What, figure and comparison of a decode or prefill row, for the generated tables."""
-    floor = f"floor {row['floor_ms']:.1f} ms ({row['share_of_floor']:.0%} of its speed)"
-    if row.get("tensor_share", 0.0) > 0.5:
-        floor += (
-            f"; tensor cores {row['tensor_share']:.0%} busy at the {row['sm_mhz']:.0f} MHz that "
-            f"{row['power_w']:.0f} W leave"
-        )
+def engine_figures(results: Mapping[str, Any]) -> list[Figure]:
+    """The figures of `bench engine`: each decode step and prompt against its floor.
+
+    Where the tensor cores bound a row, how busy they were is a figure, too, with the clock that
+    the board's power left.
+    """
+    layers = results["config"]["layers"]
+    rows = [row for row in results["rows"] if "share_of_floor" in row]
+    return [figure for row in rows for figure in _row_figures(row, layers)]
+
+
+def _row_figures(row: Mapping[str, Any], layers: int) -> list[Figure]:
+    # README shows the whole model: one stream's step, and the longest prompt.
+    is_whole = layers == WHOLE_MODEL_LAYERS and row["mode"] == "exact"
+    conditions: dict[str, str | int | float] = {"layers": layers, "products": row["mode"]}
     if row["kind"] == "decode":
-        what = f"decode, batch {row['batch']}, context {row['context']}"
-        what += ", fast" if row["mode"] == "fast" else ""
-        return {"what": what, "figure": f"{row['median_ms']:.2f} ms a step", "against": floor}
-    what = f"prefill, {row['tokens']} tokens, {row['mode']}"
-    return {"what": what, "figure": f"{row['tokens_per_s']:.0f} tok/s", "against": floor}
+        conditions |= {"batch": row["batch"], "context": row["context"]}
+        is_headline = is_whole and (row["batch"], row["context"]) == (1, 128)
+        floor = Against("floor", row["floor_ms"])
+        figure = Figure("decode step", row["median_ms"], "ms", "decode", conditions, (floor,),
+                        is_headline)  # fmt: skip
+    else:
+        conditions |= {"prompt tokens": row["tokens"]}
+        floor = Against("floor", row["tokens"] / row["floor_ms"] * 1000)
+        figure = Figure("prefill", row["tokens_per_s"], "tokens/s", "prefill", conditions, (floor,),
+                        is_whole and row["tokens"] == 8192)  # fmt: skip
+    if row.get("tensor_share", 0.0) <= 0.5:
+        return [figure]
+    clock = {"clock": f"{row['sm_mhz']:.0f} MHz", "power": f"{row['power_w']:.0f} W"}
+    name = f"tensor cores busy in {figure.name}"
+    share = 100 * row["tensor_share"]
+    return [figure, Figure(name, share, "%", figure.topic, {**conditions, **clock})]

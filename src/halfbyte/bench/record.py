@@ -4,11 +4,10 @@
 benchmarks/README.md from the files. A number that has no record is not published.
 
 A record: `name`, `question` (one line), `command`, `date`, `commit` and `dirty`, `machine`
-(processor, cores, memory, device, versions), `results` (what the tables show, plain numbers with
-units in their names), `samples` (every timed sample by name, with its unit). Where one checkpoint
-was measured, `checkpoint` is its identity, and `results` may hold `speed`: rows of a model card,
-objects with any of users, prompt_tokens, answer_tokens, first_token_s, between_tokens_ms,
-output_tokens_per_s and prompt_tokens_per_s.
+(processor, cores, memory, device, versions), `figures` (what pages show; `halfbyte.figures`),
+`results` (all that was found, in the benchmark's own form), `samples` (every timed sample by name,
+with its unit). Where one checkpoint was measured, `checkpoint` is its identity, and a model card of
+that checkpoint shows the figures of its speed.
 """
 
 import datetime
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.identity import checkpoint_identity
-from halfbyte.errors import CheckpointError
+from halfbyte.figures import Figure, figure_fields
 
 VERSIONS_OF = ("torch", "triton", "transformers", "nvidia-modelopt", "llama-cpp-python", "halfbyte")
 
@@ -36,11 +35,12 @@ def write(
     name: str,
     question: str,
     command: str,
+    figures: Sequence[Figure] = (),
     results: Mapping[str, Any],
     samples: Mapping[str, Sequence[float]] | None = None,
     checkpoint: Path | None = None,
-) -> dict[str, Any]:
-    """Write a record and return it. `samples` hold every timing, not only the median.
+) -> None:
+    """Write a record. `samples` hold every timing, not only the median.
 
     checkpoint  the directory that was measured; its identity lets a model card take the figures
     """
@@ -54,12 +54,12 @@ def write(
         "dirty": dirty,
         "machine": machine(),
         **({} if checkpoint is None else {"checkpoint": checkpoint_identity(checkpoint)}),
+        "figures": [figure_fields(figure) for figure in figures],
         "results": dict(results),
         "samples": {key: list(values) for key, values in (samples or {}).items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return record
 
 
 def own_command() -> str:
@@ -68,18 +68,6 @@ def own_command() -> str:
     """
     here = f"{Path.cwd()}{os.sep}"
     return shlex.join(["halfbyte", *(word.replace(here, "") for word in sys.argv[1:])])
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A record; raises CheckpointError if the file is not one."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no benchmark record: {error}") from error
-    missing = {"name", "command", "date", "machine", "results"} - set(record)
-    if missing:
-        raise CheckpointError(f"{path}: a record lacks {', '.join(sorted(missing))}")
-    return dict(record)
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:

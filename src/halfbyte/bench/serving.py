@@ -31,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from halfbyte.engine.core import Engine
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.runner import load_runner
 from halfbyte.errors import CapacityError, UnsupportedError
+from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
 from halfbyte.machine import settle_heap
 from halfbyte.model.tiny import write_tiny_checkpoint
@@ -204,40 +205,49 @@ def measure(
 def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> None:
     """The report as a benchmark record."""
     found = report.figures()
-    rows = [
-        ("HTTP and engine over the model's step, 32 streams", f"{found['overhead_share']:.1%}",
-         "bar: under 15 %"),
-        ("first token of a cached 4k prompt", f"{found['cached_share']:.1%} of uncached",
-         "bar: under 10 %"),
-        ("99th percentile of a stream's gaps while a 32k prompt arrives",
-         f"{found['gap_p99_ratio']:.2f}x", "of the usual one; bar: under 2x"),
-        ("the longest of them", f"{found['gap_ratio']:.2f}x",
-         f"of the usual 99th percentile; {found['gaps_over_the_bar']:.0f} of "
-         f"{found['gaps_beside_a_prompt']:.0f} gaps above the bar, alone "
-         f"{found['usual_gaps_over_the_bar']:.0f} of {found['usual_gaps']:.0f}"),
-    ]  # fmt: skip
     records.write(
         path,
         name="serving",
         question="what HTTP adds to a step, a cached prompt saves and a long one disturbs",
         command=command,
         checkpoint=checkpoint,
+        figures=serving_figures(found, STREAMS),
         results={
             **{name: round(value, 4) for name, value in found.items()},
             "streams": STREAMS,
             "stall_layers": STALL_LAYERS,
             "others_share": round(report.usage.foreign, 4),
             "steal_share": round(report.usage.steal, 4),
-            "headlines": [
-                {"what": what, "figure": figure, "against": against}
-                for what, figure, against in rows
-            ],
         },
         # To the microsecond: tens of thousands of gaps are most of the file.
         samples={
             name: [round(value, 3) for value in values] for name, values in report.samples.items()
         },
     )
+
+
+def serving_figures(found: Mapping[str, float], streams: int) -> list[Figure]:
+    """What serving adds, what a cached prompt saves and what a long one disturbs."""
+    usual = found["usual_gap_p99_ms"]
+    bar = Against("at most", 2 * usual, is_bound=True)
+    beside: dict[str, str | int | float] = {"beside": "a 32k prompt"}
+    return [
+        Figure("what HTTP and engine add to the model's step", 100 * found["overhead_share"], "%",
+               "serving", {"streams": streams}, (Against("at most", 15, is_bound=True),),
+               is_headline=True),
+        Figure("time to the first token of a cached prompt", found["cached_first_token_ms"], "ms",
+               "serving", {"prompt": "4k tokens"},
+               (Against("not cached", found["uncached_first_token_ms"]),
+                Against("at most", 0.1 * found["uncached_first_token_ms"], is_bound=True))),
+        Figure("time between tokens, 99th percentile", found["gap_p99_beside_a_prompt_ms"], "ms",
+               "serving", beside, (Against("alone", usual), bar)),
+        Figure("time between tokens, longest", found["longest_gap_beside_a_prompt_ms"], "ms",
+               "serving", beside, (Against("alone, 99th percentile", usual), bar)),
+        Figure("times between tokens over that bound",
+               100 * found["gaps_over_the_bar"] / found["gaps_beside_a_prompt"], "%", "serving",
+               {**beside, "of": int(found["gaps_beside_a_prompt"])},
+               (Against("alone", 100 * found["usual_gaps_over_the_bar"] / found["usual_gaps"]),)),
+    ]  # fmt: skip
 
 
 # --- the server -----------------------------------------------------------------------------

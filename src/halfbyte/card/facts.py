@@ -19,10 +19,11 @@ from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.checkpoint.metadata import Quantization, read_config, unquantized
 from halfbyte.config import ModelConfig
-from halfbyte.errors import UsageError
+from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.evals.compare import Comparison, compare_runs
 from halfbyte.evals.records import BenchmarkResult, RunRecord, newest, read_records, read_run
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES
+from halfbyte.figures import CARD_TOPICS, Figure, Record, parse_record
 from halfbyte.modules import decoder_linears
 from halfbyte.server.defaults import SamplingDefaults, read_sampling
 from halfbyte.server.vllm_command import VllmOptions, VllmPlan, plan_vllm
@@ -255,10 +256,11 @@ def require_own_records(
             _require_own(c, f"record {name}", said, "run halfbyte compare --json again")
             continue
         _require_own(c, f"record {name}", record.get("checkpoint"), "measure this checkpoint")
-        if not speed_rows(record):
+        if not speed_figures(name, record)[1]:
+            topics = ", ".join(CARD_TOPICS)
             raise UsageError(
                 f"record {name}: holds no speed of a model, only figures of its own question; a "
-                "card takes records with rows under results.speed, as halfbyte bench cpu writes"
+                f"card takes records with figures of {topics}, as halfbyte bench cpu writes"
             )
 
 
@@ -275,8 +277,13 @@ def _require_own(c: CheckpointFacts, what: str, said: object, hint: str) -> None
         )
 
 
-def speed_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of a record that a card's speed section shows; empty if it has none."""
-    results = record.get("results")
-    rows = results.get("speed") if isinstance(results, Mapping) else None
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+def speed_figures(name: str, record: Mapping[str, Any]) -> tuple[Record, list[Figure]]:
+    """A benchmark's record, and those of its figures that a card's speed section shows.
+
+    Raises UsageError, naming the record's file, where its figures are not figures.
+    """
+    try:
+        found = parse_record(record)
+    except CheckpointError as error:
+        raise UsageError(f"record {name}: {error}") from error
+    return found, [figure for figure in found.figures if figure.topic in CARD_TOPICS]

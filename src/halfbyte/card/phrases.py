@@ -47,6 +47,11 @@ VERDICTS = (
     "neither; this is not evidence of equality."
 )
 
+SPEED = (
+    "`x` is the figure as a multiple of what stands before it. Times depend on the machine and its "
+    "software; those of another machine are not a forecast for yours."
+)
+
 FIDELITY = (
     "These figures show whether a layer is broken, and which of two very different quantizations "
     "is closer to the source. They measure how much changed, not whether it got worse: no verdict "

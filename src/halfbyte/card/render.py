@@ -6,11 +6,10 @@ into Markdown by `markdown.md`, which escapes it.
 """
 
 import json
-import math
 import re
 import shlex
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -28,7 +27,7 @@ from halfbyte.card.facts import (
     count_parameters,
     is_fidelity,
     require_own_records,
-    speed_rows,
+    speed_figures,
     title_of,
 )
 from halfbyte.card.markdown import Markdown, code, hub_link, join, link, md, one_line, row, rule
@@ -47,6 +46,7 @@ from halfbyte.evals.render import (
 )
 from halfbyte.evals.stats import Estimate
 from halfbyte.evals.tasks.suite import BENCHMARKS
+from halfbyte.figures import Figure, Machine, Record
 
 RECORDS = "evaluation"
 NOT_MEASURED = "not measured"
@@ -161,14 +161,8 @@ def record_names(arms: Sequence[Arm]) -> list[str]:
 
 
 def _without_answers(comparison: Comparison) -> Comparison:
-    rows = {}
-    for name, one in comparison.benchmarks.items():
-        values = {f: getattr(one, f) for f in type(one).__dataclass_fields__}
-        values["flips"] = []
-        rows[name] = type(one)(**values)
-    values = {f: getattr(comparison, f) for f in Comparison.__dataclass_fields__}
-    values["benchmarks"] = rows
-    return Comparison(**values)
+    rows = {name: replace(one, flips=[]) for name, one in comparison.benchmarks.items()}
+    return replace(comparison, benchmarks=rows)
 
 
 def render_card(given: CardInput) -> str:
@@ -466,25 +460,25 @@ def _tested(given: CardInput) -> list[Markdown]:
         device = health.get("engine_device", "not recorded")
         text = "- **Evaluated with:** server {}, device {} ({})"
         lines.append(md(text, engine, device, link("record", _path(given, arm))))
-    for name, record in given.figures.items():
-        if speed_rows(record):
-            machine = record.get("machine") or {}
-            text = "- **Speed measured on:** {}; {} ({})"
-            found = link("record", f"{RECORDS}/{name}")
-            lines.append(md(text, _hardware(machine), _versions(machine.get("versions")), found))
+    for name, record, _ in _speed_records(given):
+        text = "- **Speed measured on:** {}; {} ({})"
+        found = link("record", f"{RECORDS}/{name}")
+        versions = _versions(record.machine.versions)
+        lines.append(md(text, _hardware(record.machine), versions, found))
     return lines
-
-
-def _hardware(machine: Mapping[str, Any]) -> str:
-    gpu = machine.get("gpu")
-    cores = f"{machine.get('processor', 'processor not recorded')}, {machine.get('cores')} cores"
-    return f"{gpu}, CUDA {machine.get('cuda')}" if gpu else cores
 
 
 def _versions(found: object) -> str:
     if not isinstance(found, Mapping):
         return ""
     return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _hardware(machine: Machine) -> str:
+    if machine.gpu is not None:
+        return f"{machine.gpu}, CUDA {machine.cuda or 'not recorded'}"
+    cores = "cores not recorded" if machine.cores is None else f"{machine.cores} cores"
+    return f"{machine.processor or 'processor not recorded'}, {cores}"
 
 
 def _contact(given: CardInput) -> Markdown:
@@ -848,44 +842,36 @@ def _fidelity_table(name: str, record: Mapping[str, Any], identity: str) -> Mark
     return join("\n", lines)
 
 
-# field of a row -> head of its column, digits
-_SPEED_COLUMNS = {
-    "users": ("users at once", 0),
-    "prompt_tokens": ("prompt tokens", 0),
-    "answer_tokens": ("answer tokens", 0),
-    "first_token_s": ("first token, s", 3),
-    "between_tokens_ms": ("between tokens, ms", 1),
-    "output_tokens_per_s": ("output tokens/s", 1),
-    "prompt_tokens_per_s": ("prompt tokens/s", 1),
-}
-
-
 def _speed(given: CardInput) -> Markdown:
-    parts = []
-    for name, record in given.figures.items():
-        rows = speed_rows(record)
-        if not rows:
-            continue
-        shown = [field for field in _SPEED_COLUMNS if any(_is_number(r.get(field)) for r in rows)]
-        machine = record.get("machine") or {}
-        command, found = record.get("command", "not recorded"), link("record", f"{RECORDS}/{name}")
+    """A table for each record: what was measured, under what, how much and against what."""
+    parts, none = [], Markdown("-")
+    for name, record, figures in _speed_records(given):
+        found = link("record", f"{RECORDS}/{name}")
         lines = [
-            md("Measured on {} by {} ({}):", _hardware(machine), code(command), found),
+            md(
+                "Measured on {} by {} ({}):", _hardware(record.machine), code(record.command), found
+            ),
             Markdown(""),
-            row([_SPEED_COLUMNS[field][0] for field in shown]),
-            rule(len(shown)),
+            row(["what", "under", "measured", "beside it, in the same run"]),
+            rule(4),
         ]
-        for r in rows:
-            cells = [
-                f"{r[f]:,.{_SPEED_COLUMNS[f][1]}f}" if _is_number(r.get(f)) else "-" for f in shown
-            ]
-            lines.append(row([Markdown(cell) for cell in cells]))
+        lines += [
+            row([f.name, f.conditions_text or none, f.value_text, f.against_text or none])
+            for f in figures
+        ]
         parts.append(join("\n", lines))
-    return join("\n\n", parts) if parts else md("{}: no record of speed was given.", _NOT_MEASURED)
+    if not parts:
+        return md("{}: no record of speed was given.", _NOT_MEASURED)
+    return join("\n\n", [*parts, Markdown(phrases.SPEED)])
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _speed_records(given: CardInput) -> Iterator[tuple[str, Record, list[Figure]]]:
+    """File name, record and figures of every record of speed."""
+    for name, raw in given.figures.items():
+        if not is_fidelity(raw):
+            record, figures = speed_figures(name, raw)
+            if figures:
+                yield name, record, figures
 
 
 def _limitations(given: CardInput) -> Markdown:

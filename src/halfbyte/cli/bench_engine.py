@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.bench.engine_bench import run_engine
-    from halfbyte.bench.gpu import results_and_samples
+    from halfbyte.bench.gpu import engine_figures, results_and_samples
     from halfbyte.bench.record import own_command, write
 
     if args.layers < 6:
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
             question="How fast does the whole decoder run on one GPU, "
             "and what share of its floor is that?",
             command=own_command(),
+            figures=engine_figures(results),
             results=results,
             samples=samples,
         )
