@@ -83,11 +83,14 @@ _PYDANTIC = "pydantic-ai-slim[openai,mistral,anthropic]==2.68.0"
 _AI = "zod@4.6.7"
 _LC_JS = "@langchain/core@1.4.0 zod@4.6.7"
 
+# No client: with it the tests of the page look for faults of accessibility (tests/flows).
+_AXE = "axe-core@4.14.1"
+
 CLIENTS = (
     _python("openai", "sdk", "openai==3.57.0", "use_openai"),
     _python("mistralai", "sdk", "mistralai==3.7.0", "use_mistralai"),
     _python("anthropic", "sdk", "anthropic==2.14.0", "use_anthropic"),
-    _npm("openai (JS)", "openai@6.49.0", "use_openai", needs=_AI),
+    _npm("openai (JS)", "openai@6.49.0", "use_openai", needs=f"{_AI} {_AXE}"),
     _npm("mistralai (JS)", "@mistralai/mistralai@2.7.0", "use_mistralai", needs=_AI),
     _npm("anthropic (JS)", "@anthropic-ai/sdk@1.14.0", "use_anthropic"),
     _python("langchain-openai", "langchain", _LANGCHAIN, "use_langchain",

@@ -3,7 +3,16 @@
 import dspy
 from cases import MODEL, PNG_URL, STREAM_SCRIPT, V1, case, equal, main
 
-lm = dspy.LM(f"openai/{MODEL}", api_base=V1, api_key="none", cache=False, num_retries=0)
+
+
+class Calling(dspy.LM):
+    """A model that no catalogue knows: what it can do has to be stated."""
+
+    supports_function_calling = True
+
+
+OPTIONS = {"api_base": V1, "api_key": "none", "cache": False, "num_retries": 0}
+lm = dspy.LM(f"openai/{MODEL}", **OPTIONS)
 dspy.configure(lm=lm)
 
 ANSWER = "@say [[ ## answer ## ]]\\nRome\\n\\n[[ ## completed ## ]]"
@@ -34,7 +43,8 @@ def tools():
         tools: list[dspy.Tool] = dspy.InputField()
         calls: dspy.ToolCalls = dspy.OutputField()
 
-    with dspy.context(adapter=dspy.ChatAdapter(use_native_function_calling=True)):
+    adapter = dspy.ChatAdapter(use_native_function_calling=True)
+    with dspy.context(lm=Calling(f"openai/{MODEL}", **OPTIONS), adapter=adapter):
         told = dspy.Predict(Ask)(
             question='\n@call get_weather {"city":"Rome"}\n', tools=[dspy.Tool(get_weather)]
         )
@@ -63,7 +73,7 @@ def image():
 @case("error")
 def error():
     try:
-        dspy.LM("openai/other", api_base=V1, api_key="none", cache=False, num_retries=0)("x")
+        dspy.LM("openai/other", **OPTIONS)("x")
     except Exception as found:
         assert "other" in str(found), found
     else:

@@ -1,36 +1,43 @@
 """guidellm: a short benchmark over made-up prompts, its statistics complete."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
 from cases import BASE, MODEL, case, main
 
-TOKENIZER = os.environ.get("HALFBYTE_TOKENIZER", "")
+NUM_REQUESTS = 4
 
 
-def bench(kind):
+def bench(route):
+    prompts = Path("prompts.jsonl")
+    prompts.write_text(6 * (json.dumps({"prompt": "@say One, two, three."}) + "\n"))
     done = subprocess.run(
-        ["guidellm", "benchmark", "run", "--target", BASE, "--model", MODEL, "--request-type",
-         kind, "--profile", "synchronous", "--max-requests", "4", "--data",
-         json.dumps([{"prompt": "@say One, two, three."}] * 6), "--output-path", "out.json"],
+        ["guidellm", "run", "--disable-console",
+         "--backend", f"kind=openai_http,target={BASE},model={MODEL},request_format={route}",
+         "--profile", "kind=synchronous",
+         "--constraint", f"kind=max_requests,count={NUM_REQUESTS}",
+         "--data", f"kind=json_file,path={prompts}", "--output", "kind=json,path=out.json"],
         stdin=subprocess.DEVNULL, text=True, capture_output=True, timeout=250,
     )
     assert done.returncode == 0, done.stderr[-800:] + done.stdout[-800:]
-    report = json.loads(Path("out.json").read_text())
-    made = report["benchmarks"][0]["metrics"]["request_totals"]
-    assert made["successful"] >= 3 and not made["errored"], made
+    (made,) = json.loads(Path("out.json").read_text())["benchmarks"]
+    totals = made["metrics"]["request_totals"]
+    assert totals["successful"] == NUM_REQUESTS and not totals["errored"], totals
+    told = made["metrics"]["output_token_count"]["successful"]
+    # The shortest answer of the scripted model: "Hello." and the token that ends it.
+    assert told["min"] >= 3, told
+    return f"{totals['successful']} requests, {told['mean']:g} tokens each"
 
 
 @case("chat")
 def chat():
-    bench("chat_completions")
+    return bench("/v1/chat/completions")
 
 
 @case("text")
 def text():
-    bench("text_completions")
+    return bench("/v1/completions")
 
 
 main()

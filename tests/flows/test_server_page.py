@@ -1,6 +1,7 @@
 """The chat page in a real browser, over the real server, chat format and a scripted engine."""
 
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from flows.browser import CHROMIUM, Browser
 from halfbyte.chat.tokens import load_chat
@@ -42,8 +44,14 @@ def service() -> ScriptedService:
 @pytest.fixture
 def say(browser: Browser, service: ScriptedService) -> Iterator[Say]:
     """Open the page on a server whose engine says what the test gives."""
+    with opened(browser, service, ServerConfig(("tiny",), 4096, 800)) as set_script:
+        yield set_script
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, service: ScriptedService, config: ServerConfig) -> Iterator[Say]:
+    """The page on a server; errors in its console fail the test."""
     chat = load_chat(DATA / "tekken")
-    config = ServerConfig(("tiny",), 4096, 800)
     app = create_app(Supervisor(service, lambda: service), chat, config, access_log=None)
 
     def set_script(*parts: str | int) -> None:
@@ -502,3 +510,190 @@ def test_dark_and_light(browser: Browser, say: Say) -> None:
     assert back() != first
     browser.run("document.getElementById('theme').click()")
     assert back() == first
+
+
+def test_a_reload_in_the_middle_of_an_answer_leaves_the_question(
+    browser: Browser, say: Say, service: ScriptedService
+) -> None:
+    service.delay_s = 0.05
+    say("one two three " * 40, EOS)
+    ask(browser, "Count")
+    browser.until(f"{LAST}?.textContent.includes('two')")
+    browser.until("document.querySelectorAll('#conversations .open').length === 1")
+    service.delay_s = 0.0
+    browser.send("Page.reload")
+    browser.until("document.querySelector('article.user .text')?.textContent === 'Count'")
+
+
+def test_going_to_another_conversation_keeps_what_had_come(
+    browser: Browser, say: Say, service: ScriptedService
+) -> None:
+    service.delay_s = 0.02
+    say("one two three " * 60, EOS)
+    ask(browser, "Count")
+    browser.until(f"{LAST}?.textContent.includes('two')")
+    browser.run("document.getElementById('new').click()")
+    browser.until("document.getElementById('log').childElementCount === 0")
+    browser.until("document.getElementById('stop').hidden")
+    open_first = "document.querySelector('#conversations .open').click()"
+    browser.until(f"({open_first}, document.querySelectorAll('article').length === 2)")
+    assert browser.run(f"{LAST}.querySelector('.text').textContent").startswith("one two")
+    # One that was deleted in the middle of its answer stays deleted.
+    browser.run("document.getElementById('new').click()")
+    ask(browser, "Once more")
+    browser.until(f"{LAST}?.textContent.includes('two')")
+    remove = "document.querySelector('#conversations [aria-current] ~ [title^=Delete]').click()"
+    browser.until("document.querySelectorAll('#conversations .open').length === 2")
+    browser.run(remove)
+    browser.run(remove)
+    browser.until("document.querySelectorAll('#conversations .open').length === 1")
+    browser.until("document.getElementById('stop').hidden")
+    browser.run("document.getElementById('list-toggle').click()")
+    assert browser.run("document.querySelectorAll('#conversations .open').length") == 1
+
+
+def test_an_image_is_pasted_and_one_is_added_by_keyboard(
+    browser: Browser, say: Say, service: ScriptedService, tmp_path: Path
+) -> None:
+    say("Two squares.", EOS)
+    browser.run(
+        """(async () => {
+          const canvas = new OffscreenCanvas(60, 40);
+          canvas.getContext("2d").fillRect(0, 0, 60, 40);
+          const blob = await canvas.convertToBlob({ type: "image/png" });
+          const data = new DataTransfer();
+          data.items.add(new File([blob], "a.png", { type: "image/png" }));
+          const paste = new ClipboardEvent("paste", { clipboardData: data, bubbles: true });
+          document.getElementById("input").dispatchEvent(paste);
+        })()"""
+    )
+    browser.until("document.querySelectorAll('#images img').length === 1")
+    picture = tmp_path / "b.png"
+    Image.new("RGB", (28, 28)).save(picture)
+    browser.send("DOM.enable")
+    browser.send("Page.setInterceptFileChooserDialog", enabled=True)
+    browser.run("document.getElementById('attach').focus()")
+    browser.press(*ENTER)
+    root = browser.send("DOM.getDocument")["root"]["nodeId"]
+    node = browser.send("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+    browser.send("DOM.setFileInputFiles", files=[str(picture)], nodeId=node)
+    browser.until("document.querySelectorAll('#images img').length === 2")
+    browser.send("Page.setInterceptFileChooserDialog", enabled=False)
+    browser.run("document.querySelector('#images button').focus()")
+    browser.press(*ENTER)
+    browser.until("document.querySelectorAll('#images img').length === 1")
+    ask(browser, "What?")
+    done(browser, 1)
+    assert [image.pixels.shape for image in service.requests[-1].images] == [(3, 28, 28)]
+
+
+def test_a_key_and_one_of_several_names_are_sent(
+    browser: Browser, service: ScriptedService
+) -> None:
+    config = ServerConfig(("tiny", "other"), 4096, 800, api_keys=("secret",))
+    with opened(browser, service, config) as say:
+        say("x", EOS)
+        assert browser.run("[...document.getElementById('model').options].map((o) => o.text)") == [
+            "tiny", "other",
+        ]  # fmt: skip
+        ask(browser, "Hi")
+        browser.until("document.querySelector('article.assistant .error') !== null")
+        assert "key" in browser.run("document.querySelector('.error').textContent")
+        assert all("401" in error for error in browser.errors), browser.errors
+        browser.errors.clear()
+        browser.run("document.getElementById('settings-toggle').click()")
+        browser.run("document.getElementById('key').focus()")
+        browser.type("secret")
+        choose = "document.getElementById('model').value = 'other'"
+        browser.run(choose)
+        browser.run("document.getElementById('input').focus()")
+        browser.press(*ENTER)
+        done(browser, 1)
+        assert len(service.requests) == 1
+
+
+def test_thoughts_are_drawn_and_right_to_left_text_is_set_so(browser: Browser, say: Say) -> None:
+    say(THINK, "It is **so**:\n\n- one", END_THINK, "שלום **עולם**.", EOS)
+    browser.run("document.getElementById('effort').value = 'high'")
+    ask(browser, "مرحبا")
+    done(browser, 1)
+    browser.until(f"{LAST}.querySelector('details.thought li') !== null")
+    assert browser.run(f"{LAST}.querySelector('details.thought strong').textContent") == "so"
+    browser.until(f"{LAST}.querySelector('.text strong') !== null")
+    for block in (f"{LAST}.querySelector('.text p')", "document.querySelector('.user .text')"):
+        assert browser.run(f"getComputedStyle({block}).direction") == "rtl"
+
+
+# What is done to the page before it is looked at; each leaves it as it was for the next.
+STATES = {
+    "settings": "document.getElementById('settings-toggle').click()",
+    "list": "document.getElementById('list-toggle').click()",
+    "rename": "document.querySelector('#conversations [title^=Rename]').click()",
+    "edit": "document.querySelector('article.user .meta button').click()",
+    "thought": "document.querySelector('details.thought').open = true",
+    "beside": "[...document.querySelectorAll('.meta button')]"
+    ".find((one) => one.textContent === 'Side by side').click()",
+}
+
+
+@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844)])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_state_of_the_page_has_a_serious_fault(
+    browser: Browser, say: Say, width: int, height: int, theme: str
+) -> None:
+    browser.send(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=height,
+        deviceScaleFactor=1,
+        mobile=width < 600,
+    )
+
+    def look(state: str) -> None:
+        problems = serious_faults(browser)
+        assert not problems, (state, problems)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth"), state
+        if width < 600:
+            small = browser.run("""[...document.querySelectorAll(
+                "button, select, summary, textarea, input:not([type=checkbox])")]
+              .filter((node) => node.offsetParent && node.getBoundingClientRect().height < 43.5)
+              .map((node) => node.outerHTML.slice(0, 80))""")
+            assert small == [], state
+        shot = browser.send("Page.captureScreenshot", format="png")["data"]
+        folder = Path("build/screenshots")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{state}-{width}-{theme}.png").write_bytes(base64.b64decode(shot))
+
+    try:
+        browser.run(f"document.documentElement.dataset.theme = '{theme}'")
+        look("empty")
+        browser.run("document.getElementById('effort').value = 'high'")
+        say(THINK, "Perhaps.", END_THINK, MARKDOWN.replace("\\\\", "\\"), EOS)
+        ask(browser, "Show everything")
+        done(browser, 1)
+        browser.run("document.querySelector('.again').click()")
+        browser.until(f"{LAST}.querySelector('.meta').textContent.includes('2 of 2')")
+        for state, script in STATES.items():
+            browser.run(script)
+            look(state)
+        tools = '[{"type": "function", "function": {"name": "f", "parameters": {}}}]'
+        browser.run(f"document.getElementById('tools').value = `{tools}`")
+        browser.run("document.getElementById('settings-toggle').click()")
+        browser.run("document.getElementById('list-toggle').click()")
+        say(CALLS, "f", ARGS, '{"a": 1}', EOS)
+        ask(browser, "Call")
+        browser.until("document.querySelector('form.call') !== null")
+        look("call")
+        browser.run("document.getElementById('temperature').value = '9'")
+        ask(browser, "Hot")
+        browser.until("document.querySelector('article.assistant .error') !== null")
+        look("error")
+        # Where the eye is: whole within the log, not below its edge.
+        assert browser.run("""(() => {
+          const said = document.querySelector('[role=alert]').getBoundingClientRect();
+          const log = document.getElementById('log').getBoundingClientRect();
+          return said.height > 0 && said.top >= log.top - 1 && said.bottom <= log.bottom + 1;
+        })()""")
+        browser.errors.clear()
+    finally:
+        browser.send("Emulation.clearDeviceMetricsOverride")

@@ -264,12 +264,15 @@ async function answer(turn = null) {
   }
   running = null;
   setRunning(false);
-  if (asked !== conversation) return;
   made.meta = metaText(usage, reason, first - begun, performance.now() - first);
   // Calls that were cut off cannot be sent back.
   if (reason !== "tool_calls") made.calls = [];
-  await view.end();
   const isEmpty = !made.content && !made.thought && !made.calls.length;
+  if (asked !== conversation) {
+    await keepLeft(asked, turn, isEmpty ? [] : [made]);
+    return;
+  }
+  await view.end();
   if (isEmpty && problem !== null) {
     if (turn !== null) {
       conversation.turns.push(turn);
@@ -293,10 +296,22 @@ async function answer(turn = null) {
   await keep();
 }
 
+// Somebody went to another conversation in the middle of an answer: what had come of it stays.
+async function keepLeft(asked, turn, made) {
+  turn ??= { role: "assistant", answers: [], chosen: 0 };
+  turn.answers.push(...made);
+  turn.chosen = turn.answers.length - 1;
+  // A conversation that was deleted meanwhile does not come back.
+  if (!turn.answers.length || !(await store.load(asked.id))) return;
+  await store.save({ ...asked, turns: [...asked.turns, turn] });
+}
+
 // What was refused leaves the conversation; its text goes back to where it can be changed.
 function withdraw(view, problem) {
   const turns = conversation.turns;
   const refused = turns.at(-1)?.role === "user" ? turns.pop() : null;
+  if (turns.length) keep();
+  else store.remove(conversation.id).then(showList);
   view.fail(problem, refused === null ? null : () => send());
   status(problem, true);
   if (refused !== null && !$("input").value) {
@@ -364,6 +379,8 @@ function send() {
   $("input").value = "";
   grow();
   status("");
+  // A reload in the middle of the answer leaves the question.
+  keep();
   answer();
 }
 
@@ -380,6 +397,7 @@ async function resend(index, text) {
   conversation = { ...store.fresh(), title: former.title, turns: former.turns.slice(0, index) };
   conversation.turns.push({ role: "user", text: text.trim(), images: kept });
   redraw();
+  await keep();
   answer();
 }
 
