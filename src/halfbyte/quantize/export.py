@@ -35,7 +35,7 @@ _RECOMMENDED = {(88, 12288): {"temperature": 0.7, "top_p": 0.95}}
 # Files of the source that go along: tokenizer, chat template, generation and processor configs.
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 # ... and those that do not: what we write ourselves, and params.json, beside which some engines
-# would look for native weights (format reference, section 11).
+# would look for native weights (docs/reference/formats.md#what-serving-engines-expect).
 _NOT_COPIED = (
     "config.json",
     "hf_quant_config.json",
