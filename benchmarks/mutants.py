@@ -69,7 +69,7 @@ PYTEST = (
 # Packages that pytest wants to load itself, as its plugins or theirs.
 _LEFT_TO_PYTEST = {"pytest", "hypothesis", "schemathesis", "anyio", "coverage", "xdist"}
 
-# Tests beside the mirrored one (tests/ROOM/test_FILE.py), from tests/.
+# Tests beside the mirrored one of each file, from tests/.
 MORE_TESTS: dict[str, tuple[str, ...]] = {
     "checkpoint/gguf_header": ("checkpoint/test_gguf.py", "checkpoint/test_gguf_hostile.py"),
     "checkpoint/gguf_tokenizer": ("checkpoint/test_gguf.py", "checkpoint/test_gguf_hostile.py"),

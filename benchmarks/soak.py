@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import dataclasses
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from halfbyte.bench import record as records
 from halfbyte.bench.soak import made_up, soak
+from halfbyte.child import free_port, served
 from halfbyte.figures import Against, Figure
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
@@ -42,19 +42,14 @@ def main() -> int:
         text = dataclasses.replace(config.text, vocab_size=800, head_dim=64)
         write_tiny_checkpoint(directory, config=dataclasses.replace(config, text=text))
         shutil.copy(ROOT / "tests" / "data" / "chat" / "tekken" / "tekken.json", directory)
-        command = [sys.executable, "-m", "halfbyte", "serve", directory, "--port", 0]
-        command += ["--admin-port", 0, "--max-model-len", 1024, "--kv-cache-tokens", 3072]
-        command += ["--max-sequences", 32, "--access-log", Path(folder) / "access.jsonl"]
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        try:
-            admin, url = _urls(process)
+        admin_port = free_port()
+        flags = ("--admin-port", admin_port, "--max-model-len", 1024, "--kv-cache-tokens", 3072,
+                 "--max-sequences", 32, "--access-log", Path(folder) / "access.jsonl")  # fmt: skip
+        with served(directory, *flags, log=Path(folder) / "server.log") as server:
             asked = made_up(args.distinct, 0, "tiny")
-            report = asyncio.run(soak(url, admin, asked, count=args.requests))
-        finally:
-            process.terminate()
-            status = process.wait()
+            admin = f"http://127.0.0.1:{admin_port}"
+            report = asyncio.run(soak(server.url, admin, asked, count=args.requests))
+            status = server.end()
     for line in report.different[:5]:
         print(line)
     results = {
@@ -95,18 +90,6 @@ def soak_figures(results: dict[str, Any]) -> list[Figure]:
         Figure("answers that changed under load", changed, "%", "tests", conditions),
         Figure("growth of resident memory", growth, "%", "tests", conditions, bound),
     ]
-
-
-def _urls(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    """Admin and public URL from the server's greeting."""
-    assert process.stdout is not None
-    found: list[str] = []
-    while len(found) < 2:
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit("the server did not start")
-        found += [word for word in line.split() if word.startswith("http") and len(found) < 2]
-    return found[0], found[1].removesuffix("/v1")
 
 
 if __name__ == "__main__":

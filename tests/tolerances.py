@@ -5,8 +5,8 @@ steps; the comment says which and why.
 """
 
 # Activation maxima are bf16 values of bf16 forward passes; another kernel or summation order moves
-# some by a bf16 step (2**-8 relative) or two. Format reference, section 10: 2**-7 for most, 2**-6
-# for all.
+# some by a bf16 step (2**-8 relative) or two. 2**-7 for most, 2**-6 for all:
+# docs/reference/formats.md#what-equal-means.
 OWN_FORWARD_SCALE = 2.0**-6
 OWN_FORWARD_SCALE_MOST = 2.0**-7
 
@@ -22,14 +22,14 @@ CHI_SQUARE_P = 1e-3
 # stream per layer more than a fused pass, three layers, and bf16 logits against f32 ones.
 STREAMED_LAYERS = 8 * 2.0**-9
 
-# Bounded class (house style, section 9): a reduction's error against float64 may be this many times
-# the error of plain torch in the same dtype ...
+# Bounded class (`kernels.dispatch`): a reduction's error against float64 may be this many times the
+# error of plain torch in the same dtype ...
 TIMES_PLAIN = 2.0
 # ... plus a floor of one rounding to the result's dtype: half a step of bf16 or f32, relative.
 HALF_STEP = {"bfloat16": 2.0**-9, "float32": 2.0**-24}
 
-# Logits against golden ones, relative norm. Format reference, section 10: fp32 sums in another
-# order; bf16 with another attention; 4-bit activations make tiny random models jumpy.
+# Logits against golden ones, relative norm (docs/reference/formats.md#what-equal-means): fp32 sums
+# in another order; bf16 with another attention; 4-bit activations make tiny random models jumpy.
 GOLDEN_FP32 = 1e-5
 GOLDEN_BF16 = 0.02
 GOLDEN_ROUNDED = 0.15

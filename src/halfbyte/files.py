@@ -105,6 +105,15 @@ def make_directory(path: Path) -> None:
         raise UsageError(f"{path}: cannot be made ({error.strerror})") from error
 
 
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def format_bytes(num_bytes: int) -> str:
     """`12.30 GB`, `4.5 MB`, `1.2 kB`, `17 bytes`: decimal, never rounded to nothing."""
     if num_bytes >= 10**9:

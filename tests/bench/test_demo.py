@@ -4,7 +4,6 @@ The whole story is `make demo`; here its steps run on small inputs.
 """
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -86,8 +85,3 @@ def test_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> No
         demo.serving(directory, narrator),
     ):
         pytest.fail("nothing to serve")
-
-
-def test_free_port_can_be_bound() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", demo.free_port()))

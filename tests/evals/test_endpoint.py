@@ -15,7 +15,7 @@ from halfbyte.model.tiny import write_tiny_checkpoint
 
 PARENT = """
 import subprocess, sys
-from halfbyte.evals.endpoint import ending_with_us
+from halfbyte.child import ending_with_us
 child = subprocess.Popen(ending_with_us([sys.executable, "-c", "import time; time.sleep(100)"]))
 print(child.pid, flush=True)
 child.wait()

@@ -1,4 +1,4 @@
-"""The letter extractor: the cases of the reference, and recorded answers."""
+"""The letter extractor: the cases of docs/reference/scoring.md#letters, and recorded answers."""
 
 import json
 from pathlib import Path

@@ -34,7 +34,7 @@ def golden() -> dict[str, Tensor]:
 
 
 def encode_slowly(w_OI: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The format reference, section 6, written out one comparison at a time; unpacked codes."""
+    """The rules of docs/reference/formats.md#arithmetic-of-scales-and-codes, unpacked codes."""
     blocks = w_OI.float().view(-1, 16)
     wanted = blocks.abs().amax(1) / (6 * tensor_scale)
     wanted[wanted == 0] = 1.0

@@ -35,7 +35,8 @@ def test_fp8_source_is_near_its_bf16_original(directory: Path) -> None:
     write_tiny_checkpoint(directory / "fp8", layers=3, dialect="mistral-fp8")
     plain = load_decoder(Checkpoint.open(directory / "bf16"))
     coded = load_decoder(Checkpoint.open(directory / "fp8"))
-    # e4m3 weights err by 2.7 % relative RMS (format reference, section 6); three layers add up.
+    # e4m3 weights err by 2.7 % relative RMS (docs/reference/formats.md#what-equal-means); three
+    # layers add up.
     assert 0.001 < relative(logits(coded), logits(plain)) < 0.2
     assert coded.num_weight_bytes < plain.num_weight_bytes
     assert coded.kv_scales == ((1.0, 1.0),) * 3

@@ -1,4 +1,4 @@
-"""Whole exports against Model Optimizer's, as checkpoint-format reference section 10 asks."""
+"""Whole exports against Model Optimizer's, as docs/reference/formats.md#what-equal-means asks."""
 
 import hashlib
 import json

@@ -43,7 +43,7 @@ RECIPE = load_recipe("medium-3.5")
 LAYERS = 6
 CONFIG = tiny_config(layers=LAYERS, vision=True)
 
-# A second spelling of the names, as the format reference lists them, so that a slip in the
+# A second spelling of the names, as docs/reference/formats.md lists them, so that a slip in the
 # package's own shows: hub name -> native name.
 _NATIVE = (
     (r"lm_head\.", "output."),
@@ -74,7 +74,7 @@ def native_name(name: str) -> str:
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of rotary halves as rows of rotary pairs: the inverse of the reference's conversion."""
+    """Rows of rotary halves as rows of pairs (docs/reference/formats.md#names-and-layouts)."""
     rows, columns = weight.shape
     halves = weight.view(torch.uint8).view(heads, 2, rows // heads // 2, -1)
     return halves.transpose(1, 2).reshape(rows, -1).view(weight.dtype).view(rows, columns)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.calibrate.budget import OverBudgetError
 from halfbyte.calibrate.stream import TAPS
+from halfbyte.checkpoint.manifest import MANIFEST_NAME
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, FormatError, HalfbyteError, UsageError
@@ -24,7 +25,6 @@ from halfbyte.log import logger
 from halfbyte.model.load import load_layer
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import decoder_linears
-from halfbyte.quantize.export import MANIFEST_NAME
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.scales import METHODS

@@ -8,10 +8,7 @@ four, serve the result and ask it three questions through the official client. C
 import json
 import os
 import shutil
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,13 +17,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from halfbyte.bench import record as records
 from halfbyte.bench.fidelity import Comparison, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
-from halfbyte.errors import CapacityError, UnsupportedError, UsageError
+from halfbyte.child import served
+from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
 from halfbyte.printable import own
@@ -307,49 +304,15 @@ def ask(client: Any, model: str, question: str) -> Answer:
 @contextmanager
 def serving(directory: Path, narrator: Narrator) -> Iterator[str]:
     """`halfbyte serve directory` on a free port, as a user would start it; yields its address."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     log = directory.parent / "server.log"
     started = time.perf_counter()
-    with log.open("w") as output:
-        command = [sys.executable, "-m", "halfbyte", "serve", str(directory), "--port", str(port)]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            wait_until_ready(process, url, log)
-            narrator.say(f"      server ready after {time.perf_counter() - started:.1f} s")
-            yield url
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                status = process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                status = process.wait()
+    with served(directory, log=log, start_limit_s=60.0) as server:
+        narrator.say(f"      server ready after {time.perf_counter() - started:.1f} s")
+        yield server.url
+        status = server.end()
     if status != 0:
         raise UnsupportedError(f"the server ended with status {status}; its log is {log}")
     narrator.say("      server stopped cleanly")
-
-
-def wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    """Poll the readiness route; raises with the end of the log if the server dies first."""
-    deadline = time.monotonic() + 60.0
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise UnsupportedError(f"the server did not start:\n{log.read_text()[-2000:]}")
-        try:
-            if httpx.get(f"{url}/ready", timeout=1.0).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise CapacityError(f"the server was not ready after 60 s; its log is {log}")
-
-
-def free_port() -> int:
-    """A TCP port that is free on this machine just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 LABELS = {

@@ -28,8 +28,7 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ import torch
 from halfbyte.bench import record as records
 from halfbyte.bench.idle import FOREIGN_LIMIT, Usage, Watch, wait_until_quiet
 from halfbyte.checkpoint.metadata import read_config
+from halfbyte.child import Child, served
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.request import GenerationRequest, SamplingParams
@@ -176,13 +176,13 @@ def measure(
     shallow = write_shallow(directory, scratch, sizes)
     room = 3 * sizes.stall_tokens + 8192
     # Keys and values as the quantized model keeps them.
-    with served(shallow, threads, "--kv-cache-tokens", room, "--kv-cache", "fp8") as server:
+    with bench_server(shallow, threads, "--kv-cache-tokens", room, "--kv-cache", "fp8") as server:
         asyncio.run(_gaps(server.url, sizes, report))
         helpers += server.cpu_s()
     tokens = sizes.streams * (PROMPT_TOKENS + sizes.stream_tokens + 32)
     room = max(tokens, 8 * sizes.cached_tokens)
     flags = ("--kv-cache-tokens", room, "--max-sequences", sizes.streams)
-    with served(directory, threads, *flags) as server:
+    with bench_server(directory, threads, *flags) as server:
         say("first tokens, cached and not")
         asyncio.run(_first_tokens(server.url, sizes, report))
         say(f"{sizes.streams} streams")
@@ -253,45 +253,14 @@ def serving_figures(found: Mapping[str, float], streams: int) -> list[Figure]:
 # --- the server -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """`halfbyte serve` in a process of its own."""
-
-    url: str
-    pid: int
-
-    def cpu_s(self) -> float:
-        """Processor seconds that it has used."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 @contextlib.contextmanager
-def served(directory: Path, threads: int, *flags: object) -> Iterator[Server]:
-    """A server on a free port while the body runs."""
-    words = [sys.executable, "-m", "halfbyte", "serve", directory, "--port", 0, *flags]
-    words += ["--served-model-name", "bench", "--access-log", os.devnull]
-    process = subprocess.Popen(
-        list(map(str, words)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
-    assert process.stdout is not None
-    try:
-        greeting = ""
-        while "Ctrl-C" not in greeting:
-            line = process.stdout.readline()
-            if not line:
-                raise CapacityError(f"the server did not start: halfbyte serve {directory}")
-            greeting += line
-        url = next(word for word in greeting.split() if word.endswith("/v1"))
-        yield Server(url.removesuffix("/v1"), process.pid)
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
+def bench_server(directory: Path, threads: int, *flags: object) -> Iterator[Child]:
+    """A server under the name `bench` while the body runs; nobody reads its log."""
+    flags += ("--served-model-name", "bench", "--access-log", os.devnull)
+    with tempfile.TemporaryDirectory() as folder:
+        log, environment = Path(folder) / "server.log", {"OMP_NUM_THREADS": str(threads)}
+        with served(directory, *flags, log=log, environment=environment) as server:
+            yield server
 
 
 class Stream:

@@ -3,7 +3,8 @@
 llguidance keeps the grammars (decision 0014): one tokenizer a process, one matcher a sequence. What
 a stranger's grammar may cost is bounded before, while and after it is compiled (decision 0044).
 Grammars address control tokens by id, so text can never spell one. Thoughts stand outside the
-grammar: `ThoughtMask` lets them pass and starts the grammar after them.
+grammar: `ThoughtMask` lets them pass and starts the grammar after them. What llguidance
+refuses: docs/reference/chat.md#grammars.
 """
 
 import contextlib

@@ -4,7 +4,7 @@ Sizes, and with them tokens, are read from the header before anything is decoded
 is scaled at once (`halfbyte.pictures`). Fetching URLs is not here (`server`): this file sees bytes
 only. Resizing is Pillow's antialiased bicubic, as in the Pixtral processor of transformers;
 mistral-common resizes with OpenCV (same shapes; on photographs nearly the same pixels, on noise and
-on fine dots visibly others: decision 0030).
+on fine dots visibly others: decision 0030). Sizes: docs/reference/chat.md#pictures.
 """
 
 import binascii

@@ -2,7 +2,7 @@
 
 The request arrives as OpenAI-style message dicts that the server has validated, images already
 decoded. What mistral-common lets pass silently is checked here: arguments of earlier tool calls,
-call ids, efforts.
+call ids, efforts. Rules: docs/reference/chat.md#order-of-a-prompt.
 """
 
 import functools

@@ -3,7 +3,7 @@
 Only control tokens switch state; the characters "[THINK]" in a text are text. Whatever the model
 does - a lone [/THINK], a thought in a thought, a call without arguments, a cut anywhere - what it
 said is kept and the answer stays usable. Fed token by token, so that how the stream was cut into
-events cannot matter.
+events cannot matter. Rules: docs/reference/chat.md#reading-an-answer.
 
     state      token           next       what comes out
     content    text            content    Content (through the stop strings)

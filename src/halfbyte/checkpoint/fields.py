@@ -4,8 +4,9 @@ A field that is neither used, nor checked, nor listed as ignored with a reason i
 it might change numerics. `metadata` calls this for the architecture; what concerns quantization is
 there.
 
-Sources: checkpoint-format reference, sections 9 and 11; `transformers` configuration classes of
-Mistral3, Ministral3 and Pixtral (defaults), its YaRN parameters (what absence means).
+Rules: docs/reference/formats.md, #names-and-layouts and #what-serving-engines-expect.
+Sources: `transformers` configuration classes of Mistral3, Ministral3 and Pixtral (defaults), its
+YaRN parameters (what absence means).
 """
 
 import math
@@ -519,7 +520,7 @@ def _feature_layer(model: Reader) -> int:
 def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     """The architecture that a native `params.json` describes.
 
-    `has_head` as in `model_config`. Source: checkpoint-format reference, section 9.
+    `has_head` as in `model_config`. Names: docs/reference/formats.md#names-and-layouts.
     """
     fields = Reader(raw, "params.json")
     fields.must_be("sliding_window", None)

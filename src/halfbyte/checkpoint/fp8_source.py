@@ -5,7 +5,7 @@ Per-tensor static FP8 for every decoder linear: `weight` in e4m3, `weight_scale_
 such a checkpoint, so the demo makes one of its bf16 model. The maxima of the inputs come from
 outside (`quantize.fp8_source` measures them).
 
-Source: checkpoint-format reference, section 9.
+Rules: docs/reference/formats.md#the-fp8-source.
 """
 
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,8 @@ The demo's weights (SmolLM2-135M-Instruct) come as a GGUF file inside a Python p
 llama GGUF file goes the same way. The tensors become those of `Ministral3ForCausalLM`, whose
 arithmetic is llama's when YaRN and the query scale are off. The tokenizer is in `gguf_tokenizer`.
 
-Sources: the GGUF description of ggml (names and metadata keys); small-models reference (q and k
-are stored with interleaved rotary pairs; logits equal the original's bit for bit).
+Sources: the GGUF description of ggml (names and metadata keys); docs/reference/formats.md#gguf (q
+and k are stored with interleaved rotary pairs; logits equal the original's bit for bit).
 """
 
 import hashlib

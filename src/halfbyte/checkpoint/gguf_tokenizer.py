@@ -3,7 +3,7 @@
 Byte-pair vocabularies only ("gpt2" in GGUF terms), with the pre-tokenizers we have checked. Called
 by `gguf`.
 
-Source: llama.cpp's list of pre-tokenizers; small-models reference (ids equal the original's).
+Source: llama.cpp's list of pre-tokenizers; docs/reference/formats.md#gguf.
 """
 
 import json

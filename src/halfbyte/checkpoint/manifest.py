@@ -1,10 +1,11 @@
 """The manifest of a checkpoint that we wrote: what it came from, and a hash of every tensor.
 
-`ShardWriter` collects the hashes while it writes, `verify` recomputes them. Without it a flipped
-byte in a checkpoint is visible only beside its source.
+`ShardWriter` and `quantize` collect the hashes while they write, `verify` recomputes them. Without
+it a flipped byte in a checkpoint is visible only beside its source.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,15 +41,16 @@ class Manifest:
     files: Mapping[str, str]
 
 
-def manifest_json(
+def manifest_file(
     made_of: Mapping[str, Any], tensors: Mapping[str, str], files: Mapping[str, str]
-) -> dict[str, Any]:
-    """The content of the file."""
-    return {
+) -> bytes:
+    """The content of the file; parameters as the fields of `Manifest`."""
+    value = {
         "made_of": dict(made_of),
         "tensors": dict(sorted(tensors.items())),
         "files": dict(sorted(files.items())),
     }
+    return json.dumps(value, indent=1).encode() + b"\n"
 
 
 def read_manifest(directory: Path) -> Manifest | None:

@@ -3,7 +3,8 @@
 Reads `config.json` (+ `hf_quant_config.json`) or `params.json`; writes the two files of a Model
 Optimizer export. Architecture fields are in `fields`, foreign names in `names`.
 
-Source: checkpoint-format reference, sections 3, 9, 11 and its appendix.
+Rules: docs/reference/formats.md, #the-two-json-files, #the-fp8-source and
+#what-serving-engines-expect.
 """
 
 from collections.abc import Mapping

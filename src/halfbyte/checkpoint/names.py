@@ -10,7 +10,7 @@ Foreign names exist here and in `metadata` only. A layout is a way to spell modu
 and a dialect a way to spell the roles of a quantized linear. `foreign_name` and `canonical_name`
 are inverse to each other for every tensor that a model of ours can have.
 
-Sources: checkpoint-format reference, sections 4 and 9; `transformers` (Mistral3, Ministral3).
+Rules: docs/reference/formats.md#names-and-layouts. Source: `transformers` (Mistral3, Ministral3).
 """
 
 import re

@@ -229,8 +229,8 @@ class Checkpoint:
         device   where it is decoded and stays: codes travel, not the decoded weight
 
         FP8 is fp32(code) * scale in both dialects, NVFP4 value(code) * block scale * tensor scale
-        (checkpoint-format reference, sections 8 and 9). Raises FormatError for a scale that is not
-        above 0.
+        (docs/reference/formats.md#decoding-and-run-time). Raises FormatError for a scale that is
+        not above 0.
         """
         weight = self.tensor(f"{linear}.weight").to(device)
         match self.format_of(linear):

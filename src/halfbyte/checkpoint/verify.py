@@ -4,7 +4,8 @@ Every finding is a Problem that names the file or tensor; nothing is repaired. W
 is checked in `verify_values`; here is what can be told from files, metadata and scales. Called by
 `halfbyte verify`.
 
-Source: checkpoint-format reference, sections 3, 4, 7 and 11.
+Rules: docs/reference/formats.md, #the-two-json-files, #tensors-of-a-quantized-linear,
+#edge-cases and #what-serving-engines-expect.
 """
 
 import json

@@ -25,8 +25,8 @@ from halfbyte.formats.nvfp4 import encode_nvfp4_with
 _ROWS = 512
 
 # The quotient is rounded to bf16 before e4m3, and one arithmetic profile rounds the scale to bf16
-# too (checkpoint-format reference, section 6): 2 ** -9 each. An FP8 source's own scale may be 0.3 %
-# off the re-derived one on top.
+# too (docs/reference/formats.md#arithmetic-of-scales-and-codes): 2 ** -9 each. An FP8 source's own
+# scale may be 0.3 % off the re-derived one on top.
 _FP8_SLACK = 2**-8 + 0.003
 # NVFP4 codes come from one f32 division; a GPU's approximate one moves 5 in 100,000 by an ulp.
 _NVFP4_SLACK = 2**-20
@@ -138,7 +138,7 @@ def _nvfp4_misfits(checkpoint: Checkpoint, linear: str, original: Tensor) -> int
         down = torch.where(magnitude <= 2, 0.25, torch.where(magnitude <= 4, 0.5, 1.0))
         delta = torch.where(q < 0, -1.0, 1.0) * (t.clamp(-6, 6) - q)
         bad = (delta > up + _NVFP4_SLACK * t.abs()) | (delta < -down - _NVFP4_SLACK * t.abs())
-        # A block scale of 0 decodes to 0 whatever its codes (version 0.44 of the reference).
+        # A block scale of 0 decodes to 0 whatever its codes (docs/reference/formats.md#edge-cases).
         count += int((bad & (step > 0)).sum())
     return count
 

@@ -11,18 +11,19 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from torch import Tensor
 
-from halfbyte.checkpoint.manifest import MANIFEST_NAME, HashingWriter, manifest_json
+from halfbyte.checkpoint.manifest import MANIFEST_NAME, HashingWriter, manifest_file
 from halfbyte.checkpoint.names import is_scale
 from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME
 from halfbyte.errors import CapacityError, FormatError, UsageError
-from halfbyte.files import format_bytes, make_directory, read_bounded
+from halfbyte.files import format_bytes, make_directory, read_bounded, sync_directory
 
 MAX_SHARD_BYTES = 10_000_000_000  # decimal, the reference's default
 # Small files that we copy are at most this large; a tokenizer has tens of MB.
@@ -58,7 +59,6 @@ class ShardWriter:
         self._entries: dict[str, dict[str, Any]] = {}
         self._file: BinaryIO | None = None
         self._data_bytes = 0
-        self._num_parameters = 0
         self._total_bytes = 0
         self._hashes: dict[str, str] = {}
         self._file_hashes: dict[str, str] = {}
@@ -106,7 +106,6 @@ class ShardWriter:
         }
         self._data_bytes += num_bytes
         self._total_bytes += num_bytes
-        self._num_parameters += 0 if is_scale(name) else tensor.numel()
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file into the directory, in the reference's spelling (4 spaces)."""
@@ -137,14 +136,14 @@ class ShardWriter:
             os.rename(self._shard_path(0), self._partial / "model.safetensors")
         else:
             self._write_index(count)
-        manifest = manifest_json(made_of or {}, self._hashes, self._file_hashes)
-        self.write_file(MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
-        _sync_directory(self._partial)
+        manifest = manifest_file(made_of or {}, self._hashes, self._file_hashes)
+        self.write_file(MANIFEST_NAME, manifest)
+        sync_directory(self._partial)
         check_target(self.directory)
         os.rename(self._partial, self.directory)
         self._is_published = True
         self._hashing.close()
-        _sync_directory(self.directory.parent)
+        sync_directory(self.directory.parent)
         return self.directory
 
     def discard(self) -> None:
@@ -164,15 +163,13 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         assert self._file is not None
-        header = {"__metadata__": {"format": "pt"}, **self._entries}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        if self._data_bytes <= _SMALL_BYTES or 8 + len(text) > _RESERVED_BYTES:
-            _move_data(self._file, _RESERVED_BYTES, 8 + len(text), self._data_bytes)
+        header = shard_header(self._entries)
+        if self._data_bytes <= _SMALL_BYTES or len(header) > _RESERVED_BYTES:
+            _move_data(self._file, _RESERVED_BYTES, len(header), self._data_bytes)
         else:
-            text += b" " * (_RESERVED_BYTES - 8 - len(text))
+            header = shard_header(self._entries, _RESERVED_BYTES)
         self._file.seek(0)
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.write(header)
         _sync(self._file)
         self._file.close()
         self._file = None
@@ -180,19 +177,49 @@ class ShardWriter:
         self._entries, self._data_bytes = {}, 0
 
     def _write_index(self, count: int) -> None:
-        weight_map: dict[str, str] = {}
+        tensors: dict[str, tuple[str, Sequence[int], int]] = {}
         for number, entries in enumerate(self._shards):
-            shard = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            shard = shard_name(number, count)
             os.rename(self._shard_path(number), self._partial / shard)
-            weight_map |= dict.fromkeys(entries, shard)
-        index = {
-            "metadata": {
-                "total_parameters": self._num_parameters,
-                "total_size": self._total_bytes,
-            },
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        self.write_file(INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
+            for name, entry in entries.items():
+                start, end = entry["data_offsets"]
+                tensors[name] = shard, entry["shape"], end - start
+        self.write_file(INDEX_NAME, json.dumps(index_json(tensors), indent=2).encode() + b"\n")
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of a shard, counted from 0, among `count`."""
+    if count == 1:
+        return "model.safetensors"
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def shard_header(entries: Mapping[str, Any], num_bytes: int = 0) -> bytes:
+    """What a shard begins with: its length, its tensors, blanks to a multiple of 8.
+
+    entries    foreign name -> dtype, shape, data_offsets
+    num_bytes  pad with blanks to this many bytes in all, as the format allows
+    """
+    header = {"__metadata__": {"format": "pt"}, **entries}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * max(-len(text) % 8, num_bytes - 8 - len(text))
+    return struct.pack("<Q", len(text)) + text
+
+
+def index_json(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> dict[str, Any]:
+    """The content of the index of a checkpoint in several shards.
+
+    tensors  foreign name -> its shard's file name, its shape, its bytes
+    """
+    # Scales are no parameters to Model Optimizer; a packed byte is one.
+    counted = [shape for name, (_, shape, _) in tensors.items() if not is_scale(name)]
+    return {
+        "metadata": {
+            "total_parameters": sum(map(prod, counted)),
+            "total_size": sum(num_bytes for _, _, num_bytes in tensors.values()),
+        },
+        "weight_map": {name: tensors[name][0] for name in sorted(tensors)},
+    }
 
 
 def check_target(directory: Path) -> None:
@@ -217,11 +244,3 @@ def _move_data(file: BinaryIO, source: int, target: int, num_bytes: int) -> None
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,12 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +11,9 @@ from typing import Any
 import httpx
 
 from halfbyte.checkpoint.identity import checkpoint_identity
-from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.child import served
+from halfbyte.errors import UsageError
 from halfbyte.evals.tasks.data import file_sha256
-
-START_LIMIT_S = 900.0
-# Linux sends a process this signal when the thread that started it ends, however it ends; it is
-# asked for between fork and exec, and outlives the latter (prctl(2), PR_SET_PDEATHSIG = 1).
-_ASK_AND_RUN = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0); "
-    "os.execv(sys.argv[1], sys.argv[1:])"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,58 +142,8 @@ def describe_served(endpoint: Endpoint, folder: Path | None) -> dict[str, Any]:
 def serve(folder: Path, log: Path, extra: tuple[str, ...] = ()) -> Iterator[str]:
     """Run `halfbyte serve FOLDER` beside us; yields its address, ends it at the end.
 
-    If we are killed it ends too (Linux), or a resumed run would find its memory taken.
-
-    Raises UnsupportedError with the end of its log if it does not come up.
+    If we are killed it ends too (Linux), or a resumed run would find its memory taken. Raises as
+    `child.served`.
     """
-    port = _free_port()
-    command = [sys.executable, "-m", "halfbyte", "serve", str(folder), "--port", str(port), *extra]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            ending_with_us(command), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        _wait_until_ready(child, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        _end(child)
-
-
-def ending_with_us(command: list[str]) -> list[str]:
-    """The same command, told to end when its parent does; unchanged where that is not to be had."""
-    if sys.platform != "linux":
-        return command
-    return [sys.executable, "-c", _ASK_AND_RUN, *command]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(child: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline:
-        if child.poll() is not None:
-            break
-        try:
-            if httpx.get(f"{url}/v1/models", timeout=5).is_success:
-                return
-        except httpx.HTTPError:
-            pass  # not listening yet
-        time.sleep(0.25)
-    tail = log.read_text(errors="replace")[-1500:]
-    raise UnsupportedError(f"`halfbyte serve` did not come up; its log ({log}) ends:\n{tail}")
-
-
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(30)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+    with served(folder, *extra, log=log) as server:
+        yield server.url

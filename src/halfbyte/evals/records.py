@@ -3,13 +3,13 @@
     RUN/run.json                   what was run, how, and the numbers
     RUN/run.lock                   held by whoever writes here
     RUN/<benchmark>/attempts.jsonl raw answers, one line each, written when they arrive
-    RUN/<benchmark>/samples.jsonl  the same joined with gold and score (section 7 of the reference)
+    RUN/<benchmark>/samples.jsonl  the same joined with gold and score
     RUN/<benchmark>/sessions.jsonl when asking began, one line for every start or resumption
     RUN/<benchmark>/request.json   the rendered request of the first item
     RUN/<benchmark>/inspect/       inspect-ai's own logs, for its viewer
 
 Grading again writes `samples.regrade-N.jsonl` and `run.regrade-N.json`; nothing is overwritten.
-Reading never needs the network.
+Reading never needs the network. Fields: docs/reference/scoring.md#records.
 """
 
 import bisect

@@ -1,7 +1,8 @@
 """FP8 per tensor: the scale rule, encoding in three arithmetic profiles, decoding.
 
 Called by `quantize` (weights, KV and input scales), `checkpoint` (decoding) and `kernels`. The
-bytes are those of NVIDIA Model-Optimizer (decision 0003); `direct` is more accurate than both of
+bytes are those of NVIDIA Model-Optimizer (decision 0003, rules in
+docs/reference/formats.md#arithmetic-of-scales-and-codes); `direct` is more accurate than both of
 its ways and never the default.
 """
 

@@ -1,7 +1,8 @@
 """NVFP4: 4-bit e2m1 codes, an e4m3 scale per 16 inputs, one f32 scale per tensor.
 
 A weight is `value(code) * block_scale * tensor_scale`. The bytes are those of NVIDIA
-Model-Optimizer (decision 0003). Called by `quantize`, `checkpoint` (decoding) and `kernels`.
+Model-Optimizer (decision 0003, rules in docs/reference/formats.md#arithmetic-of-scales-and-codes).
+Called by `quantize`, `checkpoint` (decoding) and `kernels`.
 
 Legend: O out features · I in features · B 16-blocks along I · I2 bytes, two codes each.
 """

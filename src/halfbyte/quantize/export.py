@@ -14,6 +14,7 @@ import torch
 from halfbyte.chat.processor import processor_files
 from halfbyte.chat.tekken_export import hub_tokenizer, needs_hub_tokenizer
 from halfbyte.checkpoint.inventory import expected_tensors
+from halfbyte.checkpoint.manifest import MANIFEST_NAME
 from halfbyte.checkpoint.metadata import Quantization, modelopt_configs
 from halfbyte.checkpoint.names import Layout, foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
@@ -25,7 +26,6 @@ from halfbyte.log import logger
 from halfbyte.modules import decoder_linears
 from halfbyte.recipe.plan import Plan
 
-MANIFEST_NAME = "halfbyte-manifest.json"
 _GENERATION = "generation_config.json"
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Sampling that a model's makers recommend and its files do not carry, by layers and width: Mistral
@@ -35,7 +35,7 @@ _RECOMMENDED = {(88, 12288): {"temperature": 0.7, "top_p": 0.95}}
 # Files of the source that go along: tokenizer, chat template, generation and processor configs.
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 # ... and those that do not: what we write ourselves, and params.json, beside which some engines
-# would look for native weights (format reference, section 11).
+# would look for native weights (docs/reference/formats.md#what-serving-engines-expect).
 _NOT_COPIED = (
     "config.json",
     "hf_quant_config.json",
@@ -210,19 +210,3 @@ def _fingerprint(path: Path, *, is_shard: bool) -> dict[str, Any]:
     else:
         digest.update(read_bounded(path))
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}
-
-
-def manifest(
-    fingerprint: Mapping[str, Any], hashes: Mapping[str, str], files: Mapping[str, bytes]
-) -> bytes:
-    """The manifest: what the output was made of and the SHA-256 of every tensor and file in it.
-
-    Holds no times and no paths, so equal runs give equal bytes. `tensors` hashes a tensor's bytes
-    as stored, under its name in the files.
-    """
-    value = {
-        "made_of": fingerprint,
-        "tensors": dict(sorted(hashes.items())),
-        "files": {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)},
-    }
-    return json.dumps(value, indent=1).encode() + b"\n"

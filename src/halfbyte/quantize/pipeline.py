@@ -8,6 +8,7 @@ places on disk, the journal notes it. A run that is killed goes on after the las
 """
 
 import gc
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal
 from halfbyte.calibrate.stream import LayerStatistics, stream_layers
+from halfbyte.checkpoint.manifest import MANIFEST_NAME, manifest_file
 from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import check_target
 from halfbyte.errors import CapacityError, FormatError
@@ -298,10 +300,8 @@ class _Progress:
         require_unchanged(self._job.checkpoint, read, self._budget)
         missing = set(self._job.shards.slots) - set(hashes)
         assert not missing, f"never written: {sorted(missing)[:3]}"
-        self._staging.write_file(
-            export.MANIFEST_NAME,
-            export.manifest(self._job.fingerprint, hashes, self._job.files),
-        )
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in self._job.files.items()}
+        self._staging.write_file(MANIFEST_NAME, manifest_file(self._job.fingerprint, hashes, files))
         self._staging.publish()
 
     def _layers(self, first: int) -> Iterator[tuple[int, LayerStatistics | None]]:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,11 +23,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.names import is_scale
 from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME, bytes_of
-from halfbyte.checkpoint.writer import check_target
+from halfbyte.checkpoint.writer import check_target, index_json, shard_header, shard_name
 from halfbyte.errors import CapacityError, UsageError
-from halfbyte.files import format_bytes, make_directory
+from halfbyte.files import format_bytes, make_directory, sync_directory
 
 _PIECE_BYTES = 16 << 20
 # What the system says when a disk, a quota or a file size limit is reached.
@@ -65,25 +63,16 @@ class ShardPlan:
 
     def file_name(self, shard: int) -> str:
         """Name of a shard in the finished checkpoint."""
-        if len(self.headers) == 1:
-            return "model.safetensors"
-        return f"model-{shard + 1:05d}-of-{len(self.headers):05d}.safetensors"
+        return shard_name(shard, len(self.headers))
 
     def index(self) -> dict[str, Any] | None:
         """The content of the index file; None for a single shard, which has none."""
         if len(self.headers) == 1:
             return None
-        counted = [slot for name, slot in self.slots.items() if not is_scale(name)]
-        return {
-            "metadata": {
-                # Scales are no parameters to Model Optimizer; a packed byte is one.
-                "total_parameters": sum(prod(slot.shape) for slot in counted),
-                "total_size": sum(slot.num_bytes for slot in self.slots.values()),
-            },
-            "weight_map": {
-                name: self.file_name(self.slots[name].shard) for name in sorted(self.slots)
-            },
-        }
+        return index_json(
+            {name: (self.file_name(slot.shard), slot.shape, slot.num_bytes)
+             for name, slot in self.slots.items()}
+        )  # fmt: skip
 
 
 def plan_shards(
@@ -99,7 +88,7 @@ def plan_shards(
     for name, (shape, dtype) in tensors.items():
         num_bytes = prod(shape) * dtype.itemsize
         if not sizes or (sizes[-1] and sizes[-1] + num_bytes > max_shard_bytes):
-            entries.append({"__metadata__": {"format": "pt"}})
+            entries.append({})
             sizes.append(0)
         slot = Slot(shape, dtype, len(sizes) - 1, sizes[-1])
         slots[name] = slot
@@ -109,13 +98,7 @@ def plan_shards(
             "shape": list(shape),
             "data_offsets": [slot.offset, sizes[-1]],
         }
-    return ShardPlan(slots, tuple(map(_header, entries)), tuple(sizes))
-
-
-def _header(entries: Mapping[str, Any]) -> bytes:
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return ShardPlan(slots, tuple(map(shard_header, entries)), tuple(sizes))
 
 
 class Staging:
@@ -258,15 +241,6 @@ class Staging:
             raise CapacityError(
                 f"{self._target}: disk full while {doing}; the output takes {needed}"
             ) from error
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def work_directory(target: Path) -> Path:

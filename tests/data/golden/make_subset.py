@@ -1,4 +1,4 @@
-"""Cut the golden data of ../shared down to what the repository carries.
+"""Cut the golden data of the reference folder down to what the repository carries.
 
 MODEL.safetensors       for tests of the formats: the first 24 rows of a few weights (all deliberate
                         corner cases lie there), with the statistics, scales and codes that belong
@@ -10,7 +10,7 @@ modelopt-tiny/          for tests of a BF16 source: the weights of layer 4 that 
                         case, all statistics, and digests of what the reference made of them
 
 Configs are those of tests/data/checkpoint.
-Run: python tests/data/golden/make_subset.py ../shared/golden
+Run: python tests/data/golden/make_subset.py GOLDEN
 """
 
 import hashlib

@@ -8,7 +8,7 @@ Three corrections bring them to the later behaviour, and no verifier is written 
 - null arguments are dropped before a verifier sees them.
 
 Source: allenai/IFBench db69a6f (facts: which kinds changed and how), if-verifiable 0.1.2
-(Apache-2.0), ../shared/reference/evaluations.md section 4.
+(Apache-2.0), docs/reference/scoring.md#ifbench.
 """
 
 import hashlib

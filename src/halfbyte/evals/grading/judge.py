@@ -2,7 +2,7 @@
 
 Who asks the judge is not here (`run`); a verdict that cannot be read makes the attempt ungraded,
 which is missing, never wrong and never right.
-Source: ../shared/reference/evaluations.md section 3.3; the original protocol's three parts.
+Rules: docs/reference/scoring.md#the-judge, after the original protocol's three parts.
 """
 
 import hashlib

@@ -5,7 +5,7 @@ the last statement does. A statement of several letters, or none at all, leaves 
 nothing is guessed. What is read does not depend on which letter it is: "A" and "I" are words, too,
 so after *any* bare letter only punctuation or words that no article can have before them are
 allowed ("C because", not "C function"). Decision 0056 has the reasons.
-Source: section 5 of the evaluation reference (rules and cases).
+Rules: docs/reference/scoring.md#letters.
 """
 
 import re

@@ -3,7 +3,7 @@ r"""Grade answers whose gold is an integer (AIME): find the box, compare, math-v
 An integer in the box is compared as an integer here; anything else goes to math-verify in a child
 process, because sympy may compute for ever on an expression such as ``9^{9^{9}}`` and
 math-verify's own time limit needs the main thread.
-Source: ../shared/reference/evaluations.md section 3.5.
+Rules: docs/reference/scoring.md#integers.
 """
 
 import json

@@ -3,7 +3,7 @@
 Copied beside the tests, never imported by the package; runs under the interpreter of generated
 code (NumPy below 2, SciPy 1.10 to 1.13). The names of the comparisons are those the tests import.
 Source: layouts and comparison rules of scicode-bench/SciCode, stated in
-../shared/reference/evaluations.md section 3.4.
+docs/reference/scoring.md#scicode.
 """
 
 # mypy: disable-error-code="import-untyped,no-untyped-call"

@@ -3,7 +3,7 @@
 Building text only; the programs are run by `sandbox`, tests and code in worlds of their own
 (decision 0057). Steps of a problem build on each other: a
 step's program holds the model's own code of the steps before it.
-Source: ../shared/reference/evaluations.md section 3.4.
+Rules: docs/reference/scoring.md#scicode.
 """
 
 import io
