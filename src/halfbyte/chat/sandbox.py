@@ -389,7 +389,7 @@ def _check_growth(owner: Any, name: str, args: tuple[Any, ...]) -> None:
     elif name == "join" and args and isinstance(args[0], (list, tuple)):
         _check_chars(sum(len(part) + len(owner) for part in args[0] if isinstance(part, str)))
     elif name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
-        tabs = owner.count("\t" if isinstance(owner, str) else b"\t") + 1
+        tabs = 1 + (owner.count("\t") if isinstance(owner, str) else owner.count(b"\t"))
         _check_chars(tabs * max((arg for arg in args if isinstance(arg, int)), default=8))
     elif name in ("encode", "decode"):
         # Others take the square of a text's length.
