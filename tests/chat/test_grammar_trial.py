@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from halfbyte.chat import grammar_trial
 from halfbyte.chat.grammar import (
     GrammarCompiler,
     Mask,
@@ -213,3 +214,28 @@ def test_messages_are_whole_sentences(compiler: GrammarCompiler) -> None:
         with pytest.raises(RequestError, match=words) as caught:
             compiler.compile(lark, "p")
         assert not str(caught.value).endswith(":") and "\n" not in str(caught.value)
+
+
+def test_a_slow_start_costs_no_request_its_time(
+    mistral: MistralFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the process has been ended and is started anew."""
+    slow = "import time; time.sleep(1.5); " + grammar_trial._START
+    monkeypatch.setattr(grammar_trial, "_START", slow)
+    compiler = GrammarCompiler(mistral.vocabulary)
+    compiler.compile(choice_grammar(["a"]), "p", timeout_s=1.0)
+    process = compiler._trials._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    compiler.compile(choice_grammar(["b"]), "p", timeout_s=1.0)
+
+
+def test_a_process_that_cannot_start_is_said(
+    mistral: MistralFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_trial, "_START", "raise SystemExit")
+    compiler = GrammarCompiler(mistral.vocabulary)
+    with pytest.raises(RequestError, match="cannot be tried just now") as caught:
+        compiler.compile(choice_grammar(["a"]), "p")
+    assert caught.value.status == 503

@@ -2,7 +2,10 @@
 
 # ruff: noqa: E501 - templates stand on one line
 
+import contextlib
+import random
 import time
+import tracemalloc
 
 import pytest
 
@@ -50,6 +53,23 @@ LONG = "{% for a in range(99999) %}{% for b in range(99999) %}"
         "{% set ns = namespace(t='aa') %}{% for i in range(99) %}{% set ns.t %}{{ ns.t }}{{ ns.t }}{% endset %}{% endfor %}",
         "{% set ns = namespace(t='aa') %}{% for i in range(99) %}{% set ns.t = '{0}{0}'.format(ns.t) %}{% endfor %}",
         "{% set ns = namespace(t='aa') %}{% for i in range(99) %}{% set ns.t = '%s%s' % (ns.t, ns.t) %}{% endfor %}",
+        "{{ ('ab ' * 300000) | wordwrap(1) }}",
+        "{% set a = 'x' * 33000000 %}" + "".join(f"{{% set a{i} = a[1:] %}}" for i in range(300)),
+        "{% set a = 'x' * 33000000 %}" + "".join(f"{{% set a{i} = a ~ '' %}}" for i in range(300)),
+        "{% set a = 'x' * 33000000 %}{{ ([a] * 1000) | string | length }}",
+        "{{ ('a' * 1000000).translate({97: 'x' * 1000000}) }}",
+        "{{ 'a'.encode().center(10**9) }}",
+        "{{ (5).to_bytes(10**9, 'big') }}",
+        "{{ ('a,' * 10000000).split(',') | length }}",
+        "{{ ('a ' * 10000000).split() | length }}",
+        "{{ ('a\n' * 1000) | indent(1000000) }}",
+        "{{ ([[1] * 10] * 90000) | sum(start=[]) | length }}",
+        "{{ ('%(a)s' * 10000) % {'a': 'x' * 100000} }}",
+        "{{ ('{0}' * 10000).format('a' * 100000) }}",
+        "{{ (['a'] * 100000) | tojson(separators=('x' * 10000, ':')) }}",
+        "{{ {'a': 1} | tojson(indent=1000000) }}",
+        "{{ strftime_now('%999999999d') }}",
+        "{{ ('é' * 1000000).encode('punycode') }}",
         "{{ messages[0].nothing.at.all }}",
         "{{ messages[99].content }}",
         "{{ raise_exception('no, thank you') }}",
@@ -64,6 +84,65 @@ def test_a_hostile_template_ends_in_one_sentence(
         ChatTemplate(source, "x").render(HELLO)
     assert time.thread_time() - started < 5
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 300
+
+
+# What makes a value of itself twice, and what walks through a value, writes, compares or hashes it.
+GROWS = [
+    "[V, V]", "(V, V)", "{'a': V, 'b': V}", "dict(a=V, b=V)", "[V] + [V]", "[V] * 2", "V ~ V",
+    "'{0}{0}'.format(V)", "'%s%s' % (V, V)", "'%(a)s%(a)s' % {'a': V}", "[V, V] | list",
+    "[V, V] | join", "{'a': V, 'b': V}.items()", "{'a': [V].copy(), 'b': V}.values()",
+    "{'a': V, 'b': V} | dictsort", "[V, V] | batch(1) | list", "[[V], [V]] | map('list') | list",
+    "V | string | replace('a', 'aa')", "[V, V] | groupby(0) | list", "[V, V] | tojson",
+    "(V | string)[:] * 2", "namespace(a=V, b=V)", "[V, V] | tojson(indent=2)", "[V, [V] | string]",
+    "{'a': V} | items | list + [V]", "[V, V][:]", "cycler(V, [V, V]).next()", "[V, V] | reverse | list",
+]  # fmt: skip
+WALKS = [
+    "V", "V | tojson", "V | string | length", "V == W", "[V].index(W)", "V in [W]", "{(V,): 1}",
+    "V | pprint", "V | upper", "'%r' % (V,)", "'{0!r}'.format(V)", "[V, W] | unique | list",
+    "[V, W] | sort", "V ~ 'x'", "[V, W] | join", "V | urlize", "V | string | wordwrap(1)",
+    "V | string | striptags", "V | escape", "V | string | title", "[V, W].count(W)", "[V, W] | max",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_value_grows_without_bound(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doubled a hundred times in made-up ways, then used: it ends, and little memory is taken."""
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "MAX_CHARS", 2**20)
+    dice = random.Random(seed)
+
+    def doubled(name: str) -> str:
+        steps = "".join(
+            f"{{% set {name}.v = " + dice.choice(GROWS).replace("V", f"{name}.v") + " %}"
+            for _ in range(dice.randrange(1, 4))
+        )
+        start = dice.choice(["'a'", "['a']", "{'k': 'a'}", "messages", "messages[0].content"])
+        return f"{{% set {name} = namespace(v={start}) %}}{{% for i in range(99) %}}{steps}{{% endfor %}}"
+
+    use = dice.choice(WALKS).replace("V", "ns.v").replace("W", "nt.v")
+    source = doubled("ns") + doubled("nt") + "{{ " + use + " }}"
+    started = time.thread_time()
+    tracemalloc.start()
+    # Whatever else it raises fails the test.
+    with contextlib.suppress(RequestError):
+        text = ChatTemplate(source, "x").render(HELLO)
+        assert len(text) <= 2**20
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.thread_time() - started < 5 and peak < 300 * 2**20, source
+
+
+def test_long_conversations_are_weighed_once() -> None:
+    """A template that looks through all earlier messages at each stays within its time."""
+    messages = typed([{"role": "user", "content": f"message {i}"} for i in range(600)])
+    source = (
+        "{% set ns = namespace(out='', all=[]) %}{% for m in messages %}"
+        "{% set earlier = messages[:loop.index0] | selectattr('role', 'equalto', 'user') | list %}"
+        "{% set ns.all = ns.all + [m] %}{% set ns.out = ns.out ~ m.content ~ (earlier | length) %}"
+        "{% endfor %}{{ ns.out }}"
+    )
+    text = ChatTemplate(source, "x").render({"messages": messages})
+    assert text == "".join(f"message {i}{i}" for i in range(600))
 
 
 @pytest.mark.parametrize(

@@ -114,16 +114,19 @@ def check(number: int, draws: int) -> float | None:
         rows = torch.from_numpy(logits).repeat(len(sequences), 1) if rows is None else rows
         return [choice.token_id for choice in sampler.choose(rows, sequences)]
 
-    sequences = [sequence_of(params, seed) for seed in range(draws)]
+    # Other seeds for each setting: the same uniform numbers in all of them would make one rare
+    # set of numbers look like many rare results.
+    seeds = range(number * draws, (number + 1) * draws)
+    sequences = [sequence_of(params, seed) for seed in seeds]
     drawn = draw(sequences)
     # A seed's token is the same alone and beside a neighbour that needs other candidates.
-    for seed in range(min(draws, 5)):
+    for seed, token_id in zip(seeds[:5], drawn, strict=False):
         beside = sequence_of(
             dataclasses.replace(params, temperature=2.0, top_p=0.9999, top_k=0, min_p=0.0), 99
         )
         pair = torch.from_numpy(np.stack([logits, generator.permutation(logits) * 0.1]))
-        assert draw([sequence_of(params, seed)]) == [drawn[seed]], (number, params)
-        assert draw([sequence_of(params, seed), beside], pair)[0] == drawn[seed], (number, params)
+        assert draw([sequence_of(params, seed)]) == [token_id], (number, params)
+        assert draw([sequence_of(params, seed), beside], pair)[0] == token_id, (number, params)
     # The path that runs on a device takes what it serves, and makes the same draws.
     if is_choosable(sequences[0]):
         rows = torch.from_numpy(logits).repeat(draws, 1)

@@ -121,6 +121,10 @@ class GrammarCompiler:
         """Make ready what the first grammar would wait for."""
         self._trials.start()
 
+    def wait(self) -> None:
+        """Wait until that is done; RequestError (503) if it takes too long."""
+        self._trials.wait()
+
     def compile(
         self, lark: str, param: str, *, is_free: bool = False, timeout_s: float = 10.0
     ) -> CompiledGrammar:

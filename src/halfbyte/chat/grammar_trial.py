@@ -36,6 +36,8 @@ from halfbyte.errors import RequestError
 _NUM_READY = 2
 # What an ordinary grammar takes on a busy machine.
 _ORDINARY_S = 0.05
+# A start of the process: the vocabulary is read there. It counts against nobody's time.
+_START_S = 60.0
 _START = "from halfbyte.chat.grammar_trial import main; main()"
 # How a child ends when nobody asks any more.
 _NOBODY_ASKS = 3
@@ -89,6 +91,8 @@ class GrammarTrials:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Callable[[], Any] = lambda: None
+        self._waiting = threading.Lock()
+        self._is_ready = False
 
     def start(self) -> None:
         """Start the process, if it is not there."""
@@ -105,11 +109,33 @@ class GrammarTrials:
                     # Whatever made the package importable here does so there.
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 )
-            self._control = ours
+            self._control, self._is_ready = ours, False
             self._end = weakref.finalize(self, _end, ours, self._process)
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
                 pipe.write(self._setting)
+
+    def wait(self) -> None:
+        """Wait until grammars can be tried; RequestError (503) if that takes a minute."""
+        for _ in range(3):
+            self.start()
+            with self._waiting:
+                control = self._control
+                assert control is not None
+                if self._is_ready:
+                    return
+                try:
+                    control.settimeout(_START_S)
+                    # One message, when the vocabulary is read; nothing if the process has ended.
+                    has_come = bool(control.recv(1))
+                except TimeoutError:
+                    break
+                except OSError:
+                    has_come = False
+                if has_come and control is self._control:
+                    self._is_ready = True
+                    return
+        raise _busy()
 
     def compile(self, lark: str, *, is_free: bool, timeout_s: float) -> Tried:
         """Whether a grammar can be compiled; a death of the process is a fault, too."""
@@ -135,16 +161,15 @@ class GrammarTrials:
 
     def _ask(self, question: Compile | Mend, timeout_s: float) -> Any:
         """The answer of a process of its own, or None if it has died of it or takes too long."""
-        deadline = time.monotonic() + timeout_s
         for _ in range(3):
+            self.wait()
             try:
-                return self._ask_once(question, deadline)
+                return self._ask_once(question, time.monotonic() + timeout_s)
             except _NotBegunError:
                 continue
         raise _busy()
 
     def _ask_once(self, question: Compile | Mend, deadline: float) -> Any:
-        self.start()
         ours, theirs = socket.socketpair()
         with theirs, Connection(ours.detach()) as pipe:
             assert self._control is not None
@@ -217,6 +242,8 @@ def main() -> None:
     # What is loaded lazily is loaded before the fork.
     build(tokenizer, 'start: %json {"type": "object"}\n', limits, is_free=False)
     used = _used_bytes()
+    with contextlib.suppress(OSError):
+        control.send(b"r")
     children: set[int] = set()
     while True:
         while len(children) < _NUM_READY:

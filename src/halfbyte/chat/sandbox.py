@@ -2,8 +2,10 @@
 
 A template is a program out of a downloaded file. It can neither reach Python nor run for ever nor
 fill the memory: time is looked at in every turn of a loop and at every call, sizes before a string
-or a list grows. What it writes comes out as `Written`, its own characters told from a client's.
-The extensions are those that transformers gives templates (chat_template_utils).
+or a list grows, and every value that a template makes is weighed as if it were written out, so that
+none can hold another over and over. So each operation on values has a most, whichever it is. What
+it writes comes out as `Written`, its own characters told from a client's. The extensions are those
+that transformers gives templates (chat_template_utils).
 """
 
 import datetime
@@ -12,7 +14,7 @@ import re
 import string
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jinja2
@@ -22,6 +24,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension
 from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
+from jinja2.utils import Namespace
 from markupsafe import Markup
 
 from halfbyte.chat.written import Written, formatted, joined, own
@@ -31,7 +34,14 @@ MAX_SOURCE = 2**20  # characters of a template; the longest in use have 30,000
 MAX_SECONDS = 2.0  # of one thread's processor for one rendering; usual ones take milliseconds
 MAX_CHARS = 2**25  # of any string on the way
 MAX_ITEMS = 10**6  # of any list on the way, and the largest number given to a function
+MAX_MADE = 2**30  # bytes of all strings and lists that one rendering makes
 _MAX_BITS = 4096  # of a whole number
+# Filters that lay text out, some with the square of its length, and what they take.
+_LAYS_OUT = {"do_wordwrap", "do_urlize", "do_striptags", "do_pprint"}
+_MAX_LAID_OUT = 10_000
+_MAX_INDENT = 16
+_HOLDERS = frozenset({list, tuple, dict})  # the usual ones; asking an abstract class takes long
+_PLAIN_CODECS = {"utf-8", "utf8", "ascii", "latin-1", "utf-16", "utf-32"}
 # Filters that make as much of something as a number says.
 _TAKES_WIDTH = {"do_center", "do_indent", "do_batch", "do_slice"}
 _LONG_NUMBER = re.compile(r"\d{5}")
@@ -65,7 +75,11 @@ class ChatTemplate:
     def render(self, values: Mapping[str, Any]) -> Written:
         """The rendered text. RequestError in the template's words where it refuses or fails."""
         _bounds.ends = time.thread_time() + MAX_SECONDS
+        _bounds.made, _bounds.known = 0, {}
         try:
+            # What the conversation holds is weighed once, however often it is passed on.
+            for value in values.values():
+                _weight(value, _bounds.known, most=None)
             text = self._template.render(values)
         except TemplateRefusalError as error:
             raise RequestError(str(error), param="messages") from error
@@ -76,14 +90,24 @@ class ChatTemplate:
             raise RequestError(message, param="messages") from error
         finally:
             _bounds.ends = None
+            _bounds.known = {}
         assert isinstance(text, Written)
         return text
 
 
 class _Bounds(threading.local):
-    """When the rendering of this thread must have ended, in seconds of `time.thread_time`."""
+    """What one thread's rendering has used.
+
+    ends   when it must have ended, in seconds of `time.thread_time`
+    made   bytes of the strings and lists that it has made
+    known  weights of what it was given, by identity: that stays while it runs
+    """
 
     ends: float | None = None
+    made: int = 0
+
+    def __init__(self) -> None:
+        self.known: dict[int, int] = {}
 
 
 _bounds = _Bounds()
@@ -108,6 +132,66 @@ def _check_arguments(values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, int):
             _check_items(abs(value))
+
+
+def _is_holder(value: Any) -> bool:
+    """Whether a value holds others that are written, compared or hashed with it."""
+    if type(value) in _HOLDERS:
+        return True
+    return (
+        isinstance(value, Collection)
+        and not isinstance(value, (str, bytes, bytearray, range))
+        and not isinstance(value, jinja2.Undefined)
+    )
+
+
+def _weight(value: Any, known: dict[int, int], most: int | None = MAX_CHARS) -> int:
+    """Characters and items of a value written out in full, what it holds twice counted twice.
+
+    known   weights of holders by identity; filled, so that each is looked into once
+    """
+    if isinstance(value, (str, bytes, bytearray)):
+        return 1 + len(value)
+    if not _is_holder(value):
+        return 1
+    found = known.get(id(value))
+    if found is None:
+        found = known[id(value)] = 1  # until it is known; what holds itself is written once
+        for item in value:
+            found += _weight(item, known, most)
+        if isinstance(value, Mapping):
+            for item in value.values():
+                found += _weight(item, known, most)
+        known[id(value)] = found
+        if most is not None and found > most:
+            raise _BoundError(
+                f"written out, a value that it makes has more than {most:,} characters and items"
+            )
+    return found
+
+
+class _Known(dict[int, int]):
+    """Weights found now, before those of what the rendering was given."""
+
+    def get(self, key: int, default: Any = None) -> Any:
+        found = super().get(key)
+        return _bounds.known.get(key, default) if found is None else found
+
+
+def _kept(value: Any) -> Any:
+    """A value that an expression has made, if a template may have it."""
+    if isinstance(value, (str, bytes, bytearray)):
+        _check_chars(len(value))
+        num_bytes = len(value) if not isinstance(value, str) or value.isascii() else 4 * len(value)
+        # `Written` has a flag for each character.
+        _bounds.made += 2 * num_bytes
+    elif _is_holder(value):
+        _check_items(len(value))
+        _weight(value, _Known())
+        _bounds.made += 16 * len(value)
+    if _bounds.made > MAX_MADE:
+        raise _BoundError(f"it makes more than {MAX_MADE:,} bytes of text and lists")
+    return value
 
 
 def _check_form(form: str) -> None:
@@ -136,6 +220,30 @@ class _Code(CodeGenerator):
     def _output_const_repr(self, group: Iterable[Any]) -> str:
         return f"environment.constant({''.join(map(str, group))!r})"
 
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._keep(super().visit_List, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":
+            self._keep(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._keep(super().visit_Dict, node, frame)
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        # A slice is a copy.
+        if isinstance(node.arg, nodes.Slice):
+            self._keep(super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
+
+    def _keep(self, visit: Callable[[Any, Frame], None], node: nodes.Expr, frame: Frame) -> None:
+        self.write("environment.kept(")
+        visit(node, frame)
+        self.write(")")
+
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat((")
         for item in node.nodes:
@@ -152,7 +260,7 @@ def _concat(parts: Iterable[Any]) -> Written:
         count += len(piece)
         _check_chars(count)
         pieces.append(piece)
-    return joined(pieces)
+    return _kept(joined(pieces))  # type: ignore[no-any-return]
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -173,7 +281,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _to_json
         self.filters["join"] = _join
         self.globals["raise_exception"] = _refuse
-        self.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self.globals["strftime_now"] = _now
+        self.globals["namespace"] = _Namespace
         del self.globals["lipsum"]
 
     def constant(self, text: str) -> Written:
@@ -190,6 +299,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             loop.body.insert(0, statement.set_environment(self))
         return super()._generate(source, *args, **options)
 
+    kept = staticmethod(_kept)
+
     @staticmethod
     def tick() -> None:
         """One turn of a loop."""
@@ -198,10 +309,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         _check_time()
         _check_growth(getattr(__obj, "__self__", None), getattr(__obj, "__name__", ""), args)
-        result = super().call(__context, __obj, *args, **kwargs)
-        if isinstance(result, str):
-            _check_chars(len(result))
-        return result
+        return _kept(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _check_time()
@@ -223,9 +331,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 _check_items(len(left) + len(right))
         elif isinstance(left, str):
             _check_form(left)
+            # A short form may name a long value many times.
+            _check_chars((left.count("%") + 1) * _text_length(right))
             if "*" in left:
                 _check_arguments(right if isinstance(right, tuple) else (right,))
-        return super().call_binop(context, operator, left, right)
+        return _kept(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -239,6 +349,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         def written(*args: Any, **kwargs: Any) -> Written:
             if takes_mapping:
                 args, kwargs = (), dict(*args)
+            # A short pattern may name a long value many times.
+            longest = max(map(_text_length, (*args, *kwargs.values())), default=0)
+            _check_chars((pattern.count("{") + 1) * longest)
             return formatted(pattern, formatter, args, kwargs, _check_form)
 
         return written
@@ -260,20 +373,41 @@ def _check_bits(bits: int) -> None:
         raise _BoundError(f"it computes a number of {bits:,} bits; the limit is {_MAX_BITS:,}")
 
 
+def _text_length(value: Any) -> int:
+    return len(value) if isinstance(value, str) else _weight(value, _Known())
+
+
 def _check_growth(owner: Any, name: str, args: tuple[Any, ...]) -> None:
-    """Refuse what would make a long text out of two short ones."""
-    if not isinstance(owner, str):
+    """Refuse methods of Python's own types that make much out of little."""
+    if not isinstance(owner, (str, bytes, bytearray, int, float, list, tuple, dict)):
         return
-    if name == "replace" and len(args) >= 2 and isinstance(args[0], str):
-        _check_chars(_replaced_length(owner, args[0], str(args[1])))
+    _check_arguments(args)
+    if not isinstance(owner, (str, bytes, bytearray)):
+        return
+    if name == "replace" and len(args) >= 2 and isinstance(args[0], type(owner).__mro__[-2]):
+        _check_chars(_replaced_length(owner, args[0], args[1]))
     elif name == "join" and args and isinstance(args[0], (list, tuple)):
         _check_chars(sum(len(part) + len(owner) for part in args[0] if isinstance(part, str)))
     elif name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
-        tabs = owner.count("\t") + 1
+        tabs = 1 + (owner.count("\t") if isinstance(owner, str) else owner.count(b"\t"))
         _check_chars(tabs * max((arg for arg in args if isinstance(arg, int)), default=8))
+    elif name in ("encode", "decode"):
+        # Others take the square of a text's length.
+        if any(str(one).lower() not in _PLAIN_CODECS for one in args[:1]):
+            raise _BoundError(f"it asks for the encoding {str(args[0])[:40]!r}")
+    elif name == "translate" and args and isinstance(args[0], Mapping):
+        longest = max((len(new) for new in args[0].values() if isinstance(new, str)), default=1)
+        _check_chars(len(owner) * max(longest, 1))
+    elif name in ("split", "rsplit", "splitlines"):
+        # Separators of one character at least; white space by the sign of it that is there.
+        separators = (*args[:1],) if args and args[0] else " \t\n\r\v\f\x85\u2028\u2029"
+        if isinstance(owner, str):
+            _check_items(sum(owner.count(one) for one in separators if isinstance(one, str)))
+        else:
+            _check_items(len(owner))
 
 
-def _replaced_length(text: str, old: str, new: str) -> int:
+def _replaced_length(text: Any, old: Any, new: Any) -> int:
     count = text.count(old) if old else len(text) + 1
     return len(text) + count * len(new)
 
@@ -285,24 +419,43 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
     def bounded(*args: Any, **kwargs: Any) -> Any:
         _check_time()
         given = args[1:] if takes_first else args
-        if function.__name__ in _TAKES_WIDTH:
-            _check_arguments(given[1:])
-            _check_arguments(kwargs.values())
-        if given and isinstance(given[0], str):
-            if function.__name__ == "do_replace":
-                _check_growth(given[0], "replace", given[1:])
-            elif function.__name__ == "do_format":
-                _check_form(given[0])
+        _check_filtered(function.__name__, given, kwargs)
         result = function(*args, **kwargs)
-        if isinstance(result, str):
-            _check_chars(len(result))
-        elif isinstance(result, Iterator):
-            return _ticking(result)
-        return result
+        return _ticking(result) if isinstance(result, Iterator) else _kept(result)
 
     if takes_first:
         bounded.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
     return bounded
+
+
+def _check_filtered(name: str, given: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Refuse what a filter would take too long for, or make too much of."""
+    value = given[0] if given else None
+    others = (*given[1:], *options.values())
+    if name in _TAKES_WIDTH:
+        _check_arguments(others)
+    if name in _LAYS_OUT:
+        for one in (value, *others):
+            if _text_length(one) > _MAX_LAID_OUT:
+                raise _BoundError(f"it lays out a text of over {_MAX_LAID_OUT:,} characters")
+    elif name == "do_sum":
+        # Lists would be copied as often as there are of them.
+        if any(isinstance(one, Collection) for one in (*given[2:], options.get("start"))):
+            raise _BoundError("it adds up what is no number")
+    elif name in ("do_list", "do_reverse") and isinstance(value, (str, range)):
+        _check_items(len(value))
+    elif name == "do_indent" and isinstance(value, str):
+        width = max((_width(one) for one in others), default=4)
+        _check_chars((len(value.splitlines()) + 1) * width + len(value))
+    elif name == "do_replace" and isinstance(value, str):
+        _check_growth(value, "replace", given[1:])
+    elif name == "do_format" and isinstance(value, str):
+        _check_form(value)
+        _check_chars((value.count("%") + 1) * max(map(_text_length, others), default=0))
+
+
+def _width(value: Any) -> int:
+    return value if isinstance(value, int) else _text_length(value)
 
 
 def _ticking(items: Iterator[Any]) -> Iterator[Any]:
@@ -337,16 +490,33 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON, as chat templates expect it (Jinja's own filter escapes for HTML)."""
-    _check_arguments((indent,))
-    text = json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    if indent is not None and _width(indent) > _MAX_INDENT:
+        raise _BoundError(f"it indents JSON by {_width(indent):,}; the limit is {_MAX_INDENT}")
+    _check_chars(sum(map(_text_length, separators or ())) * _text_length(value))
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-    _check_chars(len(text))
+    if indent is None:
+        text = encoder.encode(value)
+    else:
+        # Deep and long at once, blanks outweigh what is written.
+        text = str.__str__(_concat(_ticking(iter(encoder.iterencode(value)))))
+    _kept(text)
     return own(text) if isinstance(value, Written) and value.is_own else Written(text)
+
+
+def _now(form: str) -> str:
+    """The time in a format of strftime."""
+    _check_form(form)
+    _check_items(len(form))
+    return datetime.datetime.now().strftime(form)
+
+
+class _Namespace(Namespace):
+    """Jinja's, which as text does not show what it holds: that may change after it was weighed."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
 
 
 def _refuse(message: object) -> NoReturn:

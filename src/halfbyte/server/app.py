@@ -45,6 +45,8 @@ from halfbyte.server.tracing import Tracing
 
 # Bytes of a body that is read on the event loop.
 _SHORT_BODY = 16_384
+# Values that come beside a context of ids.
+_FEW_VALUES = 1000
 
 Asked = TypeVar("Asked", bound=wire.Wire)
 
@@ -119,10 +121,17 @@ def create_app(
 async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
     """The validated body of a request, none of whose texts and lists is beyond all bounds."""
     limits = backend.config.limits
+    counted = limits
+    if not _has_prompts(kind):
+        # Reading values takes the interpreter from running answers, 30 ns each. Only batches of
+        # prompts need so many.
+        most_values = max(limits.body_values // 2, backend.config.max_model_len + _FEW_VALUES)
+        most_values = min(limits.body_values, most_values)
+        counted = dataclasses.replace(limits, body_values=most_values)
     call: Call = request.state.call
     accepts = backend.config.unknown_fields == "accept"
     most_text = backend.texts.most_bytes * (limits.prompts if _has_prompts(kind) else 1)
-    async with reading_body(request, limits, backend.body_room, most_text) as body:
+    async with reading_body(request, counted, backend.body_room, most_text) as body:
 
         def parse() -> tuple[Asked, Dialect, list[str]]:
             notes: list[str] = []
@@ -248,7 +257,7 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
             }
             if asked.return_token_strs:
                 body["token_strs"] = [vocabulary.piece(token_id) for token_id in token_ids]
-            return await asyncio.to_thread(JSONResponse, body)
+            return await backend.texts.aside(len(token_ids), lambda: JSONResponse(body))
 
     async def tokens_of(asked: wire.TokenizeRequest) -> Sequence[int]:
         asked = tool_names.for_model(asked)
@@ -275,7 +284,7 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
                 check_token_ids(backend, asked.tokens, "tokens")
                 return JSONResponse({"prompt": vocabulary.decode(asked.tokens, keep_control=True)})
 
-            return await asyncio.to_thread(decode)
+            return await backend.texts.aside(len(asked.tokens), decode)
 
 
 def _add_markdown(app: FastAPI, backend: Backend) -> None:

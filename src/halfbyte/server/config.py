@@ -19,7 +19,8 @@ class Limits:
     body_brackets      opening brackets of a body, those in texts included
     body_nodes         its arrays and objects; tiny ones by the million would be read for seconds,
                        in which nothing else happens. So would the following four
-    body_values        its commas outside texts
+    body_values        its commas outside texts; where no several prompts are sent, half of them, or
+                       as many as the context has tokens
     body_keys          its field names
     body_texts         its texts, field names included
     body_plain_bytes   what is no text in it: numbers, punctuation, blanks

@@ -2,10 +2,12 @@
 
 Uvicorn and h11 read HTTP. What they leave open is here: a listening socket that survives running
 out of file descriptors, time limits for a request's head, for the rest of a body that nobody wants
-and for a client that takes nothing, and room for new connections at the cost of idle ones.
+and for a client that takes nothing, room for new connections at the cost of idle ones, and turns
+for what arrives at once, so that answers under way do not wait for a crowd.
 """
 
 import asyncio
+import collections
 import contextlib
 import errno
 import http
@@ -24,9 +26,15 @@ from halfbyte.log import logger
 from halfbyte.server.config import Limits
 from halfbyte.server.problems import error_body
 
-# Connections that the kernel may hold for us, and that asyncio takes at once before any is looked
-# at. More would only wait longer.
-BACKLOG = 128
+# Connections that the kernel may hold for us; what it refuses tries again a second later.
+_QUEUE = 1024
+# Those that asyncio takes at once before any is looked at, and before it does anything else.
+BACKLOG = 8
+# Pieces of what arrived that a turn of the event loop reads. Each makes it do up to a millisecond
+# of work: a request that begins, or a quarter of a megabyte of a body that is counted.
+_PIECES = 4
+# The longest rest after such a turn, in which the interpreter belongs to the engine's thread.
+_REST_S = 0.02
 # Descriptors for files, pipes and what the server itself connects to, beyond those open already.
 _SPARE_FILES = 64
 # More than these serve nothing here.
@@ -61,6 +69,10 @@ class Listener(socket.socket):
             self._say.warn(f"connections are closed unanswered: {error.strerror}")
             self._shed()
             raise BlockingIOError(errno.EAGAIN, "out of descriptors") from error
+
+    def listen(self, backlog: int = _QUEUE, /) -> None:
+        """Listen, with room for a crowd; asyncio names what it wants to take in one go."""
+        super().listen(max(backlog, _QUEUE))
 
     def close(self) -> None:
         """Close the socket and what was held back."""
@@ -134,15 +146,68 @@ class Bounds:
 
 def bounded(bounds: Bounds) -> type[H11Protocol]:
     """A protocol class for uvicorn that keeps to the bounds."""
-    say = _Seldom()
+    say, turns = _Seldom(), _Turns()
 
     class Connection(_Connection):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.bounds = bounds
             self.say = say
+            self.turns = turns
 
     return Connection
+
+
+class _Turns:
+    """Spreads what arrives at once over several turns of the event loop, first come, first served.
+
+    A loop does everything that is ready before it looks again: with 300 requests at once, the next
+    token of a stream would wait for all of them. Here they wait, unread in the kernel but for one
+    piece of each connection, so that few are in work. While some wait, the loop rests after each
+    turn as long as the turn took: the engine's thread asks for the interpreter some hundred times
+    a step, and a loop that is never idle makes it wait each time. A GET goes first: it brings no
+    body, and whoever watches the server asks so.
+    """
+
+    def __init__(self) -> None:
+        self._first: collections.deque[tuple[_Connection, bytes]] = collections.deque()
+        self._then: collections.deque[tuple[_Connection, bytes]] = collections.deque()
+        self._left = _PIECES
+        # When this turn began; None while turns are not told apart, since nothing waits.
+        self._began_s: float | None = None
+
+    def take(self, connection: "_Connection", data: bytes) -> None:
+        """Give a connection what it received, now or in its turn."""
+        if self._began_s is None:
+            self._begin(connection.loop)
+        if self._left:
+            self._left -= 1
+            connection.read(data)
+            return
+        # Nothing more comes of it meanwhile, so that its pieces stay in order.
+        connection.transport.pause_reading()
+        (self._first if data.startswith(b"GET ") else self._then).append((connection, data))
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._began_s, self._left = time.perf_counter(), _PIECES
+        loop.call_soon(self._end, loop)
+
+    def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert self._began_s is not None
+        if self._first or self._then:
+            took_s = time.perf_counter() - self._began_s
+            loop.call_later(min(took_s, _REST_S), self._next, loop)
+        else:
+            self._began_s = None
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._begin(loop)
+        while self._left and (waiting := self._first or self._then):
+            connection, data = waiting.popleft()
+            if not connection.transport.is_closing():
+                self._left -= 1
+                connection.transport.resume_reading()
+                connection.read(data)
 
 
 class _Connection(H11Protocol):
@@ -150,6 +215,7 @@ class _Connection(H11Protocol):
 
     bounds: Bounds
     say: _Seldom
+    turns: _Turns
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -195,6 +261,10 @@ class _Connection(H11Protocol):
     # --- time limits ---
 
     def data_received(self, data: bytes) -> None:
+        self.turns.take(self, data)
+
+    def read(self, data: bytes) -> None:
+        """Read what arrived, in its turn."""
         super().data_received(data)
         if self._owes_something():
             self._watch_head()
