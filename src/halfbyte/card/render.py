@@ -42,6 +42,7 @@ from halfbyte.evals.render import (
     p_text,
     percent,
     points,
+    undecided,
     unseen_lines,
     what_would_decide,
 )
@@ -314,10 +315,10 @@ def _finding(comparison: Comparison) -> str:
         return f"a loss beyond the {margins} was found"
     if comparison.reason == "blocked":
         return "the evaluation is not complete enough to say whether it loses accuracy"
+    names = ", ".join(undecided(comparison))
     if comparison.reason == "loss shown":
-        names = ", ".join(row.title for row in rows if row.reason == "loss shown")
         return f"it loses accuracy on {names}; whether beyond the {margins} was not shown"
-    return "the evaluation was too small to say whether it loses accuracy"
+    return f"the evaluation was too small to say whether it loses accuracy on {names}"
 
 
 def _description(given: CardInput) -> Markdown:
