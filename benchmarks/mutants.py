@@ -81,7 +81,8 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "checkpoint/verify_values": ("checkpoint/test_verify.py",),
     "engine/request": ("engine/test_sampler.py", "engine/test_core.py"),
     "engine/sequence": ("engine/test_scheduler.py", "engine/test_images.py"),
-    "evals/config": ("evals/test_tasks.py",),
+    "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
+    "evals/endpoint": ("flows/test_evals_run.py",),
     "evals/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/scripts": ("evals/test_hostile_code.py",),
     "evals/grading/statements": (
@@ -91,6 +92,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "evals/grading/letters": ("evals/test_letter_phrasings.py", "evals/test_extraction.py"),
     "evals/grading/numbers": ("evals/test_number_phrasings.py", "evals/test_extraction.py"),
     "evals/guards": ("evals/test_compare.py",),
+    "evals/looks": ("evals/test_compare.py",),
     "evals/render": ("evals/test_compare.py", "flows/test_evals_pages.py"),
     "evals/score": ("evals/test_stats.py", "evals/test_bounds.py"),
     "evals/summary": (

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from halfbyte.bench.fidelity import Comparison, Interval, PairRow, Row
 from halfbyte.card.base import Base, find_base
 from halfbyte.card.facts import (
     CheckpointFacts,
@@ -283,7 +284,11 @@ def test_a_comparison_of_distributions_becomes_a_table(tmp_path: Path) -> None:
     file.write_text(json.dumps(record))
     card = render_card(given(tmp_path, figures=read_figures([file])))
     section = card.split("## Fidelity to the source")[1].split("\n## ")[0]
-    assert "| mixed | [12.500](evaluation/fidelity.json) | 0.0300 (0.0200 to 0.0400) |" in section
+    assert (
+        "| mixed | [12.500](evaluation/fidelity.json) | not measured | 0.0300 (0.0200 to 0.0400) |"
+        in section
+    )
+    assert "second minus first" not in section
     assert "4 of 20: 2 lost, 1 won" in section
     assert "no verdict above rests on them" in section
     file.write_text('{"something": "else"}')
@@ -321,6 +326,49 @@ def test_a_record_from_before_figures_were_typed_still_shows_its_rows(tmp_path: 
     card = render_card(given(tmp_path, figures={"s.json": old | {"results": {"speed": rows}}}))
     assert "| time to the first token | users 1 | 0.250 s | - |" in card
     assert "| output | users 1 | 12.5 tokens/s | - |" in card
+
+
+def test_paired_intervals_of_a_comparison_reach_the_card(tmp_path: Path) -> None:
+    """What `halfbyte compare` writes, not a record made up here; the other's own row stays out."""
+
+    def model(name: str, **more: Any) -> Row:
+        return Row(
+            name=name, mode="declared" if name == "b" else "weight_only", bytes=1,
+            perplexity=12.5, perplexity_interval=Interval(12.25, 12.75), **more,
+        )  # fmt: skip
+
+    def candidate(name: str) -> Row:
+        return model(
+            name, kl_mean=0.03, kl_interval=Interval(0.02, 0.04), kl_p99=0.4, top1_agreement=0.9,
+            log_perplexity_change=0.0125,
+            log_perplexity_change_interval=Interval(-0.001, 0.025),
+        )  # fmt: skip
+
+    def pair(first: str, second: str, interval: Interval | None) -> PairRow:
+        return PairRow(first, second, -0.0125, interval, 0.0225, Interval(0.01, 0.035))
+
+    found = Comparison(
+        base=model("fp8"),
+        candidates=tuple(map(candidate, "abcd")),
+        text_sha256="0", num_windows=6, num_tokens=3000, window_tokens=512, method="full",
+        pairs=(pair("a", "b (declared)", Interval(-0.02, -0.005)), pair("a", "c", None),
+               pair("c", "d", None)),
+    )  # fmt: skip
+    file = tmp_path / "fidelity.json"
+    record = found.as_dict()
+    for row in record["candidates"]:
+        row["checkpoint"] = IDENTITY if row["name"] in "ab" else "tensors:00"
+    file.write_text(json.dumps(record))
+    section = render_card(given(tmp_path, figures=read_figures([file])))
+    section = section.split("## Fidelity to the source")[1].split("\n## ")[0]
+    at = "(evaluation/fidelity.json)"
+    assert f"| fp8 | [12.500]{at} (12.250 to 12.750) | - |" in section
+    shown = "+0.0125 (-0.0010 to +0.0250) | 0.0300 (0.0200 to 0.0400) |"
+    assert f"| b (declared) | [12.500]{at} (12.250 to 12.750) | {shown}" in section
+    logs = "+0.0225 (+0.0100 to +0.0350) |"
+    assert f"| b (declared) minus a | -0.01250 (-0.02000 to -0.00500) | {logs}" in section
+    assert f"| c minus a | -0.01250 | {logs}" in section
+    assert "d minus c" not in section and "| c |" not in section
 
 
 def speed_record(**changes: Any) -> dict[str, Any]:

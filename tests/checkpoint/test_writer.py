@@ -251,3 +251,16 @@ def test_a_damaged_manifest_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST_NAME).write_text(content)
     with pytest.raises(CheckpointError, match=MANIFEST_NAME):
         read_manifest(tmp_path)
+
+
+def test_the_target_is_returned_and_an_earlier_attempt_leaves_nothing_in_it(
+    tmp_path: Path,
+) -> None:
+    """A process of the same number may have been killed: what it left is no part of this one."""
+    rest = tmp_path / f".out.partial-{os.getpid()}"
+    rest.mkdir()
+    (rest / "old.bin").write_bytes(b"old")
+    made = write(tmp_path / "out", some_tensors())
+    assert made == tmp_path / "out"
+    assert leftovers(made) == [MANIFEST_NAME, "model.safetensors"]
+    assert leftovers(tmp_path) == ["out"]

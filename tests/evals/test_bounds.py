@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy import stats as distributions
 
 from halfbyte.evals.bounds import (
-    _CORRECTION,
     Design,
     PairedItems,
     _about_the_margin,
+    _best_cap,
     _excess,
     lower_end,
     p_beyond,
@@ -158,25 +158,90 @@ def test_the_excess_is_that_of_the_best_cap(
 ) -> None:
     """Caps on a fine grid, one by one: none does better, and the best nearly as well."""
     random = np.random.default_rng(seed)
-    sums, sizes = random.integers(-3, 6, groups) / 2.0, random.integers(1, 5, groups).astype(float)
-    items = PairedItems(sums, sizes, 0.5)
-    lessened = sums.copy()
-    best = int(np.argmax(sums))
-    if sums[best] > 0:
-        lessened[best] = max(0.0, sums[best] - items.unit)
-    y = lessened + sizes * margin
-    constant = q2**2 * items.unit**2 * items.num_items * margin
+    values = random.integers(-3, 6, groups) / 2.0 + random.integers(1, 5, groups) * margin
+    constant = q2**2 * 0.25 * 2.5 * groups * margin
     tried = []
-    # Gains alone are capped: the smallest sum is never lifted.
-    for cap in np.linspace(y.min(), y.max(), 4001):
-        x = np.minimum(y, cap).sum() - _CORRECTION * items.unit
+    # Gains alone are capped: the smallest value is never lifted.
+    for cap in np.linspace(values.min(), values.max(), 4001):
+        x = np.minimum(values, cap).sum() - 0.1
         if x > 0:
-            tried.append(x * x - q2 * np.square(np.minimum(y, cap)).sum() - constant / x)
-    found = _excess(items, margin, q2)
+            tried.append(x * x - q2 * np.square(np.minimum(values, cap)).sum() - constant / x)
+    found = _best_cap(values, 0.1, constant, q2)
     # Where none passes, only the sign matters.
     if max([found, *tried]) > 0:
         assert found >= max(tried, default=0.0) - 1e-9
         assert found == pytest.approx(max(tried), abs=0.01 * (1 + max(tried)))
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 0.3))
+@settings(max_examples=100, deadline=None)
+def test_a_single_flip_of_gain_is_worth_nothing(seed: int, margin: float) -> None:
+    """Any groups; losses anywhere, and one item better in one repeat: as if it were not."""
+    random = np.random.default_rng(seed)
+    items, repeats = int(random.integers(3, 80)), int(random.integers(1, 9))
+    groups = random.integers(0, max(2, items // 3), items)
+    change = -1.0 * (random.random(items) < 0.1)
+    won = change.copy()
+    won[random.integers(items)] += 1 / repeats
+    one, two = (pair(np.ones(items), 1 + c, groups.tolist(), draws=repeats) for c in (change, won))
+    where = int(np.argmax(two.sums - one.sums))
+    if one.sums[where] == 0:  # not one that makes good what was lost
+        assert rules_out_loss(one, margin) == rules_out_loss(two, margin)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_what_rules_out_a_loss_rules_out_larger_ones(seed: int) -> None:
+    """So that the interval's end and the verdict at a margin are one rule."""
+    items = groups_of_any_size(np.random.default_rng(seed))[0]
+    passes = [rules_out_loss(items, m) for m in (-0.1, -0.01, 0.0, *np.geomspace(0.003, 1.0, 25))]
+    assert passes == sorted(passes)
+
+
+def groups_of_any_size(random: np.random.Generator) -> tuple[PairedItems, PairedItems]:
+    """Two comparisons, the second with one answer that is worse; partial scores as well."""
+    items, repeats = int(random.integers(3, 140)), int(random.integers(1, 9))
+    weights = random.gamma(random.choice([0.3, 1.0, 5.0]), 1.0, max(2, items // 4)) + 1e-3
+    labels = random.choice(len(weights), items, p=weights / weights.sum()).tolist()
+    b = random.integers(0, repeats + 1, items) / repeats
+    steps = random.choice([-1, 0, 1], items, p=random.dirichlet([1.0, random.choice([1, 9]), 1.0]))
+    c = np.clip(b + steps * random.integers(1, repeats + 1, items) / repeats, 0.0, 1.0)
+    if random.random() < 0.3:
+        b, c = np.round(4 * random.random((2, items))) / 4
+    worse = c.copy()
+    lost = random.integers(items)
+    worse[lost] = max(0.0, c[lost] - random.choice([1.0, random.random()]) / repeats)
+    return pair(b, c, labels, draws=repeats), pair(b, worse, labels, draws=repeats)
+
+
+@given(st.integers(0, 2**31), st.floats(0.005, 0.1))
+@settings(max_examples=60, deadline=None)
+def test_a_lost_answer_never_helps_in_groups_of_any_size(seed: int, margin: float) -> None:
+    better, worse = groups_of_any_size(np.random.default_rng(seed))
+    if len(better.sums) < 2:
+        return
+    assert rules_out_loss(worse, margin) <= rules_out_loss(better, margin)
+    assert lower_end(worse) <= lower_end(better) + 1e-9
+    assert lower_end(worse.swapped()) >= lower_end(better.swapped()) - 1e-9
+    assert p_beyond(worse, margin) <= p_beyond(better, margin) + 1e-9
+
+
+def test_a_group_that_overtakes_the_largest_gain_lowers_no_bound() -> None:
+    """Small groups of unequal sizes, half a flip below the largest gain and half a flip above."""
+    random, num_tried = np.random.default_rng(0), 0
+    while num_tried < 30:
+        sizes = random.integers(1, 9, random.integers(5, 14)).astype(float)
+        sums = np.round(random.normal(0.0, 0.6, len(sizes)) * sizes) / 2
+        second = random.integers(len(sizes))
+        sums[second] = sums.max() - 0.5
+        more = sums.copy()
+        more[second] += 1.0
+        if (np.abs(more) <= sizes).all():
+            num_tried += 1
+            unit = float(np.square(sizes).sum() / sizes.sum()) / 2
+            one, two = PairedItems(sums, sizes, unit), PairedItems(more, sizes, unit)
+            assert lower_end(one) <= lower_end(two) + 1e-9
+            assert lower_end(one.swapped()) >= lower_end(two.swapped()) - 1e-9
 
 
 @pytest.mark.parametrize("count", [2, 3, 12, 200])

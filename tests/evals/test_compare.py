@@ -499,3 +499,68 @@ def test_too_little_data_is_told_as_such(tmp_path: Path) -> None:
     assert "neither equality nor a loss has been shown" in format_comparison(comparison)
     assert "9.5 %" not in format_comparison(comparison)
     assert "13.9 % (gpqa_diamond, 20)" in format_comparison(comparison)
+
+
+def test_small_gaps_of_several_endings_add_up(tmp_path: Path) -> None:
+    """A baseline that answers less often hides a loss, though no ending differs by a point."""
+    items = 2_000
+    kinds = ("length", "unparsed", "empty")
+    ended = {(f"g{i}-{i}", 0): kinds[i % 3] for i in range(54)}
+
+    def arm(folder: str, name: str, endings: Mapping[tuple[str, int], str], lost: int) -> Path:
+        scores = {
+            (f"g{i}-{i}", 0): float((f"g{i}-{i}", 0) not in endings and i < items - lost)
+            for i in range(items)
+        }
+        return write_arm(tmp_path / folder, name, scores, endings=endings)
+
+    baseline = arm("a", "base", ended, 0)
+    hidden = compare_runs(baseline, arm("a", "cand", {}, 54))
+    row = hidden.benchmarks["gpqa_diamond"]
+    assert row.difference.mean == 0.0
+    assert hidden.verdict == "INCONCLUSIVE" and row.reason == "blocked"
+    (said,) = row.stops
+    assert "2.7 % of the baseline's and 0.0 % of the candidate's" in said
+    # The same endings in the candidate, spread over its own items: nothing to say.
+    others = {(f"g{i}-{i}", 0): kinds[i % 3] for i in range(100, 154)}
+    assert (
+        compare_runs(baseline, arm("b", "cand", others, 0)).benchmarks["gpqa_diamond"].stops == []
+    )
+
+
+def test_losses_that_show_only_in_their_mean_are_not_denied(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    names = ("gpqa_diamond", "ifbench", "mmmu_pro", "aime2025")
+    for name in names:
+        flips = random.permutation(np.array([-1.0] * 32 + [1.0] * 20 + [0.0] * 948))
+        b = (flips <= 0).astype(float)
+        for arm, scores in (("base", b), ("cand", b + flips)):
+            write_arm(tmp_path, arm, grid(1000, 1, lambda i, _, s=scores: float(s[i])), name=name)
+    found = compare_runs(tmp_path / "base", tmp_path / "cand")
+    assert {row.reason for row in found.benchmarks.values()} == {"too wide"}
+    assert found.macro.high < 0 and found.macro_verdict == "INCONCLUSIVE"
+    assert found.reason == "loss shown"
+    text = format_comparison(found)
+    assert text.endswith("a loss is shown on the mean, not whether it is beyond the margin)")
+
+
+def test_looks_are_settled_with_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "first.json"
+    scores = grid(50, 1, lambda i, _: float(i % 2))
+    arms = write_arm(tmp_path, "base", scores), write_arm(tmp_path, "cand", scores)
+    write_comparison(file, compare_runs(*arms, looks=2))
+    with pytest.raises(UsageError, match="--looks 3 with --after"):
+        compare_runs(*arms, looks=3, after=file)
+
+
+@pytest.mark.parametrize("shift, said", [(0, "with the same seeds"), (1, "the noise floor")])
+def test_a_checkpoint_against_itself_is_told(tmp_path: Path, shift: int, said: str) -> None:
+    scores = grid(50, 1, lambda i, _: float(i % 2))
+    checkpoint = {"identity": "tensors:1"}
+    settings = {"temperature": 0.7, **({"seed_shift": shift} if shift else {})}
+    baseline = write_arm(tmp_path, "base", scores, checkpoint=checkpoint)
+    again = write_arm(tmp_path, "again", scores, checkpoint=checkpoint, settings=settings)
+    assert "A/A run" in (text := format_comparison(compare_runs(baseline, again)))
+    assert said in text
+    other = write_arm(tmp_path, "other", scores, checkpoint={"identity": "tensors:2"})
+    assert "A/A" not in format_comparison(compare_runs(baseline, other))

@@ -1,5 +1,6 @@
 """Instruction-following verifiers where the package and the benchmark's later code differ."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def _needs_language_data() -> None:
             {"keyword": "moon", "n": 1, "m": 3},
             "Yes, the Moon.",
             True,
+        ),
+        # A sentence or a word that is not there is no keyword.
+        (
+            "words:keywords_specific_position",
+            {"keyword": "moon", "n": 1, "m": 3},
+            "The moon.",
+            False,
+        ),
+        (
+            "words:keywords_specific_position",
+            {"keyword": "moon", "n": 2, "m": 1},
+            "Moon.",
+            False,
+        ),
+        (
+            "words:keywords_specific_position",
+            {"keyword": "moon", "n": 1, "m": 2},
+            "Oh, stars.",
+            False,
         ),
         ("words:words_position", {"keyword": "sun"}, "The Sun shines; the sun sets.", True),
         ("words:words_position", {"keyword": "sun"}, "The moon shines.", False),
@@ -157,3 +177,23 @@ def test_all_58_kinds_are_there_and_twelve_split_with_punkt() -> None:
     assert len(registry) == 58
     own = [v for v in registry.values() if "check_following" in vars(v) and not v.__doc__]
     assert len(own) == 12
+
+
+def test_folders_of_packages_are_found_without_importing_them() -> None:
+    found = constraints._shipped("pytest", "_pytest")
+    assert found is not None and (found / "python.py").is_file()
+    assert constraints._shipped("no-such-package-of-anyone", "x") is None
+
+
+@pytest.mark.parametrize(
+    "module, said",
+    [("if_verifiable.ifbench", "needs if-verifiable"), ("nltk", "if-verifiable and nltk")],
+)
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, module: str, said: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    make = constraints._package if "ifbench" in module else constraints._nltk
+    with pytest.raises(UnsupportedError, match=said) as caught:
+        make.__wrapped__()
+    assert "pip install 'halfbyte[eval]'" in str(caught.value)

@@ -9,8 +9,21 @@ from evals.test_compare import all_right, grid, write_arm
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals.compare import compare_runs, write_comparison
-from halfbyte.evals.config import RunConfig, seed_for
-from halfbyte.evals.looks import Margin, margin_of, next_look, parse_margins
+from halfbyte.evals.config import (
+    JudgeConfig,
+    RunConfig,
+    Sampling,
+    differing,
+    differing_judges,
+    seed_for,
+)
+from halfbyte.evals.looks import (
+    Margin,
+    margin_of,
+    next_look,
+    parse_margins,
+    read_comparison,
+)
 
 THIRD_OF_FIVE = {"number": 3, "planned": 5, "level": 0.01}
 
@@ -153,3 +166,49 @@ def test_a_shift_is_part_of_a_runs_settings_but_parts_no_arms(tmp_path: Path) ->
     again, _ = arms(tmp_path, 400, shift=3)
     comparison = compare_runs(baseline, again)
     assert list(comparison.seed_shifts) == [0, 3]
+
+
+def test_settings_that_differ_are_named_and_equal_ones_are_not() -> None:
+    assert differing({"a": 1, "b": 2}, {"b": 2, "a": 1}) == []
+    assert differing({"a": 1, "b": 2}, {"a": 3, "b": 2}) == ["a: 1 and 3"]
+    assert differing({"b": 2}, {"c": None, "a": 0}) == ["a: None and 0", "b: 2 and None"]
+
+
+def test_where_a_judge_is_served_makes_no_other_judge() -> None:
+    one = {"model": "q", "url": "http://a", "revision": "1"}
+    assert differing_judges(one, {**one, "url": "http://b"}) == []
+    assert differing_judges(one, {**one, "revision": "2"}) == ["revision: '1' and '2'"]
+    assert differing_judges({}, one) == ["model: None and 'q'", "revision: None and '1'"]
+
+
+def test_one_file_is_no_comparison_if_any_part_is_missing(tmp_path: Path) -> None:
+    parts = {
+        "look": {}, "verdict": "INCONCLUSIVE", "margins": {}, "seed_shifts": [0, 0],
+        "baseline_run": "a", "candidate_run": "b",
+    }  # fmt: skip
+    file = tmp_path / "first.json"
+    file.write_text(json.dumps(parts))
+    assert read_comparison(file) == parts
+    for name in parts:
+        file.write_text(json.dumps({key: value for key, value in parts.items() if key != name}))
+        with pytest.raises(UsageError, match="not what `halfbyte compare-evals --out` writes"):
+            read_comparison(file)
+    file.write_text("[]")
+    with pytest.raises(UsageError, match="not what"):
+        read_comparison(file)
+    with pytest.raises(UsageError, match="no comparison can be read"):
+        read_comparison(tmp_path / "none.json")
+
+
+def test_sampling_is_what_the_documentation_says() -> None:
+    """docs/evaluations.md: temperature 0.7, top_p 0.95, effort high, at most 65,536 tokens."""
+    plain = Sampling()
+    assert (plain.temperature, plain.top_p) == (0.7, 0.95)
+    assert (plain.reasoning_effort, plain.max_tokens) == ("high", 65_536)
+
+
+def test_the_record_of_a_judge_holds_no_key() -> None:
+    about = JudgeConfig("http://j", "q", api_key="secret", max_tokens=5).public()
+    assert "secret" not in json.dumps(about)
+    assert (about["url"], about["model"], about["revision"]) == ("http://j", "q", "not stated")
+    assert (about["temperature"], about["max_tokens"]) == (0.0, 5)

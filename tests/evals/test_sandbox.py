@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals import sandbox, sandbox_init
 from halfbyte.evals.sandbox import Limits, Outcome, interpreter, isolation, run_program
 
@@ -283,3 +283,41 @@ def test_too_little_isolation_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
             isolation()
     finally:
         isolation.cache_clear()
+
+
+def test_seconds_of_a_program_are_its_own() -> None:
+    outcome = run("import time\ntime.sleep(0.3)")
+    assert 0.3 <= outcome.wall_s < PATIENT.wall_s
+
+
+def test_no_process_is_left_after_a_program_that_ended_or_was_ended() -> None:
+    for program, limits in (("pass", PATIENT), ("while True: pass", replace(SMALL, wall_s=0.5))):
+        children = [started[0] for started in _children_of(os.getpid())]
+        run(program, limits)
+        assert [started[0] for started in _children_of(os.getpid())] == children
+
+
+def _children_of(parent: int) -> list[tuple[int, str]]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(rest.split()[1]) == parent:
+            found.append((int(stat.parent.name), name))
+    return found
+
+
+def test_what_is_no_interpreter_is_refused_with_its_words(tmp_path: Path) -> None:
+    for text, said in (
+        ("#!/bin/sh\necho no such thing >&2\nexit 3\n", "does not run: no such thing"),
+        ("#!/bin/sh\necho hello\n", "is no Python for generated code"),
+    ):
+        program = tmp_path / f"python-{len(text)}"
+        program.write_text(text)
+        program.chmod(0o755)
+        with pytest.raises(UsageError, match=said):
+            interpreter(str(program))
+    with pytest.raises(UsageError):
+        interpreter(str(tmp_path / "none"))

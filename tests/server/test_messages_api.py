@@ -9,6 +9,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from halfbyte.server.messages_wire import MessagesRequest
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -132,6 +133,21 @@ async def test_choices_of_tools(
     script = (CALLS, "f", ARGS, '{"a": 1}', EOS) if num_calls else ("no", EOS)
     answer = await both(make_bench(*script), tools=[TOOL], tool_choice=choice)
     assert sum(block.type == "tool_use" for block in answer.content) == num_calls
+
+
+@pytest.mark.parametrize("kind", ["none", "auto", "any"])
+@pytest.mark.parametrize("tools", [[], [TOOL]], ids=["no tools", "a tool"])
+def test_a_choice_reaches_the_chat_request_where_there_are_tools(
+    kind: str, tools: list[Any]
+) -> None:
+    """Without tools the wish for one goes on, to be refused; the others ask for nothing."""
+    request = MessagesRequest.model_validate(
+        {"model": "m", "max_tokens": 5, "messages": USER, "tools": tools,
+         "tool_choice": {"type": kind}}
+    )  # fmt: skip
+    chat, _ = request.chat_request(())
+    expected = {"any": "required"}.get(kind, kind) if tools or kind == "any" else "auto"
+    assert (chat.tool_choice or "auto") == expected
 
 
 async def test_stops(make_bench: MakeBench) -> None:

@@ -41,6 +41,7 @@ from halfbyte.evals.render import (
     p_text,
     percent,
     points,
+    undecided,
     unseen_lines,
     what_would_decide,
 )
@@ -308,10 +309,10 @@ def _finding(comparison: Comparison) -> str:
         return f"a loss beyond the {margins} was found"
     if comparison.reason == "blocked":
         return "the evaluation is not complete enough to say whether it loses accuracy"
+    names = ", ".join(undecided(comparison))
     if comparison.reason == "loss shown":
-        names = ", ".join(row.title for row in rows if row.reason == "loss shown")
         return f"it loses accuracy on {names}; whether beyond the {margins} was not shown"
-    return "the evaluation was too small to say whether it loses accuracy"
+    return f"the evaluation was too small to say whether it loses accuracy on {names}"
 
 
 def _description(given: CardInput) -> Markdown:
@@ -802,11 +803,12 @@ def _fidelity(given: CardInput) -> Markdown:
 def _fidelity_table(name: str, record: Mapping[str, Any], identity: str) -> Markdown:
     path, none = f"{RECORDS}/{name}", Markdown("-")
     base = record["base"]
-    head = ["model", "perplexity", "KL mean (95 %)", "KL median", "KL p99", "same top token",
-            "answers changed"]  # fmt: skip
+    head = ["model", "perplexity (95 %)", "log perplexity minus the base's", "KL mean (95 %)",
+            "KL median", "KL p99", "same top token", "answers changed"]  # fmt: skip
     lines = [
         md(
-            "{:,} tokens of held-out text ({}), against {}; KL in nats per token:",
+            "{:,} tokens of held-out text ({}), against {}; log perplexity and KL in nats per "
+            "token, differences paired token by token:",
             record["num_tokens"],
             link("record", path),
             base["name"],
@@ -814,13 +816,12 @@ def _fidelity_table(name: str, record: Mapping[str, Any], identity: str) -> Mark
         Markdown(""),
         row(head),
         rule(len(head)),
-        row([base["name"], link(f"{base['perplexity']:.3f}", path), *[none] * 5]),
+        row([base["name"], _perplexity(base, path), *[none] * 6]),
     ]
+    own_names = set()
     for one in record["candidates"]:
         if one.get("checkpoint") != identity:
             continue  # another checkpoint's figures are not this card's
-        interval = one.get("kl_interval")
-        spread = f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
         flips = one.get("flips")
         changed = (
             f"{flips['lost'] + flips['won'] + flips['changed_wrong']} of {flips['items']}: "
@@ -828,18 +829,56 @@ def _fidelity_table(name: str, record: Mapping[str, Any], identity: str) -> Mark
             if flips
             else NOT_MEASURED
         )
-        median = one.get("kl_median")
+        median, change = one.get("kl_median"), one.get("log_perplexity_change")
+        own_names.add(shown := f"{one['name']}{' (declared)' if one['mode'] == 'declared' else ''}")
         cells = [
-            f"{one['name']}{' (declared)' if one['mode'] == 'declared' else ''}",
-            link(f"{one['perplexity']:.3f}", path),
-            f"{one['kl_mean']:.4f}{spread}",
+            shown,
+            _perplexity(one, path),
+            NOT_MEASURED
+            if change is None
+            else f"{change:+.4f}{_ends(one.get('log_perplexity_change_interval'), '+.4f')}",
+            f"{one['kl_mean']:.4f}{_ends(one.get('kl_interval'), '.4f')}",
             NOT_MEASURED if median is None else f"{median:.4f}",
             f"{one['kl_p99']:.4f}",
             f"{percent(one['top1_agreement'], 1)} %",
             changed,
         ]
         lines.append(row(cells))
-    return join("\n", lines)
+    pairs = [
+        pair for pair in record.get("pairs", ()) if own_names & {pair["first"], pair["second"]}
+    ]
+    return join("\n", [*lines, *_fidelity_pairs(pairs)])
+
+
+def _fidelity_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[Markdown]:
+    """Every two candidates of which one is this checkpoint: intervals without 0 tell them apart."""
+    if not pairs:
+        return []
+    head = ["second minus first", "KL mean (95 %)", "log perplexity (95 %)"]
+    lines = [Markdown(""), row(head), rule(len(head))]
+    for pair in pairs:
+        kl, log = pair["kl_difference"], pair["log_perplexity_difference"]
+        lines.append(
+            row(
+                [
+                    f"{pair['second']} minus {pair['first']}",
+                    f"{kl:+.5f}{_ends(pair['kl_interval'], '+.5f')}",
+                    f"{log:+.4f}{_ends(pair['log_perplexity_interval'], '+.4f')}",
+                ]
+            )
+        )
+    return lines
+
+
+def _perplexity(one: Mapping[str, Any], path: str) -> Markdown:
+    found, interval = link(f"{one['perplexity']:.3f}", path), one.get("perplexity_interval")
+    if not interval:
+        return found
+    return md("{} ({} to {})", found, *(f"{end:.3f}" for end in interval))
+
+
+def _ends(interval: Sequence[float] | None, digits: str) -> str:
+    return f" ({interval[0]:{digits}} to {interval[1]:{digits}})" if interval else ""
 
 
 def _speed(given: CardInput) -> Markdown:

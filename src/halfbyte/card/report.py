@@ -15,6 +15,7 @@ from halfbyte.card.plots import Interval, intervals, shares
 from halfbyte.evals.compare import BenchmarkComparison, Comparison, Flip
 from halfbyte.evals.records import BenchmarkResult
 from halfbyte.evals.render import (
+    a_a,
     format_look,
     level_text,
     margin_text,
@@ -62,22 +63,10 @@ def render_report(arms: Sequence[Arm], comparison: Comparison | None) -> str:
         causes=_causes(arms),
         usage=_usage(arms),
         flips=None if comparison is None else _flips(comparison),
-        a_a=_a_a(comparison),
+        a_a=None if comparison is None else a_a(comparison),
         asked=_asked(arms[0]),
         provenance=[(arm.run.arm, _provenance(arm)) for arm in arms],
     )
-
-
-def _a_a(comparison: Comparison | None) -> str | None:
-    """What a comparison of a checkpoint with itself shows; None for others."""
-    if comparison is None or not comparison.is_a_a:
-        return None
-    if len(set(comparison.seed_shifts)) == 1:
-        return (
-            "an A/A run with the same seeds in both arms: it shows what the server itself adds, "
-            "and nothing of what answers drawn anew would (--seed-shift in one arm does)"
-        )
-    return "an A/A run, which shows the noise floor"
 
 
 def _conclusion(comparison: Comparison) -> str:

@@ -14,8 +14,8 @@ squares of the differences, which makes it one formula for repeats and groups as
 
 `unit` is the change that one flip makes. Three things keep a verdict from hanging on one answer:
 a fifth of a flip is taken off as a correction for counts, the largest gain counts one flip less,
-and gains are capped where a larger one would only add noise, so that the bound is monotone: a
-better answer never lowers it.
+and gains are capped where a larger one would only add noise. The bound is monotone: a better answer
+never lowers it.
 """
 
 import math
@@ -98,8 +98,11 @@ def rules_out_loss(items: PairedItems, margin: float, level: float = LEVEL) -> b
     groups = len(items.sums)
     if groups < 2:
         return False
-    quantile = float(distributions.t.ppf(1 - level, groups - 1))
-    return _excess(items, margin, _about_the_margin(quantile, groups)) > 0
+    q2 = _about_the_margin(float(distributions.t.ppf(1 - level, groups - 1)), groups)
+    if _excess(items, margin, q2) > 0:
+        return True
+    # Where no loss at all is left, none of any size is: few flips suffice to show a gain.
+    return margin > 0 and float(items.sums.sum()) > 0 and _excess(items, 0.0, q2) > 0
 
 
 def _about_the_margin(quantile: float, groups: float) -> float:
@@ -108,16 +111,37 @@ def _about_the_margin(quantile: float, groups: float) -> float:
 
 
 def _excess(items: PairedItems, margin: float, q2: float) -> float:
-    """How far the squared sum exceeds what the level asks for, with the best cap on gains."""
-    sums = items.sums.copy()
-    best = int(np.argmax(sums))
-    if sums[best] > 0:
-        sums[best] = max(0.0, sums[best] - items.unit)
-    y = np.sort(sums + items.sizes * margin)[::-1]
+    """How far the squared sum exceeds what the level asks for, with the best cap on gains.
+
+    The better of two ways to doubt gains: none counts at all, or the largest value counts one flip
+    less. Each by itself never falls when a sum rises, so neither does the better one; and a single
+    flip of gain is worth nothing in either. (To take the flip off the group with the largest gain
+    would be neither: its place changes between groups of unequal sizes.)
+    """
     constant = q2 * q2 * items.unit**2 * max(0.0, items.num_items * margin)
+    correction = _CORRECTION * items.unit
+    unchanged = items.sizes * margin
+    found = _best_cap(np.minimum(items.sums, 0.0) + unchanged, correction, constant, q2)
+    if (items.sums <= 0).all():
+        return found
+    values = np.sort(items.sums + unchanged)[::-1]
+    # In groups of unequal sizes the largest value may be large by its size alone.
+    least = float(unchanged.min())
+    one_flip_less = values[0] - items.unit - (float(unchanged.max()) - least)
+    values[0] = min(values[0], max(least, one_flip_less))
+    return max(found, _best_cap(values, correction, constant, q2))
+
+
+def _best_cap(values: Floats, correction: float, constant: float, q2: float) -> float:
+    """The largest excess over all caps on the values.
+
+    It is the largest over all data that are no better (of those with one sum, the capped ones have
+    the smallest squares), so that it never falls when a value rises.
+    """
+    y = np.sort(values)[::-1]
     # Position j - 1 has the j largest set to the j-th: x and V of every cap at a value that occurs.
     count = np.arange(1, len(y) + 1)
-    rest = y.sum() - np.cumsum(y) - _CORRECTION * items.unit
+    rest = y.sum() - np.cumsum(y) - correction
     rest_squares = np.square(y).sum() - np.cumsum(np.square(y))
     x = rest + count * y
     found = -math.inf

@@ -193,6 +193,11 @@ def compare_runs(
     earlier = None if after is None else read_comparison(after)
     look = first_look(looks)
     if after is not None and earlier is not None:
+        if looks != 1:
+            raise UsageError(
+                f"--looks {looks} with --after {after}: how many looks there are was settled with "
+                "the first one; leave --looks out"
+            )
         look = next_look(after, earlier, every_margin, seed_shifts(b, c))
     left_out, not_asked = _left_out(b, c, earlier)
     compared = {
@@ -446,7 +451,7 @@ def _concluded(
         macro_margin=macro_margin,
         margins={name: margins[name].value for name in (*compared, MACRO)},
         verdict=verdict,
-        reason=_whole_reason(rows, is_whole) if verdict == "INCONCLUSIVE" else "",
+        reason=_whole_reason(rows, macro, is_whole) if verdict == "INCONCLUSIVE" else "",
         remarks=remarks_on_runs(b, c),
     )
 
@@ -476,11 +481,14 @@ def _judged(
     )
 
 
-def _whole_reason(rows: Mapping[str, BenchmarkComparison], is_whole: bool) -> Reason:
+def _whole_reason(
+    rows: Mapping[str, BenchmarkComparison], macro: Estimate, is_whole: bool
+) -> Reason:
     reasons = {row.reason for row in rows.values()}
     if not is_whole or "blocked" in reasons:
         return "blocked"
-    return "loss shown" if "loss shown" in reasons else "too wide"
+    # Many losses that are too small to be shown one by one may show in their mean.
+    return "loss shown" if "loss shown" in reasons or macro.high < 0 else "too wide"
 
 
 def _strata(

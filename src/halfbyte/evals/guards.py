@@ -23,8 +23,10 @@ ENDINGS = {
     "empty": "empty",
     "refused": "refused by the server",
 }
+_TOGETHER = "cut, unreadable, empty or refused"
 _SHARE_GAP = 0.01
-# A gap is chance until it is this unlikely: four endings of seven benchmarks are many looks.
+# A gap is chance until it is this unlikely: four endings of seven benchmarks, and all four
+# together, are many looks.
 _GAP_QUANTILE = 0.995
 
 
@@ -92,12 +94,18 @@ def refusals(pairs: Pairs) -> Refusals:
 def endings_apart(
     pairs: Pairs, items: Sequence[str], groups: Sequence[Hashable] | None
 ) -> tuple[list[str], list[str]]:
-    """Endings whose shares differ by more than a point: those beyond chance, and the others."""
+    """Endings whose shares differ by more than a point: those beyond chance, and the others.
+
+    Where none does by itself, all of them together are looked at: small gaps add up.
+    """
     beyond: list[str] = []
     chance: list[str] = []
-    for cause, words in ENDINGS.items():
+    every = {(cause,): words for cause, words in ENDINGS.items()}
+    for causes, words in [*every.items(), (tuple(ENDINGS), _TOGETHER)]:
+        if len(causes) > 1 and beyond:
+            break
         shares = [
-            [sum(pair[side].cause == cause for pair in pairs[i]) / len(pairs[i]) for i in items]
+            [sum(pair[side].cause in causes for pair in pairs[i]) / len(pairs[i]) for i in items]
             for side in (0, 1)
         ]
         gap = estimate([y - x for x, y in zip(*shares, strict=True)], groups)
@@ -112,7 +120,10 @@ def endings_apart(
         if gap.num_groups > 1:
             quantile = float(distributions.t.ppf(_GAP_QUANTILE, gap.num_groups - 1))
             reach = quantile * gap.standard_error
-        (chance if abs(gap.mean) <= reach else beyond).append(text)
+        if not abs(gap.mean) <= reach:
+            beyond.append(text)
+        elif len(causes) == 1 or not chance:
+            chance.append(text)
     return beyond, chance
 
 

@@ -142,6 +142,8 @@ def format_comparison(comparison: Comparison) -> str:
         lines += [f"{row.title}: {note}" for note in notes]
     lines += [f"{name} left out: {why}" for name, why in comparison.left_out.items()]
     lines += [*unseen_lines(comparison), *format_look(comparison), *comparison.remarks]
+    if about := a_a(comparison):
+        lines.append(f"This is {about}.")
     lines.append(f"verdict: {comparison.verdict}{conclusion(comparison)}")
     return "\n".join(lines)
 
@@ -186,7 +188,29 @@ def conclusion(comparison: Comparison) -> str:
         names = [row.title for row in rows if row.reason == "blocked"]
         names += [name for name in comparison.left_out if name not in comparison.not_asked]
         return f" (blocked by {', '.join(names)})" if names else " (nothing could be compared)"
+    names = ", ".join(undecided(comparison))
     if comparison.reason == "loss shown":
-        names = [row.title for row in rows if row.reason == "loss shown"]
-        return f" (a loss is shown on {', '.join(names)}, not whether it is beyond the margin)"
-    return " (neither equality nor a loss has been shown)"
+        return f" (a loss is shown on {names}, not whether it is beyond the margin)"
+    return f" (neither equality nor a loss has been shown on {names})"
+
+
+def undecided(comparison: Comparison) -> list[str]:
+    """What the reason of an INCONCLUSIVE whole is about: benchmarks, or their mean."""
+    reason = comparison.reason
+    names = [row.title for row in comparison.benchmarks.values() if row.reason == reason]
+    is_shown = comparison.macro.high < 0
+    if comparison.macro_verdict == "INCONCLUSIVE" and is_shown == (reason == "loss shown"):
+        names += ["the mean"] if len(comparison.benchmarks) > 1 or not names else []
+    return names
+
+
+def a_a(comparison: Comparison) -> str | None:
+    """What a comparison of a checkpoint with itself shows; None for others."""
+    if not comparison.is_a_a:
+        return None
+    if len(set(comparison.seed_shifts)) == 1:
+        return (
+            "an A/A run with the same seeds in both arms: it shows what the server itself adds, "
+            "and nothing of what answers drawn anew would (--seed-shift in one arm does)"
+        )
+    return "an A/A run, which shows the noise floor"
