@@ -141,7 +141,7 @@ CLIENTS = (
             _agent(f"mistral-vibe {kind}", "mistral-vibe==3.0.2", f"vibe-{kind}", "vibe"),
             python=(3, 12),
         )
-        for kind in ("mistral", "generic", "reasoning", "anthropic")
+        for kind in ("mistral", "generic", "named", "reasoning", "anthropic")
     ),
 )
 

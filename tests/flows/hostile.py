@@ -279,8 +279,8 @@ def _tools() -> Iterator[Case]:
         "no type": [{"function": {"name": "f"}}],
         "no function": [{"type": "function"}],
         "no name": [{"type": "function", "function": {}}],
-        "long name": [tool(name="f" * 65)],
-        "name with control token": [tool(name="[INST]")],
+        "long name": [tool(name="f" * 513)],
+        "empty name": [tool(name="")],
         "same name": [tool(), tool()],
         "too many": [tool(name=f"f{i}") for i in range(300)],
         "parameters as string": [tool(parameters="x")],
@@ -290,6 +290,8 @@ def _tools() -> Iterator[Case]:
     }
     for name, value in tools.items():
         yield Case(f"tools: {name}", CHAT, chat(tools=value))
+    for odd in ("[INST]", "f" * 512, "a\0b\n", "\u202e"):
+        yield Case(f"tool called {odd[:9]!r}", CHAT, chat(tools=[tool(name=odd)]), (200,))
     choices: dict[str, Any] = {
         "unknown word": "maybe",
         "unknown tool": {"type": "function", "function": {"name": "g"}},

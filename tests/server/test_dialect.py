@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.server.dialect import BARE, MISTRAL, OPENAI, Dialect, dialect_of
+from halfbyte.server.dialect import BARE, MISTRAL, OPENAI, VIBE, Dialect, dialect_of
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -120,6 +120,15 @@ async def test_several_choices_keep_their_calls_apart(make_bench: MakeBench, str
         ("auto", "/v1/chat/completions", "ai/6 ai-sdk/mistral/3.0.69 runtime/node", {}, MISTRAL),
         ("auto", "/v1/chat/completions", "python-httpx/0.28.1", {}, BARE),
         ("auto", "/x", "python-httpx/0.28.1", {"stream_options": {}}, OPENAI),
+        (
+            "auto",
+            "/x",
+            "python-httpx/0.28.1",
+            {"stream_options": {"stream_tool_calls": True}},
+            VIBE,
+        ),
+        ("auto", "/x", "OpenAI/Python", {"stream_options": {"stream_tool_calls": True}}, OPENAI),
+        ("auto", "/x", "python-httpx/0.28.1", {"stream_options": [1]}, OPENAI),
         ("auto", "/x", "OpenAI/Python", {"random_seed": 3}, BARE),
         ("auto", "/x", "OpenAI/Python", {"random_seed": None}, OPENAI),
         ("openai", "/x", PYTHON, {}, OPENAI),

@@ -93,8 +93,8 @@ def message_body(message: Message, request: wire.ChatRequest, dialect: Dialect) 
     if message.reasoning and request.include_reasoning:
         if dialect.thought_parts:
             text = [{"type": "text", "text": message.content}] if message.content else []
-            body["content"] = [_thought_part(message.reasoning), *text]
-        else:
+            body["content"] = [_thought_part(message.reasoning, dialect), *text]
+        if dialect.thought_field:
             # Both names are in use by clients.
             body["reasoning_content"] = body["reasoning"] = message.reasoning
     if message.calls:
@@ -102,8 +102,12 @@ def message_body(message: Message, request: wire.ChatRequest, dialect: Dialect) 
     return body
 
 
-def _thought_part(text: str) -> dict[str, Any]:
-    return {"type": "thinking", "thinking": [{"type": "text", "text": text}]}
+def _thought_part(text: str, dialect: Dialect) -> dict[str, Any]:
+    part: dict[str, Any] = {"type": "thinking", "thinking": [{"type": "text", "text": text}]}
+    if dialect.thought_field:
+        # Who reads the field takes a part for its text, which has been told there.
+        part["text"] = ""
+    return part
 
 
 async def chat_frames(
@@ -152,7 +156,7 @@ class _Chunks:
         options = request.stream_options
         in_pieces = options.stream_tool_calls if options is not None else None
         self._whole_calls = dialect.whole_calls if in_pieces is None else not in_pieces
-        self._thought_parts = dialect.thought_parts
+        self._dialect = dialect
         self._backend = backend
         self._request = request
         self._begun: set[int] = set()
@@ -193,7 +197,7 @@ class _Chunks:
         logprobs = None
         if self._request.logprobs and piece.entries:
             logprobs = {"content": _entries(self._backend, piece.entries), "refusal": None}
-        body = _delta(delta, thought_parts=self._thought_parts)
+        body = _delta(delta, self._dialect)
         chunks.append(_choice(index, body, logprobs, piece.finish_reason))
         return chunks
 
@@ -204,13 +208,14 @@ def _choice(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _delta(delta: Delta | None, *, thought_parts: bool) -> dict[str, Any]:
+def _delta(delta: Delta | None, dialect: Dialect) -> dict[str, Any]:
     if isinstance(delta, Content):
         return {"content": delta.text}
     if isinstance(delta, Reasoning):
-        if thought_parts:
-            return {"content": [_thought_part(delta.text)]}
-        return {"reasoning_content": delta.text, "reasoning": delta.text}
+        parts = {"content": [_thought_part(delta.text, dialect)]} if dialect.thought_parts else {}
+        if not dialect.thought_field:
+            return parts
+        return {**parts, "reasoning_content": delta.text, "reasoning": delta.text}
     if isinstance(delta, CallStart):
         return {"tool_calls": [_call_start(delta)]}
     if isinstance(delta, CallArguments):

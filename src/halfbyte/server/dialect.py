@@ -27,19 +27,24 @@ class Dialect:
 
     whole_calls     a streamed tool call comes in one delta: these clients ask for the name in
                     each delta, or take each for a call of its own
-    thought_parts   thoughts are parts of the content instead of a field beside it
+    thought_parts   thoughts are parts of the content
+    thought_field   thoughts are a field beside it
     closing_usage   the chunk that ends an answer carries the usage, asked for or not
     """
 
     whole_calls: bool = False
     thought_parts: bool = False
+    thought_field: bool = True
     closing_usage: bool = False
 
 
 OPENAI = Dialect()
-MISTRAL = Dialect(whole_calls=True, thought_parts=True, closing_usage=True)
+MISTRAL = Dialect(whole_calls=True, thought_parts=True, thought_field=False, closing_usage=True)
 # By OpenAI's rules a call may come whole and a last chunk may say more: no client is hurt by it.
 BARE = Dialect(whole_calls=True, closing_usage=True)
+# mistral-vibe over its own HTTP: one of its styles reads the parts only, another the field only,
+# and both ask alike.
+VIBE = Dialect(thought_parts=True)
 
 
 def dialect_of(setting: Setting, path: str, user_agent: str, body: Mapping[str, Any]) -> Dialect:
@@ -59,6 +64,9 @@ def dialect_of(setting: Setting, path: str, user_agent: str, body: Mapping[str, 
         # litellm translates OpenAI's names into Mistral's and reads OpenAI's answers: what is
         # sent tells what is understood only together with who sends it.
         return BARE
-    if user_agent.startswith(_BARE_AGENTS) and options is None:
-        return BARE
+    if user_agent.startswith(_BARE_AGENTS):
+        if options is None:
+            return BARE
+        if isinstance(options, dict) and options.get("stream_tool_calls") is True:
+            return VIBE
     return OPENAI
