@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from halfbyte.cli.main import main
+from halfbyte.config import ModelConfig
 from halfbyte.errors import CapacityError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.quantize.capacity import (
@@ -21,6 +22,9 @@ from halfbyte.quantize.capacity import (
     output_bytes,
     run_memory,
 )
+from halfbyte.quantize.layer import widths_of_products
+from halfbyte.quantize.memory import sums_of
+from halfbyte.quantize.scales import METHODS
 from halfbyte.quantize.survey import Survey, survey
 from halfbyte.recipe.plan import Plan, make_plan
 from halfbyte.recipe.schema import load_recipe
@@ -35,6 +39,8 @@ SPEEDS = Speeds(
     decode=1e8,
     compare=1e8,
     flops=1e11,
+    wide_flops=5e10,
+    gptq=1e7,
 )
 
 
@@ -129,3 +135,44 @@ def test_the_command_says_everything_and_writes_nothing(
     assert main([*command, "--gpu", "abacus"]) == 2
     assert "there are" in capsys.readouterr().err
     assert sorted(path.name for path in source.directory.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("method", ["weighted", "gptq"])
+def test_methods_that_weigh_errors_are_counted(source: Survey, method: str) -> None:
+    recipe = load_recipe("medium-3.5")
+    plans = {
+        name: make_plan(replace(recipe, scales=METHODS[name]), source.config)
+        for name in ("max", method)
+    }
+    text = Text(64, 512)
+    found = {
+        name: estimate(source, plan, text, memory_bytes=4 << 30, speeds=SPEEDS)
+        for name, plan in plans.items()
+    }
+    seconds = {name: made.seconds for name, made in found.items()}
+    assert seconds["max"] is not None and seconds[method] is not None
+    new = seconds[method].keys() - seconds["max"].keys()
+    assert (
+        new
+        == {
+            "weighted": {"searching scales"},
+            "gptq": {"summing up inputs", "GPTQ"},
+        }[method]
+    )
+    assert min(seconds[method][part] for part in new) > 0
+    more = found[method].memory.peak_bytes - found["max"].memory.peak_bytes
+    assert (more > 0) == (method == "gptq")
+
+
+def test_gptq_of_the_full_width_fits_in_twelve_gib() -> None:
+    # Products of down's 28,672 inputs take 3.3 GB, and twice that while they are factored.
+    text = replace(tiny_config(layers=88).text, width=12288, mlp_width=28672, num_heads=96)
+    config = ModelConfig(replace(text, num_kv_heads=8, head_dim=128), None)
+    plan = make_plan(replace(load_recipe("medium-3.5"), scales=METHODS["gptq"]), config)
+    sums = sums_of(widths_of_products(plan, config))
+    assert sums.held_bytes == 4 * (12288**2 + 28672**2)
+    rows, gib = Text(128, 2048), 1 << 30
+    made = run_memory(config.text, rows, sums=sums, budget_bytes=12 * gib)
+    assert 10 * gib < made.peak_bytes <= 12 * gib and not made.prefetch
+    with pytest.raises(CapacityError, match="one decoder layer"):
+        run_memory(config.text, rows, sums=sums, budget_bytes=8 * gib)

@@ -19,16 +19,20 @@ from halfbyte.calibrate.budget import OverBudgetError
 from halfbyte.calibrate.stream import TAPS
 from halfbyte.checkpoint.manifest import MANIFEST_NAME
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.verify import verify
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, FormatError, HalfbyteError, UsageError
 from halfbyte.log import logger
 from halfbyte.model.load import load_layer
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import decoder_linears
+from halfbyte.quantize.export import export_tensors
 from halfbyte.quantize.job import QuantizeConfig
+from halfbyte.quantize.methods import JUDGED
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.scales import METHODS
 from halfbyte.quantize.staging import Staging, work_directory
+from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 
 RECIPE = load_recipe("medium-3.5")
@@ -134,7 +138,7 @@ def test_the_record_holds_times_memory_and_ranges_of_every_layer(
     ]
     # Every method is judged on every linear, whichever was chosen.
     for linear in record["linears"]:
-        assert linear["output_db"].keys() == set(METHODS) - {"none"}
+        assert linear["output_db"].keys() == set(JUDGED)
         assert (15 if linear["format"] == "nvfp4" else 25) < linear["output_db"]["max"] < 45
     assert sum(x["output_db"]["mse"] > x["output_db"]["max"] for x in record["linears"]) >= 2
     # Block scales rounded down to e4m3 cut some of their largest weights.
@@ -155,7 +159,7 @@ def test_equal_runs_give_equal_bytes_whatever_the_budget(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_makes_a_checkpoint(
+def test_every_method_makes_a_sound_checkpoint_of_the_same_layout(
     source: Path, tokens: Path, tmp_path: Path, method: str
 ) -> None:
     recipe = replace(RECIPE, scales=METHODS[method])
@@ -165,7 +169,69 @@ def test_every_method_makes_a_checkpoint(
     )
     result = quantize(config)
     assert len(result.linears) == 7 * LAYERS
-    assert Checkpoint.open(tmp_path / "out").quantization.formats["decoder.4.mlp.up"] == "nvfp4"
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert checkpoint.quantization.formats["decoder.4.mlp.up"] == "nvfp4"
+    report = verify(tmp_path / "out", against=source)
+    assert report.is_sound, report.problems
+    wanted = export_tensors(Checkpoint.open(source), make_plan(RECIPE, checkpoint.config))
+    found = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    assert {name: (tuple(t.shape), t.dtype) for name, t in found.items()} == wanted
+    for name in ("config.json", "hf_quant_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())  # what they say is verify's
+    made_of = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["made_of"]
+    assert made_of["recipe"]["scales"] == METHODS[method].facts()
+    for gate in (name for name in found if name.endswith("gate.tensor_scale")):
+        assert torch.equal(found[gate], found[gate.replace("gate", "up")])
+        roles = (
+            gate.replace("tensor_scale", "input_scale"),
+            gate.replace("gate.tensor", "up.input"),
+        )
+        assert torch.equal(*(found[role] for role in roles))
+
+
+def test_smoothing_moves_powers_of_two_from_norms_to_what_reads_them(
+    source: Path, tokens: Path, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, scales=replace(METHODS["smooth"], smoothing=1.0))
+    quantize(QuantizeConfig(source, tmp_path / "out", recipe, calibration_tokens=tokens))
+    before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    moved = 0
+    for layer in range(LAYERS):
+        for norm in ("attention_norm", "mlp_norm"):
+            name = f"decoder.{layer}.{norm}.weight"
+            ratio = before.tensor(name).float() / after.tensor(name).float()
+            assert bool((torch.frexp(ratio).mantissa == 0.5).all())
+            is_read_in_nvfp4 = norm == "mlp_norm" and 4 <= layer < LAYERS - 1
+            assert is_read_in_nvfp4 or bool((ratio == 1).all())
+            moved += int((ratio != 1).sum())
+            if is_read_in_nvfp4:
+                theirs = before.decoded(f"decoder.{layer}.mlp.up", torch.float32) * ratio
+                ours = after.decoded(f"decoder.{layer}.mlp.up", torch.float32)
+                assert float((theirs - ours).norm() / theirs.norm()) < 0.15
+    assert moved
+    assert verify(tmp_path / "out", against=source).is_sound
+
+
+def test_a_norm_that_moved_alone_is_no_smoothing(
+    source: Path, tokens: Path, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, scales=METHODS["smooth"])
+    quantize(QuantizeConfig(source, tmp_path / "out", recipe, calibration_tokens=tokens))
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    good = load_file(file)
+    norms = {
+        layer: next(n for n in good if f"layers.{layer}.post_attention" in n) for layer in (2, 4)
+    }
+
+    def problems(**changes: torch.Tensor) -> str:
+        save_file(good | {norms[int(k[1:])]: v for k, v in changes.items()}, file, {"format": "pt"})
+        found = verify(tmp_path / "out", against=source).problems
+        return " ".join(str(p) for p in found if "manifest" not in p.what)
+
+    # Its readers do not say the inverse; it is no power of two; it is read by FP8 linears.
+    assert "codes" in problems(_4=good[norms[4]] * 2)
+    assert "passes through" in problems(_4=good[norms[4]] * 1.5)
+    assert "passes through" in problems(_2=good[norms[2]] * 2)
 
 
 def test_the_cache_may_have_constant_scales_beside_measured_inputs(
@@ -428,10 +494,12 @@ def test_a_changed_job_does_not_go_on_with_the_old_one(
     assert Checkpoint.open(tmp_path / "out")
 
 
+@pytest.mark.parametrize("method", ["max", "gptq-smooth"])
 def test_a_killed_run_goes_on_after_its_last_layer(
-    source: Path, tokens: Path, tmp_path: Path
+    source: Path, tokens: Path, tmp_path: Path, method: str
 ) -> None:
-    config = QuantizeConfig(source, tmp_path / "out", RECIPE, calibration_tokens=tokens)
+    recipe = replace(RECIPE, scales=METHODS[method])
+    config = QuantizeConfig(source, tmp_path / "out", recipe, calibration_tokens=tokens)
     quantize(replace(config, output=tmp_path / "straight"))
     for layer in range(1, LAYERS + 1):
         killed_run(config, layer)

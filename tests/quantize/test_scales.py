@@ -25,6 +25,7 @@ from halfbyte.quantize.scales import (
     least_squares_scales,
     pinned_input_scale,
     shared_maxima,
+    smoothing_factors,
 )
 
 
@@ -160,3 +161,35 @@ def test_the_search_finds_the_best_of_its_neighbours() -> None:
     # Each of them is the best of some block: leaving one out would be seen.
     chosen = found.short() - first.short()
     assert set(chosen.tolist()) == set(range(-2, 7))
+
+
+def test_the_weighted_search_loses_least_where_inputs_are_large() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w_OI = (torch.randn(32, 64, generator=generator) * 0.02).to(torch.bfloat16)
+    energy_I = torch.exp2(torch.randn(64, generator=generator) * 3)
+    scale = nvfp4_tensor_scale(w_OI.abs().amax())
+    lost = {}
+    for rule in ("amax", "mse", "weighted"):
+        decoded = decode_nvfp4(encode_weight_nvfp4(w_OI, scale, rule, energy_I), torch.float32)
+        squares_OI = (w_OI.float() - decoded).square() * energy_I
+        lost[rule] = squares_OI.view(32, 4, 16).sum(2)
+    # A block of nine candidates each: never worse than either of the others.
+    assert bool((lost["weighted"] <= lost["mse"] * (1 + 1e-6)).all())
+    assert bool((lost["weighted"] <= lost["amax"] * (1 + 1e-6)).all())
+    assert float(lost["weighted"].sum()) < 0.97 * float(lost["mse"].sum())
+    same = encode_weight_nvfp4(w_OI, scale, "weighted", torch.ones(64))
+    assert torch.equal(same.codes_OI2, encode_weight_nvfp4(w_OI, scale, "mse").codes_OI2)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.4, 1.0])
+def test_smoothing_factors_are_powers_of_two_around_one(exponent: float) -> None:
+    energy_I = torch.tensor([0.0, 1e-300, 1.0, 1.0, 4.0, 1e6, 1e300], dtype=torch.float64)
+    factors_I = smoothing_factors(energy_I, exponent)
+    assert bool((torch.frexp(factors_I).mantissa == 0.5).all())
+    assert factors_I[0] == 1 and factors_I[2] == 1
+    assert bool((factors_I[1:].diff() >= 0).all()) and float(factors_I.amax()) <= 256
+    assert torch.equal(smoothing_factors(energy_I * 0, exponent), torch.ones(7))
+    # Inputs in another unit are smoothed alike.
+    assert torch.equal(
+        smoothing_factors(energy_I[2:6] * 3.7, exponent), smoothing_factors(energy_I[2:6], exponent)
+    )

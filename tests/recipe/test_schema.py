@@ -8,6 +8,7 @@ import yaml
 from halfbyte.errors import UsageError
 from halfbyte.recipe.schema import (
     Calibration,
+    GptqOptions,
     LayerRange,
     Rule,
     Scales,
@@ -221,3 +222,42 @@ def test_a_recipe_is_a_small_regular_file(tmp_path: Path) -> None:
 def test_what_is_no_yaml_is_found_by_its_line(text: str, line: int) -> None:
     with pytest.raises(UsageError, match=rf"^recipe x.yaml: no YAML \(line {line}, column \d+: "):
         parse_yaml(text, "recipe x.yaml")
+
+
+def scales_of(text: str) -> Scales:
+    return parse_recipe(raw(scales=parse_yaml(text, "scales")), "x.yaml").scales
+
+
+def test_options_of_gptq_and_smoothing_have_defaults() -> None:
+    assert scales_of("{weights: gptq, activations: headroom}").gptq == GptqOptions()
+    found = scales_of(
+        "{weights: gptq, activations: amax, smoothing: 0.5, "
+        "gptq: {damping: 0.05, order: columns, block: 64, sweeps: 0}}"
+    )
+    assert found.gptq == GptqOptions(0.05, "columns", 64, 0) and found.smoothing == 0.5
+    assert found.facts()["gptq"] == {"damping": 0.05, "order": "columns", "block": 64, "sweeps": 0}
+    # What has no effect is not said: manifests of other methods stay as they were.
+    plain = scales_of("{weights: amax, activations: amax}").facts()
+    assert plain == {"weights": "amax", "activations": "amax", "cache": "measured"}
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{weights: mse, activations: amax, gptq: {damping: 1}}", "gptq has options, but weights"),
+        ("{weights: gptq, activations: none}", "weights: gptq needs calibration data"),
+        ("{weights: weighted, activations: none}", "weights: weighted needs calibration data"),
+        ("{weights: amax, activations: none, smoothing: 0.4}", "smoothing needs calibration data"),
+        ("{weights: amax, activations: amax, smoothing: 2}", "2 is no number from 0 to 1"),
+        ("{weights: amax, activations: amax, smoothing: yes}", "is no number"),
+        ("{weights: gptq, activations: amax, gptq: {block: 24}}", "24 is no multiple of 16"),
+        ("{weights: gptq, activations: amax, gptq: {sweeps: -1}}", "no whole number from 0"),
+        ("{weights: gptq, activations: amax, gptq: {damping: .nan}}", "is no number from 0"),
+        ("{weights: gptq, activations: amax, gptq: {order: size}}", "columns, energy"),
+        ("{weights: gptq, activations: amax, gptq: {seed: 1}}", "unknown key seed"),
+        ("{weights: gptq, activations: amax, gptq: 3}", "a mapping with"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        scales_of(text)

@@ -18,6 +18,7 @@ from torch import Tensor
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, is_refusal
 from halfbyte.calibrate.lanes import make_lane
+from halfbyte.calibrate.moments import InputSums, Want
 from halfbyte.calibrate.observers import AmaxObserver, MakeObserver, Observer
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
@@ -49,26 +50,35 @@ class LayerStatistics:
     observed  tap point -> observed magnitude, bf16, 0-d
     samples   tap point of an input -> evenly spaced tokens of the first row, bf16 (T, I), where
               the layer ran
+    sums      tap point of an input -> sums over all tokens, where they were wanted, likewise
     """
 
     layer: int
     observed: Mapping[str, Tensor]
     samples: Mapping[str, Tensor] = field(default_factory=dict)
+    sums: Mapping[str, InputSums] = field(default_factory=dict)
 
     def input_of(self, linear: str) -> Tensor:
         """The magnitude of the input of canonical `linear`."""
-        return self.observed[self._tap_of(linear)]
+        return self.observed[self.tap_of(linear)]
 
     def sample_of(self, linear: str) -> Tensor | None:
         """Some inputs of canonical `linear`, if any were kept."""
-        return self.samples.get(self._tap_of(linear))
+        return self.samples.get(self.tap_of(linear))
 
-    def _tap_of(self, linear: str) -> str:
+    def tap_of(self, linear: str) -> str:
+        """The tap point of the input of canonical `linear`."""
         short = linear.removeprefix(f"decoder.{self.layer}.")
         return next(tap for tap, readers in READERS.items() if short in readers)
 
 
 Progress = Callable[[int, int], None]  # rows done, rows in all, of the layer at work
+# Layer -> tap point of an input -> what sums are wanted of it.
+Wants = Callable[[int], Mapping[str, Want]]
+
+
+def _nothing(layer: int) -> Mapping[str, Want]:
+    return {}
 
 
 def stream_layers(
@@ -82,6 +92,7 @@ def stream_layers(
     prefetch: bool = False,
     progress: Progress | None = None,
     budget: MemoryBudget | None = None,
+    wants: Wants = _nothing,
 ) -> Iterator[LayerStatistics]:
     """Run all rows through the layers in order; yields each layer's statistics when it is done.
 
@@ -91,6 +102,7 @@ def stream_layers(
     prefetch     load the next layer while this one computes: half the waiting, a second layer's
                  memory
     budget       host memory to stay within: prefetching and rows in memory are given up for it
+    wants        which inputs of a layer to sum up, besides what is observed of all
 
     The layer is freed before it is yielded, so the caller has its memory. Raises FormatError if
     an activation is NaN or infinite: the weights are broken or the source decodes wrongly;
@@ -103,7 +115,7 @@ def stream_layers(
     budget.held_for_speed(activations.release)
     if first_layer == 0:
         _embed(checkpoint, rows, activations, budget)
-    runner = _Runner(checkpoint, place, activations, make_observer, progress, budget)
+    runner = _Runner(checkpoint, place, activations, make_observer, progress, budget, wants)
     layers = range(first_layer, checkpoint.config.text.num_layers)
     with _Loader(checkpoint, place, budget) as loader:
         for layer in layers:
@@ -233,8 +245,11 @@ class _Runner:
         make_observer: MakeObserver,
         progress: Progress | None,
         budget: MemoryBudget,
+        wants: Wants,
     ) -> None:
         self._activations = activations
+        self._device = device
+        self._wants = wants
         self._budget = budget
         self._make_observer = make_observer
         self._progress = progress
@@ -255,9 +270,16 @@ class _Runner:
         """All rows through one layer; returns what its tap points showed."""
         observers: dict[str, Observer] = {tap: self._make_observer() for tap in TAPS}
         samples: dict[str, Tensor] = {}
+        wanted = self._wants(layer)
+        sums: dict[str, InputSums] = {}
 
         def tap(point: str, x: Tensor) -> None:
             observers[point].update(x)
+            if point in wanted:
+                if point not in sums:
+                    self._check_sums(x.shape[1], wanted[point])
+                    sums[point] = InputSums(x.shape[1], wanted[point], self._device)
+                sums[point].update(x)
             if point in READERS and point not in samples:
                 step = max(1, x.shape[0] // SAMPLED_TOKENS)
                 samples[point] = x[::step][:SAMPLED_TOKENS].clone()
@@ -281,7 +303,11 @@ class _Runner:
                     f"decoder.{layer}: {point} holds NaN or infinity; the weights up to this "
                     "layer are damaged, or their scales are"
                 )
-        return LayerStatistics(layer, observed, samples)
+        return LayerStatistics(layer, observed, samples, sums)
+
+    def _check_sums(self, width: int, want: Want) -> None:
+        if self._device.type == "cpu" and want == "products":
+            self._budget.check(4 * width * width)
 
 
 def input_maxima(

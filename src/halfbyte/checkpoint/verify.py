@@ -10,7 +10,7 @@ Rules: docs/reference/formats.md, #the-two-json-files, #tensors-of-a-quantized-l
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from halfbyte.checkpoint.fp8_source import COMPANION_FILES
 from halfbyte.checkpoint.manifest import (
     MANIFEST_NAME,
+    Manifest,
     hash_file,
     hash_stored,
     read_manifest,
@@ -106,11 +107,12 @@ def _report(checkpoint: Checkpoint, source: Checkpoint | None, progress: Progres
     if source is not None:
         problems += _check_geometry(checkpoint, source)
     sqnr_db: dict[str, float] = {}
+    is_nearest = manifest is None or not _is_by_gptq(manifest)
     names = checkpoint.names()
     for number, name in enumerate(names):
         found = list(faults(name, checkpoint.tensor(name)))
         if source is not None and not any(fault.severity == "error" for fault in found):
-            compared = check_against(checkpoint, source, name)
+            compared = check_against(checkpoint, source, name, is_nearest=is_nearest)
             if compared is not None:
                 found += [Fault("error", what) for what in compared.problems]
                 if compared.sqnr_db is not None:
@@ -124,6 +126,13 @@ def _report(checkpoint: Checkpoint, source: Checkpoint | None, progress: Progres
         problems += _check_manifest(checkpoint, manifest.tensors, manifest.files)
     hashes = 0 if manifest is None else len(manifest.tensors)
     return Report(len(names), hashes, tuple(problems), sqnr_db)
+
+
+def _is_by_gptq(manifest: Manifest) -> bool:
+    """Whether the checkpoint was made by a method that does not round to nearest."""
+    recipe = manifest.made_of.get("recipe")
+    scales = recipe.get("scales") if isinstance(recipe, Mapping) else None
+    return isinstance(scales, Mapping) and scales.get("weights") == "gptq"
 
 
 # --- files and metadata

@@ -3,7 +3,11 @@
 Against the source two things are asked of a quantized weight. Every code must be the one that
 rounding gives under the stored scale (so a flipped byte shows, and the scale of another tensor),
 and the decoded weight as a whole must lie as close as its format allows (so a scale that clips
-shows, whatever method chose it).
+shows, whatever method chose it). Where the manifest says that codes were chosen together (GPTQ)
+the first is not asked.
+
+Norms may be the source's over powers of two, if the NVFP4 linears that read them are the
+source's times the same: that is the same model (decision 0091).
 """
 
 import math
@@ -40,8 +44,19 @@ class Compared:
     sqnr_db: float | None
 
 
-def check_against(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared | None:
+# Norm -> linears that read its output, in a decoder layer.
+_READERS = {
+    "attention_norm": ("attention.q", "attention.k", "attention.v"),
+    "mlp_norm": ("mlp.gate", "mlp.up"),
+}
+
+
+def check_against(
+    checkpoint: Checkpoint, source: Checkpoint, name: str, *, is_nearest: bool = True
+) -> Compared | None:
     """Compare one tensor with the source's of the same meaning; None for scales.
+
+    is_nearest  codes of NVFP4 weights should be those of rounding to nearest
 
     Scales are judged by what they decode to.
     """
@@ -67,6 +82,8 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Comp
         return None  # a scale that is no scale is named where it stands
     if original.shape != decoded.shape:
         return Compared([f"is {list(decoded.shape)}, the source's {list(original.shape)}"], None)
+    if chosen == "nvfp4" and (factors_I := _smoothing_of(checkpoint, source, linear)) is not None:
+        original = (original.to(torch.float32) * factors_I).to(original.dtype)
     near = closeness(chosen, original, decoded)
     problems = []
     if near.is_far:
@@ -74,8 +91,11 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Comp
             f"{near.sqnr_db:.1f} dB from the source; {chosen} gives {near.floor_db:.3g} at least: "
             "codes or scales are those of another weight"
         )
-    check = _fp8_misfits if chosen == "fp8" else _nvfp4_misfits
-    count = check(checkpoint, linear, original)
+    count = 0
+    if chosen == "fp8":
+        count = _fp8_misfits(checkpoint, linear, original)
+    elif is_nearest:
+        count = _nvfp4_misfits(checkpoint, linear, original)
     if count:
         problems.append(
             f"{count} codes are not what rounding the source gives under the stored scale"
@@ -92,7 +112,36 @@ def _compare_plain(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Com
         return Compared([f"the source is damaged: {error}"], None)
     if checkpoint.tensor(name).equal(theirs):
         return Compared([], None if was == "bf16" else math.inf)
+    if _smoothing(checkpoint, source, name) is not None:
+        return Compared([], None)
     return Compared(["is not the source's, though it passes through"], None)
+
+
+def _smoothing(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Tensor | None:
+    """What the weights of a norm (canonical tensor) were divided by, f32; None if they are not the
+    source's over powers of two, or if a linear that reads them is not NVFP4.
+    """
+    prefix, _, norm = name.removesuffix(".weight").rpartition(".")
+    readers = [f"{prefix}.{short}" for short in _READERS.get(norm, ())]
+    if not readers or {checkpoint.format_of(reader) for reader in readers} != {"nvfp4"}:
+        return None
+    ours_D, theirs_D = (x.tensor(name).to(torch.float32) for x in (checkpoint, source))
+    if ours_D.shape != theirs_D.shape:
+        return None
+    factors_D = torch.where(theirs_D == 0, 1.0, theirs_D / ours_D)
+    mantissa_D = torch.frexp(factors_D).mantissa
+    is_power = bool(((mantissa_D == 0.5) & torch.isfinite(factors_D)).all())
+    return factors_D if is_power and torch.equal(ours_D * factors_D, theirs_D) else None
+
+
+def _smoothing_of(checkpoint: Checkpoint, source: Checkpoint, linear: str) -> Tensor | None:
+    """What the norm before a decoder linear was divided by, if it was."""
+    prefix, _, short = linear.partition(".")[2].partition(".")
+    for norm, readers in _READERS.items():
+        name = f"decoder.{prefix}.{norm}.weight"
+        if short in readers and name in source and name in checkpoint:
+            return _smoothing(checkpoint, source, name)
+    return None
 
 
 def _fp8_misfits(checkpoint: Checkpoint, linear: str, original: Tensor) -> int:

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from halfbyte.cli.quantize import parse_bytes
+from halfbyte.cli.quantize import METHODS, by_method, parse_bytes
 
 EXAMPLE = """  halfbyte plan models/fp8 --recipe medium-3.5
   halfbyte plan models/fp8 --recipe medium-3.5 --gpu h200 --tp 2 --context 262144 --requests 8"""
@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, help="checkpoint directory; config.json (and the index) will do"
     )
     parser.add_argument("--recipe", required=True, help="a recipe of the library, or a .yaml file")
+    parser.add_argument(
+        "--method", choices=METHODS, help="as for quantize, instead of the recipe's way"
+    )
     parser.add_argument("--samples", type=parse_count, help="calibration rows, not the recipe's")
     parser.add_argument("--tokens-per-sample", type=parse_count, help="likewise")
     parser.add_argument("--device", default="cpu", help="where layers would run (%(default)s)")
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.recipe.plan import make_plan
     from halfbyte.recipe.schema import load_recipe
 
-    source, recipe = survey(args.source), load_recipe(args.recipe)
+    source, recipe = survey(args.source), by_method(load_recipe(args.recipe), args.method)
     plan = make_plan(recipe, source.config)
     wanted = recipe.calibration
     is_data_free = recipe.scales.activations == "none"

@@ -2,12 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.cli.serve import add_accept
 
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Recipe
+
 EXAMPLE = "  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5"
 
-METHODS = ("max", "headroom", "mse", "none")
+METHODS = ("max", "headroom", "mse", "weighted", "gptq", "smooth", "gptq-smooth", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,21 +84,26 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
-def run(args: argparse.Namespace) -> int:
+def by_method(recipe: "Recipe", method: str | None) -> "Recipe":
+    """The recipe with the scales of a method, where one is given; its cache stays as it is."""
     from dataclasses import replace
 
+    from halfbyte.quantize.scales import METHODS as SCALES_OF
+
+    if method is None:
+        return recipe
+    return replace(recipe, scales=replace(SCALES_OF[method], cache=recipe.scales.cache))
+
+
+def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint.hub import locate
     from halfbyte.quantize.job import QuantizeConfig
     from halfbyte.quantize.page import write_report
     from halfbyte.quantize.pipeline import quantize
-    from halfbyte.quantize.scales import METHODS as SCALES_OF
     from halfbyte.recipe.schema import load_recipe
 
     source = locate(args.source, allow_hub=args.hub)
-    recipe = load_recipe(args.recipe)
-    if args.method is not None:
-        scales = replace(SCALES_OF[args.method], cache=recipe.scales.cache)
-        recipe = replace(recipe, scales=scales)
+    recipe = by_method(load_recipe(args.recipe), args.method)
     result = quantize(
         QuantizeConfig(
             source=source.directory,

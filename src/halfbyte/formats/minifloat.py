@@ -94,6 +94,14 @@ def encode_e2m1(x: Tensor) -> Tensor:
     return encode_e2m1_words(buffers).bitwise_and_(15).to(torch.uint8).view(x.shape)
 
 
+def nearest_e2m1(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of `encode_e2m1`, uint8, and the f32 values they stand for; `t` is f32, overwritten."""
+    buffers = E2M1Buffers(t.view(-1), *(torch.empty_like(t).view(-1) for _ in range(3)))
+    codes = encode_e2m1_words(buffers).bitwise_and_(15)
+    values = torch.tensor(E2M1_VALUES, device=t.device).index_select(0, codes)
+    return codes.to(torch.uint8).view(t.shape), values.view(t.shape)
+
+
 def decode_e2m1(codes: Tensor) -> Tensor:
     """Exact f32 values of unpacked e2m1 codes (uint8, 0-15)."""
     values = torch.tensor(E2M1_VALUES, device=codes.device)

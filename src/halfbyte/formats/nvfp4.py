@@ -32,6 +32,12 @@ from halfbyte.formats.minifloat import (
 
 BLOCK = 16  # inputs that share a block scale
 
+# e4m3 block scales that a search tries around the one that maps the block's maximum to 6, in steps
+# of the e4m3 grid (8 an octave): from clipping the maximum by a fifth to mapping it to 4 and a
+# little below. The first of equal errors wins.
+SEARCHED_STEPS = (0, 1, -1, 2, -2, 3, 4, 5, 6)
+_LARGEST_E4M3 = 0x7E
+
 
 class EncodedNVFP4(NamedTuple):
     """A weight in NVFP4."""
@@ -107,6 +113,11 @@ def block_scales(blockmax_OB: Tensor, tensor_scale: Tensor) -> Tensor:
     return wanted.clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def neighbour_scales(scales: Tensor, step: int) -> Tensor:
+    """e4m3 codes, as uint8, so many steps of the grid away; never zero and never NaN."""
+    return (scales.to(torch.int16) + step).clamp_(1, _LARGEST_E4M3).to(torch.uint8)
+
+
 def encode_nvfp4_with(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> EncodedNVFP4:
     """Encode with given block scales (e4m3, > 0): codes are nearest to `w / (scale * tensor)`.
 
@@ -127,11 +138,15 @@ def encode_nvfp4_with(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> E
     return EncodedNVFP4(packed.view(rows, columns // 2), scale_OB, scale)
 
 
-def block_errors(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> Tensor:
+def block_errors(
+    w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor, importance_I: Tensor | None = None
+) -> Tensor:
     """Sum of squared errors of every 16-block under given block scales: f32 (O, B).
 
-    What `encode_nvfp4_with` would lose, without its codes; in units of w squared.
+    What `encode_nvfp4_with` would lose, without its codes; in units of w squared. With
+    `importance_I` (f32, >= 0) each square is multiplied by that of its column.
     """
+    importance_BS = None if importance_I is None else importance_I.view(-1, BLOCK)
     values = w_OI.reshape(-1)
     divisors = decode_e4m3(scale_OB).mul_(tensor_scale.to(torch.float32)).view(-1, 1)
     errors = torch.empty(divisors.shape[0], device=w_OI.device)
@@ -145,7 +160,11 @@ def block_errors(w_OI: Tensor, scale_OB: Tensor, tensor_scale: Tensor) -> Tensor
         code = encode_e2m1_words(used).bitwise_and_(7).to(torch.float32)
         # The magnitudes 0 .5 1 1.5 2 3 4 6 are three straight lines over the code, joined.
         value = torch.maximum(torch.maximum(code * 0.5, code - 2), code * 2 - 8)
-        lost = value.sub_(used.magnitude).square_().view(-1, BLOCK).sum(dim=1)
+        squares = value.sub_(used.magnitude).square_().view(-1, BLOCK)
+        if importance_BS is not None:
+            number = torch.arange(blocks.start, blocks.start + squares.shape[0], device=w_OI.device)
+            squares *= importance_BS[number % importance_BS.shape[0]]
+        lost = squares.sum(dim=1)
         errors[blocks] = lost.mul_(divisors[blocks, 0].square())
     return errors.view(scale_OB.shape)
 

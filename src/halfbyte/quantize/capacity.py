@@ -14,18 +14,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.calibrate.stream import READERS
 from halfbyte.checkpoint.shards import bytes_of
 from halfbyte.config import ModelConfig, TextConfig
 from halfbyte.errors import CapacityError
 from halfbyte.files import open_regular
 from halfbyte.formats.fp8 import decode_fp8, encode_fp8, fp8_scale
 from halfbyte.formats.measure import largest_magnitude, relative_error, zero_rate
-from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale
+from halfbyte.formats.nvfp4 import BLOCK, SEARCHED_STEPS, encode_nvfp4, nvfp4_tensor_scale
 from halfbyte.kernels import dispatch
 from halfbyte.modules import Linear, WeightFormat, decoder_linears
-from halfbyte.quantize.memory import MemoryPlan, plan_memory
+from halfbyte.quantize.gptq import encode_gptq, make_metric
+from halfbyte.quantize.layer import wanted_sums, widths_of_products
+from halfbyte.quantize.memory import MemoryPlan, Sums, plan_memory, sums_of
 from halfbyte.quantize.survey import Survey
 from halfbyte.recipe.plan import Plan, linear_size, plan_sizes
+from halfbyte.recipe.schema import GptqOptions
 
 # What the measurement works on; a full-width layer has 1.4e9 weights.
 _PROBE_WEIGHTS = 1 << 24
@@ -58,6 +62,8 @@ class Speeds:
     decode      FP8 weights decoded to bf16
     compare     weights compared with their source, for the report
     flops       of a product with bf16 weights
+    wide_flops  of a product in f32, as sums over inputs take them
+    gptq        weights a second that GPTQ rounds, its products with other columns left out
     """
 
     device: str
@@ -69,6 +75,8 @@ class Speeds:
     decode: float
     compare: float
     flops: float
+    wide_flops: float
+    gptq: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,7 @@ def estimate(
             budget_bytes=memory_bytes,
             device=device,
             gpu_budget_bytes=gpu_memory_bytes,
+            sums=sums_of(widths_of_products(plan, source.config)),
         ),
         speeds=speeds,
         seconds=None if speeds is None else durations(source, plan, text, speeds),
@@ -149,11 +158,13 @@ def run_memory(
     budget_bytes: int | None = None,
     device: str = "cpu",
     gpu_budget_bytes: int | None = None,
+    sums: Sums = Sums(),
 ) -> MemoryPlan:
     """How the run would spend memory, as the pipeline itself plans it.
 
     budget_bytes, gpu_budget_bytes  as `--memory` and `--gpu-memory` of `halfbyte quantize`. Raises
                                     CapacityError if one of them holds no layer.
+    sums                            what the method holds of a layer's inputs
     """
     return plan_memory(
         config,
@@ -162,6 +173,7 @@ def run_memory(
         budget_bytes=budget_bytes,
         on_gpu=device != "cpu",
         gpu_budget_bytes=gpu_budget_bytes,
+        sums=sums,
     )
 
 
@@ -191,6 +203,9 @@ def measure(source: Survey, *, device: str = "cpu", read_bytes: float | None = N
     codes = encode_fp8(w_OI, scale, "ieee")
     decoded = decode_fp8(codes, scale)
     weight = dispatch.prepare_bf16(w_OI)
+    wide_OI = w_OI[:_PROBE_TOKENS].to(torch.float32)
+    few_OI = wide_OI[:, : 4 * BLOCK].contiguous()
+    metric = make_metric(few_OI.T @ few_OI, GptqOptions(sweeps=0))
     x_TI = torch.randn(_PROBE_TOKENS, w_OI.shape[1], device=place).to(torch.bfloat16)
     count = w_OI.numel()
     stored = bytes_of(w_OI.cpu())
@@ -207,6 +222,11 @@ def measure(source: Survey, *, device: str = "cpu", read_bytes: float | None = N
         fp8=count / seconds(lambda: encode_fp8(w_OI, scale, "ieee")),
         decode=count / seconds(lambda: decode_fp8(codes, scale)),
         compare=count / seconds(lambda: (relative_error(w_OI, decoded), zero_rate(w_OI, decoded))),
+        wide_flops=2
+        * wide_OI.shape[0] ** 2
+        * wide_OI.shape[1]
+        / seconds(lambda: wide_OI @ wide_OI.T),
+        gptq=few_OI.numel() / seconds(lambda: encode_gptq(few_OI, metric, tensor_scale)),
         flops=2 * _PROBE_TOKENS * count / seconds(lambda: dispatch.linear_bf16(x_TI, weight)),
     )
 
@@ -281,8 +301,33 @@ def durations(source: Survey, plan: Plan, text: Text, speeds: Speeds) -> dict[st
     if text.rows:
         heads = config.text.num_heads * config.text.head_dim
         scores = 2 * heads * text.tokens_per_row * text.num_tokens * config.text.num_layers
+        parts |= _weighing(source, plan, text, speeds)
         parts["running the text"] = (2 * count * text.num_tokens + scores) / speeds.flops
     return parts
+
+
+def _weighing(source: Survey, plan: Plan, text: Text, speeds: Speeds) -> dict[str, float]:
+    """Seconds of methods that weigh errors by inputs; nothing for those that do not."""
+    linears = {linear.name: linear for linear in decoder_linears(source.config)}
+    scales, products, solving, rounded, searched = plan.scales, 0.0, 0.0, 0, 0
+    for layer in range(source.config.text.num_layers):
+        for tap, want in wanted_sums(plan, layer).items():
+            readers = [linears[f"decoder.{layer}.{reader}"] for reader in READERS[tap]]
+            width, rows = readers[0].in_features, sum(x.out_features for x in readers)
+            if want == "products":
+                products += 2.0 * text.num_tokens * width**2
+                # Factoring, and each sweep's products as well as those of the first pass.
+                solving += width**3 * (1 / 3 + 2 * bool(scales.gptq.sweeps))
+                solving += rows * width**2 * (3.0 + 4 * scales.gptq.sweeps)
+                rounded += rows * width * (1 + scales.gptq.sweeps)
+    if scales.weights in ("mse", "weighted"):
+        searched = sum(_weights(linears[n]) for n, f in plan.formats.items() if f == "nvfp4")
+    parts = {
+        "summing up inputs": products / speeds.wide_flops,
+        "GPTQ": solving / speeds.wide_flops + rounded / speeds.gptq,
+        "searching scales": len(SEARCHED_STEPS) * searched / speeds.nvfp4,
+    }
+    return {part: seconds for part, seconds in parts.items() if seconds}
 
 
 def _is_encoded_to(linear: Linear, chosen: WeightFormat, source: Survey, plan: Plan) -> bool:

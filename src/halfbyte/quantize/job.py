@@ -6,7 +6,7 @@ tensors, the recipe, calibration rows, memory. Called by `pipeline`.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from halfbyte.checkpoint.writer import MAX_SHARD_BYTES
 from halfbyte.errors import CapacityError, UsageError
 from halfbyte.formats.fp8 import Profile
 from halfbyte.quantize import export
-from halfbyte.quantize.memory import MemoryPlan, plan_memory
+from halfbyte.quantize.layer import widths_of_products
+from halfbyte.quantize.memory import MemoryPlan, plan_memory, sums_of
 from halfbyte.quantize.staging import ShardPlan, plan_shards
 from halfbyte.recipe.plan import Plan, make_plan
 from halfbyte.recipe.schema import Recipe
@@ -109,6 +110,7 @@ def validate(config: QuantizeConfig) -> Job:
             budget_bytes=config.memory_bytes,
             on_gpu=_is_gpu(config),
             gpu_budget_bytes=config.gpu_memory_bytes,
+            sums=sums_of(widths_of_products(plan, checkpoint.config)),
         ),
         tensors=names,
         shards=shards,
@@ -187,7 +189,7 @@ def _fingerprint(
             "name": plan.recipe_name,
             "formats": dict(plan.formats),
             "kv_cache": plan.kv_cache,
-            "scales": asdict(plan.scales),
+            "scales": plan.scales.facts(),
         },
         "profile": config.profile,
         "calibration": calibration,

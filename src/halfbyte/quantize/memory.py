@@ -5,6 +5,7 @@ moment; a budget that cannot hold one layer is refused before work begins. `cali
 the promise while the work runs, should the estimate be wrong.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from halfbyte.files import format_gib
 from halfbyte.formats.measure import GPU_CHUNK_VALUES
 from halfbyte.machine import available_bytes
 from halfbyte.modules import decoder_linears
+from halfbyte.quantize.gptq import gptq_bytes
 
 # The interpreter, torch and its threads, tokenizer, file buffers (measured: 0.6 GB) ...
 _BASE_BYTES = 800 << 20
@@ -47,7 +49,26 @@ class MemoryPlan:
     gpu_peak_bytes: int | None = None
 
 
-def layer_peak_bytes(text: TextConfig, longest_row_tokens: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a method holds of a layer's inputs (`quantize.layer.wanted_sums`), in the worst layer.
+
+    held_bytes      products of inputs, from running a layer until its first group is encoded
+    encoding_bytes  the worst of what is left of them and what encoding takes beside, over groups
+    """
+
+    held_bytes: int = 0
+    encoding_bytes: int = 0
+
+
+def sums_of(widths: Sequence[int]) -> Sums:
+    """What products of inputs take; their widths in the order in which groups are encoded."""
+    held = [4 * width * width for width in widths]
+    beside = [sum(held[i:]) + gptq_bytes(width) for i, width in enumerate(widths)]
+    return Sums(sum(held), max(beside, default=0))
+
+
+def layer_peak_bytes(text: TextConfig, longest_row_tokens: int, sums: Sums = Sums()) -> int:
     """The most memory that loading, running and encoding one decoder layer takes on a CPU.
 
     Loading the gate-up group is the worst moment: the decoded group, one member, its codes and the
@@ -57,11 +78,16 @@ def layer_peak_bytes(text: TextConfig, longest_row_tokens: int) -> int:
     gated = sizes["gate"] + sizes["up"]
     attention = sum(sizes[short] for short in "qkvo")
     loading = attention + 3 * gated
-    running = sum(sizes.values()) + _row_bytes(text, longest_row_tokens)
-    return max(loading, running, _table_bytes(text)) + _pending_bytes(text, longest_row_tokens)
+    running = sum(sizes.values()) + _row_bytes(text, longest_row_tokens) + sums.held_bytes
+    # The layer is gone by then. A group is there as stored and decoded, one member in f32.
+    encoding = 2 * gated + sums.encoding_bytes if sums.held_bytes else 0
+    pending = _pending_bytes(text, longest_row_tokens)
+    return max(loading, running, encoding, _table_bytes(text)) + pending
 
 
-def gpu_layer_bytes(text: TextConfig, longest_row_tokens: int) -> tuple[int, int]:
+def gpu_layer_bytes(
+    text: TextConfig, longest_row_tokens: int, sums: Sums = Sums()
+) -> tuple[int, int]:
     """Memory on a GPU: of one layer at work, and of what comes beside it to prefetch another.
 
     At work is the larger of running rows through the layer and encoding its largest group with no
@@ -71,9 +97,10 @@ def gpu_layer_bytes(text: TextConfig, longest_row_tokens: int) -> tuple[int, int
     gated = sizes["gate"] + sizes["up"]
     layer = sum(sizes.values())
     loading = layer + gated
-    running = layer + _row_bytes(text, longest_row_tokens)
+    running = layer + _row_bytes(text, longest_row_tokens) + sums.held_bytes
     # Stored, decoded, encoded, and the next group; bf16 sources are stored as wide as decoded.
     encoding = 4 * max(gated, *sizes.values()) + _GPU_CHUNK_BYTES
+    encoding += sums.encoding_bytes
     if not longest_row_tokens:
         return int(_GPU_GAPS * encoding), 0
     return int(_GPU_GAPS * max(loading, running, encoding)), int(_GPU_GAPS * loading)
@@ -112,6 +139,7 @@ def plan_memory(
     budget_bytes: int | None,
     on_gpu: bool = False,
     gpu_budget_bytes: int | None = None,
+    sums: Sums = Sums(),
 ) -> MemoryPlan:
     """Spend a budget: first the layer, then a prefetched one, then activations.
 
@@ -122,9 +150,10 @@ def plan_memory(
     budget_bytes        None takes three quarters of what the machine has available
     on_gpu              layers are on a GPU: the host holds tensors on their way only
     gpu_budget_bytes    None sets no limit
+    sums                what the method holds of a layer's inputs
     Raises CapacityError if a budget cannot hold one layer.
     """
-    layer = layer_peak_bytes(text, longest_row_tokens)
+    layer = layer_peak_bytes(text, longest_row_tokens, sums)
     base = _BASE_BYTES
     if on_gpu:
         largest = max(_linear_bytes(text).values())
@@ -140,20 +169,25 @@ def plan_memory(
         raise CapacityError(
             f"--memory {format_gib(budget)}: one decoder layer takes {format_gib(least)}"
         )
-    prefetch = bool(longest_row_tokens) and least + layer <= budget
+    beside = layer if on_gpu else layer_peak_bytes(text, longest_row_tokens)
+    prefetch = bool(longest_row_tokens) and least + beside <= budget
     gpu_peak = None
     if on_gpu:
-        prefetch, gpu_peak = _plan_gpu(text, longest_row_tokens, prefetch, gpu_budget_bytes)
-    peak = least + (layer if prefetch else 0)
+        prefetch, gpu_peak = _plan_gpu(text, longest_row_tokens, prefetch, gpu_budget_bytes, sums)
+    peak = least + (beside if prefetch else 0)
     in_memory = peak + activation_bytes <= budget
     return MemoryPlan(peak + (activation_bytes if in_memory else 0), in_memory, prefetch, gpu_peak)
 
 
 def _plan_gpu(
-    text: TextConfig, longest_row_tokens: int, prefetch: bool, budget_bytes: int | None
+    text: TextConfig,
+    longest_row_tokens: int,
+    prefetch: bool,
+    budget_bytes: int | None,
+    sums: Sums,
 ) -> tuple[bool, int]:
     """Whether there is room to prefetch, and the peak."""
-    at_work, beside = gpu_layer_bytes(text, longest_row_tokens)
+    at_work, beside = gpu_layer_bytes(text, longest_row_tokens, sums)
     least = GPU_CONTEXT_BYTES + at_work
     if budget_bytes is not None and least > budget_bytes:
         raise CapacityError(

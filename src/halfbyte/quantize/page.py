@@ -143,13 +143,17 @@ def _methods(record: Record) -> list[_Part]:
     linears = [linear for linear in record["linears"] if linear.get("output_db")]
     if not linears:
         return [_Words("No data was run, so there are no outputs to compare.", is_soft=True)]
-    methods = list(linears[0]["output_db"])
+    # One that only some linears have, as `chosen` of NVFP4 ones, is left blank in the others.
+    methods = list(dict.fromkeys(m for linear in linears for m in linear["output_db"]))
     series = {m: _layer_means(linears, m, len(record["layers"])) for m in methods}
     chart = lines(series, title="SQNR of outputs by method", unit="dB", logarithmic=False)
     rows = []
     for chosen in sorted({linear["format"] for linear in linears}):
         some = [linear for linear in linears if linear["format"] == chosen]
-        cells = [_mean(linear["output_db"][m] for linear in some) for m in methods]
+        cells = [
+            _mean(linear["output_db"][m] for linear in some if m in linear["output_db"])
+            for m in methods
+        ]
         rows.append([chosen, *("–" if c is None else f"{c:.2f}" for c in cells)])
     scales = record["recipe"]["scales"]
     return [
@@ -325,7 +329,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _layer_means(linears: Sequence[Record], method: str, num_layers: int) -> list[float | None]:
     layers: list[list[float | None]] = [[] for _ in range(num_layers)]
     for linear in linears:
-        layers[int(linear["name"].split(".")[1])].append(linear["output_db"][method])
+        layers[int(linear["name"].split(".")[1])].append(linear["output_db"].get(method))
     return [_mean(values) for values in layers]
 
 

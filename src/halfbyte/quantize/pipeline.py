@@ -34,7 +34,13 @@ from halfbyte.machine import trim_heap
 from halfbyte.quantize import export
 from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validate
 from halfbyte.quantize.journal import Journal
-from halfbyte.quantize.layer import cache_scales, quantize_layer
+from halfbyte.quantize.layer import (
+    cache_scales,
+    quantize_layer,
+    smoothed_norm,
+    smoothing_of,
+    wanted_sums,
+)
 from halfbyte.quantize.memory import limit_gpu
 from halfbyte.quantize.methods import output_errors
 from halfbyte.quantize.record import peak_memory_bytes, run_record
@@ -329,6 +335,7 @@ class _Progress:
                 first_layer=first,
                 prefetch=self._job.memory.prefetch,
                 budget=self._budget,
+                wants=lambda layer: wanted_sums(self._job.plan, layer),
             ):
                 yield statistics.layer, statistics
                 activations.forget(statistics.layer)
@@ -338,7 +345,8 @@ class _Progress:
     def _layer(self, layer: int, statistics: LayerStatistics | None, calibrated_s: float) -> None:
         job, started = self._job, time.perf_counter()
         reading = Reading(job.checkpoint, export.layer_tensors(job.checkpoint, layer))
-        hashes = self._copy(export.layer_norms(job.checkpoint, layer), reading)
+        smoothing = smoothing_of(layer, job.plan, statistics)
+        hashes = self._copy(export.layer_norms(job.checkpoint, layer), reading, smoothing)
         records = []
         linears = quantize_layer(
             job.checkpoint,
@@ -363,6 +371,7 @@ class _Progress:
                         statistics.sample_of(linear.name),
                         statistics.input_of(linear.name),
                         job.config.profile,
+                        job.plan.scales,
                     )
                 records.append(record)
         hashes |= {} if writing is None else writing.result()
@@ -397,14 +406,19 @@ class _Progress:
             encoded_s,
         )
 
-    def _copy(self, names: Sequence[str], reading: Reading) -> dict[str, str]:
+    def _copy(
+        self, names: Sequence[str], reading: Reading, smoothing: Mapping[str, Tensor] | None = None
+    ) -> dict[str, str]:
+        """Write tensors as the source has them, smoothed norms over their factors."""
         hashes: dict[str, str] = {}
         for name in names:
             # One at a time: the embedding is as large as a layer.
             self._budget.check(self._job.checkpoint.num_bytes(name))
             tensor = self._job.checkpoint.tensor(name)
             noting = self._writer.submit(reading.note, name, tensor)
-            hashes |= self._write(name, tensor)
+            factors_D = (smoothing or {}).get(name.removesuffix(".weight"))
+            written = tensor if factors_D is None else smoothed_norm(name, tensor, factors_D)
+            hashes |= self._write(name, written)
             noting.result()
         return hashes
 

@@ -12,23 +12,29 @@ from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import Profile, fp8_scale
 from halfbyte.formats.minifloat import E2M1_MAX, E4M3_MAX
 from halfbyte.formats.nvfp4 import (
+    SEARCHED_STEPS,
     EncodedNVFP4,
     block_errors,
     block_maxima,
     block_scales,
     encode_nvfp4,
     encode_nvfp4_with,
+    neighbour_scales,
     nvfp4_input_scale,
 )
 from halfbyte.log import say_once
 from halfbyte.modules import WeightFormat, fused_partners
-from halfbyte.recipe.schema import ActivationScales, Scales, WeightScales
+from halfbyte.recipe.schema import DEFAULT_SMOOTHING, ActivationScales, Scales, WeightScales
 
 # The calibration methods by name: max mirrors the reference, none needs no data.
 METHODS: Mapping[str, Scales] = {
     "max": Scales("amax", "amax"),
     "headroom": Scales("amax", "headroom"),
     "mse": Scales("mse", "amax"),
+    "weighted": Scales("weighted", "amax"),
+    "gptq": Scales("gptq", "amax"),
+    "smooth": Scales("weighted", "amax", smoothing=DEFAULT_SMOOTHING),
+    "gptq-smooth": Scales("gptq", "amax", smoothing=DEFAULT_SMOOTHING),
     "none": Scales("amax", "none"),
 }
 
@@ -41,6 +47,9 @@ _HEADROOM = 2.0
 
 # Data-free input scales stand for this largest input where the source declares none.
 _PINNED_AMAX = E4M3_MAX
+
+# Smoothing moves no input by more than 2 ** 8: norm weights stay far from bf16's ends.
+_MOST_SMOOTHED = 8.0
 
 
 def shared_maxima(
@@ -61,21 +70,26 @@ def shared_maxima(
     return shared
 
 
-# e4m3 block scales tried around the one that maps the block's maximum to 6, in steps of the e4m3
-# grid (8 an octave): from clipping the maximum by a fifth to mapping it to 4 and a little below.
-# The first of equal errors wins.
-_SEARCHED_STEPS = (0, 1, -1, 2, -2, 3, 4, 5, 6)
-_LARGEST_E4M3 = 0x7E
+def encode_weight_nvfp4(
+    w_OI: Tensor, tensor_scale: Tensor, rule: WeightScales, energy_I: Tensor | None = None
+) -> EncodedNVFP4:
+    """Encode a weight, rounding to nearest, with the block scales of a rule.
 
-
-def encode_weight_nvfp4(w_OI: Tensor, tensor_scale: Tensor, rule: WeightScales) -> EncodedNVFP4:
-    """Encode a weight with block scales from block maxima, or those of least squared error."""
+    amax      those that map each block's maximum to 6
+    mse       those of least squared error
+    weighted  those of least squared error of the outputs, as far as inputs are independent:
+              `energy_I` says how large each one's square is on average
+    """
     if rule == "amax":
         return encode_nvfp4(w_OI, tensor_scale)
-    return encode_nvfp4_with(w_OI, least_squares_scales(w_OI, tensor_scale), tensor_scale)
+    importance_I = energy_I if rule == "weighted" else None
+    scale_OB = least_squares_scales(w_OI, tensor_scale, importance_I)
+    return encode_nvfp4_with(w_OI, scale_OB, tensor_scale)
 
 
-def least_squares_scales(w_OI: Tensor, tensor_scale: Tensor) -> Tensor:
+def least_squares_scales(
+    w_OI: Tensor, tensor_scale: Tensor, importance_I: Tensor | None = None
+) -> Tensor:
     """For every 16-block the e4m3 scale, of those around amax / 6, with the least squared error.
 
     Never worse than amax scales on any block. Blocks of zeros keep scale 1. Costs one encoding for
@@ -85,13 +99,32 @@ def least_squares_scales(w_OI: Tensor, tensor_scale: Tensor) -> Tensor:
     first = block_scales(block_maxima(w_OI), tensor_scale).view(torch.uint8)
     best = first.clone()
     least = torch.full(first.shape, torch.inf, device=w_OI.device)
-    for step in _SEARCHED_STEPS:
-        tried = (first.to(torch.int16) + step).clamp_(1, _LARGEST_E4M3).to(torch.uint8)
-        errors = block_errors(w_OI, tried.view(torch.float8_e4m3fn), tensor_scale)
+    for step in SEARCHED_STEPS:
+        tried = neighbour_scales(first, step)
+        errors = block_errors(w_OI, tried.view(torch.float8_e4m3fn), tensor_scale, importance_I)
         is_better = errors < least
         best[is_better] = tried[is_better]
         least = torch.minimum(least, errors)
     return best.view(torch.float8_e4m3fn)
+
+
+def smoothing_factors(energy_I: Tensor, exponent: float) -> Tensor:
+    """Powers of two near (rms / median rms) ** exponent, f32 (I,): what inputs are divided by.
+
+    energy_I  mean squares of the inputs
+
+    Norm weights are divided and weights that read the input multiplied by them, both exactly, so
+    the model stays what it was; but inputs that share a block of 16 come closer to each other,
+    and so less of them is lost when they are rounded to FP4. Inputs that are always zero keep 1.
+    Idea: SmoothQuant (Xiao et al. 2022), AWQ (Lin et al. 2023), folded.
+    """
+    rms_I = energy_I.to(torch.float64).sqrt()
+    lives_I = rms_I > 0
+    if not bool(lives_I.any()):
+        return torch.ones_like(energy_I, dtype=torch.float32)
+    powers_I = (rms_I / rms_I[lives_I].median()).log2().mul_(exponent).round_()
+    powers_I = torch.where(lives_I, powers_I, 0.0).clamp_(-_MOST_SMOOTHED, _MOST_SMOOTHED)
+    return torch.ldexp(torch.ones_like(powers_I), powers_I.to(torch.int32)).to(torch.float32)
 
 
 def input_scale(

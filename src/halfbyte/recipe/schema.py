@@ -7,7 +7,7 @@ a missing or unknown key is an error that names it. Recipes that come with the p
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -23,9 +23,12 @@ from halfbyte.recipe.strict_yaml import parse_yaml, read_yaml_text
 
 KeptPart = Literal["embedding", "head", "vision", "projector"]
 RuleGroup = Literal["attention", "mlp"]
-WeightScales = Literal["amax", "mse"]
+WeightScales = Literal["amax", "mse", "weighted", "gptq"]
 ActivationScales = Literal["amax", "headroom", "none"]
 CacheScales = Literal["measured", "constant"]
+# What cannot be chosen without calibration data.
+NEED_DATA: tuple[WeightScales, ...] = ("weighted", "gptq")
+BlockOrder = Literal["columns", "energy"]
 
 _GROUP_LINEARS: dict[str, tuple[str, ...]] = {
     "attention": ATTENTION_LINEARS,
@@ -58,17 +61,55 @@ class Rule:
     format: WeightFormat
 
 
+# What inputs of a norm's readers are smoothed by where nothing else is said; 0.25 to 0.6 differ
+# little (decision 0091).
+DEFAULT_SMOOTHING = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class GptqOptions:
+    """How GPTQ goes through a weight (decision 0090).
+
+    damping  share of the mean second moment that is added to every input's: more trusts
+             calibration less
+    order    which 16-blocks are rounded first: as they stand, or by falling energy of their inputs
+    block    columns whose errors reach the others by one product; changes rounding of sums only
+    sweeps   how often every 16-block is chosen anew afterwards
+    """
+
+    damping: float = 0.2
+    order: BlockOrder = "energy"
+    block: int = 128
+    sweeps: int = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """How scales are chosen: weights by their maximum or by squared error, inputs likewise.
+    """How scales and codes are chosen.
 
-    `activations: none` asks for no data: input scales are constants. `cache: constant` casts keys
-    and values to FP8 as they are (scale 1); without data there is nothing else.
+    weights      block scales of NVFP4 by maxima, by squared error, by squared error weighted by
+                 the inputs' squares; or scales and codes by GPTQ
+    activations  input scales by maxima, or twice that; `none` asks for no data: they are constants
+    cache        `constant` casts keys and values to FP8 as they are (scale 1); without data there
+                 is nothing else
+    smoothing    exponent by which inputs of NVFP4 gate and up are brought closer to each other; 0
+                 leaves them
     """
 
     weights: WeightScales = "amax"
     activations: ActivationScales = "amax"
     cache: CacheScales = "measured"
+    smoothing: float = 0.0
+    gptq: GptqOptions = GptqOptions()
+
+    def facts(self) -> dict[str, Any]:
+        """For manifests, as JSON values: what has no effect is left out."""
+        found = asdict(self)
+        if not self.smoothing:
+            del found["smoothing"]
+        if self.weights != "gptq":
+            del found["gptq"]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,16 +272,54 @@ def _keep(value: Any, where: str) -> list[KeptPart]:
 
 
 def _scales(raw: Any, where: str) -> Scales:
-    fields = _fields(raw, where, ("weights", "activations"), ("cache",))
-    cache = fields.get("cache", "measured")
-    return Scales(
+    optional = ("cache", "smoothing", "gptq")
+    fields = _fields(raw, where, ("weights", "activations"), optional)
+    scales = Scales(
         cast("WeightScales", _choice(fields["weights"], WeightScales, f"{where}, weights")),
         cast(
             "ActivationScales",
             _choice(fields["activations"], ActivationScales, f"{where}, activations"),
         ),
-        cast("CacheScales", _choice(cache, CacheScales, f"{where}, cache")),
+        cast(
+            "CacheScales", _choice(fields.get("cache", "measured"), CacheScales, f"{where}, cache")
+        ),
+        _number(fields.get("smoothing", 0.0), 0.0, 1.0, f"{where}, smoothing"),
+        _gptq(fields.get("gptq", {}), f"{where}, gptq"),
     )
+    if "gptq" in fields and scales.weights != "gptq":
+        raise UsageError(f"{where}: gptq has options, but weights are {scales.weights}")
+    if scales.activations == "none" and (scales.smoothing or scales.weights in NEED_DATA):
+        what = f"weights: {scales.weights}" if scales.weights in NEED_DATA else "smoothing"
+        raise UsageError(f"{where}: {what} needs calibration data; activations: none runs none")
+    return scales
+
+
+def _gptq(raw: Any, where: str) -> GptqOptions:
+    default = GptqOptions()
+    fields = _fields(raw, where, (), ("damping", "order", "block", "sweeps"))
+    block = _whole(fields.get("block", default.block), 16, 1 << 16, f"{where}, block")
+    if block % 16:
+        raise UsageError(f"{where}, block: {block} is no multiple of 16, the columns of a scale")
+    return GptqOptions(
+        _number(fields.get("damping", default.damping), 0.0, 100.0, f"{where}, damping"),
+        cast(
+            "BlockOrder", _choice(fields.get("order", default.order), BlockOrder, f"{where}, order")
+        ),
+        block,
+        _whole(fields.get("sweeps", default.sweeps), 0, 100, f"{where}, sweeps"),
+    )
+
+
+def _number(value: Any, least: float, most: float, where: str) -> float:
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise UsageError(f"{where}: {shown(value)} is no number from {least:g} to {most:g}")
+    return float(value)
+
+
+def _whole(value: Any, least: int, most: int, where: str) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise UsageError(f"{where}: {shown(value)} is no whole number from {least} to {most}")
+    return value
 
 
 _MAX_INTEGER = 2**31 - 1

@@ -1,0 +1,49 @@
+"""Sums over inputs: what they are, and that smoothing them is smoothing the inputs."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfbyte.calibrate.moments import InputSums, Want
+
+
+def sums_of(x_TI: torch.Tensor, cuts: list[int], want: Want) -> InputSums:
+    found = InputSums(x_TI.shape[1], want, torch.device("cpu"))
+    for start, stop in zip([0, *cuts], [*cuts, len(x_TI)], strict=True):
+        if stop > start:
+            found.update(x_TI[start:stop])
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 40), max_size=3), st.booleans())
+def test_sums_are_those_of_all_tokens_however_they_come(
+    seed: int, cuts: list[int], has_products: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x_TI = torch.randn(40, 24, generator=generator).to(torch.bfloat16)
+    kept = x_TI.clone()
+    found = sums_of(x_TI, sorted(cuts), "products" if has_products else "squares")
+    wide_TI = x_TI.double()
+    assert torch.equal(x_TI, kept)
+    assert torch.equal(found.maxima_I.double(), wide_TI.abs().amax(0))
+    torch.testing.assert_close(found.squares_I, wide_TI.square().sum(0), rtol=1e-6, atol=0)
+    if has_products:
+        assert found.products_II is not None
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(found.products_II.double(), wide_TI.T @ wide_TI, **close)
+    else:
+        assert found.products_II is None
+
+
+def test_divided_sums_are_those_of_divided_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(30, 16, generator=generator).to(torch.bfloat16)
+    factors_I = torch.ldexp(torch.ones(16), torch.arange(-8, 8))
+    found = sums_of(x_TI, [11], "products")
+    found.divide(factors_I)
+    wanted = sums_of((x_TI.float() / factors_I).to(torch.bfloat16), [11], "products")
+    assert torch.equal(found.maxima_I, wanted.maxima_I)
+    assert torch.equal(found.squares_I, wanted.squares_I)
+    assert found.products_II is not None and wanted.products_II is not None
+    torch.testing.assert_close(found.products_II, wanted.products_II, rtol=1e-5, atol=0)
