@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
@@ -245,13 +246,24 @@ def compare_mistral(chat: MistralFormat, theirs: Any, dice: random.Random) -> No
     request = wire.parse(wire.ChatRequest, body)
     plain = [message.model_dump(exclude_none=True) for message in request.messages]
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
-    got = chat.encode(plain, tools=tools, continue_final=request.continues_final).token_ids
     # Prefixes are Mistral's own field, which the OpenAI form of mistral-common does not know.
     said = [{k: v for k, v in message.items() if k != "prefix"} for message in messages]
     same = ChatCompletionRequest.from_openai(
         messages=said, tools=body.get("tools"), model="m", continue_final_message=continues
     )
-    assert list(got) == theirs.encode_chat_completion(same).tokens, messages
+
+    def encode() -> list[int]:
+        continue_final = request.continues_final
+        return list(chat.encode(plain, tools=tools, continue_final=continue_final).token_ids)
+
+    try:
+        expected = theirs.encode_chat_completion(same).tokens
+    except MistralCommonException:
+        # Formats of earlier versions have no place for a text beside a call.
+        with pytest.raises(RequestError):
+            encode()
+    else:
+        assert encode() == expected, messages
 
 
 def compare_mistral_texts(chat: MistralFormat, dice: random.Random) -> None:

@@ -1,6 +1,7 @@
 """Tokenizer files that were made to hurt, or that nobody else could read, end in one sentence."""
 
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import tokenizers
 
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.chat.template_format import TemplateFormat
+from halfbyte.chat.tokenizer_json import byte_level_alphabet, load_tokenizer_json
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.errors import CheckpointError, RequestError
 
@@ -205,12 +207,54 @@ def test_a_control_token_for_unknown_bytes_is_none_that_can_be_typed(
         model["merges"] = [pair for pair in model["merges"] if "~" not in "".join(pair)]
 
     chat = loaded(tmp_path, "chatml", change)
-    for text in ("zq", "a zq zqzq", "z~q", "~"):
+    for text in ("zq", "a zq zqzq"):
         ids = chat.vocabulary.encode_text(text)
         assert not any(map(chat.vocabulary.is_control, ids)), text
-        assert chat.vocabulary.decode(ids) == text.replace("~", "")
+        assert chat.vocabulary.decode(ids) == text
+    for text in ("z~q", "~"):
+        with pytest.raises(RequestError, match="no token for the character '~'"):
+            chat.vocabulary.encode_text(text)
 
 
 def test_entries_outside_the_byte_alphabet_are_themselves(tmp_path: Path) -> None:
     chat = loaded(tmp_path, "chatml", lambda v: v["model"]["vocab"].update({"你 好": 500}))
     assert chat.vocabulary.token_bytes[500] == "你 好".encode()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bytes_without_a_token_do_not_vanish(tmp_path: Path, seed: int) -> None:
+    """The library leaves them out without a word; where the file names a token, it is taken."""
+    dice = random.Random(seed)
+    shutil.copytree(DATA / "chatml", tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    description = json.loads(path.read_text())
+    alphabet = byte_level_alphabet()
+    missing = dice.sample(sorted(alphabet), dice.choice([1, 3, 60]))
+    model = description["model"]
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    model["merges"] = [pair for pair in merges if not set("".join(pair)) & set(missing)]
+    unknown = None
+    if seed % 3 == 0:
+        # One that is no control token, which is what typed text never becomes.
+        others = {*missing, *(entry["content"] for entry in description["added_tokens"])}
+        unknown = next(token for token in model["vocab"] if token not in others)
+    model["unk_token"] = unknown
+    for char in missing:
+        del model["vocab"][char]
+    path.write_text(json.dumps(description))
+    vocabulary, _ = load_tokenizer_json(tmp_path / "m")
+    library = tokenizers.Tokenizer.from_file(str(path))
+    lost = {alphabet[char] for char in missing}
+    num_refused = 0
+    for _ in range(200):
+        text = "".join(dice.choices("ab \n\tzé你😀Ωñ\x7f\x01,", k=dice.randrange(1, 8)))
+        if unknown is None and lost & set(text.encode()):
+            num_refused += 1
+            with pytest.raises(RequestError, match="has no token for the character"):
+                vocabulary.encode_text(text)
+        else:
+            expected = library.encode(text, add_special_tokens=False).ids
+            assert vocabulary.encode_text(text) == expected
+            if unknown is None:
+                assert vocabulary.decode(expected) == text
+    assert num_refused or unknown is not None or len(missing) < 60

@@ -7,7 +7,7 @@ space that the file says goes with them.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from halfbyte.chat.vocabulary import MAX_TOKENS, Vocabulary, read_json
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, RequestError
 
 MAX_GROWTH = 64  # times that the normalizer may lengthen a text; " " to its three-byte sign is 3
 # Not a character of the byte-level alphabet, hence in no text that the model sees.
@@ -238,7 +238,8 @@ def _plain_encoder(
             **model,
             "vocab": vocab,
             "merges": [merge for merge in model.get("merges") or () if stays(merge)],
-            # It may be a control token; unknown bytes that somebody types are none.
+            # It may be a control token, often the end of a turn; bytes that no token has, which
+            # somebody types, are none. A text with one is refused.
             "unk_token": None if unknown in special else unknown,
         },
         # Post-processors may name the removed tokens; a bos is added by the caller.
@@ -253,14 +254,51 @@ def _plain_encoder(
         if (given := tokenizer.token_to_id(token.content)) != token.token_id
     }
     assert all(given >= end for given in anew), anew
+    unwritable = _unwritable_bytes(copy["model"])
 
     def encode_text(text: str) -> list[int]:
+        if unwritable:
+            _check_writable(text, unwritable, plain, tokenizer)
         # `encode` holds Python's lock for as long as it takes, tenths of a second for a long
         # prompt, in which no answer gets a token; batches give it up. Nobody asks for offsets.
         ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return [anew.get(token_id, token_id) for token_id in ids] if anew else ids
 
     return encode_text
+
+
+def _unwritable_bytes(model: Mapping[str, Any]) -> frozenset[int]:
+    """Bytes of UTF-8 that the library would leave out of a text without a word."""
+    if model.get("unk_token") is not None or model.get("byte_fallback"):
+        return frozenset()
+    # Those that are missing here begin or continue no character.
+    of_text = {*range(0xC0), *range(0xC2, 0xF5)}
+    return frozenset(
+        byte
+        for char, byte in byte_level_alphabet().items()
+        if char not in model["vocab"] and byte in of_text
+    )
+
+
+def _check_writable(
+    text: str,
+    unwritable: frozenset[int],
+    plain: Sequence[AddedToken],
+    tokenizer: tokenizers.Tokenizer,
+) -> None:
+    """RequestError for a character that no token of the vocabulary can write."""
+    rest = str.__str__(text)
+    for token in plain:
+        rest = rest.replace(token.content, "")
+    if tokenizer.normalizer is not None:
+        rest = tokenizer.normalizer.normalize_str(rest)
+    if unwritable.isdisjoint(rest.encode()):
+        return
+    character = next(one for one in rest if not unwritable.isdisjoint(one.encode()))
+    raise RequestError(
+        f"the model's tokenizer has no token for the character {character!r}; leave it out",
+        code="unsupported_content",
+    )
 
 
 def _bos_token_id(directory: Path, control: Mapping[str, int]) -> int | None:
