@@ -15,7 +15,7 @@ import halfbyte
 from halfbyte import log
 from halfbyte.cli.config_file import apply_config
 from halfbyte.errors import HalfbyteError
-from halfbyte.machine import let_threads_sleep
+from halfbyte.machine import keep_one_heap, let_threads_sleep
 from halfbyte.printable import printable_output
 
 # name -> (module in halfbyte.cli, what it does)
@@ -118,6 +118,7 @@ def _run(argv: list[str] | None) -> int:
         return 2
     if name in _SERVING or (name == "bench" and arguments[:1] == ["serve"]):
         let_threads_sleep()
+        keep_one_heap()
     module = importlib.import_module(f"halfbyte.cli.{COMMANDS[name][0]}")
     parser = build_parser(name, module)
     try:
