@@ -1,6 +1,7 @@
 """Comparison of two runs from records alone: pairing, guards, flips, verdicts."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -564,3 +565,27 @@ def test_a_checkpoint_against_itself_is_told(tmp_path: Path, shift: int, said: s
     assert said in text
     other = write_arm(tmp_path, "other", scores, checkpoint={"identity": "tensors:2"})
     assert "A/A" not in format_comparison(compare_runs(baseline, other))
+
+
+@pytest.mark.parametrize("arm", ["base", "cand"])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"gold": "C"}, "1 answers were graded against other gold in the other arm"),
+        ({"score": 500.0}, "1 scores are not between 0 and 1"),
+        ({"score": -0.5}, "1 scores are not between 0 and 1"),
+        ({"score": math.nan}, "1 scores are not between 0 and 1"),
+    ],
+)
+def test_other_gold_and_odd_scores_block(
+    tmp_path: Path, arm: str, change: dict[str, Any], said: str
+) -> None:
+    scores = grid(800, 1, lambda i, _: 1.0)
+    folders = [write_arm(tmp_path, name, scores) for name in ("base", "cand")]
+    assert compare_runs(*folders).verdict == "GO"
+    file = tmp_path / arm / "gpqa_diamond" / "samples.jsonl"
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({**json.loads(first), **change}), *others]) + "\n")
+    found = compare_runs(*folders)
+    assert found.verdict == "INCONCLUSIVE"
+    assert said in found.benchmarks["gpqa_diamond"].blockers
