@@ -1,6 +1,7 @@
 """Comparison of two runs from records alone: pairing, guards, flips, verdicts."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -564,3 +565,78 @@ def test_a_checkpoint_against_itself_is_told(tmp_path: Path, shift: int, said: s
     assert said in text
     other = write_arm(tmp_path, "other", scores, checkpoint={"identity": "tensors:2"})
     assert "A/A" not in format_comparison(compare_runs(baseline, other))
+
+
+@pytest.mark.parametrize("arm", ["base", "cand"])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"gold": "C"}, "1 answers were graded against other gold in the other arm"),
+        ({"score": 500.0}, "1 scores are not between 0 and 1"),
+        ({"score": -0.5}, "1 scores are not between 0 and 1"),
+        ({"score": math.nan}, "1 scores are not between 0 and 1"),
+    ],
+)
+def test_other_gold_and_odd_scores_block(
+    tmp_path: Path, arm: str, change: dict[str, Any], said: str
+) -> None:
+    scores = grid(800, 1, lambda i, _: 1.0)
+    folders = [write_arm(tmp_path, name, scores) for name in ("base", "cand")]
+    assert compare_runs(*folders).verdict == "GO"
+    file = tmp_path / arm / "gpqa_diamond" / "samples.jsonl"
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({**json.loads(first), **change}), *others]) + "\n")
+    found = compare_runs(*folders)
+    assert found.verdict == "INCONCLUSIVE"
+    assert said in found.benchmarks["gpqa_diamond"].blockers
+
+
+def test_a_look_says_which_one_it_is_and_what_another_needs(tmp_path: Path) -> None:
+    scores = grid(50, 1, lambda i, _: float(i % 2))
+    arms = write_arm(tmp_path, "base", scores), write_arm(tmp_path, "cand", scores)
+    files = [tmp_path / f"{n}.json" for n in range(3)]
+
+    def said(**options: Any) -> str:
+        found = compare_runs(*arms, **options)
+        write_comparison(files[0], found)
+        return format_comparison(found)
+
+    text = said()
+    assert "D [90 %]: each end is wrong at most 5 % of the time" in text
+    assert "A second look needs fresh repeats" in text
+    assert "Look " not in text and "no further look" not in text
+    text = said(looks=2)
+    assert "D [95 %]: each end is wrong at most 2.5 %" in text
+    assert "Look 1 of 2 planned ones." in text and "fresh repeats of both" not in text
+    assert "There is no further look" not in text
+    text = said(after=files[0])
+    assert "Look 2 of 2 planned ones." in text
+    assert "There is no further look at these arms." in text
+    said()
+    settings = {"temperature": 0.7, "seed_shift": 1}
+    fresh = [write_arm(tmp_path / "fresh", arm, scores, settings=settings)
+             for arm in ("base", "cand")]  # fmt: skip
+    text = format_comparison(compare_runs(*fresh, after=files[0]))
+    assert "D [98 %]" in text
+    assert "Look 2, not planned from the start: fresh repeats alone, at 1 %." in text
+    assert "There is no further look at these arms." in text
+
+
+def test_why_and_what_would_decide_are_told_apart(tmp_path: Path) -> None:
+    def text(lost: int, won: int, items: int) -> str:
+        random = np.random.default_rng(1)
+        flips = random.permutation(np.array([-1] * lost + [1] * won + [0] * (items - lost - won)))
+        folder = tmp_path / f"{lost}-{won}-{items}"
+        more = {"result_changes": {"full_items": 20_000}}
+        base = write_arm(folder, "base", grid(items, 1, lambda i, _: float(flips[i] <= 0)), **more)
+        cand = write_arm(folder, "cand", grid(items, 1, lambda i, _: float(flips[i] >= 0)), **more)
+        (row,) = compare_runs(base, cand).benchmarks.values()
+        return what_would_decide(row)
+
+    none = text(0, 0, 100)
+    assert "neither equality nor a loss has been shown" in none
+    assert "items without a change would decide" in none
+    few = text(3, 3, 150)
+    assert "neither equality nor a loss" in few and "without a change" not in few
+    assert "a loss is shown, but not whether it is beyond the margin" in text(60, 20, 3000)
+    assert text(0, 0, 1000) == ""

@@ -1,5 +1,8 @@
 """Messages of every form in which servers send them, and addresses as people type them."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +11,7 @@ pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.endpoint import base_address
-from halfbyte.evals.provider import read_message
+from halfbyte.evals.provider import ServerFaultError, check_completion, read_message
 
 
 @pytest.mark.parametrize(
@@ -87,3 +90,42 @@ def test_a_version_is_added_to_a_bare_host_only(given: str, base: str) -> None:
 def test_what_is_no_address_is_said(given: str) -> None:
     with pytest.raises(UsageError, match="no address"):
         base_address(given)
+
+
+ANSWERED = SimpleNamespace(message=SimpleNamespace(content="B"))
+
+
+def test_a_completion_is_a_completion() -> None:
+    check_completion(SimpleNamespace(choices=[ANSWERED], error=None))
+    check_completion(SimpleNamespace(choices=[ANSWERED, ANSWERED]))
+
+
+@pytest.mark.parametrize(
+    "body, said, status",
+    [
+        ({"error": {"message": "overloaded", "code": 529}}, "overloaded", 529),
+        ({"error": {"message": "overloaded", "code": "503"}}, "overloaded", 503),
+        ({"error": {"message": "", "status": 500}}, "'status': 500", 500),
+        ({"error": {"message": "bad", "code": "rate_limit"}}, "bad", None),
+        ({"error": "down"}, "down", None),
+        ({"error": {"message": "x"}, "choices": [ANSWERED]}, "error with status 200: x", None),
+        ({"choices": []}, "no choices", None),
+        ({"choices": None}, "no choices", None),
+        ({"choices": {"0": 1}}, "no choices", None),
+        ({"model_extra": {"detail": "not found"}}, "not found", None),
+        ({"choices": [SimpleNamespace(message=None)]}, "without a message", None),
+        ({"choices": [ANSWERED, SimpleNamespace()]}, "without a message", None),
+    ],
+)
+def test_an_error_under_status_200_is_no_answer(
+    body: dict[str, Any], said: str, status: int | None
+) -> None:
+    with pytest.raises(ServerFaultError) as caught:
+        check_completion(SimpleNamespace(**body))
+    assert said in str(caught.value)
+    assert caught.value.status_code == status
+
+
+def test_a_page_of_text_is_shown_in_part() -> None:
+    with pytest.raises(ServerFaultError, match="no choices: <html>"):
+        check_completion("<html>" + "x" * 1000)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
+from halfbyte.evals import records as records_module
 from halfbyte.evals.plan import format_plan, plan_run
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
@@ -15,12 +19,15 @@ from halfbyte.evals.records import (
     Journal,
     RunRecord,
     is_name,
+    lock_run,
     newest,
+    read_attempts,
     read_lines,
     read_run,
     time_spent,
 )
 from halfbyte.evals.tasks.suite import find_benchmarks
+from halfbyte.evals.types import Attempt
 
 
 @pytest.mark.parametrize("torn", [b'{"b": 2', b"{", b'{"b": "\xc3'])
@@ -135,3 +142,59 @@ def test_a_name_is_never_a_path(
 @pytest.mark.parametrize("name", ["fp8", "127.0.0.1:8000", "größer 2", "a..b", "中"])
 def test_names_that_are_names_stay(name: str) -> None:
     assert is_name(name)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from halfbyte.evals.records import lock_run
+with lock_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_has_one_writer_until_its_process_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    source = str(Path(records_module.__file__).parents[2])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": source},
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UsageError, match=f"in use: process {holder.pid} runs or grades there"),
+            lock_run(folder),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with lock_run(folder):
+        assert (folder / "run.lock").read_text() == f"{os.getpid()}\n"
+    assert (folder / "run.lock").read_text() == ""
+
+
+def test_attempts_are_read_as_they_were_written(tmp_path: Path) -> None:
+    attempt = Attempt("b", "i", 1, 2, "00", "text", "", "stop", 3, 4, 0, 0.5, max_tokens=9)
+    journal = Journal(tmp_path / "attempts.jsonl")
+    journal.append(dataclasses.asdict(attempt))
+    journal.append({**dataclasses.asdict(attempt), "colour": "red"})
+    journal.close()
+    rows = read_attempts(tmp_path / "attempts.jsonl")
+    assert next(rows) == attempt
+    with pytest.raises(UsageError, match="line 2 is damaged: it is no Attempt"):
+        next(rows)
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"3", b"{", b"\xff", b"[" * 100_000])
+def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> None:
+    file = tmp_path / "j.jsonl"
+    file.write_bytes(b'{"a": 1}\n' + line + b'\n{"b": 1}\n')
+    with pytest.raises(UsageError, match="line 2 is damaged"):
+        list(read_lines(file))
+    # Of 200,000 bytes before a torn end the last whole line is kept.
+    file.write_bytes(b'{"a": "' + b"x" * 200_000 + b'"}\n' + b"y" * 70_000)
+    Journal(file).close()
+    assert file.stat().st_size == 200_010

@@ -11,10 +11,12 @@ from halfbyte.cli.main import main
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CapacityError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
+from halfbyte.quantize import capacity
 from halfbyte.quantize.capacity import (
     Speeds,
     Text,
     disk_bytes,
+    duration,
     durations,
     estimate,
     format_estimate,
@@ -176,3 +178,34 @@ def test_gptq_of_the_full_width_fits_in_twelve_gib() -> None:
     assert 10 * gib < made.peak_bytes <= 12 * gib and not made.prefetch
     with pytest.raises(CapacityError, match="one decoder layer"):
         run_memory(config.text, rows, sums=sums, budget_bytes=8 * gib)
+
+
+def test_speeds_are_weights_by_seconds(source: Survey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that takes half as long is twice as fast, for each kind of it."""
+    speeds = {}
+    for seconds in (0.5, 0.25):
+        monkeypatch.setattr(capacity, "_median_seconds", lambda _, __, s=seconds: s)
+        speeds[seconds] = measure(source, read_bytes=1e9)
+    for kind in ("hash_bytes", "nvfp4", "fp8", "decode", "compare", "flops"):
+        assert getattr(speeds[0.25], kind) == 2 * getattr(speeds[0.5], kind), kind
+    one = speeds[0.5]
+    assert one.nvfp4 == one.fp8 == one.decode == one.compare
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.04, "0.0 s"), (12, "12.0 s"), (99.9, "99.9 s"), (100, "1.7 min"), (3599, "60.0 min"),
+        (3600, "1 h 00 min"), (12_000, "3 h 20 min"), (86_399, "23 h 59 min"),
+    ],
+)  # fmt: skip
+def test_times_are_told_in_hours_minutes_or_seconds(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_middle_of_three_runs_after_one_to_warm_up_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 50.0, 60.0, 63.0, 70.0, 71.0, 80.0, 88.0])
+    monkeypatch.setattr(capacity.time, "perf_counter", lambda: next(clock))
+    assert capacity._median_seconds(lambda: None, torch.device("cpu")) == 3.0

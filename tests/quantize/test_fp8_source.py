@@ -12,6 +12,7 @@ from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.model.tiny import write_tiny_checkpoint
 from halfbyte.modules import decoder_linears
+from halfbyte.quantize import fp8_source
 from halfbyte.quantize.fp8_source import make_fp8_source
 
 
@@ -50,6 +51,29 @@ def test_what_cannot_work_is_refused_before_any_work(source: Path) -> None:
     with pytest.raises(UsageError, match="is mistral-fp8; bf16 is needed"):
         make_fp8_source(source / "quantized", source / "fp8", calibration_tokens=tokens)
     assert not (source / "fp8").exists()
+    # The target comes first: nobody waits for a calibration to hear of it.
+    with pytest.raises(UsageError, match="taken exists"):
+        make_fp8_source(source / "nothing", source / "taken")
+
+
+def test_tokens_that_do_not_fit_are_named_by_their_source(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = source / "odd.safetensors"
+    save_file({"batch0.input_ids": torch.tensor([[512]])}, tokens)
+    with pytest.raises(UsageError, match="odd"):
+        make_fp8_source(source / "bf16", source / "fp8", calibration_tokens=tokens)
+    asked: dict[str, int] = {}
+
+    def rows(_: Path, **sizes: int) -> list[torch.Tensor]:
+        asked.update(sizes)
+        return [torch.tensor([512])]
+
+    monkeypatch.setattr(fp8_source, "builtin_rows", rows)
+    with pytest.raises(UsageError, match="the builtin text"):
+        make_fp8_source(source / "bf16", source / "fp8")
+    # "4,096 tokens at most", says the documentation.
+    assert asked["samples"] * asked["tokens_per_sample"] == 4096
 
 
 def test_the_command(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

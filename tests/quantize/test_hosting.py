@@ -6,6 +6,7 @@ import pytest
 
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from halfbyte.errors import UsageError
+from halfbyte.quantize import hosting
 from halfbyte.quantize.capacity import output_bytes
 from halfbyte.quantize.hosting import GPUS, format_hosting, host, host_here, host_on, kv_token_bytes
 from halfbyte.recipe.plan import Plan, make_plan, plan_size
@@ -131,3 +132,25 @@ def test_the_table_says_yes_no_and_how_much(plan: Plan) -> None:
 
 def test_the_output_of_the_128b_model_is_known_to_the_byte(plan: Plan) -> None:
     assert sum(output_bytes(plan, MEDIUM).values()) == 95_224_810_496
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_step_keeps_what_its_widest_point_needs(tp: int) -> None:
+    """By hand: residual and normed copy, gate, up and product in bf16, f32 sums of gate and up."""
+    text = replace(TEXT, width=1000, mlp_width=4000, vocab_size=100)
+    by_hand = 8 * (2 * 2 * 1000 + 3 * 2 * 4000 // tp + 2 * 4 * 4000 // tp) + 2 * 3 * 4 * 100
+    assert hosting._step_bytes(text, tp, 8, 3) == by_hand
+
+
+def test_memory_of_cards_is_what_their_makers_say() -> None:
+    """Within the few percent that error correction and the driver keep for themselves."""
+    gigabytes = {"a100": 80, "l40s": 48, "h100": 80, "h200": 141, "rtx-pro-6000": 96, "b200": 180}
+    assert set(GPUS) == set(gigabytes)
+    for name, gpu in GPUS.items():
+        assert 0.93 * gigabytes[name] <= gpu.memory_bytes / 1024**3 <= 1.02 * gigabytes[name], name
+
+
+def test_no_cache_is_left_and_none_is_negative(plan: Plan) -> None:
+    (small,) = host(plan, MEDIUM, context=1000, requests=1, gpus=["l40s"], widths=[1])
+    assert small.kv_tokens == 0
+    assert small.problem is not None and "weights and working memory take" in small.problem

@@ -62,7 +62,7 @@ def verdicts_block(records: Mapping[str, Record]) -> str:
         return float(row["NO-GO of a benchmark"] + row["NO-GO of the mean"])
 
     single = [row["wrong_go"] for row in results["single_answers"]]
-    drawn = results["repeats_and_groups"]
+    drawn, together = results["repeats_and_groups"], results["whole_groups"]
     kinds = ("wrong_go_even", "wrong_go_uneven"), ("t_bound_even", "t_bound_uneven")
     suites = {(row["sizes"], row["loss"]): row for row in results["suites"]}
     default, decide = (suites[name, "0 x margin"] for name in ("default repeats", "suite decide"))
@@ -75,6 +75,9 @@ def verdicts_block(records: Mapping[str, Record]) -> str:
         ("the same with repeats and groups (simulated, worst of "
          f"{2 * len(drawn)} cases)", largest(drawn, *kinds[0]),
          f"t bound: {largest(drawn, *kinds[1])}"),
+        ("the same where the items of a group change together (simulated, worst of "
+         f"{len(together)} cases of {together[0]['runs']:,} runs)", largest(together, "wrong_go"),
+         ""),
         ("NO-GO of the whole suite although the arms are equal", f"{no_go(default):.1f} %", ""),
         ("NO-GO of a benchmark although every loss is just the margin",
          f"{margins['NO-GO of a benchmark']:.1f} %", ""),

@@ -77,6 +77,12 @@ def blockers(b: BenchmarkResult, c: BenchmarkResult, pairs: Pairs, dropped: int)
                     for one, two in row)  # fmt: skip
         if other:
             found.append(f"{other} requests differ between the arms")
+    rows = [pair for row in pairs.values() for pair in row]
+    if other := sum(one.gold != two.gold for one, two in rows):
+        found.append(f"{other} answers were graded against other gold in the other arm")
+    # Not a number is not between them, either.
+    if odd := sum(not 0 <= (one.score or 0) <= 1 for pair in rows for one in pair):
+        found.append(f"{odd} scores are not between 0 and 1")
     if dict(b.left_out) != dict(c.left_out):
         found.append("the arms leave out different items")
     return found
