@@ -18,6 +18,8 @@ COLUMNS = 100
 # What is not prose: tables, code, generated parts, and words that cannot be parted.
 _SKIPPED = re.compile(r"^\s*(?:\||<!--|!\[|\[[^\]]+\]:)")
 
+_QUOTED = re.compile(r"`[^`]{60,}`")  # a message of another program
+
 
 def prose(path: Path) -> list[tuple[int, str]]:
     lines, fence, generated = [], False, False
@@ -29,7 +31,7 @@ def prose(path: Path) -> list[tuple[int, str]]:
         elif line.startswith("<!-- end generated"):
             generated = False
         elif not fence and not generated and not _SKIPPED.match(line):
-            lines.append((number, line))
+            lines.append((number, _QUOTED.sub("``", line)))
     return lines
 
 
