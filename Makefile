@@ -1,6 +1,7 @@
 # Two commands for a newcomer; they create and reuse .venv and need only Python 3.11 or newer.
 #   make demo    the whole story on a small real model, with a table, a plot and a served answer
-#   make check   formatting, lint, types, import layers, tests
+#   make check   formatting, lint, types, import layers, the site, tests
+# One more draws the documentation as a site, in build/site: make docs
 # Two more take long, for who changes the code:
 #   make mutants which small faults in the source would the tests not notice? (hours; SAMPLE=5 FILES=src/halfbyte/...)
 #   make clients clients that others wrote, each against the server (half an hour, 6 GB); writes docs/clients.md
@@ -9,7 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: demo check clients mutants setup-demo setup-check clean
+docs: setup-check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.PHONY: docs demo check clients mutants setup-demo setup-check clean
 
 demo: setup-demo
 	$(BIN)/halfbyte demo --out build/demo

@@ -333,10 +333,11 @@ _PAGE = """# Clients that others wrote
 
 <!-- Written by clients/run.py; do not edit. -->
 
-`make clients` installs the clients below at these versions into `build/clients` and runs each against a server on a small random
-model with the full Tekken vocabulary. A hook forces the model's tokens (`clients/server.py`); chat format, masks, streams and wire
-are as users get them. A tool loop is a call, its result and the answer to it; "—" means that the client has no such thing or that it
-comes with the tool loop (agents stream).
+`make clients` installs the clients below at these versions into `build/clients` and runs each
+against a server on a small random model with the full Tekken vocabulary. A hook forces the model's
+tokens (`clients/server.py`); chat format, masks, streams and wire are as users get them. A tool
+loop is a call, its result and the answer to it; "—" means that the client has no such thing or that
+it comes with the tool loop (agents stream).
 
 {table}
 

@@ -1,5 +1,6 @@
-"""Generated parts of the documents: README's demo output and figures, the errors of verdicts in
-docs/evaluations.md, benchmarks/README.md.
+"""Generated parts of the documents: README's figures and picture, the demo's output in
+docs/start.md, all figures in docs/figures.md, the errors of verdicts in docs/evaluations.md, and
+benchmarks/README.md.
 
 `python -m halfbyte.bench.docs` writes them from `benchmarks/records`; with `--check` it fails if
 one is stale. A generated part of a page stands between `<!-- generated: NAME -->` and
@@ -13,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from halfbyte.bench.picture import formats_picture
 from halfbyte.errors import CheckpointError
-from halfbyte.figures import Figure, Record, read_record
+from halfbyte.figures import Figure, Record, Topic, read_record
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,6 +31,12 @@ def demo_block(records: Mapping[str, Record]) -> str:
     record = records["demo"]
     lines = "\n".join(record.results["transcript"])
     return f"```\n$ halfbyte demo\n{lines}\n```\n\n{origin('demo', record)}"
+
+
+def quickstart_block(records: Mapping[str, Record]) -> str:
+    """The transcript of the first commands."""
+    lines = "\n".join(records["quickstart"].results["transcript"])
+    return f"```console\n{lines}\n```"
 
 
 def figures_block(records: Mapping[str, Record]) -> str:
@@ -95,20 +103,57 @@ def verdicts_block(records: Mapping[str, Record]) -> str:
     return "\n".join([*head, *lines, "", f"From [{name}](../{name}), {record.date}."])
 
 
+TOPICS: dict[Topic, str] = {
+    "decode": "Decoding",
+    "prefill": "Reading prompts",
+    "serving": "Serving",
+    "speculation": "Speculation",
+    "start": "Starting",
+    "quantize": "Quantizing",
+    "fidelity": "What formats cost",
+    "evaluation": "Evaluating",
+    "kernels": "Kernels",
+    "tests": "Tests",
+    "peer": "Other programs and checkpoints in the same runs",
+}
+
+
+def all_figures_block(records: Mapping[str, Record]) -> str:
+    """Every figure by topic, then by machine."""
+    parts = []
+    for topic, title in TOPICS.items():
+        found = [(stem, record, figure) for stem, record in records.items()
+                 for figure in record.figures if figure.topic == topic]  # fmt: skip
+        machines = dict.fromkeys(record.machine.text for _, record, _ in found)
+        if found:
+            parts.append(f"## {title}")
+        for machine in machines:
+            rows = [
+                f"| {cells(figure)} | [{stem}](../benchmarks/records/{stem}.json) |"
+                for stem, record, figure in found
+                if record.machine.text == machine
+            ]
+            head = ["| what | under | measured | against | record |", "|---|---|---|---|---|"]
+            parts += [f"On {machine}:", "\n".join([*head, *rows])]
+    return "\n\n".join(parts)
+
+
 def origin(stem: str, record: Record) -> str:
-    """Where a generated block comes from, for the reader."""
+    """Where a generated block of a page in docs/ comes from, for the reader."""
     return (
-        f"From [benchmarks/records/{stem}.json](benchmarks/records/{stem}.json): "
+        f"From [benchmarks/records/{stem}.json](../benchmarks/records/{stem}.json): "
         f"{record.machine.text}, {record.date}."
     )
 
 
 BLOCKS: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "demo": demo_block,
+    "quickstart": quickstart_block,
     "figures": figures_block,
+    "all-figures": all_figures_block,
     "verdicts": verdicts_block,
 }
-PAGES = ("README.md", "docs/evaluations.md")
+PAGES = ("README.md", "docs/start.md", "docs/figures.md", "docs/evaluations.md")
 
 
 def render(text: str, records: Mapping[str, Record]) -> str:
@@ -157,6 +202,8 @@ def stale_pages(root: Path) -> dict[Path, str]:
         if (root / page).exists()
     }
     wanted[root / "benchmarks" / "README.md"] = benchmarks_page(records)
+    if "demo" in records:
+        wanted[root / "docs" / "pictures" / "formats.svg"] = formats_picture(records["demo"])
     return {
         path: text
         for path, text in wanted.items()
@@ -175,6 +222,7 @@ def main() -> int:
         if args.check:
             print(f"{name} is stale; run python -m halfbyte.bench.docs", file=sys.stderr)
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"wrote {name}")
     return 1 if args.check and stale else 0

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from halfbyte.errors import UsageError
 from halfbyte.formats.nvfp4 import EncodedNVFP4
 from halfbyte.kernels.reference import SPAN_TOKENS as SPAN_TOKENS
 from halfbyte.log import logger
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OPS = (
     "rms_norm",
@@ -99,7 +102,8 @@ def _module(name: str) -> ModuleType:
 
 def _reason_against(name: str, device_type: str) -> str | None:
     """Why implementation `name` cannot serve tensors on this device; None when it can."""
-    return _module(name).unavailable(device_type)  # type: ignore[no-any-return]
+    reason: str | None = _module(name).unavailable(device_type)
+    return reason
 
 
 @cache
@@ -129,7 +133,8 @@ def chosen(device: torch.device) -> str:
 @cache
 def _function(op: str, implementation: str) -> Callable[..., Any]:
     reference = getattr(_module("reference"), op)
-    return getattr(_module(implementation), op, reference)  # type: ignore[no-any-return]
+    function: Callable[..., Any] = getattr(_module(implementation), op, reference)
+    return function
 
 
 def implementations(op: str, device_type: str = "cpu") -> dict[str, Callable[..., Any]]:
@@ -148,8 +153,16 @@ def _on(op: str, device_type: str) -> Callable[..., Any]:
     return _function(op, _chosen(device_type))
 
 
-def _for(op: str, x: Tensor) -> Callable[..., Any]:
-    return _on(op, x.device.type)
+def _for(op: Callable[P, R], x: Tensor) -> Callable[P, R]:
+    """The implementation of an op of this file that serves the device of `x`."""
+    function: Callable[P, R] = _on(op.__name__, x.device.type)
+    return function
+
+
+def _of(op: Callable[P, R], weight: PreparedWeight) -> Callable[P, R]:
+    """The implementation of an op that can read `weight`."""
+    function: Callable[P, R] = _function(op.__name__, weight.implementation)
+    return function
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -157,7 +170,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     y = x / sqrt(mean(x^2) + eps) * weight
     """
-    return _for("rms_norm", x_TD)(x_TD, weight_D, eps)  # type: ignore[no-any-return]
+    return _for(rms_norm, x_TD)(x_TD, weight_D, eps)
 
 
 def add_rms_norm(
@@ -168,28 +181,28 @@ def add_rms_norm(
     returns  normed_TD, residual_TD: the sum rounded to x's dtype, and the norm of that rounded
              sum. Neither input is modified. The sum is exact class, the norm bounded.
     """
-    return _for("add_rms_norm", x_TD)(x_TD, residual_TD, weight_D, eps)  # type: ignore[no-any-return]
+    return _for(add_rms_norm, x_TD)(x_TD, residual_TD, weight_D, eps)
 
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     """silu(gate) * up of a fused product [gate | up], in f32, rounded once: (T, F). Bounded."""
-    return _for("silu_mul", gate_up_T2F)(gate_up_T2F)  # type: ignore[no-any-return]
+    return _for(silu_mul, gate_up_T2F)(gate_up_T2F)
 
 
 def prepare_bf16(w_OI: Tensor) -> PreparedWeight:
     """Lay out a bf16 (or f32) weight for `linear_bf16` on the device it lies on."""
-    return _for("prepare_bf16", w_OI)(w_OI)  # type: ignore[no-any-return]
+    return _for(prepare_bf16, w_OI)(w_OI)
 
 
 def prepare_fp8(codes_OI: Tensor, scale_O: Tensor) -> PreparedWeight:
     """Lay out e4m3 codes with one f32 scale a row (fused linears carry several scales)."""
-    return _for("prepare_fp8", codes_OI)(codes_OI, scale_O)  # type: ignore[no-any-return]
+    return _for(prepare_fp8, codes_OI)(codes_OI, scale_O)
 
 
 def prepare_nvfp4(codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor) -> PreparedWeight:
     """Lay out packed e2m1 codes (even column low), e4m3 block scales, one f32 scale a row."""
-    prepare = _for("prepare_nvfp4", codes_OI2)
-    return prepare(codes_OI2, scale_OB, tensor_scale_O)  # type: ignore[no-any-return]
+    prepare = _for(prepare_nvfp4, codes_OI2)
+    return prepare(codes_OI2, scale_OB, tensor_scale_O)
 
 
 def linear_bf16(
@@ -199,24 +212,24 @@ def linear_bf16(
 
     A row's result does not depend on the other rows in `native`; in `reference` it may.
     """
-    linear = _function("linear_bf16", weight.implementation)
-    return linear(x_TI, weight, out_dtype)  # type: ignore[no-any-return]
+    linear = _of(linear_bf16, weight)
+    return linear(x_TI, weight, out_dtype)
 
 
 def linear_fp8(
     x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """Product x @ (code * scale)^T, weight decoded exactly; else as `linear_bf16`. Bounded."""
-    linear = _function("linear_fp8", weight.implementation)
-    return linear(x_TI, weight, out_dtype)  # type: ignore[no-any-return]
+    linear = _of(linear_fp8, weight)
+    return linear(x_TI, weight, out_dtype)
 
 
 def linear_nvfp4(
     x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """Product x @ (code * block scale * tensor scale)^T; else as `linear_bf16`. Bounded."""
-    linear = _function("linear_nvfp4", weight.implementation)
-    return linear(x_TI, weight, out_dtype)  # type: ignore[no-any-return]
+    linear = _of(linear_nvfp4, weight)
+    return linear(x_TI, weight, out_dtype)
 
 
 def rotate(q_TNH: Tensor, k_TKH: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -226,7 +239,7 @@ def rotate(q_TNH: Tensor, k_TKH: Tensor, rotation: Rotation) -> tuple[Tensor, Te
     are not modified and may be strided views of one fused product (last dimension dense).
     Bounded.
     """
-    return _for("rotate", q_TNH)(q_TNH, k_TKH, rotation)  # type: ignore[no-any-return]
+    return _for(rotate, q_TNH)(q_TNH, k_TKH, rotation)
 
 
 def store_kv(
@@ -243,7 +256,7 @@ def store_kv(
     An e4m3 cache receives e4m3(clamp(k / k_scale, +-448)), a bf16 cache a copy (scales unused).
     A token whose slot is negative is not stored. Exact.
     """
-    store = _for("store_kv", k_TKH)
+    store = _for(store_kv, k_TKH)
     store(k_TKH, v_TKH, k_cache_PZKH, v_cache_PZKH, slots_T, k_scale, v_scale)
 
 
@@ -273,8 +286,8 @@ def paged_attention(
       block_table [[7, 0], [2, 5]], context_lengths [3, 6], query_starts [0, 3, 4]
       q row 1 reads slots 7*4+0, 7*4+1; q row 3 reads 2*4+0..3, 5*4+0, 5*4+1.
     """
-    attention = _for("paged_attention", q_TNH)
-    return attention(  # type: ignore[no-any-return]
+    attention = _for(paged_attention, q_TNH)
+    return attention(
         q_TNH,
         k_cache_PZKH,
         v_cache_PZKH,
@@ -310,8 +323,8 @@ def attend_spans(
 
     Example: contexts [3000, 40]: spans range(0, 2), then range(2, 3), which writes both results.
     """
-    attention = _for("attend_spans", q_TNH)
-    return attention(  # type: ignore[no-any-return]
+    attention = _for(attend_spans, q_TNH)
+    return attention(
         *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
         *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
         spans,
@@ -325,7 +338,7 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
     logits_V   f32, on any device
     allowed_W  int32 on the CPU, W = ceil(V / 32): bit b of word w, 1 is allowed, is token 32 w + b
     """
-    _for("mask_logits", logits_V)(logits_V, allowed_W)
+    _for(mask_logits, logits_V)(logits_V, allowed_W)
 
 
 def largest_fp8_code(codes: Tensor) -> Tensor:
@@ -333,7 +346,7 @@ def largest_fp8_code(codes: Tensor) -> Tensor:
 
     NaN's code is above all others, so it comes through.
     """
-    return _for("largest_fp8_code", codes)(codes)  # type: ignore[no-any-return]
+    return _for(largest_fp8_code, codes)(codes)
 
 
 def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> EncodedNVFP4:
@@ -345,4 +358,4 @@ def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> Encod
 
     The bytes of `encode_nvfp4(decode_fp8(codes, scale), tensor_scale)`, and its errors.
     """
-    return _for("fp8_to_nvfp4", codes_OI)(codes_OI, scale, tensor_scale)  # type: ignore[no-any-return]
+    return _for(fp8_to_nvfp4, codes_OI)(codes_OI, scale, tensor_scale)
