@@ -61,7 +61,8 @@ def test_every_decision_is_in_the_index_once_under_its_title() -> None:
     index = (DOCS / "decisions" / "index.md").read_text()
     for path in sorted((DOCS / "decisions").glob("0*.md")):
         heading = path.read_text().split("\n", 1)[0].removeprefix(f"# {path.name[:4]} ")
-        assert index.count(f"[{heading}]({path.name})") == 1, path.name
+        row = f"| {path.name[:4]} | [{heading}]({path.name}) | "
+        assert index.count(row) == 1, f"docs/decisions/index.md lacks the row: {row}stands |"
 
 
 def test_the_page_of_commands_is_fresh_and_the_same_elsewhere() -> None:
