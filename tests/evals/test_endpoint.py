@@ -184,7 +184,7 @@ def test_a_server_that_does_not_come_up_is_told_with_its_log(tmp_path: Path) -> 
     """And none is left behind."""
     log = tmp_path / "logs" / "serve.log"
     with (
-        pytest.raises(UnsupportedError, match="did not come up"),
+        pytest.raises(UnsupportedError, match="did not start"),
         serve(tmp_path / "nothing", log),
     ):
         pass
