@@ -68,3 +68,29 @@ def test_another_job_is_refused_with_the_difference(
 
 def test_equal_values_differ_nowhere() -> None:
     assert list(differences(MADE_OF, {"profile": "ieee", "source": MADE_OF["source"]})) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{", b"[]", b"3", b"{}", b'{"entry": {"step": 0}}', b'{"sha256": "00"}',
+        b'{"entry": {"step": 1}, "sha256": "00"}', b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_line_that_no_run_wrote_ends_in_a_sentence(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.start(MADE_OF)
+    journal.append({"step": 0})
+    journal.close()
+    first, second, _ = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([first, line, second, b""]))
+    with pytest.raises(UsageError, match="line 2 is not as an unfinished run wrote it"):
+        Journal(path).resume(MADE_OF)
+
+
+def test_values_of_another_kind_differ() -> None:
+    for before, now in (({"a": 1}, [1]), ([1], {"a": 1}), ({"a": {"b": 1}}, {"a": 3}), (None, {})):
+        said = list(differences(before, now, "x"))
+        assert len(said) == 1 and " was " in said[0], (before, now)
+    assert list(differences({"a": [1]}, {"a": [1]})) == []

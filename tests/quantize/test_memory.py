@@ -6,7 +6,7 @@ import pytest
 
 from halfbyte.errors import CapacityError
 from halfbyte.model.tiny import tiny_config
-from halfbyte.quantize.memory import layer_peak_bytes, plan_memory
+from halfbyte.quantize.memory import gpu_layer_bytes, layer_peak_bytes, plan_memory
 
 GIB = 1 << 30
 # Mistral Medium 3.5: the real widths.
@@ -54,3 +54,35 @@ def test_a_budget_below_one_layer_is_refused_with_the_need() -> None:
         plan_memory(MEDIUM, longest_row_tokens=512, activation_bytes=0, budget_bytes=2 * GIB)
     free = plan_memory(MEDIUM, longest_row_tokens=512, activation_bytes=0, budget_bytes=None)
     assert free.peak_bytes > 2 * GIB
+
+
+SMALL = replace(
+    tiny_config().text, num_layers=1, width=64, num_heads=4, num_kv_heads=2, head_dim=16,
+    mlp_width=160, vocab_size=100,
+)  # fmt: skip
+# By hand, bf16: q and o 64 x 64, k and v 32 x 64, gate, up and down 160 x 64.
+ATTENTION, MLP = 2 * (2 * 64 * 64 + 2 * 32 * 64), 2 * 160 * 64
+# A token: 16 B a value of the width, 12 of q and so on, 24 of the MLP's hidden state.
+TOKEN = 16 * 64 + 12 * 64 + 24 * 160
+
+
+def test_a_layer_takes_what_is_loaded_or_what_runs() -> None:
+    """Beside what it costs whatever the width, which the difference of two counts leaves out."""
+    few, many = (layer_peak_bytes(SMALL, tokens) for tokens in (1000, 3000))
+    assert many - few >= 2000 * TOKEN
+    idle = layer_peak_bytes(SMALL, 0)
+    loading = ATTENTION + 3 * 2 * MLP
+    assert idle >= max(loading, ATTENTION + 3 * MLP)
+    wider = replace(SMALL, mlp_width=320)
+    assert layer_peak_bytes(wider, 0) - idle == 3 * 2 * MLP
+
+
+def test_a_gpu_holds_a_layer_its_rows_and_what_is_loaded() -> None:
+    work, ahead = gpu_layer_bytes(SMALL, 100_000)
+    layer = ATTENTION + 3 * MLP
+    gaps = ahead / (layer + 2 * MLP)
+    assert 1.0 <= gaps < 1.5  # of an allocator
+    assert work == pytest.approx(gaps * (layer + 100_000 * TOKEN), rel=1e-4)
+    # Without rows nothing runs and nothing is read ahead.
+    alone, none = gpu_layer_bytes(SMALL, 0)
+    assert none == 0 and alone >= 4 * 2 * MLP
