@@ -35,6 +35,7 @@ from halfbyte.calibrate.sources import DataAccess
 from halfbyte.calibrate.tokens import as_rows
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.figures import Figure
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
@@ -103,26 +104,24 @@ def main() -> None:
     for name in args.algorithms:
         found.append({"name": name, **judge(source, rows, ALGORITHMS[name], windows, wanted)})
         print(found[-1], flush=True)
-    ran = [row for row in found if "kl_mean" in row]
     record.write(
         args.out,
         name="quantize_peers",
         question="KL of Model Optimizer's own methods on the same model, formats, rows and text?",
         command="PYTHONPATH=src python benchmarks/quantize_peers.py " + " ".join(sys.argv[1:]),
+        figures=[
+            Figure("KL divergence from bf16", row["kl_mean"], "nats/token", "peer",
+                   {"model": "SmolLM2-135M", "weights": f"Model Optimizer {row['name']}",
+                    "arithmetic": "declared"})
+            for row in found if "kl_mean" in row
+        ],
         results={
             "text": args.text.name,
             "windows": len(windows),
             "calibration_tokens": sum(row.numel() for row in rows),
             "rows": found,
-            "headlines": [
-                {
-                    "what": "SmolLM2-135M, mixed, KL of Model Optimizer's methods (declared)",
-                    "figure": ", ".join(f"{row['name']} {row['kl_mean']:.4f}" for row in ran),
-                    "against": "ours: quantize_quality",
-                }
-            ],
         },
-    )
+    )  # fmt: skip
 
 
 def judge(

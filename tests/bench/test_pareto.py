@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.bench.pareto import Point, front, plot, points_of, table
+from halfbyte.bench.pareto import Point, front, joined, plot, points_of, table
 
 
 def point(megabytes: float, kl: float, name: str = "x") -> Point:
@@ -47,6 +47,11 @@ def test_the_front_beats_all_others_and_nobody_in_it(pairs: list[tuple[int, int]
             for o in best
         )
         assert is_beaten == (one not in best)
+
+
+def test_a_later_run_replaces_a_checkpoint_and_adds_others() -> None:
+    runs = [[point(2, 0.2, "a"), point(3, 0.1, "b")], [point(2, 0.15, "a"), point(2, 0.05, "c")]]
+    assert [(p.name, p.kl) for p in joined(runs)] == [("c", 0.05), ("a", 0.15), ("b", 0.1)]
 
 
 def test_the_table_marks_the_front_of_each_mode() -> None:

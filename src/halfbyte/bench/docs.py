@@ -19,7 +19,8 @@ from halfbyte.bench.picture import formats_picture
 from halfbyte.errors import CheckpointError
 from halfbyte.figures import Figure, Record, Topic, read_record
 
-_QUALITY = "quantize_quality"
+# All variants, and a later run of some.
+_QUALITY = ("quantize_quality", "quantize_methods")
 _MODES = ("declared", "weight_only")
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -142,20 +143,25 @@ def all_figures_block(records: Mapping[str, Record]) -> str:
 
 
 def pareto_block(records: Mapping[str, Record]) -> str:
-    """Every checkpoint of the quality benchmark: its bytes and what it loses."""
-    record = records[_QUALITY]
-    name = f"benchmarks/records/{_QUALITY}.json"
-    found = pareto.table(record.results, _MODES)
-    return f"{found}\n\nBold: no other has less of both. From `{name}`, {record.date}."
+    """Every checkpoint of the quality benchmark's runs: its bytes and what it loses."""
+    parts = []
+    for stem in (name for name in _QUALITY if name in records):
+        record = records[stem]
+        found = pareto.table(record.results, _MODES)
+        said = f"From `benchmarks/records/{stem}.json`, {record.date}, {record.machine.text}."
+        parts.append(f"{found}\n\nBold: in this run no other has less of both. {said}")
+    return "\n\n".join(parts)
 
 
 def drawings(records: Mapping[str, Record]) -> dict[str, str]:
     """Path below the root -> content of the drawings that pages show."""
-    if _QUALITY not in records:
+    results = [records[name].results for name in _QUALITY if name in records]
+    if not results:
         return {}
     return {
         f"docs/guide/bytes-against-kl-{mode}.svg": pareto.plot(
-            pareto.points_of(records[_QUALITY].results, mode), title=f"KL against bytes, {mode}"
+            pareto.joined([pareto.points_of(found, mode) for found in results]),
+            title=f"KL against bytes, {mode}",
         )
         for mode in _MODES
     }

@@ -41,6 +41,12 @@ def points_of(results: Mapping[str, Any], mode: str) -> list[Point]:
     return sorted(points, key=lambda point: (point.megabytes, point.kl))
 
 
+def joined(runs: Sequence[Sequence[Point]]) -> list[Point]:
+    """Points of several runs; of a checkpoint that more than one measured the last run's."""
+    found = {point.name: point for run in runs for point in run}
+    return sorted(found.values(), key=lambda point: (point.megabytes, point.kl))
+
+
 def front(points: Sequence[Point]) -> list[Point]:
     """Those that no other beats: as few bytes and less lost, or fewer and as little."""
 
