@@ -1,14 +1,15 @@
 """What each calibration method costs a real small model: perplexity and KL divergence side by side.
 
-Question: on SmolLM2-135M-Instruct, how far are the mixed checkpoints calibrated by `max`,
-`headroom` and `mse` from the bf16 model, and how far is NVFP4 everywhere?
+Question: on SmolLM2-135M-Instruct, how far are the mixed checkpoints calibrated by each method
+from the bf16 model, and how far is NVFP4 everywhere?
 
-Method: the FP8 source is made of the bf16 model and quantized five ways on the same rows of the
-text in the package. Each checkpoint scores held-out text through the engine's own path, in mode
-`declared` (weights, activations and cache rounded as FP4 hardware would; what the format promises)
-and in mode `weight_only` (what an engine without FP4 products does). KL is per token over the full
-vocabulary, its interval a t interval over windows; every two variants are also compared paired,
-position by position. No clock is read: load does not matter.
+Method: the FP8 source is made of the bf16 model and quantized in every way of `VARIANTS`, or those
+that `--variants` names, on the same rows of the text in the package. With `--keep` checkpoints
+that a run before has finished are taken as they are. Each checkpoint scores held-out text through
+the engine's own path, in mode `declared` (weights, activations and cache rounded as FP4 hardware
+would; what the format promises) and in mode `weight_only` (what an engine without FP4 products
+does). KL is per token over the full vocabulary, its interval a t interval over windows; every two
+variants are also compared paired, position by position. No clock is read: load does not matter.
 
 Reading the result: half of the loss of the mixed format comes from FP4 activations. None of this
 predicts the 128B model: 135M parameters have no room, so this is a stress test. NVFP4 everywhere is
@@ -16,9 +17,11 @@ there as a warning: attention and the edge layers earn their bytes. The text is 
 intervals speak of it alone, and the paired ones (`pairs`) tell methods apart whose own overlap.
 `--text` takes a longer one.
 
+`docs/guide/choosing-a-format.md` draws the record: bytes against KL.
+
 Last record: benchmarks/records/quantize_quality.json.
 
-Run: PYTHONPATH=src python benchmarks/quantize_quality.py
+Run: PYTHONPATH=src python benchmarks/quantize_quality.py && python -m halfbyte.bench.docs
 """
 
 import argparse
@@ -33,6 +36,7 @@ from halfbyte import log
 from halfbyte.bench import record
 from halfbyte.bench.fidelity import PairRow, Row, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
+from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.figures import Against, Figure
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig
@@ -47,8 +51,13 @@ VARIANTS: Mapping[str, tuple[str, str]] = {
     "max": ("medium-3.5", "max"),
     "headroom": ("medium-3.5", "headroom"),
     "mse": ("medium-3.5", "mse"),
+    "weighted": ("medium-3.5", "weighted"),
+    "gptq": ("medium-3.5", "gptq"),
+    "smooth": ("medium-3.5", "smooth"),
+    "gptq-smooth": ("medium-3.5", "gptq-smooth"),
     "data-free": ("medium-3.5", "none"),
     "NVFP4 everywhere": ("nvfp4-everywhere", "max"),
+    "NVFP4 everywhere, gptq-smooth": ("nvfp4-everywhere", "gptq-smooth"),
 }
 MODES = ("declared", "weight_only")
 
@@ -60,18 +69,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="use only so many tokens of the text")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens-per-row", type=int, default=512)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--keep", action="store_true", help="go on with what lies in --work")
     parser.add_argument("--out", type=Path, default=RECORD)
     return parser.parse_args()
 
 
 def make(args: argparse.Namespace) -> dict[str, Any]:
     """All checkpoints; returns the mean output SQNR of each method on NVFP4 linears."""
-    shutil.rmtree(args.work, ignore_errors=True)
-    args.work.mkdir(parents=True)
-    import_gguf(packaged_file("smollm2"), args.work / "bf16")
-    make_fp8_source(args.work / "bf16", args.work / "fp8")
+    if not args.keep:
+        shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.work / "bf16").exists():
+        import_gguf(packaged_file("smollm2"), args.work / "bf16")
+    if not (args.work / "fp8").exists():
+        make_fp8_source(args.work / "bf16", args.work / "fp8")
     errors: dict[str, Any] = {}
-    for name, (recipe_name, method) in VARIANTS.items():
+    for name in args.variants:
+        recipe_name, method = VARIANTS[name]
+        if directory_of(args, name).exists():
+            continue
         recipe = replace(load_recipe(recipe_name), scales=METHODS[method])
         wanted = replace(
             recipe.calibration, samples=args.rows, tokens_per_sample=args.tokens_per_row
@@ -79,15 +96,28 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
         result = quantize(
             QuantizeConfig(
                 args.work / "fp8",
-                args.work / name.replace(" ", "-"),
+                directory_of(args, name),
                 replace(recipe, calibration=wanted),
+                with_errors=name == "max",
             )
         )
         if name == "max":
             some = [x["output_db"] for x in result.linears if x["format"] == "nvfp4"]
             errors = {m: round(sum(x[m] for x in some) / len(some), 2) for m in some[0]}
-            errors["tokens"] = result.num_calibration_tokens
     return errors
+
+
+def directory_of(args: argparse.Namespace, name: str) -> Path:
+    """Where the checkpoint of a variant lies."""
+    directory: Path = args.work / name.replace(",", "").replace(" ", "-")
+    return directory
+
+
+def calibrated_on(directory: Path) -> int:
+    """How many tokens a checkpoint of ours was calibrated on."""
+    manifest = read_manifest(directory)
+    assert manifest is not None, directory
+    return int(manifest.made_of["calibration"]["tokens"])
 
 
 def main() -> None:
@@ -96,7 +126,7 @@ def main() -> None:
     errors = make(args)
     candidates = [("fp8", args.work / "fp8", "weight_only")]
     candidates += [
-        (name, args.work / name.replace(" ", "-"), mode) for name in VARIANTS for mode in MODES
+        (name, directory_of(args, name), mode) for name in args.variants for mode in MODES
     ]
     found = compare_models(
         args.work / "bf16",
@@ -111,7 +141,7 @@ def main() -> None:
         "text_sha256": found.text_sha256,
         "scored_tokens": found.num_tokens,
         "windows": found.num_windows,
-        "calibration_tokens": errors.pop("tokens"),
+        "calibration_tokens": calibrated_on(directory_of(args, args.variants[0])),
         "output_db_of_nvfp4_linears": errors,
         "bf16_perplexity": round(found.base.perplexity, 3),
         "rows": [row_facts(row) for row in found.candidates],
@@ -125,7 +155,8 @@ def main() -> None:
         figures=quality_figures(results),
         results=results,
     )
-    shutil.rmtree(args.work, ignore_errors=True)
+    if not args.keep:
+        shutil.rmtree(args.work, ignore_errors=True)
 
 
 def quality_figures(results: dict[str, Any]) -> list[Figure]:
@@ -163,6 +194,7 @@ def row_facts(row: Row) -> dict[str, Any]:
         "kl_mean": round(row.kl_mean, 5),
         "kl_interval": None if row.kl_interval is None else [round(v, 5) for v in row.kl_interval],
         "top1_agreement": round(row.top1_agreement, 4),
+        "kl_by_position": {k: round(v, 5) for k, v in (row.kl_by_position or {}).items()},
     }
 
 

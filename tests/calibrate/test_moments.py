@@ -30,8 +30,8 @@ def test_sums_are_those_of_all_tokens_however_they_come(
     torch.testing.assert_close(found.squares_I, wide_TI.square().sum(0), rtol=1e-6, atol=0)
     if has_products:
         assert found.products_II is not None
-        close = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(found.products_II.double(), wide_TI.T @ wide_TI, **close)
+        wanted_II = wide_TI.T @ wide_TI
+        torch.testing.assert_close(found.products_II.double(), wanted_II, rtol=1e-5, atol=1e-5)
     else:
         assert found.products_II is None
 

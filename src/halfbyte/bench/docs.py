@@ -1,6 +1,6 @@
 """Generated parts of the documents: README's figures and picture, the demo's output in
-docs/start.md, all figures in docs/figures.md, the errors of verdicts in docs/evaluations.md, and
-benchmarks/README.md.
+docs/start.md, all figures in docs/figures.md, the errors of verdicts in docs/evaluations.md, the
+table and drawings of docs/guide/choosing-a-format.md, and benchmarks/README.md.
 
 `python -m halfbyte.bench.docs` writes them from `benchmarks/records`; with `--check` it fails if
 one is stale. A generated part of a page stands between `<!-- generated: NAME -->` and
@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from halfbyte.bench import pareto
 from halfbyte.bench.picture import formats_picture
 from halfbyte.errors import CheckpointError
 from halfbyte.figures import Figure, Record, Topic, read_record
 
+# All variants, and a later run of some.
+_QUALITY = ("quantize_quality", "quantize_methods")
+_MODES = ("declared", "weight_only")
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -138,6 +142,31 @@ def all_figures_block(records: Mapping[str, Record]) -> str:
     return "\n\n".join(parts)
 
 
+def pareto_block(records: Mapping[str, Record]) -> str:
+    """Every checkpoint of the quality benchmark's runs: its bytes and what it loses."""
+    parts = []
+    for stem in (name for name in _QUALITY if name in records):
+        record = records[stem]
+        found = pareto.table(record.results, _MODES)
+        said = f"From `benchmarks/records/{stem}.json`, {record.date}, {record.machine.text}."
+        parts.append(f"{found}\n\nBold: in this run no other has less of both. {said}")
+    return "\n\n".join(parts)
+
+
+def drawings(records: Mapping[str, Record]) -> dict[str, str]:
+    """Path below the root -> content of the drawings that pages show."""
+    results = [records[name].results for name in _QUALITY if name in records]
+    if not results:
+        return {}
+    return {
+        f"docs/guide/bytes-against-kl-{mode}.svg": pareto.plot(
+            pareto.joined([pareto.points_of(found, mode) for found in results]),
+            title=f"KL against bytes, {mode}",
+        )
+        for mode in _MODES
+    }
+
+
 def origin(stem: str, record: Record) -> str:
     """Where a generated block of a page in docs/ comes from, for the reader."""
     return (
@@ -152,8 +181,10 @@ BLOCKS: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "figures": figures_block,
     "all-figures": all_figures_block,
     "verdicts": verdicts_block,
+    "bytes-against-kl": pareto_block,
 }
-PAGES = ("README.md", "docs/start.md", "docs/figures.md", "docs/evaluations.md")
+PAGES = ("README.md", "docs/start.md", "docs/figures.md", "docs/evaluations.md",
+         "docs/guide/choosing-a-format.md")  # fmt: skip
 
 
 def render(text: str, records: Mapping[str, Record]) -> str:
@@ -204,6 +235,7 @@ def stale_pages(root: Path) -> dict[Path, str]:
     wanted[root / "benchmarks" / "README.md"] = benchmarks_page(records)
     if "demo" in records:
         wanted[root / "docs" / "pictures" / "formats.svg"] = formats_picture(records["demo"])
+    wanted |= {root / path: text for path, text in drawings(records).items()}
     return {
         path: text
         for path, text in wanted.items()

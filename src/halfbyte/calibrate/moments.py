@@ -39,6 +39,7 @@ class InputSums:
         if self.products_II is not None:
             self.products_II.addmm_(wide_TI.T, wide_TI)
 
+    @torch.inference_mode()  # as layers run, whose tensors cannot be changed outside of it
     def divide(self, factors_I: Tensor) -> None:
         """Become the sums of x / factors, in place."""
         self.maxima_I /= factors_I
