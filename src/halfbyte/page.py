@@ -46,15 +46,19 @@ class Table(NamedTuple):
     caption: str = ""
 
 
-def render_page(room: str, template: str, style: str, **values: Any) -> str:
+def render_page(
+    room: str, template: str, style: str, *, style_room: str | None = None, **values: Any
+) -> str:
     """The text of a page.
 
-    room      package that holds the template and the style sheet, as "halfbyte.card"
-    template  extends "page.html", the frame of every page
-    style     a CSS file; the policy admits it by its hash
-    values    what the template shows; all of it is escaped
+    room        package that holds the template and the style sheet, as "halfbyte.card"
+    template    extends "page.html", the frame of every page
+    style       a CSS file; the policy admits it by its hash
+    style_room  package of the style sheet, where it is not the template's
+    values      what the template shows; all of it is escaped
     """
-    css = Markup(resources.files(room).joinpath(style).read_text(encoding="utf-8"))
+    sheet = resources.files(style_room or room).joinpath(style)
+    css = Markup(sheet.read_text(encoding="utf-8"))
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     page = _environment(room).get_template(template)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from halfbyte.bench.idle import Usage
-from halfbyte.bench.serving import Report, Sizes, measure, percentile, write_record
+from halfbyte.bench.record import percentile
+from halfbyte.bench.serving import Report, Sizes, measure, write_record
 from halfbyte.errors import UnsupportedError
 from halfbyte.figures import read_record
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint

@@ -38,13 +38,16 @@ def write(
     figures: Sequence[Figure] = (),
     results: Mapping[str, Any],
     samples: Mapping[str, Sequence[float]] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
+    measured_on: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a record. `samples` hold every timing, not only the median.
 
-    checkpoint  the directory that was measured; its identity lets a model card take the figures
+    checkpoint   the directory that was measured, or its identity: a card of it takes the figures
+    measured_on  the machine, in the form of `machine`; this one if left out
     """
     commit, dirty = revision()
+    identity = checkpoint_identity(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     record: dict[str, Any] = {
         "name": name,
         "question": question,
@@ -52,8 +55,8 @@ def write(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit,
         "dirty": dirty,
-        "machine": machine(),
-        **({} if checkpoint is None else {"checkpoint": checkpoint_identity(checkpoint)}),
+        "machine": dict(machine() if measured_on is None else measured_on),
+        **({} if identity is None else {"checkpoint": identity}),
         "figures": [figure_fields(figure) for figure in figures],
         "results": dict(results),
         "samples": {key: list(values) for key, values in (samples or {}).items()},
@@ -68,6 +71,12 @@ def own_command() -> str:
     """
     here = f"{Path.cwd()}{os.sep}"
     return shlex.join(["halfbyte", *(word.replace(here, "") for word in sys.argv[1:])])
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which this share of them lies: one of them, the nearest by rank."""
+    ordered = sorted(values)
+    return ordered[min(round(share * (len(ordered) - 1)), len(ordered) - 1)]
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:

@@ -40,6 +40,7 @@ import torch
 
 from halfbyte.bench import record as records
 from halfbyte.bench.idle import FOREIGN_LIMIT, Usage, Watch, wait_until_quiet
+from halfbyte.bench.record import percentile
 from halfbyte.checkpoint.metadata import read_config
 from halfbyte.child import Child, served
 from halfbyte.engine.config import EngineConfig
@@ -141,12 +142,6 @@ class Report:
                 f"{self.usage.steal:.1%} were stolen",
             ]
         )
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which this share of them lies."""
-    ordered = sorted(values)
-    return ordered[min(round(share * (len(ordered) - 1)), len(ordered) - 1)]
 
 
 def measure(

@@ -6,12 +6,18 @@ import importlib
 # name -> (module in halfbyte.cli, what it measures)
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "cpu": ("bench_cpu", "decode and prefill on this machine's processors"),
+    "load": (
+        "bench_load",
+        "a served checkpoint or any server under load: users, agents, a long prompt",
+    ),
     "serve": ("bench_serve", "what HTTP and engine add, what the prefix cache saves, stalls"),
     "engine": ("bench_engine", "decode and prefill of a whole geometry on a Hopper GPU"),
     "kernels": ("bench_kernels", "each product of a decoder layer on a Hopper GPU"),
 }
 
-EXAMPLE = "  halfbyte bench cpu build/demo/mixed --base build/demo/bf16"
+EXAMPLE = """\
+  halfbyte bench load build/demo/mixed
+  halfbyte bench cpu build/demo/mixed --base build/demo/bf16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

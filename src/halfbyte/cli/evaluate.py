@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -94,7 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
-    from halfbyte.evals.endpoint import connect, describe_checkpoint, describe_served, serve
+    from halfbyte.evals.endpoint import (
+        connect,
+        describe_checkpoint,
+        describe_served,
+        read_key,
+        serve,
+    )
     from halfbyte.evals.evaluate import default_arm, evaluate, prepare
     from halfbyte.evals.plan import LOSSES, format_plan, plan_run
     from halfbyte.evals.records import is_name, lock_run
@@ -126,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             "the run's folder is what --out says"
         )
     out = args.out or Path("evals") / arm
-    key = _key(args.api_key_env)
+    key = read_key(args.api_key_env)
     folder = Path(args.target)
     endpoint = None if folder.is_dir() else connect(args.target, args.model, key)
     config = _config(args, arm, out, benchmarks, key)
@@ -143,14 +148,6 @@ def run(args: argparse.Namespace) -> int:
         result = evaluate(config, endpoint, checkpoint, command, prepared)
     print(format_run(result, out / "run.json"))
     return 0 if all(b.status != "incomplete" for b in result.benchmarks.values()) else 1
-
-
-def _key(variable: str | None) -> str:
-    if variable is None:
-        return "none"
-    if variable not in os.environ:
-        raise UsageError(f"--api-key-env {variable}: the environment has no such variable")
-    return os.environ[variable]
 
 
 def _config(

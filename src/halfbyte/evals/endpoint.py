@@ -41,8 +41,17 @@ def connect(url: str, model: str | None, api_key: str, *, take_first: bool = Fal
     headers = {"Authorization": f"Bearer {api_key}"}
     try:
         answer = httpx.get(f"{base}/models", headers=headers, timeout=30)
+        if answer.status_code in (401, 403):
+            raise UsageError(
+                f"{base} asks for an API key (status {answer.status_code}): put it into an "
+                "environment variable and name that with --api-key-env"
+            )
         answer.raise_for_status()
         models = {entry["id"]: entry for entry in answer.json()["data"]}
+    except httpx.TransportError as failure:
+        raise UsageError(
+            f"{base}: no server answers there ({failure}); is it up, and is this its address?"
+        ) from failure
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as failure:
         raise UsageError(f"{base}/models: no OpenAI-compatible server: {failure}") from failure
     if model is None:
@@ -57,6 +66,21 @@ def connect(url: str, model: str | None, api_key: str, *, take_first: bool = Fal
     return Endpoint(
         base, model, int(context) if context else None, {"model": entry, "health": health}
     )
+
+
+def read_key(variable: str | None) -> str:
+    """The API key in an environment variable; "none" without one. Raises UsageError if unset."""
+    if variable is None:
+        return "none"
+    if variable not in os.environ:
+        raise UsageError(f"--api-key-env {variable}: the environment has no such variable")
+    return os.environ[variable]
+
+
+def is_here(url: str) -> bool:
+    """Whether an address is this machine's own loopback."""
+    host = httpx.URL(url).host
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def base_address(url: str) -> str:

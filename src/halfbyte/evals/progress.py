@@ -1,13 +1,12 @@
-"""What a person sees while a run goes on: one line that is rewritten, or a line now and then."""
+"""What a person sees while a run goes on: how far it is, how well the model does, how long yet."""
 
-import sys
 import time
 from collections import defaultdict
 from typing import TextIO
 
 from halfbyte.evals.records import Record
 from halfbyte.evals.stats import accuracy_interval
-from halfbyte.printable import own, printable
+from halfbyte.progress import ProgressLine, clock
 
 
 class Progress:
@@ -17,11 +16,8 @@ class Progress:
         """`stream` is stderr unless another is given."""
         self._title = title
         self._total = total
-        self._stream = own(sys.stderr) if stream is None else stream
-        self._is_terminal = self._stream.isatty()
-        self._every_s = 0.5 if self._is_terminal else 10.0
+        self._line = ProgressLine(stream)
         self._started = time.monotonic()
-        self._shown = self._started
         self._shown_done = -1
         self._resumed = 0
         self._done = 0
@@ -40,7 +36,7 @@ class Progress:
         """One more graded attempt."""
         self._count(record)
         self._tokens += record.prompt_tokens + record.completion_tokens
-        if time.monotonic() - self._shown >= self._every_s:
+        if self._line.is_due():
             self.show()
 
     def _count(self, record: Record) -> None:
@@ -53,16 +49,10 @@ class Progress:
 
     def show(self, *, last: bool = False) -> None:
         """Print the state now; in a log not twice the same."""
-        if last and not self._is_terminal and self._shown_done == self._done:
+        if last and not self._line.is_terminal and self._shown_done == self._done:
             return
         self._shown_done = self._done
-        self._shown = time.monotonic()
-        line = printable(self.line(self._shown - self._started))
-        if self._is_terminal:
-            self._stream.write(f"\r\x1b[2K{line}" + ("\n" if last else ""))
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        self._line.show(self.line(time.monotonic() - self._started), last=last)
 
     def line(self, elapsed_s: float) -> str:
         """The text of the line."""
@@ -79,7 +69,7 @@ class Progress:
             parts.append(f"{_speed(rate)}  {self._tokens / elapsed_s:,.0f} tokens/s")
             parts.append(f"{self._tokens:,} tokens")
             if self._done < self._total:
-                parts.append(f"ETA {_clock((self._total - self._done) / rate)}")
+                parts.append(f"ETA {clock((self._total - self._done) / rate)}")
         if self._troubles:
             parts.append(", ".join(f"{n} {cause}" for cause, n in sorted(self._troubles.items())))
         return "  ".join(parts)
@@ -87,9 +77,3 @@ class Progress:
 
 def _speed(rate: float) -> str:
     return f"{rate:.1f} items/s" if rate >= 1 else f"{60 * rate:.1f} items/min"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -93,8 +93,8 @@ def lines(
     low, high = min(values), max(values)
     if from_zero:
         low = min(low, 0.0)
-    ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
-    low, high = min(low, ticks[0]), max(high, ticks[-1])
+    places = log_ticks(low, high) if logarithmic else ticks(low, high)
+    low, high = min(low, places[0]), max(high, places[-1])
 
     def y(value: float) -> float:
         a, b, v = (low, high, value)
@@ -104,14 +104,14 @@ def lines(
         return _TOP + _HEIGHT * (1 - share)
 
     step = _WIDTH / max(columns - 1, 1)
-    parts = [mark for tick in ticks for mark in _grid_line(y(tick), tick)]
+    parts = [mark for tick in places for mark in _grid_line(y(tick), tick)]
     for number, (name, line) in enumerate(series.items()):
         shown = [v if v is not None and (v > 0 or not logarithmic) else None for v in line]
         for first, points in _runs(shown):
-            places = [(_LEFT + (first + i) * step, y(v)) for i, v in enumerate(points)]
-            path = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
+            dots = [(_LEFT + (first + i) * step, y(v)) for i, v in enumerate(points)]
+            path = " ".join(f"{across:.1f},{down:.1f}" for across, down in dots)
             parts.append(Mark("polyline", {"class": f"series s{number}", "points": path}))
-            for i, (across, down) in enumerate(places):
+            for i, (across, down) in enumerate(dots):
                 place = {"cx": across, "cy": down, "r": 2.6}
                 note = f"{name}, layer {first + i}: {points[i]:.4g} {unit}"
                 parts.append(Mark("circle", {"class": f"series s{number}", **place}, title=note))
@@ -127,10 +127,10 @@ def stacked(series: Mapping[str, Sequence[float]], *, title: str, unit: str) -> 
     if not columns:
         return Markup("")
     sums = [sum(line[i] for line in series.values()) for i in range(columns)]
-    ticks = _ticks(0.0, max(sums) or 1.0)
-    high = max(ticks[-1], max(sums)) or 1.0
+    places = ticks(0.0, max(sums) or 1.0)
+    high = max(places[-1], max(sums)) or 1.0
     width = min(26.0, _WIDTH / columns)
-    parts = [m for t in ticks for m in _grid_line(_TOP + _HEIGHT * (1 - t / high), t)]
+    parts = [m for t in places for m in _grid_line(_TOP + _HEIGHT * (1 - t / high), t)]
     for column in range(columns):
         start = 0.0
         for number, (name, line) in enumerate(series.items()):
@@ -161,14 +161,16 @@ def _runs(line: Sequence[float | None]) -> list[tuple[int, list[float]]]:
     return runs
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
+    """Round values of an axis that has these ends, five steps at most, the ends inside."""
     span = (high - low) or abs(high) or 1.0
     step = next(s * 10**p for p in range(-9, 10) for s in (1, 2, 5) if span / (s * 10**p) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(n * step, 12) for n in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, the ends inside."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     return [10.0**n for n in range(first, max(last, first + 1) + 1)]
 

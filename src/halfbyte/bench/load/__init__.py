@@ -1,0 +1,1 @@
+"""How fast a server answers under load: traffic, the client that sends it, figures, a page."""

@@ -1,0 +1,331 @@
+"""`halfbyte bench load CHECKPOINT|URL`."""
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import os
+import secrets
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.cli.plan import parse_count
+from halfbyte.errors import UsageError
+
+if TYPE_CHECKING:  # imported when run, so that --help is quick
+    from halfbyte.bench.load.report import Asked
+    from halfbyte.bench.load.traffic import Sizes, Trace
+    from halfbyte.evals.endpoint import Endpoint
+
+EXAMPLE = """\
+  halfbyte bench load mixed/
+  halfbyte bench load mixed/ --profile fixed --users 1 16 --prompt-tokens 2048
+  halfbyte bench load http://127.0.0.1:8000 --record fast.json --against exact.json
+  halfbyte bench load https://api.example.com --model m --api-key-env KEY --profile agents
+  halfbyte bench load mixed/ --serve-flags='--kv-cache fp8 --max-sequences 32'
+  halfbyte bench load fast.json --against exact.json"""
+_NOTHING_FAILED, _SOME_FAILED, _INTERRUPTED = 0, 1, 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"examples:\n{EXAMPLE}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add(
+        "target",
+        metavar="CHECKPOINT|URL|RECORD",
+        help="a checkpoint folder, which is served for the run; the address of an "
+        "OpenAI-compatible server; or a record of this command, whose page is made again",
+    )
+    traffic = parser.add_argument_group("what is sent")
+    traffic.add_argument(
+        "--profile",
+        nargs="+",
+        default=["fixed", "agents", "beside"],
+        choices=["fixed", "agents", "beside"],
+        help="prompts of one length, sessions as agents have them, a long prompt beside running "
+        "answers (all three)",
+    )
+    traffic.add_argument(
+        "--users",
+        nargs="+",
+        type=parse_count,
+        metavar="N",
+        help="levels of fixed lengths (1 8 32 64)",
+    )
+    traffic.add_argument(
+        "--agents", nargs="+", type=parse_count, metavar="N", help="levels of agents (1 4 16)"
+    )
+    traffic.add_argument(
+        "--prompt-tokens", type=parse_count, metavar="N", help="of a fixed level's prompts (1024)"
+    )
+    traffic.add_argument(
+        "--answer-tokens", type=parse_count, metavar="N", help="of its answers (128)"
+    )
+    traffic.add_argument(
+        "--requests",
+        type=parse_count,
+        metavar="N",
+        help="of each of its users, one after another (3)",
+    )
+    traffic.add_argument(
+        "--turns", type=parse_count, metavar="N", help="requests of an agent's session (12)"
+    )
+    traffic.add_argument(
+        "--long-tokens", type=parse_count, metavar="N", help="of the long prompt (32000)"
+    )
+    traffic.add_argument(
+        "--streams", type=parse_count, metavar="N", help="answers that run beside it (8)"
+    )
+    traffic.add_argument(
+        "--context",
+        type=parse_count,
+        metavar="N",
+        help="tokens of prompt and answer, where the server does not say",
+    )
+    traffic.add_argument("--seed", type=int, default=1, help="of the traffic (%(default)s)")
+    traffic.add_argument("--trace", type=Path, metavar="FILE", help="send the traffic of this file")
+    traffic.add_argument(
+        "--write-trace", type=Path, metavar="FILE", help="write the traffic that is sent"
+    )
+    traffic.add_argument(
+        "--max-seconds",
+        type=parse_count,
+        default=300,
+        metavar="S",
+        help="of a level; afterwards it begins nothing new (%(default)s)",
+    )
+    traffic.add_argument(
+        "--stall-seconds",
+        type=parse_count,
+        default=600,
+        metavar="S",
+        help="a silence that counts as a failure (%(default)s)",
+    )
+    server = parser.add_argument_group("the server")
+    server.add_argument(
+        "--serve-flags",
+        metavar="FLAGS",
+        default="",
+        help="flags of halfbyte serve, for a folder, behind a =: --serve-flags='--mode declared'",
+    )
+    server.add_argument("--model", help="model name, where the server has several")
+    server.add_argument("--api-key-env", metavar="NAME", help="variable that holds the API key")
+    server.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="the folder that a server at an address serves, where it does not say: a card takes "
+        "only records of its own checkpoint",
+    )
+    server.add_argument(
+        "--machine",
+        metavar="TEXT",
+        help="what a server elsewhere runs on, as '8x NVIDIA H200'; for one at 127.0.0.1 it is "
+        "found out",
+    )
+    results = parser.add_argument_group("what is written")
+    results.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="the record; its page lies beside it as .html (load-MODEL-TIME.json)",
+    )
+    results.add_argument(
+        "--against", type=Path, metavar="RECORD", help="compare with this record of an earlier run"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte.bench.load.report import read_run
+
+    # Before a server is started or a token spent.
+    if args.against is not None:
+        read_run(args.against)
+    if args.target.endswith(".json") and Path(args.target).is_file():
+        if args.serve_flags:
+            raise UsageError(f"{args.target} is a record; nothing is served for it")
+        return _show(Path(args.target), args.against)
+    for path in (args.record, args.write_trace):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
+    folder = Path(args.target)
+    if args.serve_flags and not folder.is_dir():
+        raise UsageError(
+            f"--serve-flags {args.serve_flags}: flags of halfbyte serve are for a checkpoint folder"
+        )
+    if not folder.is_dir() and not _is_address(args.target):
+        raise UsageError(
+            f"{args.target} is no folder and no address of a server (http://HOST:PORT)"
+        )
+    with _server(args, folder) as (endpoint, asked):
+        return asyncio.run(_measure(args, endpoint, asked))
+
+
+def _is_address(target: str) -> bool:
+    host = target.partition("/")[0]
+    return "://" in target or ":" in host or host == "localhost"
+
+
+def _show(record: Path, against: Path | None) -> int:
+    from halfbyte.bench.load.page import write_page
+    from halfbyte.bench.load.report import format_comparison, format_run, read_run
+
+    found = read_run(record)
+    other = None if against is None else read_run(against)
+    print(format_run(found))
+    if other is not None:
+        print(f"\n{format_comparison(found, other)}")
+    page = record.with_suffix(".html")
+    write_page(found, page, other)
+    print(f"page: {page}")
+    return _NOTHING_FAILED
+
+
+@contextlib.contextmanager
+def _server(args: argparse.Namespace, folder: Path) -> "Iterator[tuple[Endpoint, Asked]]":
+    """The server to be asked, started if a folder was named."""
+    from halfbyte.bench.load.report import Asked
+    from halfbyte.bench.record import machine
+    from halfbyte.checkpoint.identity import checkpoint_identity
+    from halfbyte.evals.endpoint import connect, describe_served, is_here, read_key, serve
+
+    key = read_key(args.api_key_env)
+    with contextlib.ExitStack() as stack:
+        if folder.is_dir():
+            scratch = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="halfbyte-load-"))
+            )
+            flags = ("--access-log", os.devnull, *shlex.split(args.serve_flags))
+            print(f"serving {folder}", file=sys.stderr, flush=True)
+            url = stack.enter_context(serve(folder, scratch / "server.log", flags))
+            endpoint = connect(url, args.model, key, take_first=True)
+            identity: str | None = checkpoint_identity(folder)
+        else:
+            endpoint = connect(args.target, args.model, key)
+            identity = describe_served(endpoint, args.checkpoint).get("identity")
+        health = endpoint.server.get("health")
+        where: dict[str, Any] | None = None
+        if args.machine is not None:
+            where = {"processor": args.machine}
+        elif is_here(endpoint.url):
+            where = machine()
+        context = args.context or endpoint.context_tokens
+        told = health if isinstance(health, dict) else {}
+        name = folder.resolve().name if folder.is_dir() else endpoint.model
+        yield endpoint, Asked(name, identity, context, told, where)
+
+
+async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked") -> int:
+    import httpx
+
+    from halfbyte.bench.load.client import Client, greet
+    from halfbyte.bench.load.page import write_page
+    from halfbyte.bench.load.report import format_comparison, format_run, read_run, write_run
+    from halfbyte.bench.load.run import Measured, noting_tools, run_trace
+    from halfbyte.bench.load.traffic import write_trace
+    from halfbyte.bench.record import own_command
+    from halfbyte.evals.endpoint import read_key
+
+    salt = secrets.token_hex(8)
+    record = args.record or _default_record(asked.model)
+    other = None if args.against is None else read_run(args.against)
+    trace = _trace(args, asked.context)
+    measured: list[Measured] = []
+    async with httpx.AsyncClient(
+        headers={"Authorization": f"Bearer {read_key(args.api_key_env)}"},
+        timeout=httpx.Timeout(None, connect=30.0),
+        # Servers close connections that idle for 5 s; a request that meets that moment would fail.
+        limits=httpx.Limits(
+            max_connections=None, max_keepalive_connections=None, keepalive_expiry=4
+        ),
+    ) as http:
+        manner = noting_tools(await greet(http, endpoint.url, endpoint.model, salt), trace)
+        if args.write_trace is not None:
+            write_trace(trace, args.write_trace)
+        for line in (*manner.notes, *(f"made smaller: {words}" for words in trace.cut)):
+            print(line, file=sys.stderr)
+        client = Client(
+            http, endpoint.url, endpoint.model, manner=manner, stall_s=args.stall_seconds
+        )
+
+        def keep(level: Measured) -> None:
+            """After every level: what was measured lies on the disk, whatever comes."""
+            measured.append(level)
+            write_run(record, measured, trace, asked, manner, command=own_command())
+
+        is_whole = await run_trace(
+            client,
+            trace,
+            salt=salt,
+            context_tokens=asked.context,
+            most_s=args.max_seconds,
+            keep=keep,
+        )
+    found = read_run(record)
+    print(format_run(found))
+    if other is not None:
+        print(f"\n{format_comparison(found, other)}")
+    page = record.with_suffix(".html")
+    write_page(found, page, other)
+    print(f"record: {record}\npage: {page}")
+    if asked.checkpoint is None:
+        print(
+            "The record names no checkpoint, so no card takes it: name the folder that is served "
+            "with --checkpoint DIR.",
+            file=sys.stderr,
+        )
+    if asked.machine is None:
+        print(
+            "The record does not say what the server runs on: give it with --machine TEXT.",
+            file=sys.stderr,
+        )
+    if not is_whole:
+        whole = sum(one.is_sound for one in found.levels)
+        print(
+            f"interrupted: {whole} of {found.planned_levels} levels are whole and kept, with what "
+            f"was measured of the others, in {record}; the same command starts over",
+            file=sys.stderr,
+        )
+        return _INTERRUPTED
+    is_sound = all(one.is_sound and not one.failed for one in found.levels)
+    return (
+        _NOTHING_FAILED if is_sound and len(found.levels) == found.planned_levels else _SOME_FAILED
+    )
+
+
+def _trace(args: argparse.Namespace, context: int | None) -> "Trace":
+    from halfbyte.bench.load.traffic import fitted, make_trace, read_trace
+
+    if args.trace is not None:
+        return fitted(read_trace(args.trace), context)
+    return make_trace(args.seed, _sizes(args), context)
+
+
+def _sizes(args: argparse.Namespace) -> "Sizes":
+    from dataclasses import replace
+
+    from halfbyte.bench.load.traffic import Sizes
+
+    given = {
+        "users": args.users and tuple(args.users),
+        "agents": args.agents and tuple(args.agents),
+        "prompt_tokens": args.prompt_tokens,
+        "answer_tokens": args.answer_tokens,
+        "requests": args.requests,
+        "turns": args.turns,
+        "long_tokens": args.long_tokens,
+        "streams": args.streams,
+        "profiles": tuple(dict.fromkeys(args.profile)),
+    }
+    return replace(Sizes(), **{name: value for name, value in given.items() if value is not None})
+
+
+def _default_record(model: str) -> Path:
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in model)[:60]
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(f"load-{name}-{now}.json")
