@@ -149,7 +149,7 @@ def pareto_block(records: Mapping[str, Record]) -> str:
         record = records[stem]
         found = pareto.table(record.results, _MODES)
         said = f"From `benchmarks/records/{stem}.json`, {record.date}, {record.machine.text}."
-        parts.append(f"{found}\n\nBold: in this run no other has less of both. {said}")
+        parts.append(f"{found}\n\nBold: in this run no other has less of both.\n{said}")
     return "\n\n".join(parts)
 
 

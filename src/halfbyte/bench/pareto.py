@@ -102,7 +102,12 @@ def plot(points: Sequence[Point], *, title: str) -> str:
         marks.append(
             _line(x(point.megabytes), y(point.low), x(point.megabytes), y(point.high), colour)
         )
-        place = {"cx": x(point.megabytes), "cy": y(point.kl), "r": 4, "fill": colour}
+        place: dict[str, str | float] = {
+            "cx": x(point.megabytes),
+            "cy": y(point.kl),
+            "r": 4,
+            "fill": colour,
+        }
         said = f"{point.name}: {point.megabytes:.1f} MB, KL {point.kl:.4f}"
         marks.append(Mark("circle", place, title=said))
     for point, level in zip(points, _levels([y(p.kl) for p in points]), strict=True):
@@ -136,7 +141,7 @@ def _levels(wanted: Sequence[float]) -> list[float]:
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: str = "1.5") -> Mark:
-    ends = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
+    ends: dict[str, str | float] = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
     return Mark("line", {**ends, "stroke": colour, "stroke-width": width})
 
 
