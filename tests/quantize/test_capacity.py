@@ -151,17 +151,12 @@ def test_methods_that_weigh_errors_are_counted(source: Survey, method: str) -> N
         name: estimate(source, plan, text, memory_bytes=4 << 30, speeds=SPEEDS)
         for name, plan in plans.items()
     }
-    seconds = {name: made.seconds for name, made in found.items()}
-    assert seconds["max"] is not None and seconds[method] is not None
-    new = seconds[method].keys() - seconds["max"].keys()
-    assert (
-        new
-        == {
-            "weighted": {"searching scales"},
-            "gptq": {"summing up inputs", "GPTQ"},
-        }[method]
-    )
-    assert min(seconds[method][part] for part in new) > 0
+    fewer, seconds = found["max"].seconds, found[method].seconds
+    assert fewer is not None and seconds is not None
+    wanted = {"weighted": {"searching scales"}, "gptq": {"summing up inputs", "GPTQ"}}
+    new = seconds.keys() - fewer.keys()
+    assert new == wanted[method]
+    assert min(seconds[part] for part in new) > 0
     more = found[method].memory.peak_bytes - found["max"].memory.peak_bytes
     assert (more > 0) == (method == "gptq")
 
@@ -207,5 +202,5 @@ def test_the_middle_of_three_runs_after_one_to_warm_up_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([0.0, 50.0, 60.0, 63.0, 70.0, 71.0, 80.0, 88.0])
-    monkeypatch.setattr(capacity.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("halfbyte.quantize.capacity.time.perf_counter", lambda: next(clock))
     assert capacity._median_seconds(lambda: None, torch.device("cpu")) == 3.0

@@ -11,12 +11,13 @@ from torch import Tensor
 from halfbyte.errors import FormatError
 from halfbyte.formats.minifloat import E2M1_VALUES
 from halfbyte.formats.nvfp4 import (
+    SEARCHED_STEPS,
     EncodedNVFP4,
     decode_nvfp4,
     encode_nvfp4,
     nvfp4_tensor_scale,
 )
-from halfbyte.quantize.gptq import SEARCHED_STEPS, encode_gptq, make_metric
+from halfbyte.quantize.gptq import encode_gptq, make_metric
 from halfbyte.quantize.scales import encode_weight_nvfp4
 from halfbyte.recipe.schema import BlockOrder, GptqOptions
 
