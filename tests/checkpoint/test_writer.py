@@ -264,3 +264,19 @@ def test_the_target_is_returned_and_an_earlier_attempt_leaves_nothing_in_it(
     assert made == tmp_path / "out"
     assert leftovers(made) == [MANIFEST_NAME, "model.safetensors"]
     assert leftovers(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("room", [None, 64], ids=["small", "large"])
+def test_data_begins_at_a_multiple_of_eight_whatever_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int | None
+) -> None:
+    """Readers map files into memory and look at wide values in place."""
+    if room is not None:
+        monkeypatch.setattr(writer_module, "_SMALL_BYTES", room)
+    for length in range(1, 10):
+        made = write(tmp_path / f"out{length}", {"n" * length: torch.ones(40)})
+        (file,) = made.glob("*.safetensors")
+        header = int.from_bytes(file.read_bytes()[:8], "little")
+        assert header % 8 == 0, length
+        assert file.stat().st_size == 8 + header + 160
+        assert load_file(file)["n" * length].equal(torch.ones(40))

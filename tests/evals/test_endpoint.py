@@ -113,7 +113,7 @@ class Listing(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.keys.append(self.headers["Authorization"])
         if self.path == "/v1/models":
-            body = {"data": [{"id": name, **self.context} for name in self.models]}
+            body: dict[str, Any] = {"data": [{"id": name, **self.context} for name in self.models]}
         elif self.path == "/health":
             body = {"status": "ok"}
         else:

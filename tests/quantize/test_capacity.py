@@ -1,6 +1,7 @@
 """`halfbyte plan`: sizes are exact, times come from measuring, and nothing is written."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,5 +203,5 @@ def test_the_middle_of_three_runs_after_one_to_warm_up_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([0.0, 50.0, 60.0, 63.0, 70.0, 71.0, 80.0, 88.0])
-    monkeypatch.setattr("halfbyte.quantize.capacity.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert capacity._median_seconds(lambda: None, torch.device("cpu")) == 3.0

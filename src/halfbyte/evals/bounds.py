@@ -229,16 +229,20 @@ def unseen_share(groups: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """What a comparison will have: items, groups (= items if alone) and draws of each item."""
+    """What a comparison will have: items, groups (= items if alone) and draws of each item.
+
+    uneven  size of the group that an item is in on average, by the mean size of the groups
+    """
 
     items: float
     groups: float
     draws: int = 1
+    uneven: float = 1.0
 
     @property
     def unit(self) -> float:
-        """The change of the sum that one flip makes, for groups of one size."""
-        return self.items / self.groups / self.draws
+        """The change of the sum that one flip makes."""
+        return self.uneven * self.items / self.groups / self.draws
 
 
 def would_rule_out(

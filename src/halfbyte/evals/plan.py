@@ -6,8 +6,8 @@ Source of the idea: E. Miller, arXiv 2411.00640.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,10 @@ from halfbyte.evals.tasks.benchmark import Benchmark
 
 LOSSES = (0.0, 0.005, 0.01, 0.02)
 _DRAWS = 10_000
+# The group that an item is in is larger than the mean group by this factor where sizes differ: 1.4
+# for SciCode's 65 test problems of 1 to 15 steps; AA-LCR's document sets are taken to be like them.
+_UNEVEN = 1.4
+_OFTEN = 0.8  # what is promised comes true four times out of five
 _MOST_REPEATS = 100_000
 
 
@@ -33,7 +37,9 @@ class PlanLine:
     """One benchmark of a planned comparison; losses in scores (0.01 = one point), costs per arm.
 
     standard_error   of the difference, groups included
-    shown            loss at which the two-sided p value is below 5 % four times out of five
+    variance         mean p(1-p) of an item's answers; design_factor widens the error for groups
+    shown            loss at which the two-sided p value is below 5 % four times out of five; NaN if
+                     not even the loss of every point would
     shown_holm       the same once p is corrected for all benchmarks of the plan (Holm's first step)
     fails            loss that ends NO-GO four times out of five, corrected likewise
     go_if_equal      chance of GO for equal arms
@@ -45,6 +51,8 @@ class PlanLine:
     groups: int
     repeats: int
     is_measured: bool
+    variance: float
+    design_factor: float
     standard_error: float
     shown: float
     shown_holm: float
@@ -59,7 +67,17 @@ class PlanLine:
     @property
     def design(self) -> Design:
         """As the rule takes it."""
-        return Design(self.items, self.groups, self.repeats)
+        return _design(self.items, self.groups, self.repeats)
+
+    def error_at(self, loss: float) -> float:
+        """Standard error of the difference where the candidate truly loses so much.
+
+        A loss brings variance of its own: with p(1-p) = v before, it is at most that of an item
+        that was sure and now is lost with this chance.
+        """
+        after = (1 - loss) ** 2 * self.variance + loss * (1 - loss)
+        total = (self.variance + after) / (self.items * self.repeats)
+        return self.design_factor * math.sqrt(total)
 
 
 class Chances(NamedTuple):
@@ -146,6 +164,10 @@ def _size(benchmark: Benchmark, limit: int | None) -> tuple[int, int]:
     return round(items * share), max(1, min(round(items * share), math.ceil(groups * share)))
 
 
+def _design(items: int, groups: int, repeats: int) -> Design:
+    return Design(items, groups, repeats, 1.0 if groups == items else _UNEVEN)
+
+
 def _line(
     benchmark: Benchmark,
     values: _Values,
@@ -161,15 +183,8 @@ def _line(
         return values.design_factor * math.sqrt(2 * values.variance / (items * count))
 
     def decides(count: int) -> bool:
-        design = Design(items, groups, count)
+        design = _design(items, groups, count)
         return is_decided(0.0, error_of(count), design, benchmark.margin, LEVEL)
-
-    error = error_of(repeats)
-    freedom = max(1, groups - 1)
-
-    def reach(tail: float) -> float:
-        """The loss whose tail probability is below this four times out of five."""
-        return (float(distributions.t.ppf(1 - tail, freedom)) + POWER_Z) * error
 
     requests = items * repeats
     seconds = values.output_tokens / rates[0]
@@ -181,10 +196,12 @@ def _line(
         groups=groups,
         repeats=repeats,
         is_measured=values.is_measured,
-        standard_error=error,
-        shown=reach(0.025),
-        shown_holm=reach(0.025 / looks),
-        fails=benchmark.margin + reach(LEVEL / looks),
+        variance=values.variance,
+        design_factor=values.design_factor,
+        standard_error=error_of(repeats),
+        shown=math.nan,
+        shown_holm=math.nan,
+        fails=math.nan,
         margin=benchmark.margin,
         go_if_equal=math.nan,
         repeats_for_go=smallest(decides, 0, _MOST_REPEATS) if groups > 1 else None,
@@ -192,9 +209,49 @@ def _line(
         output_tokens=values.output_tokens * requests,
         hours=seconds * requests / 3600,
     )
-    fields = {name: getattr(line, name) for name in PlanLine.__dataclass_fields__}
-    fields["go_if_equal"] = float(_Measured([line], 0.0).go[:, 0].mean())
-    return PlanLine(**fields)
+    return replace(
+        line,
+        shown=_smallest_loss(lambda loss: _is_shown(line, loss, 0.05)),
+        shown_holm=_smallest_loss(lambda loss: _is_shown(line, loss, 0.05 / looks)),
+        fails=_smallest_loss(
+            lambda loss: _Measured([line], loss).no_go(LEVEL / looks).mean() >= _OFTEN,
+            line.margin,
+        ),
+        go_if_equal=float(_Measured([line], 0.0).go[:, 0].mean()),
+    )
+
+
+def _smallest_loss(is_enough: Callable[[float], bool], low: float = 0.0) -> float:
+    """The smallest loss above `low` that is enough, supposing that all larger ones are."""
+    high = 1.0
+    if not is_enough(high):
+        return math.nan
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        if is_enough(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _is_shown(line: PlanLine, loss: float, level: float) -> bool:
+    """Whether a two-sided p value is below the level four times out of five."""
+    if line.repeats == 1 and line.groups == line.items:
+        return _flips_show(line, loss, level) >= _OFTEN
+    quantile = float(distributions.t.ppf(1 - level / 2, max(1, line.groups - 1)))
+    return (quantile + POWER_Z) * line.error_at(loss) <= loss
+
+
+def _flips_show(line: PlanLine, loss: float, level: float) -> float:
+    """Chance that the exact test on flips finds the loss, which it does in whole flips only."""
+    changed = min(1.0, line.error_at(loss) ** 2 * line.items + loss**2)
+    flips = np.arange(line.items + 1)
+    # The most answers won among so many flips with which the loss is still shown.
+    most_won = distributions.binom.ppf(level / 2, flips, 0.5)
+    most_won -= distributions.binom.cdf(most_won, flips, 0.5) > level / 2
+    finds = distributions.binom.cdf(most_won, flips, max(0.0, (1 - loss / changed) / 2))
+    return float((distributions.binom.pmf(flips, line.items, changed) * finds).sum())
 
 
 class _Measured:
@@ -204,7 +261,7 @@ class _Measured:
         generator = np.random.default_rng(0)
         shape = (_DRAWS, len(lines))
         self.freedom = np.array([max(1, line.groups - 1) for line in lines], dtype=np.float64)
-        true = np.array([line.standard_error for line in lines])
+        true = np.array([line.error_at(loss) for line in lines])
         self.means = -loss + true * generator.standard_normal(shape)
         self.errors = true * np.sqrt(generator.chisquare(self.freedom, shape) / self.freedom)
         self.go = np.stack(
@@ -215,12 +272,19 @@ class _Measured:
             ],
             axis=1,
         )
-        self.margins = np.array([line.margin for line in lines])
+        self.lines = lines
 
-    def p_beyond(self) -> NDArray[np.float64]:
-        """One-sided p values of a loss beyond the margins."""
-        return np.asarray(
-            distributions.t.cdf((self.means + self.margins) / self.errors, self.freedom)
+    def no_go(self, level: float) -> NDArray[np.bool_]:
+        """Whether a loss beyond the margin is shown at this level."""
+        return np.stack(
+            [
+                would_rule_out(
+                    -self.means[:, i], self.errors[:, i], line.design, -line.margin, level
+                )
+                & (line.groups > 1)
+                for i, line in enumerate(self.lines)
+            ],
+            axis=1,
         )
 
     def macro(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
@@ -241,12 +305,12 @@ def suite_chances(lines: Sequence[PlanLine], loss: float) -> Chances:
     no attempt is missing and answers end alike. Example: loss 0 is equal arms.
     """
     drawn = _Measured(lines, loss)
-    go, p = drawn.go.all(axis=1), drawn.p_beyond()
+    # Holm rejects something exactly if the smallest p value passes its first step.
+    first_step = LEVEL / (len(lines) + (len(lines) > 1))
+    go, no_go = drawn.go.all(axis=1), drawn.no_go(first_step).any(axis=1)
     if len(lines) > 1:
         macro_go, macro_p = drawn.macro()
-        go, p = go & macro_go, np.column_stack([p, macro_p])
-    # Holm rejects something exactly if the smallest p value passes its first step.
-    no_go = p.min(axis=1) * p.shape[1] < LEVEL
+        go, no_go = go & macro_go, no_go | (macro_p < first_step)
     go &= ~no_go
     return Chances(float(go.mean()), float((~go & ~no_go).mean()), float(no_go.mean()))
 
