@@ -4,7 +4,7 @@
 # One more draws the documentation as a site, in build/site: make docs
 # Two more take long, for who changes the code:
 #   make mutants which small faults in the source would the tests not notice? (hours; SAMPLE=5 FILES=src/halfbyte/...)
-#   make clients clients that others wrote, each against the server (half an hour, 6 GB); writes docs/clients.md
+#   make clients clients that others wrote, each against the server (an hour, 12 GB); writes docs/clients.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -122,7 +122,7 @@ CLIENTS = (
         for kind in ("chat", "responses", "mistral", "anthropic")
     ),
     _python("instructor", "instructor", "instructor==1.17.0", "use_instructor",
-            needs="mistralai==1.12.4"),
+            needs="mistralai==1.12.4 anthropic==2.14.0"),
     _agent("claude-code", "@anthropic-ai/claude-code@2.1.197", "claude"),
     _agent("codex", "@openai/codex@0.171.0", "codex"),
     _agent("opencode", "opencode-ai@1.18.33", "opencode"),

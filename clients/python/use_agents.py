@@ -41,7 +41,9 @@ def used(output):
         # As the server has said it, so that somebody knows what to change; claude-code has words
         # of its own for it.
         known = (f"the model '{MODEL}' does not exist", f"selected model ({MODEL})")
-        assert any(one in output for one in known), output[-800:]
+        # Some break lines where the window ends.
+        said = " ".join(output.split())
+        assert any(one in said for one in known), said[-800:]
         return
     assert NOTE.read_text().strip() in output, output[-500:]
 

@@ -1,4 +1,4 @@
-"""instructor in every mode that an OpenAI-compatible server can serve."""
+"""instructor in every mode that this server can serve."""
 
 import instructor
 import openai
@@ -29,6 +29,7 @@ def made(mode, script, client=raw, **options):
 SCRIPTS = {
     "TOOLS": CALL, "TOOLS_STRICT": CALL, "JSON": SAY, "JSON_SCHEMA": SAY, "MD_JSON": FENCED,
     "JSON_O1": SAY, "FUNCTIONS": None, "RESPONSES_TOOLS": CALL,
+    "RESPONSES_TOOLS_WITH_INBUILT_TOOLS": CALL,
 }
 
 
@@ -55,6 +56,24 @@ def parallel():
     equal([one.model_dump() for one in people], [ADA, ADA])
 
 
+@case("ANTHROPIC_PARALLEL_TOOLS")
+def anthropic_parallel():
+    from collections.abc import Iterable
+
+    import anthropic
+    from cases import BASE
+
+    asker = instructor.from_anthropic(
+        anthropic.Anthropic(base_url=BASE, api_key="none", max_retries=0),
+        mode=instructor.Mode.ANTHROPIC_PARALLEL_TOOLS,
+    )
+    people = asker.messages.create(
+        model=MODEL, max_tokens=2000, max_retries=0, response_model=Iterable[Person],
+        messages=[{"role": "user", "content": f"{CALL} ;; {CALL}"}],
+    )
+    equal([one.model_dump() for one in people], [ADA, ADA])
+
+
 @case("MISTRAL_TOOLS, MISTRAL_STRUCTURED_OUTPUTS")
 def mistral():
     from cases import BASE
@@ -69,6 +88,30 @@ def mistral():
             max_retries=0,
         )
         equal(found.model_dump(), ADA)
+
+
+def _register_anthropic(name, script):
+    @case(name)
+    def one():
+        import anthropic
+        from cases import BASE
+
+        asker = instructor.from_anthropic(
+            anthropic.Anthropic(base_url=BASE, api_key="none", max_retries=0),
+            mode=instructor.Mode[name],
+        )
+        found = asker.messages.create(
+            model=MODEL, max_tokens=2000, messages=[{"role": "user", "content": script}],
+            response_model=Person, max_retries=0,
+        )
+        equal(found.model_dump(), ADA)
+
+
+for name, script in (
+    ("ANTHROPIC_TOOLS", CALL), ("ANTHROPIC_JSON", SAY), ("ANTHROPIC_REASONING_TOOLS", CALL),
+):
+    if hasattr(instructor.Mode, name):
+        _register_anthropic(name, script)
 
 
 @case("stream")
