@@ -82,7 +82,6 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "engine/request": ("engine/test_sampler.py", "engine/test_core.py"),
     "engine/sequence": ("engine/test_scheduler.py", "engine/test_images.py"),
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
-    "evals/endpoint": ("flows/test_evals_run.py",),
     "evals/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/scripts": ("evals/test_hostile_code.py",),
     "evals/grading/statements": (

@@ -180,7 +180,7 @@ def test_a_single_flip_of_gain_is_worth_nothing(seed: int, margin: float) -> Non
     random = np.random.default_rng(seed)
     items, repeats = int(random.integers(3, 80)), int(random.integers(1, 9))
     groups = random.integers(0, max(2, items // 3), items)
-    change = -1.0 * (random.random(items) < 0.1)
+    change = np.where(random.random(items) < 0.1, -1.0, 0.0)
     won = change.copy()
     won[random.integers(items)] += 1 / repeats
     one, two = (pair(np.ones(items), 1 + c, groups.tolist(), draws=repeats) for c in (change, won))

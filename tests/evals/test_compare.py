@@ -536,7 +536,8 @@ def test_losses_that_show_only_in_their_mean_are_not_denied(tmp_path: Path) -> N
         flips = random.permutation(np.array([-1.0] * 32 + [1.0] * 20 + [0.0] * 948))
         b = (flips <= 0).astype(float)
         for arm, scores in (("base", b), ("cand", b + flips)):
-            write_arm(tmp_path, arm, grid(1000, 1, lambda i, _, s=scores: float(s[i])), name=name)
+            marks = {(f"g{i}-{i}", 0): float(mark) for i, mark in enumerate(scores)}
+            write_arm(tmp_path, arm, marks, name=name)
     found = compare_runs(tmp_path / "base", tmp_path / "cand")
     assert {row.reason for row in found.benchmarks.values()} == {"too wide"}
     assert found.macro.high < 0 and found.macro_verdict == "INCONCLUSIVE"
@@ -581,12 +582,12 @@ def test_other_gold_and_odd_scores_block(
     tmp_path: Path, arm: str, change: dict[str, Any], said: str
 ) -> None:
     scores = grid(800, 1, lambda i, _: 1.0)
-    folders = [write_arm(tmp_path, name, scores) for name in ("base", "cand")]
-    assert compare_runs(*folders).verdict == "GO"
+    base, cand = (write_arm(tmp_path, name, scores) for name in ("base", "cand"))
+    assert compare_runs(base, cand).verdict == "GO"
     file = tmp_path / arm / "gpqa_diamond" / "samples.jsonl"
     first, *others = file.read_text().splitlines()
     file.write_text("\n".join([json.dumps({**json.loads(first), **change}), *others]) + "\n")
-    found = compare_runs(*folders)
+    found = compare_runs(base, cand)
     assert found.verdict == "INCONCLUSIVE"
     assert said in found.benchmarks["gpqa_diamond"].blockers
 
@@ -614,9 +615,10 @@ def test_a_look_says_which_one_it_is_and_what_another_needs(tmp_path: Path) -> N
     assert "There is no further look at these arms." in text
     said()
     settings = {"temperature": 0.7, "seed_shift": 1}
-    fresh = [write_arm(tmp_path / "fresh", arm, scores, settings=settings)
-             for arm in ("base", "cand")]  # fmt: skip
-    text = format_comparison(compare_runs(*fresh, after=files[0]))
+    base, cand = (
+        write_arm(tmp_path / "fresh", arm, scores, settings=settings) for arm in ("base", "cand")
+    )
+    text = format_comparison(compare_runs(base, cand, after=files[0]))
     assert "D [98 %]" in text
     assert "Look 2, not planned from the start: fresh repeats alone, at 1 %." in text
     assert "There is no further look at these arms." in text
@@ -627,9 +629,13 @@ def test_why_and_what_would_decide_are_told_apart(tmp_path: Path) -> None:
         random = np.random.default_rng(1)
         flips = random.permutation(np.array([-1] * lost + [1] * won + [0] * (items - lost - won)))
         folder = tmp_path / f"{lost}-{won}-{items}"
-        more = {"result_changes": {"full_items": 20_000}}
-        base = write_arm(folder, "base", grid(items, 1, lambda i, _: float(flips[i] <= 0)), **more)
-        cand = write_arm(folder, "cand", grid(items, 1, lambda i, _: float(flips[i] >= 0)), **more)
+        more = {"full_items": 20_000}
+        base = write_arm(
+            folder, "base", grid(items, 1, lambda i, _: float(flips[i] <= 0)), result_changes=more
+        )
+        cand = write_arm(
+            folder, "cand", grid(items, 1, lambda i, _: float(flips[i] >= 0)), result_changes=more
+        )
         (row,) = compare_runs(base, cand).benchmarks.values()
         return what_would_decide(row)
 

@@ -65,7 +65,7 @@ def simulated(name: str, line: PlanLine, loss: float, runs: int = 250) -> dict[s
 
 
 # 250 runs: one standard error of four in five is 2.5 points.
-NEAR = {"abs": 0.09}
+NEAR = 0.09
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_what_one_benchmark_is_promised_comes_true(
     name: str, repeats: int, limit: int | None
 ) -> None:
     (line,) = plan_run(find_benchmarks([name]), repeats, limit, 8000.0, None)
-    assert simulated(name, line, 0.0)["go"] == pytest.approx(line.go_if_equal, **NEAR)
-    assert simulated(name, line, line.shown)["shown"] == pytest.approx(0.8, **NEAR)
-    assert simulated(name, line, line.fails)["no_go"] == pytest.approx(0.8, **NEAR)
+    assert simulated(name, line, 0.0)["go"] == pytest.approx(line.go_if_equal, abs=NEAR)
+    assert simulated(name, line, line.shown)["shown"] == pytest.approx(0.8, abs=NEAR)
+    assert simulated(name, line, line.fails)["no_go"] == pytest.approx(0.8, abs=NEAR)
     among = {x.title: x for x in plan_run(find_benchmarks(["seed"]), repeats, limit, 1.0, None)}
     fails = among[line.title].fails
-    assert simulated(name, line, fails)["no_go_of_8"] == pytest.approx(0.8, **NEAR)
+    assert simulated(name, line, fails)["no_go_of_8"] == pytest.approx(0.8, abs=NEAR)
 
 
 def test_repeats_for_a_go_are_enough_for_one() -> None:
@@ -89,7 +89,7 @@ def test_repeats_for_a_go_are_enough_for_one() -> None:
     assert line.repeats_for_go is not None
     (again,) = plan_run(find_benchmarks(["ifbench"]), line.repeats_for_go, None, 8000.0, None)
     assert again.go_if_equal == pytest.approx(0.8, abs=0.02)
-    assert simulated("ifbench", again, 0.0)["go"] == pytest.approx(0.8, **NEAR)
+    assert simulated("ifbench", again, 0.0)["go"] == pytest.approx(0.8, abs=NEAR)
 
 
 def test_a_loss_that_not_even_everything_lost_would_show_has_no_number() -> None:

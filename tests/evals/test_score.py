@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from halfbyte.evals import score as score_module
+from halfbyte.evals.grading import scripts
 from halfbyte.evals.sandbox import Interpreter, Limits, Outcome
 from halfbyte.evals.score import CodeRunner, Graders, score_attempt
 from halfbyte.evals.tasks.suite import BENCHMARKS
@@ -120,7 +121,7 @@ def test_code_is_run_with_the_steps_before_it(monkeypatch: pytest.MonkeyPatch) -
         said = given if ran["says"] else "another token"
         return Outcome(ending, code, 0, said, "", 0.5, ())
 
-    monkeypatch.setattr(score_module.scripts, "step_program", program)
+    monkeypatch.setattr(scripts, "step_program", program)
     monkeypatch.setattr(score_module, "run_program", run)
     for ends, says, value in [
         (("exited", 0), True, 1.0),

@@ -6,6 +6,7 @@ import pytest
 
 from halfbyte.errors import CapacityError
 from halfbyte.model.tiny import tiny_config
+from halfbyte.quantize import memory
 from halfbyte.quantize.memory import gpu_layer_bytes, layer_peak_bytes, plan_memory
 
 GIB = 1 << 30
@@ -86,3 +87,15 @@ def test_a_gpu_holds_a_layer_its_rows_and_what_is_loaded() -> None:
     # Without rows nothing runs and nothing is read ahead.
     alone, none = gpu_layer_bytes(SMALL, 0)
     assert none == 0 and alone >= 4 * 2 * MLP
+
+
+@pytest.mark.parametrize("available", [None, GIB, 100 * GIB])
+def test_without_a_budget_three_quarters_of_what_is_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, available: int | None
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: available)
+    least = plan_memory(MEDIUM, longest_row_tokens=0, activation_bytes=0, budget_bytes=None)
+    plan = plan_memory(MEDIUM, longest_row_tokens=512, activation_bytes=20 * GIB, budget_bytes=None)
+    # A layer is always held; what would be kept beside it must fit in three quarters.
+    assert plan.peak_bytes >= least.peak_bytes
+    assert plan.activations_in_memory == plan.prefetch == (available == 100 * GIB)

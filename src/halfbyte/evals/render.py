@@ -188,10 +188,10 @@ def conclusion(comparison: Comparison) -> str:
         names = [row.title for row in rows if row.reason == "blocked"]
         names += [name for name in comparison.left_out if name not in comparison.not_asked]
         return f" (blocked by {', '.join(names)})" if names else " (nothing could be compared)"
-    names = ", ".join(undecided(comparison))
+    about = ", ".join(undecided(comparison))
     if comparison.reason == "loss shown":
-        return f" (a loss is shown on {names}, not whether it is beyond the margin)"
-    return f" (neither equality nor a loss has been shown on {names})"
+        return f" (a loss is shown on {about}, not whether it is beyond the margin)"
+    return f" (neither equality nor a loss has been shown on {about})"
 
 
 def undecided(comparison: Comparison) -> list[str]:
