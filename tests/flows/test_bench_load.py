@@ -103,9 +103,8 @@ def test_a_trace_is_replayed_against_an_earlier_run(
     assert "did not send the same traffic" not in printed
     second = read_run(Path("b.json"))
     assert second.trace == first.trace
-    # Nothing of the first run was found again: its words were others.
-    for mine, theirs in zip(second.levels[:2], first.levels[:2], strict=True):
-        assert mine.found_share == pytest.approx(theirs.found_share, abs=0.05)
+    # What is found is the template's beginning, not the words of the first run: three blocks of 16.
+    assert all(one.found_share is not None and one.found_share < 0.6 for one in second.levels[:2])
     os.unlink("b.html")
     assert main(["bench", "load", "b.json", "--against", "a.json"]) == 0
     assert "this over the other" in Path("b.html").read_text()

@@ -236,28 +236,32 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
     other = None if args.against is None else read_run(args.against)
     trace = _trace(args, asked.context)
     measured: list[Measured] = []
-    async with httpx.AsyncClient(
-        headers={"Authorization": f"Bearer {read_key(args.api_key_env)}"},
-        timeout=httpx.Timeout(None, connect=30.0),
-        # Servers close connections that idle for 5 s; a request that meets that moment would fail.
-        limits=httpx.Limits(
-            max_connections=None, max_keepalive_connections=None, keepalive_expiry=4
-        ),
-    ) as http:
-        manner = noting_tools(await greet(http, endpoint.url, endpoint.model, salt), trace)
-        if args.write_trace is not None:
-            write_trace(trace, args.write_trace)
-        for line in (*manner.notes, *(f"made smaller: {words}" for words in trace.cut)):
-            print(line, file=sys.stderr)
-        client = Client(
-            http, endpoint.url, endpoint.model, manner=manner, stall_s=args.stall_seconds
+    key = read_key(args.api_key_env)
+    certificates = httpx.create_ssl_context()
+
+    def connect() -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(None, connect=30.0),
+            # Servers close connections that idle for 5 s; a request at that moment would fail.
+            limits=httpx.Limits(keepalive_expiry=4.0),
+            verify=certificates,
         )
 
-        def keep(level: Measured) -> None:
-            """After every level: what was measured lies on the disk, whatever comes."""
-            measured.append(level)
-            write_run(record, measured, trace, asked, manner, command=own_command())
+    def keep(level: Measured) -> None:
+        """After every level: what was measured lies on the disk, whatever comes."""
+        measured.append(level)
+        write_run(record, measured, trace, asked, manner, command=own_command())
 
+    manner = noting_tools(await greet(connect, endpoint.url, endpoint.model, salt), trace)
+    if args.write_trace is not None:
+        write_trace(trace, args.write_trace)
+    for line in (*manner.notes, *(f"made smaller: {words}" for words in trace.cut)):
+        print(line, file=sys.stderr)
+    client = Client(
+        connect, endpoint.url, endpoint.model, manner=manner, stall_s=args.stall_seconds
+    )
+    try:
         is_whole = await run_trace(
             client,
             trace,
@@ -266,6 +270,8 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
             most_s=args.max_seconds,
             keep=keep,
         )
+    finally:
+        await client.aclose()
     found = read_run(record)
     print(format_run(found))
     if other is not None:

@@ -16,9 +16,10 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 async def ask(answer: httpx.Response, *, stall_s: float = 5.0) -> Exchange:
     exchange = Exchange(time.perf_counter())
-    async with Server(overrides=[answer]).client() as http:
-        client = Client(http, "http://t/v1", "m", manner=Manner({}), stall_s=stall_s)
-        await client.ask(exchange, HELLO, 4)
+    server = Server(overrides=[answer])
+    client = Client(server.client, "http://t/v1", "m", manner=Manner({}), stall_s=stall_s)
+    await client.ask(exchange, HELLO, 4)
+    await client.aclose()
     assert exchange.ended >= exchange.started
     return exchange
 
@@ -89,8 +90,13 @@ async def test_nobody_there() -> None:
         raise httpx.ConnectError("Connection refused")
 
     exchange = Exchange(time.perf_counter())
-    async with httpx.AsyncClient(transport=httpx.MockTransport(refuse)) as http:
-        await Client(http, "http://t/v1", "m", manner=Manner({})).ask(exchange, HELLO, 4)
+
+    def connect() -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.MockTransport(refuse))
+
+    client = Client(connect, "http://t/v1", "m", manner=Manner({}))
+    await client.ask(exchange, HELLO, 4)
+    await client.aclose()
     assert (exchange.error, exchange.detail) == ("not reachable", "Connection refused")
 
 
@@ -98,8 +104,7 @@ async def test_nobody_there() -> None:
 
 
 async def greeted(server: Server) -> Manner:
-    async with server.client() as http:
-        return await greet(http, "http://t/v1", "m", "salt")
+    return await greet(server.client, "http://t/v1", "m", "salt")
 
 
 async def test_a_server_that_takes_everything() -> None:

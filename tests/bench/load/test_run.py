@@ -37,12 +37,12 @@ async def measure(
     server: Server, traffic: Trace, *, salt: str = "s", manner: Manner = MANNER, **options: Any
 ) -> list[Measured]:
     kept: list[Measured] = []
-    async with server.client() as http:
-        client = Client(http, "http://t/v1", "m", manner=manner, stall_s=5.0)
-        options = {"salt": salt, "keep": kept.append, **options}
-        assert await run_trace(client, traffic, **options) == (
-            not any(one.end == "interrupted" for one in kept)
-        )
+    client = Client(server.client, "http://t/v1", "m", manner=manner, stall_s=5.0)
+    options = {"salt": salt, "keep": kept.append, **options}
+    assert await run_trace(client, traffic, **options) == (
+        not any(one.end == "interrupted" for one in kept)
+    )
+    await client.aclose()
     return kept
 
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,10 @@ TOOLS: tuple[dict[str, Any], ...] = tuple(
 _OPTIONAL = ("ignore_eos", "temperature", "stream_options")
 # In which a connection is to end its answer after the last frame.
 _END_S = 1.0
+
+
+# Makes what holds the connections of one user.
+Connect = Callable[[], httpx.AsyncClient]
 
 
 @dataclass(slots=True)
@@ -104,11 +108,15 @@ class Manner:
 
 
 class Client:
-    """One server and one model of it."""
+    """One server and one model of it, asked over connections that each user has of its own.
+
+    A pool for all of them would look at every connection whenever one request begins or ends: with
+    64 users that alone made the last of them wait.
+    """
 
     def __init__(
         self,
-        http: httpx.AsyncClient,
+        connect: Connect,
         url: str,
         model: str,
         *,
@@ -116,11 +124,23 @@ class Client:
         stall_s: float = 600.0,
     ) -> None:
         """`url` ends before /chat/completions; a silence of `stall_s` ends an answer."""
-        self._http = http
+        self._connect = connect
+        self._connections: dict[int, httpx.AsyncClient] = {}
         self._url = f"{url}/chat/completions"
         self._model = model
         self._stall_s = stall_s
         self.manner = manner
+
+    def prepare(self, num_users: int) -> None:
+        """Make what holds the users' connections, before anything is timed."""
+        for user in range(num_users):
+            if user not in self._connections:
+                self._connections[user] = self._connect()
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        while self._connections:
+            await self._connections.popitem()[1].aclose()
 
     async def ask(
         self,
@@ -128,6 +148,7 @@ class Client:
         messages: Sequence[Mapping[str, Any]],
         answer_tokens: int,
         *,
+        user: int = 0,
         with_tools: bool = False,
     ) -> None:
         """Ask and read to the end; everything is noted in `exchange`, failures too.
@@ -142,7 +163,8 @@ class Client:
             # Told and not to be called: a call would end the answer before its length.
             body |= {"tools": TOOLS, "tool_choice": "none"}
         try:
-            await self._read(exchange, body)
+            self.prepare(user + 1)
+            await self._read(exchange, body, self._connections[user])
         except TimeoutError:
             _fail(exchange, "stalled", f"no text for {self._stall_s:g} s")
         except httpx.ConnectError as error:
@@ -155,11 +177,16 @@ class Client:
         finally:
             exchange.ended = time.perf_counter()
 
-    async def _read(self, exchange: Exchange, body: Mapping[str, Any]) -> None:
+    async def _read(
+        self, exchange: Exchange, body: Mapping[str, Any], http: httpx.AsyncClient
+    ) -> None:
         is_done = False
+        content = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        exchange.started = time.perf_counter()
         async with (
             asyncio.timeout(self._stall_s) as silence,
-            self._http.stream("POST", self._url, json=body) as response,
+            http.stream("POST", self._url, content=content, headers=headers) as response,
         ):
             if response.is_error:
                 _fail(exchange, f"status {response.status_code}", _words(await response.aread()))
@@ -252,14 +279,21 @@ _FEW, _MANY = 40, 168
 _NO_TEXT = "Go on."
 
 
-async def greet(http: httpx.AsyncClient, url: str, model: str, salt: str) -> Manner:
+async def greet(connect: Connect, url: str, model: str, salt: str) -> Manner:
     """Find out what a server takes and how it counts, with four or more short requests.
 
     Raises UsageError with the server's own words where it refuses whatever it is sent, and
     UnsupportedError where it does not stream.
     """
-    manner = await _accepted(http, url, model, salt)
-    client = Client(http, url, model, manner=manner, stall_s=120.0)
+    client = Client(connect, url, model, manner=Manner({}), stall_s=120.0)
+    try:
+        return await _greeted(client, url, model, salt)
+    finally:
+        await client.aclose()
+
+
+async def _greeted(client: Client, url: str, model: str, salt: str) -> Manner:
+    manner = client.manner = await _accepted(client, url, model, salt)
     counts = []
     for words in (_FEW, _MANY):
         prompt = text_of(words, f"{salt}/greet/{words}")
@@ -320,7 +354,7 @@ def _without_tools(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
     return [*messages[:-2], *tool_messages("", result, 0, has_tools=False)]
 
 
-async def _accepted(http: httpx.AsyncClient, url: str, model: str, salt: str) -> Manner:
+async def _accepted(client: Client, url: str, model: str, salt: str) -> Manner:
     """The fields that a server does not refuse."""
     fields: dict[str, Any] = {
         "ignore_eos": True, "temperature": 0, "stream_options": {"include_usage": True}
@@ -329,7 +363,7 @@ async def _accepted(http: httpx.AsyncClient, url: str, model: str, salt: str) ->
     refused: list[str] = []
     prompt = [{"role": "user", "content": text_of(8, f"{salt}/first")}]
     while True:
-        client = Client(http, url, model, manner=Manner(dict(fields), limits[0]), stall_s=120.0)
+        client.manner = Manner(dict(fields), limits[0])
         exchange = Exchange(time.perf_counter())
         await client.ask(exchange, prompt, 4)
         if exchange.error not in ("status 400", "status 422"):

@@ -162,10 +162,16 @@ class _LevelRun:
         self._context = context_tokens
         self._most_s = most_s
         self.measured = Measured(level)
+        self._system: dict[int, str] = {}
+        self._texts: dict[tuple[int, int], str] = {}
 
     async def run(self) -> None:
         """All sessions of the level."""
         measured = self.measured
+        # Thousands of words take milliseconds, which would hold up the answers of others.
+        for session in self._level.sessions:
+            self._write(session)
+        self._client.prepare(len(self._level.users) + 1)
         measured.started = time.perf_counter()
         try:
             if self._level.beside is not None:
@@ -176,6 +182,21 @@ class _LevelRun:
                         group.create_task(self._run_user(user, sessions))
         finally:
             measured.ended = time.perf_counter()
+
+    def _write(self, session: Session) -> None:
+        """Make the words of a session."""
+        manner = self._client.manner
+        has_tools = session.has_tools and manner.takes_tools_of(session.system_tokens)
+        # The first message is shorter by what is not its text: the prompt is to have its length.
+        beside = manner.overhead_tokens + (manner.tools_tokens or 0) * has_tools
+        if session.system_tokens:
+            length = manner.num_words(session.system_tokens - beside)
+            seed = f"{self._shared}/{session.system_seed}"
+            self._system[session.system_seed] = text_of(length, seed)
+            beside = 0
+        for number, turn in enumerate(session.turns):
+            length = manner.num_words(turn.tokens - (0 if number else beside))
+            self._texts[turn.seed, number] = text_of(length, f"{self._salt}/{turn.seed}")
 
     @property
     def _is_over(self) -> bool:
@@ -195,15 +216,8 @@ class _LevelRun:
         manner = self._client.manner
         has_tools = session.has_tools and manner.takes_tools_of(session.system_tokens)
         messages: list[dict[str, Any]] = []
-        # The first message is shorter by what is not its text: the prompt is to have its length.
-        beside_text = manner.overhead_tokens + (manner.tools_tokens or 0) * has_tools
         if session.system_tokens:
-            words = text_of(
-                manner.num_words(session.system_tokens - beside_text),
-                f"{self._shared}/{session.system_seed}",
-            )
-            messages.append({"role": "system", "content": words})
-            beside_text = 0
+            messages.append({"role": "system", "content": self._system[session.system_seed]})
         held = 0  # tokens of the prompt and the answer before
         answer = ""
         for number, turn in enumerate(session.turns):
@@ -219,9 +233,9 @@ class _LevelRun:
                     return
             if turn.wait_s:
                 await asyncio.sleep(turn.wait_s)
-            seed = f"{self._salt}/{turn.seed}/{again}"
-            words = text_of(manner.num_words(turn.tokens - beside_text), seed)
-            beside_text = 0
+            words = self._texts[turn.seed, number]
+            if again:
+                words = text_of(words.count(" ") + 1, f"{self._salt}/{turn.seed}/{again}")
             if turn.role == "tool" and number:
                 messages += tool_messages(answer, words, number, has_tools=has_tools)
             else:
@@ -246,7 +260,9 @@ class _LevelRun:
     ) -> Exchange:
         exchange = Exchange(time.perf_counter())
         self.measured.samples.append(Sample(user, turn, exchange, part))
-        await self._client.ask(exchange, list(messages), answer_tokens, with_tools=has_tools)
+        await self._client.ask(
+            exchange, list(messages), answer_tokens, user=user, with_tools=has_tools
+        )
         return exchange
 
     # --- a long prompt beside streams ---
