@@ -44,6 +44,40 @@ class ProgressLine:
             self._shown = ""
 
 
+class TimeLeft:
+    """Called with what is done and all there is: shows the share done and the time left.
+
+    The first call is the measure's beginning, since the work before it (loading, layers of an
+    earlier run) is of another pace.
+    """
+
+    def __init__(self, unit: str, stream: TextIO | None = None) -> None:
+        self._unit = unit
+        self._line = ProgressLine(stream)
+        self._began: tuple[float, int] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """So much is done; shown if it is time to."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now, done
+        if done >= total:
+            self._line.clear()
+        elif self._line.is_due():
+            self._line.show(self._text(done, total, now, *self._began))
+
+    def _text(self, done: int, total: int, now: float, began_at: float, began: int) -> str:
+        text = f"{done} of {total} {self._unit}, {100 * done // total} %"
+        if done > began:
+            text += f", about {clock((now - began_at) / (done - began) * (total - done))} left"
+        return text
+
+
+def say_next(*commands: str) -> None:
+    """Commands that go on from here, each to be copied; beside what was asked for, on stderr."""
+    print("next: " + "\n      ".join(commands), file=sys.stderr)
+
+
 def clock(seconds: float) -> str:
     """Hours, minutes and seconds: 0:02:05."""
     minutes, rest = divmod(int(seconds + 0.5), 60)

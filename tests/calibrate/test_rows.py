@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from halfbyte.calibrate.rows import (
     BadRowError,
@@ -151,3 +153,51 @@ def test_parquet_rows_are_those_of_the_json_lines(tmp_path: Path) -> None:
     with path.open("rb") as file:
         (line,) = read_lines(file, path.name)
     assert line.problem is not None and "parquet" in line.problem
+
+
+@pytest.mark.parametrize(
+    "row, asked, answered",
+    [
+        ({"prompt": "Q", "response": "A"}, "Q", "A"),
+        ({"prompt": "Q", "completion": "A"}, "Q", "A"),
+        ({"instruction": "Do", "input": "this", "output": "A"}, "Do\n\nthis", "A"),
+        ({"instruction": "Do", "input": "", "output": "A"}, "Do", "A"),
+        ({"question": "Q", "answer": "A", "prompt": None}, "Q", "A"),
+    ],
+)
+def test_one_exchange_in_two_columns_is_a_conversation(
+    row: dict[str, Any], asked: str, answered: str
+) -> None:
+    expected = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    assert list(parse_row(row).messages) == expected
+    with_system = parse_row({**row, "system": "Be brief."})
+    assert list(with_system.messages) == [{"role": "system", "content": "Be brief."}, *expected]
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"prompt": "Q"}, {"prompt": 1, "response": "A"}, {"answer": "A"}, {"text": 3}]
+)
+def test_a_row_of_neither_kind_says_what_it_has(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRowError) as caught:
+        parse_row(row)
+    assert "nor a prompt with a response" in str(caught.value)
+    assert (", ".join(sorted(row)) or "none") in str(caught.value)
+
+
+@given(st.text(alphabet="ab é\n\r\t", max_size=60))
+def test_paragraphs_are_the_text_without_its_blank_lines(text: str) -> None:
+    lines = list(read_lines(io.BytesIO(text.encode()), "a.txt"))
+    found = [parse_row(parse_line(line)).text for line in lines]
+    assert " ".join(found).split() == text.split()
+    assert all(found)
+    stored = text.split("\n")
+    for line, paragraph in zip(lines, found, strict=True):
+        first = paragraph.split("\n")[0].strip()
+        assert stored[line.number - 1].strip() == first
+
+
+def test_a_text_that_is_not_utf8_is_a_bad_row_of_that_line() -> None:
+    lines = list(read_lines(io.BytesIO(b"good\n\n\xff\xfe bad\n\nmore"), "a.md"))
+    assert [line.number for line in lines] == [1, 3, 5]
+    with pytest.raises(BadRowError, match="not UTF-8"):
+        parse_line(lines[1])

@@ -82,9 +82,9 @@ def test_the_download_cache_gives_the_pinned_revision(tmp_path: Path) -> None:
 
 
 def test_a_path_may_be_a_file_a_folder_or_a_pattern(tmp_path: Path) -> None:
-    _fill(tmp_path, {"a__x.jsonl": ["1"], "a__y.jsonl": ["2"], "b.txt": ["3"]})
+    _fill(tmp_path, {"a__x.jsonl": ["1"], "a__y.jsonl": ["2"], "b.csv": ["3"]})
     blend = Blend(
-        "test", [Source(path=path) for path in ("a__x.jsonl", ".", "a__*.jsonl", "b.txt")]
+        "test", [Source(path=path) for path in ("a__x.jsonl", ".", "a__*.jsonl", "b.csv")]
     )
     blend = Blend("test", blend.sources, folder=tmp_path)
     one, whole, pattern, wrong = blend.sources
@@ -92,7 +92,7 @@ def test_a_path_may_be_a_file_a_folder_or_a_pattern(tmp_path: Path) -> None:
     for source in (whole, pattern):
         names = [split.name for split in open_source(source, blend, DataAccess()).splits]
         assert names == ["a__x", "a__y"]
-    with pytest.raises(UsageError, match=r"b\.txt is none of"):
+    with pytest.raises(UsageError, match=r"b\.csv is none of"):
         open_source(wrong, blend, DataAccess())
     with pytest.raises(UsageError, match="no such file"):
         open_source(Source(path="missing"), blend, DataAccess())

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES
 from halfbyte.errors import UsageError, shown
 from halfbyte.recipe.strict_yaml import parse_yaml, read_yaml_text
 
@@ -104,7 +105,7 @@ def known_datasets() -> Mapping[str, Dataset]:
 
 
 def load_blend(name_or_path: str | Path) -> Blend:
-    """A blend of the library by name, or a YAML file by path.
+    """A blend of the library by name, a YAML file by path, or a file of rows or text by itself.
 
     Raises UsageError naming the file and the key at fault.
     """
@@ -113,10 +114,22 @@ def load_blend(name_or_path: str | Path) -> Blend:
         library = resources.files("halfbyte.calibrate") / "library"
         return parse_blend((library / f"{name}.yaml").read_text("utf-8"), name)
     path = Path(name_or_path)
+    if path.name.endswith((*SUFFIXES, *TEXT_SUFFIXES)):
+        return _of_file(path)
     if path.suffix not in (".yaml", ".yml"):
-        known = ", ".join(library_blends())
-        raise UsageError(f"no blend {name!r}; there are {known}, or give a .yaml file")
+        known, kinds = ", ".join(library_blends()), ", ".join((*SUFFIXES, *TEXT_SUFFIXES))
+        raise UsageError(
+            f"no blend {name!r}; there are {known}; or give a .yaml file, or your rows ({kinds})"
+        )
     return parse_blend(read_yaml_text(path, "blend"), path.name, folder=path.parent)
+
+
+def _of_file(path: Path) -> Blend:
+    """A file as the only source: rows by the model's template, paragraphs packed into full rows."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    mode: Mode = "packed" if path.name.endswith(TEXT_SUFFIXES) else "template"
+    return Blend(path.name, [Source(path=path.name)], mode=mode, folder=path.parent)
 
 
 def parse_blend(text: str, where: str, *, folder: Path = Path()) -> Blend:

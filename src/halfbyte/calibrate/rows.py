@@ -16,8 +16,16 @@ from halfbyte.errors import UnsupportedError
 # A longer line is damage, not a conversation; reading it would exhaust the memory.
 MAX_LINE_BYTES = 64 << 20
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+# Files of plain text; a paragraph is a row.
+TEXT_SUFFIXES = (".txt", ".md")
 
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
+# Column of what is asked -> columns that its answer may stand in.
+_EXCHANGES = {
+    "prompt": ("response", "completion", "answer", "output"),
+    "instruction": ("output", "response"),
+    "question": ("answer", "response"),
+}
 # Names of the same three roles in older collections.
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function": "tool"}
 
@@ -70,6 +78,8 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
     """
     if name.endswith(".parquet"):
         yield from _parquet_lines(file, name)
+    elif name.endswith(TEXT_SUFFIXES):
+        yield from _paragraphs(file)
     elif name.endswith(".gz"):
         with gzip.GzipFile(fileobj=file) as unpacked:
             yield from _text_lines(unpacked)
@@ -93,6 +103,30 @@ def _text_lines(file: BinaryIO | gzip.GzipFile) -> Iterator[Line]:
             return
         if data.strip():
             yield Line(number, data)
+
+
+def _paragraphs(file: BinaryIO) -> Iterator[Line]:
+    """Lines up to the next blank one, as a plain document that has the number of its first line."""
+    block: list[Line] = []
+    for line in _text_lines(file):
+        if block and (line.problem is not None or line.number != block[-1].number + 1):
+            yield _document(block)
+            block = []
+        if line.problem is not None:
+            yield line
+        else:
+            block.append(line)
+    if block:
+        yield _document(block)
+
+
+def _document(block: list[Line]) -> Line:
+    number = block[0].number
+    try:
+        text = b"".join(line.data for line in block).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return Line(number, b"", f"not UTF-8 ({error.reason})")
+    return Line(number, json.dumps({"text": text.strip()}).encode())
 
 
 def _parquet_lines(file: BinaryIO, name: str) -> Iterator[Line]:
@@ -130,7 +164,8 @@ def parse_line(line: Line) -> dict[str, Any]:
 
 
 def parse_row(raw: Mapping[str, Any]) -> Conversation:
-    """Understand a row with `messages`, or with `text` for a plain document.
+    """Understand a row with `messages`, with `text` for a plain document, or with one exchange
+    (`prompt` and `response`, `instruction` and `output` and their like).
 
     Survived: messages, tool_calls and tools as JSON strings; null content; calls whose arguments
     are an object or a string; calls and results without ids; tools not wrapped in a `function`;
@@ -141,15 +176,34 @@ def parse_row(raw: Mapping[str, Any]) -> Conversation:
     messages = _unstringed(raw.get("messages", raw.get("conversations")), "messages")
     if messages is None:
         text = raw.get("text")
-        if not isinstance(text, str):
-            raise BadRowError("neither messages nor text")
-        return Conversation((), text=text, uuid=uuid)
+        if isinstance(text, str):
+            return Conversation((), text=text, uuid=uuid)
+        return Conversation(_exchange(raw), uuid=uuid)
     if not isinstance(messages, list):
         raise BadRowError(f"messages: a list was expected, not {type(messages).__name__}")
     calls: list[str] = []
     parsed = [_message(item, f"messages[{n}]", calls) for n, item in enumerate(messages)]
     kept = tuple(m for m in parsed if m["role"] != "system" or m["content"].strip())
     return Conversation(kept, _tools(raw.get("tools")), uuid=uuid)
+
+
+def _exchange(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """A question and its answer, which older collections keep in two columns."""
+    for asked, answers in _EXCHANGES.items():
+        answered = next((name for name in answers if isinstance(raw.get(name), str)), None)
+        if answered is None or not isinstance(raw.get(asked), str):
+            continue
+        more = raw.get("input") if asked == "instruction" else None
+        parts = [raw[asked], more] if isinstance(more, str) and more.strip() else [raw[asked]]
+        system = raw.get("system")
+        first = [{"role": "system", "content": system}]
+        return (
+            *(first if isinstance(system, str) and system.strip() else ()),
+            {"role": "user", "content": "\n\n".join(parts)},
+            {"role": "assistant", "content": raw[answered]},
+        )
+    fields = ", ".join(sorted(map(str, raw))[:8])[:100] or "none"
+    raise BadRowError(f"neither messages nor text, nor a prompt with a response; it has {fields}")
 
 
 def _unstringed(value: Any, where: str) -> Any:

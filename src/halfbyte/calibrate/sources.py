@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from halfbyte.calibrate.blend import Blend, Dataset, Source, resolve_dataset
-from halfbyte.calibrate.rows import SUFFIXES, Line, read_lines
+from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES, Line, read_lines
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.files import open_regular
 
@@ -133,9 +133,11 @@ def _local_splits(path: Path, where: str) -> tuple[Split, ...]:
         paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     if not paths:
         raise UsageError(f"{where}: {path}: no such file, and no file in it or like it")
-    wrong = [p for p in paths if not p.name.endswith(SUFFIXES)]
+    # Texts are read where they are named; those of a folder are its README and licence.
+    known = (*SUFFIXES, *TEXT_SUFFIXES)
+    wrong = [p for p in paths if not p.name.endswith(known)]
     if wrong:
-        raise UsageError(f"{where}: {wrong[0]} is none of {', '.join(SUFFIXES)}")
+        raise UsageError(f"{where}: {wrong[0]} is none of {', '.join(known)}")
     return tuple(Split(_stem(p.name), (_local_file(p, p.name),)) for p in paths)
 
 

@@ -58,11 +58,14 @@ def _local_server(args: argparse.Namespace) -> Iterator[str]:
     if not directory.is_dir():
         raise UsageError(f"{directory} is neither a directory nor an http:// or https:// URL")
     from halfbyte.log import logger
+    from halfbyte.server.defaults import read_sampling
     from halfbyte.server.launch import Front, engine_config, launch
     from halfbyte.server.run import serving
 
     if args.once is not None:
         logger.setLevel("WARNING")
-    front = Front((directory.resolve().name,), access_log=None)
+    # As `serve` does: a small model at temperature 1 talks noise, which its makers know.
+    sampling = read_sampling(directory)
+    front = Front((directory.resolve().name,), sampling=sampling, access_log=None)
     with serving(launch(directory, engine_config(args), front)) as url:
         yield url

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import sys
+import shlex
 from pathlib import Path
 
 from halfbyte.errors import UsageError
-from halfbyte.printable import own
+from halfbyte.progress import TimeLeft, say_next
 
 EXAMPLE = """  halfbyte compare build/demo/bf16 build/demo/mixed --text held_out.txt
   halfbyte compare big-fp8/ --text held_out.txt --save-baseline fp8.safetensors
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         "choices": choices,
         "max_tokens": args.tokens,
         "window_tokens": args.window_tokens,
-        "progress": _progress,
+        "progress": TimeLeft("windows"),
     }
     if args.save_baseline is not None:
         kept = fidelity.make_baseline(args.models[0], args.text, **options)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.baseline is not None:
         candidate = (args.models[0].name, args.models[0], args.mode)
         comparison = fidelity.compare_with_baseline(
-            load_baseline(args.baseline), candidate, progress=_progress
+            load_baseline(args.baseline), candidate, progress=TimeLeft("windows")
         )
     else:
         base, other = args.models
@@ -89,6 +89,10 @@ def run(args: argparse.Namespace) -> int:
         (candidate_row,) = told["candidates"]
         candidate_row["checkpoint"] = checkpoint_identity(args.models[-1])
         args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    say_next(
+        f"halfbyte serve {shlex.quote(str(args.models[-1]))}",
+        "halfbyte evaluate plan --suite seed",
+    )
     return 0
 
 
@@ -112,9 +116,3 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path.parent} is not a directory")
-
-
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "" if done < total else "\n"
-        print(f"\r{done}/{total} windows", end=end, file=own(sys.stderr))

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from halfbyte.cli.quantize import METHODS, by_method, parse_bytes
+from halfbyte.cli.quantize import METHODS, add_recipe, by_method, parse_bytes
 
 EXAMPLE = """  halfbyte plan models/fp8 --recipe medium-3.5
   halfbyte plan models/fp8 --recipe medium-3.5 --gpu h200 --tp 2 --context 262144 --requests 8"""
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=Path, help="checkpoint directory; config.json (and the index) will do"
     )
-    parser.add_argument("--recipe", required=True, help="a recipe of the library, or a .yaml file")
+    add_recipe(parser)
     parser.add_argument(
         "--method", choices=METHODS, help="as for quantize, instead of the recipe's way"
     )

@@ -1,15 +1,21 @@
 """`halfbyte quantize`: calibrate and quantize a checkpoint by a recipe."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.serve import add_accept
+from halfbyte.errors import UsageError
+from halfbyte.progress import TimeLeft, say_next
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Recipe
 
-EXAMPLE = "  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5"
+EXAMPLE = """\
+  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5
+  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --text our_documents.txt
+  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --blend our_chats.jsonl"""
 
 METHODS = ("max", "headroom", "mse", "weighted", "gptq", "smooth", "gptq-smooth", "none")
 
@@ -19,14 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", help="checkpoint directory, bf16 or Mistral FP8; or owner/name@commit with --hub"
     )
     parser.add_argument("output", type=Path, help="directory to make; must not exist")
-    parser.add_argument("--recipe", required=True, help="a recipe of the library, or a .yaml file")
+    add_recipe(parser)
     parser.add_argument(
         "--calibration-tokens",
         type=Path,
         metavar="FILE",
         help="safetensors file with batch0.input_ids and so on, int64 [rows, tokens]",
     )
-    parser.add_argument("--blend", help="calibration blend, name or .yaml, not the recipe's")
+    parser.add_argument(
+        "--blend",
+        help="calibration data, not the recipe's: a blend's name or .yaml, or your own rows, JSON "
+        "lines with messages, text, or prompt and response",
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="calibrate on this text (.txt, .md), UTF-8"
+    )
     parser.add_argument("--data", type=Path, help="folder with data sets, laid out as on the hub")
     parser.add_argument(
         "--hub", action="store_true", help="fetch the source, and what --data lacks"
@@ -66,6 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_accept(parser)
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """`--recipe`, which lists what there is; shared with `halfbyte plan`."""
+    from halfbyte.recipe.schema import library_recipes
+
+    known = ", ".join(library_recipes())
+    parser.add_argument(
+        "--recipe", required=True, help=f"a recipe of the library ({known}), or a .yaml file"
+    )
+
+
 def parse_bytes(text: str) -> int:
     """`12GiB`, `10GB`, `1.5TB`, `4096B`; a number without a unit is refused: few mean bytes."""
     binary = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -102,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.quantize.pipeline import quantize
     from halfbyte.recipe.schema import load_recipe
 
+    blend = _blend(args)
     source = locate(args.source, allow_hub=args.hub)
     recipe = by_method(load_recipe(args.recipe), args.method)
     result = quantize(
@@ -112,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             recipe=recipe,
             profile=args.profile,
             calibration_tokens=args.calibration_tokens,
-            blend=args.blend,
+            blend=blend,
             data_folder=args.data,
             allow_hub=args.hub,
             device=args.device,
@@ -124,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
             accept=tuple(args.accept),
         ),
         owns_process=True,
+        on_layer=TimeLeft("layers"),
     )
     if args.report is not None:
         print("report: {} and {}".format(*write_report(result.record, args.report)))
@@ -131,7 +156,27 @@ def run(args: argparse.Namespace) -> int:
         f"{result.output}: {result.num_bytes / 1e9:.3f} GB from {result.num_source_bytes / 1e9:.3f}"
         f" GB, {result.num_calibration_tokens} calibration tokens, {result.seconds:.1f} s"
     )
+    say_next(
+        f"halfbyte verify {shlex.quote(str(args.output))} "
+        f"--against {shlex.quote(str(source.directory))}",
+        f"halfbyte serve {shlex.quote(str(args.output))}",
+    )
     return 0
+
+
+def _blend(args: argparse.Namespace) -> str | None:
+    """The calibration data that was named by either flag."""
+    from halfbyte.calibrate.rows import TEXT_SUFFIXES
+
+    if args.text is None:
+        blend: str | None = args.blend
+        return blend
+    if args.blend is not None:
+        raise UsageError("--text and --blend exclude each other: a .yaml blend can name both")
+    if not args.text.name.endswith(TEXT_SUFFIXES):
+        kinds = " or ".join(TEXT_SUFFIXES)
+        raise UsageError(f"--text {args.text}: a {kinds} file was expected; rows go to --blend")
+    return str(args.text)
 
 
 def kept(args: argparse.Namespace) -> str:

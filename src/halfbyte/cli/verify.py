@@ -1,7 +1,10 @@
 """`halfbyte verify OUT [--against SRC]`: exit code 0 if sound, 1 if not."""
 
 import argparse
+import shlex
 from pathlib import Path
+
+from halfbyte.progress import say_next
 
 EXAMPLE = "  halfbyte verify build/demo/mixed --against build/demo/fp8"
 
@@ -18,4 +21,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = verify(args.checkpoint, args.against)
     print(format_report(report))
-    return 0 if report.is_sound else 1
+    if not report.is_sound:
+        return 1
+    say_next(f"halfbyte serve {shlex.quote(str(args.checkpoint))}")
+    return 0
