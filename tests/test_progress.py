@@ -4,7 +4,6 @@ import io
 
 import pytest
 
-from halfbyte import progress
 from halfbyte.progress import ProgressLine, TimeLeft, clock, say_next
 
 
@@ -16,7 +15,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     time = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr("halfbyte.progress.time.monotonic", lambda: time[0])
     return time
 
 
