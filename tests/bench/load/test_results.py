@@ -201,6 +201,14 @@ def test_figures_of_a_run_differ_in_more_than_their_value() -> None:
     assert len(keys) == len(found) > 20
 
 
+def test_few_values_have_no_99th_percentile_on_a_card() -> None:
+    few = summarise(measured(*(exchange(0.0, 1.0, 1.1) for _ in range(3))))
+    many = summarise(measured(*(exchange(0.0, 1.0, 1.1) for _ in range(20))))
+    name = "time to the first token, 99th percentile"
+    assert name not in {one.name for one in figures([few])}
+    assert name in {one.name for one in figures([many])}
+
+
 def test_an_interrupted_level_gives_no_figures() -> None:
     one = measured(exchange(0.0, 1.0, 2.0))
     one.end = "interrupted"

@@ -27,6 +27,8 @@ from halfbyte.figures import Against, Figure
 # The lowest level that gives this share of the best output rate is where a server is saturated.
 _SATURATED = 0.9
 _BINS = 80
+# Of fewer values the 99th percentile is the largest, and no figure for a card.
+_ENOUGH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +318,8 @@ def _level_figures(one: LevelResult) -> list[Figure]:
     ):
         if spread is not None:
             rows.append(Figure(f"{name}, median", spread.p50, "ms", "serving", under))
-            rows.append(Figure(f"{name}, 99th percentile", spread.p99, "ms", "serving", under))
+            if spread.count >= _ENOUGH:
+                rows.append(Figure(f"{name}, 99th percentile", spread.p99, "ms", "serving", under))
     if one.gaps is not None:
         rows.append(Figure("time between tokens, longest", one.gaps.most, "ms", "serving", under))
     if one.per_token is not None:
