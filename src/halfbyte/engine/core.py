@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.engine.blocks import BlockPool
-from halfbyte.engine.choose import can_hold, is_choosable
 from halfbyte.engine.config import EngineConfig as EngineConfig
 from halfbyte.engine.cuda_runner import CudaRunner
 from halfbyte.engine.drafter import Computed
@@ -34,7 +33,7 @@ from halfbyte.engine.request import (
 )
 from halfbyte.engine.rows import PendingTokens
 from halfbyte.engine.runner import Runner, load_runner
-from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, logprobs_of
+from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, is_choosable, logprobs_of
 from halfbyte.engine.scheduler import Scheduler, Work
 from halfbyte.engine.sequence import Sequence
 from halfbyte.engine.slices import CHUNK_TOKENS, Chunk, Finished
@@ -337,7 +336,6 @@ class Engine:
             or not works
             or not all(map(is_choosable, chosen))
             or any(work.sequence.wants_prompt_logprobs for work in works)
-            or not can_hold([sequence.request.params.banned_token_ids for sequence in chosen])
         ):
             return None
         launched = time.perf_counter()

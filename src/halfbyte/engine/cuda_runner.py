@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ from torch import Tensor
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.batch import ChunkPlace, Places, RowStep
 from halfbyte.engine.cache import PagedCache, bytes_per_token
-from halfbyte.engine.choose import BanTable, ChoicePlan, choose_tokens, plan_choice
 from halfbyte.engine.config import EngineConfig, draft_directory, free_cache_bytes, resolve
 from halfbyte.engine.cuda_drafter import CudaDraftModel
 from halfbyte.engine.drafter import Computed, Drafter
+from halfbyte.engine.draw import BanLists, DrawPlan, choose_tokens, plan_draws
 from halfbyte.engine.graphs import (
     MAX_ROWS,
     DraftExecutor,
@@ -98,7 +98,7 @@ class CudaRunner:
         self._block_tokens = config.block_tokens
         self._staging = Staging(self.device)
         self._table = PageTable(executor.inputs.table, self._staging)
-        self._bans = BanTable(executor.config.vocab_size, self.device)
+        self._bans = BanLists(self.device)
         self._facts: dict[str, object] = {}
         self._num_replays = 0
         self._num_prefills = 0
@@ -181,15 +181,16 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, works: SequenceOf[Work]) -> PendingTokens:
         """Start a step and the choice of its tokens: one for each work that reaches the last known
-        token, in order. Every such sequence is choosable (`choose.is_choosable`).
+        token, in order. Every such sequence is choosable (`sampler.is_choosable`).
         """
         self._enter()
-        plan = plan_choice([work.sequence for work in works if work.is_last])
-        num_chosen = sum(work.is_last for work in works)
+        chosen = [work.sequence for work in works if work.is_last]
+        num_chosen, plan = len(chosen), plan_draws(chosen)
+        bans = [sequence.request.params.banned_token_ids for sequence in chosen]
         step, vectors_ID = self._plan(works, num_chosen)
         with self._all_ranks(step):
             logits_RV, _ = self._compute(step, vectors_ID)
-            tokens_R = self._choose(logits_RV, plan)
+            tokens_R = self._choose(logits_RV, plan, bans)
             self.decoder.inputs.last_tokens[:num_chosen].copy_(tokens_R)
             self._share_tokens(num_chosen)
         return self._staging.fetch(tokens_R)._replace(workers=self._workers)
@@ -215,22 +216,14 @@ class CudaRunner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def _choose(self, logits_RV: Tensor, plan: ChoicePlan) -> Tensor:
+    def _choose(
+        self, logits_RV: Tensor, plan: DrawPlan, bans: SequenceOf[tuple[int, ...]]
+    ) -> Tensor:
         if logits_RV.shape[0] == 0:
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        bans = self._bans.rows_of(plan.bans) if any(plan.bans) else None
-        arrays: list[NDArray[Any]] = []
-        if bans is not None:
-            arrays.append(np.array(bans, dtype=np.int64))
-        if plan.draws:
-            arrays.append(plan.numbers)
-            arrays += [np.array(r, dtype=np.int64) for r in (plan.open_rows, plan.filtered_rows)]
-        sent = self._staging.send(*arrays) if arrays else []
-        if bans is not None:
-            self._bans.apply(logits_RV, sent.pop(0))
-        if not plan.draws:
-            return choose_tokens(logits_RV, plan, None, None)
-        return choose_tokens(logits_RV, plan, sent[0], (sent[1], sent[2]))
+        self._bans.apply(logits_RV, bans)
+        sent = self._staging.send(*plan.arrays) if plan.draws else []
+        return choose_tokens(logits_RV, plan, sent, may_look=False)
 
     def _plan(self, works: SequenceOf[Work], num_chosen: int) -> tuple[RowStep, Tensor | None]:
         """The step in host arrays, and the image vectors of a prefill."""
