@@ -18,10 +18,11 @@ from torch import Tensor
 
 from halfbyte.engine.blocks import BlockPool
 from halfbyte.engine.config import EngineConfig as EngineConfig
-from halfbyte.engine.cuda_runner import CudaRunner
-from halfbyte.engine.drafter import Computed
+from halfbyte.engine.drafter import Drafter
 from halfbyte.engine.draw import IMPOSSIBLE
+from halfbyte.engine.load import load_runner
 from halfbyte.engine.pacing import PrefillPacer, SlicePacer
+from halfbyte.engine.pinned import PendingTokens
 from halfbyte.engine.request import (
     Event,
     FinishEvent,
@@ -31,12 +32,11 @@ from halfbyte.engine.request import (
     TokenLogprobs,
     TokensEvent,
 )
-from halfbyte.engine.rows import PendingTokens
-from halfbyte.engine.runner import Runner, load_runner
+from halfbyte.engine.runner import Computed, Runner, SlicedPrompt
 from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, is_choosable, logprobs_of
 from halfbyte.engine.scheduler import Scheduler, Work
 from halfbyte.engine.sequence import Sequence
-from halfbyte.engine.slices import CHUNK_TOKENS, Chunk, Finished
+from halfbyte.engine.slices import CHUNK_TOKENS
 from halfbyte.engine.speculate import Guesser, Lookup, Pace, Speculator
 from halfbyte.errors import CapacityError, RequestError
 from halfbyte.log import logger
@@ -91,7 +91,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner | CudaRunner,
+        runner: Runner,
         config: EngineConfig,
         *,
         logits_hook: LogitsHook | None = None,
@@ -101,7 +101,7 @@ class Engine:
         certain things, `guesser` replaces the one that `config.speculative` names.
         """
         assert config.kv_cache_tokens is not None and config.max_model_len is not None
-        text = runner.decoder.config
+        text, draft = runner.device.config, runner.device.draft
         self.config = config
         self.max_model_len = config.max_model_len
         self.vocab_size = text.vocab_size
@@ -109,7 +109,7 @@ class Engine:
         self._runner = runner
         self._pool = BlockPool(config.kv_cache_tokens // config.block_tokens, config.block_tokens)
         self._sampler = Sampler(text.vocab_size, text.eos_token_ids, config.device, logits_hook)
-        self._drafter = runner.drafter(self._sampler)
+        self._drafter = None if draft is None else Drafter(draft, runner, self._sampler)
         self._scheduler = Scheduler(
             self._pool,
             max_sequences=config.max_sequences,
@@ -120,13 +120,13 @@ class Engine:
         self._pacer = PrefillPacer(config.max_decode_slowdown)
         # How long chunks of prompts may take beside running answers, where they can be sliced.
         self._slice_pacer: SlicePacer | None = None
-        if config.max_decode_slowdown is not None and isinstance(runner, Runner):
-            self._slice_pacer = SlicePacer(config.max_decode_slowdown) if runner.can_slice else None
-        self._chunk: Chunk | None = None
+        if config.max_decode_slowdown is not None and runner.can_slice:
+            self._slice_pacer = SlicePacer(config.max_decode_slowdown)
+        self._chunk: SlicedPrompt | None = None
         self._speculator = _make_speculator(config, guesser or self._drafter)
-        # Only a runner that chooses on the device, undisturbed by hooks and guesses, runs ahead.
+        # Hooks and guesses need each step's logits before the next.
         is_free = logits_hook is None and self._speculator is None
-        self._ahead = runner if is_free and isinstance(runner, CudaRunner) else None
+        self._runs_ahead = is_free and runner.can_run_ahead
         self._flight: _Flight | None = None
         # Planned ahead of tokens that turned out to be needed first.
         self._planned: list[Work] = []
@@ -267,21 +267,14 @@ class Engine:
             works = self._speculator.propose(works, self._scheduler)
         all_works = [*works, *(() if done is None else done.works)]
         self._sampler.prepare(work.sequence for work in all_works if work.is_last)
-        if self._drafter is None:
-            logits_RV = self._runner.run(works) if works else None
-            events = self._conclude(all_works, _joined(logits_RV, done and done.logits_RV))
-        else:
-            computed = self._runner.run_with_hidden(works) if works else None
-            if done is not None:
-                assert isinstance(self._runner, Runner)
-                computed = Computed(
-                    _joined(computed and computed.logits_RV, done.logits_RV),
-                    _joined(computed and computed.hidden_TD, done.hidden_TD),
-                    self._runner.places_of(all_works),
-                )
-            assert computed is not None
-            events = self._conclude(all_works, computed.logits_RV)
-            self._drafter.follow(all_works, computed)
+        found = [self._runner.run(works)] if works else []
+        if done is not None:
+            found.append(done)
+        events: list[Event] = []
+        for computed in found:
+            self._conclude(computed, events)
+        if self._drafter is not None:
+            self._drafter.follow(found)
         seconds = time.perf_counter() - started
         if self._speculator is not None:
             self._speculator.observe(seconds - sliced_s, all_works)
@@ -303,7 +296,7 @@ class Engine:
         singles = [work for work in works if _is_single(work)]
         if self._slice_pacer is None or len(singles) == len(works):
             return works
-        assert self._chunk is None and isinstance(self._runner, Runner)
+        assert self._chunk is None
         if not singles and not self._runner.lacks_images(works):
             return works
         prompts = [work for work in works if not _is_single(work)]
@@ -311,7 +304,7 @@ class Engine:
         self._scheduler.carry(prompts)
         return singles
 
-    def _advance_chunk(self, num_decodes: int, started: float) -> Finished | None:
+    def _advance_chunk(self, num_decodes: int, started: float) -> Computed | None:
         """Go on with a chunk for as long as running answers allow; to its end if there are none,
         but its images in short steps: requests come and leave between these.
 
@@ -321,7 +314,7 @@ class Engine:
             return None
         assert self._slice_pacer is not None
         seconds = self._slice_pacer.allowance_s(num_decodes) if num_decodes else math.inf
-        if not num_decodes and not self._chunk.encode(started + _ENCODE_S):
+        if not num_decodes and not self._chunk.slices.encode(started + _ENCODE_S):
             return None
         done = self._chunk.advance(started + seconds)
         if done is not None:
@@ -332,14 +325,14 @@ class Engine:
         """Start a step that chooses its tokens on the device; None if it cannot do so."""
         chosen = [work.sequence for work in works if work.is_last]
         if (
-            self._ahead is None
+            not self._runs_ahead
             or not works
             or not all(map(is_choosable, chosen))
             or any(work.sequence.wants_prompt_logprobs for work in works)
         ):
             return None
         launched = time.perf_counter()
-        tokens = self._ahead.launch(works)
+        tokens = self._runner.launch(works)
         for work in works:
             self._scheduler.begin(work)
         for row, sequence in enumerate(chosen):
@@ -348,7 +341,7 @@ class Engine:
 
     def _collect(self, flight: _Flight) -> list[Event]:
         """Wait for the tokens of a launched step and move their sequences on."""
-        token_ids = flight.tokens.wait()
+        token_ids = self._runner.wait(flight.tokens)
         events: list[Event] = []
         for work in flight.works:
             if not work.sequence.is_finished:
@@ -412,7 +405,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures now. Safe from any thread; single figures may be a step apart."""
         scheduler, pool, runner = self._scheduler, self._pool, self._runner
-        speculator, drafter = self._speculator, self._drafter
+        speculator = self._speculator
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -421,7 +414,7 @@ class Engine:
             cached_blocks=pool.num_cached,
             block_tokens=pool.block_tokens,
             weight_bytes=runner.weight_bytes,
-            cache_bytes=runner.cache_bytes + (0 if drafter is None else drafter.num_bytes),
+            cache_bytes=runner.cache_bytes,
             requests=self._num_added,
             steps=self._num_steps,
             step_s=self._step_s,
@@ -455,11 +448,12 @@ class Engine:
         assert known == self._request_ids, f"known {self._request_ids}, scheduled {known}"
         assert set(self._prompt_logprobs) <= known
 
-    def _conclude(self, works: SequenceOf[Work], logits_RV: Tensor) -> list[Event]:
+    def _conclude(self, computed: Computed, events: list[Event]) -> None:
         """Move every sequence on and choose tokens where the last known one was computed."""
+        logits_RV = computed.logits_RV
         chosen: list[tuple[Work, int]] = []
         row = 0
-        for work in works:
+        for work in computed.works:
             sequence = work.sequence
             if sequence.wants_prompt_logprobs:
                 self._note_prompt_logprobs(work, logits_RV[row : row + work.count])
@@ -471,12 +465,10 @@ class Engine:
                 row += len(work.proposals)
             self._scheduler.advance(work)
         assert row == logits_RV.shape[0], f"{logits_RV.shape[0]} rows of logits, {row} used"
-        events: list[Event] = []
         num_checked = 0
         while chosen:
             chosen = self._choose(chosen, num_checked, logits_RV, events)
             num_checked += 1
-        return events
 
     def _choose(
         self,
@@ -615,14 +607,6 @@ class Engine:
 def _is_single(work: Work) -> bool:
     """The work computes the last known token and no other: its sequence is generating."""
     return work.count == 1 and work.is_last
-
-
-def _joined(first_XD: Tensor | None, second_XD: Tensor | None) -> Tensor:
-    """Rows of one after those of the other; one of them at least is there."""
-    parts = [rows_XD for rows_XD in (first_XD, second_XD) if rows_XD is not None]
-    # One part as it is: torch copies a row of logits with all of its threads, which then spin for
-    # milliseconds, in the way of the kernels' own.
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _make_speculator(config: EngineConfig, guesser: Guesser | None) -> Speculator | None:

@@ -1,6 +1,6 @@
 """The device side of the CUDA runner: decode graphs by size, prefill, head; all on real launches.
 
-`cuda_runner` decides what runs; here are the steps and the memory they share. A graph of n rows
+`hopper` decides what runs; here are the steps and the memory they share. A graph of n rows
 serves any step of up to n tokens, prompts included: every token is a row with a context length of
 its own, and keys and values are stored before anybody attends.
 

@@ -2,7 +2,7 @@
 
 Index ranges of `token_ids`, prompt and answer in one list:
 
-    0 ........ num_cached ........ num_computed ........ len(token_ids)
+    0 ....... cached_tokens ...... num_computed ........ len(token_ids)
     | found in the   | K and V written    | known, K and V   |
     | prefix cache   | by this sequence   | not yet written  |
 
@@ -70,7 +70,7 @@ class Sequence:
         self.cached_tokens: int | None = None
         # Place among the running sequences, below max_sequences; None while waiting.
         self.slot: int | None = None
-        # Blocks already copied into the slot's row of the block table (`batch`).
+        # Blocks already written into the slot's row of the page table (`step`).
         self.num_tabled = 0
         # Prompt log-probs are reported once, also if a preemption repeats the prompt.
         self.has_prompt_logprobs = False
