@@ -27,8 +27,8 @@ from engine_driver import (
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.core import Engine
 from halfbyte.engine.hopper import HopperDevice
+from halfbyte.engine.plan.sequence import Sequence as EngineSequence
 from halfbyte.engine.request import ImageInput, SamplingParams
-from halfbyte.engine.sequence import Sequence as EngineSequence
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.decoder import Decoder, Step

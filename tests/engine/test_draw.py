@@ -17,9 +17,9 @@ from halfbyte.engine.draw import (
     ranked,
     ranked_by_key,
 )
+from halfbyte.engine.plan.sequence import Sequence
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.sampler import Sampler, is_choosable
-from halfbyte.engine.sequence import Sequence
 
 # Many equal values, both zeros, the smallest numbers and what is banned.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -2.5, 1e-45, -1e-45, 3e38, -3e38, -torch.inf])

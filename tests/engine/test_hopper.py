@@ -29,15 +29,14 @@ from halfbyte.engine.graphs import (
 from halfbyte.engine.hopper import HopperDevice, prefill_batch
 from halfbyte.engine.load import check_limits
 from halfbyte.engine.pinned import PinnedRing
+from halfbyte.engine.plan.sequence import Sequence, Work
+from halfbyte.engine.plan.step import PageTable, lay_out
 from halfbyte.engine.request import (
     FinishEvent,
     GenerationRequest,
     ImageInput,
     SamplingParams,
 )
-from halfbyte.engine.scheduler import Work
-from halfbyte.engine.sequence import Sequence
-from halfbyte.engine.step import PageTable, lay_out
 from halfbyte.errors import UsageError
 from halfbyte.model.tiny import write_tiny_checkpoint
 from hopper import hopper_config, write_fp8

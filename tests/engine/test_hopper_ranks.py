@@ -13,9 +13,9 @@ from cuda_twin import twin_engine, twin_runner
 from engine_driver import GREEDY, Answer, assert_same, prompt_of, request, run
 from halfbyte.engine.core import Engine
 from halfbyte.engine.graphs import MAX_ROWS
+from halfbyte.engine.plan.step import PlannedStep
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.sampler import LogitsHook
-from halfbyte.engine.step import PlannedStep
 from halfbyte.model.parallel import Communicator
 from hopper import hopper_config, write_fp8
 from parallel_ranks import on_ranks

@@ -13,9 +13,8 @@ from engine_driver import load, prompt_of
 from halfbyte.config import RopeConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.plain import PlainDevice
+from halfbyte.engine.plan.sequence import Sequence, Work
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.engine.scheduler import Work
-from halfbyte.engine.sequence import Sequence
 from halfbyte.kernels import dispatch
 from halfbyte.kernels.dispatch import Rotation
 from halfbyte.model.decoder import Step

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from halfbyte.engine.draw import IMPOSSIBLE, uniform
+from halfbyte.engine.plan.sequence import Sequence
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.sampler import Sampler, logprobs_of
-from halfbyte.engine.sequence import Sequence
 from halfbyte.kernels import reference
 from tolerances import CHI_SQUARE_P
 

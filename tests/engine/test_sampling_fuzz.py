@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from halfbyte.engine.draw import choose_tokens, plan_draws
+from halfbyte.engine.plan.sequence import Sequence
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.sampler import Sampler, is_choosable
-from halfbyte.engine.sequence import Sequence
 from tolerances import CHI_SQUARE_P
 
 EOS = (2,)

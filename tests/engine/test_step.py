@@ -2,10 +2,9 @@
 
 import numpy as np
 
+from halfbyte.engine.plan.sequence import Sequence, Work
+from halfbyte.engine.plan.step import PageTable, lay_out, lay_out_rows
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.engine.scheduler import Work
-from halfbyte.engine.sequence import Sequence
-from halfbyte.engine.step import PageTable, lay_out, lay_out_rows
 
 
 def sequence(

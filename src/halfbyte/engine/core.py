@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfbyte.engine.blocks import BlockPool
 from halfbyte.engine.config import EngineConfig as EngineConfig
 from halfbyte.engine.drafter import Drafter
 from halfbyte.engine.draw import IMPOSSIBLE
 from halfbyte.engine.load import load_runner
-from halfbyte.engine.pacing import PrefillPacer, SlicePacer
 from halfbyte.engine.pinned import PendingTokens
+from halfbyte.engine.plan.blocks import BlockPool
+from halfbyte.engine.plan.pacing import PrefillPacer, SlicePacer
+from halfbyte.engine.plan.scheduler import Scheduler
+from halfbyte.engine.plan.sequence import Sequence, Work
+from halfbyte.engine.plan.speculation import Guesser, Lookup, Pace, Speculator
 from halfbyte.engine.request import (
     Event,
     FinishEvent,
@@ -34,10 +37,7 @@ from halfbyte.engine.request import (
 )
 from halfbyte.engine.runner import Computed, Runner, SlicedPrompt
 from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, is_choosable, logprobs_of
-from halfbyte.engine.scheduler import Scheduler, Work
-from halfbyte.engine.sequence import Sequence
 from halfbyte.engine.slices import CHUNK_TOKENS
-from halfbyte.engine.speculate import Guesser, Lookup, Pace, Speculator
 from halfbyte.errors import CapacityError, RequestError
 from halfbyte.log import logger
 

@@ -17,7 +17,7 @@ from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.draw import DrawPlan
 from halfbyte.engine.images import Placing
 from halfbyte.engine.pinned import PendingTokens
-from halfbyte.engine.step import PlannedStep
+from halfbyte.engine.plan.step import PlannedStep
 from halfbyte.model.parallel import Communicator
 
 

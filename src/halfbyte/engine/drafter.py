@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.engine.device import DraftDevice, Guessed
+from halfbyte.engine.plan.sequence import Sequence, Work
+from halfbyte.engine.plan.step import NO_CHANGES, TableChanges, lay_out_rows
 from halfbyte.engine.runner import Computed, Runner
 from halfbyte.engine.sampler import Sampler
-from halfbyte.engine.scheduler import Work
-from halfbyte.engine.sequence import Sequence
-from halfbyte.engine.step import NO_CHANGES, TableChanges, lay_out_rows
 
 
 class Drafter:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halfbyte.engine.sequence import Sequence
+from halfbyte.engine.plan.sequence import Sequence
 
 # Where no token is possible: all are banned or masked, or the logits are not finite.
 IMPOSSIBLE = -1

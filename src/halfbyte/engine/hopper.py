@@ -28,7 +28,7 @@ from halfbyte.engine.graphs import (
     size_for,
 )
 from halfbyte.engine.pinned import PendingTokens, PinnedRing
-from halfbyte.engine.step import PlannedStep, TableChanges
+from halfbyte.engine.plan.step import PlannedStep, TableChanges
 from halfbyte.model.cuda_decoder import Chunk, KvCache, PrefillBatch, Singles
 from halfbyte.model.parallel import Communicator
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from halfbyte.engine.plan.sequence import Work
 from halfbyte.engine.request import GenerationRequest, ImageInput
-from halfbyte.engine.scheduler import Work
 from halfbyte.engine.walk import Costs, Walk
 from halfbyte.errors import RequestError
 from halfbyte.model.vision import Encoding, VisionModel

@@ -17,8 +17,8 @@ from halfbyte.engine.cache import PagedAttend, PagedCache
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.device import Guessed, Results
 from halfbyte.engine.images import Placement, Placing
+from halfbyte.engine.plan.step import PageTable, PlannedStep
 from halfbyte.engine.slices import Slices
-from halfbyte.engine.step import PageTable, PlannedStep
 from halfbyte.engine.walk import Costs
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.eagle import EagleHead

@@ -17,8 +17,8 @@ from halfbyte.engine.device import Device, Slices
 from halfbyte.engine.draw import plan_draws
 from halfbyte.engine.images import ImageEncoder
 from halfbyte.engine.pinned import PendingTokens
-from halfbyte.engine.scheduler import Work
-from halfbyte.engine.step import PageTable, PlannedStep, lay_out
+from halfbyte.engine.plan.sequence import Work
+from halfbyte.engine.plan.step import PageTable, PlannedStep, lay_out
 from halfbyte.engine.workers import Workers
 
 

@@ -27,8 +27,8 @@ from halfbyte.engine.draw import (
     ranked,
 )
 from halfbyte.engine.masks import MaskFiller
+from halfbyte.engine.plan.sequence import Sequence
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokenLogprobs
-from halfbyte.engine.sequence import Sequence
 from halfbyte.kernels import dispatch
 from halfbyte.log import logger
 

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 
 from halfbyte.engine.config import EngineConfig
-from halfbyte.engine.step import PlannedStep
+from halfbyte.engine.plan.step import PlannedStep
 from halfbyte.errors import CapacityError, HalfbyteError, UsageError, WorkerError
 from halfbyte.log import logger
 from halfbyte.model.parallel import ProcessGroup

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.engine.scheduler import Work
+from halfbyte.engine.plan.sequence import Work
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 

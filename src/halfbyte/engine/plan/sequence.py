@@ -15,8 +15,9 @@ them at the end of the list (`reserve`), `num_pending` in number, and fills it l
 """
 
 from collections import Counter
+from dataclasses import dataclass
 
-from halfbyte.engine.blocks import ROOT_DIGEST, block_digest
+from halfbyte.engine.plan.blocks import ROOT_DIGEST, block_digest
 from halfbyte.engine.request import GenerationRequest
 
 # Stands for a token that is not read yet.
@@ -149,3 +150,27 @@ class Sequence:
             if image.offset < stop and image.offset + image.num_tokens > start
         ]
         return b"".join(marks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """Tokens [start, start + count) of one sequence, to be computed in the next step.
+
+    proposals  guesses of the tokens behind the last known one; computed in the same step, so that
+               the model can say whether it would have chosen them. Only where `is_last`
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    proposals: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the step computes for it."""
+        return self.count + len(self.proposals)
+
+    @property
+    def is_last(self) -> bool:
+        """The step reaches the last known token, so that a next one can be chosen."""
+        return self.start + self.count == len(self.sequence.token_ids)

@@ -35,9 +35,9 @@ from engine_driver import (
 from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.engine.core import Engine
+from halfbyte.engine.plan.sequence import Sequence as EngineSequence
+from halfbyte.engine.plan.speculation import Lookup, Pace
 from halfbyte.engine.request import FinishEvent, GenerationRequest, SamplingParams
-from halfbyte.engine.sequence import Sequence as EngineSequence
-from halfbyte.engine.speculate import Lookup, Pace
 from halfbyte.errors import UnsupportedError
 from halfbyte.model.tiny import write_tiny_checkpoint
 from tolerances import CHI_SQUARE_P
