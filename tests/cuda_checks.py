@@ -45,8 +45,8 @@ from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParam
 from halfbyte.engine.runner import Computed, Runner
 from halfbyte.figures import Against, Figure
 from halfbyte.kernels import dispatch
-from halfbyte.model.cuda_decoder import Mode
-from halfbyte.model.cuda_load import load_cuda_weights
+from halfbyte.model.cuda.load import load_cuda_weights
+from halfbyte.model.cuda.weights import Products
 
 # How far apart the CPU's two best log-probs may lie where the GPU takes the other one, and how far
 # all logits of a text, relative. Rounding activations to FP8 makes a step of 2**-4 of a difference
@@ -174,7 +174,7 @@ def executor_of(engine: Engine) -> HopperExecutor:
     return executor
 
 
-def check_weights_are_the_same(directory: Path, mode: Mode = "exact") -> str:
+def check_weights_are_the_same(directory: Path, mode: Products = "exact") -> str:
     """Tiled on the GPU or on the CPU: the same bytes."""
     checkpoint = Checkpoint.open(directory)
     ours = load_cuda_weights(checkpoint, torch.device("cuda", 0), mode=mode)
@@ -947,7 +947,7 @@ def draft_speed(num_layers: int, guesses: int = 3) -> dict[str, Any]:
         random_weights,
     )
     from halfbyte.kernels.cuda.library import KernelLibrary
-    from halfbyte.model.cuda_decoder import CudaLinear
+    from halfbyte.model.cuda.weights import CudaLinear
 
     library = KernelLibrary(torch.device("cuda", 0))
     geometry = medium_geometry(num_layers)

@@ -29,7 +29,8 @@ from halfbyte.engine.graphs import (
 )
 from halfbyte.engine.pinned import PendingTokens, PinnedRing
 from halfbyte.engine.plan.step import PlannedStep, TableChanges
-from halfbyte.model.cuda_decoder import Chunk, KvCache, PrefillBatch, Singles
+from halfbyte.model.cuda.prefill import Chunk, PrefillBatch, Singles
+from halfbyte.model.cuda.weights import KvCache
 from halfbyte.model.parallel import Communicator
 
 

@@ -35,13 +35,14 @@ from halfbyte.engine.workers import Workers, check_device, check_devices, config
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.kernels.cuda.library import KernelLibrary, unavailable
 from halfbyte.log import logger
-from halfbyte.model.cuda_decoder import CudaWeights, KvCache, SharedBuffers, make_cache
-from halfbyte.model.cuda_load import (
+from halfbyte.model.cuda.launches import SharedBuffers
+from halfbyte.model.cuda.load import (
     load_cuda_draft,
     load_cuda_weights,
     reason_against,
     reason_against_draft,
 )
+from halfbyte.model.cuda.weights import CudaWeights, KvCache, make_cache
 from halfbyte.model.decoder import Decoder
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_decoder, load_eagle, load_vision
