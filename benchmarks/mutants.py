@@ -58,7 +58,8 @@ WORK = ROOT / "build" / "mutants"
 RESULTS = WORK / "results.jsonl"
 SOURCE = Path("src/halfbyte")
 ROOMS = ("formats", "quantize", "checkpoint", "evals", "server")
-ENGINE = ("scheduler", "blocks", "speculate", "pacing", "request", "slices", "sequence", "masks")
+ENGINE = ("plan/scheduler", "plan/blocks", "plan/speculation", "plan/pacing", "plan/sequence")
+ENGINE += ("plan/step", "request", "slices", "masks")
 HEAVY = ("torch", "numpy", "scipy.stats", "pydantic", "fastapi", "httpx", "safetensors.torch")
 PYTEST = (
     *("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"),
@@ -80,7 +81,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "checkpoint/untrained_tower": ("flows/test_untrained_tower.py",),
     "checkpoint/verify_values": ("checkpoint/test_verify.py",),
     "engine/request": ("engine/test_sampler.py", "engine/test_core.py"),
-    "engine/sequence": ("engine/test_scheduler.py", "engine/test_images.py"),
+    "engine/plan/sequence": ("engine/test_scheduler.py", "engine/test_images.py"),
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
     "evals/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/scripts": ("evals/test_hostile_code.py",),

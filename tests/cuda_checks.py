@@ -37,15 +37,16 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
-from halfbyte.engine.cuda_runner import CudaRunner, build_runner
-from halfbyte.engine.drafter import Computed, PlainDraftModel
 from halfbyte.engine.graphs import HopperExecutor
+from halfbyte.engine.hopper import HopperDevice
+from halfbyte.engine.load import HopperPart, resolve_alone
+from halfbyte.engine.plain import PlainDraft
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams, TokensEvent
-from halfbyte.engine.scheduler import Work
+from halfbyte.engine.runner import Computed, Runner
 from halfbyte.figures import Against, Figure
 from halfbyte.kernels import dispatch
-from halfbyte.model.cuda_decoder import Mode
-from halfbyte.model.cuda_load import load_cuda_weights
+from halfbyte.model.cuda.load import load_cuda_weights
+from halfbyte.model.cuda.weights import Products
 
 # How far apart the CPU's two best log-probs may lie where the GPU takes the other one, and how far
 # all logits of a text, relative. Rounding activations to FP8 makes a step of 2**-4 of a difference
@@ -160,20 +161,20 @@ def count_differences(
     }
 
 
+def device_of(engine: Engine) -> HopperDevice:
+    device = engine._runner.device
+    assert isinstance(device, HopperDevice), "the engine does not use the kernels"
+    return device
+
+
 def executor_of(engine: Engine) -> HopperExecutor:
-    """The engine's device side; fails if it runs on plain ops."""
-    runner = engine._runner
-    assert isinstance(runner, CudaRunner), "the engine does not use the kernels"
-    assert isinstance(runner.decoder, HopperExecutor)
-    return runner.decoder
+    """What computes the engine's rows; fails if it runs on plain ops."""
+    executor = device_of(engine).executor
+    assert isinstance(executor, HopperExecutor)
+    return executor
 
 
-def runner_of(engine: Engine) -> CudaRunner:
-    assert isinstance(engine._runner, CudaRunner)
-    return engine._runner
-
-
-def check_weights_are_the_same(directory: Path, mode: Mode = "exact") -> str:
+def check_weights_are_the_same(directory: Path, mode: Products = "exact") -> str:
     """Tiled on the GPU or on the CPU: the same bytes."""
     checkpoint = Checkpoint.open(directory)
     ours = load_cuda_weights(checkpoint, torch.device("cuda", 0), mode=mode)
@@ -193,7 +194,7 @@ def check_graph_equals_eager(directory: Path, **options: Any) -> str:
     """Every size: replayed, launched eagerly, and on a cache of NaN where nothing was written."""
     engine = load(directory, **options)
     answers(engine, [prompt_of(length, length) for length in LENGTHS])
-    executor, cache = executor_of(engine), runner_of(engine).cache
+    executor, cache = executor_of(engine), device_of(engine).cache
     generator = torch.Generator().manual_seed(1)
     for size in executor.sizes:
         inputs = executor.inputs.packed_5T
@@ -229,8 +230,8 @@ def check_tokens_are_those_of_the_cpu(directory: Path, **options: Any) -> dict[s
     counts = count_differences(answers(engine, prompts), wanted, gaps, near_tie)
     again = count_differences(answers(engine, prompts), wanted, gaps, near_tie)
     assert counts["others"] == 0 and again["others"] == 0, (counts, again)
-    runner = runner_of(engine)
-    counts["replays"], counts["prefills"] = runner.num_replays, runner.num_prefills
+    device = device_of(engine)
+    counts["replays"], counts["prefills"] = device.num_replays, device.num_prefills
     del counts["gaps"]
     return counts
 
@@ -350,8 +351,8 @@ def check_images(directory: Path, **options: Any) -> dict[str, Any]:
         found = answers(engine, [prompts[index]], GREEDY, [(0, seen)])
         alone = count_differences(found, [wanted[index]], [gaps[index]], near_tie)
         assert alone["others"] == 0, (index, alone)
-    runner = runner_of(engine)
-    counts["replays"], counts["prefills"] = runner.num_replays, runner.num_prefills
+    device = device_of(engine)
+    counts["replays"], counts["prefills"] = device.num_replays, device.num_prefills
     assert engine.stats().cached_tokens > 0
     del counts["gaps"]
     return counts
@@ -372,7 +373,7 @@ def check_draft_model(directory: Path, head: str) -> str:
         config: dict[str, Any] = {**SMALL, "kv_cache": "fp8", "device": device, **drafts}
         engine = Engine.load(directory, replace(EngineConfig(), **config), logits_hook=force)
         assert engine._drafter is not None
-        if isinstance(engine._drafter.model, PlainDraftModel):
+        if isinstance(engine._drafter.model, PlainDraft):
             # As the kernels keep them.
             cache = engine._drafter.model.cache
             engine._drafter.model.cache = PagedCache(
@@ -395,15 +396,17 @@ def check_draft_model(directory: Path, head: str) -> str:
         states = iter(list(given))
         follow = drafter.follow
 
-        def noted(works: Sequence[Work], computed: Computed) -> None:
+        def noted(found: Sequence[Computed]) -> None:
+            (one,) = found
+            assert one.hidden_TD is not None
             taken = next(states, None)
             if taken is None:
-                given.append(computed.hidden_TD.clone())
+                given.append(one.hidden_TD.clone())
             else:
-                error = relative(computed.hidden_TD.cpu(), taken)
+                error = relative(one.hidden_TD.cpu(), taken)
                 assert error < RELATIVE[directory.name], (lengths, error)
-                computed = computed._replace(hidden_TD=taken.to(computed.hidden_TD.device))
-            follow(works, computed)
+                one = one._replace(hidden_TD=taken.to(one.hidden_TD.device))
+            follow([one])
 
         engine.clear_prefix_cache()
         for length in lengths:
@@ -419,20 +422,20 @@ def check_draft_model(directory: Path, head: str) -> str:
         last = drafter._last
         found = []
         for ahead in range(4):
-            logits_SV = drafter.model.logits(last.hidden_SD)
-            if last.logits_SV is not None:
-                assert relative(last.logits_SV, logits_SV) < 1e-3, "a graph has another head"
-            found += [last.hidden_SD.float().cpu(), logits_SV.cpu()]
+            logits_RV = drafter.model.logits(last.hidden_RD)
+            if last.logits_RV is not None:
+                assert relative(last.logits_RV, logits_RV) < 1e-3, "a graph has another head"
+            found += [last.hidden_RD.float().cpu(), logits_RV.cpu()]
             ids = [(17 * ahead + i) % 500 + 5 for i in range(len(lengths))]
-            last = drafter._extend(sequences, ids, last.hidden_SD, ahead + 1)
+            last = drafter._extend(sequences, ids, last.hidden_RD, ahead + 1)
         for length in lengths:
             engine.abort(f"p{length}")
         engine.check()
         return found
 
     cpu, gpu = (start(device) for device in ("cpu", "cuda"))
-    runner = runner_of(gpu)
-    assert runner._draft is not None and isinstance(runner._draft.executor, HopperExecutor)
+    draft = device_of(gpu).draft
+    assert draft is not None and isinstance(draft.executor, HopperExecutor)
     largest: list[float] = []
     for lengths in ((33,), (99,), (333,), (20, 37, 260), tuple(range(17, 117, 4))):
         given: list[torch.Tensor] = []
@@ -825,6 +828,15 @@ def _on_cuda(model: Any) -> Any:
     return other
 
 
+def engine_of(
+    library: Any, weights: Any, config: EngineConfig, draft: Any = None
+) -> tuple[Engine, EngineConfig]:
+    """An engine over weights that lie on the GPU."""
+    part = HopperPart(config, library, weights, draft)
+    device, resolved = part.build(resolve_alone(config))
+    return Engine(Runner(device, resolved), resolved), resolved
+
+
 def speed(num_layers: int) -> dict[str, Any]:
     """The engine over random weights of the big geometry: memory, capture, decode, prefill."""
     from halfbyte.bench.synthetic import medium_geometry, mixed_formats, random_weights
@@ -835,13 +847,12 @@ def speed(num_layers: int) -> dict[str, Any]:
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "layers": num_layers}
     for name, config in (("plain", LARGE), ("deterministic", replace(LARGE, deterministic=True))):
         start = time.perf_counter()
-        runner, resolved = build_runner(library, weights, config)
-        engine = Engine(runner, resolved)
+        engine, resolved = engine_of(library, weights, config)
         rows: dict[str, Any] = {
             "ready_s": round(time.perf_counter() - start, 2),
             "kv_cache_tokens": resolved.kv_cache_tokens,
             "free_bytes": torch.cuda.mem_get_info()[0],
-            **runner.facts(),
+            **engine.facts(),
         }
         for batch in (1, 16, 64):
             rows[f"decode_{batch}_ms"] = _decode_ms(engine, batch)
@@ -852,7 +863,7 @@ def speed(num_layers: int) -> dict[str, Any]:
         rows["prompt_100_ms"] = _prompt_ms(engine, 100)
         result[name] = rows
         print(json.dumps(rows), flush=True)
-        del engine, runner, executor
+        del engine, executor
     return result
 
 
@@ -936,7 +947,7 @@ def draft_speed(num_layers: int, guesses: int = 3) -> dict[str, Any]:
         random_weights,
     )
     from halfbyte.kernels.cuda.library import KernelLibrary
-    from halfbyte.model.cuda_decoder import CudaLinear
+    from halfbyte.model.cuda.weights import CudaLinear
 
     library = KernelLibrary(torch.device("cuda", 0))
     geometry = medium_geometry(num_layers)
@@ -961,22 +972,22 @@ def draft_speed(num_layers: int, guesses: int = 3) -> dict[str, Any]:
         LARGE, speculative="draft", num_speculative_tokens=guesses, adaptive_speculation=False
     )
     for name, config, one in (("plain", LARGE, None), ("draft", drafting, draft)):
-        runner, resolved = build_runner(library, weights, config, None, one)
-        engine = Engine(runner, resolved)
+        engine, resolved = engine_of(library, weights, config, one)
         rows: dict[str, Any] = {"kv_cache_tokens": resolved.kv_cache_tokens}
         for batch in (1, 4, 16):
             found = _decode_ms(engine, batch)
             rows[f"decode_{batch}_ms"] = found["ahead" if one is None else "host"]
         rows["prompt_2048_ms"] = _prompt_ms(engine, 2000)
-        if runner._draft is not None:
+        device = device_of(engine)
+        if device.draft is not None:
             for size in (1, 4, 16, 64):
                 rows[f"draft_graph_{size}_ms"] = _time_ms(
-                    partial(runner._draft.executor.replay, size)
+                    partial(device.draft.executor.replay, size)
                 )
-            rows["verify_graph_4_ms"] = _time_ms(partial(runner.decoder.replay, 4))
+            rows["verify_graph_4_ms"] = _time_ms(partial(device.executor.replay, 4))
         result[name] = rows
         print(json.dumps(rows), flush=True)
-        del engine, runner
+        del engine, device
     return result
 
 

@@ -1,4 +1,4 @@
-"""The CUDA runner's device side in plain ops on the CPU: for the logic around it, not for numerics.
+"""Stand-ins in plain ops for what computes beneath `HopperDevice`: for its logic, not for numerics.
 
 Same inputs, same meaning of rows, pages and slots; nothing is launched on a device and no kernel
 is tested by it.
@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import TextConfig
 from halfbyte.engine.cache import PagedAttend, PagedCache
-from halfbyte.engine.config import EngineConfig, draft_directory, resolve
+from halfbyte.engine.config import EngineConfig, resolve
 from halfbyte.engine.core import Engine
-from halfbyte.engine.cuda_runner import CudaRunner, Draft, fit_to_graphs
 from halfbyte.engine.graphs import MAX_ROWS, RowInputs, graph_sizes, make_inputs, unpack
+from halfbyte.engine.hopper import HopperDevice, HopperDraft
+from halfbyte.engine.images import ImageEncoder
+from halfbyte.engine.load import PlainPart, fit_to_graphs, load_part
+from halfbyte.engine.runner import Runner
 from halfbyte.engine.sampler import LogitsHook
 from halfbyte.kernels import dispatch
-from halfbyte.model.cuda_decoder import PrefillBatch
+from halfbyte.model.cuda.prefill import PrefillBatch
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.eagle import EagleHead
-from halfbyte.model.load import load_decoder, load_eagle, load_vision
+from halfbyte.model.load import load_vision
 from halfbyte.model.parallel import Communicator
-
-CPU = torch.device("cpu")
+from halfbyte.modules import CacheFormat
 
 
 class TwinExecutor:
@@ -223,7 +225,7 @@ def ragged_step(batch: PrefillBatch, attend: PagedAttend) -> Step:
 
 
 def twin_engine(directory: Path, hook: LogitsHook | None = None, **options: Any) -> Engine:
-    """An engine that takes the CUDA runner's ways; defaults as `engine_driver.load`."""
+    """An engine that takes the Hopper device's ways; defaults as `engine_driver.load`."""
     runner, config = twin_runner(directory, **options)
     return Engine(runner, config, logits_hook=hook)
 
@@ -233,43 +235,36 @@ def twin_runner(
     communicator: Communicator | None = None,
     workers: Any = None,
     **options: Any,
-) -> tuple[CudaRunner, EngineConfig]:
+) -> tuple[Runner, EngineConfig]:
     """The runner of such an engine, or of one rank of several."""
     defaults: dict[str, Any] = {"max_model_len": 160, "kv_cache_tokens": 640, "kv_cache": "fp8"}
     config = replace(EngineConfig(mode="fp8_declared"), **(defaults | options))
     config = fit_to_graphs(config)
     checkpoint = Checkpoint.open(directory)
-    assert config.mode != "auto"
-    decoder = load_decoder(checkpoint, mode=config.mode, communicator=communicator)
-    config = resolve(config, decoder.config, "fp8", 1 << 30)
-    assert config.kv_cache_tokens is not None and config.max_model_len is not None
-    cache = PagedCache(
-        decoder.config,
-        format="fp8",
-        num_pages=config.kv_cache_tokens // config.block_tokens,
-        block_tokens=config.block_tokens,
-        kv_scales=decoder.kv_scales,
-    )
-    inputs = make_inputs(
-        config.max_sequences + 1,
-        -(-config.max_model_len // config.block_tokens),
-        config.max_sequences,
-        CPU,
-    )
-    sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
-    executor = TwinExecutor(decoder, cache, inputs, sizes)
-    draft = None
-    draft_path = draft_directory(config)
-    if draft_path is not None:
-        eagle = Checkpoint.open_eagle(draft_path)
-        head = load_eagle(eagle, decoder.config, mode="fp8_declared")
-        draft_cache = PagedCache(
-            head.config,
-            format="bf16",
-            num_pages=cache.num_pages,
+    part = load_part(checkpoint, config, communicator, uses_kernels=False)
+    assert isinstance(part, PlainPart)
+    config = resolve(config, part.decoder.config, "fp8", 1 << 30)
+
+    def make_paged(text: TextConfig, format: CacheFormat) -> PagedCache:
+        return PagedCache(
+            text,
+            format=format,
+            num_pages=config.num_pages,
             block_tokens=config.block_tokens,
-            kv_scales=(),
+            kv_scales=part.decoder.kv_scales,
         )
-        draft = Draft(TwinDraft(head, executor, decoder, draft_cache), draft_cache)
+
+    cache = make_paged(part.decoder.config, "fp8")
+    most = config.max_sequences
+    inputs = make_inputs(most + 1, config.max_pages, most, torch.device("cpu"))
+    sizes = graph_sizes(most, deterministic=config.deterministic)
+    executor = TwinExecutor(part.decoder, cache, inputs, sizes)
+    draft = None
+    if part.eagle is not None:
+        draft_cache = make_paged(part.eagle.config, "bf16")
+        twin = TwinDraft(part.eagle, executor, part.decoder, draft_cache)
+        draft = HopperDraft(twin, draft_cache)
+    device = HopperDevice(executor, cache, draft)
     vision = load_vision(checkpoint)
-    return CudaRunner(executor, cache, config, vision, workers, draft), config
+    images = None if vision is None else ImageEncoder(vision)
+    return Runner(device, config, images, workers), config

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from halfbyte.engine.core import Engine, EngineConfig
+from halfbyte.engine.plan.sequence import Sequence as EngineSequence
+from halfbyte.engine.plan.speculation import Guesser
 from halfbyte.engine.request import (
     Event,
     FinishEvent,
@@ -19,8 +21,6 @@ from halfbyte.engine.request import (
     TokensEvent,
 )
 from halfbyte.engine.sampler import LogitsHook
-from halfbyte.engine.sequence import Sequence as EngineSequence
-from halfbyte.engine.speculate import Guesser
 from halfbyte.kernels import dispatch
 from tolerances import SAME_LOGPROB
 

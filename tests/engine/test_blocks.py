@@ -3,7 +3,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from halfbyte.engine.blocks import ROOT_DIGEST, BlockPool, block_digest
+from halfbyte.engine.plan.blocks import ROOT_DIGEST, BlockPool, block_digest
 
 
 def test_digest_depends_on_parent_tokens_and_extra() -> None:

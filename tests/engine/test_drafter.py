@@ -26,9 +26,9 @@ from engine_driver import (
 )
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.core import Engine
-from halfbyte.engine.cuda_runner import CudaRunner
+from halfbyte.engine.hopper import HopperDevice
+from halfbyte.engine.plan.sequence import Sequence as EngineSequence
 from halfbyte.engine.request import ImageInput, SamplingParams
-from halfbyte.engine.sequence import Sequence as EngineSequence
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.decoder import Decoder, Step
@@ -108,18 +108,18 @@ def plain_drafting(target: Path, head: Path, **options: Any) -> Engine:
 
 
 def twin_drafting(target: Path, head: Path, **options: Any) -> Engine:
-    """The CUDA runner, its device a twin in plain ops."""
+    """The Hopper device, a twin in plain ops beneath it."""
     return twin_engine(target, speculative=str(head), **(STEADY | options))
 
 
 Drafting = Callable[..., Engine]
-RUNNERS: dict[str, Drafting] = {"plain": plain_drafting, "cuda": twin_drafting}
+DEVICES: dict[str, Drafting] = {"plain": plain_drafting, "hopper": twin_drafting}
 
 
-@pytest.fixture(params=RUNNERS)
+@pytest.fixture(params=DEVICES)
 def drafting(request: pytest.FixtureRequest) -> Drafting:
-    """An engine with a draft model, on either runner: target, head, options."""
-    return RUNNERS[request.param]
+    """An engine with a draft model, on either device: target, head, options."""
+    return DEVICES[request.param]
 
 
 def test_a_head_that_knows_the_model_is_always_right(
@@ -156,7 +156,7 @@ def test_every_answer_equals_the_plain_one(
 ) -> None:
     """With a head that is right about half of the time, over everything a request may ask."""
     if options.get("kv_cache") == "bf16" and drafting is twin_drafting:
-        pytest.skip("the CUDA runner's cache is FP8")
+        pytest.skip("the kernels' cache is FP8")
     kinds = (
         replace(GREEDY, max_tokens=24),
         SAMPLED,
@@ -280,12 +280,12 @@ def test_a_prompt_in_slices_reaches_the_head(
     [{}, {"max_batch_tokens": 12, "max_sequences": 4}, {"block_tokens": 4}, {"max_sequences": 2}],
     ids=["whole", "chunks", "blocks", "queue"],
 )
-def test_rows_of_a_graph_or_a_prefill_give_the_guesses_of_the_plain_runner(
+def test_rows_of_a_graph_or_a_prefill_give_the_guesses_of_the_plain_device(
     tiny: Path, random_head: Path, options: dict[str, Any]
 ) -> None:
     """Steps of up to 128 rows and of more, in company that comes and goes."""
     seen = []
-    engines = [make(tiny, random_head, **options) for make in RUNNERS.values()]
+    engines = [make(tiny, random_head, **options) for make in DEVICES.values()]
     for engine in engines:
         watched = Watched(engine)
         for turn in (SHARED, [*SHARED, *prompt_of(9, 1)], [*SHARED[:8], *prompt_of(135, 2)]):
@@ -297,12 +297,12 @@ def test_rows_of_a_graph_or_a_prefill_give_the_guesses_of_the_plain_runner(
         assert engine.stats().cached_tokens > 0
         seen.append(watched.seen)
     assert len(seen[0]) > 40 and seen[0] == seen[1]
-    runner = engines[1]._runner
-    assert isinstance(runner, CudaRunner) and runner.num_replays > 0
-    assert (runner.num_prefills > 0) == ("max_batch_tokens" not in options)
-    assert runner._draft is not None and isinstance(runner._draft.executor, TwinDraft)
-    assert len(runner._draft.executor.replayed) > 40
-    assert (runner._draft.executor.num_prefills > 0) == (runner.num_prefills > 0)
+    device = engines[1]._runner.device
+    assert isinstance(device, HopperDevice) and device.num_replays > 0
+    assert (device.num_prefills > 0) == ("max_batch_tokens" not in options)
+    assert device.draft is not None and isinstance(device.draft.executor, TwinDraft)
+    assert len(device.draft.executor.replayed) > 40
+    assert (device.draft.executor.num_prefills > 0) == (device.num_prefills > 0)
 
 
 def test_a_head_goes_with_deterministic_steps(forgetful: Path, knowing_head: Path) -> None:
@@ -312,15 +312,15 @@ def test_a_head_goes_with_deterministic_steps(forgetful: Path, knowing_head: Pat
     items = [request("me", SHARED), *(request(str(i), prompt_of(9 + i, i)) for i in range(9))]
     assert_equal(run(engine, items)["me"], wanted)
     assert engine.stats().accepted_tokens > 0
-    assert isinstance(engine._runner, CudaRunner)
-    assert isinstance(engine._runner.decoder, TwinExecutor)
-    assert set(engine._runner.decoder.replayed) == {64}
+    device = engine._runner.device
+    assert isinstance(device, HopperDevice) and isinstance(device.executor, TwinExecutor)
+    assert set(device.executor.replayed) == {64}
 
 
 def test_the_engine_runs_ahead_unless_there_is_a_head(tiny: Path, random_head: Path) -> None:
     plain, engine = twin_engine(tiny), twin_drafting(tiny, random_head)
-    assert plain._ahead is plain._runner and plain._drafter is None
-    assert engine._ahead is None and engine._drafter is not None
+    assert plain._runs_ahead and plain._drafter is None
+    assert not engine._runs_ahead and engine._drafter is not None
     assert "draft_model" not in plain.facts()
     assert "draft_model" in engine.facts()
     head = load_eagle(Checkpoint.open_eagle(random_head), TARGET.text)

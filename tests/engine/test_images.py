@@ -22,8 +22,8 @@ from engine_driver import (
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine import images as engine_images
 from halfbyte.engine.images import ImageEncoder
+from halfbyte.engine.plan.sequence import Sequence as EngineSequence
 from halfbyte.engine.request import ImageInput
-from halfbyte.engine.sequence import Sequence as EngineSequence
 from halfbyte.errors import RequestError
 from halfbyte.model.load import load_vision
 from halfbyte.model.tiny import write_tiny_checkpoint

@@ -12,12 +12,12 @@ from bounded import relative
 from engine_driver import load, prompt_of
 from halfbyte.config import RopeConfig
 from halfbyte.engine.core import Engine
+from halfbyte.engine.plain import PlainDevice
+from halfbyte.engine.plan.sequence import Sequence, Work
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.engine.scheduler import Work
-from halfbyte.engine.sequence import Sequence
 from halfbyte.kernels import dispatch
 from halfbyte.kernels.dispatch import Rotation
-from halfbyte.model.decoder import Decoder, Step
+from halfbyte.model.decoder import Step
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
 LONGEST = 262144
@@ -60,8 +60,9 @@ class Before:
 @pytest.mark.parametrize("start", [4096 - NEW // 2, 65536, LONGEST - NEW])
 def test_tokens_at_far_positions_equal_dense_attention(engine: Engine, start: int) -> None:
     """As if `start` tokens had been computed: their keys and values are put into the pages."""
-    cache, decoder = engine._runner.cache, engine._runner.decoder
-    assert isinstance(decoder, Decoder)
+    device = engine._runner.device
+    assert isinstance(device, PlainDevice)
+    cache, decoder = device.cache, device.decoder
     generator = torch.Generator().manual_seed(start)
     heads, size = decoder.config.num_kv_heads, decoder.config.head_dim
     past = (torch.randn(start, heads, size, generator=generator) * 0.5).bfloat16()

@@ -1,6 +1,6 @@
 import pytest
 
-from halfbyte.engine.pacing import PrefillPacer, SlicePacer
+from halfbyte.engine.plan.pacing import PrefillPacer, SlicePacer
 
 
 def run_prompt(

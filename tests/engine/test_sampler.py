@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from halfbyte.engine.draw import IMPOSSIBLE
+from halfbyte.engine.draw import IMPOSSIBLE, uniform
+from halfbyte.engine.plan.sequence import Sequence
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.engine.sampler import Sampler, logprobs_of, uniform
-from halfbyte.engine.sequence import Sequence
+from halfbyte.engine.sampler import Sampler, logprobs_of
 from halfbyte.kernels import reference
 from tolerances import CHI_SQUARE_P
 

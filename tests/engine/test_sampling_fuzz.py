@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from halfbyte.engine.choose import choose_tokens, is_choosable, plan_choice
+from halfbyte.engine.draw import choose_tokens, plan_draws
+from halfbyte.engine.plan.sequence import Sequence
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.engine.sampler import Sampler
-from halfbyte.engine.sequence import Sequence
+from halfbyte.engine.sampler import Sampler, is_choosable
 from tolerances import CHI_SQUARE_P
 
 EOS = (2,)
@@ -131,9 +131,9 @@ def check(number: int, draws: int) -> float | None:
     if is_choosable(sequences[0]):
         rows = torch.from_numpy(logits).repeat(draws, 1)
         rows[:, list(params.banned_token_ids)] = -torch.inf
-        plan = plan_choice(sequences)
-        index = torch.tensor(plan.open_rows), torch.tensor(plan.filtered_rows, dtype=torch.int64)
-        found = choose_tokens(rows, plan, torch.from_numpy(plan.numbers), index)
+        plan = plan_draws(sequences)
+        sent = [torch.from_numpy(array) for array in plan.arrays]
+        found = choose_tokens(rows, plan, sent, may_look=False)
         assert found.tolist() == drawn, (number, params)
     # Rounding of logits to f32 after bias and penalties may move a token over a filter's edge.
     edges = [probs, *(stated(logits * np.float32(1 + e), params) for e in (-2e-6, 2e-6))]

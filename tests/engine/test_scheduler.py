@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from halfbyte.engine.blocks import BlockPool
+from halfbyte.engine.plan.blocks import BlockPool
+from halfbyte.engine.plan.scheduler import Scheduler
+from halfbyte.engine.plan.sequence import Sequence, Work
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
-from halfbyte.engine.scheduler import Scheduler, Work
-from halfbyte.engine.sequence import Sequence
 
 VOCAB = 3
 

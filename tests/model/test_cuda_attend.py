@@ -5,7 +5,8 @@ import torch
 
 from bounded import relative
 from halfbyte.kernels import reference
-from halfbyte.model.cuda_decoder import SharedBuffers, attend_to_end
+from halfbyte.model.cuda.launches import SharedBuffers
+from halfbyte.model.cuda.prefill import attend_to_end
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (1, 9), (4, 37), (36, 37)])

@@ -116,7 +116,10 @@ def _plain_logits(weights, rotary, token_ids: Tensor) -> Tensor:
 def _setup(batch: int, head_dim: int = 128, context: int = 1024, config=None, mode: str = "exact"):
     from halfbyte.bench.synthetic import random_weights
     from halfbyte.kernels.cuda.library import KernelLibrary
-    from halfbyte.model.cuda_decoder import DecodeStep, Rotary, make_cache
+    from halfbyte.model.cuda.decode import DecodeStep
+    from halfbyte.model.cuda.launches import SharedBuffers
+    from halfbyte.model.cuda.weights import make_cache
+    from halfbyte.model.rope import RotaryTable
 
     device = torch.device("cuda")
     config = config or _config(head_dim)
@@ -125,11 +128,20 @@ def _setup(batch: int, head_dim: int = 128, context: int = 1024, config=None, mo
     weights = random_weights(library, config, formats, mode=mode)
     pages = batch * context // PAGE + 1
     cache = make_cache(config, pages, PAGE, device)
-    rotary = Rotary(config, device)
+    rotary = RotaryTable(config, device).at
 
     def step(**kw):
         s = DecodeStep(
-            library, weights, cache, batch, rotary=rotary, max_context_tokens=context, **kw
+            library,
+            weights,
+            cache,
+            batch,
+            rotary=rotary,
+            max_context_tokens=context,
+            prepare=lambda step: None,
+            logits_TV=torch.zeros(batch, weights.head.weight.out_features, device=device),
+            shared=SharedBuffers(),
+            **kw,
         )
         table = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(3)) + 1
         s.block_table_TP.copy_(table[: batch * (context // PAGE)].view(batch, -1).int())
@@ -139,6 +151,25 @@ def _setup(batch: int, head_dim: int = 128, context: int = 1024, config=None, mo
         return s
 
     return library, weights, cache, rotary, step
+
+
+def _greedy(step, run, num_steps: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Take the best token of each row and move every sequence one position on, step by step.
+
+    Tokens of each step (steps, T), and the last step's logits.
+    """
+    history = []
+    for _ in range(num_steps):
+        run()
+        logits = step._logits_TV[:, :vocab_size].clone()
+        history.append(logits.argmax(-1))
+        step.token_ids_T.copy_(history[-1])
+        step.positions_T += 1
+        step.context_lengths_T += 1
+        pages = step.block_table_TP.gather(1, step.positions_T[:, None] // PAGE)[:, 0].long()
+        step.slots_T.copy_(pages * PAGE + step.positions_T % PAGE)
+    torch.cuda.synchronize()
+    return torch.stack(history), logits
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -153,11 +184,8 @@ def test_greedy_decoding_follows_the_plain_model(batch: int, mode: str) -> None:
     _, weights, _, rotary, make = _setup(batch, mode=mode)
     step = make()
     first = step.token_ids_T.clone()
-    for _ in range(24):
-        step.run()
-    torch.cuda.synchronize()
-    tokens = torch.cat((first[None], step.history[:24]))
-    last = step.read_logits()
+    history, last = _greedy(step, step.run, 24, weights.config.vocab_size)
+    tokens = torch.cat((first[None], history))
     for s in {0, batch - 1, batch // 2}:
         logits = _plain_logits(weights, rotary, tokens[:-1, s])
         chosen = logits.gather(1, tokens[1:, s : s + 1])[:, 0]
@@ -174,11 +202,8 @@ def test_full_width_layer_against_float64(batch: int, mode: str) -> None:
     _, weights, _, rotary, make = _setup(batch, context=32, config=config, mode=mode)
     step = make()
     first = step.token_ids_T.clone()
-    for _ in range(4):
-        step.run()
-    torch.cuda.synchronize()
-    tokens = torch.cat((first[None], step.history[:4]))
-    last = step.read_logits()
+    history, last = _greedy(step, step.run, 4, config.vocab_size)
+    tokens = torch.cat((first[None], history))
     for s in {0, batch - 1}:
         expected = _plain_logits(weights, rotary, tokens[:-1, s])[-1]
         assert _relative(last[s], expected) < 0.02 * _FLIPS[mode]
@@ -188,7 +213,7 @@ def test_full_width_layer_against_float64(batch: int, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_graph_equals_eager_and_two_runs_are_identical(mode: str) -> None:
     for batch in (1, 16, 128):
-        _, _, cache, _, make = _setup(batch, mode=mode)
+        _, weights, cache, _, make = _setup(batch, mode=mode)
         runs = []
         for how in ("eager", "graph", "plain"):
             for t in (*cache.keys, *cache.values):
@@ -196,10 +221,9 @@ def test_graph_equals_eager_and_two_runs_are_identical(mode: str) -> None:
             step = make(overlaps=how != "plain")
             if how == "graph":
                 step.capture()
-            for _ in range(40):
-                step.replay() if how == "graph" else step.run()
-            torch.cuda.synchronize()
-            runs.append((step.history[:40].clone(), step.residual_TD.clone()))
+            run = step.replay if how == "graph" else step.run
+            history, _ = _greedy(step, run, 40, weights.config.vocab_size)
+            runs.append((history, step.residual_TD.clone()))
         for tokens, residual in runs[1:]:
             assert torch.equal(tokens, runs[0][0])
             assert torch.equal(residual, runs[0][1])
@@ -208,7 +232,8 @@ def test_graph_equals_eager_and_two_runs_are_identical(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("formats", [None, (), ("nvfp4", "nvfp4_fast")])
 def test_prefill_then_decode_continues_the_prompt(mode: str, formats) -> None:
-    from halfbyte.model.cuda_decoder import Prefill
+    from halfbyte.kernels.cuda.ops import stream_product
+    from halfbyte.model.cuda.prefill import Chunk, Prefill, PrefillBatch
 
     library, weights, cache, rotary, make = _setup(1, mode=mode)
     prompt = (torch.arange(300, device="cuda") * 37) % 2048
@@ -217,14 +242,17 @@ def test_prefill_then_decode_continues_the_prompt(mode: str, formats) -> None:
     slots = slots + torch.arange(PAGE, device="cuda").repeat(step.block_table_TP.shape[1])
     decoded = None if formats is None else frozenset(formats)
     prefill = Prefill(library, weights, cache, 512, rotary=rotary, decoded_formats=decoded)
-    logits = prefill.run(prompt, slots[:300])
+    positions = torch.arange(300, device="cuda")
+    chunk = Chunk(0, 300, 0, positions[:0])
+    residual = prefill.forward(PrefillBatch(prompt, positions, slots[:300], (chunk,)))
+    logits = stream_product(library, weights.head.weight, prefill.normed(residual[-1:]))[0, :2048]
     expected = _plain_logits(weights, rotary, prompt)[-1]
     assert _relative(logits, expected) < 0.03 * _FLIPS[mode]
     step.token_ids_T[0] = int(expected.argmax())
     step.positions_T[0] = 300
     step.context_lengths_T[0] = 301
     step.slots_T[0] = slots[300]
-    step.run()
+    (chosen,), _ = _greedy(step, step.run, 1, weights.config.vocab_size)
     full = torch.cat((prompt, expected.argmax()[None]))
     after = _plain_logits(weights, rotary, full)[-1]
-    assert float(after.max() - after[step.history[0, 0]]) < 0.1 * float(after.std())
+    assert float(after.max() - after[chosen[0]]) < 0.1 * float(after.std())

@@ -13,15 +13,15 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.minifloat import decode_e2m1
 from halfbyte.kernels.repack import fast_values, untile_nvfp4, untile_rows
-from halfbyte.model.cuda_decoder import CudaLinear
-from halfbyte.model.cuda_load import (
-    TensorReader,
+from halfbyte.model.cuda.load import (
     f16_divisor,
     load_cuda_draft,
     load_cuda_weights,
     reason_against,
     reason_against_draft,
 )
+from halfbyte.model.cuda.read import TensorReader
+from halfbyte.model.cuda.weights import CudaLinear
 from halfbyte.model.parallel import shard_of
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint, write_tiny_eagle
 from hopper import hopper_config, write_fp8, write_mixed, write_native

@@ -1,11 +1,13 @@
-"""The whole decoder on one GPU: decode steps and prefill, in the shipped mixed format.
+"""The whole decoder on one GPU as it is served, in the shipped mixed format.
 
 Question: how many milliseconds does a decode step take at each batch size and context, how many
     tokens a second does prefill reach, and what share of the floor is that?
-Method: random weights of the geometry on the device (`synthetic`), paged FP8 cache with random
-    content. Decode: one captured graph a batch size, which also chooses the tokens and moves the
-    sequences on; 5 warm-up steps, then `steps` steps each timed by events. Prefill: eager, one
-    sequence from its start, 1 warm-up, `repeats` runs timed by events.
+Method: random weights of the geometry on the device (`synthetic`) under the engine's own runner,
+    paged FP8 cache with random content. Decode: sequences as if so many tokens had been computed;
+    each step is launched, tokens chosen greedily on the device, before those of the last one are
+    read, as the engine does it; 5 warm-up steps, then `steps` steps timed from one reading to the
+    next. Beside it the graph alone, replayed and timed by events. Prefill: one prompt from its
+    start to its last token's logits, 1 warm-up, `repeats` runs timed by events.
 Cost model: decode floor = max(bytes / copy rate, FLOP / product rate), bytes = all linears once
     plus the context's keys and values; prefill floor = FLOP of each linear / the rate of its
     format.
@@ -14,15 +16,16 @@ Reading the result: share of the floor, against ceilings measured in the same ru
     are those of short bursts; under seconds of products the board's power limit lowers them
     (benchmarks/notes-kernels.md): rows also give the floor at product rates after a second of
     products, the clock and power seen, and the share of the time that the tensor cores need at that
-    clock.
+    clock. Records from before the served step was measured timed a graph that chose tokens itself.
 Last record: benchmarks/records/engine-h200.json
 """
 
+import gc
 import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,35 +38,16 @@ from halfbyte.bench.gpu import (
     watch_board,
 )
 from halfbyte.bench.synthetic import medium_geometry, mixed_formats, random_weights
+from halfbyte.engine.config import EngineConfig
+from halfbyte.engine.graphs import size_for
+from halfbyte.engine.hopper import HopperDevice
+from halfbyte.engine.load import HopperPart, resolve_alone
+from halfbyte.engine.plan.sequence import Sequence, Work
+from halfbyte.engine.request import GenerationRequest, SamplingParams
+from halfbyte.engine.runner import Runner
 from halfbyte.errors import UnsupportedError
-from halfbyte.kernels.cuda.library import (
-    COLUMNS,
-    PREFILL_CONFIGS,
-    HeadShape,
-    KernelLibrary,
-    attention_code,
-    choose_config,
-    columns_for,
-    compile_together,
-    elementwise_code,
-    linear_code,
-    prefill_code,
-    unavailable,
-)
-from halfbyte.kernels.repack import TileFormat
-from halfbyte.model.cuda_decoder import (
-    CudaWeights,
-    DecodeStep,
-    KvCache,
-    Mode,
-    Prefill,
-    Rotary,
-    layer_linears,
-    make_cache,
-)
-
-PAGE_SLOTS = 16
-_FORMATS: tuple[TileFormat, ...] = ("fp8", "nvfp4", "nvfp4_fast", "bf16")
+from halfbyte.kernels.cuda.library import KernelLibrary, columns_for, unavailable
+from halfbyte.model.cuda.weights import CudaWeights, Products, layer_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +68,83 @@ POINTS = (
     Point(8, 8192),
 )
 PROMPTS = (512, 2048, 8192)
+_WARMUPS, _STEPS = 5, 30
+# What the points need, and the longest prompt in one piece.
+CONFIG = EngineConfig(
+    device="cuda",
+    max_model_len=32768 + 128,
+    max_sequences=128,
+    max_batch_tokens=max(PROMPTS),
+    kv_cache_tokens=max(point.batch * (point.context + 128) for point in POINTS),
+    mode="fp8_declared",
+    kv_cache="fp8",
+    gpu_memory_utilization=0.95,
+)
 
 
-def compile_all(num_layers: int) -> None:
-    """Compile every kernel the runs need, in parallel; the cache on disk keeps them."""
-    config = medium_geometry(num_layers)
-    heads = HeadShape(config.head_dim, config.num_heads, config.num_kv_heads)
-    tasks = [
-        partial(linear_code, format_, columns, choose_config(format_, columns))
-        for format_ in _FORMATS
-        for columns in COLUMNS
-    ]
-    tasks += [partial(prefill_code, format_) for format_ in PREFILL_CONFIGS]
-    tasks += [
-        partial(elementwise_code, config.width, config.mlp_width, blocks, heads)
-        for blocks in (1, 2, 8)
-    ]
-    tasks += [partial(attention_code, heads, PAGE_SLOTS, "e4m3", warps) for warps in (2, 4, 8)]
-    compile_together(tasks)
+class Served(NamedTuple):
+    """The engine's runner over weights that lie on the GPU."""
+
+    runner: Runner
+    device: HopperDevice
+    weights: CudaWeights
 
 
-def _fill_state(step: DecodeStep, cache: KvCache, point: Point) -> None:
-    """Pages in scattered order, contexts of `point.context` tokens already stored."""
-    pages_each = step.block_table_TP.shape[1]
-    order = torch.randperm(point.batch * pages_each, device=step.block_table_TP.device)
-    step.block_table_TP.copy_(order.view(point.batch, pages_each).int())
-    step.positions_T.fill_(point.context)
-    step.context_lengths_T.fill_(point.context + 1)
-    page = step.block_table_TP[:, point.context // PAGE_SLOTS].long()
-    step.slots_T.copy_(page * PAGE_SLOTS + point.context % PAGE_SLOTS)
-    step.token_ids_T.random_(0, 1000)
+def serve(library: KernelLibrary, weights: CudaWeights) -> Served:
+    """Compile, size the cache and capture the graphs, as when an engine is loaded."""
+    device, resolved = HopperPart(CONFIG, library, weights).build(resolve_alone(CONFIG))
+    for pages in (pages for layer in device.cache.layers for pages in layer):
+        codes = pages.view(torch.uint8)
+        # Finite codes of both signs.
+        codes.random_(0, 0x70)
+        codes[1::2] |= 0x80
+    return Served(Runner(device, resolved), device, weights)
+
+
+def sequences_of(point: Point, vocab_size: int, num_pages: int) -> list[Sequence]:
+    """Sequences of which all but the last token count as computed, pages in scattered order."""
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    pages_each = -(-(point.context + 128) // CONFIG.block_tokens)
+    order = torch.randperm(num_pages)[: point.batch * pages_each].view(point.batch, -1).tolist()
+    found = []
+    for slot in range(point.batch):
+        token_ids = torch.randint(0, vocab_size, (point.context + 1,)).tolist()
+        request = GenerationRequest(str(slot), tuple(token_ids), params)
+        sequence = Sequence(request, arrival=slot, seed=0, max_tokens=128)
+        sequence.slot, sequence.blocks = slot, order[slot]
+        sequence.num_computed = point.context
+        found.append(sequence)
+    return found
+
+
+def step_ms(
+    runner: Runner, sequences: list[Sequence], num_steps: int
+) -> tuple[list[float], set[int]]:
+    """Milliseconds of each step, from one reading of tokens to the next, and the tokens seen."""
+
+    def launch() -> Any:
+        works = [Work(one, len(one.token_ids) - 1, 1) for one in sequences]
+        tokens = runner.launch(works)
+        for row, one in enumerate(sequences):
+            one.reserve(row)
+        return tokens
+
+    samples: list[float] = []
+    seen: set[int] = set()
+    flight = launch()
+    last = time.perf_counter()
+    for _ in range(num_steps):
+        ahead = launch()
+        token_ids = runner.wait(flight)
+        now = time.perf_counter()
+        samples.append((now - last) * 1e3)
+        flight, last = ahead, now
+        for one, token_id in zip(sequences, token_ids, strict=True):
+            one.settle(token_id)
+        seen.update(token_ids)
+    for one, token_id in zip(sequences, runner.wait(flight), strict=True):
+        one.settle(token_id)
+    return samples, seen
 
 
 def tensor_ms(weights: CudaWeights, num_tokens: int, sm_mhz: float, *, with_head: bool) -> float:
@@ -166,54 +197,29 @@ def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> f
 
 
 def run_decode(
-    library: KernelLibrary,
-    weights: CudaWeights,
-    point: Point,
-    ceilings: Ceilings,
-    *,
-    steps: int = 30,
-    overlaps: bool = True,
+    served: Served, point: Point, ceilings: Ceilings, *, steps: int = _STEPS
 ) -> dict[str, Any]:
-    """One row: milliseconds a step, its share of the floor, and what the graph cost."""
-    device, config = library.device, weights.config
-    max_context = point.context + steps + 64
-    pages = point.batch * -(-max_context // PAGE_SLOTS)
-    cache = make_cache(config, pages, PAGE_SLOTS, device)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.random_(
-            0, 0x70
-        )  # finite codes of either half; the sign bit comes with the next line
-        tensor.bitwise_xor_(torch.randint(0, 2, (1,), dtype=torch.uint8, device=device) << 7)
-    before = torch.cuda.memory_allocated()
-    step = DecodeStep(
-        library,
-        weights,
-        cache,
-        point.batch,
-        rotary=Rotary(config, device),
-        max_context_tokens=max_context,
-        overlaps=overlaps,
-    )
-    _fill_state(step, cache, point)
-    start = time.perf_counter()
-    step.capture()
-    torch.cuda.synchronize()
-    capture_s = time.perf_counter() - start
-    with watch_board(device) as board:
-        samples = time_ms(step.replay, warmups=5, repeats=steps)
+    """One row: milliseconds a served step, its share of the floor, and the graph alone."""
+    runner, device, weights = served
+    sequences = sequences_of(point, weights.config.vocab_size, device.cache.num_pages)
+    step_ms(runner, sequences, _WARMUPS)
+    with watch_board(torch.device("cuda")) as board:
+        samples, seen = step_ms(runner, sequences, steps)
+    assert all(0 <= token_id < weights.config.vocab_size for token_id in seen)
+    size = size_for(point.batch, device.executor.sizes)
+    assert size is not None
+    graph_ms = time_ms(partial(device.executor.replay, size), warmups=5, repeats=steps)
     median = statistics.median(samples)
     floor = decode_floor_ms(weights, point, ceilings)
     sustained_floor = decode_floor_ms(weights, point, ceilings.sustained())
     columns = columns_for(point.batch)  # what a product is padded to
-    chosen = step.history[: int(step.step_count)]
-    assert bool(((chosen >= 0) & (chosen < config.vocab_size)).all())
-    assert bool(torch.isfinite(step.residual_TD.float()).all())
     return {
         "kind": "decode",
         "batch": point.batch,
         "context": point.context,
         "mode": weights.mode,
         "median_ms": median,
+        "graph_ms": statistics.median(graph_ms),
         "samples_ms": samples,
         "tokens_per_s": point.batch / median * 1e3,
         "tb_per_s": weights.num_step_bytes / median / 1e9,
@@ -222,10 +228,7 @@ def run_decode(
         "sustained_floor_ms": sustained_floor,
         "share_of_sustained_floor": sustained_floor / median,
         **_board_facts(board, weights, columns, median, with_head=True),
-        "launches": step.num_launches,
-        "capture_s": capture_s,
-        "buffers_bytes": torch.cuda.memory_allocated() - before,
-        "distinct_tokens": int(torch.unique(chosen).numel()),
+        "distinct_tokens": len(seen),
     }
 
 
@@ -242,32 +245,19 @@ def prefill_floor_ms(weights: CudaWeights, num_tokens: int, ceilings: Ceilings) 
 
 
 def run_prefill(
-    library: KernelLibrary,
-    weights: CudaWeights,
-    num_tokens: int,
-    ceilings: Ceilings,
-    *,
-    repeats: int = 3,
-    fast_accumulation: bool = True,
+    served: Served, num_tokens: int, ceilings: Ceilings, *, repeats: int = 3
 ) -> dict[str, Any]:
     """One row: tokens a second of one prompt from an empty cache to its last token's logits."""
-    device, config = library.device, weights.config
-    cache = make_cache(config, -(-num_tokens // PAGE_SLOTS), PAGE_SLOTS, device)
-    prefill = Prefill(
-        library,
-        weights,
-        cache,
-        num_tokens,
-        rotary=Rotary(config, device),
-        fast_accumulation=fast_accumulation,
+    runner, device, weights = served
+    (sequence,) = sequences_of(
+        Point(1, num_tokens - 1), weights.config.vocab_size, device.cache.num_pages
     )
-    token_ids = torch.randint(0, config.vocab_size, (num_tokens,), device=device)
-    slots = torch.arange(num_tokens, device=device)
+    works = [Work(sequence, 0, num_tokens)]
     with torch.inference_mode():
-        with watch_board(device) as board:
-            samples = time_ms(lambda: prefill.run(token_ids, slots), warmups=1, repeats=repeats)
-        logits = prefill.run(token_ids, slots)
-    assert bool(torch.isfinite(logits).all())
+        with watch_board(torch.device("cuda")) as board:
+            samples = time_ms(partial(runner.run, works), warmups=1, repeats=repeats)
+        logits_RV = runner.run(works).logits_RV
+    assert logits_RV.shape[0] == 1 and bool(torch.isfinite(logits_RV).all())
     median = statistics.median(samples)
     floor = prefill_floor_ms(weights, num_tokens, ceilings)
     sustained_floor = prefill_floor_ms(weights, num_tokens, ceilings.sustained())
@@ -275,7 +265,7 @@ def run_prefill(
         "kind": "prefill",
         "tokens": num_tokens,
         "mode": weights.mode,
-        "fp8_sums": "tensor core" if fast_accumulation else "promoted to f32",
+        "fp8_sums": "tensor core",
         "median_ms": median,
         "samples_ms": samples,
         "tokens_per_s": num_tokens / median * 1e3,
@@ -287,7 +277,7 @@ def run_prefill(
     }
 
 
-def make_weights(library: KernelLibrary, num_layers: int, mode: Mode = "exact") -> CudaWeights:
+def make_weights(library: KernelLibrary, num_layers: int, mode: Products = "exact") -> CudaWeights:
     """Random weights of the medium geometry in its mixed format."""
     config = medium_geometry(num_layers)
     return random_weights(library, config, mixed_formats(num_layers), mode=mode)
@@ -298,7 +288,7 @@ def format_row(row: dict[str, Any]) -> str:
     if row["kind"] == "decode":
         return (
             f"decode  batch {row['batch']:4} context {row['context']:6} {row['mode']:5} "
-            f"{row['median_ms']:8.3f} ms "
+            f"{row['median_ms']:8.3f} ms (graph {row['graph_ms']:8.3f}) "
             f"{row['tokens_per_s']:8.1f} tok/s {row['tb_per_s']:6.3f} TB/s "
             f"floor {row['floor_ms']:7.2f} ms share {row['share_of_floor']:6.1%}{_board(row)}"
         )
@@ -320,31 +310,27 @@ def _board(row: dict[str, Any]) -> str:
 
 def run_start(
     num_layers: int, device: torch.device
-) -> tuple[dict[str, Any], KernelLibrary, CudaWeights]:
-    """Seconds to a first token: kernels, weights, cache, graph, one step."""
+) -> tuple[dict[str, Any], KernelLibrary, Served]:
+    """Seconds to a first token: weights, kernels, cache, graphs, one step."""
     start = time.perf_counter()
-    compile_all(num_layers)
-    compiled_s = time.perf_counter() - start
     library = KernelLibrary(device)
     weights = make_weights(library, num_layers)
     torch.cuda.synchronize()
     weights_s = time.perf_counter() - start
-    cache = make_cache(weights.config, 64, PAGE_SLOTS, device)
-    rotary = Rotary(weights.config, device)
-    step = DecodeStep(library, weights, cache, 1, rotary=rotary, max_context_tokens=512)
-    _fill_state(step, cache, Point(1, 128))
-    step.capture()
-    step.replay()
-    torch.cuda.synchronize()
+    served = serve(library, weights)
+    ready_s = time.perf_counter() - start
+    num_pages = served.device.cache.num_pages
+    step_ms(served.runner, sequences_of(Point(1, 128), weights.config.vocab_size, num_pages), 1)
     row = {
         "kind": "start",
-        "kernels_s": compiled_s,
         "weights_s": weights_s,
+        "ready_s": ready_s,
         "first_token_s": time.perf_counter() - start,
         "weights_bytes": weights.num_bytes,
         "allocated_bytes": torch.cuda.memory_allocated(),
+        **served.device.facts(),
     }
-    return row, library, weights
+    return row, library, served
 
 
 def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
@@ -358,27 +344,24 @@ def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
     ceilings = measure_ceilings(device)
     print(ceilings, flush=True)
     torch.cuda.empty_cache()
-    start, library, weights = run_start(num_layers, device)
+    start, library, served = run_start(num_layers, device)
     rows = [start]
     print(start, flush=True)
-    rows += _run_mode(library, weights, ceilings)
-    # Both do not fit at once.
-    del weights
+    rows += _run_mode(served, ceilings)
+    # Both do not fit at once; what holds them goes in cycles, which building an engine collects.
+    del served
+    gc.collect()
     torch.cuda.empty_cache()
-    rows += _run_mode(library, make_weights(library, num_layers, "fast"), ceilings)
+    rows += _run_mode(serve(library, make_weights(library, num_layers, "fast")), ceilings)
     return ceilings, rows
 
 
-def _run_mode(
-    library: KernelLibrary, weights: CudaWeights, ceilings: Ceilings
-) -> list[dict[str, Any]]:
+def _run_mode(served: Served, ceilings: Ceilings) -> list[dict[str, Any]]:
     rows = []
     for point in POINTS:
-        rows.append(run_decode(library, weights, point, ceilings))
+        rows.append(run_decode(served, point, ceilings))
         print(format_row(rows[-1]), flush=True)
-        torch.cuda.empty_cache()
     for num_tokens in PROMPTS:
-        rows.append(run_prefill(library, weights, num_tokens, ceilings))
+        rows.append(run_prefill(served, num_tokens, ceilings))
         print(format_row(rows[-1]), flush=True)
-        torch.cuda.empty_cache()
     return rows

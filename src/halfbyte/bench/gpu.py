@@ -227,8 +227,10 @@ def _row_figures(row: Mapping[str, Any], layers: int) -> list[Figure]:
     if row["kind"] == "decode":
         conditions |= {"batch": row["batch"], "context": row["context"]}
         is_headline = is_whole and (row["batch"], row["context"]) == (1, 128)
-        floor = Against("floor", row["floor_ms"])
-        figure = Figure("decode step", row["median_ms"], "ms", "decode", conditions, (floor,),
+        against = [Against("floor", row["floor_ms"])]
+        if "graph_ms" in row:
+            against.append(Against("the graph alone", row["graph_ms"]))
+        figure = Figure("decode step", row["median_ms"], "ms", "decode", conditions, tuple(against),
                         is_headline)  # fmt: skip
     else:
         conditions |= {"prompt tokens": row["tokens"]}

@@ -45,8 +45,8 @@ from halfbyte.checkpoint.metadata import read_config
 from halfbyte.child import Child, served
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
+from halfbyte.engine.load import load_runner
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.engine.runner import load_runner
 from halfbyte.errors import CapacityError, UnsupportedError
 from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
@@ -348,9 +348,9 @@ class _Timed:
 
     def run(self, works: Any) -> Any:
         started = time.perf_counter()
-        logits = self._runner.run(works)
+        computed = self._runner.run(works)
         self.seconds = time.perf_counter() - started
-        return logits
+        return computed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)

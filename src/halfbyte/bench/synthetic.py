@@ -28,7 +28,7 @@ from halfbyte.kernels.repack import (
     fast_scales,
     padded,
 )
-from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights, Mode
+from halfbyte.model.cuda.weights import CudaLayer, CudaLinear, CudaWeights, Products
 from halfbyte.modules import WeightFormat
 
 # Largest of the few hundred million normal values of a matrix, in standard deviations.
@@ -144,7 +144,7 @@ def random_weights(
     *,
     attention_format: TileFormat = "fp8",
     seed: int = 0,
-    mode: Mode = "exact",
+    mode: Products = "exact",
 ) -> CudaWeights:
     """All weights of a decoder in its mixed format. Norm weights are near 1."""
     tables = make_tables(library.device, seed)

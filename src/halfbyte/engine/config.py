@@ -75,6 +75,18 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     collective_timeout_s: float = 60.0
 
+    @property
+    def max_pages(self) -> int:
+        """Blocks that one sequence has at most; only of a resolved configuration."""
+        assert self.max_model_len is not None
+        return -(-self.max_model_len // self.block_tokens)
+
+    @property
+    def num_pages(self) -> int:
+        """Blocks of the KV cache; only of a resolved configuration."""
+        assert self.kv_cache_tokens is not None
+        return self.kv_cache_tokens // self.block_tokens
+
 
 def resolve(
     config: EngineConfig,

@@ -10,37 +10,32 @@ import secrets
 import time
 from collections.abc import Generator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from halfbyte.engine.blocks import BlockPool
-from halfbyte.engine.choose import can_hold, is_choosable
+from halfbyte.engine.answers import Answers
 from halfbyte.engine.config import EngineConfig as EngineConfig
-from halfbyte.engine.cuda_runner import CudaRunner
-from halfbyte.engine.drafter import Computed
-from halfbyte.engine.draw import IMPOSSIBLE
-from halfbyte.engine.pacing import PrefillPacer, SlicePacer
+from halfbyte.engine.drafter import Drafter
+from halfbyte.engine.load import load_runner
+from halfbyte.engine.pinned import PendingTokens
+from halfbyte.engine.plan.blocks import BlockPool
+from halfbyte.engine.plan.pacing import PrefillPacer, SlicePacer
+from halfbyte.engine.plan.scheduler import Scheduler
+from halfbyte.engine.plan.sequence import Sequence, Work
+from halfbyte.engine.plan.speculation import Guesser, Lookup, Pace, Speculator
 from halfbyte.engine.request import (
     Event,
     FinishEvent,
-    FinishReason,
     GenerationRequest,
     SamplingParams,
-    TokenLogprobs,
-    TokensEvent,
 )
-from halfbyte.engine.rows import PendingTokens
-from halfbyte.engine.runner import Runner, load_runner
-from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, logprobs_of
-from halfbyte.engine.scheduler import Scheduler, Work
-from halfbyte.engine.sequence import Sequence
-from halfbyte.engine.slices import CHUNK_TOKENS, Chunk, Finished
-from halfbyte.engine.speculate import Guesser, Lookup, Pace, Speculator
+from halfbyte.engine.runner import Computed, Runner, SlicedPrompt
+from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, is_choosable
+from halfbyte.engine.slices import CHUNK_TOKENS
 from halfbyte.errors import CapacityError, RequestError
-from halfbyte.log import logger
 
 # A step that encodes images and generates nothing.
 _ENCODE_S = 0.1
@@ -92,7 +87,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner | CudaRunner,
+        runner: Runner,
         config: EngineConfig,
         *,
         logits_hook: LogitsHook | None = None,
@@ -102,7 +97,7 @@ class Engine:
         certain things, `guesser` replaces the one that `config.speculative` names.
         """
         assert config.kv_cache_tokens is not None and config.max_model_len is not None
-        text = runner.decoder.config
+        text, draft = runner.device.config, runner.device.draft
         self.config = config
         self.max_model_len = config.max_model_len
         self.vocab_size = text.vocab_size
@@ -110,7 +105,7 @@ class Engine:
         self._runner = runner
         self._pool = BlockPool(config.kv_cache_tokens // config.block_tokens, config.block_tokens)
         self._sampler = Sampler(text.vocab_size, text.eos_token_ids, config.device, logits_hook)
-        self._drafter = runner.drafter(self._sampler)
+        self._drafter = None if draft is None else Drafter(draft, runner, self._sampler)
         self._scheduler = Scheduler(
             self._pool,
             max_sequences=config.max_sequences,
@@ -121,27 +116,25 @@ class Engine:
         self._pacer = PrefillPacer(config.max_decode_slowdown)
         # How long chunks of prompts may take beside running answers, where they can be sliced.
         self._slice_pacer: SlicePacer | None = None
-        if config.max_decode_slowdown is not None and isinstance(runner, Runner):
-            self._slice_pacer = SlicePacer(config.max_decode_slowdown) if runner.can_slice else None
-        self._chunk: Chunk | None = None
+        if config.max_decode_slowdown is not None and runner.can_slice:
+            self._slice_pacer = SlicePacer(config.max_decode_slowdown)
+        self._chunk: SlicedPrompt | None = None
         self._speculator = _make_speculator(config, guesser or self._drafter)
-        # Only a runner that chooses on the device, undisturbed by hooks and guesses, runs ahead.
+        self._answers = Answers(
+            self._scheduler, self._sampler, self._speculator, text.eos_token_ids
+        )
+        # Hooks and guesses need each step's logits before the next.
         is_free = logits_hook is None and self._speculator is None
-        self._ahead = runner if is_free and isinstance(runner, CudaRunner) else None
+        self._runs_ahead = is_free and runner.can_run_ahead
         self._flight: _Flight | None = None
         # Planned ahead of tokens that turned out to be needed first.
         self._planned: list[Work] = []
         self._last_collected = 0.0
-        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
-        self._request_ids: set[str] = set()
         # Block lists held by `score`.
         self._scoring: list[list[int]] = []
         self._num_added = 0
         self._num_steps = 0
         self._step_s = 0.0
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._generated_tokens = 0
 
     @classmethod
     def load(
@@ -193,7 +186,7 @@ class Engine:
         """
         if not is_validated:
             self.validate(request)
-        if request.request_id in self._request_ids:
+        if request.request_id in self._answers.request_ids:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         params = request.params
         room = self.max_model_len - len(request.prompt_token_ids)
@@ -204,20 +197,22 @@ class Engine:
             max_tokens=min(params.max_tokens or room, room),
         )
         self._num_added += 1
-        self._request_ids.add(request.request_id)
+        self._answers.request_ids.add(request.request_id)
         self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> FinishEvent | None:
         """End a request in whatever state it is and free its blocks; None if it is not known."""
-        if request_id not in self._request_ids:
+        if request_id not in self._answers.request_ids:
             return None
         sequence = self._scheduler.find(request_id)
         assert sequence is not None, f"request {request_id} is known but not scheduled"
-        return self._finish(sequence, "abort")
+        finish = self._answers.finish(sequence, "abort")
+        self._let_go()
+        return finish
 
     def request_ids(self) -> tuple[str, ...]:
         """Requests that run or wait."""
-        return tuple(self._request_ids)
+        return tuple(self._answers.request_ids)
 
     def has_work(self) -> bool:
         return self._scheduler.has_work()
@@ -268,21 +263,15 @@ class Engine:
             works = self._speculator.propose(works, self._scheduler)
         all_works = [*works, *(() if done is None else done.works)]
         self._sampler.prepare(work.sequence for work in all_works if work.is_last)
-        if self._drafter is None:
-            logits_RV = self._runner.run(works) if works else None
-            events = self._conclude(all_works, _joined(logits_RV, done and done.logits_RV))
-        else:
-            computed = self._runner.run_with_hidden(works) if works else None
-            if done is not None:
-                assert isinstance(self._runner, Runner)
-                computed = Computed(
-                    _joined(computed and computed.logits_RV, done.logits_RV),
-                    _joined(computed and computed.hidden_TD, done.hidden_TD),
-                    self._runner.places_of(all_works),
-                )
-            assert computed is not None
-            events = self._conclude(all_works, computed.logits_RV)
-            self._drafter.follow(all_works, computed)
+        found = [self._runner.run(works)] if works else []
+        if done is not None:
+            found.append(done)
+        events: list[Event] = []
+        for computed in found:
+            self._answers.conclude(computed, events)
+        self._let_go()
+        if self._drafter is not None:
+            self._drafter.follow(found)
         seconds = time.perf_counter() - started
         if self._speculator is not None:
             self._speculator.observe(seconds - sliced_s, all_works)
@@ -299,12 +288,11 @@ class Engine:
 
         The chunk that was begun before is dropped if one of its sequences cannot go on.
         """
-        if self._chunk is not None and self._chunk.works is not self._scheduler.carried:
-            self._chunk = None
+        self._let_go()
         singles = [work for work in works if _is_single(work)]
         if self._slice_pacer is None or len(singles) == len(works):
             return works
-        assert self._chunk is None and isinstance(self._runner, Runner)
+        assert self._chunk is None
         if not singles and not self._runner.lacks_images(works):
             return works
         prompts = [work for work in works if not _is_single(work)]
@@ -312,7 +300,7 @@ class Engine:
         self._scheduler.carry(prompts)
         return singles
 
-    def _advance_chunk(self, num_decodes: int, started: float) -> Finished | None:
+    def _advance_chunk(self, num_decodes: int, started: float) -> Computed | None:
         """Go on with a chunk for as long as running answers allow; to its end if there are none,
         but its images in short steps: requests come and leave between these.
 
@@ -322,7 +310,7 @@ class Engine:
             return None
         assert self._slice_pacer is not None
         seconds = self._slice_pacer.allowance_s(num_decodes) if num_decodes else math.inf
-        if not num_decodes and not self._chunk.encode(started + _ENCODE_S):
+        if not num_decodes and not self._chunk.slices.encode(started + _ENCODE_S):
             return None
         done = self._chunk.advance(started + seconds)
         if done is not None:
@@ -333,15 +321,14 @@ class Engine:
         """Start a step that chooses its tokens on the device; None if it cannot do so."""
         chosen = [work.sequence for work in works if work.is_last]
         if (
-            self._ahead is None
+            not self._runs_ahead
             or not works
             or not all(map(is_choosable, chosen))
             or any(work.sequence.wants_prompt_logprobs for work in works)
-            or not can_hold([sequence.request.params.banned_token_ids for sequence in chosen])
         ):
             return None
         launched = time.perf_counter()
-        tokens = self._ahead.launch(works)
+        tokens = self._runner.launch(works)
         for work in works:
             self._scheduler.begin(work)
         for row, sequence in enumerate(chosen):
@@ -350,14 +337,14 @@ class Engine:
 
     def _collect(self, flight: _Flight) -> list[Event]:
         """Wait for the tokens of a launched step and move their sequences on."""
-        token_ids = flight.tokens.wait()
+        token_ids = self._runner.wait(flight.tokens)
         events: list[Event] = []
         for work in flight.works:
             if not work.sequence.is_finished:
                 self._scheduler.publish(work)
         for sequence, token_id in zip(flight.chosen, token_ids, strict=True):
             if not sequence.is_finished:
-                self._accept(sequence, Choice(token_id), events)
+                self._answers.accept(sequence, Choice(token_id), events)
         now = time.perf_counter()
         chosen = {sequence.arrival for sequence in flight.chosen}
         num_decodes = sum(w.count == 1 and w.sequence.arrival in chosen for w in flight.works)
@@ -414,7 +401,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures now. Safe from any thread; single figures may be a step apart."""
         scheduler, pool, runner = self._scheduler, self._pool, self._runner
-        speculator, drafter = self._speculator, self._drafter
+        speculator, answers = self._speculator, self._answers
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -423,14 +410,14 @@ class Engine:
             cached_blocks=pool.num_cached,
             block_tokens=pool.block_tokens,
             weight_bytes=runner.weight_bytes,
-            cache_bytes=runner.cache_bytes + (0 if drafter is None else drafter.num_bytes),
+            cache_bytes=runner.cache_bytes,
             requests=self._num_added,
             steps=self._num_steps,
             step_s=self._step_s,
             preemptions=scheduler.num_preemptions,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            generated_tokens=self._generated_tokens,
+            prompt_tokens=answers.prompt_tokens,
+            cached_tokens=answers.cached_tokens,
+            generated_tokens=answers.generated_tokens,
             proposed_tokens=0 if speculator is None else speculator.num_proposed,
             accepted_tokens=0 if speculator is None else speculator.num_accepted,
         )
@@ -452,179 +439,21 @@ class Engine:
     def check(self) -> None:
         """Recompute the books from scratch and assert that they agree."""
         self._scheduler.check(self._scoring)
-        scheduled = (*self._scheduler.running, *self._scheduler.waiting)
-        known = {sequence.request.request_id for sequence in scheduled}
-        assert known == self._request_ids, f"known {self._request_ids}, scheduled {known}"
-        assert set(self._prompt_logprobs) <= known
+        self._answers.check()
 
-    def _conclude(self, works: SequenceOf[Work], logits_RV: Tensor) -> list[Event]:
-        """Move every sequence on and choose tokens where the last known one was computed."""
-        chosen: list[tuple[Work, int]] = []
-        row = 0
-        for work in works:
-            sequence = work.sequence
-            if sequence.wants_prompt_logprobs:
-                self._note_prompt_logprobs(work, logits_RV[row : row + work.count])
-                row += work.count
-            elif work.is_last:
-                row += 1
-            if work.is_last:
-                chosen.append((work, row - 1))
-                row += len(work.proposals)
-            self._scheduler.advance(work)
-        assert row == logits_RV.shape[0], f"{logits_RV.shape[0]} rows of logits, {row} used"
-        events: list[Event] = []
-        num_checked = 0
-        while chosen:
-            chosen = self._choose(chosen, num_checked, logits_RV, events)
-            num_checked += 1
-        return events
-
-    def _choose(
-        self,
-        works: SequenceOf[tuple[Work, int]],
-        num_checked: int,
-        logits_RV: Tensor,
-        events: list[Event],
-    ) -> list[tuple[Work, int]]:
-        """Choose one token for each work; those whose next proposal it confirms.
-
-        works        with the row of logits to choose from
-        num_checked  proposals of each that are confirmed and appended already
-        returns      works and rows to go on with: the sequence is as if the token had been computed
-                     in a step of its own
-        """
-        rows = [row for _, row in works]
-        sequences = [work.sequence for work, _ in works]
-        if rows != list(range(len(logits_RV))):
-            logits_RV = logits_RV[rows]
-        confirmed = []
-        choices = self._sampler.choose(logits_RV, sequences)
-        for (work, row), choice in zip(works, choices, strict=True):
-            sequence = work.sequence
-            goes_on = self._accept(sequence, choice, events)
-            proposals = work.proposals
-            is_right = num_checked < len(proposals) and proposals[num_checked] == choice.token_id
-            if goes_on and is_right:
-                self._scheduler.advance(Work(sequence, sequence.num_computed, 1))
-                confirmed.append((work, row + 1))
-            elif proposals and self._speculator is not None:
-                self._scheduler.trim(sequence)
-                self._speculator.settle(work, num_checked + is_right)
-        return confirmed
-
-    def _accept(self, sequence: Sequence, choice: Choice, events: list[Event]) -> bool:
-        """Append the chosen token, report it, and finish the sequence if it was the last.
-
-        returns  whether the sequence goes on
-        """
-        request, params = sequence.request, sequence.request.params
-        token_id, mask = choice.token_id, request.mask
-        problem = None
-        if token_id == IMPOSSIBLE:
-            problem = "no token is possible: all are banned or masked, or the logits are NaN"
-        elif mask is not None:
-            problem = _accept_mask(request, token_id)
-        prompt_logprobs = self._take_prompt_logprobs(sequence)
-        if problem is not None:
-            events.append(self._finish(sequence, "error", message=problem))
-            return False
-        if sequence.num_pending:
-            sequence.settle(token_id)
-        else:
-            sequence.append(token_id)
-        self._generated_tokens += 1
-        is_end = token_id in sequence.stop_token_ids or (
-            not params.ignore_eos and token_id in self.eos_token_ids
-        )
-        if not is_end or prompt_logprobs is not None:
-            token_ids = () if is_end else (token_id,)
-            logprobs = None
-            if params.logprobs is not None:
-                assert choice.logprobs is not None
-                logprobs = () if is_end else (choice.logprobs,)
-            events.append(TokensEvent(request.request_id, token_ids, logprobs, prompt_logprobs))
-        if is_end:
-            finish = self._finish(sequence, "stop", stop_token_id=token_id)
-            if params.logprobs is not None:
-                finish = replace(finish, stop_logprobs=choice.logprobs)
-            events.append(finish)
-        elif mask is not None and mask.is_finished():
-            events.append(self._finish(sequence, "stop"))
-        elif sequence.num_settled >= sequence.max_tokens:
-            events.append(self._finish(sequence, "length"))
-        return sequence.slot is not None
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        *,
-        stop_token_id: int | None = None,
-        message: str | None = None,
-    ) -> FinishEvent:
-        self._scheduler.remove(sequence)
-        self._forget_begun(sequence)
-        if self._speculator is not None:
-            self._speculator.forget(sequence)
-        sequence.is_finished = True
-        request_id = sequence.request.request_id
-        self._request_ids.remove(request_id)
-        self._prompt_logprobs.pop(request_id, None)
-        cached_tokens = sequence.cached_tokens or 0
-        if sequence.cached_tokens is not None:
-            self._prompt_tokens += sequence.num_prompt
-            self._cached_tokens += cached_tokens
-        return FinishEvent(
-            request_id,
-            reason,
-            stop_token_id,
-            sequence.num_prompt,
-            cached_tokens,
-            sequence.num_settled,
-            message,
-        )
-
-    def _forget_begun(self, sequence: Sequence) -> None:
-        """Let go of what was computed in part for a sequence that has left."""
+    def _let_go(self) -> None:
+        """Forget what was computed in part for sequences that have left."""
         if self._chunk is not None and self._chunk.works is not self._scheduler.carried:
             self._chunk = None
         images = self._runner.images
-        if sequence.request.images and images is not None and images.has_begun:
+        if images is not None and images.has_begun:
             left = (*self._scheduler.running, *self._scheduler.waiting)
             images.release(sequence.request for sequence in left)
-
-    def _note_prompt_logprobs(self, work: Work, logits_TV: Tensor) -> None:
-        """Keep log-probs of the prompt tokens that follow the rows of this chunk."""
-        sequence = work.sequence
-        request = sequence.request
-        if work.start == 0:
-            self._prompt_logprobs[request.request_id] = []
-        following = sequence.token_ids[work.start + 1 : work.start + work.count + 1]
-        following = following[: sequence.num_prompt - 1 - work.start]
-        if following:
-            num_top = [request.params.prompt_logprobs or 0] * len(following)
-            found = logprobs_of(logits_TV[: len(following)], following, num_top)
-            self._prompt_logprobs[request.request_id] += found
-
-    def _take_prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs, ...] | None:
-        if not sequence.wants_prompt_logprobs:
-            return None
-        sequence.has_prompt_logprobs = True
-        return tuple(self._prompt_logprobs.pop(sequence.request.request_id))
 
 
 def _is_single(work: Work) -> bool:
     """The work computes the last known token and no other: its sequence is generating."""
     return work.count == 1 and work.is_last
-
-
-def _joined(first_XD: Tensor | None, second_XD: Tensor | None) -> Tensor:
-    """Rows of one after those of the other; one of them at least is there."""
-    parts = [rows_XD for rows_XD in (first_XD, second_XD) if rows_XD is not None]
-    # One part as it is: torch copies a row of logits with all of its threads, which then spin for
-    # milliseconds, in the way of the kernels' own.
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _make_speculator(config: EngineConfig, guesser: Guesser | None) -> Speculator | None:
@@ -633,15 +462,3 @@ def _make_speculator(config: EngineConfig, guesser: Guesser | None) -> Speculato
     assert config.num_speculative_tokens is not None
     pace = Pace(config.num_speculative_tokens, is_adaptive=config.adaptive_speculation)
     return Speculator(guesser or Lookup(), pace)
-
-
-def _accept_mask(request: GenerationRequest, token_id: int) -> str | None:
-    """Advance the request's mask; what went wrong, if anything did."""
-    assert request.mask is not None
-    try:
-        request.mask.accept(token_id)
-    # A mask is foreign code; its failure, a panic included, ends its own request and no other.
-    except BaseException as error:
-        logger.exception("the mask of request %s failed", request.request_id)
-        return f"the token mask failed: {error}"
-    return None

@@ -1,6 +1,6 @@
 """What a tensor-parallel process above rank 0 does: load its part, then follow message by message.
 
-It knows neither requests nor tokens to come; each step arrives as index tensors (`workers.RunStep`)
+It knows neither requests nor tokens to come; each step arrives in host arrays (`workers.RunStep`)
 and its sums leave through the communicator. Started by `workers`, on whose pipe it depends: when
 that closes, the process ends, wherever it is.
 """
@@ -21,10 +21,8 @@ import torch
 
 from halfbyte import log
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.engine.batch import Indices, RowStep
-from halfbyte.engine.config import EngineConfig, free_cache_bytes
-from halfbyte.engine.cuda_runner import CudaRunner, build_runner, fit_to_graphs, load_rank
-from halfbyte.engine.runner import Runner
+from halfbyte.engine.config import EngineConfig
+from halfbyte.engine.load import load_part
 from halfbyte.engine.workers import (
     Connect,
     Connected,
@@ -37,7 +35,6 @@ from halfbyte.engine.workers import (
     packed,
 )
 from halfbyte.errors import HalfbyteError
-from halfbyte.model.load import load_decoder
 from halfbyte.model.parallel import ProcessGroup
 
 # How long an orderly end may take once rank 0 is gone.
@@ -99,46 +96,15 @@ def _follow(pipe: "Connection[Any, Any]") -> None:
         torch.cuda.set_device(device)
     size, timeout_s = config.tensor_parallel_size, config.collective_timeout_s
     communicator = ProcessGroup(join.rank, size, join.meeting_place, device, timeout_s)
+    checkpoint = Checkpoint.open(join.directory)
+    part = load_part(checkpoint, config, communicator, uses_kernels=join.uses_kernels)
     if join.uses_kernels:
-        cuda_runner = _make_cuda_runner(pipe, join, communicator)
-        while isinstance(message := _next(pipe), RunStep):
-            assert isinstance(message.step, RowStep)
-            cuda_runner.follow(message.step)
-    else:
-        runner = _make_runner(pipe, join, communicator)
-        while isinstance(message := _next(pipe), RunStep):
-            assert isinstance(message.step, Indices)
-            runner.follow(message.step)
+        torch.cuda.synchronize()
+    _connect(pipe, communicator, part.num_weight_bytes)
+    made, _ = part.build(lambda text, free_bytes, draft_bytes: _settle(pipe, free_bytes))
+    while isinstance(message := _next(pipe), RunStep):
+        made.follow(message.step)
     communicator.close()
-
-
-def _make_runner(pipe: "Connection[Any, Any]", join: Join, communicator: ProcessGroup) -> Runner:
-    config = join.config
-    assert config.mode != "auto"
-    decoder = load_decoder(
-        Checkpoint.open(join.directory),
-        device=config.device,
-        mode=config.mode,
-        communicator=communicator,
-    )
-    _connect(pipe, communicator, decoder.num_weight_bytes)
-    return Runner(decoder, _settle(pipe, free_cache_bytes(config)))
-
-
-def _make_cuda_runner(
-    pipe: "Connection[Any, Any]", join: Join, communicator: ProcessGroup
-) -> CudaRunner:
-    library, weights = load_rank(Checkpoint.open(join.directory), join.config, communicator)
-    torch.cuda.synchronize()
-    _connect(pipe, communicator, weights.num_bytes)
-    runner, _ = build_runner(
-        library,
-        weights,
-        fit_to_graphs(join.config),
-        communicator=communicator,
-        settle=lambda free_bytes: _settle(pipe, free_bytes),
-    )
-    return runner
 
 
 def _connect(pipe: "Connection[Any, Any]", communicator: ProcessGroup, weight_bytes: int) -> None:

@@ -1,6 +1,6 @@
 """The device side of the CUDA runner: decode graphs by size, prefill, head; all on real launches.
 
-`cuda_runner` decides what runs; here are the steps and the memory they share. A graph of n rows
+`hopper` decides what runs; here are the steps and the memory they share. A graph of n rows
 serves any step of up to n tokens, prompts included: every token is a row with a context length of
 its own, and keys and values are stored before anybody attends.
 
@@ -35,17 +35,10 @@ from halfbyte.kernels.cuda.library import (
 )
 from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.log import logger
-from halfbyte.model.cuda_decoder import (
-    ACTIVATION_KIND,
-    Chunk,
-    CudaWeights,
-    DecodeStep,
-    KvCache,
-    Prefill,
-    PrefillBatch,
-    Serving,
-    SharedBuffers,
-)
+from halfbyte.model.cuda.decode import DecodeStep
+from halfbyte.model.cuda.launches import SharedBuffers
+from halfbyte.model.cuda.prefill import Chunk, Prefill, PrefillBatch
+from halfbyte.model.cuda.weights import ACTIVATION_KIND, CudaWeights, KvCache
 from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
 
@@ -326,7 +319,10 @@ class HopperExecutor:
             size,
             rotary=self._rotary.at,
             max_context_tokens=self._inputs.table.shape[1] * self._cache.page_slots,
-            serving=Serving(prepare, self._logits_TV[:size], self._shared, self._all_reduce),
+            prepare=prepare,
+            logits_TV=self._logits_TV[:size],
+            shared=self._shared,
+            all_reduce=self._all_reduce,
         )
 
     def allocate(self) -> None:

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from halfbyte.engine.plan.sequence import Work
 from halfbyte.engine.request import GenerationRequest, ImageInput
-from halfbyte.engine.scheduler import Work
 from halfbyte.engine.walk import Costs, Walk
 from halfbyte.errors import RequestError
 from halfbyte.model.vision import Encoding, VisionModel
@@ -31,10 +33,10 @@ KEPT_CPU_BYTES = 64 * 2**20
 
 
 class Placement(NamedTuple):
-    """Which rows of a step's embeddings are replaced, and by what; only rank 0 has the vectors."""
+    """Which rows of a step's embeddings are replaced (int64), and by what."""
 
-    rows_I: Tensor
-    vectors_ID: Tensor | None
+    rows_I: NDArray[np.int64]
+    vectors_ID: Tensor
 
 
 class _Shown(NamedTuple):
@@ -214,5 +216,4 @@ class Placing:
         rows = [row for one in self._shown for row in one.rows]
         if not rows:
             return None
-        vectors_ID = torch.cat(self._vectors)
-        return Placement(torch.tensor(rows, device=vectors_ID.device), vectors_ID)
+        return Placement(np.array(rows, dtype=np.int64), torch.cat(self._vectors))

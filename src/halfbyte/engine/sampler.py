@@ -1,7 +1,8 @@
 """Logits -> the next token of each sequence, and log-probs.
 
 In this order: logit bias, penalties, banned tokens and masks, temperature, top-k, top-p, min-p, one
-draw. Log-probs are of the model's own distribution, before all of these.
+draw. Log-probs are of the model's own distribution, before all of these. `draw` chooses; here is
+what the host does to the logits around it.
 
 A draw inverts the cumulative distribution at one uniform number made of the request's seed and the
 index of the token, so a sequence's tokens do not depend on what else is in the batch.
@@ -9,8 +10,6 @@ index of the token, so a sequence's tokens do not depend on what else is in the 
 Shapes: R rows (one a sequence), V vocabulary, C candidates.
 """
 
-import hashlib
-import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -21,15 +20,15 @@ from torch import Tensor
 
 from halfbyte.engine.draw import (
     IMPOSSIBLE,
-    NUM_CANDIDATES,
-    filtered,
-    invert,
+    BanLists,
+    best,
+    choose_tokens,
+    plan_draws,
     ranked,
-    tempered,
 )
 from halfbyte.engine.masks import MaskFiller
+from halfbyte.engine.plan.sequence import Sequence
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokenLogprobs
-from halfbyte.engine.sequence import Sequence
 from halfbyte.kernels import dispatch
 from halfbyte.log import logger
 
@@ -49,6 +48,19 @@ class Choice:
     logprobs: TokenLogprobs | None = None
 
 
+def is_choosable(sequence: Sequence) -> bool:
+    """Whether the next token needs nothing of the host but the plan of a draw (`draw`)."""
+    params = sequence.request.params
+    return (
+        params.logprobs is None
+        and sequence.counts is None
+        and sequence.request.mask is None
+        and not sequence.wants_prompt_logprobs
+        and not params.logit_bias
+        and sequence.num_generated >= params.min_tokens
+    )
+
+
 class Sampler:
     """Chooses tokens; remembers only index tensors of recurring lists of banned tokens."""
 
@@ -64,8 +76,7 @@ class Sampler:
         self._device = device
         self._hook = logits_hook
         self._masks = MaskFiller(vocab_size)
-        # A server sends one of very few lists, again and again.
-        self._banned: dict[tuple[int, ...], Tensor] = {}
+        self._bans = BanLists(device)
 
     def prepare(self, sequences: Iterable[Sequence]) -> None:
         """Before the model runs: start on what needs no logits, if other hands compute those."""
@@ -87,7 +98,7 @@ class Sampler:
         """
         if self._hook is None and all(map(_is_plain, sequences)):
             self._ban(logits_RV, sequences)
-            return [Choice(token_id) for token_id in _best(logits_RV)]
+            return [Choice(token_id) for token_id in best(logits_RV).tolist()]
         for row, sequence in enumerate(sequences):
             if self._hook is not None:
                 generated = sequence.token_ids[sequence.num_prompt :]
@@ -124,22 +135,7 @@ class Sampler:
         return [max(token_id, 0) for token_id in self._draw(logits_RV, sequences, num_ahead)]
 
     def _ban(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> None:
-        lists = {sequence.request.params.banned_token_ids for sequence in sequences}
-        for banned in lists:
-            if not banned:
-                continue
-            ids = self._banned.get(banned)
-            if ids is None:
-                if len(self._banned) >= 64:
-                    self._banned.clear()
-                ids = torch.tensor(banned, dtype=torch.int64, device=self._device)
-                self._banned[banned] = ids
-            if len(lists) == 1:
-                logits_RV.index_fill_(1, ids, -torch.inf)
-                continue
-            for row, sequence in enumerate(sequences):
-                if sequence.request.params.banned_token_ids == banned:
-                    logits_RV[row].index_fill_(0, ids, -torch.inf)
+        self._bans.apply(logits_RV, [one.request.params.banned_token_ids for one in sequences])
 
     def _adjust(self, logits_V: Tensor, sequence: Sequence) -> None:
         """Bias, penalties and minimum length of one sequence, in place."""
@@ -207,54 +203,12 @@ class Sampler:
         num_ahead: int = 0,
         attempt: int = 0,
     ) -> list[int]:
-        open_, filtered = [], []
-        for row, sequence in enumerate(sequences):
-            params = sequence.request.params
-            if params.is_greedy:
-                continue
-            if params.top_p == 1.0 and params.top_k == 0 and params.min_p == 0.0:
-                open_.append(row)
-            else:
-                filtered.append(row)
-        token_ids = _best(logits_RV)
-        for rows, draw in ((open_, _draw_open), (filtered, _draw_filtered)):
-            rows = [row for row in rows if token_ids[row] != IMPOSSIBLE]
-            if rows:
-                chosen = [sequences[row] for row in rows]
-                uniform_R1 = _uniforms(chosen, num_ahead, attempt, logits_RV.device)
-                drawn = draw(_tempered(logits_RV[rows], chosen), chosen, uniform_R1)
-                for row, token_id in zip(rows, drawn, strict=True):
-                    token_ids[row] = token_id
+        plan = plan_draws(sequences, num_ahead=num_ahead, attempt=attempt)
+        sent: list[Tensor] = []
+        if plan.draws:
+            sent = [torch.from_numpy(array).to(logits_RV.device) for array in plan.arrays]
+        token_ids: list[int] = choose_tokens(logits_RV, plan, sent, may_look=True).tolist()
         return token_ids
-
-
-def _best(logits_RV: Tensor) -> list[int]:
-    """The most likely token of each row, or IMPOSSIBLE."""
-    if logits_RV.device.type == "cpu":
-        # Ten times as fast as torch's, which also wakes its threads for it.
-        values_RV = logits_RV.numpy()
-        ids = values_RV.argmax(-1)
-        best, token_ids = values_RV[np.arange(len(ids)), ids].tolist(), ids.tolist()
-    else:
-        values_R, ids_R = logits_RV.max(dim=-1)
-        best, token_ids = values_R.tolist(), ids_R.tolist()
-    # A row of -inf has no token, an infinite one no distribution; NaN compares false, too.
-    return [
-        token_id if -math.inf < value < math.inf else IMPOSSIBLE
-        for token_id, value in zip(token_ids, best, strict=True)
-    ]
-
-
-def uniform(seed: int, index: int, attempt: int = 0) -> float:
-    """A number in [0, 1) that depends on nothing but the seed, the token's index, and which draw
-    of the token it is.
-    """
-    digest = hashlib.blake2b(
-        (seed % 2**64).to_bytes(8, "little") + index.to_bytes(8, "little"),
-        digest_size=8,
-        salt=bytes([attempt]) if attempt else b"",
-    ).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def logprobs_of(
@@ -278,77 +232,4 @@ def logprobs_of(
 
 def _is_plain(sequence: Sequence) -> bool:
     """Greedy and nothing else asked: one argmax serves all such rows."""
-    params = sequence.request.params
-    return (
-        params.is_greedy
-        and params.logprobs is None
-        and sequence.counts is None
-        and sequence.request.mask is None
-        and not params.logit_bias
-        and sequence.num_generated >= params.min_tokens
-    )
-
-
-def _tempered(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    temperatures = [sequence.request.params.temperature for sequence in sequences]
-    return tempered(logits_RV, torch.tensor(temperatures, device=logits_RV.device)[:, None])
-
-
-def _uniforms(
-    sequences: SequenceOf[Sequence], num_ahead: int, attempt: int, device: torch.device
-) -> Tensor:
-    values = [
-        uniform(sequence.seed, sequence.num_generated + num_ahead, attempt)
-        for sequence in sequences
-    ]
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
-
-
-def _draw_open(logits_RV: Tensor, sequences: SequenceOf[Sequence], uniform_R1: Tensor) -> list[int]:
-    drawn: list[int] = invert(logits_RV.exp().double(), uniform_R1)[:, 0].tolist()
-    return drawn
-
-
-def _draw_filtered(
-    logits_RV: Tensor, sequences: SequenceOf[Sequence], uniform_R1: Tensor
-) -> list[int]:
-    """Draw from the tokens that top-k, top-p and min-p leave.
-
-    Only the most likely candidates are looked at, unless those filters may reach past them.
-    """
-    params = [sequence.request.params for sequence in sequences]
-    vocab_size = logits_RV.shape[-1]
-    total_R1 = logits_RV.exp().sum(-1, keepdim=True, dtype=torch.float64)
-    # Any top-k of the vocabulary's size or more is none, however large.
-    top_ks = [min(p.top_k, vocab_size) for p in params]
-    num_candidates = min(max(NUM_CANDIDATES, *top_ks), vocab_size)
-    values_RC, ids_RC = ranked(logits_RV, num_candidates)
-    while num_candidates < vocab_size and not _covers(values_RC.double().exp(), total_R1, params):
-        # What a mask leaves may be flat; even then sorting all of it is rarely needed.
-        num_candidates = min(num_candidates * 8, vocab_size)
-        values_RC, ids_RC = ranked(logits_RV, num_candidates)
-
-    def column(values: SequenceOf[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits_RV.device)[:, None]
-
-    kept_RC = filtered(
-        values_RC.double().exp(),
-        total_R1,
-        column(top_ks),
-        column([p.top_p for p in params]),
-        column([p.min_p for p in params]),
-    )
-    places_R1 = invert(kept_RC, uniform_R1)
-    ids_R1 = ids_RC.gather(1, places_R1.clamp(min=0))
-    drawn: list[int] = torch.where(places_R1 < 0, IMPOSSIBLE, ids_R1)[:, 0].tolist()
-    return drawn
-
-
-def _covers(weights_RC: Tensor, total_R1: Tensor, params: SequenceOf[SamplingParams]) -> bool:
-    """Whether no filter keeps a token beyond the candidates."""
-    share_R = (weights_RC.sum(-1) / total_R1[:, 0]).tolist()
-    last_R = (weights_RC[:, -1] / weights_RC[:, 0]).tolist()
-    return all(
-        p.top_k > 0 or (p.top_p < 1.0 and share >= p.top_p) or last < p.min_p or last == 0.0
-        for p, share, last in zip(params, share_R, last_R, strict=True)
-    )
+    return sequence.request.params.is_greedy and is_choosable(sequence)

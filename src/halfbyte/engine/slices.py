@@ -13,16 +13,14 @@ R rows with logits, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from halfbyte.engine.cache import PagedAttend
+from halfbyte.engine.device import Results
 from halfbyte.engine.images import Placement, Placing
-from halfbyte.engine.scheduler import Work
 from halfbyte.engine.walk import Costs, Walk
 from halfbyte.kernels.dispatch import SPAN_TOKENS
 from halfbyte.model.decoder import Decoder, DecoderLayer, Step
@@ -35,58 +33,37 @@ CHUNK_TOKENS = 32
 _LEAST_ROWS = 8
 
 
-class Finished(NamedTuple):
-    """A chunk behind the last layer.
-
-    logits_RV  as `Runner.run` gives them
-    hidden_TD  of all rows, behind the final norm
-    """
-
-    works: SequenceOf[Work]
-    logits_RV: Tensor
-    hidden_TD: Tensor
-
-
-class Chunk:
-    """Tokens of one or several prompts on their way through a decoder, in one process on a CPU."""
+class Slices:
+    """A step of prompts on its way through a decoder, in one process on a CPU."""
 
     def __init__(
         self,
-        works: SequenceOf[Work],
         decoder: Decoder,
         step_of: Callable[[Placement | None], Step],
         attend: PagedAttend,
         placing: Placing | None,
         costs: Costs,
     ) -> None:
-        """`step_of` gives the step that computes `works` with `attend`, once their images are
-        there; the sequences keep their blocks until it is over.
-        """
-        self.works = works
+        """`step_of` gives the step that attends by `attend`, once its images are there."""
         self._placing = placing
-        # It knows nothing of the walk, so that both go with the chunk that is dropped.
+        # It knows nothing of the walk, so that both go with the step that is dropped.
         self._passage = _Passage(decoder, step_of, attend, placing)
         self._walk = Walk(self._passage.parts(), costs)
 
     def encode(self, deadline: float) -> bool:
-        """As `advance`, but no further than the images; whether they are all there."""
         return self._placing is None or self._placing.advance(deadline)
 
     @torch.inference_mode()
-    def advance(self, deadline: float) -> Finished | None:
-        """Go on about until then, a little in any case; the result once all layers are through.
-
-        deadline  by `time.perf_counter`
-        """
+    def advance(self, deadline: float) -> Results | None:
         if not self.encode(deadline) or not self._walk.advance(deadline):
             return None
-        return Finished(self.works, *self._passage.concluded)
+        return Results(*self._passage.concluded)
 
 
 class _Passage:
     """What stands between the slices of a chunk.
 
-    concluded  logits and hidden states of a `Finished`, once all parts are computed
+    concluded  the results, once all parts are computed
     """
 
     concluded: tuple[Tensor, Tensor]

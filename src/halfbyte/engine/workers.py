@@ -30,8 +30,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from halfbyte.engine.batch import Indices, RowStep
 from halfbyte.engine.config import EngineConfig
+from halfbyte.engine.plan.step import PlannedStep
 from halfbyte.errors import CapacityError, HalfbyteError, UsageError, WorkerError
 from halfbyte.log import logger
 from halfbyte.model.parallel import ProcessGroup
@@ -69,9 +69,9 @@ class MakeCache:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Compute one step: of `runner.Runner`, or of `cuda_runner.CudaRunner`."""
+    """Compute one step."""
 
-    step: Indices | RowStep
+    step: PlannedStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +245,8 @@ class Workers:
         for rank in range(1, config.tensor_parallel_size):
             self._ranks.append(_start(rank, config.collective_timeout_s))
 
-    def join(self, *, uses_kernels: bool = False) -> ProcessGroup:
-        """Let the other ranks load; this one's communicator, not connected yet.
-
-        uses_kernels  for `cuda_runner.CudaRunner`
-        """
+    def join(self, *, uses_kernels: bool) -> ProcessGroup:
+        """Let the other ranks load their parts; this one's communicator, not connected yet."""
         size, timeout_s = self._config.tensor_parallel_size, self._config.collective_timeout_s
         place = self._scratch / "meeting"
         device = torch.device(config_of(self._config, 0).device)
@@ -299,7 +296,7 @@ class Workers:
         threading.Thread(target=_watch, args=arguments, name="halfbyte-ranks", daemon=True).start()
 
     @contextmanager
-    def running(self, step: Indices | RowStep) -> Iterator[None]:
+    def running(self, step: PlannedStep) -> Iterator[None]:
         """Let all ranks compute a step; the body computes this one's part.
 
         Raises WorkerError, saying what is known, if a rank has died or does not answer.

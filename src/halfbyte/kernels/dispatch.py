@@ -4,7 +4,7 @@ An implementation is a module with functions named as the ops below: `reference`
 definition, complete, on any device) and `native` (C for CPUs, compiled at first use). An op that a
 module lacks runs in `reference`. The model and the engine call the functions of this file; tests
 walk `implementations(op)`. The kernels of `kernels/cuda` serve whole steps, not single ops, and are
-called by `model.cuda_decoder`. Beside the model's ops stand the two hot loops of `quantize`.
+called by `model.cuda`. Beside the model's ops stand the two hot loops of `quantize`.
 
 Shapes: T tokens (flat over sequences), S sequences, D model width, F MLP width, N query heads,
 K key/value heads, H head size (H2 = H / 2), O, I out and in features, B 16-blocks along I,

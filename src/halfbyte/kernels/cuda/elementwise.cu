@@ -1,6 +1,5 @@
 // What happens between the products of a decoder layer, each kernel one pass over its tensors:
-// residual + RMSNorm (+ quantize), SiLU * up (+ quantize), rotary embedding + KV store, embedding,
-// choice of the next token, bookkeeping of a step.
+// residual + RMSNorm (+ quantize), SiLU * up (+ quantize), rotary embedding + KV store, embedding.
 //
 // They read a linear's result as `LinearResult` (primitives.cu), which also sums what was split over
 // K, round where a bf16 operation would round, and write the next linear's activations in its format.
@@ -382,73 +381,4 @@ extern "C" __global__ void __launch_bounds__(256)
   const uint4* from = reinterpret_cast<const uint4*>(table + token_ids[blockIdx.x] * WIDTH);
   uint4* to = reinterpret_cast<uint4*>(residual + static_cast<i64>(blockIdx.x) * WIDTH);
   for (int i = threadIdx.x; i < WIDTH / 8; i += blockDim.x) to[i] = from[i];
-}
-
-// Larger float, larger number; ties between tokens go to the lower id.
-DEVICE u64 rank_of(float value, u32 token_id) {
-  const u32 bits = __float_as_uint(value);
-  const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<u64>(ordered) << 32 | (0xFFFFFFFFu - token_id);
-}
-DEVICE u32 mix(u32 x) {   // a finalizer with good avalanche (public domain constants of lowbias32)
-  x ^= x >> 16; x *= 0x7FEB352Du; x ^= x >> 15; x *= 0x846CA68Bu; x ^= x >> 16;
-  return x;
-}
-
-// The largest logit / temperature + Gumbel noise of each token (temperature 0: the largest logit), which
-// is a draw from the softmax. Grid (slices, tokens); `best` starts at 0. Noise depends on seed and
-// position alone, not on the batch.
-extern "C" __global__ void __launch_bounds__(256)
-    choose_token(LinearResult y, int vocabulary, const float* temperature, const i64* seeds,
-                 const i64* positions, u64* best) {
-  let_next_kernel_start();
-  wait_for_previous_kernels();
-  const int token = blockIdx.y;
-  const float heat = temperature == nullptr ? 0.0f : temperature[token];
-  const u32 key = heat > 0.0f ? mix(static_cast<u32>(seeds[token]) ^ mix(static_cast<u32>(positions[token]) + 0x9E3779B9u)) : 0;
-  u64 top = 0;
-  for (int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8; feature < vocabulary;
-       feature += gridDim.x * blockDim.x * 8) {
-    float v[8];
-    load_result<true>(y, token, feature, v);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float score = v[i];
-      if (heat > 0.0f) {
-        const float uniform = (mix(key ^ mix(feature + i)) + 0.5f) * 2.3283064e-10f;  // 2^-32
-        score = score / heat - logf(-logf(fminf(uniform, 0.99999994f)));
-      }
-      const u64 rank = rank_of(score, feature + i);
-      if (feature + i < vocabulary && rank > top) top = rank;
-    }
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step >>= 1) {
-    const u64 other = __shfl_xor_sync(0xFFFFFFFFu, top, step);
-    if (other > top) top = other;
-  }
-  if (threadIdx.x % 32 == 0) atomicMax(best + token, top);
-}
-
-// Take the chosen tokens and move every sequence one position on. Grid 1, a thread a sequence.
-extern "C" __global__ void advance(u64* best, i64* token_ids, i64* positions, int* context_lengths,
-                                   i64* slots, const int* block_table, int table_stride,
-                                   int page_slots, i64* history, i64 history_stride, int* step,
-                                   int sequences) {
-  let_next_kernel_start();
-  wait_for_previous_kernels();
-  const int now = *step;
-  __syncthreads();
-  for (int s = threadIdx.x; s < sequences; s += blockDim.x) {
-    const i64 chosen = 0xFFFFFFFFu - static_cast<u32>(best[s]);
-    best[s] = 0;
-    token_ids[s] = chosen;
-    history[now * history_stride + s] = chosen;
-    const i64 position = positions[s] + 1;
-    positions[s] = position;
-    context_lengths[s] = static_cast<int>(position) + 1;
-    const i64 page = block_table[s * table_stride + position / page_slots];
-    slots[s] = page * page_slots + position % page_slots;
-  }
-  if (threadIdx.x == 0) *step = now + 1;
 }

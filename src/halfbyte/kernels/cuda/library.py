@@ -1,6 +1,6 @@
 """Compiled kernels of one device: which source with which definitions, made once, in parallel.
 
-Holds no tensors of a model; `model.cuda_decoder` and `ops.py` ask it for kernels.
+Holds no tensors of a model; `model.cuda` and `ops.py` ask it for kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -203,8 +203,6 @@ _ELEMENTWISE = (
     "quantize_e4m3",
     "rotate_and_store",
     "embed",
-    "choose_token",
-    "advance",
 )
 _ATTENTION_STAGES = 3  # as in attention.cu
 

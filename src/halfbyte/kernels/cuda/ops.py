@@ -1,7 +1,7 @@
 """Ops of `kernels.dispatch` on a Hopper GPU, one call at a time, and the streaming product itself.
 
 The engine's decode step does not come through here: it runs fused kernels from a graph
-(`model.cuda_decoder`). These serve everything else with the same weights in memory.
+(`model.cuda`). These serve everything else with the same weights in memory.
 
 Shapes: T tokens, O, I features.
 """

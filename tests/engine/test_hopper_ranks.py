@@ -1,4 +1,4 @@
-"""The CUDA runner over two tensor-parallel ranks: twins of the device, ranks as threads."""
+"""The Hopper device over two tensor-parallel ranks: twins of the kernels, ranks as threads."""
 
 import pickle
 import queue
@@ -11,8 +11,9 @@ import pytest
 
 from cuda_twin import twin_engine, twin_runner
 from engine_driver import GREEDY, Answer, assert_same, prompt_of, request, run
-from halfbyte.engine.batch import RowStep
 from halfbyte.engine.core import Engine
+from halfbyte.engine.graphs import MAX_ROWS
+from halfbyte.engine.plan.step import PlannedStep
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.sampler import LogitsHook
 from halfbyte.model.parallel import Communicator
@@ -39,9 +40,9 @@ class Relay:
         self.num_prefills = 0
 
     @contextmanager
-    def running(self, step: RowStep) -> Iterator[None]:
-        self.num_replays += step.size is not None
-        self.num_prefills += step.size is None
+    def running(self, step: PlannedStep) -> Iterator[None]:
+        self.num_replays += step.num_rows <= MAX_ROWS
+        self.num_prefills += step.num_rows > MAX_ROWS
         self.messages.put(pickle.dumps(step))
         yield
 
@@ -67,7 +68,7 @@ def answers_of_two(
         if communicator.rank > 0:
             runner, _ = twin_runner(directory, communicator, mode=MODE)
             while (message := relay.messages.get()) is not None:
-                runner.follow(pickle.loads(message))
+                runner.device.follow(pickle.loads(message))
             return {}
         try:
             runner, config = twin_runner(directory, communicator, relay, mode=MODE)

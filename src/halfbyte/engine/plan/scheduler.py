@@ -21,39 +21,14 @@ import heapq
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from operator import attrgetter
 
-from halfbyte.engine.blocks import BlockPool
-from halfbyte.engine.sequence import Sequence
+from halfbyte.engine.plan.blocks import BlockPool
+from halfbyte.engine.plan.sequence import Sequence, Work
 
 _ARRIVAL = attrgetter("arrival")
 # Blocks ahead of what a sequence has computed that others wait for instead of computing them, too.
 _PROMISED_BLOCKS = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """Tokens [start, start + count) of one sequence, to be computed in the next step.
-
-    proposals  guesses of the tokens behind the last known one; computed in the same step, so that
-               the model can say whether it would have chosen them. Only where `is_last`
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    proposals: tuple[int, ...] = ()
-
-    @property
-    def num_rows(self) -> int:
-        """Tokens that the step computes for it."""
-        return self.count + len(self.proposals)
-
-    @property
-    def is_last(self) -> bool:
-        """The step reaches the last known token, so that a next one can be chosen."""
-        return self.start + self.count == len(self.sequence.token_ids)
 
 
 class Scheduler:

@@ -22,8 +22,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from halfbyte.engine.scheduler import Scheduler, Work
-from halfbyte.engine.sequence import Sequence
+from halfbyte.engine.plan.scheduler import Scheduler
+from halfbyte.engine.plan.sequence import Sequence, Work
 
 # Tokens that must agree before a guess, candidates that are compared, tokens that are compared.
 _LEAST_MATCH = 2

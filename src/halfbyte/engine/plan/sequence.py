@@ -2,7 +2,7 @@
 
 Index ranges of `token_ids`, prompt and answer in one list:
 
-    0 ........ num_cached ........ num_computed ........ len(token_ids)
+    0 ....... cached_tokens ...... num_computed ........ len(token_ids)
     | found in the   | K and V written    | known, K and V   |
     | prefix cache   | by this sequence   | not yet written  |
 
@@ -15,8 +15,9 @@ them at the end of the list (`reserve`), `num_pending` in number, and fills it l
 """
 
 from collections import Counter
+from dataclasses import dataclass
 
-from halfbyte.engine.blocks import ROOT_DIGEST, block_digest
+from halfbyte.engine.plan.blocks import ROOT_DIGEST, block_digest
 from halfbyte.engine.request import GenerationRequest
 
 # Stands for a token that is not read yet.
@@ -70,7 +71,7 @@ class Sequence:
         self.cached_tokens: int | None = None
         # Place among the running sequences, below max_sequences; None while waiting.
         self.slot: int | None = None
-        # Blocks already copied into the slot's row of the block table (`batch`).
+        # Blocks already written into the slot's row of the page table (`step`).
         self.num_tabled = 0
         # Prompt log-probs are reported once, also if a preemption repeats the prompt.
         self.has_prompt_logprobs = False
@@ -149,3 +150,27 @@ class Sequence:
             if image.offset < stop and image.offset + image.num_tokens > start
         ]
         return b"".join(marks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """Tokens [start, start + count) of one sequence, to be computed in the next step.
+
+    proposals  guesses of the tokens behind the last known one; computed in the same step, so that
+               the model can say whether it would have chosen them. Only where `is_last`
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    proposals: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the step computes for it."""
+        return self.count + len(self.proposals)
+
+    @property
+    def is_last(self) -> bool:
+        """The step reaches the last known token, so that a next one can be chosen."""
+        return self.start + self.count == len(self.sequence.token_ids)

@@ -1,36 +1,29 @@
-"""Checkpoint -> `CudaWeights`: parallel reads through pinned memory, repacking on the device.
+"""Checkpoint -> `CudaWeights`: which checkpoints the kernels take, and repacking on the device.
 
-Reader threads fill staging buffers of their own and copy them to the device; while one layer's
-tensors are repacked there, the next layer's are on their way. Everything runs on a CPU as well,
-without pinned memory and streams, which is how it is tested.
+While one layer's tensors are repacked there, the next layer's are on their way (`read`).
 
 Shapes: O, I features; B 16-blocks along I.
 """
 
 import math
-import os
-import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.names import native_to_hub_rows, rotary_heads
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.checkpoint.shards import StoredTensor, bytes_of, fill_columns
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.files import open_regular
 from halfbyte.kernels.repack import tile_nvfp4, tile_rows
 from halfbyte.log import logger
-from halfbyte.model.cuda_decoder import CudaLayer, CudaLinear, CudaWeights, Mode
+from halfbyte.model.cuda.read import Arrived, TensorReader, cut, shape_of
+from halfbyte.model.cuda.weights import CudaLayer, CudaLinear, CudaWeights, Products
 from halfbyte.model.load import check_draft
 from halfbyte.model.parallel import Shard, Slice, shard_of, slice_of
 from halfbyte.modules import CacheFormat
 
-_PIECE_BYTES = 32 << 20
 _QKV, _GATED = ("q", "k", "v"), ("gate", "up")
 # Largest activation of a layer as a multiple of the largest one calibration saw.
 _HEADROOM = 4.0
@@ -103,189 +96,6 @@ def _groups(prefix: str) -> tuple[list[str], ...]:
     )
 
 
-class _Arrived(NamedTuple):
-    """A piece's bytes are read; on a GPU their copy is enqueued before `event`."""
-
-    event: torch.cuda.Event | None
-
-
-class _Staging(threading.local):
-    """A reader thread's two staging buffers and its stream."""
-
-    buffers: list[Tensor]
-    events: list[torch.cuda.Event | None]
-    stream: torch.cuda.Stream | None
-    turn: int
-
-
-class TensorReader:
-    """Reads stored tensors into device memory, many pieces at a time."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        num_threads: int | None = None,
-        piece_bytes: int | None = None,
-    ) -> None:
-        self.device = device
-        if device.type == "cuda" and device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.num_bytes = 0
-        self._piece_bytes = piece_bytes or _PIECE_BYTES
-        self._is_cuda = device.type == "cuda"
-        threads = num_threads or min(12, max(2, (os.cpu_count() or 2) - 1))
-        self._pool = ThreadPoolExecutor(threads, "halfbyte-read", initializer=self._start_thread)
-        self._staging = _Staging()
-
-    def _start_thread(self) -> None:
-        staging = self._staging
-        staging.buffers = [
-            torch.empty(self._piece_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
-            for _ in range(2)
-        ]
-        staging.events = [None, None]
-        staging.turn = 0
-        staging.stream = None
-        if self._is_cuda:
-            torch.cuda.set_device(self.device)
-            staging.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-
-    def __enter__(self) -> "TensorReader":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def read_into(
-        self, stored: StoredTensor, target: Tensor, column_bytes: range | None = None
-    ) -> list["Future[_Arrived]"]:
-        """Start reading `stored` into `target`, contiguous and of its size, on the device.
-
-        column_bytes  of each row only these bytes; `target` is as much smaller
-
-        What `target`'s memory was used for before must be enqueued on the current stream.
-        """
-        flat = target.reshape(-1).view(torch.uint8)
-        assert flat.data_ptr() == target.data_ptr()
-        part = _Part(stored, column_bytes)
-        assert flat.numel() == part.num_bytes, f"{flat.numel()} bytes for {part.num_bytes}"
-        self.num_bytes += part.num_bytes
-        is_free = None
-        if self._is_cuda:
-            is_free = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            is_free.record()
-        step = part.whole_rows(self._piece_bytes)
-        return [
-            self._pool.submit(self._read_piece, part, start, step, flat, is_free)
-            for start in range(0, part.num_bytes, step)
-        ]
-
-    @torch.inference_mode()  # a thread's own setting; the targets may have been made under it
-    def _read_piece(
-        self,
-        part: "_Part",
-        start: int,
-        step: int,
-        flat: Tensor,
-        is_free: torch.cuda.Event | None,
-    ) -> _Arrived:
-        stop = min(start + step, part.num_bytes)
-        staging = self._staging
-        staging.turn ^= 1
-        used = staging.events[staging.turn]
-        if used is not None:
-            used.synchronize()
-        buffer = staging.buffers[staging.turn][: stop - start]
-        part.fill(buffer, start)
-        if staging.stream is None:
-            flat[start:stop].copy_(buffer)
-            return _Arrived(None)
-        with torch.cuda.stream(staging.stream):
-            if is_free is not None:
-                staging.stream.wait_event(is_free)
-            flat[start:stop].copy_(buffer, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(staging.stream)
-        staging.events[staging.turn] = event
-        return _Arrived(event)
-
-    def wait(self, pieces: Iterable["Future[_Arrived]"]) -> None:
-        """Return once the pieces are read; the current stream waits for their copies."""
-        for piece in pieces:
-            event = piece.result().event
-            if event is not None:
-                torch.cuda.current_stream().wait_event(event)
-
-
-class _Part(NamedTuple):
-    """A stored tensor, or the same bytes of each of its rows, as a run of bytes."""
-
-    stored: StoredTensor
-    column_bytes: range | None
-
-    @property
-    def num_bytes(self) -> int:
-        if self.column_bytes is None:
-            return self.stored.num_bytes
-        return self.stored.shape[0] * len(self.column_bytes)
-
-    def whole_rows(self, num_bytes: int) -> int:
-        """At most so many bytes, but whole rows where rows are cut."""
-        if self.column_bytes is None:
-            return num_bytes
-        width = len(self.column_bytes)
-        assert width <= num_bytes, f"rows of {width} bytes, pieces of {num_bytes}"
-        return num_bytes // width * width
-
-    def fill(self, buffer: Tensor, start: int) -> None:
-        """Read `buffer`'s bytes from byte `start` of the run on."""
-        if self.column_bytes is None:
-            _fill(self.stored, bytes_of(buffer), start)
-            return
-        width = len(self.column_bytes)
-        rows = buffer.view(-1, width)
-        fill_columns(self.stored, rows, start // width, self.column_bytes.start)
-
-
-def _fill(stored: StoredTensor, buffer: memoryview, start: int) -> None:
-    done = 0
-    try:
-        with open_regular(stored.path, buffering=0) as file:
-            while done < len(buffer):
-                got = os.preadv(file.fileno(), [buffer[done:]], stored.offset + start + done)
-                if got == 0:
-                    raise CheckpointError(
-                        f"{stored.path.name}: ended within {stored.name}; changed while being read?"
-                    )
-                done += got
-    except OSError as error:
-        raise CheckpointError(
-            f"{stored.path.name}: {stored.name} cannot be read ({error.strerror})"
-        ) from error
-
-
-def _cut(stored: StoredTensor, axis: int, part: range) -> tuple[StoredTensor, range | None]:
-    """Rows of a tensor as a tensor of their own; or the tensor, and which bytes of a row."""
-    row_bytes = stored.num_bytes // stored.shape[0]
-    if axis == 1:
-        column_bytes = row_bytes // stored.shape[1]
-        return stored, range(part.start * column_bytes, part.stop * column_bytes)
-    rows = replace(
-        stored,
-        shape=(len(part), *stored.shape[1:]),
-        offset=stored.offset + part.start * row_bytes,
-        num_bytes=len(part) * row_bytes,
-    )
-    return rows, None
-
-
-def _shape(stored: StoredTensor, column_bytes: range | None) -> tuple[int, ...]:
-    if column_bytes is None:
-        return stored.shape
-    return stored.shape[0], len(column_bytes) // stored.dtype.itemsize
-
-
 class _Tensors:
     """Tensors of one checkpoint on their way to the device, and which were taken."""
 
@@ -295,7 +105,7 @@ class _Tensors:
         self._shard = shard
         self._names = frozenset(checkpoint.names())
         self._taken: set[str] = set()
-        self._coming: dict[str, tuple[Tensor, list[Future[_Arrived]]]] = {}
+        self._coming: dict[str, tuple[Tensor, list[Future[Arrived]]]] = {}
         self._stacks: dict[tuple[str, ...], Tensor] = {}
 
     def start(
@@ -307,10 +117,10 @@ class _Tensors:
         """
         stored, columns = self._checkpoint.stored(name), None
         if part is not None and len(part[1]) < stored.shape[part[0]]:
-            stored, columns = _cut(stored, *part)
+            stored, columns = cut(stored, *part)
         if target is None:
             target = torch.empty(
-                _shape(stored, columns), dtype=stored.dtype, device=self._reader.device
+                shape_of(stored, columns), dtype=stored.dtype, device=self._reader.device
             )
         self._coming[name] = (target, self._reader.read_into(stored, target, columns))
 
@@ -384,7 +194,7 @@ def load_cuda_weights(
     num_threads: int | None = None,
     num_spare_embeddings: int = 0,
     shard: Shard | None = None,
-    mode: Mode = "exact",
+    mode: Products = "exact",
 ) -> CudaWeights:
     """The text model in streaming order on `device`; `reason_against` must have found nothing.
 
@@ -466,7 +276,7 @@ def _start_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int) -> None:
             tensors.start_stacked(group, "weight_scale")
 
 
-def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int, mode: Mode) -> CudaLayer:
+def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int, mode: Products) -> CudaLayer:
     prefix = f"decoder.{index}"
     qkv, o, gate_up, down = (_take_linear(tensors, checkpoint, g, mode) for g in _groups(prefix))
     k_scale = tensors.optional_scalar(f"{prefix}.attention.k_scale")
@@ -484,7 +294,7 @@ def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int, mode: Mod
 
 
 def _take_linear(
-    tensors: _Tensors, checkpoint: Checkpoint, group: list[str], mode: Mode
+    tensors: _Tensors, checkpoint: Checkpoint, group: list[str], mode: Products
 ) -> CudaLinear:
     """A group's weights as one tiled weight, and what its input is divided by."""
     format_ = checkpoint.format_of(group[0])

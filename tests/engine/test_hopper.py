@@ -1,4 +1,4 @@
-"""The CUDA runner and the engine that runs ahead, over a twin of the device in plain ops.
+"""The Hopper device and the engine that runs ahead, over a twin of the kernels in plain ops.
 
 What rows, pages, places for tokens and choices mean is tested here; kernels and graphs are in
 `test_cuda_engine`, on a GPU.
@@ -18,7 +18,6 @@ from cuda_twin import TwinExecutor, twin_engine
 from engine_driver import GREEDY, Answer, drain, load, prompt_of, request, run, run_alone
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
-from halfbyte.engine.cuda_runner import CudaRunner, check_limits
 from halfbyte.engine.graphs import (
     MAX_ROWS,
     graph_sizes,
@@ -27,15 +26,17 @@ from halfbyte.engine.graphs import (
     size_for,
     unpack,
 )
+from halfbyte.engine.hopper import HopperDevice, prefill_batch
+from halfbyte.engine.load import check_limits
+from halfbyte.engine.pinned import PinnedRing
+from halfbyte.engine.plan.sequence import Sequence, Work
+from halfbyte.engine.plan.step import PageTable, lay_out
 from halfbyte.engine.request import (
     FinishEvent,
     GenerationRequest,
     ImageInput,
     SamplingParams,
 )
-from halfbyte.engine.rows import PageTable, Staging, lay_out_rows
-from halfbyte.engine.scheduler import Work
-from halfbyte.engine.sequence import Sequence
 from halfbyte.errors import UsageError
 from halfbyte.model.tiny import write_tiny_checkpoint
 from hopper import hopper_config, write_fp8
@@ -44,15 +45,18 @@ from tolerances import SAME_LOGPROB
 PLAIN = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
-def runner_of(engine: Engine) -> CudaRunner:
-    assert isinstance(engine._runner, CudaRunner)
-    return engine._runner
+def device_of(engine: Engine) -> HopperDevice:
+    assert isinstance(engine._runner.device, HopperDevice)
+    return engine._runner.device
+
+
+def launches_of_device(device: HopperDevice) -> list[int]:
+    assert isinstance(device.executor, TwinExecutor)
+    return device.executor.replayed
 
 
 def launches_of(engine: Engine) -> list[int]:
-    executor = runner_of(engine).decoder
-    assert isinstance(executor, TwinExecutor)
-    return executor.replayed
+    return launches_of_device(device_of(engine))
 
 
 # Graph sizes and rows.
@@ -82,20 +86,46 @@ def sequence_of(tokens: SequenceOf[int], blocks: list[int], slot: int | None) ->
     return sequence
 
 
-def test_rows_of_a_mixed_step() -> None:
-    first = sequence_of([5, 6], [7], 0)
-    second = sequence_of([1, 1, 1, 1, 1], [2, 3], 1)
+def test_rows_of_a_graph_are_padded_with_rows_that_do_no_harm(hopper: Path) -> None:
+    device = device_of(twin_engine(hopper))
+    inputs, table = device.executor.inputs, PageTable(64, 10, 16)
+    first, second = sequence_of([5, 6], [7], 0), sequence_of([1] * 17, [2, 3], 1)
     second.reserve(2)
-    works = [Work(first, 0, 2), Work(second, 5, 1)]
-    layout = lay_out_rows(works, [0, 1], 4, 4)
-    assert layout.packed_5T.tolist() == [
+    inputs.last_tokens[2] = 11
+    step = lay_out([Work(first, 0, 2), Work(second, 17, 1)], table)
+    results = device.run(step, None)
+    assert results.logits_RV.shape == (2, 515) and launches_of_device(device) == [4]
+    assert inputs.packed_5T[:, :4].tolist() == [
         [5, 6, 0, 0],
         [-1, -1, 2, -1],
-        [0, 1, 5, 0],
-        [28, 29, 13, -1],
+        [0, 1, 17, 0],
+        [112, 113, 49, -1],
         [0, 0, 1, 0],
     ]
-    assert layout.logit_rows == [1, 2]
+    assert inputs.table[:2, :2].tolist() == [[7, 0], [2, 3]]
+
+
+def test_a_prefill_takes_leading_single_rows_apart() -> None:
+    inputs = make_inputs(5, 4, 3, torch.device("cpu"))
+    table, ring = PageTable(4, 4, 4), PinnedRing(torch.device("cpu"))
+    works = [
+        Work(sequence_of([1] * 6, [4, 9], 2), 5, 1),
+        Work(sequence_of([1] * 2, [3], 0), 1, 1),
+        Work(sequence_of([1] * 9, [5, 6, 1], 3), 2, 6),
+        Work(sequence_of([1] * 3, [8], 1), 2, 1),
+    ]
+    batch = prefill_batch(inputs, lay_out(works, table), 4, ring, None)
+    assert batch.singles is not None
+    assert batch.singles.block_table_SP.tolist() == [[4, 9], [3, 0]]
+    assert batch.singles.context_lengths_S.tolist() == [6, 2]
+    chunks = [
+        (one.first_row, one.num_rows, one.start, one.pages_P.tolist()) for one in batch.chunks
+    ]
+    assert chunks == [(2, 6, 2, [5, 6]), (8, 1, 2, [8])]
+    alone = prefill_batch(inputs, lay_out(works[2:], table), 4, ring, None)
+    assert alone.singles is None and len(alone.chunks) == 2
+    singles = prefill_batch(inputs, lay_out(works[:2], table), 4, ring, None)
+    assert singles.singles is not None and not singles.chunks
 
 
 def test_tokens_of_the_last_step_are_looked_up() -> None:
@@ -113,37 +143,17 @@ def test_tokens_of_the_last_step_are_looked_up() -> None:
     assert look_up(torch.tensor([3]), torch.tensor([-1]), torch.tensor([9])).tolist() == [3]
 
 
-def test_page_table_follows_growth_and_reuse_of_slots() -> None:
-    table = torch.zeros(4, 5, dtype=torch.int32)
-    pages = PageTable(table, Staging(torch.device("cpu")))
-    one, two = sequence_of([1] * 9, [4, 9], 2), sequence_of([1] * 9, [3], 0)
-    assert pages.update([Work(one, 0, 1), Work(two, 0, 1)]) == [2, 0]
-    assert table[2].tolist() == [4, 9, 0, 0, 0] and table[0].tolist() == [3, 0, 0, 0, 0]
-    one.blocks.append(1)
-    assert pages.update([Work(one, 0, 1)]) == [2]
-    assert table[2].tolist() == [4, 9, 1, 0, 0]
-    table.zero_()
-    assert pages.update([Work(one, 0, 1)]) == [2] and not table.any(), "written twice"
-    other = sequence_of([1] * 9, [8], 2)
-    assert pages.update([Work(other, 0, 1)]) == [2] and table[2, 0] == 8
-    unscheduled = sequence_of([1] * 9, [5, 6], None)
-    for _ in range(2):
-        assert pages.update([Work(unscheduled, 0, 1)]) == [3]
-        assert table[3, :2].tolist() == [5, 6]
-        table[3] = 0
-
-
-def test_staging_memory_is_not_reused_while_it_may_be_read() -> None:
-    staging = Staging(torch.device("cpu"))
+def test_pinned_memory_is_not_reused_while_it_may_be_read() -> None:
+    ring = PinnedRing(torch.device("cpu"))
     rng = np.random.default_rng(0)
-    pending = staging.fetch(torch.arange(5))
+    pending = ring.fetch(torch.arange(5))
     for size in rng.integers(0, 3000, 10):
         ints, floats = rng.integers(0, 99, size), rng.random((2, 3))
-        sent_ints, sent_floats = staging.send(ints, floats)
+        sent_ints, sent_floats = ring.send(ints, floats)
         assert torch.equal(sent_ints, torch.from_numpy(ints))
         assert torch.equal(sent_floats, torch.from_numpy(floats))
     assert pending.wait() == [0, 1, 2, 3, 4]
-    assert staging.fetch(torch.empty(0, dtype=torch.int64)).wait() == []
+    assert ring.fetch(torch.empty(0, dtype=torch.int64)).wait() == []
 
 
 # Whole answers.
@@ -198,7 +208,7 @@ HOST_PARAMS = (
     ids=["batch", "chunks", "queue", "prefill", "preempted", "deterministic"],
 )
 @pytest.mark.parametrize("with_host", [False, True], ids=["device", "host"])
-def test_answers_are_those_of_the_plain_runner(
+def test_answers_are_those_of_the_plain_device(
     hopper: Path, options: dict[str, Any], with_host: bool
 ) -> None:
     params = MIXED_PARAMS + (HOST_PARAMS if with_host else ())
@@ -216,8 +226,8 @@ def test_answers_are_those_of_the_plain_runner(
     if options.get("deterministic"):
         assert set(launches_of(engine)) == {64}
     if "max_decode_slowdown" in options:
-        assert runner_of(engine).num_prefills > 0
-    assert runner_of(engine).num_replays > 0
+        assert device_of(engine).num_prefills > 0
+    assert device_of(engine).num_replays > 0
     assert engine.stats().free_blocks == engine.stats().total_blocks
 
 
@@ -377,11 +387,11 @@ def test_images_take_rows_behind_the_vocabulary(tmp_path: Path) -> None:
     engine = twin_engine(tmp_path / "vision", max_decode_slowdown=None)
     long = request("long", prompt_of(140), PLAIN)
     answers = run(engine, [request("seen", prompt, PLAIN, images=images), long])
-    assert runner_of(engine).num_prefills > 0
+    assert device_of(engine).num_prefills > 0
     assert answers["seen"].token_ids == wanted.token_ids
 
 
-def test_proposals_are_checked_as_on_the_plain_runner(hopper: Path) -> None:
+def test_proposals_are_checked_as_on_the_plain_device(hopper: Path) -> None:
     few = tuple(token for token in range(515) if token not in (5, 6, 7))
     for params in (
         SamplingParams(temperature=0.0, max_tokens=30, banned_token_ids=few),

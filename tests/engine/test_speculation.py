@@ -35,9 +35,9 @@ from engine_driver import (
 from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.engine.core import Engine
+from halfbyte.engine.plan.sequence import Sequence as EngineSequence
+from halfbyte.engine.plan.speculation import Lookup, Pace
 from halfbyte.engine.request import FinishEvent, GenerationRequest, SamplingParams
-from halfbyte.engine.sequence import Sequence as EngineSequence
-from halfbyte.engine.speculate import Lookup, Pace
 from halfbyte.errors import UnsupportedError
 from halfbyte.model.tiny import write_tiny_checkpoint
 from tolerances import CHI_SQUARE_P
@@ -340,7 +340,7 @@ def test_poisoned_cache_behind_the_known_tokens_is_never_read(tiny: Path) -> Non
         for sequence in engine._scheduler.running:
             for position in range(sequence.num_computed):
                 kept[sequence.blocks[position // 4] * 4 + position % 4] = True
-        for tensor in (tensor for pair in engine._runner.cache.layers for tensor in pair):
+        for tensor in (tensor for pair in engine._runner.device.cache.layers for tensor in pair):
             tensor.view(-1, *tensor.shape[2:])[~kept] = float("nan")
     assert_equal(answer, wanted)
     assert engine.stats().accepted_tokens > 0

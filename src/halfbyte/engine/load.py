@@ -1,0 +1,373 @@
+"""From a checkpoint to a runner: weights, then a device with its cache, on every rank alike.
+
+A rank loads its part of the weights (`load_part`), the ranks meet, each says what room it has, rank
+0 decides what the caches hold (`config.resolve`), and each builds its device (`Part.build`). Rank 0
+does it in `load_runner`, the others in `follower`.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.verify import require_trusted
+from halfbyte.config import TextConfig
+from halfbyte.engine.cache import PagedCache, bytes_per_token
+from halfbyte.engine.config import EngineConfig, draft_directory, free_cache_bytes, resolve
+from halfbyte.engine.graphs import (
+    MAX_ROWS,
+    HopperExecutor,
+    RowInputs,
+    compile_kernels,
+    graph_sizes,
+    make_inputs,
+)
+from halfbyte.engine.hopper import HopperDevice, HopperDraft, paged_kv
+from halfbyte.engine.images import ImageEncoder
+from halfbyte.engine.plain import PlainDevice
+from halfbyte.engine.runner import Runner
+from halfbyte.engine.workers import Workers, check_device, check_devices, config_of
+from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.kernels.cuda.library import KernelLibrary, unavailable
+from halfbyte.log import logger
+from halfbyte.model.cuda.launches import SharedBuffers
+from halfbyte.model.cuda.load import (
+    load_cuda_draft,
+    load_cuda_weights,
+    reason_against,
+    reason_against_draft,
+)
+from halfbyte.model.cuda.weights import CudaWeights, KvCache, make_cache
+from halfbyte.model.decoder import Decoder
+from halfbyte.model.eagle import EagleHead
+from halfbyte.model.load import load_decoder, load_eagle, load_vision
+from halfbyte.model.parallel import Communicator, Solo, check_size, shard_of
+
+# Kept free beside the cache: what captured graphs hold for themselves, and the libraries.
+_RESERVED_BYTES = 512 * 2**20
+
+# Decides the configuration, given the architecture (or the rank's part of it), the bytes that are
+# free for the cache and those that a draft model keeps of each position.
+Settle = Callable[[TextConfig, int, int], EngineConfig]
+
+
+@dataclass(frozen=True, slots=True)
+class PlainPart:
+    """A rank's weights for a `PlainDevice`, before there is a cache."""
+
+    config: EngineConfig
+    decoder: Decoder
+    eagle: EagleHead | None = None
+
+    @property
+    def num_weight_bytes(self) -> int:
+        draft = 0 if self.eagle is None else self.eagle.num_weight_bytes
+        return self.decoder.num_weight_bytes + draft
+
+    def build(self, settle: Settle) -> tuple[PlainDevice, EngineConfig]:
+        """The device, and the configuration that `settle` gave for it."""
+        draft_bytes = 0 if self.eagle is None else bytes_per_token(self.eagle.config, "bf16")
+        free_bytes = free_cache_bytes(self.config)
+        resolved = settle(self.decoder.config, free_bytes, draft_bytes)
+        return PlainDevice(self.decoder, resolved, self.eagle), resolved
+
+
+@dataclass(frozen=True, slots=True)
+class HopperPart:
+    """A rank's kernels and weights for a `HopperDevice`, before there is a cache.
+
+    communicator  connected when `build` is called
+    """
+
+    config: EngineConfig
+    library: KernelLibrary
+    weights: CudaWeights
+    draft: CudaWeights | None = None
+    communicator: Communicator | None = None
+
+    @property
+    def num_weight_bytes(self) -> int:
+        draft = 0 if self.draft is None else self.draft.num_bytes
+        return self.weights.num_bytes + draft
+
+    def build(self, settle: Settle) -> tuple[HopperDevice, EngineConfig]:
+        """The device, and the configuration that `settle` gave for it. The cache is sized by what
+        is left beside the memory that steps need, which is taken first. Every rank builds at the
+        same time, as steps are tried and captured.
+        """
+        config, weights, draft = self.config, self.weights, self.draft
+        text, device = weights.config, self.library.device
+        sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
+        longest = config.max_model_len or text.max_positions
+        max_pages = -(-longest // config.block_tokens)
+        _free_what_is_gone()
+        for each in (weights,) if draft is None else (weights, draft):
+            compile_kernels(each, config.block_tokens, sizes)
+        shared = SharedBuffers()
+
+        def executor(model: CudaWeights, cache: KvCache, inputs: RowInputs) -> HopperExecutor:
+            return HopperExecutor(
+                self.library,
+                model,
+                cache,
+                inputs,
+                sizes=sizes,
+                max_batch_tokens=config.max_batch_tokens,
+                shared=shared,
+                communicator=self.communicator,
+            )
+
+        def inputs(num_pages: int) -> RowInputs:
+            return make_inputs(config.max_sequences + 1, num_pages, config.max_sequences, device)
+
+        # Everything that steps share, against a cache of one page; what it leaves is the cache's.
+        def try_steps(model: CudaWeights) -> None:
+            trial_cache = make_cache(model.config, 1, config.block_tokens, device)
+            trial = executor(model, trial_cache, inputs(1))
+            trial.allocate()
+            if config.max_batch_tokens > sizes[-1]:
+                trial.warm_up(config.max_batch_tokens, gives_hidden=draft is not None)
+
+        try_steps(weights)
+        if draft is not None:
+            try_steps(draft)
+        tables = (sum(sizes) * 2 + config.max_sequences + 1) * max_pages * 4
+        tables *= 1 if draft is None else 2
+        reserved = _RESERVED_BYTES + tables
+        free_bytes = max(0, free_cache_bytes(config) - reserved)
+        draft_bytes = 0 if draft is None else bytes_per_token(draft.config, "fp8")
+        resolved = settle(text, free_bytes, draft_bytes)
+
+        def make_paged(model: CudaWeights) -> PagedCache:
+            return PagedCache(
+                model.config,
+                format="fp8",
+                num_pages=resolved.num_pages,
+                block_tokens=config.block_tokens,
+                kv_scales=[(layer.k_scale, layer.v_scale) for layer in model.layers],
+                device=device,
+            )
+
+        cache = make_paged(weights)
+        final = executor(weights, paged_kv(cache), inputs(resolved.max_pages))
+        final.capture()
+        made = None
+        if draft is not None:
+            draft_cache = make_paged(draft)
+            beside = executor(draft, paged_kv(draft_cache), final.inputs)
+            beside.capture()
+            made = HopperDraft(beside, draft_cache)
+        return HopperDevice(final, cache, made), resolved
+
+
+def resolve_alone(config: EngineConfig) -> Settle:
+    """Decides for the kernels on one GPU."""
+
+    def settle(text: TextConfig, free_bytes: int, draft_bytes: int) -> EngineConfig:
+        return resolve(config, text, "fp8", free_bytes, draft_token_bytes=draft_bytes)
+
+    return settle
+
+
+def _free_what_is_gone() -> None:
+    """Give back the memory of an engine that was here before: it is only gone once its cycles are,
+    and two sets of weights may not fit at once.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def check_limits(config: EngineConfig) -> None:
+    """Raise UsageError for a configuration that the deterministic mode cannot keep."""
+    if config.deterministic and config.max_sequences > MAX_ROWS:
+        raise UsageError(
+            f"max_sequences {config.max_sequences}: deterministic runs every step through one "
+            f"graph of at most {MAX_ROWS} rows"
+        )
+
+
+def fit_to_graphs(config: EngineConfig) -> EngineConfig:
+    """The configuration with what the graphs ask of it: deterministic steps fit the one graph."""
+    check_limits(config)
+    if not config.deterministic:
+        return config
+    (size,) = graph_sizes(config.max_sequences, deterministic=True)
+    return replace(config, max_batch_tokens=size)
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    communicator: Communicator | None = None,
+    *,
+    uses_kernels: bool,
+) -> PlainPart | HopperPart:
+    """A rank's weights on its device, those of a draft model included."""
+    if uses_kernels:
+        return _load_hopper(checkpoint, config, communicator or Solo())
+    assert config.mode != "auto"
+    decoder = load_decoder(
+        checkpoint, device=config.device, mode=config.mode, communicator=communicator
+    )
+    directory, eagle = draft_directory(config), None
+    if directory is not None:
+        draft = Checkpoint.open_eagle(directory)
+        eagle = load_eagle(draft, decoder.config, device=config.device, mode=config.mode)
+        _say_draft(directory, eagle.config.num_layers, eagle.num_weight_bytes)
+    return PlainPart(config, decoder, eagle)
+
+
+def _load_hopper(
+    checkpoint: Checkpoint, config: EngineConfig, communicator: Communicator
+) -> HopperPart:
+    device = torch.device(config.device)
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    _free_what_is_gone()
+    library = KernelLibrary(device)
+    # Images need rows of rank 0 alone.
+    has_images = checkpoint.config.vision is not None and communicator.rank == 0
+    shard = None
+    if communicator.size > 1:
+        shard = shard_of(checkpoint.config.text, communicator.rank, communicator.size)
+    directory, draft = draft_directory(config), None
+    with torch.inference_mode():
+        weights = load_cuda_weights(
+            checkpoint,
+            device,
+            num_spare_embeddings=MAX_ROWS if has_images else 0,
+            shard=shard,
+            mode=config.products,
+        )
+        if directory is not None:
+            draft = load_cuda_draft(Checkpoint.open_eagle(directory), weights)
+            _say_draft(directory, draft.config.num_layers, draft.num_bytes)
+    return HopperPart(config, library, weights, draft, communicator)
+
+
+def _say_draft(directory: str, num_layers: int, num_bytes: int) -> None:
+    logger.info(
+        "%s: draft model of %d layers, %.1f MB of weights",
+        Path(directory).name,
+        num_layers,
+        num_bytes / 1e6,
+    )
+
+
+def reason_against_kernels(checkpoint: Checkpoint, config: EngineConfig) -> str | None:
+    """Why a checkpoint does not run on the CUDA kernels; None when it does."""
+    reason = unavailable(torch.device(config.device).type)
+    if reason is not None:
+        return reason
+    if "HALFBYTE_KERNELS" in os.environ:
+        return f"HALFBYTE_KERNELS={os.environ['HALFBYTE_KERNELS']} is set"
+    if config.mode not in ("auto", "fp8_declared"):
+        return f"mode {config.mode}; the kernels compute fp8_declared"
+    stored = checkpoint.quantization.kv_cache
+    kv_cache = stored if config.kv_cache == "auto" else config.kv_cache
+    reason = reason_against(
+        checkpoint,
+        kv_cache,
+        config.block_tokens,
+        products=config.products,
+        num_ranks=config.tensor_parallel_size,
+    )
+    directory = draft_directory(config)
+    if reason is None and directory is not None:
+        draft = Checkpoint.open_eagle(directory)
+        reason = reason_against_draft(draft, config.block_tokens, products=config.products)
+    return reason
+
+
+def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, EngineConfig]:
+    """Load a checkpoint and make its cache; the configuration comes back resolved.
+
+    With a tensor-parallel size above 1 the other ranks are processes, started here; `Runner.close`
+    ends them. Raises CheckpointError, UsageError, CapacityError, each with what to do.
+    """
+    checkpoint = Checkpoint.open(directory)
+    check_device(config)
+    require_trusted(checkpoint.config, config.accept)
+    check_size(checkpoint.config.text, config.tensor_parallel_size)
+    if config.deterministic and config.tensor_parallel_size > 2:
+        # Two terms have one sum; the order of more is NCCL's, which may choose by size.
+        raise UnsupportedError(
+            "deterministic runs on one or two GPUs: sums over "
+            f"{config.tensor_parallel_size} ranks have no fixed order"
+        )
+    reason = reason_against_kernels(checkpoint, config)
+    if reason is None:
+        config = fit_to_graphs(replace(config, mode="fp8_declared", kv_cache="fp8"))
+    elif torch.device(config.device).type == "cuda":
+        logger.warning("CUDA kernels not used: %s; the model runs in plain torch", reason)
+        if config.deterministic:
+            raise UnsupportedError(f"deterministic needs the CUDA kernels: {reason}")
+    if config.mode == "auto":
+        config = replace(config, mode="weight_only")
+    if config.tensor_parallel_size == 1:
+        return _load_ranks(checkpoint, config, None, uses_kernels=reason is None)
+    if draft_directory(config) is not None:
+        raise UnsupportedError(
+            "an EAGLE head runs beside a model in one process only; use --speculative ngram, or "
+            f"tensor-parallel size 1 instead of {config.tensor_parallel_size}"
+        )
+    check_devices(config)
+    workers = Workers(Path(directory), config)
+    try:
+        return _load_ranks(checkpoint, config, workers, uses_kernels=reason is None)
+    except BaseException:
+        workers.close()
+        raise
+
+
+def _load_ranks(
+    checkpoint: Checkpoint, config: EngineConfig, workers: Workers | None, *, uses_kernels: bool
+) -> tuple[Runner, EngineConfig]:
+    """Load rank 0; the other ranks, started and not yet joined, do the same at the same time."""
+    start = time.perf_counter()
+    communicator = None if workers is None else workers.join(uses_kernels=uses_kernels)
+    local = config if workers is None else config_of(config, 0)
+    part = load_part(checkpoint, local, communicator, uses_kernels=uses_kernels)
+    with torch.inference_mode():
+        vision = load_vision(checkpoint, device=local.device)
+    if uses_kernels:
+        torch.cuda.synchronize()
+    weights_s = time.perf_counter() - start
+    if workers is not None:
+        workers.connect()
+
+    def settle(text: TextConfig, free_bytes: int, draft_bytes: int) -> EngineConfig:
+        """The cache is sized by the rank that has least room."""
+        if workers is not None:
+            free_bytes = min(free_bytes, workers.free_bytes())
+        stored = checkpoint.quantization.kv_cache
+        resolved = resolve(local, text, stored, free_bytes, draft_token_bytes=draft_bytes)
+        if workers is not None:
+            workers.make_caches(replace(resolved, device=config.device))
+        return resolved
+
+    device, resolved = part.build(settle)
+    runner = Runner(device, resolved, None if vision is None else ImageEncoder(vision), workers)
+    load_s = time.perf_counter() - start
+    runner.add_facts({"load_weights_s": round(weights_s, 2), "load_s": round(load_s, 2)})
+    logger.info(
+        "%s: %.1f MB of weights in %.1f s (%.2f GB/s a rank), KV cache of %d tokens (%s, %.1f MB), "
+        "sequences up to %d tokens%s, ready after %.1f s",
+        checkpoint.directory.name,
+        runner.weight_bytes / 1e6,
+        weights_s,
+        part.num_weight_bytes / 1e9 / weights_s,
+        resolved.kv_cache_tokens,
+        resolved.kv_cache,
+        runner.cache_bytes / 1e6,
+        resolved.max_model_len,
+        "" if workers is None else f", spread over {config.tensor_parallel_size} ranks",
+        load_s,
+    )
+    return runner, resolved

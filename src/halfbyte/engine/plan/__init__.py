@@ -1,0 +1,1 @@
+"""What runs next, and in which rows: no torch, which an import contract sees to."""

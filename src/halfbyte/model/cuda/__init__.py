@@ -1,0 +1,1 @@
+"""The decoder on one Hopper GPU: weights in streaming order, decode steps, prefill."""

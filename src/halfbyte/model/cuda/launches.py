@@ -1,0 +1,104 @@
+"""What decode steps and prefill share: memory, where activations lie, kernels of a geometry.
+
+Shapes: T tokens, D model width.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.config import TextConfig
+from halfbyte.kernels.cuda.driver import Argument, Kernel
+from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, OutKind
+from halfbyte.model.cuda.weights import CudaLinear
+
+# Cosines, sines and the scale of queries, if there is one, of positions (`rope.RotaryTable.at`).
+RotaryFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+# Adds up a tensor over the ranks, in place.
+AllReduce = Callable[[Tensor], object]
+
+
+class SharedBuffers:
+    """Scratch memory of steps that never run at the same time; make the largest step first."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`count` elements under this name; what they hold is undefined."""
+        held = self._buffers.get(name)
+        if held is None or held.numel() < count:
+            # Zeros: whatever reads more than was written must find numbers.
+            held = torch.zeros(count, dtype=dtype, device=device)
+            self._buffers[name] = held
+        return held[:count]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers taken last under each name."""
+        return sum(t.numel() * t.element_size() for t in self._buffers.values())
+
+
+class Collective(NamedTuple):
+    """A sum over ranks in the list of launches; it runs on torch's current stream."""
+
+    function: AllReduce
+    tensor: Tensor
+
+    def run(self, stream: int) -> None:
+        del stream
+        self.function(self.tensor)
+
+
+class Activation(NamedTuple):
+    """Where a linear's input lies: 16-byte chunks, chunk-major (repack.tile_activations)."""
+
+    data: Tensor
+    kind: OutKind
+    chunk_stride: int
+    token_stride: int
+    scale: float
+    token_scale_T: Tensor | None = None
+
+    def arguments(self) -> tuple[Argument, ...]:
+        return (
+            self.data,
+            ctypes.c_int64(self.chunk_stride),
+            ctypes.c_int64(self.token_stride),
+            self.scale,
+        )
+
+
+def heads_of(config: TextConfig) -> HeadShape:
+    """The shape of attention, which its kernels are compiled for."""
+    return HeadShape(config.head_dim, config.num_heads, config.num_kv_heads)
+
+
+def elementwise_kernels(
+    library: KernelLibrary, config: TextConfig, norm_blocks: int
+) -> dict[str, Kernel]:
+    """Kernels between the products; `norm_blocks` blocks share a token where it is normed."""
+    return library.elementwise(config.width, config.mlp_width, norm_blocks, heads_of(config))
+
+
+def attention_splits(num_pairs: int, num_multiprocessors: int) -> int:
+    """Blocks that share the context of one pair of a sequence and a KV head: enough of them to give
+    each multiprocessor two.
+    """
+    return min(32, max(1, -(-2 * num_multiprocessors // num_pairs)))
+
+
+def kernel_scale(linear: CudaLinear) -> float:
+    """e4m3 activations are divided by the scale, fp16 ones multiplied by its inverse."""
+    return 1.0 / linear.input_scale if linear.weight.format == "nvfp4" else linear.input_scale
+
+
+def joined_input(fuse: CudaLinear, embedded_TD: Tensor, hidden_TD: Tensor) -> Tensor:
+    """What a draft model's first product reads, rounded as its format wants: (T, 2 D)."""
+    x_TI = torch.cat((embedded_TD, hidden_TD), dim=-1)
+    if fuse.weight.format == "bf16":
+        return x_TI
+    return (x_TI.float() / fuse.input_scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)

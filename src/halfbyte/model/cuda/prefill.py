@@ -1,0 +1,496 @@
+"""Many tokens at once through every layer: prompts, and single tokens beside them.
+
+Shapes: T tokens, D model width, C tokens of a sequence as far as a chunk reaches, P pages of a
+sequence, Z slots in a page, N query heads, K key/value heads, H head size, R rows.
+"""
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from halfbyte.errors import UnsupportedError
+from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch, LinearResult
+from halfbyte.kernels.cuda.library import PREFILL_COLUMNS, KernelLibrary, attention_warps
+from halfbyte.kernels.cuda.ops import prefill_launch
+from halfbyte.kernels.repack import (
+    K_BLOCK,
+    TileFormat,
+    padded,
+    pair_activations,
+    tile_activations,
+)
+from halfbyte.model.cuda.launches import (
+    AllReduce,
+    RotaryFunction,
+    SharedBuffers,
+    attention_splits,
+    elementwise_kernels,
+    heads_of,
+    joined_input,
+    kernel_scale,
+)
+from halfbyte.model.cuda.weights import (
+    ACTIVATION_KIND,
+    CudaLayer,
+    CudaLinear,
+    CudaWeights,
+    KvCache,
+)
+
+# Prompts of more tokens multiply faster through the library, by some per cent at 8192 (measured).
+DECODED_TOKENS = 2048
+# Rows of a prefill that are normed at once.
+_NORM_ROWS = 1024
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence among a prefill's rows.
+
+    start       tokens of the sequence that are stored already
+    pages_P     int64, the sequence's pages as far as this chunk reaches; unused if start is 0
+    """
+
+    first_row: int
+    num_rows: int
+    start: int
+    pages_P: Tensor
+
+
+class Singles(NamedTuple):
+    """The leading rows of a prefill that are one token each of a sequence.
+
+    block_table_SP, context_lengths_S  int32, as for a decode step
+    """
+
+    block_table_SP: Tensor
+    context_lengths_S: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """A ragged batch: first single tokens of sequences, then chunks of prompts.
+
+    image_rows_I   rows whose embedding is replaced by `image_vectors_ID`, which rank 0 alone has
+    hidden_TD      what a draft model reads beside the embeddings
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    chunks: tuple[Chunk, ...]
+    singles: Singles | None = None
+    image_rows_I: Tensor | None = None
+    image_vectors_ID: Tensor | None = None
+    hidden_TD: Tensor | None = None
+
+
+def attend_to_end(q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last T of C tokens over all of them: (T, N, H)."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    num_queries, num_keys = q_TNH.shape[0], k_CKH.shape[0]
+    is_whole = num_queries == num_keys
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_TNH, k_CKH, v_CKH))
+    mask: Any = None if is_whole else causal_lower_right(num_queries, num_keys)
+    with sdpa_kernel(order, set_priority=True):
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_whole, scale=scale, enable_gqa=True
+        )
+    return out[0].transpose(0, 1)
+
+
+class Prefill:
+    """Many tokens at once through every layer.
+
+    NVFP4 layers multiply in fp16, where every value is exact, or in FP8 (`CudaWeights.mode`), as a
+    decode step does. Keys and values are read as stored. NVFP4 is decoded in registers (prefill.cu)
+    or, "nvfp4_fast" in batches of more than DECODED_TOKENS, read a layer at a time from a scratch
+    buffer through the library; `decoded_formats` names those that registers always take, and no
+    others. FP8 and bf16 go through the library.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        weights: CudaWeights,
+        cache: KvCache,
+        max_tokens: int,
+        *,
+        rotary: RotaryFunction,
+        fast_accumulation: bool = False,
+        all_reduce: AllReduce | None = None,
+        decoded_formats: frozenset[TileFormat] | None = None,
+        shared: SharedBuffers | None = None,
+    ) -> None:
+        """`shared` holds the scratch buffer; none needs to outlive a forward."""
+        self._library = library
+        self._decoded_formats = decoded_formats
+        self._weights = weights
+        self._cache = cache
+        self._rotary = rotary
+        self._num_tokens = max_tokens  # of the batch at work
+        self._fast_accumulation = fast_accumulation
+        self._all_reduce = all_reduce
+        config, device = weights.config, library.device
+        self._kernels = elementwise_kernels(library, config, 1)
+        self._layout = library.layout()
+        self._one = torch.ones((), device=device)
+        self._epsilon = config.norm_eps
+        self._workspace = torch.zeros(0, device=device)
+        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+        element = {"fp8": 1, "nvfp4": 2, "nvfp4_fast": 1, "bf16": 2}
+        products = [linear for linear in weights.linears if linear is not weights.head]
+        sizes = [
+            li.weight.data.shape[0]
+            * 64
+            * li.weight.num_k_blocks
+            * K_BLOCK[li.weight.format]
+            * element[li.weight.format]
+            for li in products
+            if not self._is_decoded(li)
+        ]
+        self._scratch = (shared or SharedBuffers()).take(
+            "decoded", max(sizes, default=0), torch.uint8, device
+        )
+        self._token_scale_T = torch.ones(max_tokens, device=device)
+        # Row scales with the activations' scale folded in, made once: a product a forward is slow.
+        self._row_scales = {id(linear): self._row_scale(linear) for linear in products}
+
+    def _row_scale(self, linear: CudaLinear) -> Tensor:
+        kind = self._kind(linear)
+        if kind in ("e4m3_token", "e4m3_paired"):
+            return linear.weight.row_scale_O
+        return linear.weight.row_scale_O * (1.0 if kind == "bf16" else linear.input_scale)
+
+    def _is_decoded(self, linear: CudaLinear) -> bool:
+        """Whether its weights are decoded inside the product."""
+        format_ = linear.weight.format
+        if self._decoded_formats is not None:
+            return format_ in self._decoded_formats
+        few = self._num_tokens <= DECODED_TOKENS
+        return format_ == "nvfp4" or (format_ == "nvfp4_fast" and few)
+
+    def _launch(
+        self, kernel: Kernel, grid: tuple[int, int, int], num_threads: int, *arguments: Argument
+    ) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        Launch(kernel, grid, num_threads, arguments, overlaps=False).run(stream)
+
+    def _decoded(self, linear: CudaLinear) -> Tensor:
+        """The weight as the library wants it, in the scratch buffer: (O, I) e4m3 or bf16."""
+        weight = linear.weight
+        row_tiles, k_blocks = weight.data.shape[:2]
+        gain: tuple[Argument, ...] = ()
+        name, row_bytes = "untile_8bit", k_blocks * 128
+        is_bf16 = weight.format in ("nvfp4", "bf16")
+        if weight.format == "nvfp4":
+            name, row_bytes, gain = "decode_nvfp4_bf16", k_blocks * 256, (1.0,)
+        elif weight.format == "nvfp4_fast":
+            name = "decode_nvfp4_e4m3"
+        arguments = (weight.data, self._scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
+        self._launch(self._layout[name], (k_blocks, row_tiles, 1), 128, *arguments)
+        rows = self._scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
+        return rows.view(torch.bfloat16 if is_bf16 else torch.float8_e4m3fn)
+
+    def _kind(self, linear: CudaLinear) -> str:
+        """Suffix of the kernel that writes this linear's input."""
+        format_ = linear.weight.format
+        if not self._is_decoded(linear):
+            plain: dict[TileFormat, str] = {"nvfp4": "bf16", "nvfp4_fast": "e4m3_token"}
+            return plain.get(format_, ACTIVATION_KIND[format_])
+        return ACTIVATION_KIND[format_]
+
+    def _input(self, linear: CudaLinear, num_tokens: int) -> Tensor:
+        """Room for a linear's input: (T, I), or in 16-byte chunks (I / chunk, T padded, 16)."""
+        weight = linear.weight
+        columns = weight.num_k_blocks * K_BLOCK[weight.format]
+        if self._is_decoded(linear):
+            per_chunk = 8 if weight.format == "nvfp4" else 16
+            shape = (columns // per_chunk, padded(num_tokens, PREFILL_COLUMNS), 16)
+            chunks = torch.empty(shape, dtype=torch.uint8, device=self._library.device)
+            # Features may be permuted within 64; what is written comes later.
+            chunks[weight.in_features // 64 * (64 // per_chunk) :] = 0
+            return chunks
+        dtype = torch.bfloat16 if self._kind(linear) == "bf16" else torch.float8_e4m3fn
+        x_TI = torch.empty(num_tokens, columns, dtype=dtype, device=self._library.device)
+        if columns > weight.in_features:  # their weights are zero, but 0 * NaN is NaN
+            x_TI.view(torch.uint8)[:, weight.in_features * x_TI.element_size() :] = 0
+        return x_TI
+
+    def _decoded_product(
+        self, linear: CudaLinear, x_chunks: Tensor, num_tokens: int
+    ) -> LinearResult:
+        device, features = self._library.device, linear.weight.out_features
+        y_TO = torch.empty(num_tokens, features, dtype=torch.bfloat16, device=device)
+        launch = prefill_launch(
+            self._library,
+            linear.weight,
+            x_chunks,
+            self._row_scales[id(linear)],
+            y_TO,
+        )
+        launch.run(torch.cuda.current_stream().cuda_stream)
+        self._last = y_TO
+        is_fast = linear.weight.format == "nvfp4_fast"
+        return LinearResult(
+            out=y_TO.data_ptr(),
+            token_scale=self._token_scale_T.data_ptr() if is_fast else None,
+            stride=features,
+        )
+
+    def _product(self, linear: CudaLinear, x_TI: Tensor, num_tokens: int) -> LinearResult:
+        """Product in bf16 and the scales that the kernel after it applies."""
+        if self._is_decoded(linear):
+            return self._decoded_product(linear, x_TI, num_tokens)
+        w_OI = self._decoded(linear)
+        if x_TI.dtype == torch.bfloat16:
+            y_TO = torch.mm(x_TI, w_OI.t())
+        else:
+            y_TO = torch._scaled_mm(
+                x_TI,
+                w_OI.t(),
+                scale_a=self._one,
+                scale_b=self._one,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=self._fast_accumulation,
+            )
+        self._last = y_TO  # alive until the kernel that reads it is enqueued
+        per_token = self._kind(linear) == "e4m3_token"
+        return LinearResult(
+            out=y_TO.data_ptr(),
+            row_scale=self._row_scales[id(linear)].data_ptr(),
+            token_scale=self._token_scale_T.data_ptr() if per_token else None,
+            stride=y_TO.shape[1],
+        )
+
+    def _strides(self, x_TI: Tensor, linear: CudaLinear) -> tuple[Argument, ...]:
+        if self._is_decoded(linear):
+            chunk_stride = ctypes.c_int64(x_TI.shape[1] * 16)
+            return x_TI, chunk_stride, ctypes.c_int64(16), kernel_scale(linear)
+        row_bytes = x_TI.shape[1] * x_TI.element_size()
+        is_nvfp4 = linear.weight.format in ("nvfp4", "nvfp4_fast")
+        scale = 1.0 if is_nvfp4 else linear.input_scale
+        return x_TI, ctypes.c_int64(16), ctypes.c_int64(row_bytes), scale
+
+    def _norm(
+        self, result: LinearResult | None, residual_TD: Tensor, weight_D: Tensor, linear: CudaLinear
+    ) -> Tensor:
+        num_tokens = residual_TD.shape[0]
+        x_TI = self._input(linear, num_tokens)
+        name = f"{'norm' if result is None else 'add_norm'}_{self._kind(linear)}"
+        self._launch(
+            self._kernels[name],
+            (1, num_tokens, 1),
+            512,
+            LinearResult() if result is None else result,
+            residual_TD,
+            weight_D,
+            float(self._weights.config.norm_eps),
+            *self._strides(x_TI, linear),
+            self._token_scale_T,
+        )
+        return x_TI
+
+    def _attend(
+        self, index: int, layer: CudaLayer, qkv: LinearResult, batch: PrefillBatch
+    ) -> Tensor:
+        config, device = self._weights.config, self._library.device
+        num_tokens = batch.token_ids_T.shape[0]
+        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+        q = torch.empty(num_tokens, heads, size, dtype=torch.bfloat16, device=device)
+        k = torch.empty(num_tokens, kv_heads, size, dtype=torch.bfloat16, device=device)
+        v = torch.empty_like(k)
+        cosines, sines, query_scale = self._angles
+        self._launch(
+            self._kernels["rotate_and_store"],
+            (num_tokens, -(-(heads + 2 * kv_heads) // (256 // (size // 16))), 1),
+            256,
+            qkv,
+            cosines,
+            sines,
+            query_scale,
+            q,
+            self._cache.keys[index],
+            self._cache.values[index],
+            batch.slots_T,
+            layer.k_scale,
+            layer.v_scale,
+            k,
+            v,
+        )
+        out = torch.empty_like(q) if batch.singles is not None or len(batch.chunks) > 1 else None
+        if batch.singles is not None and out is not None:
+            self._attend_singles(index, layer, q, out, batch.singles)
+        for chunk in batch.chunks:
+            rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
+            keys, values = k[rows], v[rows]
+            if chunk.start > 0:
+                stored = chunk.start + chunk.num_rows
+                keys = self._stored(self._cache.keys[index], chunk.pages_P, stored)
+                values = self._stored(self._cache.values[index], chunk.pages_P, stored)
+            attended = attend_to_end(q[rows], keys, values, layer.k_scale / math.sqrt(size))
+            if out is None:
+                out = attended
+            else:
+                out[rows] = attended
+        assert out is not None
+        return self._attention_output(layer, out.reshape(num_tokens, heads * size))
+
+    def _stored(self, cache_PZKH: Tensor, pages_P: Tensor, num_tokens: int) -> Tensor:
+        """The first tokens of a sequence as its pages hold them, in bf16 (exact): (C, K, H)."""
+        codes = cache_PZKH[pages_P].flatten(0, 1)[:num_tokens]
+        return codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
+
+    def _attend_singles(
+        self, index: int, layer: CudaLayer, q: Tensor, out: Tensor, singles: Singles
+    ) -> None:
+        config, library = self._weights.config, self._library
+        size, kv_heads = config.head_dim, config.num_kv_heads
+        num_sequences = singles.context_lengths_S.shape[0]
+        pairs = num_sequences * kv_heads
+        num_splits = attention_splits(pairs, library.num_multiprocessors)
+        group = config.num_heads // kv_heads
+        num_workspace = pairs * num_splits * group * (size + 2)
+        if self._workspace.numel() < num_workspace or self._counters.numel() < pairs:
+            self._workspace = torch.zeros(num_workspace, device=library.device)
+            self._counters = torch.zeros(pairs, dtype=torch.int32, device=library.device)
+        num_warps = attention_warps(pairs, library.num_multiprocessors)
+        heads = heads_of(config)
+        self._launch(
+            library.attention(heads, self._cache.page_slots, "bf16", num_warps),
+            (num_splits, kv_heads, num_sequences),
+            num_warps * 32,
+            q,
+            self._cache.keys[index],
+            self._cache.values[index],
+            singles.block_table_SP,
+            singles.block_table_SP.stride(0),
+            singles.context_lengths_S,
+            layer.k_scale * math.log2(math.e) / math.sqrt(size),
+            1.0,  # v_scale comes with what the other rows' attention gives
+            self._workspace,
+            self._counters,
+            out,
+            ctypes.c_int64(16),
+            ctypes.c_int64(config.num_heads * size * 2),
+            1.0,
+        )
+
+    def _attention_output(self, layer: CudaLayer, out_TO: Tensor) -> Tensor:
+        """Attention's output times v_scale, as the output product reads it."""
+        num_tokens, width = out_TO.shape
+        x_TI = self._input(layer.o, num_tokens)
+        if self._is_decoded(layer.o):
+            return self._tiled(out_TO.float() * layer.v_scale, layer.o, x_TI)
+        if self._kind(layer.o) == "bf16":
+            x_TI[:, :width] = out_TO * layer.v_scale
+            return x_TI
+        if layer.o.weight.format != "fp8":
+            raise UnsupportedError("prefill in mode fast needs o projections in FP8 or bf16")
+        grid = (-(-width // (8 * 256)), num_tokens, 1)
+        strides = self._strides(x_TI, layer.o)
+        self._launch(
+            self._kernels["quantize_e4m3"], grid, 256, out_TO, width, layer.v_scale, *strides
+        )
+        return x_TI
+
+    def _tiled(self, x_TI: Tensor, linear: CudaLinear, room: Tensor) -> Tensor:
+        """Attention's output for an NVFP4 product; no shipped format has one, so not fused."""
+        num_tokens, width = x_TI.shape
+        if linear.weight.format == "nvfp4":
+            x = (x_TI / linear.input_scale).to(torch.float16)
+        else:
+            scale_T = x_TI.abs().amax(-1).clamp(min=1e-12) / 448.0
+            self._token_scale_T[:num_tokens] = scale_T
+            whole = torch.zeros(num_tokens, padded(width, 64), device=x_TI.device)
+            whole[:, :width] = x_TI / scale_T[:, None]
+            x = pair_activations(whole.to(torch.float8_e4m3fn))
+        if width * x.element_size() % 128:  # whole K blocks
+            room.zero_()
+        tiled = tile_activations(x, room.shape[1])
+        room[: tiled.shape[0]] = tiled
+        return room
+
+    def _silu(self, gate_up: LinearResult, linear: CudaLinear, num_tokens: int) -> Tensor:
+        width = self._weights.config.mlp_width
+        x_TI = self._input(linear, num_tokens)
+        strides = self._strides(x_TI, linear)
+        kind = self._kind(linear)
+        if kind in ("e4m3_token", "e4m3_paired"):
+            arguments = (gate_up, width, *strides, self._token_scale_T)
+            self._launch(self._kernels[f"silu_mul_{kind}"], (1, num_tokens, 1), 512, *arguments)
+        else:
+            grid = (-(-width // 256), -(-num_tokens // 8), 1)
+            by_rows = (gate_up, width, *strides, num_tokens)
+            self._launch(self._kernels[f"silu_mul_{kind}"], grid, 256, *by_rows)
+        return x_TI
+
+    def forward(self, batch: PrefillBatch) -> Tensor:
+        """The residual stream after the last layer, (T, D) bf16; keys and values are stored."""
+        weights = self._weights
+        self._angles = self._rotary(batch.positions_T)
+        residual_TD = weights.embedding_VD[batch.token_ids_T]
+        if batch.image_rows_I is not None:
+            if batch.image_vectors_ID is not None:
+                residual_TD[batch.image_rows_I] = batch.image_vectors_ID.to(torch.bfloat16)
+            else:
+                residual_TD[batch.image_rows_I] = 0
+        if self._all_reduce is not None:
+            self._all_reduce(residual_TD)
+        num_tokens = self._num_tokens = residual_TD.shape[0]
+        result: LinearResult | None = None
+        if weights.fuse is not None:
+            assert batch.hidden_TD is not None
+            joined_TI = joined_input(weights.fuse, residual_TD, batch.hidden_TD)
+            x = self._input(weights.fuse, num_tokens)
+            x[:, : joined_TI.shape[1]] = joined_TI
+            result = self._product(weights.fuse, x, num_tokens)
+            residual_TD.zero_()
+        for index, layer in enumerate(weights.layers):
+            x = self._norm(result, residual_TD, layer.attention_norm_D, layer.qkv)
+            qkv = self._product(layer.qkv, x, num_tokens)
+            x = self._attend(index, layer, qkv, batch)
+            result = self._reduced(layer.o, self._product(layer.o, x, num_tokens))
+            x = self._norm(result, residual_TD, layer.mlp_norm_D, layer.gate_up)
+            gate_up = self._product(layer.gate_up, x, num_tokens)
+            x = self._silu(gate_up, layer.down, num_tokens)
+            result = self._reduced(layer.down, self._product(layer.down, x, num_tokens))
+        assert result is not None
+        return residual_TD + self._scaled(weights.layers[-1].down, result)
+
+    def _scaled(self, linear: CudaLinear, result: LinearResult) -> Tensor:
+        """The last product with its scales applied, rounded to bf16: (T, D)."""
+        width = self._weights.config.width
+        y_TD = self._last[:, :width].float()
+        if result.row_scale is not None:
+            y_TD = y_TD * self._row_scales[id(linear)][:width]
+        if result.token_scale is not None:
+            y_TD = y_TD * self._token_scale_T[: y_TD.shape[0], None]
+        return y_TD.to(torch.bfloat16)
+
+    def _reduced(self, linear: CudaLinear, result: LinearResult) -> LinearResult:
+        """The last product added up over the ranks, scales applied; as it is on one device."""
+        if self._all_reduce is None:
+            return result
+        y_TO = self._scaled(linear, result)
+        self._all_reduce(y_TO)
+        self._last = y_TO
+        return LinearResult(out=y_TO.data_ptr(), stride=y_TO.shape[1])
+
+    def normed(self, residual_RD: Tensor) -> Tensor:
+        """Rows of `forward`'s result as the head reads them, bf16."""
+        normed_RD = torch.empty_like(residual_RD)
+        # In parts: all of a long prefill's rows in f32, several times over, are gigabytes.
+        for part_RD, out_RD in zip(
+            torch.split(residual_RD, _NORM_ROWS), torch.split(normed_RD, _NORM_ROWS), strict=True
+        ):
+            x_RD = part_RD.float()
+            x_RD = x_RD * torch.rsqrt(x_RD.square().mean(-1, keepdim=True) + self._epsilon)
+            out_RD.copy_(x_RD * self._weights.norm_D.float())
+        return normed_RD
