@@ -86,6 +86,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "evals/grading/constraints": ("evals/test_language_data.py",),
     "evals/grading/scripts": ("evals/test_hostile_code.py",),
     "evals/grading/statements": (
+        "evals/test_letters.py",
         "evals/test_letter_phrasings.py",
         "evals/test_number_phrasings.py",
     ),
