@@ -84,8 +84,10 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "engine/plan/sequence": ("engine/test_scheduler.py", "engine/test_images.py"),
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
     "evals/evaluate": ("flows/test_evals_run.py",),
+    "evals/grading/constraints": ("evals/test_language_data.py",),
     "evals/grading/scripts": ("evals/test_hostile_code.py",),
     "evals/grading/statements": (
+        "evals/test_letters.py",
         "evals/test_letter_phrasings.py",
         "evals/test_number_phrasings.py",
     ),

@@ -101,3 +101,10 @@ def test_what_is_bf16_is_not_copied_for_nothing(make: Any, tmp_path: Path, diale
     make.checkpoint(tmp_path / "bf16", dialect)
     with pytest.raises(UsageError, match="is a checkpoint already"):
         convert_to_bf16(tmp_path / "bf16", tmp_path / "out")
+
+
+def test_a_native_layout_is_refused(make: Any, tmp_path: Path) -> None:
+    make.checkpoint(tmp_path / "native", "none", "mistral")
+    with pytest.raises(UsageError, match="native layout; a hub layout is needed"):
+        convert_to_bf16(tmp_path / "native", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -325,3 +325,22 @@ def test_junk_in_params_json(data: st.DataObject, junk: Any) -> None:
     here[last] = junk
     with contextlib.suppress(CheckpointError):
         native_config(raw, has_head=True)
+
+
+def test_what_native_files_leave_out_is_what_the_publisher_s_library_takes() -> None:
+    bare = {k: v for k, v in NATIVE["yarn"].items() if k not in ("beta", "alpha", "apply_scale")}
+    rope = native_config({**NATIVE, "yarn": bare}, has_head=True).text.rope
+    assert (rope.beta_fast, rope.beta_slow, rope.mscale_all_dim) == (32.0, 1.0, 1.0)
+    tower = {
+        "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2,
+        "intermediate_size": 24, "patch_size": 2, "image_size": 28,
+        "mm_projector_id": "patch_merge", "add_pre_mm_projector_layer_norm": True,
+    }  # fmt: skip
+    vision = native_config({**NATIVE, "vision_encoder": tower}, has_head=True).vision
+    assert vision is not None
+    assert (vision.head_dim, vision.num_channels, vision.spatial_merge_size) == (8, 3, 1)
+    assert (vision.projector_bias, vision.image_token_id) == (False, 10)
+    told = {**tower, "adapter_bias": True, "spatial_merge_size": 2, "image_token_id": 7}
+    vision = native_config({**NATIVE, "vision_encoder": told}, has_head=True).vision
+    assert vision is not None and vision.projector_bias
+    assert (vision.spatial_merge_size, vision.image_token_id) == (2, 7)

@@ -1,5 +1,6 @@
 """GGUF import: small files written by the format's own library, and the demo's real one."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from halfbyte.checkpoint import gguf as gguf_module
 from halfbyte.checkpoint.gguf import PACKAGED, import_gguf, packaged_file
+from halfbyte.checkpoint.gguf_tokenizer import tokenizer_files
 from halfbyte.checkpoint.names import hub_to_native_rows
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import ModelConfig, RopeConfig
@@ -268,3 +270,55 @@ def _llama_weights(path: Path, num_heads: int, num_kv_heads: int) -> dict[str, t
         weights[f"model.{prefix}{hub[module[-1]]}.weight"] = torch.tensor(value).bfloat16()
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     return weights
+
+
+def test_a_file_without_an_embedding_is_said(make: Any, small: ModelConfig, tmp_path: Path) -> None:
+    weights = {n: t for n, t in make.weights(small).items() if n != "embedding.weight"}
+    write_gguf(tmp_path / "m.gguf", small, weights)
+    with pytest.raises(CheckpointError, match=r"lacks token_embd\.weight, the embedding"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, is_sound",
+    [
+        ({}, True),
+        ({"tokens": ["a", "b"], "types": [1, 1]}, True),
+        ({"tokens": ["a", "b", "c"]}, False),
+        ({"tokens": ["a", "a"], "types": [1, 1]}, False),
+        ({"types": [1]}, False),
+        ({"tokens": [f"t{n}" for n in range(65)], "types": [1] * 65}, False),
+    ],
+)
+def test_a_vocabulary_must_fit_its_types_and_the_embedding(
+    change: dict[str, Any], is_sound: bool
+) -> None:
+    given = {"tokens": ["a", "b"], "types": [1, 3], **change}
+    metadata = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": given["tokens"], "tokenizer.ggml.token_type": given["types"],
+        "tokenizer.ggml.merges": [], "tokenizer.ggml.bos_token_id": 0, "llama.context_length": 64,
+        "tokenizer.ggml.eos_token_id": 1,
+    }  # fmt: skip
+    if is_sound:
+        files = tokenizer_files(metadata, 64)
+        kinds = {
+            token["content"]: token["special"]
+            for token in json.loads(files["tokenizer.json"])["added_tokens"]
+        }
+        assert kinds == {t: True for t, kind in zip(*given.values(), strict=True) if kind == 3}
+        return
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.tokens: "):
+        tokenizer_files(metadata, 64)
+
+
+def test_tokens_of_a_user_are_added_and_not_special() -> None:
+    metadata = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["a", "<u>", "<c>"], "tokenizer.ggml.token_type": [1, 4, 3],
+        "tokenizer.ggml.merges": [], "tokenizer.ggml.bos_token_id": 0, "llama.context_length": 64,
+        "tokenizer.ggml.eos_token_id": 2,
+    }  # fmt: skip
+    files = tokenizer_files(metadata, 3)
+    added = json.loads(files["tokenizer.json"])["added_tokens"]
+    assert {token["content"]: token["special"] for token in added} == {"<u>": False, "<c>": True}

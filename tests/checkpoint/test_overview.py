@@ -6,6 +6,7 @@ import pytest
 from halfbyte.checkpoint.overview import overview
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.cli.main import main
+from halfbyte.model.tiny import write_tiny_checkpoint
 
 
 def test_parts_add_up_to_the_total(make: Any, tmp_path: Path) -> None:
@@ -81,3 +82,31 @@ def test_import_explains_misuse(
     assert main(["import", *filled]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_each_part_is_counted_by_what_belongs_to_it(make: Any, tmp_path: Path) -> None:
+    tensors = make.checkpoint(tmp_path, "none")
+    text = overview(Checkpoint.open(tmp_path))
+    by_part: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        part = name.partition(".")[0]
+        if part == "decoder":
+            kinds = [kind for kind in ("attention", "mlp") if f".{kind}." in name]
+            part = f"decoder {kinds[0] if kinds else 'norms'}"
+        by_part[part] = by_part.get(part, 0) + tensor.nbytes
+    assert {"embedding", "head", "decoder attention", "decoder mlp", "decoder norms"} <= set(
+        by_part
+    )
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.startswith("  ")]
+    assert sorted(lines) == sorted(f"{part} {size:,} bytes" for part, size in by_part.items())
+
+
+@pytest.mark.parametrize("has_vision", [False, True])
+def test_a_tower_is_told_where_there_is_one(make: Any, tmp_path: Path, has_vision: bool) -> None:
+    write_tiny_checkpoint(tmp_path / "m", layers=1, vision=has_vision)
+    (line,) = [
+        one for one in overview(Checkpoint.open(tmp_path / "m")).splitlines()
+        if one.startswith("vision")
+    ]  # fmt: skip
+    assert ("none" in line) != has_vision
+    assert ("patches of" in line) == has_vision

@@ -1,6 +1,5 @@
 """Instruction-following verifiers where the package and the benchmark's later code differ."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,23 +176,3 @@ def test_all_58_kinds_are_there_and_twelve_split_with_punkt() -> None:
     assert len(registry) == 58
     own = [v for v in registry.values() if "check_following" in vars(v) and not v.__doc__]
     assert len(own) == 12
-
-
-def test_folders_of_packages_are_found_without_importing_them() -> None:
-    found = constraints._shipped("pytest", "_pytest")
-    assert found is not None and (found / "python.py").is_file()
-    assert constraints._shipped("no-such-package-of-anyone", "x") is None
-
-
-@pytest.mark.parametrize(
-    "module, said",
-    [("if_verifiable.ifbench", "needs if-verifiable"), ("nltk", "if-verifiable and nltk")],
-)
-def test_a_missing_package_is_named(
-    monkeypatch: pytest.MonkeyPatch, module: str, said: str
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    make = constraints._package if "ifbench" in module else constraints._nltk
-    with pytest.raises(UnsupportedError, match=said) as caught:
-        make.__wrapped__()
-    assert "pip install 'halfbyte[eval]'" in str(caught.value)

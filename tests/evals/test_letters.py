@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.evals.grading.letters import extract_letter, grade_letter, last_boxed
+from halfbyte.evals.grading.statements import plain
 
 DATA = Path(__file__).parents[1] / "data" / "evals"
 LETTERS = "ABCDEFGHIJ"
@@ -112,3 +113,15 @@ LATER = "I looked at the units and the signs of each term once more. "
 )
 def test_a_correction_looks_behind_itself_only(text: str, letter: str | None) -> None:
     assert extract_letter(text, LETTERS) == letter
+
+
+@pytest.mark.parametrize(
+    "text, bare",
+    [
+        ("\u061b", ";"), ("\u060c", ","), ("\u066b", "."), ("\u066c", ","), ("\u2212", "-"),
+        ("\U0001f150", "A"), ("\U0001f169", "Z"), ("\U0001f170", "A"), ("\U0001f189", "Z"),
+        ("\U0001f1e6", "A"), ("\U0001f1ff", "Z"),
+    ],
+)  # fmt: skip
+def test_marks_and_badges_of_other_scripts_are_their_plain_ones(text: str, bare: str) -> None:
+    assert plain(f"x {text} x") == f"x {bare} x"

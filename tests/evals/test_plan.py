@@ -92,6 +92,14 @@ def test_repeats_for_a_go_are_enough_for_one() -> None:
     assert simulated("ifbench", again, 0.0)["go"] == pytest.approx(0.8, abs=NEAR)
 
 
+def test_hours_are_tokens_by_their_rates() -> None:
+    known = BENCHMARKS["ifbench"]
+    (line,) = plan_run([known], 2, 50, 100.0, None, 1000.0)
+    tokens = (known.plan_output_tokens * 100, known.plan_prompt_tokens * 100)
+    assert (line.output_tokens, line.prompt_tokens) == tokens
+    assert line.hours == pytest.approx((tokens[0] / 100 + tokens[1] / 1000) / 3600, rel=1e-9)
+
+
 def test_a_loss_that_not_even_everything_lost_would_show_has_no_number() -> None:
     (line,) = plan_run(find_benchmarks(["mmlu_pro"]), 1, 4, 8000.0, None)
     assert math.isnan(line.shown) and math.isnan(line.shown_holm)

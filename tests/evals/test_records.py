@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from evals.test_compare import record as sample_record
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals import records as records_module
@@ -23,7 +24,9 @@ from halfbyte.evals.records import (
     newest,
     read_attempts,
     read_lines,
+    read_records,
     read_run,
+    record_row,
     time_spent,
 )
 from halfbyte.evals.tasks.suite import find_benchmarks
@@ -198,3 +201,21 @@ def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> N
     file.write_bytes(b'{"a": "' + b"x" * 200_000 + b'"}\n' + b"y" * 70_000)
     Journal(file).close()
     assert file.stat().st_size == 200_010
+
+
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
+    one = sample_record("g-1", 0, 1.0, "g")
+    journal = Journal(tmp_path / "samples.jsonl")
+    journal.append(record_row(one))
+    journal.close()
+    assert list(read_records(tmp_path / "samples.jsonl")) == [one]
+
+
+@pytest.mark.parametrize("size", [1, 10, 65_530, 65_536, 65_540, 140_000])
+def test_a_torn_end_is_cut_in_files_of_any_size(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "j.jsonl"
+    whole = b'{"a": "' + b"x" * size + b'"}\n'
+    for torn in (b"", b"{", b"y" * 65_536, b"y" * 65_537):
+        path.write_bytes(whole + torn)
+        Journal(path).close()
+        assert path.read_bytes() == whole
