@@ -59,7 +59,8 @@ def test_a_checkpoint_is_served_measured_and_its_card_shows_it(
     assert [one.users for one in run.levels] == [1, 3]
     assert all(one.answered == one.planned and not one.failed for one in run.levels)
     assert all(one.answer_tokens == 8 for one in run.levels)
-    assert all(abs((one.prompt_tokens or 0) - 60) <= 9 for one in run.levels)
+    # Words are new in each run; how many tokens they have is known on average only.
+    assert all(abs((one.prompt_tokens or 0) - 60) <= 25 for one in run.levels)
     assert run.record.checkpoint == checkpoint_identity(directory)
     assert "max_sequences 2" in dict(run.facts)["server"]
     assert "<svg" in record.with_suffix(".html").read_text()
