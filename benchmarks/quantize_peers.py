@@ -28,7 +28,7 @@ from torch import Tensor
 
 from halfbyte import log
 from halfbyte.bench import record
-from halfbyte.bench.fidelity import cut_texts, full_divergence, interval_of_mean, read_texts
+from halfbyte.fidelity.models import cut_texts, full_divergence, interval_of_mean, read_texts
 from halfbyte.calibrate.blend import load_blend
 from halfbyte.calibrate.draw import draw
 from halfbyte.calibrate.sources import DataAccess

@@ -21,7 +21,7 @@ intervals speak of it alone, and the paired ones (`pairs`) tell methods apart wh
 
 Last record: benchmarks/records/quantize_quality.json.
 
-Run: PYTHONPATH=src python benchmarks/quantize_quality.py && python -m halfbyte.bench.docs
+Run: PYTHONPATH=src python benchmarks/quantize_quality.py && python -m tools.docs
 """
 
 import argparse
@@ -34,7 +34,7 @@ from typing import Any
 
 from halfbyte import log
 from halfbyte.bench import record
-from halfbyte.bench.fidelity import PairRow, Row, compare_models
+from halfbyte.fidelity.models import PairRow, Row, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.figures import Against, Figure

@@ -41,11 +41,11 @@ from numpy.typing import NDArray
 from scipy import stats as distributions
 
 from halfbyte.bench import record
-from halfbyte.bench.fidelity import interval_of_mean
-from halfbyte.evals.bounds import LEVEL, PairedItems, pair, rules_out_loss
-from halfbyte.evals.looks import MACRO_MARGIN, UNPLANNED_LEVEL
-from halfbyte.evals.plan import plan_run, suite_chances
-from halfbyte.evals.stats import (
+from halfbyte.fidelity.models import interval_of_mean
+from halfbyte.evals.judging.bounds import LEVEL, PairedItems, pair, rules_out_loss
+from halfbyte.evals.judging.looks import MACRO_MARGIN, UNPLANNED_LEVEL
+from halfbyte.evals.judging.plan import plan_run, suite_chances
+from halfbyte.evals.judging.stats import (
     accuracy_interval,
     decide,
     estimate,

@@ -31,10 +31,10 @@ from halfbyte.engine.core import Engine  # noqa: E402
 from halfbyte.engine.request import GenerationRequest  # noqa: E402
 from halfbyte.engine.service import EngineService  # noqa: E402
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint  # noqa: E402
-from halfbyte.server.app import create_app  # noqa: E402
+from halfbyte.server.http.app import create_app  # noqa: E402
 from halfbyte.server.config import Limits, ServerConfig  # noqa: E402
 from halfbyte.server.run import listen, serve  # noqa: E402
-from halfbyte.server.supervise import Supervisor  # noqa: E402
+from halfbyte.server.ops.supervise import Supervisor  # noqa: E402
 
 CONTEXT = 131_072
 # The whole vocabulary that mistral-common ships: agents send prompts of 30,000 tokens and more.

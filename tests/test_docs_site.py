@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from halfbyte.bench import docs
-from halfbyte.bench.picture import formats_picture
-from halfbyte.cli.reference import PAGE, reference_page
+from tools import docs
+from tools.picture import formats_picture
+from tools.cli_reference import PAGE, reference_page
 from halfbyte.figures import read_record
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def test_every_decision_is_in_the_index_once_under_its_title() -> None:
 
 def test_the_page_of_commands_is_fresh_and_the_same_elsewhere() -> None:
     text = reference_page()
-    assert PAGE.read_text() == text, "run python -m halfbyte.cli.reference"
+    assert PAGE.read_text() == text, "run python -m tools.cli_reference"
     assert "/root" not in text and "/home" not in text
     assert "## halfbyte quantize" in text and "### halfbyte bench cpu" in text
     assert "| `--method` max \\| headroom" in text

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.bench.baseline import (
+from halfbyte.fidelity.baseline import (
     TAIL_SAMPLES,
     TOP_TOKENS,
     Baseline,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.bench import demo
-from halfbyte.bench.fidelity import Comparison, Row
+from halfbyte.cli import demo_steps as demo
+from halfbyte.fidelity.models import Comparison, Row
 from halfbyte.calibrate.sources import builtin_documents
 from halfbyte.errors import UnsupportedError, UsageError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.bench import docs
+from tools import docs
 from halfbyte.bench.record import own_command, write
 from halfbyte.errors import CheckpointError
 from halfbyte.figures import Against, Figure, read_record

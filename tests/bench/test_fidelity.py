@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.bench.baseline import load_baseline, save_baseline
-from halfbyte.bench.choices import Choice, count_flips, encode_choices
-from halfbyte.bench.fidelity import (
+from halfbyte.fidelity.baseline import load_baseline, save_baseline
+from halfbyte.fidelity.choices import Choice, count_flips, encode_choices
+from halfbyte.fidelity.models import (
     Candidate,
     compare_models,
     compare_with_baseline,

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.bench.pareto import Point, front, joined, plot, points_of, table
+from tools.pareto import Point, front, joined, plot, points_of, table
 
 
 def point(megabytes: float, kl: float, name: str = "x") -> Point:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from halfbyte.bench.fidelity import Comparison, Interval, PairRow, Row
+from halfbyte.fidelity.models import Comparison, Interval, PairRow, Row
 from halfbyte.card.base import Base, find_base
 from halfbyte.card.facts import (
     CheckpointFacts,
@@ -30,7 +30,7 @@ from halfbyte.cli.main import COMMANDS, build_parser
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import UsageError
 from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
-from halfbyte.evals.summary import summarise
+from halfbyte.evals.judging.summary import summarise
 from halfbyte.figures import CARD_TOPICS, read_record
 from halfbyte.model.tiny import write_tiny_checkpoint
 

@@ -13,7 +13,7 @@ from halfbyte.card.plots import Interval, intervals, shares
 from halfbyte.card.report import render_report
 from halfbyte.errors import UsageError
 from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
-from halfbyte.evals.summary import summarise
+from halfbyte.evals.judging.summary import summarise
 
 VOID = {"meta", "br"}
 

@@ -25,7 +25,7 @@ from halfbyte.chat.detokenize import TextStream
 from halfbyte.chat.mistral_format import MistralFormat, load_mistral_format
 from halfbyte.chat.template_format import TemplateFormat, load_template_format
 from halfbyte.errors import RequestError
-from halfbyte.server import wire
+from halfbyte.server.api import wire
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|tool|>")

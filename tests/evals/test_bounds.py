@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as distributions
 
-from halfbyte.evals.bounds import (
+from halfbyte.evals.judging.bounds import (
     Design,
     PairedItems,
     _about_the_margin,
@@ -21,7 +21,7 @@ from halfbyte.evals.bounds import (
     unseen_share,
     would_rule_out,
 )
-from halfbyte.evals.stats import decide, estimate, paired_difference
+from halfbyte.evals.judging.stats import decide, estimate, paired_difference
 
 SIZES = (30, 40, 100, 198, 284, 300, 338, 1730, 12_032)
 

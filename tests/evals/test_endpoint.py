@@ -15,7 +15,7 @@ import pytest
 
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.errors import UnsupportedError, UsageError
-from halfbyte.evals.endpoint import (
+from halfbyte.evals.running.endpoint import (
     Endpoint,
     base_address,
     connect,

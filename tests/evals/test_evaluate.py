@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import UsageError
-from halfbyte.evals import evaluate as evaluate_module
+from halfbyte.evals.running import evaluate as evaluate_module
 from halfbyte.evals.config import JudgeConfig, RunConfig, Sampling
-from halfbyte.evals.endpoint import Endpoint
-from halfbyte.evals.evaluate import (
+from halfbyte.evals.running.endpoint import Endpoint
+from halfbyte.evals.running.evaluate import (
     _begin,
     _check_same_prompts,
     _identity,

@@ -11,10 +11,10 @@ from scipy import stats as distributions
 from evals.test_compare import grid, write_arm
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
-from halfbyte.evals.bounds import p_beyond, pair, rules_out_loss
-from halfbyte.evals.compare import compare_runs
-from halfbyte.evals.plan import PlanLine, _size, format_plan, plan_run, suite_chances
-from halfbyte.evals.stats import mcnemar, sign_flip
+from halfbyte.evals.judging.bounds import p_beyond, pair, rules_out_loss
+from halfbyte.evals.judging.compare import compare_runs
+from halfbyte.evals.judging.plan import PlanLine, _size, format_plan, plan_run, suite_chances
+from halfbyte.evals.judging.stats import mcnemar, sign_flip
 from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES, find_benchmarks
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
 
 from halfbyte.errors import UsageError
-from halfbyte.evals.endpoint import base_address
-from halfbyte.evals.provider import ServerFaultError, check_completion, read_message
+from halfbyte.evals.running.endpoint import base_address
+from halfbyte.evals.running.provider import ServerFaultError, check_completion, read_message
 
 
 @pytest.mark.parametrize(

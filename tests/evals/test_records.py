@@ -13,8 +13,8 @@ from evals.test_compare import record as sample_record
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals import records as records_module
-from halfbyte.evals.plan import format_plan, plan_run
-from halfbyte.evals.reasoning import split_reasoning
+from halfbyte.evals.judging.plan import format_plan, plan_run
+from halfbyte.evals.running.reasoning import split_reasoning
 from halfbyte.evals.records import (
     BenchmarkResult,
     Journal,

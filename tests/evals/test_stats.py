@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from halfbyte.evals.bounds import pair, rules_out_loss
-from halfbyte.evals.stats import (
+from halfbyte.evals.judging.bounds import pair, rules_out_loss
+from halfbyte.evals.judging.stats import (
     Estimate,
     accuracy_interval,
     decide,

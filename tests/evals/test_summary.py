@@ -10,7 +10,7 @@ import pytest
 
 from evals.test_compare import record
 from halfbyte.evals.records import BenchmarkResult, Record
-from halfbyte.evals.summary import summarise
+from halfbyte.evals.judging.summary import summarise
 
 
 def row(

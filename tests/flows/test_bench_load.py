@@ -17,7 +17,7 @@ from halfbyte.bench.load.report import read_run
 from halfbyte.bench.load.traffic import Level, Session, Trace, Turn, write_trace
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.cli.main import main
-from halfbyte.evals.endpoint import serve
+from halfbyte.evals.running.endpoint import serve
 from halfbyte.figures import read_record
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 

@@ -24,7 +24,7 @@ from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals.records import lock_run, read_attempts, read_records, read_run
-from halfbyte.evals.run import max_tokens_for, records_of_log
+from halfbyte.evals.running.run import max_tokens_for, records_of_log
 from halfbyte.evals.types import Text
 from halfbyte.model.tiny import write_tiny_checkpoint
 
@@ -164,7 +164,7 @@ def test_no_server_is_started_for_a_run_that_cannot_be(
 
     with serving(all_right) as stub:
         evaluate(stub.url, tmp_path, "--limit", "5")
-    monkeypatch.setattr("halfbyte.evals.endpoint.serve", refused)
+    monkeypatch.setattr("halfbyte.evals.running.endpoint.serve", refused)
     (tmp_path / "weights").mkdir()
     weights = str(tmp_path / "weights")
     assert evaluate(weights, tmp_path, "--limit", "5", "--temperature", "0") == 2

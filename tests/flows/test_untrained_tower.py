@@ -17,7 +17,7 @@ from halfbyte.checkpoint.untrained_tower import IMAGE_TOKENS, add_untrained_towe
 from halfbyte.cli.main import main
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
-from halfbyte.evals.endpoint import describe_checkpoint
+from halfbyte.evals.running.endpoint import describe_checkpoint
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from tolerances import SAME_LOGPROB
 

@@ -13,9 +13,9 @@ from fastapi import FastAPI
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.chat.tokens import ChatFormat, load_chat
-from halfbyte.server.app import create_app
+from halfbyte.server.http.app import create_app
 from halfbyte.server.config import ServerConfig
-from halfbyte.server.supervise import Supervisor
+from halfbyte.server.ops.supervise import Supervisor
 from server.scripted import ScriptedService
 
 DATA = Path(__file__).parent.parent / "data" / "chat"

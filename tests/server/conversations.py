@@ -82,7 +82,7 @@ class Answer:
 
     def tokens(self, think: int, end_think: int, calls: int, args: int) -> list[str | int]:
         """The answer as the model writes it: control tokens by id, and text."""
-        from halfbyte.server.tool_names import model_name
+        from halfbyte.server.api.tool_names import model_name
 
         said: list[str | int] = []
         if self.thought:

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from halfbyte.server.admin import create_admin
-from halfbyte.server.app import create_app
+from halfbyte.server.http.admin import create_admin
+from halfbyte.server.http.app import create_app
 from server.conftest import Bench, MakeBench
 
 EOS = 2
@@ -117,7 +117,7 @@ async def test_spans_carry_the_callers_trace_and_the_tokens(make_bench: MakeBenc
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-    from halfbyte.server.tracing import Tracing
+    from halfbyte.server.ops.tracing import Tracing
 
     exporter = export.InMemorySpanExporter()
     provider = TracerProvider()

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.errors import RequestError
-from halfbyte.server import wire
+from halfbyte.server.api import wire
 from halfbyte.server.config import Limits
-from halfbyte.server.openapi import BODIES
-from halfbyte.server.texts import Texts
+from halfbyte.server.http.openapi import BODIES
+from halfbyte.server.api.texts import Texts
 from server.conftest import MakeBench
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -227,7 +227,7 @@ async def test_texts_of_more_tokens_than_twice_the_context_are_told_by_a_part(
     make_bench: MakeBench, mistral: MistralFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make_bench("x", 2, max_model_len=64)
-    monkeypatch.setattr("halfbyte.server.texts._PIECE", 100)
+    monkeypatch.setattr("halfbyte.server.api.texts._PIECE", 100)
     longest = max(map(len, mistral.vocabulary.token_bytes))
     text = "word " * (64 * longest // 5)
     async with bench.http() as client:

@@ -15,7 +15,7 @@ from halfbyte.engine.request import (
     TokenLogprobs,
     TokensEvent,
 )
-from halfbyte.server.completion import Choice, Message
+from halfbyte.server.api.completion import Choice, Message
 
 THINK, END_THINK, CALLS, ARGS, EOS, INST = 34, 35, 9, 32, 2, 3
 REQUEST = GenerationRequest("a", (1,), SamplingParams())

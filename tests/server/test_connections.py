@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from halfbyte.server import connections
-from halfbyte.server.connections import _PIECES, _Turns
+from halfbyte.server.http import connections
+from halfbyte.server.http.connections import _PIECES, _Turns
 
 
 class Transport:

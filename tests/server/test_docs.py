@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from halfbyte.server import wire
+from halfbyte.server.api import wire
 from server.conftest import MakeBench
 
 DOCS = Path(__file__).parent.parent.parent / "docs"

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.errors import RequestError
-from halfbyte.server import fetch
+from halfbyte.server.api import fetch
 from halfbyte.server.config import ImageFetch
-from halfbyte.server.fetch import fetch_image, host_allowed, is_public
+from halfbyte.server.api.fetch import fetch_image, host_allowed, is_public
 
 OPEN = ImageFetch(hosts=("*",), deadline_s=2.0)
 

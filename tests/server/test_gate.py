@@ -6,8 +6,8 @@ import pytest
 
 from halfbyte.errors import RequestError, UsageError
 from halfbyte.log import logger
-from halfbyte.server.app import create_app
-from halfbyte.server.gate import Keys, file_log, log_access
+from halfbyte.server.http.app import create_app
+from halfbyte.server.http.gate import Keys, file_log, log_access
 from server.conftest import MakeBench
 
 

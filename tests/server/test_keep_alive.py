@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from halfbyte.errors import RequestError
-from halfbyte.server.stream import DONE, EventStream, frame
+from halfbyte.server.api.stream import DONE, EventStream, frame
 
 
 async def sent(frames: AsyncGenerator[bytes, None], **options: Any) -> httpx.Response:

@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from halfbyte.server.messages_wire import MessagesRequest
+from halfbyte.server.api.messages_wire import MessagesRequest
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2

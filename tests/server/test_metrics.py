@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from halfbyte.engine.core import EngineStats
-from halfbyte.server import process
-from halfbyte.server.metrics import ENGINE_FIGURES, PROCESS_FIGURES, Metrics
+from halfbyte.server.ops import process_figures as process
+from halfbyte.server.ops.metrics import ENGINE_FIGURES, PROCESS_FIGURES, Metrics
 
 ENGINE = {field.name: 3.0 for field in dataclasses.fields(EngineStats)} | {"alive": 1.0}
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.errors import RequestError, UsageError
-from halfbyte.server.admin import create_admin
-from halfbyte.server.origins import Origins, read_hosts, read_origins
+from halfbyte.server.http.admin import create_admin
+from halfbyte.server.http.origins import Origins, read_hosts, read_origins
 from server.conftest import MakeBench
 
 EOS = 2

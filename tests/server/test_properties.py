@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
-from halfbyte.server.stream import frame
+from halfbyte.server.api.stream import frame
 from server.conftest import Bench, MakeBench
 from server.test_chat_api import HELLO, TOOL
 

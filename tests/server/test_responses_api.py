@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from halfbyte.pictures import Picture
-from halfbyte.server.responses_wire import joined_name
-from halfbyte.server.tool_names import model_name
+from halfbyte.server.api.responses_wire import joined_name
+from halfbyte.server.api.tool_names import model_name
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2

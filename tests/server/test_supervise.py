@@ -3,8 +3,8 @@ import asyncio
 import pytest
 
 from halfbyte.errors import CapacityError
-from halfbyte.server import supervise
-from halfbyte.server.supervise import Supervisor
+from halfbyte.server.ops import supervise
+from halfbyte.server.ops.supervise import Supervisor
 from server.scripted import ScriptedService
 
 

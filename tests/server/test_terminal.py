@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.errors import UsageError
-from halfbyte.server.client import ChatClient
+from halfbyte.client.client import ChatClient
 from halfbyte.server.run import serving
-from halfbyte.server.terminal import Terminal
+from halfbyte.client.terminal import Terminal
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2

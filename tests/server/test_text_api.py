@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from halfbyte.chat.mistral_format import MistralFormat
-from halfbyte.server.text_api import _by_name
+from halfbyte.server.api.text import _by_name
 from server.conftest import Bench, MakeBench
 
 EOS = 2

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
-from halfbyte.server.tool_names import model_name
+from halfbyte.server.api.tool_names import model_name
 from server.conftest import MakeBench
 
 CALLS, ARGS, EOS = 9, 32, 2

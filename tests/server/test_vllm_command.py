@@ -16,7 +16,7 @@ from halfbyte.chat.tokens import load_chat
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
-from halfbyte.server.vllm_command import (
+from halfbyte.server.vllm.command import (
     VllmOptions,
     VllmPlan,
     completed,

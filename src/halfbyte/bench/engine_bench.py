@@ -90,9 +90,9 @@ class Served(NamedTuple):
     weights: CudaWeights
 
 
-def serve(library: KernelLibrary, weights: CudaWeights) -> Served:
+def serve(library: KernelLibrary, weights: CudaWeights, config: EngineConfig = CONFIG) -> Served:
     """Compile, size the cache and capture the graphs, as when an engine is loaded."""
-    device, resolved = HopperPart(CONFIG, library, weights).build(resolve_alone(CONFIG))
+    device, resolved = HopperPart(config, library, weights).build(resolve_alone(config))
     for pages in (pages for layer in device.cache.layers for pages in layer):
         codes = pages.view(torch.uint8)
         # Finite codes of both signs.

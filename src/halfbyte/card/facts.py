@@ -20,13 +20,13 @@ from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.checkpoint.metadata import Quantization, read_config, unquantized
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError, UsageError
-from halfbyte.evals.compare import Comparison, compare_runs
+from halfbyte.evals.judging.compare import Comparison, compare_runs
 from halfbyte.evals.records import BenchmarkResult, RunRecord, newest, read_records, read_run
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES
 from halfbyte.figures import CARD_TOPICS, Figure, Record, parse_record
 from halfbyte.modules import decoder_linears
 from halfbyte.server.defaults import SamplingDefaults, read_sampling
-from halfbyte.server.vllm_command import VllmOptions, VllmPlan, plan_vllm
+from halfbyte.server.vllm.command import VllmOptions, VllmPlan, plan_vllm
 
 # Items whose authors ask that they never stand in plain text online.
 PRIVATE = ("gpqa_diamond",)

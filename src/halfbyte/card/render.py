@@ -33,9 +33,9 @@ from halfbyte.card.facts import (
 from halfbyte.card.markdown import Markdown, code, hub_link, join, link, md, one_line, row, rule
 from halfbyte.card.published import published_figures, published_run, scrubbed
 from halfbyte.errors import UsageError
-from halfbyte.evals.compare import Comparison, write_comparison
+from halfbyte.evals.judging.compare import Comparison, write_comparison
 from halfbyte.evals.records import BenchmarkResult
-from halfbyte.evals.render import (
+from halfbyte.evals.judging.render import (
     level_text,
     margin_text,
     p_text,
@@ -45,7 +45,7 @@ from halfbyte.evals.render import (
     unseen_lines,
     what_would_decide,
 )
-from halfbyte.evals.stats import Estimate
+from halfbyte.evals.judging.stats import Estimate
 from halfbyte.evals.tasks.suite import BENCHMARKS
 from halfbyte.figures import Figure, Machine, Record
 

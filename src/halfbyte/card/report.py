@@ -12,9 +12,9 @@ from markupsafe import Markup
 
 from halfbyte.card.facts import PRIVATE, Arm, Usage, columns, title_of
 from halfbyte.card.plots import Interval, intervals, shares
-from halfbyte.evals.compare import BenchmarkComparison, Comparison, Flip
+from halfbyte.evals.judging.compare import BenchmarkComparison, Comparison, Flip
 from halfbyte.evals.records import BenchmarkResult
-from halfbyte.evals.render import (
+from halfbyte.evals.judging.render import (
     a_a,
     format_look,
     level_text,

@@ -19,7 +19,7 @@ from halfbyte.errors import UsageError
 if TYPE_CHECKING:  # imported when run, so that --help is quick
     from halfbyte.bench.load.report import Asked
     from halfbyte.bench.load.traffic import Sizes, Trace
-    from halfbyte.evals.endpoint import Endpoint
+    from halfbyte.evals.running.endpoint import Endpoint
 
 EXAMPLE = """\
   halfbyte bench load mixed/
@@ -192,7 +192,7 @@ def _server(args: argparse.Namespace, folder: Path) -> "Iterator[tuple[Endpoint,
     from halfbyte.bench.load.report import Asked
     from halfbyte.bench.record import machine
     from halfbyte.checkpoint.identity import checkpoint_identity
-    from halfbyte.evals.endpoint import connect, describe_served, is_here, read_key, serve
+    from halfbyte.evals.running.endpoint import connect, describe_served, is_here, read_key, serve
 
     key = read_key(args.api_key_env)
     with contextlib.ExitStack() as stack:
@@ -229,7 +229,7 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
     from halfbyte.bench.load.run import Measured, noting_tools, run_trace
     from halfbyte.bench.load.traffic import write_trace
     from halfbyte.bench.record import own_command
-    from halfbyte.evals.endpoint import read_key
+    from halfbyte.evals.running.endpoint import read_key
 
     salt = secrets.token_hex(8)
     record = args.record or _default_record(asked.model)

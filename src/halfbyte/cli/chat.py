@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.server.client import ChatClient
-    from halfbyte.server.terminal import Terminal
+    from halfbyte.client.client import ChatClient
+    from halfbyte.client.terminal import Terminal
 
     names = ("temperature", "max_tokens", "reasoning_effort", "seed")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     # Imported here so that --help needs no torch.
-    from halfbyte.bench import fidelity
-    from halfbyte.bench.baseline import load_baseline, save_baseline
-    from halfbyte.bench.choices import encode_choices
+    from halfbyte.fidelity import models as fidelity
+    from halfbyte.fidelity.baseline import load_baseline, save_baseline
+    from halfbyte.fidelity.choices import encode_choices
     from halfbyte.checkpoint.identity import checkpoint_identity
 
     choices = (

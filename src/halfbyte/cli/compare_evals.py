@@ -44,15 +44,15 @@ def add_verdict_arguments(parser: argparse.ArgumentParser) -> None:
 def verdict_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as `compare_runs` takes them."""
     # The hall is imported when the command runs, so that --help is quick.
-    from halfbyte.evals.looks import parse_margins
+    from halfbyte.evals.judging.looks import parse_margins
 
     margins = parse_margins(args.margin, args.margins)
     return {"margins": margins, "looks": args.looks, "after": args.after}
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.evals.compare import compare_runs, write_comparison
-    from halfbyte.evals.render import format_comparison
+    from halfbyte.evals.judging.compare import compare_runs, write_comparison
+    from halfbyte.evals.judging.render import format_comparison
 
     comparison = compare_runs(args.baseline, args.candidate, **verdict_options(args))
     if args.out is not None:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.bench.demo import run_demo
+    from halfbyte.cli.demo_steps import run_demo
 
     run_demo(args.out, record=args.record, threads=args.threads)
     return 0

@@ -93,17 +93,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
-    from halfbyte.evals.endpoint import (
+    from halfbyte.evals.running.endpoint import (
         connect,
         describe_checkpoint,
         describe_served,
         read_key,
         serve,
     )
-    from halfbyte.evals.evaluate import default_arm, evaluate, prepare
-    from halfbyte.evals.plan import LOSSES, format_plan, plan_run
+    from halfbyte.evals.running.evaluate import default_arm, evaluate, prepare
+    from halfbyte.evals.judging.plan import LOSSES, format_plan, plan_run
     from halfbyte.evals.records import is_name, lock_run
-    from halfbyte.evals.render import format_run
+    from halfbyte.evals.judging.render import format_run
     from halfbyte.evals.tasks.suite import find_benchmarks
 
     benchmarks = find_benchmarks(args.suite)
@@ -158,7 +158,7 @@ def _config(
     key: str,
 ) -> "RunConfig":
     from halfbyte.evals.config import JudgeConfig, RunConfig, Sampling
-    from halfbyte.evals.endpoint import connect
+    from halfbyte.evals.running.endpoint import connect
     from halfbyte.evals.sandbox import Limits
     from halfbyte.evals.tasks.benchmark import Options
 
@@ -188,7 +188,7 @@ def _config(
 
 def kept(args: argparse.Namespace) -> str:
     """What Ctrl-C leaves."""
-    from halfbyte.evals.evaluate import default_arm
+    from halfbyte.evals.running.evaluate import default_arm
 
     if args.plan or args.target in (None, "plan"):
         return "nothing is kept of a plan; give the same command again"

@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from halfbyte.evals.records import lock_run
-    from halfbyte.evals.regrade import changed_grades, regrade
-    from halfbyte.evals.render import format_run
+    from halfbyte.evals.running.regrade import changed_grades, regrade
+    from halfbyte.evals.judging.render import format_run
     from halfbyte.evals.sandbox import Limits, interpreter
     from halfbyte.evals.score import CodeRunner
 

@@ -12,7 +12,7 @@ from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # imported when run, so that --help is quick
     from halfbyte.chat.tokens import ChatFormat
-    from halfbyte.server.vllm_command import VllmPlan
+    from halfbyte.server.vllm.command import VllmPlan
 
 EXAMPLE = """\
   halfbyte serve build/demo/mixed --port 8000 --served-model-name demo
@@ -225,14 +225,14 @@ def run(args: argparse.Namespace) -> int:
     for name, port in (("--port", args.port), ("--admin-port", args.admin_port)):
         if port is not None and not 0 <= port < 65536:
             raise UsageError(f"{name} {port} is not a port")
-    from halfbyte.server.admin import create_admin
+    from halfbyte.server.http.admin import create_admin
     from halfbyte.server.config import Limits, read_limits
     from halfbyte.server.defaults import SamplingDefaults, read_sampling
-    from halfbyte.server.gate import file_log, log_access
+    from halfbyte.server.http.gate import file_log, log_access
     from halfbyte.server.launch import Front, engine_config, launch, launch_vllm, read_keys
-    from halfbyte.server.origins import read_hosts, read_origins
+    from halfbyte.server.http.origins import read_hosts, read_origins
     from halfbyte.server.run import address, free_port, listen, serve
-    from halfbyte.server.tracing import open_tracing
+    from halfbyte.server.ops.tracing import open_tracing
 
     for name, _ in _UNNECESSARY:
         if getattr(args, name[2:].replace("-", "_")):
@@ -291,7 +291,7 @@ def _complete_for_vllm(args: argparse.Namespace, stack: contextlib.ExitStack) ->
     """Let vLLM see a folder of links to the checkpoint where it needs files that are not there."""
     from halfbyte.checkpoint.metadata import read_config
     from halfbyte.log import logger
-    from halfbyte.server.vllm_command import completed, lacks_hub_tokenizer
+    from halfbyte.server.vllm.command import completed, lacks_hub_tokenizer
 
     config, _, _ = read_config(args.directory)
     if config.vision is None or not lacks_hub_tokenizer(args.directory):
@@ -305,7 +305,7 @@ def _plan_vllm(
     args: argparse.Namespace, name: str, max_images: int, port: int
 ) -> "tuple[VllmPlan, ChatFormat]":
     from halfbyte.chat.tokens import load_chat
-    from halfbyte.server.vllm_command import VllmOptions, plan_vllm
+    from halfbyte.server.vllm.command import VllmOptions, plan_vllm
 
     for flag, untouched in _OUR_ENGINES.items():
         if getattr(args, flag) != untouched:

@@ -21,8 +21,8 @@ from fastapi import FastAPI
 from halfbyte.errors import UsageError
 from halfbyte.log import logger
 from halfbyte.machine import settle_heap
-from halfbyte.server.backend import Backend
-from halfbyte.server.connections import Bounds, Listener, bounded
+from halfbyte.server.api.backend import Backend
+from halfbyte.server.http.connections import Bounds, Listener, bounded
 
 # In which answers that were ended say so, before their connections are closed.
 _LAST_WORDS_S = 3

@@ -1,0 +1,356 @@
+"""The newcomer's demo: one real model through every room, in plain sentences.
+
+Import SmolLM2-135M-Instruct, make the FP8 source, quantize it to the mixed recipe, compare the
+four, serve the result and ask it three questions through the official client. Called by
+`halfbyte demo`; the single steps are the single commands.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.bench import record as records
+from halfbyte.fidelity.models import Comparison, compare_models
+from halfbyte.checkpoint.gguf import import_gguf, packaged_file
+from halfbyte.child import served
+from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.figures import Against, Figure
+from halfbyte.log import logger
+from halfbyte.printable import own
+from halfbyte.quantize.fp8_source import make_fp8_source
+from halfbyte.quantize.job import QuantizeConfig
+from halfbyte.quantize.pipeline import quantize
+from halfbyte.recipe.schema import load_recipe
+
+MARKER = ".halfbyte-demo"
+# 4,096 tokens at most: enough for maxima of a small model, and quick.
+CALIBRATION_ROWS = 16
+CALIBRATION_ROW_TOKENS = 256
+HELD_OUT = Path(__file__).parent / "data" / "held_out.txt"
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three primary colors.",
+)
+# The names of summary.json, in the order of the table.
+VARIANTS = ("bf16", "fp8", "mixed", "mixed_declared")
+
+
+@dataclass
+class Narrator:
+    """Says what happens on stdout and keeps it, so that the README can show a real run."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, text: str = "") -> None:
+        """Print and keep."""
+        print(text, flush=True)
+        self.lines.extend(text.splitlines() or [""])
+
+    @contextmanager
+    def step(self, number: int, what: str) -> Iterator[None]:
+        """Announce a step, and say afterwards how long it took."""
+        self.say(f"\n[{number}/5] {what}")
+        started = time.perf_counter()
+        yield
+        self.say(f"      done in {time.perf_counter() - started:.1f} s")
+
+    def progress(self, unit: str) -> Callable[[int, int], None]:
+        """A callback that counts on one line of a terminal and is silent elsewhere."""
+
+        def show(done: int, total: int) -> None:
+            if sys.stdout.isatty():
+                end = "\r" + " " * 40 + "\r" if done == total else ""
+                line = f"\r      {unit} {done} of {total}{end}"
+                print(line, end="", flush=True, file=own(sys.stdout))
+
+        return show
+
+
+def run_demo(out: Path, *, record: Path | None = None, threads: int | None = None) -> None:
+    """Run the five steps; leaves checkpoints, `summary.json` and `comparison.png` under `out`.
+
+    Raises UsageError if `out` holds anything that no demo made.
+    """
+    set_threads(threads)
+    prepare(out)
+    # The story is told on stdout; details of each hall would interrupt it.
+    logger.setLevel("ERROR")
+    narrator = Narrator()
+    started = time.perf_counter()
+    narrator.say("halfbyte demo: a real model from its weights to served answers, on this CPU.")
+    make_checkpoints(out, narrator)
+    with narrator.step(4, "Comparing all of them on held-out text."):
+        comparison = compare(out, narrator)
+    with narrator.step(5, "Serving the mixed model and asking three questions."):
+        answers = ask_questions(out / "mixed", narrator)
+    summary = summarize(comparison, answers)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    plot(summary, out / "comparison.png")
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    narrator.say(
+        f"\nAll of it took {summary['seconds']:.0f} s. Numbers: {out / 'summary.json'}, "
+        f"plot: {out / 'comparison.png'}"
+    )
+    narrator.say(f"Talk to it: halfbyte chat {out / 'mixed'}")
+    if record is not None:
+        records.write(
+            record,
+            name="demo",
+            question="What does a newcomer see, and what do the formats cost a small real model?",
+            command="halfbyte demo",
+            figures=demo_figures(summary),
+            results={"summary": summary, "transcript": narrator.lines},
+        )
+
+
+def demo_figures(summary: Mapping[str, Any]) -> list[Figure]:
+    """What the formats cost the small model in bytes and in likeness, and how fast it answers."""
+    found = []
+    model = {"model": summary["model"]}
+    for arm, num_bytes in summary["bytes"].items():
+        name, _, arithmetic = arm.partition("_")
+        conditions = {
+            **model,
+            "weights": name,
+            **({"arithmetic": arithmetic} if arithmetic else {}),
+        }
+        if not arithmetic:  # the same files
+            against = () if name == "bf16" else (Against("bf16", summary["bytes"]["bf16"] / 1e6),)
+            found.append(
+                Figure("weights on disk", num_bytes / 1e6, "MB", "fidelity", conditions, against)
+            )
+        perplexity = summary["perplexity"][arm]
+        found.append(Figure("perplexity", perplexity, "perplexity", "fidelity", conditions))
+        if arm in summary["kl_mean"]:
+            fp8 = () if name == "fp8" else (Against("fp8", summary["kl_mean"]["fp8"]),)
+            found.append(
+                Figure("KL divergence from bf16", summary["kl_mean"][arm], "nats/token",
+                       "fidelity", conditions, fp8, is_headline=arm == "mixed")
+            )  # fmt: skip
+            agreed = 100 * summary["top1_agreement"][arm]
+            found.append(Figure("same top token as bf16", agreed, "%", "fidelity", conditions))
+    speed = summary["decode_tokens_per_s"]
+    served = {**model, "weights": "mixed", "users": 1}
+    return [*found, Figure("served answers", speed, "tokens/s", "peer", served)]
+
+
+def set_threads(threads: int | None) -> None:
+    """Fix the number of CPU threads for this process and its server."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def prepare(out: Path) -> None:
+    """Make `out` empty, but only if it is new, empty or a demo's."""
+    if out.exists():
+        if not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists()):
+            raise UsageError(
+                f"{out} holds something that no demo made; name another directory with --out"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARKER).write_text("This directory is the demo's; the next demo empties it.\n")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One streamed answer of the server; `decode_tokens_per_s` counts tokens after the first."""
+
+    question: str
+    text: str
+    num_tokens: int
+    first_token_s: float
+    decode_tokens_per_s: float
+
+
+def make_checkpoints(out: Path, narrator: Narrator) -> None:
+    """Steps 1 to 3: the bf16 checkpoint, the FP8 source, the mixed one."""
+    with narrator.step(1, "Writing SmolLM2-135M-Instruct from its package as a bf16 checkpoint."):
+        config = import_gguf(packaged_file("smollm2"), out / "bf16")
+        text = config.text
+        narrator.say(
+            f"      {text.num_layers} layers of width {text.width}, {size_of(out / 'bf16')}, "
+            "tokenizer and chat template included"
+        )
+    with narrator.step(2, "Making the FP8 source that the real job starts from."):
+        make_fp8_source(out / "bf16", out / "fp8")
+        narrator.say(f"      per-tensor static FP8, {size_of(out / 'fp8')}")
+    with narrator.step(3, "Quantizing FP8 to the mixed recipe, one layer in memory at a time."):
+        recipe = load_recipe("medium-3.5")
+        calibration = replace(
+            recipe.calibration, samples=CALIBRATION_ROWS, tokens_per_sample=CALIBRATION_ROW_TOKENS
+        )
+        result = quantize(
+            QuantizeConfig(
+                source=out / "fp8",
+                output=out / "mixed",
+                recipe=replace(recipe, calibration=calibration),
+                with_errors=False,
+            ),
+            on_layer=narrator.progress("layer"),
+        )
+        narrator.say(
+            f"      interior MLPs NVFP4, the rest FP8, max calibration on "
+            f"{result.num_calibration_tokens:,} tokens: {size_of(out / 'mixed')}"
+        )
+
+
+def size_of(directory: Path) -> str:
+    """The checkpoint's weights, for people."""
+    return f"{weight_bytes(directory) / 1e6:.0f} MB"
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of the safetensors files of a checkpoint."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def compare(out: Path, narrator: Narrator) -> Comparison:
+    """Step 4: all variants over the held-out text, through the engine's own path."""
+    comparison = compare_models(
+        out / "bf16",
+        [
+            ("fp8", out / "fp8", "weight_only"),
+            ("mixed", out / "mixed", "weight_only"),
+            ("mixed", out / "mixed", "declared"),
+        ],
+        HELD_OUT,
+        progress=narrator.progress("window"),
+    )
+    for line in comparison.table().splitlines():
+        narrator.say(f"      {line}")
+    return comparison
+
+
+def summarize(comparison: Comparison, answers: list[Answer]) -> dict[str, Any]:
+    """The content of summary.json: each figure by variant, where it applies."""
+    rows = dict(zip(VARIANTS, comparison.rows, strict=True))
+    against_base = {name: row for name, row in rows.items() if name != "bf16"}
+    rates = [answer.decode_tokens_per_s for answer in answers if answer.decode_tokens_per_s > 0]
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "recipe": "medium-3.5",
+        "held_out_tokens": comparison.num_tokens,
+        "bytes": {name: row.bytes for name, row in rows.items()},
+        "perplexity": {name: row.perplexity for name, row in rows.items()},
+        "kl_mean": {name: row.kl_mean for name, row in against_base.items()},
+        "kl_p99": {name: row.kl_p99 for name, row in against_base.items()},
+        "top1_agreement": {name: row.top1_agreement for name, row in against_base.items()},
+        "decode_tokens_per_s": statistics.median(rates) if rates else 0.0,
+        "answers": [asdict(answer) for answer in answers],
+    }
+
+
+def ask_questions(directory: Path, narrator: Narrator) -> list[Answer]:
+    """Serve `directory` on a free port, ask, print, and stop the server cleanly."""
+    try:
+        from openai import OpenAI  # optional: the extra `demo`
+    except ImportError as error:
+        message = "the demo asks through the openai client; install halfbyte[demo]"
+        raise UnsupportedError(message) from error
+    with serving(directory, narrator) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60.0, max_retries=0)
+        model = client.models.list().data[0].id
+        answers = []
+        for question in QUESTIONS:
+            narrator.say(f"      > {question}")
+            answers.append(ask(client, model, question))
+            narrator.say(
+                f"        {answers[-1].text}\n"
+                f"        ({answers[-1].num_tokens} tokens, the first after "
+                f"{answers[-1].first_token_s * 1000:.0f} ms, then "
+                f"{answers[-1].decode_tokens_per_s:.0f} tokens/s)"
+            )
+    return answers
+
+
+def ask(client: Any, model: str, question: str) -> Answer:
+    """Stream one greedy answer through the official client."""
+    started = time.perf_counter()
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        stream=True,
+        stream_options={"include_usage": True},
+        temperature=0.0,
+        max_tokens=64,
+    )
+    pieces: list[str] = []
+    first = last = started
+    num_tokens = 0
+    for chunk in stream:
+        if chunk.usage is not None:
+            num_tokens = chunk.usage.completion_tokens
+        if chunk.choices and chunk.choices[0].delta.content:
+            last = time.perf_counter()
+            first = last if not pieces else first
+            pieces.append(chunk.choices[0].delta.content)
+    rate = (num_tokens - 1) / (last - first) if num_tokens > 1 and last > first else 0.0
+    return Answer(question, " ".join("".join(pieces).split()), num_tokens, first - started, rate)
+
+
+@contextmanager
+def serving(directory: Path, narrator: Narrator) -> Iterator[str]:
+    """`halfbyte serve directory` on a free port, as a user would start it; yields its address."""
+    log = directory.parent / "server.log"
+    started = time.perf_counter()
+    with served(directory, log=log, start_limit_s=60.0) as server:
+        narrator.say(f"      server ready after {time.perf_counter() - started:.1f} s")
+        yield server.url
+        status = server.end()
+    if status != 0:
+        raise UnsupportedError(f"the server ended with status {status}; its log is {log}")
+    narrator.say("      server stopped cleanly")
+
+
+LABELS = {
+    "bf16": "bf16",
+    "fp8": "FP8",
+    "mixed": "mixed, weights only",
+    "mixed_declared": "mixed, as declared",
+}
+
+
+def plot(summary: Mapping[str, Any], path: Path) -> None:
+    """Bytes, perplexity and divergence of the variants, side by side, as a PNG."""
+    try:
+        import matplotlib as mpl  # optional: the extra `demo`
+    except ImportError as error:
+        message = "the demo's plot needs matplotlib; install halfbyte[demo]"
+        raise UnsupportedError(message) from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (
+        ("bytes", "checkpoint, MB", 1e-6, "{:.0f}"),
+        ("perplexity", "perplexity on held-out text", 1.0, "{:.1f}"),
+        ("kl_mean", "mean KL to bf16 per token, nats", 1.0, "{:.3f}"),
+    )
+    colors = {"bf16": "#7f7f7f", "fp8": "#4c78a8", "mixed": "#59a14f", "mixed_declared": "#e0862f"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 3.2), layout="constrained")
+    for axis, (key, title, factor, form) in zip(axes, panels, strict=True):
+        names = [name for name in VARIANTS if name in summary[key]][::-1]
+        bars = axis.barh(
+            [LABELS[name] for name in names],
+            [summary[key][name] * factor for name in names],
+            color=[colors[name] for name in names],
+        )
+        axis.bar_label(bars, fmt=form, padding=3)
+        axis.margins(x=0.2)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("SmolLM2-135M-Instruct: what quantization costs and saves", fontsize=11)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

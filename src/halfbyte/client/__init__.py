@@ -1,0 +1,1 @@
+"""A client of any OpenAI-compatible server, and `halfbyte chat` over it."""

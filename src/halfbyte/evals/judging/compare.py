@@ -1,0 +1,556 @@
+"""Two runs side by side, item by item: differences with errors, flips, verdicts, guards.
+
+Works on records alone. What blocks a verdict is in `guards`, margins and further looks in `looks`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from halfbyte.errors import UsageError
+from halfbyte.evals.judging.bounds import p_beyond, pair, unseen_share
+from halfbyte.evals.config import differing, differing_judges
+from halfbyte.evals.judging.guards import (
+    Refusals,
+    blockers,
+    endings_apart,
+    refusals,
+    remarks_on_runs,
+    was_asked,
+    why_left_out,
+)
+from halfbyte.evals.judging.looks import (
+    MACRO,
+    Look,
+    Margin,
+    check_names,
+    first_look,
+    margin_of,
+    next_look,
+    read_comparison,
+    seed_shifts,
+)
+from halfbyte.evals.records import (
+    BenchmarkResult,
+    Record,
+    RunRecord,
+    latest,
+    newest,
+    read_records,
+    read_run,
+)
+from halfbyte.evals.judging.stats import (
+    Estimate,
+    Verdict,
+    decide,
+    holm,
+    macro_difference,
+    macro_p_beyond,
+    mcnemar,
+    paired_difference,
+    repeat_noise,
+    sign_flip,
+    unpaired_difference,
+)
+from halfbyte.evals.tasks.suite import BENCHMARKS
+
+_FLIPS_KEPT = 40
+
+# Settings that may differ between arms without changing what is asked.
+_IGNORED_SETTINGS = ("repeats", "limit", "seed_shift")
+
+# Why an INCONCLUSIVE is one: no verdict may be read; a loss is shown, but not whether it is beyond
+# the margin; the interval holds both no loss and one beyond the margin.
+Reason = Literal["", "blocked", "loss shown", "too wide"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """An item whose score moved; `change` is candidate minus baseline, mean over repeats."""
+
+    item_id: str
+    stratum: str
+    gold: str
+    change: float
+    baseline_extracted: str | None
+    candidate_extracted: str | None
+    baseline_answer: str
+    candidate_answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkComparison:
+    """Candidate minus baseline on one benchmark; scores in [0, 1].
+
+    difference        paired, clustered; its ends are those that the verdict uses; `fixed_error` is
+                      the part of the error that repeats alone explain
+    unpaired_error    what the error would be without pairing
+    p_value           of no difference, two-sided: exact McNemar on single answers that stand
+                      alone, else sign flips of items or groups; Holm beside it
+    p_beyond          of a loss no larger than the margin, one-sided; NO-GO needs Holm's below the
+                      level
+    lost, won         items right in the baseline only, in the candidate only (single answers);
+                      with repeats, items whose mean fell or rose
+    reason            why it is INCONCLUSIVE; `blockers` and `stops` (of a GO only) say what blocks
+    unseen_share      share of items of this kind of which the set may hold none (`bounds`)
+    """
+
+    name: str
+    title: str
+    baseline: float
+    candidate: float
+    items: int
+    repeats: int
+    difference: Estimate
+    fixed_error: float | None
+    unpaired_error: float
+    test: str
+    p_value: float
+    p_value_holm: float
+    lost: int
+    won: int
+    unchanged: int
+    p_beyond: float
+    p_beyond_holm: float
+    verdict: Verdict
+    reason: Reason
+    margin: float
+    margin_origin: str
+    lower_one_sided: float
+    items_to_decide: int | None
+    repeats_to_decide: int | None
+    full_items: int
+    unseen_share: float
+    by_stratum: Mapping[str, Mapping[str, float | None]]
+    flips: Sequence[Flip]
+    blockers: Sequence[str]
+    stops: Sequence[str]
+    remarks: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two runs compared; `verdict` is over all benchmarks and the macro mean.
+
+    left_out  benchmarks that were not compared, with the reason; `not_asked` names those of them
+              that neither arm was asked
+    macro     over the benchmarks that nothing blocks
+    reason    why the whole is INCONCLUSIVE: blocked comes before a loss, a loss before too wide
+    margins   of every benchmark compared and of the macro mean
+    """
+
+    baseline: str
+    candidate: str
+    baseline_run: str
+    candidate_run: str
+    is_a_a: bool
+    seed_shifts: Sequence[int]
+    look: Look
+    benchmarks: Mapping[str, BenchmarkComparison]
+    left_out: Mapping[str, str]
+    not_asked: Sequence[str]
+    macro: Estimate
+    macro_p_beyond_holm: float
+    macro_verdict: Verdict
+    macro_margin: float
+    margins: Mapping[str, float]
+    verdict: Verdict
+    reason: Reason
+    remarks: Sequence[str]
+
+
+def compare_runs(
+    baseline: Path,
+    candidate: Path,
+    margins: Mapping[str, float | Margin] | None = None,
+    *,
+    looks: int = 1,
+    after: Path | None = None,
+) -> Comparison:
+    """Compare two run folders.
+
+    margins  benchmark (or "macro") -> score, or a `Margin` that says where it came from; they
+             override the defaults
+    looks    how many looks at these arms are planned in all
+    after    JSON of the earlier comparison, where this is a further look
+
+    Raises UsageError if the runs share no benchmark or asked different things, if a margin is
+    nobody's, and for a further look that would not be honest (`looks.next_look`).
+    """
+    b, c = read_run(baseline), read_run(candidate)
+    _check_comparable(b, c)
+    given = {
+        name: value if isinstance(value, Margin) else Margin(value, "flag")
+        for name, value in (margins or {}).items()
+    }
+    names = list(dict.fromkeys([*b.benchmarks, *c.benchmarks]))
+    check_names(given, names)
+    every_margin = {name: margin_of(name, given) for name in (*names, MACRO)}
+    earlier = None if after is None else read_comparison(after)
+    look = first_look(looks)
+    if after is not None and earlier is not None:
+        if looks != 1:
+            raise UsageError(
+                f"--looks {looks} with --after {after}: how many looks there are was settled with "
+                "the first one; leave --looks out"
+            )
+        look = next_look(after, earlier, every_margin, seed_shifts(b, c))
+    left_out, not_asked = _left_out(b, c, earlier)
+    compared = {
+        name: _compare_benchmark(
+            b.benchmarks[name],
+            c.benchmarks[name],
+            _records(baseline, name),
+            _records(candidate, name),
+            every_margin[name],
+            look,
+            draws_repeats=b.settings.get("temperature") != 0,
+        )
+        for name in names
+        if name not in left_out
+    }
+    return _concluded(b, c, look, compared, left_out, not_asked, every_margin)
+
+
+def _left_out(
+    b: RunRecord, c: RunRecord, earlier: Mapping[str, Any] | None
+) -> tuple[dict[str, str], list[str]]:
+    """Benchmarks that cannot be compared, and which of them neither arm was asked."""
+    left_out: dict[str, str] = {}
+    not_asked = []
+    for name in dict.fromkeys([*b.benchmarks, *c.benchmarks]):
+        one, two = b.benchmarks.get(name), c.benchmarks.get(name)
+        if reason := why_left_out(one, two):
+            left_out[name] = reason
+            if not was_asked(one, two):
+                not_asked.append(name)
+    if earlier is not None:
+        before = {*earlier["benchmarks"], *earlier["left_out"]} - set(earlier["not_asked"])
+        for name in sorted(before - {*b.benchmarks, *c.benchmarks}):
+            left_out[name] = "asked at the earlier look, not at this one"
+    return left_out, not_asked
+
+
+def _records(folder: Path, name: str) -> dict[tuple[str, int], Record]:
+    file = newest(folder / name, "samples", "jsonl")
+    if file is None:
+        raise UsageError(f"{folder / name}: no samples.jsonl")
+    return latest(read_records(file))
+
+
+def _check_comparable(b: RunRecord, c: RunRecord) -> None:
+    def asked(run: RunRecord) -> dict[str, Any]:
+        return {k: v for k, v in run.settings.items() if k not in _IGNORED_SETTINGS}
+
+    changed = differing(asked(b), asked(c))
+    changed += [f"judge {text}" for text in differing_judges(b.judge or {}, c.judge or {})]
+    if changed:
+        raise UsageError(f"the runs differ in {'; '.join(changed)}: not compared")
+
+
+def _compare_benchmark(
+    b: BenchmarkResult,
+    c: BenchmarkResult,
+    b_records: Mapping[tuple[str, int], Record],
+    c_records: Mapping[tuple[str, int], Record],
+    margin: Margin,
+    look: Look,
+    *,
+    draws_repeats: bool,
+) -> BenchmarkComparison:
+    """One row, its verdict not yet corrected for the looks at other benchmarks (`_judged`).
+
+    draws_repeats  repeats are answers of their own; at temperature 0 they are copies of one
+    """
+    pairs, dropped = _pairs(b_records, c_records)
+    if not pairs:
+        raise UsageError(f"{b.title}: the two runs have no item in common")
+    items = sorted(pairs)
+    b_scores = [[one.score or 0.0 for one, _ in pairs[i]] for i in items]
+    c_scores = [[two.score or 0.0 for _, two in pairs[i]] for i in items]
+    b_means = [sum(s) / len(s) for s in b_scores]
+    c_means = [sum(s) / len(s) for s in c_scores]
+    first = [pairs[i][0][0] for i in items]
+    known = BENCHMARKS.get(b.name)
+    groups = [r.group for r in first] if known is not None and known.has_groups else None
+    repeats = min(len(s) for s in b_scores)
+    draws = repeats if draws_repeats else 1
+    difference = paired_difference(b_means, c_means, groups, repeats=draws, level=look.level)
+    changes = [y - x for x, y in zip(b_means, c_means, strict=True)]
+    fixed = repeat_noise(b_scores, c_scores) if draws_repeats else None
+    decision = decide(
+        difference,
+        margin.value,
+        repeats=draws,
+        fixed_error=fixed,
+        full_items=b.full_items,
+        level=look.next_level or look.level,
+    )
+    lost, won = sum(d < 0 for d in changes), sum(d > 0 for d in changes)
+    # Flips are independent only where neither repeats nor groups tie them together.
+    is_exact = repeats == 1 and groups is None and {*b_means, *c_means} <= {0.0, 1.0}
+    p_value = mcnemar(lost, won) if is_exact else sign_flip(changes, groups)
+    beyond = p_beyond(pair(b_means, c_means, groups, draws=draws), margin.value)
+    apart, by_chance = endings_apart(pairs, items, groups)
+    unanswered, remarks = _refused(refusals(pairs), difference, margin.value)
+    return BenchmarkComparison(
+        name=b.name,
+        title=b.title,
+        baseline=sum(b_means) / len(items),
+        candidate=sum(c_means) / len(items),
+        items=len(items),
+        repeats=repeats,
+        difference=difference,
+        fixed_error=fixed,
+        unpaired_error=unpaired_difference(b_means, c_means, groups).standard_error,
+        test="exact McNemar on flips" if is_exact else "sign-flip permutation",
+        p_value=p_value,
+        p_value_holm=p_value,
+        lost=lost,
+        won=won,
+        unchanged=len(items) - lost - won,
+        p_beyond=beyond,
+        p_beyond_holm=beyond,
+        verdict="INCONCLUSIVE",
+        reason="",
+        margin=margin.value,
+        margin_origin=margin.origin,
+        lower_one_sided=decision.lower_one_sided,
+        items_to_decide=decision.items_to_decide,
+        repeats_to_decide=decision.repeats_to_decide,
+        full_items=b.full_items,
+        unseen_share=unseen_share(difference.num_groups),
+        by_stratum=_strata(first, changes, groups),
+        flips=_flips(items, pairs, changes),
+        blockers=[*blockers(b, c, pairs, dropped), *unanswered],
+        stops=apart,
+        remarks=[*remarks, *by_chance, *_remarks(b, c, difference, fixed, pairs)],
+    )
+
+
+def _pairs(
+    b: Mapping[tuple[str, int], Record], c: Mapping[tuple[str, int], Record]
+) -> tuple[dict[str, list[tuple[Record, Record]]], int]:
+    """Items present in both arms with all their repeats scored; how many were left out."""
+    repeats = sorted({repeat for _, repeat in b} & {repeat for _, repeat in c})
+    names = {item for item, _ in (*b, *c)}
+    found: dict[str, list[tuple[Record, Record]]] = {}
+    for name in names:
+        row = [(b.get((name, r)), c.get((name, r))) for r in repeats]
+        whole = [(x, y) for x, y in row if x and y and x.score is not None and y.score is not None]
+        if repeats and len(whole) == len(repeats):
+            found[name] = whole
+    return found, len(names) - len(found)
+
+
+def _refused(share: Refusals, difference: Estimate, margin: float) -> tuple[list[str], list[str]]:
+    """What refused requests block, or else leave to be said.
+
+    They count as wrong, but were never answered: a verdict stands only if it would with every one
+    of them answered the other way.
+    """
+    if share.baseline == share.candidate == 0:
+        return [], []
+    text = (
+        f"the server refused {100 * share.baseline:.1f} % of the baseline's and "
+        f"{100 * share.candidate:.1f} % of the candidate's requests; they count as wrong"
+    )
+    may_hide = difference.low > -margin >= difference.low - share.baseline
+    may_feign = difference.high < -margin <= difference.high + share.candidate
+    if may_hide or may_feign:
+        return [f"{text}, and the verdict could be another had they been answered"], []
+    return [], [text]
+
+
+def _remarks(
+    b: BenchmarkResult,
+    c: BenchmarkResult,
+    difference: Estimate,
+    fixed: float | None,
+    pairs: Mapping[str, Sequence[tuple[Record, Record]]],
+) -> list[str]:
+    remarks = []
+    if b.max_tokens != c.max_tokens:
+        remarks.append(
+            f"at most {b.max_tokens:,} output tokens in the baseline, {c.max_tokens:,} in the "
+            "candidate"
+        )
+    if b.left_out:
+        remarks.append(f"{len(b.left_out)} items were asked in neither arm: no grader scores them")
+    if fixed is not None and difference.standard_error > 2 * fixed > 0:
+        remarks.append("some items really moved: the error is twice what repeats explain")
+    if _are_copies(pairs):
+        remarks.append(
+            "asked again, the server gave every answer letter by letter: the repeats are copies "
+            "and show less than their number"
+        )
+    return remarks
+
+
+def _are_copies(pairs: Mapping[str, Sequence[tuple[Record, Record]]]) -> bool:
+    """Whether, in both arms, all repeats of each item have the same text."""
+    if any(len(row) < 2 for row in pairs.values()):
+        return False
+    return all(
+        len({(row[side].reasoning, row[side].answer, row[side].score) for row in rows}) == 1
+        for rows in pairs.values()
+        for side in (0, 1)
+    )
+
+
+def _concluded(
+    b: RunRecord,
+    c: RunRecord,
+    look: Look,
+    compared: Mapping[str, BenchmarkComparison],
+    left_out: Mapping[str, str],
+    not_asked: Sequence[str],
+    margins: Mapping[str, Margin],
+) -> Comparison:
+    """Corrections over all benchmarks, verdicts, and the verdict of the whole."""
+    free = {name: row for name, row in compared.items() if not row.blockers}
+    differences = [row.difference for row in free.values()]
+    macro, macro_margin = macro_difference(differences, look.level), margins[MACRO].value
+    macro_p = macro_p_beyond(differences, macro_margin, look.level)
+    looked_at = {name: row.p_beyond for name, row in free.items()}
+    # The mean of one benchmark is no further look.
+    if len(free) > 1:
+        looked_at[MACRO] = macro_p
+    beyond = holm({name: p for name, p in looked_at.items() if not math.isnan(p)})
+    macro_p = beyond.get(MACRO, macro_p)
+    equal = holm({name: row.p_value for name, row in compared.items()})
+    rows = {
+        name: _judged(row, equal[name], beyond.get(name, math.nan), look.level)
+        for name, row in compared.items()
+    }
+    is_whole = bool(free) and len(free) == len(compared) and set(left_out) <= set(not_asked)
+    macro_verdict: Verdict = "INCONCLUSIVE"
+    if macro_p < look.level and macro.high < -macro_margin:
+        macro_verdict = "NO-GO"
+    elif is_whole and macro.low > -macro_margin:
+        macro_verdict = "GO"
+    verdict = _overall([*(x.verdict for x in rows.values()), macro_verdict], is_whole)
+    return Comparison(
+        baseline=b.arm,
+        candidate=c.arm,
+        baseline_run=b.run_id,
+        candidate_run=c.run_id,
+        is_a_a=bool(b.checkpoint) and b.checkpoint == c.checkpoint,
+        seed_shifts=seed_shifts(b, c),
+        look=look,
+        benchmarks=rows,
+        left_out=left_out,
+        not_asked=not_asked,
+        macro=macro,
+        macro_p_beyond_holm=macro_p,
+        macro_verdict=macro_verdict,
+        macro_margin=macro_margin,
+        margins={name: margins[name].value for name in (*compared, MACRO)},
+        verdict=verdict,
+        reason=_whole_reason(rows, macro, is_whole) if verdict == "INCONCLUSIVE" else "",
+        remarks=remarks_on_runs(b, c),
+    )
+
+
+def _judged(
+    row: BenchmarkComparison, p_value_holm: float, p_beyond_holm: float, level: float
+) -> BenchmarkComparison:
+    """The row with its corrected p values, verdict and reason."""
+    verdict: Verdict = "INCONCLUSIVE"
+    reason: Reason = ""
+    d = row.difference
+    if not row.blockers:
+        if d.low > -row.margin and not row.stops:
+            verdict = "GO"
+        elif d.high < -row.margin and p_beyond_holm < level:
+            verdict = "NO-GO"
+    if verdict == "INCONCLUSIVE":
+        is_stopped = bool(row.stops) and d.low > -row.margin
+        shown: Reason = "loss shown" if d.high < 0 else "too wide"
+        reason = "blocked" if row.blockers or is_stopped else shown
+    return replace(
+        row,
+        p_value_holm=p_value_holm,
+        p_beyond_holm=p_beyond_holm,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _whole_reason(
+    rows: Mapping[str, BenchmarkComparison], macro: Estimate, is_whole: bool
+) -> Reason:
+    reasons = {row.reason for row in rows.values()}
+    if not is_whole or "blocked" in reasons:
+        return "blocked"
+    # Many losses that are too small to be shown one by one may show in their mean.
+    return "loss shown" if "loss shown" in reasons or macro.high < 0 else "too wide"
+
+
+def _strata(
+    first: Sequence[Record], changes: Sequence[float], groups: Sequence[str] | None
+) -> dict[str, dict[str, float | None]]:
+    """Differences by stratum; no interval where a stratum is a single group."""
+    table: dict[str, list[int]] = {}
+    for index, record in enumerate(first):
+        table.setdefault(record.stratum, []).append(index)
+    rows: dict[str, dict[str, float | None]] = {}
+    for stratum, members in sorted(table.items()):
+        values = [changes[i] for i in members]
+        labels = None if groups is None else [groups[i] for i in members]
+        e = paired_difference([0.0] * len(values), values, labels)
+        is_known = e.num_groups > 1
+        rows[stratum] = {
+            "items": len(values),
+            "difference": e.mean,
+            "low": e.low if is_known else None,
+            "high": e.high if is_known else None,
+        }
+    return rows
+
+
+def _flips(
+    items: Sequence[str],
+    pairs: Mapping[str, Sequence[tuple[Record, Record]]],
+    changes: Sequence[float],
+) -> list[Flip]:
+    """The items that moved most, losses first; with the first repeat in which the arms differ."""
+    moved = [(d, i) for d, i in zip(changes, items, strict=True) if d != 0]
+    flips = []
+    for change, item in sorted(moved, key=lambda pair: (-abs(pair[0]), pair[0], pair[1])):
+        one, two = next((x, y) for x, y in pairs[item] if x.score != y.score)
+        flips.append(
+            Flip(
+                item, one.stratum, one.gold, change, one.extracted, two.extracted,
+                one.answer, two.answer,
+            )
+        )  # fmt: skip
+    return flips[:_FLIPS_KEPT]
+
+
+def _overall(verdicts: Sequence[Verdict], is_whole: bool) -> Verdict:
+    if "NO-GO" in verdicts:
+        return "NO-GO"
+    return "GO" if is_whole and all(v == "GO" for v in verdicts) else "INCONCLUSIVE"
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write a comparison as JSON, whole or not at all; NaN becomes null."""
+    draft = path.with_suffix(".tmp")
+    text = json.dumps(_without_nan(asdict(comparison)), indent=1, ensure_ascii=False)
+    draft.write_text(text + "\n")
+    os.replace(draft, path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(member) for member in value]
+    return value

@@ -1,0 +1,1 @@
+"""Ask the items of a benchmark, grade and record the answers."""

@@ -1,0 +1,323 @@
+"""A suite against an endpoint, start to end: load, check, run each benchmark, write the record.
+
+Calls `run` (which needs the `eval` extra) only when there is something to run.
+"""
+
+import asyncio
+import datetime
+import os
+import platform
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.evals import sandbox
+from halfbyte.evals.config import RunConfig, differing, differing_judges
+from halfbyte.evals.running.endpoint import Endpoint
+from halfbyte.evals.grading import scripts
+from halfbyte.evals.grading.numbers import check_algebra
+from halfbyte.evals.records import (
+    FORMAT,
+    BenchmarkResult,
+    RunRecord,
+    read_lines,
+    read_run,
+    time_spent,
+    write_run,
+)
+from halfbyte.evals.score import CodeRunner
+from halfbyte.evals.judging.summary import summarise
+from halfbyte.evals.tasks.benchmark import Benchmark, Loaded
+from halfbyte.log import logger
+
+_PACKAGES = (
+    "halfbyte", "inspect-ai", "openai", "math-verify", "if-verifiable", "nltk", "scipy", "numpy",
+)  # fmt: skip
+
+
+class Prepared(NamedTuple):
+    """What a run needs and has: samples by benchmark, and why some benchmarks have none."""
+
+    loaded: Mapping[str, Loaded]
+    absent: Mapping[str, str]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load every item and check what needs no server, so that none is started in vain.
+
+    Raises UsageError (data missing, settings differ from the folder's run), UnsupportedError if a
+    grader's needs are not met.
+    """
+    if (config.out / "run.json").exists():
+        run = read_run(config.out / "run.json")
+        _refuse_if(config, differing(run.settings, config.settings()))
+    loaded, absent = _load_all(config)
+    _check_graders(config, loaded)
+    return Prepared(loaded, absent)
+
+
+def evaluate(
+    config: RunConfig,
+    endpoint: Endpoint,
+    checkpoint: Mapping[str, Any],
+    command: str,
+    prepared: Prepared,
+) -> RunRecord:
+    """Run, or resume, and return the record that stands in ``config.out / "run.json"``.
+
+    checkpoint  what is known of the weights behind the endpoint; {} if nothing
+    prepared    what `prepare` made of the same config
+    Raises UsageError (what is asked differs from the folder's run) before anything is asked.
+    """
+    # Optional dependency, extra `eval`: the one place that needs inspect-ai.
+    try:
+        from halfbyte.evals.running import run as runner
+    except ImportError as missing:
+        raise UnsupportedError(
+            f"running benchmarks needs the eval extra ({missing}); pip install 'halfbyte[eval]'"
+        ) from missing
+    loaded, absent = prepared
+    run = _begin(config, endpoint, checkpoint, command)
+    results: dict[str, BenchmarkResult] = dict(run.benchmarks)
+    for benchmark in config.benchmarks:
+        if benchmark.name in absent:
+            results[benchmark.name] = _not_measured(benchmark, config, absent[benchmark.name])
+            continue
+        data = loaded[benchmark.name]
+        repeats = config.repeats or benchmark.repeats
+        prompt_id = _prompt_id(benchmark, config)
+        prompts = runner.all_prompts_sha256(benchmark, config, data.samples)
+        _check_same_prompts(config.out / benchmark.name, prompts)
+        records = runner.run_benchmark(
+            benchmark,
+            data,
+            config,
+            endpoint,
+            run_id=run.run_id,
+            prompt_id=prompt_id,
+            prompts_sha256=prompts,
+            repeats=repeats,
+            code=_code_runner(benchmark, config),
+        )
+        results[benchmark.name] = summarise(
+            _identity(benchmark, config, data, prompt_id, prompts),
+            records,
+            expected=[(s.item_id, r) for s in data.samples for r in range(repeats)],
+            partial=config.partial,
+            has_groups=benchmark.has_groups,
+            wall_s=time_spent(config.out / benchmark.name),
+        )
+        run = _finished(run, results)
+        write_run(config.out / "run.json", run)
+    run = _finished(run, results)
+    write_run(config.out / "run.json", run)
+    return run
+
+
+def _code_runner(benchmark: Benchmark, config: RunConfig) -> CodeRunner | None:
+    if benchmark.kind != "code":
+        return None
+    python = sandbox.interpreter(_code_python(config))
+    return CodeRunner(python, config.code_limits, asyncio.Semaphore(os.cpu_count() or 1))
+
+
+def _load_all(config: RunConfig) -> tuple[dict[str, Loaded], dict[str, str]]:
+    """Every benchmark's samples, and why some have none; all complaints at once."""
+    loaded: dict[str, Loaded] = {}
+    absent: dict[str, str] = {}
+    for benchmark in config.benchmarks:
+        try:
+            loaded[benchmark.name] = benchmark.load(config.options)
+        except (UsageError, UnsupportedError) as reason:
+            absent[benchmark.name] = str(reason)
+    if absent and not config.allow_missing:
+        reasons = "\n  ".join(absent.values())
+        raise UsageError(
+            f"{len(absent)} of {len(config.benchmarks)} benchmarks cannot be run:\n  {reasons}\n"
+            "With --allow-missing they are recorded as not measured."
+        )
+    for name, why in absent.items():
+        logger.warning("%s is not measured: %s", name, why)
+    return loaded, absent
+
+
+def _check_graders(config: RunConfig, loaded: Mapping[str, Loaded]) -> None:
+    kinds = {b.kind for b in config.benchmarks if b.name in loaded}
+    if "judged" in kinds and config.judge is None:
+        raise UsageError("AA-LCR needs a judge: --judge ENDPOINT --judge-model NAME")
+    if "code" in kinds:
+        python = sandbox.interpreter(_code_python(config))
+        active = sandbox.isolation()
+        scripts.check_interpreter(python)
+        logger.info("generated code runs under %s: %s", python.path, ", ".join(active))
+        _warn_about_versions(python)
+    if any(b.needs_algebra for b in config.benchmarks if b.name in loaded):
+        check_algebra()
+
+
+def _code_python(config: RunConfig) -> str:
+    if config.code_python is None:
+        raise UsageError(
+            "SciCode needs an interpreter of its own for generated code: --code-python PATH, made "
+            "with `python3.11 -m venv code && code/bin/pip install 'numpy<2' 'scipy>=1.10,<1.14' "
+            "sympy matplotlib h5py`"
+        )
+    return config.code_python
+
+
+def _warn_about_versions(python: sandbox.Interpreter) -> None:
+    numpy, scipy = python.versions.get("numpy", "none"), python.versions.get("scipy", "none")
+    if not numpy.startswith("1.") or scipy.split(".")[:2] not in (
+        ["1", "10"], ["1", "11"], ["1", "12"], ["1", "13"],
+    ):  # fmt: skip
+        logger.warning(
+            "generated code gets NumPy %s and SciPy %s; SciCode's tests want NumPy < 2 and "
+            "SciPy 1.10 to 1.13 (scipy.integrate.simps is gone since 1.14)", numpy, scipy,
+        )  # fmt: skip
+
+
+def _begin(
+    config: RunConfig, endpoint: Endpoint, checkpoint: Mapping[str, Any], command: str
+) -> RunRecord:
+    """A new run, or the folder's own if its settings are the same."""
+    settings = config.settings()
+    path = config.out / "run.json"
+    if path.exists():
+        run = read_run(path)
+        changed = differing(run.settings, settings)
+        for name, was, now in (("arm", run.arm, config.arm), ("model", run.model, endpoint.model)):
+            if was != now:
+                changed.append(f"{name}: {was!r} and {now!r}")
+        if run.checkpoint.get("headers sha256") != checkpoint.get("headers sha256"):
+            changed.append("the checkpoint's tensors")
+        elif run.checkpoint.get("identity", now_is := checkpoint.get("identity")) != now_is:
+            changed.append("the checkpoint's weights")
+        judge, limits = _judge_of(config), _sandbox_of(config)
+        if run.judge and judge:
+            changed += [f"judge {text}" for text in differing_judges(run.judge, judge)]
+        if run.sandbox and limits and run.sandbox.get("limits") != limits.get("limits"):
+            changed.append("limits of generated code")
+        _refuse_if(config, changed)
+        # Benchmarks that need a judge or a sandbox may come later than the others.
+        return replace(run, judge=run.judge or judge, sandbox=run.sandbox or limits)
+    run = RunRecord(
+        format=FORMAT,
+        run_id=f"{config.arm}-{uuid.uuid4().hex[:12]}",
+        arm=config.arm,
+        model=endpoint.model,
+        endpoint=endpoint.url,
+        server=endpoint.server,
+        checkpoint=checkpoint,
+        settings=settings,
+        judge=_judge_of(config),
+        sandbox=_sandbox_of(config),
+        packages=_versions(),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        command=command,
+        started=_now(),
+        finished="",
+        benchmarks={},
+    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_run(path, run)
+    return run
+
+
+def _refuse_if(config: RunConfig, changed: Sequence[str]) -> None:
+    if changed:
+        raise UsageError(
+            f"{config.out} holds a run with other settings ({'; '.join(changed)}); "
+            "resume with the same ones, or choose another --out"
+        )
+
+
+def _judge_of(config: RunConfig) -> dict[str, Any] | None:
+    is_needed = any(b.kind == "judged" for b in config.benchmarks)
+    return config.judge.public() if config.judge and is_needed else None
+
+
+def _sandbox_of(config: RunConfig) -> dict[str, Any] | None:
+    has_code = any(b.kind == "code" for b in config.benchmarks)
+    if not has_code or config.code_python is None:
+        return None
+    try:
+        active = sandbox.isolation()
+    except UnsupportedError as reason:
+        return {"unavailable": str(reason)}
+    python = sandbox.interpreter(_code_python(config))
+    return {
+        "isolation": active, "limits": asdict(config.code_limits), "versions": dict(python.versions)
+    }  # fmt: skip
+
+
+def _check_same_prompts(folder: Path, prompts: str) -> None:
+    for session in read_lines(folder / "sessions.jsonl"):
+        if session["prompts_sha256"] != prompts:
+            raise UsageError(
+                f"{folder.name}: the rendered requests differ from those this folder's run began "
+                "with (other items or another prompt); choose another --out"
+            )
+
+
+def _prompt_id(benchmark: Benchmark, config: RunConfig) -> str:
+    return benchmark.prompt_id.format_map(asdict(config.options))
+
+
+def _identity(
+    benchmark: Benchmark, config: RunConfig, data: Loaded | None, prompt_id: str, prompts: str
+) -> dict[str, Any]:
+    notes = list(benchmark.notes)
+    if data is not None and data.provenance.note:
+        notes.append(data.provenance.note)
+    if data is not None and len(data.samples) < benchmark.full_items:
+        notes.append(f"{len(data.samples)} of {benchmark.full_items} items")
+    return {
+        "name": benchmark.name,
+        "title": benchmark.title,
+        "full_items": benchmark.full_items,
+        "prompt_id": prompt_id,
+        "prompts_sha256": prompts,
+        "scorer": benchmark.scorer,
+        "source": benchmark.source,
+        "licence": benchmark.licence,
+        "notes": notes,
+        "provenance": asdict(data.provenance) if data else {},
+        "max_tokens": config.sampling.max_tokens,
+        "left_out": dict(data.left_out) if data else {},
+    }
+
+
+def _not_measured(benchmark: Benchmark, config: RunConfig, reason: str) -> BenchmarkResult:
+    identity = _identity(benchmark, config, None, _prompt_id(benchmark, config), "")
+    empty = summarise(
+        identity, [], expected=[], partial=False, has_groups=benchmark.has_groups, wall_s=0.0
+    )
+    return replace(empty, status="not measured", reason=reason)
+
+
+def _finished(run: RunRecord, results: Mapping[str, BenchmarkResult]) -> RunRecord:
+    return replace(run, benchmarks=dict(results), finished=_now())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def default_arm(target: str) -> str:
+    """A name for an arm: the folder's, or the host's."""
+    path = Path(target)
+    return path.resolve().name if path.is_dir() else target.split("//")[-1].split("/")[0]

@@ -1,0 +1,545 @@
+"""Run one benchmark against an endpoint; inspect-ai carries the requests, this file its load.
+
+One inspect sample is one trajectory (an item, or a SciCode problem) in one repeat. The solver asks
+for what the journal does not hold and writes each raw answer the moment it arrives; the scorer
+grades and writes the record. So a kill costs the attempts in flight, and a resumed run asks for
+nothing twice. inspect-ai's logs hold the same records (`records_of_log`), for its viewer.
+
+This and `provider` alone of `evals` import inspect-ai (decision 0013).
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inspect_ai import Task
+from inspect_ai import eval as inspect_eval
+from inspect_ai.dataset import MemoryDataset
+from inspect_ai.dataset import Sample as InspectSample
+from inspect_ai.log import read_eval_log_samples
+from inspect_ai.model import (
+    ChatMessageUser,
+    ContentImage,
+    ContentText,
+    GenerateConfig,
+    Model,
+    ModelOutput,
+    get_model,
+)
+from inspect_ai.scorer import Score as InspectScore
+from inspect_ai.scorer import mean, scorer
+from inspect_ai.solver import solver
+
+from halfbyte.errors import UsageError
+from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
+from halfbyte.evals.running.endpoint import Endpoint
+from halfbyte.evals.running.progress import Progress
+from halfbyte.evals.running.provider import PROVIDER
+from halfbyte.evals.running.reasoning import split_reasoning
+from halfbyte.evals.records import (
+    Journal,
+    Record,
+    latest,
+    make_record,
+    mark_session,
+    read_attempts,
+    read_records,
+    record_row,
+    without_texts,
+)
+from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
+from halfbyte.evals.tasks.benchmark import Benchmark, Loaded
+from halfbyte.evals.types import MISSING_CAUSES, Attempt, Image, Prompt, Sample
+from halfbyte.log import logger
+
+Key = tuple[str, int]
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
+_REFUSALS = (400, 413, 422)  # the request itself is not acceptable
+_SETUP_FAULTS = (401, 402, 403, 404)  # no request of this run will be acceptable
+_PROMPT_MARGIN_TOKENS = 256
+# Eight letters, or a run of one mark or of blanks, are seldom more than a token; a digit, or a
+# letter beyond ASCII, may be one by itself.
+_PIECE = re.compile(r"[A-Za-z]{1,8}|\d|([^\w\s])\1*|[^\sA-Za-z0-9]|\s{2,}|\n")
+
+
+@dataclass(slots=True)
+class Room:
+    """The mutable state of one benchmark's run: journals and what they hold.
+
+    open_attempts  answered but not graded; emptied as trajectories finish, so memory stays flat
+    """
+
+    benchmark: Benchmark
+    config: RunConfig
+    endpoint: Endpoint
+    prompt_id: str
+    run_id: str
+    max_tokens: int
+    attempts: Journal
+    samples: Journal
+    progress: Progress
+    graders: Graders
+    answered: dict[Key, Attempt] = field(default_factory=dict)
+    graded: set[Key] = field(default_factory=set)
+    clients: list[Model] = field(default_factory=list)
+    open_units: int = 0
+    fault: str | None = None
+
+
+def trajectories(benchmark: Benchmark, samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Samples that must be asked in order by one asker: a problem's steps, else one item each."""
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        key = sample.group if benchmark.is_trajectory else sample.item_id
+        found.setdefault(key, []).append(sample)
+    return found
+
+
+def prompt_sha256(prompt: Prompt) -> str:
+    """Hash of a rendered prompt, images included."""
+    parts = [("image", p.uri) if isinstance(p, Image) else ("text", p.text) for p in prompt]
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
+
+
+def all_prompts_sha256(benchmark: Benchmark, config: RunConfig, samples: Sequence[Sample]) -> str:
+    """Hash over all rendered requests; of a trajectory the first, which needs no answers."""
+    digest = hashlib.sha256(benchmark.prompt_id.encode())
+    for name, members in sorted(trajectories(benchmark, samples).items()):
+        rendered = prompt_sha256(benchmark.prompt(members[0], (), config.options))
+        digest.update(f"{name} {rendered} {len(members)}\n".encode())
+    return digest.hexdigest()
+
+
+def max_tokens_for(prompt: Prompt, limit: int, context_tokens: int | None) -> int:
+    """Output limit of one request: the configured one, or what the context leaves.
+
+    The prompt's length is bounded from above without a tokenizer, so that both arms get the same
+    limit: 2,800 tokens an image, `most_tokens` for a text.
+    """
+    if context_tokens is None:
+        return limit
+    taken = sum(2_800 if isinstance(p, Image) else most_tokens(p.text) for p in prompt)
+    return min(limit, max(16, context_tokens - taken - _PROMPT_MARGIN_TOKENS))
+
+
+def most_tokens(text: str) -> int:
+    """A number of tokens that a text will hardly exceed, whatever the vocabulary.
+
+    On the 30 document sets of AA-LCR it is 1.11 to 1.25 times the count of a 131,072-entry
+    vocabulary. Characters alone would not do: those texts have 2.5 to 4.8 of them to a token, and a
+    bound that holds for the one leaves the longest of the others no room in a context of 196,608.
+    """
+    return sum(1 for _ in _PIECE.finditer(text)) * 23 // 20
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    loaded: Loaded,
+    config: RunConfig,
+    endpoint: Endpoint,
+    *,
+    run_id: str,
+    prompt_id: str,
+    prompts_sha256: str,
+    repeats: int,
+    code: CodeRunner | None,
+) -> list[Record]:
+    """Ask and grade everything that is not yet in the run's folder; returns all records.
+
+    The records come without their texts, which stay in the folder.
+
+    Raises UsageError if the endpoint rejects the run as such (key, model name).
+    """
+    folder = config.out / benchmark.name
+    units = trajectories(benchmark, loaded.samples)
+    total = len(loaded.samples) * repeats
+    room = Room(
+        benchmark=benchmark,
+        config=config,
+        endpoint=endpoint,
+        prompt_id=prompt_id,
+        run_id=run_id,
+        max_tokens=config.sampling.max_tokens,
+        attempts=Journal(folder / "attempts.jsonl"),
+        samples=Journal(folder / "samples.jsonl"),
+        progress=Progress(benchmark.title, total),
+        graders=Graders(None, code),
+    )
+    if config.judge is not None:
+        room.graders = Graders(_judge(config.judge, config, room), code)
+    try:
+        _take_up(room, folder)
+        open_units = [
+            (name, repeat)
+            for repeat in range(repeats)
+            for name, members in units.items()
+            if any((s.item_id, repeat) not in room.graded for s in members)
+        ]
+        if open_units:
+            mark_session(folder, prompts_sha256)
+            _carry(room, units, open_units, folder)
+        room.progress.show(last=True)
+    finally:
+        room.attempts.close()
+        room.samples.close()
+        room.graders.worker.shutdown()
+    if room.fault is not None:
+        raise UsageError(f"{endpoint.url}: {room.fault}; nothing more was asked")
+    wanted = {(s.item_id, r) for s in loaded.samples for r in range(repeats)}
+    records = latest(map(without_texts, read_records(folder / "samples.jsonl")))
+    return [record for key, record in records.items() if key in wanted]
+
+
+def _take_up(room: Room, folder: Path) -> None:
+    """Read what an earlier run left: answers that need no asking, grades that need no grading."""
+    done = {
+        key: record
+        for key, record in latest(
+            map(without_texts, read_records(folder / "samples.jsonl"))
+        ).items()
+        if record.cause not in MISSING_CAUSES
+    }
+    room.graded = set(done)
+    room.progress.resume(list(done.values()))
+    # A later step of a trajectory needs the earlier answers, graded or not.
+    for attempt in read_attempts(folder / "attempts.jsonl"):
+        key = (attempt.item_id, attempt.repeat)
+        is_needed = room.benchmark.is_trajectory or key not in room.graded
+        if is_needed and (attempt.error is None or attempt.refused):
+            room.answered[key] = attempt
+
+
+def _carry(
+    room: Room, units: dict[str, list[Sample]], open_units: Sequence[Key], folder: Path
+) -> None:
+    config = room.config
+    concurrency = config.concurrency or room.benchmark.concurrency
+    model = _model(room.endpoint.url, room.endpoint.model, config.api_key, concurrency, config)
+    room.clients.append(model)
+    room.open_units = len(open_units)
+    _write_first_request(room, units, folder)
+    dataset = MemoryDataset(
+        [
+            InspectSample(
+                input=name, id=f"{name}#{repeat}", metadata={"unit": name, "repeat": repeat}
+            )
+            for name, repeat in open_units
+        ],
+        name=room.benchmark.name,
+    )
+    task = Task(
+        name=room.benchmark.name,
+        dataset=dataset,
+        solver=_solver(room, units, model),
+        scorer=_scorer(room, units),
+    )
+    logs = inspect_eval(
+        task,
+        model=model,
+        display="none",
+        log_dir=str(folder / "inspect"),
+        log_realtime=False,
+        log_images=False,
+        max_samples=concurrency,
+        fail_on_error=False,
+        score_display=False,
+        ctl_server=False,  # no listening socket, and a second less to start
+        acp_server=False,
+    )
+    if not logs:  # what inspect-ai returns when it was interrupted
+        raise KeyboardInterrupt
+    error = logs[0].error
+    if logs[0].status != "success" and error is not None and room.fault is None:
+        room.fault = f"the run stopped: {error.message}"
+
+
+def _model(url: str, name: str, api_key: str, concurrency: int, config: RunConfig) -> Model:
+    return get_model(
+        f"{PROVIDER}/{name}",
+        base_url=url,
+        api_key=api_key,
+        memoize=False,
+        config=GenerateConfig(max_connections=concurrency, max_retries=0),
+        client_timeout=config.timeout_s,
+        max_retries=0,  # of the client library; `_try` counts and bounds the retries
+    )
+
+
+def _write_first_request(room: Room, units: dict[str, list[Sample]], folder: Path) -> None:
+    sample = next(iter(units.values()))[0]
+    prompt = room.benchmark.prompt(sample, (), room.config.options)
+    request = {
+        "item_id": sample.item_id,
+        "prompt_id": room.prompt_id,
+        "prompt_sha256": prompt_sha256(prompt),
+        "messages": [{"role": "user", "content": [asdict(part) for part in prompt]}],
+        "sampling": asdict(room.config.sampling),
+        "seed": seed_for(room.benchmark.name, sample.item_id, 0, room.config.seed_shift),
+    }
+    (folder / "request.json").write_text(json.dumps(request, indent=1, ensure_ascii=False) + "\n")
+
+
+def _solver(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
+    """Answer every sample of a trajectory in order, from the journal where it can.
+
+    Built as a closure: inspect-ai writes the arguments of a solver into its log with every sample.
+    """
+
+    async def answer(name: str, repeat: int) -> None:
+        earlier: list[str] = []
+        for sample in units[name]:
+            key = (sample.item_id, repeat)
+            attempt = room.answered.get(key)
+            if attempt is None:
+                if room.fault is not None:
+                    break
+                try:
+                    attempt = await _ask(room, sample, repeat, earlier, model)
+                    room.attempts.append(asdict(attempt))
+                # inspect-ai keeps to itself what a solver raises; here it ends the run and is said.
+                except Exception as failure:
+                    room.fault = _own_fault("asking", sample.item_id, failure)
+                    break
+                room.answered[key] = attempt
+            earlier.append(attempt.answer)
+
+    @solver
+    def answer_trajectory() -> Any:
+        async def solve(state: Any, generate: Any) -> Any:
+            await answer(state.metadata["unit"], state.metadata["repeat"])
+            return state
+
+        return solve
+
+    return answer_trajectory()
+
+
+def _own_fault(doing: str, item_id: str, failure: Exception) -> str:
+    logger.error("%s item %s failed", doing, item_id, exc_info=failure)
+    return f"{doing} item {item_id} failed: {type(failure).__name__}: {failure}"
+
+
+def _scorer(room: Room, units: dict[str, list[Sample]]) -> Any:
+    """Grade a trajectory, write its records, forget its answers."""
+
+    async def grade(name: str, repeat: int) -> list[dict[str, Any]]:
+        members = units[name]
+        rows: list[dict[str, Any]] = []
+        earlier: list[Attempt] = []
+        for sample in members:
+            attempt = room.answered.get((sample.item_id, repeat))
+            if attempt is None:
+                break
+            if (sample.item_id, repeat) not in room.graded:
+                try:
+                    record = await _grade(room, sample, attempt, earlier)
+                except Exception as failure:
+                    room.fault = _own_fault("recording", sample.item_id, failure)
+                    break
+                rows.append(record_row(record))
+            earlier.append(attempt)
+        for sample in members:
+            room.answered.pop((sample.item_id, repeat), None)
+        return rows
+
+    @scorer(metrics=[mean()])
+    def records_of_trajectory() -> Any:
+        async def score(state: Any, target: Any) -> InspectScore:
+            rows = await grade(state.metadata["unit"], state.metadata["repeat"])
+            room.open_units -= 1
+            if room.open_units == 0:
+                # Connections belong to this loop and must be closed in it.
+                for client in room.clients:
+                    await client.api.aclose()
+            scored = [row["score"] for row in rows if row["score"] is not None]
+            value = sum(scored) / len(scored) if scored else float("nan")
+            # The store of a sample goes into the log; its score would stay in memory to the end.
+            state.store.set("records", rows)
+            return InspectScore(value=value)
+
+        return score
+
+    return records_of_trajectory()
+
+
+async def _grade(
+    room: Room, sample: Sample, attempt: Attempt, earlier: Sequence[Attempt]
+) -> Record:
+    result = await score_attempt(room.benchmark, sample, attempt, earlier, room.graders)
+    record = make_record(room.run_id, room.config.arm, room.prompt_id, sample, attempt, result)
+    room.samples.append(record_row(record))
+    room.progress.add(record)
+    return record
+
+
+async def _ask(
+    room: Room, sample: Sample, repeat: int, earlier: Sequence[str], model: Model
+) -> Attempt:
+    """One request with its retries; whatever happens becomes an attempt."""
+    prompt = room.benchmark.prompt(sample, earlier, room.config.options)
+    seed = seed_for(room.benchmark.name, sample.item_id, repeat, room.config.seed_shift)
+    sampling = room.config.sampling
+    settings = GenerateConfig(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        reasoning_effort=sampling.reasoning_effort,
+        max_tokens=max_tokens_for(prompt, room.max_tokens, room.endpoint.context_tokens),
+        seed=seed,
+    )
+    started = time.monotonic()
+    reply = await _try(room, model, prompt, settings)
+    blank = Attempt(
+        benchmark=room.benchmark.name,
+        item_id=sample.item_id,
+        repeat=repeat,
+        seed=seed,
+        prompt_sha256=prompt_sha256(prompt),
+        max_tokens=settings.max_tokens or 0,
+        answer="",
+        reasoning="",
+        finish_reason="",
+        prompt_tokens=0,
+        completion_tokens=0,
+        reasoning_tokens=0,
+        latency_s=round(time.monotonic() - started, 4),
+        ended=round(time.time(), 3),
+        error=reply.error,
+        refused=reply.refused,
+        retries=reply.retries,
+    )
+    return blank if reply.output is None else _with_output(blank, reply.output)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    output: ModelOutput | None
+    error: str | None = None
+    refused: bool = False
+    retries: int = 0
+
+
+async def _try(room: Room, model: Model, prompt: Prompt, settings: GenerateConfig) -> _Reply:
+    """Ask until there is an answer, a refusal, or the retries are used up."""
+    messages = [_message(prompt)]
+    wait_s = _FIRST_WAIT_S
+    for retry in range(room.config.retries + 1):
+        try:
+            output = await model.generate(messages, config=settings)
+        # The client raises a dozen unrelated types; all of them are this attempt's failure.
+        except Exception as failure:
+            status = _status_of(failure)
+            message = _explain(failure)
+            if status in _REFUSALS:
+                return _Reply(None, message, refused=True, retries=retry)
+            if status in _SETUP_FAULTS:
+                room.fault = message
+                return _Reply(None, message, retries=retry)
+            if retry == room.config.retries or room.fault is not None:
+                return _Reply(None, message, retries=retry)
+            await asyncio.sleep(wait_s * random.uniform(0.75, 1.25))
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        else:
+            return _read_output(output, retry)
+    raise AssertionError("the loop returns")
+
+
+def _status_of(failure: BaseException) -> int | None:
+    """HTTP status behind an exception or any of its causes."""
+    seen: BaseException | None = failure
+    while seen is not None:
+        status = getattr(seen, "status_code", None)
+        if isinstance(status, int):
+            return status
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _explain(failure: BaseException) -> str:
+    """What went wrong, by the server's own words; never the prompt, which some messages repeat."""
+    seen: BaseException | None = failure
+    while seen is not None:
+        said = getattr(seen, "provider_message", None)
+        if said:
+            return str(said)[:500]
+        last, seen = seen, seen.__cause__ or seen.__context__
+    return f"{type(last).__name__}: {last}"[:500]
+
+
+def _read_output(output: ModelOutput, retries: int) -> _Reply:
+    """Tell an answer from the outputs that inspect-ai makes of a rejected prompt."""
+    is_made_up = output.usage is None and output.stop_reason in ("model_length", "content_filter")
+    if is_made_up or not output.choices:
+        return _Reply(None, output.completion[:500] or "no choices", refused=True, retries=retries)
+    return _Reply(output, retries=retries)
+
+
+def _message(prompt: Prompt) -> ChatMessageUser:
+    if len(prompt) == 1 and not isinstance(prompt[0], Image):
+        return ChatMessageUser(content=prompt[0].text)
+    parts: list[Any] = [
+        ContentImage(image=part.uri) if isinstance(part, Image) else ContentText(text=part.text)
+        for part in prompt
+    ]
+    return ChatMessageUser(content=parts)
+
+
+def _with_output(blank: Attempt, output: ModelOutput) -> Attempt:
+    content = output.choices[0].message.content
+    texts, thoughts = [content] if isinstance(content, str) else [], []
+    for part in content if isinstance(content, list) else ():
+        if part.type == "text":
+            texts.append(part.text)
+        elif part.type == "reasoning":
+            thoughts.append(part.reasoning)
+    answer = split_reasoning("".join(texts), "\n".join(thoughts))
+    usage = output.usage
+    is_cut = output.stop_reason in ("max_tokens", "model_length")
+    row = asdict(blank)
+    row.update(
+        answer=answer.text,
+        reasoning=answer.reasoning,
+        finish_reason="length" if is_cut else output.stop_reason,
+        prompt_tokens=usage.input_tokens if usage else 0,
+        completion_tokens=usage.output_tokens if usage else 0,
+        reasoning_tokens=(usage.reasoning_tokens or 0) if usage else 0,
+    )
+    return Attempt(**row)
+
+
+def _judge(judge: JudgeConfig, config: RunConfig, room: Room) -> Judge:
+    """A function that asks the judge, through the same client and retries as the model."""
+    model = _model(judge.url, judge.model, judge.api_key, config.concurrency or 16, config)
+    room.clients.append(model)
+    settings = GenerateConfig(temperature=0.0, max_tokens=judge.max_tokens, seed=0)
+
+    async def ask(prompt: str) -> str:
+        wait_s = _FIRST_WAIT_S
+        for retry in range(config.retries + 1):
+            try:
+                output = await model.generate([ChatMessageUser(content=prompt)], config=settings)
+                return split_reasoning(output.completion).text
+            except Exception as failure:
+                if retry == config.retries:
+                    # Ungraded, which is missing: the run is resumable and prints no score.
+                    return f"(judge failed: {failure})"[:300]
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        raise AssertionError("the loop returns")
+
+    return ask
+
+
+def records_of_log(log_file: Path) -> list[Record]:
+    """The records inside one of inspect-ai's logs; equal to what the journal holds."""
+    found = []
+    for sample in read_eval_log_samples(str(log_file), all_samples_required=False):
+        found += [Record(**row) for row in sample.store.get("records", ())]
+    return found

@@ -1,0 +1,1 @@
+"""How close one checkpoint comes to another: perplexity, divergence, answers that change."""

@@ -1,0 +1,627 @@
+"""How close one checkpoint comes to another: perplexity, KL divergence, agreement, answer flips.
+
+Both models are teacher-forced through the engine's own path (paged cache in the checkpoint's
+format) over windows of the text, each starting afresh. The first token of a window has no
+distribution and is not counted. With both models in memory divergences are over the full
+vocabulary; with a stored baseline they are estimates whose error is stated (`baseline`).
+
+Shapes: N positions of a window, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats as distributions
+from torch import Tensor
+
+from halfbyte.fidelity.baseline import (
+    Baseline,
+    Compact,
+    Divergence,
+    compact,
+    concatenate,
+    divergence,
+)
+from halfbyte.fidelity.choices import Choice, Flips, answer, count_flips, longest
+from halfbyte.chat.tokens import load_chat
+from halfbyte.engine.core import Engine, EngineConfig
+from halfbyte.errors import CheckpointError, UsageError
+from halfbyte.files import read_bounded
+from halfbyte.model.linear import Mode
+
+WINDOW_TOKENS = 512
+FEWEST_UNITS = 3  # two windows or texts say next to nothing of how much others would differ
+_SURE = 0.9
+_PLACES = {"0-1k": (0, 1024), "1k-8k": (1024, 8192), "8k-32k": (8192, 32_768),
+           "32k+": (32_768, None)}  # fmt: skip
+_SEED = 0
+
+
+Floats = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """Ends of a 95 % interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model of a comparison. What compares it with the base is None for the base itself.
+
+    bytes            of its safetensors files
+    perplexity_interval  e to the interval of the mean negative log-prob
+    log_perplexity_change  this one's minus the base's, token by token, with its interval
+    kl_*             KL(base || this) per token, nats
+    kl_lower_mean    a lower bound of kl_mean, and kl_tail_error the standard error of its
+                     estimate, where the base was a compact baseline
+    top1_agreement   share of positions where both find the same token most likely; `unsure` of
+                     those where the base gives its best token less than 0.9
+    kl_by_position   mean by place in the window, such as "1k-8k"; long windows fill more of them
+    flips            answers to multiple-choice items that differ from the base's, if asked for
+    """
+
+    name: str
+    mode: str
+    bytes: int
+    perplexity: float
+    kl_mean: float | None = None
+    kl_interval: Interval | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+    kl_lower_mean: float | None = None
+    kl_tail_error: float | None = None
+    kl_median: float | None = None
+    top1_agreement_unsure: float | None = None
+    kl_by_position: Mapping[str, float] | None = None
+    flips: Flips | None = None
+    perplexity_interval: Interval | None = None
+    log_perplexity_change: float | None = None
+    log_perplexity_change_interval: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """Two candidates on the same tokens: the second's figures minus the first's, paired.
+
+    An interval without zero tells them apart, also where the intervals of both overlap.
+    """
+
+    first: str
+    second: str
+    kl_difference: float
+    kl_interval: Interval | None
+    log_perplexity_difference: float
+    log_perplexity_interval: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A base and what was compared with it, on one text or several.
+
+    method  "full" (both over the whole vocabulary) or "compact" (a stored baseline)
+    pairs   every two candidates
+    """
+
+    base: Row
+    candidates: tuple[Row, ...]
+    text_sha256: str
+    num_windows: int
+    num_tokens: int
+    window_tokens: int
+    method: str
+    num_texts: int = 1
+    pairs: tuple[PairRow, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The base, then the candidates."""
+        return (self.base, *self.candidates)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """A table for people, and in one line what the figures are."""
+        return format_table(self)
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to be scored."""
+
+    name: str
+    mode: Mode
+    num_bytes: int
+    engine: Engine
+
+
+Window = tuple[int, ...]
+Candidate = tuple[str, Path, Mode]
+Progress = Callable[[int, int], None]
+
+
+def compare_models(
+    base_dir: Path,
+    candidates: Sequence[Candidate],
+    text_path: Path | Sequence[Path],
+    *,
+    max_tokens: int | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+    choices: Sequence[Choice] = (),
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare (name, directory, mode) with a base, all in memory at once.
+
+    text_path   one text or several; no window reaches from one into the next
+    max_tokens  use the beginning of each text only
+    choices     multiple-choice items whose answers are compared as well (`encode_choices`)
+    progress    called with windows done and windows in all
+    Raises UsageError for a text that is too short, CheckpointError if vocabularies differ.
+    """
+    texts = read_texts(text_path)
+    room = max(window_tokens, longest(choices))
+    base = load_model(base_dir.name, base_dir, "weight_only", room)
+    others = [load_model(*candidate, room) for candidate in candidates]
+    windows, origins = cut_texts(base_dir, texts, window_tokens, max_tokens)
+    for name, directory, _ in candidates:
+        if cut_texts(directory, texts, window_tokens, max_tokens)[0] != windows:
+            raise CheckpointError(f"{name}: its tokenizer cuts the text differently from the base")
+    base_tally, tallies = Tally(), [Tally() for _ in others]
+    for done, window in enumerate(windows):
+        base_logprobs_NV = window_logprobs(base.engine, window)
+        base_tally.add(base_logprobs_NV, window)
+        for other, tally in zip(others, tallies, strict=True):
+            logprobs_NV = window_logprobs(other.engine, window)
+            _check_vocabulary(other, logprobs_NV, base_logprobs_NV.shape[1])
+            found = full_divergence(base_logprobs_NV, logprobs_NV)
+            tally.add(logprobs_NV, window, found, BestToken(*base_logprobs_NV.max(-1)))
+        if progress is not None:
+            progress(done + 1, len(windows))
+    units = _units(origins)
+    rows = [
+        tally.row(model, units, base_tally.negative_logprobs())
+        for model, tally in zip(others, tallies, strict=True)
+    ]
+    if choices:
+        answers = answer(base.engine, choices)
+        rows = [
+            replace(row, flips=count_flips(choices, answers, answer(other.engine, choices)))
+            for row, other in zip(rows, others, strict=True)
+        ]
+    return Comparison(
+        base=base_tally.row(base, units),
+        candidates=tuple(rows),
+        text_sha256=_sha256("".join(texts)),
+        num_windows=len(windows),
+        num_tokens=sum(len(window) - 1 for window in windows),
+        window_tokens=window_tokens,
+        method="full",
+        num_texts=len(texts),
+        pairs=_pair_rows(rows, tallies, units),
+    )
+
+
+def compare_with_baseline(
+    baseline: Baseline, candidate: Candidate, *, progress: Progress | None = None
+) -> Comparison:
+    """Compare a model with a stored baseline, over the baseline's own tokens.
+
+    Raises CheckpointError if the vocabularies differ in size.
+    """
+    window_tokens = max(map(len, baseline.windows))
+    choices = baseline.choices
+    model = load_model(*candidate, max(window_tokens, longest(choices)))
+    tally = Tally()
+    for index, window in enumerate(baseline.windows):
+        logprobs_NV = window_logprobs(model.engine, window)
+        _check_vocabulary(model, logprobs_NV, baseline.vocab_size)
+        kept = baseline.of_window(index)
+        best = BestToken(kept.top_logprobs[:, 0].float(), kept.top_ids[:, 0].long())
+        tally.add(logprobs_NV, window, divergence(kept, logprobs_NV), best)
+        if progress is not None:
+            progress(index + 1, len(baseline.windows))
+    origins = baseline.origins or (0,) * len(baseline.windows)
+    units = _units(origins)
+    kept_logprobs = [
+        -baseline.of_window(index).target_logprobs.double().numpy()
+        for index in range(len(baseline.windows))
+    ]
+    mean = math.exp(_mean(kept_logprobs))
+    interval = _exponential(interval_of_mean(kept_logprobs, units))
+    base = Row(baseline.name, baseline.mode, baseline.bytes, mean, perplexity_interval=interval)
+    row = tally.row(model, units, kept_logprobs, is_estimate=True)
+    if choices:
+        found = count_flips(choices, baseline.answers, answer(model.engine, choices))
+        row = replace(row, flips=found)
+    return Comparison(
+        base,
+        (row,),
+        baseline.text_sha256,
+        len(baseline.windows),
+        baseline.positions.tail_mass.shape[0],
+        window_tokens,
+        "compact",
+        num_texts=len(set(origins)),
+    )
+
+
+def make_baseline(
+    directory: Path,
+    text_path: Path | Sequence[Path],
+    *,
+    mode: Mode = "weight_only",
+    max_tokens: int | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+    choices: Sequence[Choice] = (),
+    progress: Progress | None = None,
+) -> Baseline:
+    """Score a model over texts, answer the choices, and keep the compact form."""
+    texts = read_texts(text_path)
+    room = max(window_tokens, longest(choices))
+    model = load_model(directory.name, directory, mode, room)
+    windows, origins = cut_texts(directory, texts, window_tokens, max_tokens)
+    generator = torch.Generator().manual_seed(_SEED)
+    parts: list[Compact] = []
+    for done, window in enumerate(windows):
+        logprobs_NV = window_logprobs(model.engine, window)
+        parts.append(compact(logprobs_NV, torch.tensor(window[1:]), generator))
+        if progress is not None:
+            progress(done + 1, len(windows))
+    return Baseline(
+        name=model.name,
+        mode=mode,
+        bytes=model.num_bytes,
+        vocab_size=model.engine.vocab_size,
+        text_sha256=_sha256("".join(texts)),
+        windows=tuple(windows),
+        origins=tuple(origins),
+        positions=concatenate(parts),
+        choices=tuple(choices),
+        answers=answer(model.engine, choices),
+    )
+
+
+# A text is held whole, and scoring more of it would take days.
+MAX_TEXT_BYTES = 1 << 30
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8; raises UsageError with the reason if it is none."""
+    try:
+        return read_bounded(path, MAX_TEXT_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+
+
+def read_texts(paths: Path | Sequence[Path]) -> list[str]:
+    """One text file or several."""
+    return [read_text(path) for path in ([paths] if isinstance(paths, Path) else paths)]
+
+
+def load_model(name: str, directory: Path, mode: Mode, window_tokens: int) -> Loaded:
+    """A model with a cache for one window."""
+    config = EngineConfig(
+        mode=mode,
+        max_sequences=1,
+        max_model_len=window_tokens,
+        kv_cache_tokens=window_tokens,
+        prefix_cache=False,
+    )
+    num_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return Loaded(name, mode, num_bytes, Engine.load(directory, config))
+
+
+def cut_windows(
+    directory: Path, text: str, window_tokens: int, max_tokens: int | None
+) -> list[Window]:
+    """Cut a text's tokens into windows, each opened by the bos token if the model has one.
+
+    A last window of less than half the length is left out.
+    """
+    vocabulary = load_chat(directory).vocabulary
+    token_ids = vocabulary.encode_text(text)[:max_tokens]
+    opening = () if vocabulary.bos_token_id is None else (vocabulary.bos_token_id,)
+    room = window_tokens - len(opening)
+    windows = [
+        (*opening, *token_ids[start : start + room]) for start in range(0, len(token_ids), room)
+    ]
+    kept = [window for window in windows if len(window) > window_tokens // 2]
+    if not kept:
+        raise UsageError(
+            f"the text has {len(token_ids)} tokens; a window of {window_tokens} needs at least "
+            f"half of that"
+        )
+    return kept
+
+
+def cut_texts(
+    directory: Path, texts: Sequence[str], window_tokens: int, max_tokens: int | None
+) -> tuple[list[Window], list[int]]:
+    """`cut_windows` of each text, and which text each window is of."""
+    windows: list[Window] = []
+    origins: list[int] = []
+    for index, text in enumerate(texts):
+        found = cut_windows(directory, text, window_tokens, max_tokens)
+        windows += found
+        origins += [index] * len(found)
+    return windows, origins
+
+
+def window_logprobs(engine: Engine, window: Window) -> Tensor:
+    """Log-probs f32 (N, V) of the window's tokens after the first."""
+    with closing(engine.score(window)) as chunks:
+        logits_NV = torch.cat(list(chunks))[:-1]
+    return torch.log_softmax(logits_NV, dim=-1)
+
+
+def full_divergence(base_NV: Tensor, other_NV: Tensor) -> Divergence:
+    """KL(base || other) of each position over the whole vocabulary."""
+    kl = (base_NV.exp() * (base_NV - other_NV)).sum(-1, dtype=torch.float64)
+    return Divergence(kl, kl, torch.zeros_like(kl))
+
+
+class BestToken(NamedTuple):
+    """The base's most likely token of each position and its log-prob, (N,) each."""
+
+    logprobs: Tensor
+    token_ids: Tensor
+
+
+class Tally:
+    """Per-position figures of one model, window by window."""
+
+    def __init__(self) -> None:
+        self._negative_logprobs: list[Tensor] = []
+        self._divergences: list[Divergence] = []
+        self._agreements: list[Tensor] = []
+        self._unsure: list[Tensor] = []
+
+    def add(
+        self,
+        logprobs_NV: Tensor,
+        window: Window,
+        found: Divergence | None = None,
+        base_best: BestToken | None = None,
+    ) -> None:
+        """Note one window; the last two compare it with the base."""
+        targets_N1 = torch.tensor(window[1:])[:, None]
+        self._negative_logprobs.append(-logprobs_NV.gather(1, targets_N1)[:, 0].double())
+        if found is not None and base_best is not None:
+            self._divergences.append(found)
+            self._agreements.append(logprobs_NV.argmax(-1) == base_best.token_ids)
+            self._unsure.append(base_best.logprobs < math.log(_SURE))
+
+    def negative_logprobs(self) -> list[Floats]:
+        """Of the tokens that came, window by window."""
+        return [part.numpy() for part in self._negative_logprobs]
+
+    def divergences(self) -> list[Floats]:
+        """KL divergence of each position, window by window."""
+        return [found.kl.numpy() for found in self._divergences]
+
+    def row(
+        self,
+        model: Loaded,
+        units: Sequence[int],
+        base_logprobs: Sequence[Floats] = (),
+        *,
+        is_estimate: bool = False,
+    ) -> Row:
+        """Summary of all windows. Raises CheckpointError if any figure is NaN.
+
+        units          what each window counts under in intervals (`interval_of_mean`)
+        base_logprobs  the base's `negative_logprobs`, for what is compared with it
+        """
+        own = self.negative_logprobs()
+        perplexity = math.exp(_mean(own))
+        if math.isnan(perplexity):
+            raise CheckpointError(f"{model.name}: its log-probs are not numbers")
+        spread = _exponential(interval_of_mean(own, units))
+        if not self._divergences:
+            return Row(
+                model.name, model.mode, model.num_bytes, perplexity, perplexity_interval=spread
+            )
+        kl = torch.cat([found.kl for found in self._divergences])
+        lower = torch.cat([found.lower for found in self._divergences])
+        variance = torch.cat([found.variance for found in self._divergences])
+        agreements, unsure = torch.cat(self._agreements).double(), torch.cat(self._unsure)
+        change = [one - other for one, other in zip(own, base_logprobs, strict=True)]
+        return Row(
+            model.name,
+            model.mode,
+            model.num_bytes,
+            perplexity,
+            kl_mean=float(kl.mean()),
+            kl_interval=interval_of_mean(self.divergences(), units),
+            kl_p99=float(kl.quantile(0.99)),
+            kl_max=float(kl.max()),
+            top1_agreement=float(agreements.mean()),
+            kl_lower_mean=float(lower.mean()) if is_estimate else None,
+            kl_tail_error=float(variance.sum().sqrt() / len(kl)) if is_estimate else None,
+            kl_median=float(kl.median()),
+            top1_agreement_unsure=float(agreements[unsure].mean()) if unsure.any() else None,
+            kl_by_position=self._by_position(),
+            perplexity_interval=spread,
+            log_perplexity_change=_mean(change),
+            log_perplexity_change_interval=interval_of_mean(change, units),
+        )
+
+    def _by_position(self) -> dict[str, float]:
+        """Mean divergence by place in the window; a position counts the tokens before it."""
+        means = {}
+        for name, (first, end) in _PLACES.items():
+            parts = [found.kl[first:end] for found in self._divergences]
+            if any(len(part) for part in parts):
+                means[name] = float(torch.cat(parts).mean())
+        return means
+
+
+def interval_of_mean(windows: Sequence[Floats], units: Sequence[int]) -> Interval | None:
+    """95 % t interval of the mean over all positions; None for fewer than three units.
+
+    windows  one value a position, per window; positions of a window share their text
+    units    the unit of each window: windows of one unit are not independent draws. The error is
+             that of a mean over clusters, with one degree of freedom less than there are units.
+    """
+    index = np.asarray(units)
+    count = len(np.unique(index))
+    if count < FEWEST_UNITS:
+        return None
+    mean = _mean(windows)
+    rests = np.bincount(index, weights=[float((window - mean).sum()) for window in windows])
+    total = sum(len(window) for window in windows)
+    error = math.sqrt(count / (count - 1) * float(np.square(rests).sum())) / total
+    reach = float(distributions.t.ppf(0.975, count - 1)) * error
+    return Interval(mean - reach, mean + reach)
+
+
+def _units(origins: Sequence[int]) -> list[int]:
+    """Texts, where there are enough of them to tell how much texts differ, else windows."""
+    if len(set(origins)) >= FEWEST_UNITS:
+        return list(origins)
+    return list(range(len(origins)))
+
+
+def _mean(windows: Sequence[Floats]) -> float:
+    return float(np.concatenate(windows).mean())
+
+
+def _exponential(interval: Interval | None) -> Interval | None:
+    return None if interval is None else Interval(math.exp(interval.low), math.exp(interval.high))
+
+
+def _pair_rows(
+    rows: Sequence[Row], tallies: Sequence["Tally"], units: Sequence[int]
+) -> tuple[PairRow, ...]:
+    """Every two candidates, position by position."""
+    found = []
+    for (one, first), (two, second) in combinations(zip(rows, tallies, strict=True), 2):
+        kl = _minus(second.divergences(), first.divergences())
+        logs = _minus(second.negative_logprobs(), first.negative_logprobs())
+        found.append(
+            PairRow(
+                first=_name(one),
+                second=_name(two),
+                kl_difference=_mean(kl),
+                kl_interval=interval_of_mean(kl, units),
+                log_perplexity_difference=_mean(logs),
+                log_perplexity_interval=interval_of_mean(logs, units),
+            )
+        )
+    return tuple(found)
+
+
+def _minus(one: Sequence[Floats], other: Sequence[Floats]) -> list[Floats]:
+    return [x - y for x, y in zip(one, other, strict=True)]
+
+
+def _name(row: Row) -> str:
+    return f"{row.name} (declared)" if row.mode == "declared" else row.name
+
+
+def format_table(comparison: Comparison) -> str:
+    """The comparison as text."""
+    head = ("model", "bytes", "perplexity", "KL mean", "95 % interval", "KL p99", "top-1 same")
+    lines = [head]
+    for row in comparison.rows:
+        interval = row.kl_interval
+        lines.append(
+            (
+                _name(row),
+                f"{row.bytes / 1e6:,.1f} MB",
+                f"{row.perplexity:.3f}",
+                "-" if row.kl_mean is None else f"{row.kl_mean:.5f}",
+                "-" if interval is None else f"{interval.low:.5f} - {interval.high:.5f}",
+                "-" if row.kl_p99 is None else f"{row.kl_p99:.4f}",
+                "-" if row.top1_agreement is None else f"{row.top1_agreement:.2%}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    lines_below = (_explanation(comparison), *_pair_lines(comparison), *_flip_lines(comparison))
+    return "\n".join([*text, *lines_below])
+
+
+def _pair_lines(comparison: Comparison) -> list[str]:
+    """Perplexity against the base, and every two candidates, each with its paired interval."""
+    base = comparison.base.name
+    said = [
+        f"log perplexity of {_name(row)} minus {base}: {row.log_perplexity_change:+.4f}"
+        f"{_between(row.log_perplexity_change_interval)}"
+        for row in comparison.candidates
+        if row.log_perplexity_change is not None
+    ]
+    said += [
+        f"KL of {pair.second} minus {pair.first}: {pair.kl_difference:+.5f}"
+        f"{_between(pair.kl_interval, 5)}"
+        for pair in comparison.pairs
+    ]
+    return said
+
+
+def _between(interval: Interval | None, digits: int = 4) -> str:
+    if interval is None:
+        return ""
+    return f" ({interval.low:+.{digits}f} to {interval.high:+.{digits}f})"
+
+
+def _flip_lines(comparison: Comparison) -> list[str]:
+    """One line per candidate on its changed answers; none without choices."""
+    return [
+        f"{row.name}: {f.changed} of {f.items} answers differ from {comparison.base.name} "
+        f"({f.lost} right ones lost, {f.won} won, {f.changed_wrong} among wrong ones); right "
+        f"{f.right / f.items:.1%}, {comparison.base.name} {f.base_right / f.items:.1%}"
+        for row in comparison.candidates
+        if (f := row.flips) is not None
+    ]
+
+
+def _explanation(comparison: Comparison) -> str:
+    words = (
+        f"{comparison.num_tokens:,} tokens in {comparison.num_windows} windows of "
+        f"{comparison.window_tokens}; KL in nats per token, from {comparison.base.name}; "
+    )
+    if comparison.num_texts >= FEWEST_UNITS:
+        words += f"intervals across {comparison.num_texts} texts; "
+    elif comparison.num_windows >= FEWEST_UNITS:
+        given = "this text" if comparison.num_texts == 1 else "these texts"
+        words += f"intervals along {given} only (three texts or more speak for others like them); "
+    else:
+        words += f"no intervals from fewer than {FEWEST_UNITS} windows; "
+    if comparison.method == "full":
+        return words + "over the full vocabulary."
+    bounds = [
+        f"at least {row.kl_lower_mean:.5f}, sampling error of the tail {row.kl_tail_error:.5f}"
+        for row in comparison.candidates
+    ]
+    return words + f"from a compact baseline: {'; '.join(bounds)}."
+
+
+def _check_vocabulary(model: Loaded, logprobs_NV: Tensor, vocab_size: int) -> None:
+    if logprobs_NV.shape[1] != vocab_size:
+        raise CheckpointError(
+            f"{model.name}: a vocabulary of {logprobs_NV.shape[1]}; the base has {vocab_size}"
+        )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What requests of four APIs mean, and how answers to them are worded."""

@@ -1,0 +1,371 @@
+"""Engine events to pieces of an answer, and pieces to one response or to chunks.
+
+Both forms are made of the same pieces: a response that is not streamed is the sum of its chunks.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from halfbyte.chat.grammar import Mask
+from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning, Router
+from halfbyte.chat.vocabulary import Vocabulary
+from halfbyte.engine.request import (
+    FinishEvent,
+    GenerationRequest,
+    TokenLogprobs,
+    TokensEvent,
+)
+from halfbyte.errors import RequestError
+from halfbyte.server.api.backend import Backend, Running
+from halfbyte.server.call import Call
+from halfbyte.server.api.pieces import Piece, TokenEntry, Usage
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer on its way: its router, and what its tokens were.
+
+    has_own_prompt   the first answer to its prompt, whose cached tokens count; further ones of the
+                     same request find what that one computed
+    want_entries     log-probs of the content's tokens are wanted
+    is_plain         a plain continuation: each counted token has its entry and its piece, also one
+                     without text and the one that ends the answer
+    keeps_stop       a stop string, or a stop token with a text, is part of the content
+    """
+
+    index: int
+    request: GenerationRequest
+    router: Router
+    has_own_prompt: bool = True
+    want_entries: bool = False
+    is_plain: bool = False
+    keeps_stop: bool = False
+    mask: Mask | None = None
+    shown_chars: int = 0
+    num_tokens: int = 0
+    first_token_s: float | None = None
+    reason: str = "abort"
+    finish: FinishEvent | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    _entries: list[TokenEntry] = field(default_factory=list)
+    _token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens of the answer: the engine's count, or up to the stop string that ended it."""
+        if self.finish is None or self.router.stopped_by is not None:
+            return self.num_tokens
+        return self.finish.completion_tokens
+
+    def feed(self, event: TokensEvent) -> list[Piece]:
+        """Pieces of new tokens; nothing after a stop string."""
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        deltas: list[Delta] = []
+        for position, token_id in enumerate(event.token_ids):
+            self.num_tokens += 1
+            self._token_ids.append(token_id)
+            is_wanted = self.is_plain or self.router.is_content(token_id)
+            if self.want_entries and is_wanted and event.logprobs is not None:
+                self._entries.append(TokenEntry(event.logprobs[position], self.shown_chars))
+            deltas += self._count(self.router.feed(token_id))
+            if self.router.stopped_by is not None:
+                break
+        if self.is_plain and not deltas and event.token_ids:
+            deltas = [Content("")]
+        return self._pieces(deltas)
+
+    def end(self, reason: str) -> list[Piece]:
+        """The last pieces, with the finish reason."""
+        pieces = self._pieces([*self._ending(), *self._count(self.router.finish())])
+        ended_by = self.finish.stop_logprobs if self.finish is not None else None
+        if self.is_plain and self.want_entries and ended_by and self.router.stopped_by is None:
+            self._entries.append(TokenEntry(ended_by, self.shown_chars))
+        if self.router.num_calls and reason == "stop":
+            reason = "tool_calls"
+        last = Piece(self.index, None, self._take_entries(), reason, self._take_token_ids())
+        return [*pieces, last]
+
+    def _ending(self) -> list[Delta]:
+        """What is shown of the token that ended the answer, which the engine hands out last."""
+        token_id = self.finish.stop_token_id if self.finish is not None else None
+        if token_id is None or self.router.stopped_by is not None:
+            return []
+        self._token_ids.append(token_id)
+        if not self.keeps_stop or not self.router.is_content(token_id):
+            return []
+        ended_by = self.finish.stop_logprobs if self.finish is not None else None
+        if self.want_entries and ended_by and not self.is_plain:
+            self._entries.append(TokenEntry(ended_by, self.shown_chars))
+        return self._count(self.router.feed(token_id))
+
+    def _count(self, deltas: list[Delta]) -> list[Delta]:
+        self.shown_chars += sum(len(delta.text) for delta in deltas if isinstance(delta, Content))
+        return deltas
+
+    def _pieces(self, deltas: list[Delta]) -> list[Piece]:
+        return [
+            Piece(
+                self.index,
+                delta,
+                self._take_entries() if isinstance(delta, Content) else (),
+                token_ids=self._take_token_ids(),
+            )
+            for delta in _joined(deltas)
+        ]
+
+    def _take_token_ids(self) -> tuple[int, ...]:
+        token_ids, self._token_ids = tuple(self._token_ids), []
+        return token_ids
+
+    def _take_entries(self) -> tuple[TokenEntry, ...]:
+        entries, self._entries = tuple(self._entries), []
+        return entries
+
+
+@dataclass(slots=True)
+class Job:
+    """A validated request, ready to run: its choices and what its answer will be called.
+
+    source      where its pieces come from, if not from this process's engine
+    tool_names  of tools that the model knows by other names: its names, and the client's
+    """
+
+    answer_id: str
+    created: int
+    choices: list[Choice]
+    usage: Usage
+    warnings: tuple[str, ...] = ()
+    source: Callable[[], AsyncGenerator[list[Piece], None]] | None = None
+    tool_names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """How the engine calls its choices."""
+        return tuple(choice.request.request_id for choice in self.choices)
+
+    def facts(self) -> dict[str, Any]:
+        """What the access log says of it."""
+        started = [choice.first_token_s for choice in self.choices if choice.first_token_s]
+        return {
+            "answer_id": self.answer_id,
+            "prompt_tokens": self.usage.prompt_tokens,
+            "cached_tokens": self.usage.cached_tokens,
+            "completion_tokens": sum(choice.num_completion_tokens for choice in self.choices),
+            "finish_reasons": [choice.reason for choice in self.choices],
+            "first_token_ms": round(min(started) * 1000, 1) if started else None,
+        }
+
+
+@contextlib.contextmanager
+def _tracked(backend: Backend, job: Job, call: Call) -> Iterator[None]:
+    """Show a job among the running ones, and note at its end what became of it."""
+    call.facts |= {"model": backend.config.model_names[0], "answer_id": job.answer_id}
+    backend.running[job.answer_id] = Running(call, time.monotonic(), job.facts, job.request_ids)
+    try:
+        yield
+    finally:
+        del backend.running[job.answer_id]
+        call.facts |= job.facts()
+        if job.usage.image_tokens:
+            backend.body_room.trim_soon()
+
+
+async def run(backend: Backend, job: Job, call: Call) -> AsyncGenerator[list[Piece], None]:
+    """Pieces of all choices as they come. Closing it aborts what still runs."""
+    pieces = job.source() if job.source is not None else _run_choices(backend, job)
+    with _tracked(backend, job, call):
+        async with contextlib.aclosing(pieces):
+            async for batch in pieces:
+                yield [_in_clients_names(piece, job.tool_names) for piece in batch]
+
+
+def _in_clients_names(piece: Piece, names: Mapping[str, str]) -> Piece:
+    delta = piece.delta
+    if not isinstance(delta, CallStart) or delta.name not in names:
+        return piece
+    return replace(piece, delta=replace(delta, name=names[delta.name]))
+
+
+async def _run_choices(backend: Backend, job: Job) -> AsyncGenerator[list[Piece], None]:
+    if len(job.choices) == 1:
+        pieces = _run_choice(backend, job, job.choices[0])
+        async with contextlib.aclosing(pieces):
+            async for batch in pieces:
+                yield batch
+        return
+    # Bounded, so that what a slow client leaves waits in the engine's mailboxes, which are, too.
+    queue: asyncio.Queue[list[Piece] | BaseException | None] = asyncio.Queue(len(job.choices))
+
+    async def feed_queue(choice: Choice) -> None:
+        try:
+            async with contextlib.aclosing(_run_choice(backend, job, choice)) as pieces:
+                async for batch in pieces:
+                    await queue.put(batch)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(feed_queue(choice)) for choice in job.choices]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run_choice(
+    backend: Backend, job: Job, choice: Choice
+) -> AsyncGenerator[list[Piece], None]:
+    metrics = backend.metrics
+    start = previous = time.perf_counter()
+    reason = "abort"
+    try:
+        async with contextlib.aclosing(backend.service.generate(choice.request)) as events:
+            async for event in events:
+                if isinstance(event, FinishEvent):
+                    choice.finish = event
+                    reason = _finish_reason(backend, choice, event)
+                    break
+                if event.token_ids:
+                    now = time.perf_counter()
+                    if choice.num_tokens:
+                        metrics.token_seconds.observe(now - previous)
+                    else:
+                        choice.first_token_s = now - start
+                        metrics.first_token_seconds.observe(now - start)
+                    previous = now
+                if choice.router.stopped_by is not None:
+                    continue
+                pieces = choice.feed(event)
+                if choice.router.stopped_by is not None:
+                    # Its last event still says what the prompt cost.
+                    backend.service.abort(choice.request.request_id)
+                if pieces:
+                    yield pieces
+            else:
+                raise RequestError("the engine has stopped", code="engine_dead", status=503)
+        _count_usage(job.usage, choice)
+        pieces = choice.end(reason)
+        choice.reason = reason = pieces[-1].finish_reason or reason
+        yield pieces
+    finally:
+        metrics.request_seconds.observe(time.perf_counter() - start)
+        metrics.count_finish(reason)
+        _count_metrics(backend, choice)
+
+
+def _finish_reason(backend: Backend, choice: Choice, event: FinishEvent) -> str:
+    """ "stop" or "length"; an answer that ended otherwise is an error."""
+    if choice.router.stopped_by is not None:
+        return "stop"
+    if choice.mask is not None and choice.mask.problem is not None:
+        # It ended because the grammar did, not because it was complete: never pass for an answer.
+        raise RequestError(
+            f"after {event.completion_tokens} tokens the answer could not be held to the request's "
+            f"grammar any longer: {choice.mask.problem}",
+            code="grammar_failed",
+        )
+    if event.reason in ("stop", "length"):
+        return event.reason
+    is_draining = event.reason == "abort" and backend.admission.is_draining
+    ended = "the server is shutting down" if is_draining else "the answer was aborted"
+    is_passing = event.reason == "abort" or not backend.service.is_ready
+    raise RequestError(
+        event.message or ended,
+        code="shutting_down" if is_draining else "engine_error",
+        status=503 if is_passing else 500,
+    )
+
+
+def _count_usage(usage: Usage, choice: Choice) -> None:
+    finish = choice.finish
+    usage.completion_tokens += choice.num_completion_tokens
+    usage.reasoning_tokens += choice.router.num_reasoning_tokens
+    if finish is not None and choice.has_own_prompt:
+        usage.cached_tokens += finish.cached_tokens
+
+
+def _count_metrics(backend: Backend, choice: Choice) -> None:
+    metrics, finish = backend.metrics, choice.finish
+    num_prompt = len(choice.request.prompt_token_ids)
+    num_answer = choice.num_completion_tokens
+    metrics.prompt_tokens += num_prompt
+    metrics.completion_tokens += num_answer
+    metrics.reasoning_tokens += choice.router.num_reasoning_tokens
+    metrics.cached_prompt_tokens += finish.cached_tokens if finish is not None else 0
+    metrics.prompt_size_tokens.observe(num_prompt)
+    metrics.answer_size_tokens.observe(num_answer)
+
+
+def _joined(deltas: Sequence[Delta]) -> list[Delta]:
+    """Neighbouring text of the same kind becomes one delta."""
+    joined: list[Delta] = []
+    for delta in deltas:
+        last = joined[-1] if joined else None
+        if isinstance(delta, Content) and isinstance(last, Content):
+            joined[-1] = Content(last.text + delta.text)
+        elif isinstance(delta, Reasoning) and isinstance(last, Reasoning):
+            joined[-1] = Reasoning(last.text + delta.text)
+        elif isinstance(delta, CallArguments) and isinstance(last, CallArguments):
+            joined[-1] = CallArguments(last.index, last.text + delta.text)
+        else:
+            joined.append(delta)
+    return joined
+
+
+@dataclass(slots=True)
+class Message:
+    """The sum of one choice's pieces."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[TokenEntry] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        """One more piece."""
+        delta = piece.delta
+        self.entries += piece.entries
+        self.token_ids += piece.token_ids
+        if piece.finish_reason is not None:
+            self.finish_reason = piece.finish_reason
+        if isinstance(delta, Content):
+            self.content += delta.text
+        elif isinstance(delta, Reasoning):
+            self.reasoning += delta.text
+        elif isinstance(delta, CallStart):
+            function = {"name": delta.name, "arguments": ""}
+            self.calls.append({"id": delta.call_id, "type": "function", "function": function})
+        elif isinstance(delta, CallArguments):
+            self.calls[delta.index]["function"]["arguments"] += delta.text
+
+
+async def collect(backend: Backend, job: Job, call: Call) -> list[Message]:
+    """Run a job to its end: one message a choice."""
+    messages = [Message() for _ in job.choices]
+    async with contextlib.aclosing(run(backend, job, call)) as pieces:
+        async for batch in pieces:
+            for piece in batch:
+                messages[piece.index].add(piece)
+    return messages
+
+
+def token_text(vocabulary: Vocabulary, token_id: int) -> str:
+    """A token as `logprobs` shows it."""
+    return vocabulary.piece(token_id) if token_id < vocabulary.size else f"<{token_id}>"

@@ -1,0 +1,1 @@
+"""HTTP: listening, routing, who may come in, pages and descriptions of the API."""
