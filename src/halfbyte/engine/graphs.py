@@ -27,6 +27,7 @@ from halfbyte.kernels.cuda.library import (
     KernelLibrary,
     attention_code,
     choose_config,
+    chunk_attention_code,
     columns_for,
     compile_together,
     elementwise_code,
@@ -193,7 +194,8 @@ def compile_kernels(weights: CudaWeights, page_slots: int, sizes: Sequence[int])
         for width in widths
         for format_ in formats
     ]
-    tasks += [partial(prefill_code, format_) for format_ in formats if format_ in PREFILL_CONFIGS]
+    tasks += [partial(prefill_code, *key) for key in PREFILL_CONFIGS if key[0] in formats]
+    tasks.append(partial(chunk_attention_code, heads, page_slots))
     tasks += [
         partial(elementwise_code, config.width, config.mlp_width, blocks, heads)
         for blocks in (8, 2, 1)

@@ -34,6 +34,13 @@ from halfbyte.model.cuda.weights import KvCache
 from halfbyte.model.parallel import Communicator
 
 
+# Fewer rows of a sequence are guesses to check rather than a prompt.
+_CHUNK_ROWS = 16
+# What a graph may read again for a chunk's rows, of the weights' bytes: about what a prefill of so
+# few rows takes longer (benchmarks/records/mixed-steps-h200.json).
+_READ_AGAIN = 0.4
+
+
 class HopperDevice:
     """An `Executor` over a paged cache."""
 
@@ -136,7 +143,7 @@ class HopperDevice:
 
     def _compute(self, step: PlannedStep, vectors_ID: Tensor | None) -> tuple[Tensor, bool]:
         """Logits of the wanted rows, and whether they are no one else's memory."""
-        size = size_for(step.num_rows, self.executor.sizes)
+        size = self._graph_for(step)
         if size is None:
             residual_TD = self._prefill(step, vectors_ID)
             if not step.logit_rows_R.size:
@@ -149,7 +156,7 @@ class HopperDevice:
         self, step: PlannedStep, vectors_ID: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Logits of the wanted rows, the caller's to change, and hidden states of all rows."""
-        size = size_for(step.num_rows, self.executor.sizes)
+        size = self._graph_for(step)
         if size is not None:
             logits_RV, is_own = self._logits_of(step, self._replay(step, size, vectors_ID))
             hidden_TD = self.executor.hidden(size)[: step.num_rows]
@@ -159,6 +166,21 @@ class HopperDevice:
             return self._no_logits(), hidden_TD
         hidden_RD = hidden_TD.index_select(0, self._sent(step.logit_rows_R))
         return self.executor.logits(hidden_RD), hidden_TD
+
+    def _graph_for(self, step: PlannedStep) -> int | None:
+        """The graph that computes the step best; None: a prefill does.
+
+        A graph reads a chunk's context once a row, a prefill once in all, whose products take
+        longer. With a single graph, all goes through it (`deterministic`).
+        """
+        size = size_for(step.num_rows, self.executor.sizes)
+        if size is None or len(self.executor.sizes) == 1:
+            return size
+        counts_S = np.diff(step.query_starts_S1)
+        tokens = int((counts_S * step.context_lengths_S)[counts_S >= _CHUNK_ROWS].sum())
+        slots = self.cache.num_pages * self.cache.block_tokens
+        num_bytes = tokens * self.cache.num_bytes / slots
+        return None if num_bytes > _READ_AGAIN * self.executor.num_weight_bytes else size
 
     def _no_logits(self) -> Tensor:
         return torch.empty(0, self.config.vocab_size, device=self._device)
@@ -277,7 +299,7 @@ def prefill_batch(
     for index in range(num_singles, len(lengths)):
         first_row, num_rows = starts[index], starts[index + 1] - starts[index]
         num_pages = -(-lengths[index] // block_tokens)
-        pages_P = inputs.table[int(step.table_rows_S[index]), :num_pages].long()
+        pages_P = inputs.table[int(step.table_rows_S[index]), :num_pages]
         chunks.append(Chunk(first_row, num_rows, lengths[index] - num_rows, pages_P))
     image_rows_I = None
     if step.image_rows_I is not None:

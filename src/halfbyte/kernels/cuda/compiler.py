@@ -50,20 +50,23 @@ def load_nvrtc(candidates: list[str] | None = None) -> ctypes.CDLL:
 _SHARED_TYPES = {
     "fp8": ("f32.e4m3.e4m3", "1, 1"),
     "bf16": ("f32.bf16.bf16", "1, 1, 0, 0"),
+    "scores": ("f32.f16.f16", "1, 1, 0, 0"),
 }
-# The same where the left operand, decoded weights, lies in registers.
+# The same where the left operand, decoded weights or those of attention, lies in registers. Values
+# of attention are summed over their rows: the right operand is read transposed.
 _REGISTER_TYPES = {
     "nvfp4": ("f32.f16.f16", "1, 1, 0"),
     "nvfp4_fast": ("f32.e4m3.e4m3", "1, 1"),
+    "values": ("f32.f16.f16", "1, 1, 1"),
 }
 
 
 def wgmma_source(format_: str, num_columns: int) -> str:
     """The device function that issues one 64 x num_columns product of `format_`.
 
-    `wgmma_ss(sums, weights, tokens, adds)` with both operands in shared memory (fp8, bf16), or
-    `wgmma_rs` with the weights in registers (nvfp4 as fp16 or, fast, as e4m3). `adds` 0 overwrites
-    the sums.
+    `wgmma_ss(sums, weights, tokens, adds)` with both operands in shared memory (fp8, bf16, scores of
+    attention), or `wgmma_rs` with the left one in registers (nvfp4 as fp16 or, fast, as e4m3, values
+    of attention). `adds` 0 overwrites the sums.
     """
     count = num_columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))

@@ -97,12 +97,29 @@ def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
     return StreamConfig(groups, tiles, stages, registers, promote=promote)
 
 
-# Tokens of a tile of the prefill linear, and its block shapes: two blocks share their tokens.
+# Tokens of a tile of the prefill linear, and its block shapes by them: two blocks share their tokens.
+# The narrow one takes what is left where that is little.
 PREFILL_COLUMNS = 256
-PREFILL_CONFIGS: dict[TileFormat, StreamConfig] = {
-    "nvfp4": StreamConfig(2, 1, 3, 232, cluster=2),
-    "nvfp4_fast": StreamConfig(2, 1, 5, 232, cluster=2),
+NARROW_PREFILL_COLUMNS = 128
+PREFILL_CONFIGS: dict[tuple[TileFormat, int], StreamConfig] = {
+    ("nvfp4", 128): StreamConfig(2, 1, 5, 232, cluster=2),
+    ("nvfp4", 256): StreamConfig(2, 1, 3, 232, cluster=2),
+    ("nvfp4_fast", 128): StreamConfig(2, 1, 8, 232, cluster=2),
+    ("nvfp4_fast", 256): StreamConfig(2, 1, 5, 232, cluster=2),
+    ("fp8", 128): StreamConfig(2, 1, 6, 232, cluster=2),
+    ("fp8", 256): StreamConfig(2, 1, 4, 232, cluster=2),
 }
+
+
+def prefill_tiles(num_tokens: int) -> tuple[int, int]:
+    """Tokens that go through wide tiles, and room for those that go through a narrow one (0: none).
+
+    Their sum is how many tokens the activations are padded to.
+    """
+    rest = num_tokens % PREFILL_COLUMNS
+    if 0 < rest <= NARROW_PREFILL_COLUMNS:
+        return num_tokens - rest, NARROW_PREFILL_COLUMNS
+    return -(-num_tokens // PREFILL_COLUMNS) * PREFILL_COLUMNS, 0
 
 
 def columns_for(num_tokens: int) -> int:
@@ -274,18 +291,28 @@ class KernelLibrary:
             {"decode_attention": max(merged, ring)},
         )["decode_attention"]
 
+    def chunk_attention(self, heads: HeadShape, page_slots: int) -> Kernel:
+        """Attention of a chunk of one sequence over its pages of `page_slots`."""
+        # 128 queries and two tiles of 128 keys and values, as fp16.
+        size = 5 * 128 * heads.head_dim * 2
+        return self._make(
+            ("chunk attention", heads, page_slots),
+            lambda: chunk_attention_code(heads, page_slots),
+            {"chunk_attention": size},
+        )["chunk_attention"]
+
     def gather(self) -> Kernel:
         """The kernel that makes a linear's result one dense f32 matrix."""
         code = lambda: compile_kernel("gather", {})
         return self._make(("gather",), code, {"gather_f32": 0})["gather_f32"]
 
-    def prefill_linear(self, format_: TileFormat) -> tuple[Kernel, StreamConfig]:
-        """The linear for many tokens and NVFP4 weights (prefill.cu), and its block shape."""
-        config = PREFILL_CONFIGS[format_]
-        size = config.stages * stage_bytes(format_, PREFILL_COLUMNS, config.groups * config.tiles)
+    def prefill_linear(self, format_: TileFormat, columns: int) -> tuple[Kernel, StreamConfig]:
+        """The linear for many tokens (prefill.cu), `columns` of them a tile, and its block shape."""
+        config = PREFILL_CONFIGS[format_, columns]
+        size = config.stages * stage_bytes(format_, columns, config.groups * config.tiles)
         kernels = self._make(
-            ("prefill", format_),
-            lambda: prefill_code(format_),
+            ("prefill", format_, columns),
+            lambda: prefill_code(format_, columns),
             {"prefill_linear": size},
         )
         return kernels["prefill_linear"], config
@@ -297,10 +324,10 @@ class KernelLibrary:
         return self._make(("layout",), code, dict.fromkeys(names, 0))
 
 
-def prefill_code(format_: TileFormat) -> bytes:
+def prefill_code(format_: TileFormat, columns: int) -> bytes:
     """Machine code of the prefill linear; fills the cache on disk."""
-    defines = _block_defines(format_, PREFILL_COLUMNS, PREFILL_CONFIGS[format_])
-    return compile_kernel("prefill", defines, generated=wgmma_source(format_, PREFILL_COLUMNS))
+    defines = _block_defines(format_, columns, PREFILL_CONFIGS[format_, columns])
+    return compile_kernel("prefill", defines, generated=wgmma_source(format_, columns))
 
 
 def _block_defines(format_: TileFormat, columns: int, config: StreamConfig) -> dict[str, int]:
@@ -350,6 +377,17 @@ def attention_code(heads: HeadShape, page_slots: int, out: OutKind, num_warps: i
         **_head_defines(heads),
     }
     return compile_kernel("attention", defines)
+
+
+# Registers of a multiplying thread and of a loading one: 384 threads have 168 each to share.
+_ATTENTION_REGISTERS = {"CONSUMER_REGISTERS": 200, "LOADER_REGISTERS": 104}
+
+
+def chunk_attention_code(heads: HeadShape, page_slots: int) -> bytes:
+    """Machine code of chunk_attention.cu; fills the cache on disk."""
+    defines = {"PAGE_SLOTS": page_slots, **_ATTENTION_REGISTERS, **_head_defines(heads)}
+    generated = wgmma_source("scores", 128) + wgmma_source("values", heads.head_dim)
+    return compile_kernel("chunk_attention", defines, generated=generated)
 
 
 def _head_defines(heads: HeadShape) -> dict[str, int]:

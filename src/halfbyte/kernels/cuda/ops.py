@@ -13,17 +13,18 @@ from torch import Tensor
 
 from halfbyte.kernels.cuda.driver import Launch, LinearResult
 from halfbyte.kernels.cuda.library import (
+    NARROW_PREFILL_COLUMNS,
     PREFILL_COLUMNS,
     KernelLibrary,
     StreamConfig,
     StreamPlan,
     columns_for,
     plan_stream,
+    prefill_tiles,
 )
 from halfbyte.kernels.repack import (
     K_BLOCK,
     TiledWeight,
-    padded,
     pair_activations,
     tile_activations,
 )
@@ -96,7 +97,7 @@ def stream_product(
     return sum_slots(partial, plan)
 
 
-def prefill_launch(
+def prefill_launches(
     library: KernelLibrary,
     weight: TiledWeight,
     activations: Tensor,
@@ -104,42 +105,57 @@ def prefill_launch(
     out_TO: Tensor,
     *,
     overlaps: bool = False,
-) -> Launch:
-    """The launch of one prefill product of an NVFP4 weight: bf16 (T, O padded), row scales applied.
+) -> list[Launch]:
+    """The launches of one prefill product: bf16 (T, O padded), row scales applied.
 
-    activations   as `tile_activations` makes them, tokens padded to a multiple of PREFILL_COLUMNS
+    activations   as `tile_activations` makes them, tokens padded as `prefill_tiles` says
     """
-    kernel, config = library.prefill_linear(weight.format)
     num_tokens = out_TO.shape[0]
-    arguments = (
-        weight.data,
-        activations,
-        ctypes.c_int64(padded(num_tokens, PREFILL_COLUMNS) * 16),
-        row_scale_O,
-        out_TO,
-        weight.out_features,
-        weight.num_k_blocks,
-        num_tokens,
-    )
-    num_items = weight.out_features // config.tile_rows * -(-num_tokens // PREFILL_COLUMNS)
-    clusters = min(library.num_multiprocessors // config.cluster, num_items)
-    grid = (clusters * config.cluster, 1, 1)
-    threads = config.num_threads
-    return Launch(kernel, grid, threads, arguments, cluster=config.cluster, overlaps=overlaps)
+    num_wide, num_narrow = prefill_tiles(num_tokens)
+    parts = [(0, min(num_wide, num_tokens), PREFILL_COLUMNS)] if num_wide else []
+    if num_narrow:
+        parts.append((num_wide, num_tokens, NARROW_PREFILL_COLUMNS))
+    launches = []
+    for first, stop, columns in parts:
+        kernel, config = library.prefill_linear(weight.format, columns)
+        arguments = (
+            weight.data,
+            activations.view(-1)[first * 16 :],
+            ctypes.c_int64((num_wide + num_narrow) * 16),
+            row_scale_O,
+            out_TO[first:stop],
+            weight.out_features,
+            weight.num_k_blocks,
+            stop - first,
+        )
+        num_items = weight.out_features // config.tile_rows * -(-(stop - first) // columns)
+        clusters = min(library.num_multiprocessors // config.cluster, num_items)
+        launches.append(
+            Launch(
+                kernel,
+                (clusters * config.cluster, 1, 1),
+                config.num_threads,
+                arguments,
+                cluster=config.cluster,
+                overlaps=overlaps,
+            )
+        )
+    return launches
 
 
 def prefill_product(library: KernelLibrary, weight: TiledWeight, x_TI: Tensor) -> Tensor:
     """X @ w^T as bf16 (T, O padded) for any number of rows; activations as `stream_product`'s."""
-    x = torch.zeros(x_TI.shape[0], weight.num_k_blocks * 128, dtype=x_TI.dtype, device=x_TI.device)
+    num_tokens = x_TI.shape[0]
+    x = torch.zeros(num_tokens, weight.num_k_blocks * 128, dtype=x_TI.dtype, device=x_TI.device)
     x.view(torch.uint8)[:, : x_TI.shape[1] * x.element_size()] = x_TI.contiguous().view(torch.uint8)
     if weight.format == "nvfp4_fast":
         x = pair_activations(x)
-    tiled = tile_activations(x, padded(x.shape[0], PREFILL_COLUMNS))
+    tiled = tile_activations(x, sum(prefill_tiles(num_tokens)))
     out_TO = torch.full(
-        (x.shape[0], weight.out_features), torch.nan, dtype=torch.bfloat16, device=x.device
+        (num_tokens, weight.out_features), torch.nan, dtype=torch.bfloat16, device=x.device
     )
-    launch = prefill_launch(library, weight, tiled, weight.row_scale_O, out_TO)
-    launch.run(torch.cuda.current_stream().cuda_stream)
+    for launch in prefill_launches(library, weight, tiled, weight.row_scale_O, out_TO):
+        launch.run(torch.cuda.current_stream().cuda_stream)
     return out_TO
 
 
@@ -157,7 +173,7 @@ def sum_slots(partial: Tensor, plan: StreamPlan) -> Tensor:
 
 __all__ = [
     "LinearResult",
-    "prefill_launch",
+    "prefill_launches",
     "prefill_product",
     "stream_launch",
     "stream_product",

@@ -1,17 +1,18 @@
-// Y = x W^T for many rows of x and NVFP4 weights, decoded in registers: prefill without a scratch copy.
+// Y = x W^T for many rows of x: NVFP4 weights decoded in registers, FP8 ones as they lie. No scratch copy.
 //
 // Walk: a work item is 64 * ROW_TILES * CLUSTER output features x N tokens over all of K; each cluster of
 //   the grid takes every num_clusters-th, in an order that keeps about as many weights as tokens in
 //   the cache. Within it the same roles as in linear.cu: one thread copies through a ring in shared
 //   memory, each block of a cluster fetching its share of the tokens for all; GROUPS warpgroups decode
 //   half a K block while the tensor core multiplies the other.
-// Bytes: per item 0.5625 a weight and 2 (NVFP4_FAST 1) an activation, from L2. FLOP: 2 T O I.
-// Why: the library's product reads 2 bytes a weight that another kernel had to write, and the chip is at
-//   its power limit, where bytes moved are speed lost (benchmarks/notes-kernels.md).
+// Bytes: per item 0.5625 a weight (FP8 1) and 2 (NVFP4_FAST, FP8 1) an activation, from L2. FLOP: 2 T O I.
+// Why: the library's product reads 1 or 2 bytes a weight that another kernel had to write, and the chip is
+//   at its power limit, where bytes moved are speed lost (benchmarks/notes-kernels.md).
 // Limits: output features whole tiles, TILES 1; `tokens` may be any number, activations padded to N.
+//   FP8 sums stay in the tensor core, as the library's do in its fast mode.
 //
-// Set by the compiler's caller: FORMAT (NVFP4 or NVFP4_FAST), N, GROUPS, TILES, STAGES, CLUSTER,
-// CONSUMER_REGISTERS; wgmma_rs is generated for N.
+// Set by the compiler's caller: FORMAT (NVFP4, NVFP4_FAST or FP8), N, GROUPS, TILES, STAGES, CLUSTER,
+// CONSUMER_REGISTERS; wgmma_rs (FP8: wgmma_ss) is generated for N.
 
 constexpr int CHUNK_BYTES = N * 16;                            // 16 bytes of N tokens
 constexpr int NUM_CHUNKS = ACTIVATION_BYTES / CHUNK_BYTES;     // of a K block
@@ -83,6 +84,42 @@ DEVICE void store_item(u16* out, const float* row_scale, int stride, int num_tok
   }
 }
 
+#if FORMAT == FP8
+
+DEVICE void consume(u16* out, const float* row_scale, int stride, int num_tokens, const Work& work, u32 rank,
+                    int group, u32 ring, u32 full, u32 empty) {
+  const int lane = threadIdx.x % 32;
+  const u32 empty_here = empty_of(empty, lane);
+  float sums[NUM_SUMS];
+  u32 release = 0;   // barrier of the stage that products in flight still read; 0 in lanes that have none
+  int stage = 0, parity = 0;
+  for (int index = work.first; index < work.num_items(); index += work.step) {
+    const Item item = item_of(index, work.num_tiles, work.num_token_tiles);
+    for (int k_block = 0; k_block < work.k_blocks; ++k_block) {
+      const u32 at = ring + stage * STAGE_BYTES;
+      const u64 weights = operand(at + group * UNIT_BYTES, 1024, 128);
+      const u64 tokens = operand(at + ROW_TILES * UNIT_BYTES, N * 16, 128);
+      barrier_wait(full + 8 * stage, parity);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step)
+        wgmma_ss(sums, weights + step * 128, tokens + step * 2 * N, k_block > 0 || step > 0);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (release != 0) release_stage(release);
+      release = releases(lane) ? empty_here + 8 * stage : 0;
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    wgmma_wait<0>();
+    if (release != 0) release_stage(release);   // before the store, so that copies go on during it
+    release = 0;
+    store_item(out, row_scale, stride, num_tokens, (item.tile * CLUSTER + rank) * ROW_TILES + group,
+               item.token_tile, sums);
+  }
+}
+
+#else
+
 DEVICE void consume(u16* out, const float* row_scale, int stride, int num_tokens, const Work& work, u32 rank,
                     int group, u32 ring, u32 full, u32 empty) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -108,6 +145,8 @@ DEVICE void consume(u16* out, const float* row_scale, int stride, int num_tokens
                item.token_tile, sums[0]);
   }
 }
+
+#endif
 
 extern "C" __global__ void __launch_bounds__(GROUPS * 128 + COPIERS, 1)
     prefill_linear(const u8* weights, const u8* activations, i64 chunk_stride, const float* row_scale, u16* out,

@@ -91,6 +91,32 @@ def attention_splits(num_pairs: int, num_multiprocessors: int) -> int:
     return min(32, max(1, -(-2 * num_multiprocessors // num_pairs)))
 
 
+# Rows of a block of chunk attention (chunk_attention.cu), and keys of a tile.
+CHUNK_ROWS = 128
+_CHUNK_KEYS = 128
+# What beginning and ending a block costs, in tiles; splits cost as much again (estimated).
+_BLOCK_TILES = 2
+_MOST_CHUNK_SPLITS = 16
+
+
+def chunk_tiles(num_tokens: int, group: int) -> int:
+    """Blocks of rows of a chunk: each token has `group` query heads for a KV head."""
+    return -(-num_tokens * group // CHUNK_ROWS)
+
+
+def chunk_splits(num_pairs: int, num_keys: int, num_multiprocessors: int) -> int:
+    """Blocks that share the context of one pair of a block of rows and a KV head: so many that the
+    last wave of blocks leaves few multiprocessors idle.
+    """
+    num_tiles = -(-num_keys // _CHUNK_KEYS)
+
+    def time_of(splits: int) -> int:
+        waves = -(-num_pairs * splits // num_multiprocessors)
+        return waves * (-(-num_tiles // splits) + _BLOCK_TILES * (1 + (splits > 1)))
+
+    return min(range(1, _MOST_CHUNK_SPLITS + 1), key=time_of)
+
+
 def kernel_scale(linear: CudaLinear) -> float:
     """e4m3 activations are divided by the scale, fp16 ones multiplied by its inverse."""
     return 1.0 / linear.input_scale if linear.weight.format == "nvfp4" else linear.input_scale

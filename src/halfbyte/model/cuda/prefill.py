@@ -7,18 +7,17 @@ sequence, Z slots in a page, N query heads, K key/value heads, H head size, R ro
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch, LinearResult
-from halfbyte.kernels.cuda.library import PREFILL_COLUMNS, KernelLibrary, attention_warps
-from halfbyte.kernels.cuda.ops import prefill_launch
+from halfbyte.kernels.cuda.library import KernelLibrary, attention_warps, prefill_tiles
+from halfbyte.kernels.cuda.ops import prefill_launches
 from halfbyte.kernels.repack import (
     K_BLOCK,
     TileFormat,
@@ -30,7 +29,10 @@ from halfbyte.model.cuda.launches import (
     AllReduce,
     RotaryFunction,
     SharedBuffers,
+    CHUNK_ROWS,
     attention_splits,
+    chunk_splits,
+    chunk_tiles,
     elementwise_kernels,
     heads_of,
     joined_input,
@@ -46,6 +48,10 @@ from halfbyte.model.cuda.weights import (
 
 # Prompts of more tokens multiply faster through the library, by some per cent at 8192 (measured).
 DECODED_TOKENS = 2048
+# FP8 weights of more tokens are worth laying out for the library.
+TILED_FP8_TOKENS = 1024
+# A prompt from its start is read from its pages, as chunks are, up to so many tokens.
+UNSTORED_TOKENS = 0
 # Rows of a prefill that are normed at once.
 _NORM_ROWS = 1024
 
@@ -54,7 +60,7 @@ class Chunk(NamedTuple):
     """Consecutive tokens of one sequence among a prefill's rows.
 
     start       tokens of the sequence that are stored already
-    pages_P     int64, the sequence's pages as far as this chunk reaches; unused if start is 0
+    pages_P     int32, the sequence's pages as far as this chunk reaches
     """
 
     first_row: int
@@ -91,17 +97,12 @@ class PrefillBatch:
     hidden_TD: Tensor | None = None
 
 
-def attend_to_end(q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last T of C tokens over all of them: (T, N, H)."""
+def attend_causally(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) -> Tensor:
+    """Causal attention of tokens over themselves, through the library: (T, N, H)."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    num_queries, num_keys = q_TNH.shape[0], k_CKH.shape[0]
-    is_whole = num_queries == num_keys
-    q, k, v = (t.transpose(0, 1)[None] for t in (q_TNH, k_CKH, v_CKH))
-    mask: Any = None if is_whole else causal_lower_right(num_queries, num_keys)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_TNH, k_TKH, v_TKH))
     with sdpa_kernel(order, set_priority=True):
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_whole, scale=scale, enable_gqa=True
-        )
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 
@@ -173,6 +174,10 @@ class Prefill:
         format_ = linear.weight.format
         if self._decoded_formats is not None:
             return format_ in self._decoded_formats
+        if format_ == "fp8":
+            # A draft model's first product reads rows that torch has put together.
+            is_fuse = linear is self._weights.fuse
+            return not is_fuse and self._num_tokens <= TILED_FP8_TOKENS
         few = self._num_tokens <= DECODED_TOKENS
         return format_ == "nvfp4" or (format_ == "nvfp4_fast" and few)
 
@@ -212,7 +217,7 @@ class Prefill:
         columns = weight.num_k_blocks * K_BLOCK[weight.format]
         if self._is_decoded(linear):
             per_chunk = 8 if weight.format == "nvfp4" else 16
-            shape = (columns // per_chunk, padded(num_tokens, PREFILL_COLUMNS), 16)
+            shape = (columns // per_chunk, sum(prefill_tiles(num_tokens)), 16)
             chunks = torch.empty(shape, dtype=torch.uint8, device=self._library.device)
             # Features may be permuted within 64; what is written comes later.
             chunks[weight.in_features // 64 * (64 // per_chunk) :] = 0
@@ -228,14 +233,10 @@ class Prefill:
     ) -> LinearResult:
         device, features = self._library.device, linear.weight.out_features
         y_TO = torch.empty(num_tokens, features, dtype=torch.bfloat16, device=device)
-        launch = prefill_launch(
-            self._library,
-            linear.weight,
-            x_chunks,
-            self._row_scales[id(linear)],
-            y_TO,
-        )
-        launch.run(torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        row_scale_O = self._row_scales[id(linear)]
+        for launch in prefill_launches(self._library, linear.weight, x_chunks, row_scale_O, y_TO):
+            launch.run(stream)
         self._last = y_TO
         is_fast = linear.weight.format == "nvfp4_fast"
         return LinearResult(
@@ -324,28 +325,51 @@ class Prefill:
             k,
             v,
         )
-        out = torch.empty_like(q) if batch.singles is not None or len(batch.chunks) > 1 else None
-        if batch.singles is not None and out is not None:
+        out = torch.empty_like(q)
+        if batch.singles is not None:
             self._attend_singles(index, layer, q, out, batch.singles)
         for chunk in batch.chunks:
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
-            keys, values = k[rows], v[rows]
-            if chunk.start > 0:
-                stored = chunk.start + chunk.num_rows
-                keys = self._stored(self._cache.keys[index], chunk.pages_P, stored)
-                values = self._stored(self._cache.values[index], chunk.pages_P, stored)
-            attended = attend_to_end(q[rows], keys, values, layer.k_scale / math.sqrt(size))
-            if out is None:
-                out = attended
+            if chunk.start == 0 and chunk.num_rows > UNSTORED_TOKENS:
+                scale = layer.k_scale / math.sqrt(size)
+                out[rows] = attend_causally(q[rows], k[rows], v[rows], scale)
             else:
-                out[rows] = attended
-        assert out is not None
+                self._attend_chunk(index, layer, q[rows], out[rows], chunk)
         return self._attention_output(layer, out.reshape(num_tokens, heads * size))
 
-    def _stored(self, cache_PZKH: Tensor, pages_P: Tensor, num_tokens: int) -> Tensor:
-        """The first tokens of a sequence as its pages hold them, in bf16 (exact): (C, K, H)."""
-        codes = cache_PZKH[pages_P].flatten(0, 1)[:num_tokens]
-        return codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
+    def _attend_chunk(
+        self, index: int, layer: CudaLayer, q_TNH: Tensor, out_TNH: Tensor, chunk: Chunk
+    ) -> None:
+        """Attention of a chunk over its sequence's pages, without v_scale."""
+        config, library = self._weights.config, self._library
+        size, kv_heads = config.head_dim, config.num_kv_heads
+        num_tiles = chunk_tiles(chunk.num_rows, config.num_heads // kv_heads)
+        pairs = num_tiles * kv_heads
+        num_splits = chunk_splits(pairs, chunk.start + chunk.num_rows, library.num_multiprocessors)
+        self._make_room(pairs * num_splits * CHUNK_ROWS * (size + 2), pairs)
+        self._launch(
+            library.chunk_attention(heads_of(config), self._cache.page_slots),
+            (num_tiles, kv_heads, num_splits),
+            384,
+            q_TNH,
+            self._cache.keys[index],
+            self._cache.values[index],
+            chunk.pages_P,
+            chunk.start,
+            chunk.num_rows,
+            layer.k_scale * math.log2(math.e) / math.sqrt(size),
+            self._workspace,
+            self._counters,
+            out_TNH,
+        )
+
+    def _make_room(self, num_workspace: int, num_counters: int) -> None:
+        """Memory where blocks that share a context merge; the counters are zero between kernels."""
+        device = self._library.device
+        if self._workspace.numel() < num_workspace:
+            self._workspace = torch.zeros(num_workspace, device=device)
+        if self._counters.numel() < num_counters:
+            self._counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
 
     def _attend_singles(
         self, index: int, layer: CudaLayer, q: Tensor, out: Tensor, singles: Singles
@@ -357,9 +381,7 @@ class Prefill:
         num_splits = attention_splits(pairs, library.num_multiprocessors)
         group = config.num_heads // kv_heads
         num_workspace = pairs * num_splits * group * (size + 2)
-        if self._workspace.numel() < num_workspace or self._counters.numel() < pairs:
-            self._workspace = torch.zeros(num_workspace, device=library.device)
-            self._counters = torch.zeros(pairs, dtype=torch.int32, device=library.device)
+        self._make_room(num_workspace, pairs)
         num_warps = attention_warps(pairs, library.num_multiprocessors)
         heads = heads_of(config)
         self._launch(
@@ -386,7 +408,7 @@ class Prefill:
         """Attention's output times v_scale, as the output product reads it."""
         num_tokens, width = out_TO.shape
         x_TI = self._input(layer.o, num_tokens)
-        if self._is_decoded(layer.o):
+        if self._is_decoded(layer.o) and layer.o.weight.format != "fp8":
             return self._tiled(out_TO.float() * layer.v_scale, layer.o, x_TI)
         if self._kind(layer.o) == "bf16":
             x_TI[:, :width] = out_TO * layer.v_scale
