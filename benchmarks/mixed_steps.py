@@ -161,9 +161,7 @@ def figures_of(rows: list[dict[str, Any]]) -> list[Figure]:
             value=row["median_ms"],
             unit="ms",
             topic="serving",
-            conditions={
-                name: row[name] for name in ("mode", "answers", "prompt_rows", "depth")
-            },
+            conditions={name: row[name] for name in ("mode", "answers", "prompt_rows", "depth")},
         )
         for row in rows
     ]
