@@ -22,7 +22,7 @@ Last record: benchmarks/records/mutants.json; results of each mutant: build/muta
 A second run goes on where the first ended; `--again` tries what has survived with all tests of its
 file, whatever time they take.
 
-Run: make mutants, or PYTHONPATH=src python benchmarks/mutants.py src/halfbyte/evals/judging/stats.py
+Run: make mutants, or benchmarks/mutants.py src/halfbyte/evals/judging/stats.py
 """
 
 import argparse

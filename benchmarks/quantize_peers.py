@@ -28,20 +28,20 @@ from torch import Tensor
 
 from halfbyte import log
 from halfbyte.bench import record
-from halfbyte.fidelity.models import cut_texts, full_divergence, interval_of_mean, read_texts
 from halfbyte.calibrate.blend import load_blend
 from halfbyte.calibrate.draw import draw
 from halfbyte.calibrate.sources import DataAccess
 from halfbyte.calibrate.tokens import as_rows
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.fidelity.models import cut_texts, full_divergence, interval_of_mean, read_texts
 from halfbyte.figures import Figure
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 
 RECORD = Path(__file__).parent / "records" / "quantize_peers.json"
-HELD_OUT = Path(__file__).parents[1] / "src/halfbyte/bench/data/held_out.txt"
+HELD_OUT = Path(__file__).parents[1] / "src/halfbyte/fidelity/data/held_out.txt"
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "max": {"method": "max"},
     "mse": {"method": "mse"},

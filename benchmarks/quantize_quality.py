@@ -34,9 +34,9 @@ from typing import Any
 
 from halfbyte import log
 from halfbyte.bench import record
-from halfbyte.fidelity.models import PairRow, Row, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.checkpoint.manifest import read_manifest
+from halfbyte.fidelity.models import PairRow, Row, compare_models
 from halfbyte.figures import Against, Figure
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig
@@ -45,7 +45,7 @@ from halfbyte.quantize.scales import METHODS
 from halfbyte.recipe.schema import load_recipe
 
 RECORD = Path(__file__).parent / "records" / "quantize_quality.json"
-HELD_OUT = Path(__file__).parents[1] / "src/halfbyte/bench/data/held_out.txt"
+HELD_OUT = Path(__file__).parents[1] / "src/halfbyte/fidelity/data/held_out.txt"
 # Name -> recipe, method.
 VARIANTS: Mapping[str, tuple[str, str]] = {
     "max": ("medium-3.5", "max"),

@@ -18,8 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from halfbyte.bench import record as records
 from benchmarks.soak_clients import made_up, soak
+
+from halfbyte.bench import record as records
 from halfbyte.child import free_port, served
 from halfbyte.figures import Against, Figure
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint

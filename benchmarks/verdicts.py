@@ -41,7 +41,6 @@ from numpy.typing import NDArray
 from scipy import stats as distributions
 
 from halfbyte.bench import record
-from halfbyte.fidelity.models import interval_of_mean
 from halfbyte.evals.judging.bounds import LEVEL, PairedItems, pair, rules_out_loss
 from halfbyte.evals.judging.looks import MACRO_MARGIN, UNPLANNED_LEVEL
 from halfbyte.evals.judging.plan import plan_run, suite_chances
@@ -54,6 +53,7 @@ from halfbyte.evals.judging.stats import (
     paired_difference,
 )
 from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES
+from halfbyte.fidelity.models import interval_of_mean
 from halfbyte.figures import Against, Figure
 
 RECORD = Path(__file__).parent / "records" / "verdicts.json"

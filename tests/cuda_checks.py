@@ -545,8 +545,8 @@ def real_prompts(model: Path, count: int = 200) -> list[list[int]]:
     """Pieces of the held-out text of 3 to 300 tokens."""
     from tokenizers import Tokenizer
 
-    # Not through `bench.demo`, which needs more packages than a machine for kernels has.
-    held_out = files("halfbyte.bench") / "data" / "held_out.txt"
+    # Not through `cli.demo_steps`, which needs more packages than a machine for kernels has.
+    held_out = files("halfbyte.fidelity") / "data" / "held_out.txt"
     text = held_out.read_text(encoding="utf-8")
     ids: list[int] = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
     lengths = [3 + int(297 * (i / count) ** 3) for i in range(count)]
@@ -711,7 +711,7 @@ def fast_against_exact(model: Path) -> dict[str, Any]:
     """Mean KL of mode "fast" from "exact" on held-out text, through prefill and through graphs."""
     from tokenizers import Tokenizer
 
-    held_out = files("halfbyte.bench") / "data" / "held_out.txt"
+    held_out = files("halfbyte.fidelity") / "data" / "held_out.txt"
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(held_out.read_text("utf-8")).ids
     windows = [ids[i : i + 1024] for i in range(0, min(len(ids) - 1024, 8192), 1024)]
     limits: dict[str, Any] = {"max_model_len": 1024, "kv_cache": "auto", "max_batch_tokens": 1024}

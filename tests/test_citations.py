@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PLACES = ("src", "tests", "docs", "benchmarks", "pocket", "clients")
+PLACES = ("src", "tests", "docs", "benchmarks", "pocket", "clients", "tools")
 TEXTS = (".py", ".md", ".c", ".h", ".cu", ".js", ".jinja", ".yaml", ".yml", ".toml")
 # Folders of data: other projects' texts and recorded answers, which cite what they like.
 DATA = (ROOT / "tests" / "data", ROOT / "benchmarks" / "records")
@@ -18,7 +18,7 @@ _SELF = re.compile(r"\]\(#([\w-]+)\)")
 # docs/reference/formats.md#gguf, or a list: docs/reference/formats.md, #gguf and #edge-cases
 _DOC = re.compile(r"\bdocs/[\w/-]+\.md(?:(?:,|,? and)?\s*#[a-z][a-z0-9-]+)*")
 _CODE = re.compile(
-    r"(?<![\w/])(?:benchmarks|tests|src|pocket|clients)/[\w./-]*\w\.(?:py|md|json|cu|c|html)\b"
+    r"(?<![\w/])(?:benchmarks|tests|src|pocket|clients|tools)/[\w./-]*\w\.(?:py|md|json|cu|c|html)\b"
 )
 _DECISIONS = re.compile(r"\b[Dd]ecisions? ((?:\d{4}(?:, | and | to )?)+)")
 _ELSEWHERE = re.compile(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from tools import docs
-from tools.picture import formats_picture
 from tools.cli_reference import PAGE, reference_page
+from tools.picture import formats_picture
+
 from halfbyte.figures import read_record
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.bench.cpu_decode import cpu_figures
-from halfbyte.cli.demo_steps import demo_figures
 from halfbyte.bench.gpu import engine_figures
 from halfbyte.bench.serving import serving_figures
+from halfbyte.cli.demo_steps import demo_figures
 from halfbyte.errors import CheckpointError
 from halfbyte.figures import (
     Against,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halfbyte.cli.main import COMMANDS, build_parser
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "cli.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 _HEAD = """\
 # Command line
 

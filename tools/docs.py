@@ -16,13 +16,14 @@ from typing import Any
 
 from tools import pareto
 from tools.picture import formats_picture
+
 from halfbyte.errors import CheckpointError
 from halfbyte.figures import Figure, Record, Topic, read_record
 
 # All variants, and a later run of some.
 _QUALITY = ("quantize_quality", "quantize_methods")
 _MODES = ("declared", "weight_only")
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_records(directory: Path) -> dict[str, Record]:

@@ -2,7 +2,7 @@
 
 A `Figure` keeps its number and unit; text is made of it only where a page is rendered: the table of
 README, benchmarks/README.md and the Speed section of a model card are three renderings of the same
-figures. `bench.record` writes records; `bench.docs` and `card` read them through `parse_record`.
+figures. `bench.record` writes records; `tools/docs.py` and `card` read them through `parse_record`.
 """
 
 import json

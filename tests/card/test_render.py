@@ -14,7 +14,6 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from halfbyte.fidelity.models import Comparison, Interval, PairRow, Row
 from halfbyte.card.base import Base, find_base
 from halfbyte.card.facts import (
     CheckpointFacts,
@@ -29,8 +28,9 @@ from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.cli.main import COMMANDS, build_parser
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import UsageError
-from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
 from halfbyte.evals.judging.summary import summarise
+from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
+from halfbyte.fidelity.models import Comparison, Interval, PairRow, Row
 from halfbyte.figures import CARD_TOPICS, read_record
 from halfbyte.model.tiny import write_tiny_checkpoint
 

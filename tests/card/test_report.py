@@ -12,8 +12,8 @@ from halfbyte.card.facts import compare_arms, read_arm, spans
 from halfbyte.card.plots import Interval, intervals, shares
 from halfbyte.card.report import render_report
 from halfbyte.errors import UsageError
-from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
 from halfbyte.evals.judging.summary import summarise
+from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
 
 VOID = {"meta", "br"}
 

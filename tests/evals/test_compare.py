@@ -14,6 +14,8 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.judging.bounds import p_beyond, pair
 from halfbyte.evals.judging.compare import compare_runs, write_comparison
 from halfbyte.evals.judging.guards import blockers
+from halfbyte.evals.judging.render import format_comparison, what_would_decide
+from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
     FORMAT,
     BenchmarkResult,
@@ -24,8 +26,6 @@ from halfbyte.evals.records import (
     record_row,
     write_run,
 )
-from halfbyte.evals.judging.render import format_comparison, what_would_decide
-from halfbyte.evals.judging.summary import summarise
 
 Scores = Mapping[tuple[str, int], float | None]
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import UsageError
-from halfbyte.evals.running import evaluate as evaluate_module
 from halfbyte.evals.config import JudgeConfig, RunConfig, Sampling
+from halfbyte.evals.records import mark_session, read_run
+from halfbyte.evals.running import evaluate as evaluate_module
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.evaluate import (
     _begin,
@@ -17,7 +18,6 @@ from halfbyte.evals.running.evaluate import (
     _not_measured,
     default_arm,
 )
-from halfbyte.evals.records import mark_session, read_run
 from halfbyte.evals.sandbox import Limits
 from halfbyte.evals.tasks.benchmark import Loaded
 from halfbyte.evals.tasks.data import Provenance

@@ -8,7 +8,6 @@ import pytest
 from evals.test_compare import all_right, grid, write_arm
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
-from halfbyte.evals.judging.compare import compare_runs, write_comparison
 from halfbyte.evals.config import (
     JudgeConfig,
     RunConfig,
@@ -17,6 +16,7 @@ from halfbyte.evals.config import (
     differing_judges,
     seed_for,
 )
+from halfbyte.evals.judging.compare import compare_runs, write_comparison
 from halfbyte.evals.judging.looks import (
     Margin,
     margin_of,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from evals.test_compare import record
-from halfbyte.evals.records import BenchmarkResult, Record
 from halfbyte.evals.judging.summary import summarise
+from halfbyte.evals.records import BenchmarkResult, Record
 
 
 def row(

@@ -23,8 +23,8 @@ from halfbyte.engine.core import Engine
 from halfbyte.engine.request import GenerationRequest
 from halfbyte.engine.service import EngineService
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
-from halfbyte.server.http.app import create_app
 from halfbyte.server.config import ServerConfig
+from halfbyte.server.http.app import create_app
 from halfbyte.server.ops.supervise import Supervisor
 
 DATA = Path(__file__).parent.parent / "data" / "chat"

@@ -21,10 +21,10 @@ import pytest
 from flows.stand import write_model
 from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.request import GenerationRequest
-from halfbyte.server.http.app import create_app
 from halfbyte.server.config import Limits, ServerConfig
-from halfbyte.server.run import listen, serving
+from halfbyte.server.http.app import create_app
 from halfbyte.server.ops.supervise import Supervisor
+from halfbyte.server.run import listen, serving
 from server.scripted import ScriptedService
 
 DATA = Path(__file__).parent.parent / "data" / "chat"

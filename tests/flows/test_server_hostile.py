@@ -18,10 +18,10 @@ from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.service import EngineService
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
-from halfbyte.server.http.app import create_app
 from halfbyte.server.config import Limits, ServerConfig
-from halfbyte.server.run import serving
+from halfbyte.server.http.app import create_app
 from halfbyte.server.ops.supervise import Supervisor
+from halfbyte.server.run import serving
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
 

@@ -11,11 +11,11 @@ import pytest
 
 from flows.browser import CHROMIUM, Browser
 from halfbyte.chat.tokens import load_chat
+from halfbyte.server.config import ServerConfig
 from halfbyte.server.http.admin import create_admin
 from halfbyte.server.http.app import create_app
-from halfbyte.server.config import ServerConfig
-from halfbyte.server.run import address, listen, serving
 from halfbyte.server.ops.supervise import Supervisor
+from halfbyte.server.run import address, listen, serving
 from server.scripted import ScriptedService
 
 pytestmark = pytest.mark.skipif(

@@ -14,10 +14,10 @@ from PIL import Image
 from flows.browser import CHROMIUM, Browser
 from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.request import GenerationRequest
-from halfbyte.server.http.app import create_app
 from halfbyte.server.config import ServerConfig
-from halfbyte.server.run import serving
+from halfbyte.server.http.app import create_app
 from halfbyte.server.ops.supervise import Supervisor
+from halfbyte.server.run import serving
 from server.scripted import ScriptedService
 
 if CHROMIUM is None:

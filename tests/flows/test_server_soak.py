@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.soak_clients import Asked, answer_of, made_up, soak, streamed_answer
 
 from flows.stand import write_model
-from benchmarks.soak_clients import Asked, answer_of, made_up, soak, streamed_answer
 from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.service import EngineService
+from halfbyte.server.config import ServerConfig
 from halfbyte.server.http.admin import create_admin
 from halfbyte.server.http.app import create_app
-from halfbyte.server.config import ServerConfig
-from halfbyte.server.run import address, listen, serving
 from halfbyte.server.ops.supervise import Supervisor
+from halfbyte.server.run import address, listen, serving
 
 
 async def test_a_crowd_some_of_whom_leave(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.chat.tokens import ChatFormat, load_chat
-from halfbyte.server.http.app import create_app
 from halfbyte.server.config import ServerConfig
+from halfbyte.server.http.app import create_app
 from halfbyte.server.ops.supervise import Supervisor
 from server.scripted import ScriptedService
 

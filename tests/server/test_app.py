@@ -10,9 +10,9 @@ from starlette.routing import Route
 
 from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.errors import CheckpointError
+from halfbyte.server.config import Limits, ServerConfig
 from halfbyte.server.http.admin import create_admin
 from halfbyte.server.http.app import create_app
-from halfbyte.server.config import Limits, ServerConfig
 from halfbyte.server.ops.supervise import Supervisor
 from server.conftest import MakeBench
 from server.scripted import ScriptedService

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.errors import RequestError
 from halfbyte.server.api import wire
+from halfbyte.server.api.texts import Texts
 from halfbyte.server.config import Limits
 from halfbyte.server.http.openapi import BODIES
-from halfbyte.server.api.texts import Texts
 from server.conftest import MakeBench
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from halfbyte.errors import RequestError
 from halfbyte.server.api import fetch
-from halfbyte.server.config import ImageFetch
 from halfbyte.server.api.fetch import fetch_image, host_allowed, is_public
+from halfbyte.server.config import ImageFetch
 
 OPEN = ImageFetch(hosts=("*",), deadline_s=2.0)
 

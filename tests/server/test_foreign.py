@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from halfbyte.server.api import foreign, wire
-from halfbyte.server.defaults import SamplingDefaults
 from halfbyte.server.api.responses_wire import ResponsesRequest
+from halfbyte.server.defaults import SamplingDefaults
 from server.conftest import Bench, MakeBench
 
 CALLS, ARGS, EOS = 9, 32, 2

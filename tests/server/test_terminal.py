@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.errors import UsageError
 from halfbyte.client.client import ChatClient
-from halfbyte.server.run import serving
 from halfbyte.client.terminal import Terminal
+from halfbyte.errors import UsageError
+from halfbyte.server.run import serving
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2

@@ -17,11 +17,11 @@ from PIL import Image
 from flows.vllm_stand_in import StandIn, token_rows
 from halfbyte.chat.tekken_export import hub_tokenizer
 from halfbyte.chat.tokens import load_chat
-from halfbyte.server.http.app import create_app
-from halfbyte.server.config import Limits, ServerConfig
-from halfbyte.server.run import listen
-from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.api.tool_names import model_name
+from halfbyte.server.config import Limits, ServerConfig
+from halfbyte.server.http.app import create_app
+from halfbyte.server.ops.supervise import Supervisor
+from halfbyte.server.run import listen
 from halfbyte.server.vllm.command import VllmPlan
 from halfbyte.server.vllm.upstream import VllmUpstream
 from server.conftest import DATA, Bench

@@ -34,7 +34,6 @@ from halfbyte.card.markdown import Markdown, code, hub_link, join, link, md, one
 from halfbyte.card.published import published_figures, published_run, scrubbed
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.compare import Comparison, write_comparison
-from halfbyte.evals.records import BenchmarkResult
 from halfbyte.evals.judging.render import (
     level_text,
     margin_text,
@@ -46,6 +45,7 @@ from halfbyte.evals.judging.render import (
     what_would_decide,
 )
 from halfbyte.evals.judging.stats import Estimate
+from halfbyte.evals.records import BenchmarkResult
 from halfbyte.evals.tasks.suite import BENCHMARKS
 from halfbyte.figures import Figure, Machine, Record
 

@@ -13,7 +13,6 @@ from markupsafe import Markup
 from halfbyte.card.facts import PRIVATE, Arm, Usage, columns, title_of
 from halfbyte.card.plots import Interval, intervals, shares
 from halfbyte.evals.judging.compare import BenchmarkComparison, Comparison, Flip
-from halfbyte.evals.records import BenchmarkResult
 from halfbyte.evals.judging.render import (
     a_a,
     format_look,
@@ -25,6 +24,7 @@ from halfbyte.evals.judging.render import (
     unseen_lines,
     what_would_decide,
 )
+from halfbyte.evals.records import BenchmarkResult
 from halfbyte.page import Cell, Table, render_page
 
 _CAUSES = ("ok", "wrong", "length", "unparsed", "empty", "refused", "ungraded", "error")

@@ -53,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     # Imported here so that --help needs no torch.
+    from halfbyte.checkpoint.identity import checkpoint_identity
     from halfbyte.fidelity import models as fidelity
     from halfbyte.fidelity.baseline import load_baseline, save_baseline
     from halfbyte.fidelity.choices import encode_choices
-    from halfbyte.checkpoint.identity import checkpoint_identity
 
     choices = (
         encode_choices(args.models[0], args.choices, args.data, args.limit) if args.choices else ()

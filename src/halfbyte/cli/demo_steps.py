@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from halfbyte.bench import record as records
-from halfbyte.fidelity.models import Comparison, compare_models
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.child import served
 from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.fidelity.models import Comparison, compare_models
 from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
 from halfbyte.printable import own
@@ -36,7 +37,7 @@ MARKER = ".halfbyte-demo"
 # 4,096 tokens at most: enough for maxima of a small model, and quick.
 CALIBRATION_ROWS = 16
 CALIBRATION_ROW_TOKENS = 256
-HELD_OUT = Path(__file__).parent / "data" / "held_out.txt"
+HELD_OUT = Path(str(resources.files("halfbyte.fidelity"))) / "data" / "held_out.txt"
 QUESTIONS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",

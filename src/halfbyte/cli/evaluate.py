@@ -93,6 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
+    from halfbyte.evals.judging.plan import LOSSES, format_plan, plan_run
+    from halfbyte.evals.judging.render import format_run
+    from halfbyte.evals.records import is_name, lock_run
     from halfbyte.evals.running.endpoint import (
         connect,
         describe_checkpoint,
@@ -101,9 +104,6 @@ def run(args: argparse.Namespace) -> int:
         serve,
     )
     from halfbyte.evals.running.evaluate import default_arm, evaluate, prepare
-    from halfbyte.evals.judging.plan import LOSSES, format_plan, plan_run
-    from halfbyte.evals.records import is_name, lock_run
-    from halfbyte.evals.judging.render import format_run
     from halfbyte.evals.tasks.suite import find_benchmarks
 
     benchmarks = find_benchmarks(args.suite)

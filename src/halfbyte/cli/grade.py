@@ -22,9 +22,9 @@ def run(args: argparse.Namespace) -> int:
     import datetime
     import os
 
+    from halfbyte.evals.judging.render import format_run
     from halfbyte.evals.records import lock_run
     from halfbyte.evals.running.regrade import changed_grades, regrade
-    from halfbyte.evals.judging.render import format_run
     from halfbyte.evals.sandbox import Limits, interpreter
     from halfbyte.evals.score import CodeRunner
 

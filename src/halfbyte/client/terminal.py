@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from halfbyte.client.client import Answer, ChatClient
 from halfbyte.errors import UsageError
 from halfbyte.printable import own, printable
-from halfbyte.client.client import Answer, ChatClient
 
 HELP = """\
   /new          forget the conversation       /again        answer the last question again

@@ -37,8 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from halfbyte.fidelity.choices import Choice
 from halfbyte.errors import CheckpointError
+from halfbyte.fidelity.choices import Choice
 
 FORMAT = "halfbyte-baseline-1"
 TOP_TOKENS = 96

@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from scipy import stats as distributions
 from torch import Tensor
 
+from halfbyte.chat.tokens import load_chat
+from halfbyte.engine.core import Engine, EngineConfig
+from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.fidelity.baseline import (
     Baseline,
     Compact,
@@ -32,9 +35,6 @@ from halfbyte.fidelity.baseline import (
     divergence,
 )
 from halfbyte.fidelity.choices import Choice, Flips, answer, count_flips, longest
-from halfbyte.chat.tokens import load_chat
-from halfbyte.engine.core import Engine, EngineConfig
-from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.files import read_bounded
 from halfbyte.model.linear import Mode
 

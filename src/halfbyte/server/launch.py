@@ -20,10 +20,10 @@ from halfbyte.engine.service import EngineService
 from halfbyte.errors import UsageError
 from halfbyte.files import read_bounded
 from halfbyte.machine import settle_heap
-from halfbyte.server.http.app import create_app
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
 from halfbyte.server.defaults import SamplingDefaults
 from halfbyte.server.dialect import Setting
+from halfbyte.server.http.app import create_app
 from halfbyte.server.http.gate import AccessLog, log_access
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.ops.tracing import Tracing

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.errors import UsageError
-from halfbyte.evals.judging.bounds import p_beyond, pair, unseen_share
 from halfbyte.evals.config import differing, differing_judges
+from halfbyte.evals.judging.bounds import p_beyond, pair, unseen_share
 from halfbyte.evals.judging.guards import (
     Refusals,
     blockers,
@@ -34,15 +34,6 @@ from halfbyte.evals.judging.looks import (
     read_comparison,
     seed_shifts,
 )
-from halfbyte.evals.records import (
-    BenchmarkResult,
-    Record,
-    RunRecord,
-    latest,
-    newest,
-    read_records,
-    read_run,
-)
 from halfbyte.evals.judging.stats import (
     Estimate,
     Verdict,
@@ -55,6 +46,15 @@ from halfbyte.evals.judging.stats import (
     repeat_noise,
     sign_flip,
     unpaired_difference,
+)
+from halfbyte.evals.records import (
+    BenchmarkResult,
+    Record,
+    RunRecord,
+    latest,
+    newest,
+    read_records,
+    read_run,
 )
 from halfbyte.evals.tasks.suite import BENCHMARKS
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from scipy import stats as distributions
 
-from halfbyte.evals.records import BenchmarkResult, Record, RunRecord
 from halfbyte.evals.judging.stats import estimate
+from halfbyte.evals.records import BenchmarkResult, Record, RunRecord
 from halfbyte.evals.tasks.suite import BENCHMARKS
 
 Pairs = Mapping[str, Sequence[tuple[Record, Record]]]

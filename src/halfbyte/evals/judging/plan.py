@@ -18,9 +18,9 @@ from scipy import stats as distributions
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.bounds import LEVEL, Design, would_rule_out
 from halfbyte.evals.judging.looks import MACRO_MARGIN
-from halfbyte.evals.records import BenchmarkResult, read_run
 from halfbyte.evals.judging.render import percent, table
 from halfbyte.evals.judging.stats import POWER_Z, is_decided, smallest
+from halfbyte.evals.records import BenchmarkResult, read_run
 from halfbyte.evals.tasks.benchmark import Benchmark
 
 LOSSES = (0.0, 0.005, 0.01, 0.02)

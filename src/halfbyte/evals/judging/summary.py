@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from halfbyte.evals.records import BenchmarkResult, Record
 from halfbyte.evals.judging.stats import accuracy_interval, item_variance
+from halfbyte.evals.records import BenchmarkResult, Record
 from halfbyte.evals.types import MISSING_CAUSES
 
 

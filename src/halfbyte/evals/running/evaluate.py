@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals import sandbox
 from halfbyte.evals.config import RunConfig, differing, differing_judges
-from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.grading import scripts
 from halfbyte.evals.grading.numbers import check_algebra
+from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
     FORMAT,
     BenchmarkResult,
@@ -29,8 +29,8 @@ from halfbyte.evals.records import (
     time_spent,
     write_run,
 )
+from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.score import CodeRunner
-from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded
 from halfbyte.log import logger
 

@@ -4,8 +4,8 @@ import time
 from collections import defaultdict
 from typing import TextIO
 
-from halfbyte.evals.records import Record
 from halfbyte.evals.judging.stats import accuracy_interval
+from halfbyte.evals.records import Record
 from halfbyte.progress import ProgressLine, clock
 
 

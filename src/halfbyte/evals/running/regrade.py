@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
+from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
     BenchmarkResult,
     Journal,
@@ -22,7 +23,6 @@ from halfbyte.evals.records import (
     write_run,
 )
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
-from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options
 from halfbyte.evals.tasks.suite import BENCHMARKS
 from halfbyte.evals.types import Attempt

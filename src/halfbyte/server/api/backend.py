@@ -12,15 +12,15 @@ from halfbyte.chat.grammar_limits import GrammarLimits
 from halfbyte.chat.prompt import banned_control_ids
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import RequestError
-from halfbyte.server.ops import process_figures as process
 from halfbyte.server.api import wire
-from halfbyte.server.call import Call
-from halfbyte.server.config import ServerConfig
-from halfbyte.server.ops.metrics import Metrics
 from halfbyte.server.api.pieces import Piece
 from halfbyte.server.api.stream import BodyRoom
-from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.api.texts import Texts
+from halfbyte.server.call import Call
+from halfbyte.server.config import ServerConfig
+from halfbyte.server.ops import process_figures as process
+from halfbyte.server.ops.metrics import Metrics
+from halfbyte.server.ops.supervise import Supervisor
 
 
 class Admission:

@@ -9,12 +9,12 @@ from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reaso
 from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
-from halfbyte.server.call import Call
 from halfbyte.server.api.completion import Choice, Job, Message, collect, run, token_text
-from halfbyte.server.dialect import Dialect
 from halfbyte.server.api.pieces import Piece, TokenEntry
 from halfbyte.server.api.prepare import chat_job, check_sampling
 from halfbyte.server.api.stream import DONE, frame
+from halfbyte.server.call import Call
+from halfbyte.server.dialect import Dialect
 
 # JSON has no infinity; OpenAI's own floor stands in.
 _LEAST_LOGPROB = -9999.0

@@ -21,8 +21,8 @@ from halfbyte.engine.request import (
 )
 from halfbyte.errors import RequestError
 from halfbyte.server.api.backend import Backend, Running
-from halfbyte.server.call import Call
 from halfbyte.server.api.pieces import Piece, TokenEntry, Usage
+from halfbyte.server.call import Call
 
 
 @dataclass(slots=True)

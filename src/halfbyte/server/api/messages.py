@@ -15,13 +15,13 @@ from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reaso
 from halfbyte.errors import RequestError
 from halfbyte.server.api import tool_names
 from halfbyte.server.api.backend import Backend
-from halfbyte.server.call import Call
 from halfbyte.server.api.completion import Job, run
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest, paths_of
 from halfbyte.server.api.pieces import Piece
 from halfbyte.server.api.prepare import chat_job, chat_prompt, check_sampling
 from halfbyte.server.api.problems import messages_error_body, status_and_body
 from halfbyte.server.api.stream import frame
+from halfbyte.server.call import Call
 
 Event = dict[str, Any]
 

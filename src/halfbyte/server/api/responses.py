@@ -11,13 +11,13 @@ from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reaso
 from halfbyte.errors import RequestError
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
-from halfbyte.server.call import Call
 from halfbyte.server.api.completion import Job, run
 from halfbyte.server.api.pieces import Piece
 from halfbyte.server.api.prepare import chat_job, check_sampling
 from halfbyte.server.api.problems import status_and_body
 from halfbyte.server.api.responses_wire import ResponsesRequest, paths_of
 from halfbyte.server.api.stream import frame
+from halfbyte.server.call import Call
 
 Event = dict[str, Any]
 

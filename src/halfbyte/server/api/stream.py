@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 from halfbyte.errors import RequestError
 from halfbyte.machine import trim_heap
 from halfbyte.server.api import wire
-from halfbyte.server.config import Limits
 from halfbyte.server.api.problems import body_for, response_of, status_and_body
+from halfbyte.server.config import Limits
 
 Result = TypeVar("Result")
 

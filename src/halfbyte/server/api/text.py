@@ -9,12 +9,12 @@ from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
-from halfbyte.server.call import Call
 from halfbyte.server.api.chat import prompt_entries, running_usage
 from halfbyte.server.api.completion import Choice, Job, Message, collect, run, token_text
 from halfbyte.server.api.pieces import TokenEntry
 from halfbyte.server.api.prepare import check_sampling, text_job
 from halfbyte.server.api.stream import DONE, frame
+from halfbyte.server.call import Call
 
 
 async def text_response(

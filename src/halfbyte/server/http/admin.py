@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import halfbyte
 from halfbyte.errors import RequestError
-from halfbyte.server.ops import process_figures as process
-from halfbyte.server.http.app import METRICS_TYPE, add_error_handlers, add_health
 from halfbyte.server.api.backend import Backend, Running
+from halfbyte.server.http.app import METRICS_TYPE, add_error_handlers, add_health
 from halfbyte.server.http.gate import AccessLog, Gate, Keys, log_access
 from halfbyte.server.http.origins import Origins
+from halfbyte.server.ops import process_figures as process
 
 
 def create_admin(backend: Backend, *, access_log: AccessLog | None = log_access) -> FastAPI:

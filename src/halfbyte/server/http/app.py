@@ -17,18 +17,10 @@ import halfbyte
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
 from halfbyte.server.api import foreign, tool_names, wire
-from halfbyte.server.http import markdown
 from halfbyte.server.api.backend import Backend, Upstream
-from halfbyte.server.call import Call
 from halfbyte.server.api.chat import chat_frames, chat_response
-from halfbyte.server.config import ServerConfig
-from halfbyte.server.dialect import Dialect, dialect_of
-from halfbyte.server.http.gate import OPEN_PATHS, AccessLog, Gate, Keys, log_access
 from halfbyte.server.api.messages import count_tokens, messages_frames, messages_response
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest
-from halfbyte.server.http.openapi import describe, request_body, returns_text
-from halfbyte.server.http.origins import Origins
-from halfbyte.server.http.pages import add_pages
 from halfbyte.server.api.prepare import (
     check_token_ids,
     encode_plain,
@@ -39,9 +31,17 @@ from halfbyte.server.api.problems import body_for, error_body, response_of
 from halfbyte.server.api.responses import responses_frames, responses_response
 from halfbyte.server.api.responses_wire import ResponsesRequest
 from halfbyte.server.api.stream import DONE, EventStream, reading_body, until_disconnect
-from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.api.text import text_frames, text_response
 from halfbyte.server.api.texts import LONG
+from halfbyte.server.call import Call
+from halfbyte.server.config import ServerConfig
+from halfbyte.server.dialect import Dialect, dialect_of
+from halfbyte.server.http import markdown
+from halfbyte.server.http.gate import OPEN_PATHS, AccessLog, Gate, Keys, log_access
+from halfbyte.server.http.openapi import describe, request_body, returns_text
+from halfbyte.server.http.origins import Origins
+from halfbyte.server.http.pages import add_pages
+from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.ops.tracing import Tracing
 
 # Bytes of a body that is read on the event loop.

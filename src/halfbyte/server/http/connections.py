@@ -23,8 +23,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from halfbyte.log import logger
-from halfbyte.server.config import Limits
 from halfbyte.server.api.problems import error_body
+from halfbyte.server.config import Limits
 
 # Connections that the kernel may hold for us; what it refuses tries again a second later.
 _QUEUE = 1024

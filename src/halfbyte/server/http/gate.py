@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from halfbyte.errors import RequestError, UsageError
 from halfbyte.log import logger
+from halfbyte.server.api.problems import response_of
 from halfbyte.server.call import Call
 from halfbyte.server.dialect import MISTRAL_PREFIX
-from halfbyte.server.ops.metrics import Metrics
 from halfbyte.server.http.origins import Origins
-from halfbyte.server.api.problems import response_of
+from halfbyte.server.ops.metrics import Metrics
 from halfbyte.server.ops.tracing import Tracing
 
 # Liveness probes carry no key.

@@ -27,7 +27,7 @@ _HEADERS = {
 
 def add_pages(app: FastAPI) -> None:
     """Routes of the page's files; read once."""
-    folder = files("halfbyte.server").joinpath("web")
+    folder = files("halfbyte.server.http").joinpath("web")
     contents = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     contents["code.css"] = code_styles().encode()
 

@@ -27,9 +27,9 @@ from halfbyte.engine.request import Event, GenerationRequest, TokenLogprobs
 from halfbyte.errors import CapacityError, RequestError, UnsupportedError
 from halfbyte.server.api import wire
 from halfbyte.server.api.completion import Choice, Job
-from halfbyte.server.defaults import SamplingDefaults
 from halfbyte.server.api.pieces import Piece, TokenEntry
 from halfbyte.server.api.prepare import scored_alternatives
+from halfbyte.server.defaults import SamplingDefaults
 from halfbyte.server.vllm.command import VllmPlan
 
 _POLL_S = 0.5

@@ -4,7 +4,6 @@ from xml.etree import ElementTree
 
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tools.pareto import Point, front, joined, plot, points_of, table
 
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from tools import docs
+
 from halfbyte.bench.record import own_command, write
 from halfbyte.errors import CheckpointError
 from halfbyte.figures import Against, Figure, read_record
@@ -38,7 +38,7 @@ def make_root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-RECORDS = sorted((Path(__file__).parents[2] / "benchmarks" / "records").glob("*.json"))
+RECORDS = sorted((Path(__file__).parents[1] / "benchmarks" / "records").glob("*.json"))
 
 
 def test_a_recorded_command_names_no_folder_of_its_machine(

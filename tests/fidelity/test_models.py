@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from halfbyte.chat.tokens import load_chat
+from halfbyte.cli.main import main
+from halfbyte.engine.core import Engine
+from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
+from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.fidelity.baseline import load_baseline, save_baseline
 from halfbyte.fidelity.choices import Choice, count_flips, encode_choices
 from halfbyte.fidelity.models import (
@@ -19,11 +24,6 @@ from halfbyte.fidelity.models import (
     make_baseline,
     window_logprobs,
 )
-from halfbyte.chat.tokens import load_chat
-from halfbyte.cli.main import main
-from halfbyte.engine.core import Engine
-from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
-from halfbyte.errors import CheckpointError, UsageError
 
 WINDOW = 64
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.cli import demo_steps as demo
-from halfbyte.fidelity.models import Comparison, Row
 from halfbyte.calibrate.sources import builtin_documents
+from halfbyte.cli import demo_steps as demo
 from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.fidelity.models import Comparison, Row
 
 
 def comparison() -> Comparison:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from halfbyte.errors import CheckpointError
 from halfbyte.fidelity.baseline import (
     TAIL_SAMPLES,
     TOP_TOKENS,
@@ -14,7 +15,6 @@ from halfbyte.fidelity.baseline import (
     load_baseline,
     save_baseline,
 )
-from halfbyte.errors import CheckpointError
 
 VOCAB = 1500
 
