@@ -16,13 +16,13 @@
 // keys, wgmma_rs 64 rows of weights and 16 values (the compiler's caller generates both).
 
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
-constexpr int ROWS = 128, KEYS = 128, STAGES = 2;
+constexpr int ROWS = 128, KEYS = 128, STAGES = 3;
 constexpr int CHUNKS = HEAD_SIZE / 8;                  // 16-byte pieces of a row of fp16
 constexpr int EIGHT_ROWS = CHUNKS * 128;               // bytes of eight rows: pieces of eight rows together
 constexpr int TILE_BYTES = KEYS * HEAD_SIZE * 2;
 constexpr int QUERY_BYTES = ROWS * HEAD_SIZE * 2;
 constexpr int HALVES = HEAD_SIZE / 64;                 // 64-byte halves of a cached row
-constexpr int GROUPS_OF_EIGHT = KEYS / 8 / 4;          // a loading warp's, of a tile
+constexpr int GROUPS_OF_EIGHT = KEYS / 8 / 2;          // a loading warp's, of a tile
 constexpr int LOADS = GROUPS_OF_EIGHT * HALVES;
 constexpr int PARTIAL = HEAD_SIZE + 2;                 // output, largest score, sum of weights
 constexpr float NOTHING = -1e30f;                      // a score that no key has
@@ -69,7 +69,7 @@ struct Ring {
   DEVICE u32 empty_at(int i) const { return empty + i % STAGES * 8; }
 };
 
-// ---- the loading warpgroup ------------------------------------------------------------------------
+// ---- the loading warpgroup: two warps for keys, two for values ---------------------------------------
 
 struct Source {
   const int* pages;
@@ -78,8 +78,8 @@ struct Source {
 
   // This lane's key of eight that a warp loads together.
   DEVICE int key(int tile, int group) const {
-    const int warp = threadIdx.x % 128 / 32;
-    return min(tile * KEYS + (group * 4 + warp) * 8 + static_cast<int>(threadIdx.x % 8), last);
+    const int warp = threadIdx.x % 64 / 32;
+    return min(tile * KEYS + (group * 2 + warp) * 8 + static_cast<int>(threadIdx.x % 8), last);
   }
   DEVICE void look_up(int tile, int (&found)[GROUPS_OF_EIGHT]) const {
 #pragma unroll
@@ -99,12 +99,12 @@ struct Source {
 
 // Eight lanes write the same piece of eight rows: 128 bytes in a row, all banks once.
 DEVICE void put(u32 stage, const uint4 (&v)[LOADS]) {
-  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x % 64 / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int group = 0; group < GROUPS_OF_EIGHT; ++group)
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      const u32 at = stage + (group * 4 + warp) * EIGHT_ROWS + (half * 4 + lane / 8) * 256 + lane % 8 * 16;
+      const u32 at = stage + (group * 2 + warp) * EIGHT_ROWS + (half * 4 + lane / 8) * 256 + lane % 8 * 16;
       const uint4 w = v[group * HALVES + half];
       store_shared_16(at, e4m3_to_f16(w.x), e4m3_to_f16(w.x >> 16), e4m3_to_f16(w.y), e4m3_to_f16(w.y >> 16));
       store_shared_16(at + 128, e4m3_to_f16(w.z), e4m3_to_f16(w.z >> 16), e4m3_to_f16(w.w),
@@ -114,25 +114,20 @@ DEVICE void put(u32 stage, const uint4 (&v)[LOADS]) {
   __syncwarp();
 }
 
-DEVICE void produce(const u8* k_cache, const u8* v_cache, const Source& source, int begin, int end,
-                    const Ring& keys, const Ring& values) {
+// Loads of the next tile begin behind the fence, which would wait for them.
+DEVICE void produce(const u8* cache, const Source& source, int begin, int end, const Ring& ring) {
   const int lane = threadIdx.x % 32;
   int found[GROUPS_OF_EIGHT];
-  uint4 key[LOADS], value[LOADS];
+  uint4 rows[LOADS];
   source.look_up(begin, found);
-  source.fetch(k_cache, begin, found, key);
-  source.fetch(v_cache, begin, found, value);
+  source.fetch(cache, begin, found, rows);
   source.look_up(begin + 1, found);
   for (int tile = begin; tile < end; ++tile) {
-    const int i = tile - begin, before = (i / STAGES - 1) & 1;
-    if (i >= STAGES) barrier_wait(keys.empty_at(i), before);
-    put(keys.stage(i), key);
-    if (lane == 0) barrier_arrive(keys.full_at(i));
-    if (tile + 1 < end) source.fetch(k_cache, tile + 1, found, key);
-    if (i >= STAGES) barrier_wait(values.empty_at(i), before);
-    put(values.stage(i), value);
-    if (lane == 0) barrier_arrive(values.full_at(i));
-    if (tile + 1 < end) source.fetch(v_cache, tile + 1, found, value);
+    const int i = tile - begin;
+    if (i >= STAGES) barrier_wait(ring.empty_at(i), (i / STAGES - 1) & 1);
+    put(ring.stage(i), rows);
+    if (lane == 0) barrier_arrive(ring.full_at(i));
+    if (tile + 1 < end) source.fetch(cache, tile + 1, found, rows);
     source.look_up(tile + 2, found);
   }
 }
@@ -179,12 +174,12 @@ DEVICE void score(u32 queries, u32 keys, float (&s)[KEYS / 2]) {
   wgmma_commit();
 }
 
-DEVICE void gather_values(const u32 (&p)[KEYS / 16][4], u32 values, bool is_fresh, float (&out)[HEAD_SIZE / 2]) {
+DEVICE void gather_values(const u32 (&p)[KEYS / 16][4], u32 values, float (&out)[HEAD_SIZE / 2]) {
   wgmma_fence();
   const u64 b = by_rows(values);
 #pragma unroll
   for (int step = 0; step < KEYS / 16; ++step)
-    wgmma_rs(out, p[step], b + step * (2 * EIGHT_ROWS / 16), !(is_fresh && step == 0));
+    wgmma_rs(out, p[step], b + step * (2 * EIGHT_ROWS / 16), 1);
   wgmma_commit();
 }
 
@@ -258,8 +253,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   if (begin >= end) return;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(keys.full + 8 * i, 4);
-      barrier_init(values.full + 8 * i, 4);
+      barrier_init(keys.full + 8 * i, 2);
+      barrier_init(values.full + 8 * i, 2);
       barrier_init(keys.empty + 8 * i, 8);
       barrier_init(values.empty + 8 * i, 8);
     }
@@ -272,7 +267,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
     const Source source = {pages, start + num_tokens - 1,
                            static_cast<i64>(kv_head) * HEAD_SIZE + threadIdx.x % 32 / 8 * 16};
-    produce(k_cache, v_cache, source, begin, end, keys, values);
+    const bool loads_keys = threadIdx.x % 128 < 64;
+    produce(loads_keys ? k_cache : v_cache, source, begin, end, loads_keys ? keys : values);
     return;
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
@@ -286,23 +282,29 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   Softmax softmax = {{NOTHING, NOTHING}, {0.0f, 0.0f}, scale};
   float s[KEYS / 2], o[HEAD_SIZE / 2], shrink[2];
   u32 p[KEYS / 16][4];
+#pragma unroll
+  for (int j = 0; j < HEAD_SIZE / 2; ++j) o[j] = 0.0f;
+  // A stage of keys is freed behind the softmax, at an address that the assembler must take to depend on it: it
+  // would move the wait for the products of values ahead of the softmax, and nothing would overlap.
+  const auto weigh = [&](int tile) {
+    if ((tile + 1) * KEYS - 1 > seen_by_all) mask(tile, limits, s);
+    softmax.add(s, shrink);
+    const u32 offset = fminf(softmax.total[0], softmax.total[1]) < 0.0f ? 4 : 0;   // never: they are sums of powers
+    if (lane == 0) barrier_arrive(keys.empty_at(tile - begin) + offset);
+  };
   barrier_wait(keys.full_at(0), 0);
   score(queries, keys.stage(0), s);
   wgmma_wait<0>();
-  if (lane == 0) barrier_arrive(keys.empty_at(0));
-  if ((begin + 1) * KEYS - 1 > seen_by_all) mask(begin, limits, s);
-  softmax.add(s, shrink);
+  weigh(begin);
   pack_weights(s, p);
   for (int tile = begin + 1; tile < end; ++tile) {
     const int i = tile - begin;
     barrier_wait(keys.full_at(i), i / STAGES & 1);
     score(queries, keys.stage(i), s);
     barrier_wait(values.full_at(i - 1), (i - 1) / STAGES & 1);
-    gather_values(p, values.stage(i - 1), i == 1, o);
+    gather_values(p, values.stage(i - 1), o);
     wgmma_wait<1>();
-    if (lane == 0) barrier_arrive(keys.empty_at(i));
-    if ((tile + 1) * KEYS - 1 > seen_by_all) mask(tile, limits, s);
-    softmax.add(s, shrink);
+    weigh(tile);
     wgmma_wait<0>();
     if (lane == 0) barrier_arrive(values.empty_at(i - 1));
 #pragma unroll
@@ -311,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   }
   const int last = end - begin - 1;
   barrier_wait(values.full_at(last), last / STAGES & 1);
-  gather_values(p, values.stage(last), last == 0, o);
+  gather_values(p, values.stage(last), o);
   wgmma_wait<0>();
 
   const i64 pair = static_cast<i64>(row_tile) * NUM_KV_HEADS + kv_head;

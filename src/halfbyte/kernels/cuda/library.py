@@ -6,7 +6,7 @@ Holds no tensors of a model; `model.cuda` and `ops.py` ask it for kernels.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -120,6 +120,57 @@ def prefill_tiles(num_tokens: int) -> tuple[int, int]:
     if 0 < rest <= NARROW_PREFILL_COLUMNS:
         return num_tokens - rest, NARROW_PREFILL_COLUMNS
     return -(-num_tokens // PREFILL_COLUMNS) * PREFILL_COLUMNS, 0
+
+
+# A prefill linear's items are cut along K where whole ones would leave more of its last round idle;
+# each cluster then has so many K blocks at least.
+_LEAST_SHARE = 0.93
+_LEAST_STRETCH = 8
+
+
+class PrefillPlan(NamedTuple):
+    """How the items of one prefill product are dealt to the clusters of a grid (see prefill.cu)."""
+
+    num_clusters: int
+    num_items: int
+    splits: bool
+
+
+def plan_prefill(
+    weight: TiledWeight, num_tokens: int, columns: int, num_blocks: int
+) -> PrefillPlan:
+    """Deal the items of `columns` tokens each to clusters of at most `num_blocks` blocks in all."""
+    config = PREFILL_CONFIGS[weight.format, columns]
+    num_items = weight.out_features // config.tile_rows * -(-num_tokens // columns)
+    most = num_blocks // config.cluster
+    rounds = -(-num_items // most)
+    if num_items / (rounds * most) < _LEAST_SHARE:
+        num_clusters = min(most, num_items * weight.num_k_blocks // _LEAST_STRETCH)
+        if num_clusters >= min(most, num_items + 1):
+            return PrefillPlan(num_clusters, num_items, True)
+    return PrefillPlan(min(most, num_items), num_items, False)
+
+
+class PrefillRoom(NamedTuple):
+    """Where clusters that share an item merge.
+
+    partial    f32, sums of each cluster's first and last item
+    counters   int32, zero between kernels
+    """
+
+    partial: torch.Tensor
+    counters: torch.Tensor
+
+
+# Items of a product that may be cut: those of 2048 tokens and 131072 features.
+_MOST_CUT_ITEMS = 8 * 512
+
+
+def make_prefill_room(num_blocks: int, device: torch.device) -> PrefillRoom:
+    """Room for every product of a device of so many multiprocessors: 35 MB for 132."""
+    group_sums = ROWS * PREFILL_COLUMNS
+    partial = torch.zeros(num_blocks * 2 * 2 * group_sums, device=device)
+    return PrefillRoom(partial, torch.zeros(_MOST_CUT_ITEMS * 4, dtype=torch.int32, device=device))
 
 
 def columns_for(num_tokens: int) -> int:
@@ -293,8 +344,8 @@ class KernelLibrary:
 
     def chunk_attention(self, heads: HeadShape, page_slots: int) -> Kernel:
         """Attention of a chunk of one sequence over its pages of `page_slots`."""
-        # 128 queries and two tiles of 128 keys and values, as fp16.
-        size = 5 * 128 * heads.head_dim * 2
+        # 128 queries and three tiles of 128 keys and values, as fp16.
+        size = 7 * 128 * heads.head_dim * 2
         return self._make(
             ("chunk attention", heads, page_slots),
             lambda: chunk_attention_code(heads, page_slots),

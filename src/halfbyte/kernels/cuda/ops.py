@@ -16,9 +16,12 @@ from halfbyte.kernels.cuda.library import (
     NARROW_PREFILL_COLUMNS,
     PREFILL_COLUMNS,
     KernelLibrary,
+    PrefillRoom,
     StreamConfig,
     StreamPlan,
     columns_for,
+    make_prefill_room,
+    plan_prefill,
     plan_stream,
     prefill_tiles,
 )
@@ -103,6 +106,7 @@ def prefill_launches(
     activations: Tensor,
     row_scale_O: Tensor,
     out_TO: Tensor,
+    room: PrefillRoom,
     *,
     overlaps: bool = False,
 ) -> list[Launch]:
@@ -118,6 +122,8 @@ def prefill_launches(
     launches = []
     for first, stop, columns in parts:
         kernel, config = library.prefill_linear(weight.format, columns)
+        plan = plan_prefill(weight, stop - first, columns, library.num_multiprocessors)
+        assert not plan.splits or plan.num_items * config.cluster * config.groups <= len(room[1])
         arguments = (
             weight.data,
             activations.view(-1)[first * 16 :],
@@ -127,13 +133,13 @@ def prefill_launches(
             weight.out_features,
             weight.num_k_blocks,
             stop - first,
+            int(plan.splits),
+            *room,
         )
-        num_items = weight.out_features // config.tile_rows * -(-(stop - first) // columns)
-        clusters = min(library.num_multiprocessors // config.cluster, num_items)
         launches.append(
             Launch(
                 kernel,
-                (clusters * config.cluster, 1, 1),
+                (plan.num_clusters * config.cluster, 1, 1),
                 config.num_threads,
                 arguments,
                 cluster=config.cluster,
@@ -154,7 +160,8 @@ def prefill_product(library: KernelLibrary, weight: TiledWeight, x_TI: Tensor) -
     out_TO = torch.full(
         (num_tokens, weight.out_features), torch.nan, dtype=torch.bfloat16, device=x.device
     )
-    for launch in prefill_launches(library, weight, tiled, weight.row_scale_O, out_TO):
+    room = make_prefill_room(library.num_multiprocessors, x.device)
+    for launch in prefill_launches(library, weight, tiled, weight.row_scale_O, out_TO, room):
         launch.run(torch.cuda.current_stream().cuda_stream)
     return out_TO
 

@@ -16,7 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch, LinearResult
-from halfbyte.kernels.cuda.library import KernelLibrary, attention_warps, prefill_tiles
+from halfbyte.kernels.cuda.library import (
+    KernelLibrary,
+    attention_warps,
+    make_prefill_room,
+    prefill_tiles,
+)
 from halfbyte.kernels.cuda.ops import prefill_launches
 from halfbyte.kernels.repack import (
     K_BLOCK,
@@ -159,6 +164,7 @@ class Prefill:
         self._scratch = (shared or SharedBuffers()).take(
             "decoded", max(sizes, default=0), torch.uint8, device
         )
+        self._room = make_prefill_room(library.num_multiprocessors, device)
         self._token_scale_T = torch.ones(max_tokens, device=device)
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
         self._row_scales = {id(linear): self._row_scale(linear) for linear in products}
@@ -235,7 +241,9 @@ class Prefill:
         y_TO = torch.empty(num_tokens, features, dtype=torch.bfloat16, device=device)
         stream = torch.cuda.current_stream().cuda_stream
         row_scale_O = self._row_scales[id(linear)]
-        for launch in prefill_launches(self._library, linear.weight, x_chunks, row_scale_O, y_TO):
+        for launch in prefill_launches(
+            self._library, linear.weight, x_chunks, row_scale_O, y_TO, self._room
+        ):
             launch.run(stream)
         self._last = y_TO
         is_fast = linear.weight.format == "nvfp4_fast"
