@@ -12,7 +12,7 @@ from halfbyte.kernels import repack
 from halfbyte.kernels.cuda.driver import Launch, LinearResult
 from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, choose_config, columns_for
 from halfbyte.kernels.cuda.ops import prefill_product, stream_product
-from halfbyte.model.cuda.launches import CHUNK_ROWS, chunk_splits, chunk_tiles
+from halfbyte.model.cuda.launches import CHUNK_KEYS, CHUNK_ROWS, chunk_splits, chunk_tiles
 
 # Untyped: fixtures and cases come from parameters; needs a device to run at all.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -184,8 +184,22 @@ def test_chunk_attention(
     weights = scores.masked_fill(behind.cuda(), -torch.inf).softmax(-1)
     expected = torch.einsum("kgtc,ckh->tkgh", weights, values).reshape(tokens, heads, head_dim)
     num_tiles = chunk_tiles(tokens, group)
-    kernel = library.chunk_attention(HeadShape(head_dim, heads, kv_heads), 16)
+    kernels = library.chunk_attention(HeadShape(head_dim, heads, kv_heads), 16)
     counters = torch.zeros(num_tiles * kv_heads, dtype=torch.int32, device="cuda")
+    blocks = -(-context // CHUNK_KEYS)
+    laid_out = torch.full(
+        (2, kv_heads, blocks * CHUNK_KEYS, head_dim), torch.nan, dtype=torch.float16, device="cuda"
+    )
+    stored = [cache.view(torch.uint8).cuda() for cache in (k, v)]
+    _launch(
+        kernels["lay_out_context"],
+        (blocks, kv_heads, 2),
+        128,
+        *stored,
+        table.cuda(),
+        context,
+        laid_out,
+    )
     for splits in {1, 3, chunk_splits(num_tiles * kv_heads, context, 132)}:
         room = num_tiles * kv_heads * splits * CHUNK_ROWS * (head_dim + 2)
         workspace = torch.full((room,), torch.nan, device="cuda")
@@ -193,13 +207,11 @@ def test_chunk_attention(
         for _ in range(2):
             out = torch.full_like(q, torch.nan, device="cuda")
             _launch(
-                kernel,
+                kernels["chunk_attention"],
                 (num_tiles, kv_heads, splits),
                 384,
                 q.cuda(),
-                k.view(torch.uint8).cuda(),
-                v.view(torch.uint8).cuda(),
-                table.cuda(),
+                laid_out,
                 start,
                 tokens,
                 scale * 1.4426950408889634,

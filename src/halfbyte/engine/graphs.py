@@ -247,6 +247,7 @@ class HopperExecutor:
             fast_accumulation=True,
             all_reduce=all_reduce,
             shared=shared,
+            max_context_tokens=inputs.table.shape[1] * cache.page_slots,
         )
         # Graphs of a draft model read it.
         num_hidden = 0 if weights.fuse is None else MAX_ROWS

@@ -38,7 +38,7 @@ from halfbyte.model.parallel import Communicator
 _CHUNK_ROWS = 16
 # What a graph may read again for a chunk's rows, of the weights' bytes: about what a prefill of so
 # few rows takes longer (benchmarks/records/mixed-steps-h200.json).
-_READ_AGAIN = 0.4
+_READ_AGAIN = 1.4
 
 
 class HopperDevice:

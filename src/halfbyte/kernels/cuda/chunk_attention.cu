@@ -1,19 +1,23 @@
 // The queries of a chunk of one sequence against its paged FP8 keys and values, causal (prefill).
 //
-// Walk: grid (row tiles, kv heads, splits). The query heads of one kv head and the chunk's tokens make
-//   rows, row r = token r / GROUP, head r % GROUP, so that all of them share what is read. A block holds
-//   128 rows and walks over its share of the context, 128 keys at a time: a warpgroup loads keys and
-//   values, turns them into fp16, which holds every e4m3 value, and puts them into a ring in shared
-//   memory; two warpgroups of 64 rows multiply. While the tensor core multiplies weights and values
-//   of one tile, the weights of the next are made. Splits merge through memory: the last block to
-//   finish adds the others up in order, so that two runs give the same bits.
-// Bytes: 2 * context * HEAD_SIZE a row tile, from L2. FLOP: 4 * rows * context * HEAD_SIZE.
+// Walk: first `lay_out_context`, a block for 128 keys or values of one kv head: it turns them into fp16, which
+//   holds every e4m3 value, in the order in which the tensor core reads them, once for all queries.
+//   Then `chunk_attention`, grid (row tiles, kv heads, splits). The query heads of one kv head and the
+//   chunk's tokens make rows, row r = token r / GROUP, head r % GROUP, so that all of them share what
+//   is read. A block holds 128 rows and walks over its share of the context, 128 keys at a time, through
+//   rings in shared memory that one thread fills; two warpgroups of 64 rows multiply. While the tensor
+//   core multiplies weights and values of one tile, the weights of the next are made. Splits merge through memory: the last block to finish adds the others
+//   up in order, so that two runs give the same bits.
+// Bytes: laying out 6 a cached element; then 4 * context * HEAD_SIZE a row tile, from L2.
+//   FLOP: 4 * rows * context * HEAD_SIZE.
+// Why: turning elements into fp16 where they are multiplied, once a row tile, held the products up: 430
+//   TFLOP/s instead of 700 (benchmarks/notes-kernels.md).
 // Source: online softmax over tiles (Milakov and Gimelshein 2018; Dao et al. 2022), products and softmax
 //   of neighbouring tiles overlapped (Shah et al. 2024).
 // Limits: HEAD_SIZE 64 or 128, pages of a multiple of 8 slots.
 //
-// Set by the caller: HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, PAGE_SLOTS; wgmma_ss multiplies 64 queries and 128
-// keys, wgmma_rs 64 rows of weights and 16 values (the compiler's caller generates both).
+// Set by the caller: HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, PAGE_SLOTS; wgmma_ss multiplies 64 queries and 128 keys,
+// wgmma_rs 64 rows of weights and 16 values (the compiler's caller generates both).
 
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
 constexpr int ROWS = 128, KEYS = 128, STAGES = 3;
@@ -22,8 +26,6 @@ constexpr int EIGHT_ROWS = CHUNKS * 128;               // bytes of eight rows: p
 constexpr int TILE_BYTES = KEYS * HEAD_SIZE * 2;
 constexpr int QUERY_BYTES = ROWS * HEAD_SIZE * 2;
 constexpr int HALVES = HEAD_SIZE / 64;                 // 64-byte halves of a cached row
-constexpr int GROUPS_OF_EIGHT = KEYS / 8 / 2;          // a loading warp's, of a tile
-constexpr int LOADS = GROUPS_OF_EIGHT * HALVES;
 constexpr int PARTIAL = HEAD_SIZE + 2;                 // output, largest score, sum of weights
 constexpr float NOTHING = -1e30f;                      // a score that no key has
 
@@ -61,76 +63,50 @@ DEVICE u64 by_rows(u32 address) {
          static_cast<u64>(128 >> 4) << 32;
 }
 
+// ---- laying out ---------------------------------------------------------------------------------------
+
+// Grid (tiles, kv heads, 2: keys, values), 128 threads. Keys behind the context's last repeat it, so that
+// nothing unwritten is read. Tile t of kv head h lies at (h * tiles + t) of the half of `out` that
+// keys, or values, have.
+extern "C" __global__ void __launch_bounds__(128)
+    lay_out_context(const u8* k_cache, const u8* v_cache, const int* pages, int num_keys, uint4* out) {
+  const int tile = blockIdx.x, kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u8* cache = blockIdx.z == 0 ? k_cache : v_cache;
+  const i64 place = (static_cast<i64>(blockIdx.z) * NUM_KV_HEADS + kv_head) * gridDim.x + tile;
+  uint4* target = out + place * (TILE_BYTES / 16);
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+#pragma unroll
+  for (int i = 0; i < KEYS / 8 / 4; ++i) {
+    // Eight lanes write the same piece of eight rows: 128 bytes in a row.
+    const int eight = i * 4 + warp, key = min(tile * KEYS + eight * 8 + lane % 8, num_keys - 1);
+    const i64 slot = static_cast<i64>(pages[key / PAGE_SLOTS]) * PAGE_SLOTS + key % PAGE_SLOTS;
+    const u8* row = cache + (slot * NUM_KV_HEADS + kv_head) * HEAD_SIZE + lane / 8 * 16;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const uint4 w = *reinterpret_cast<const uint4*>(row + half * 64);
+      uint4* at = target + eight * (EIGHT_ROWS / 16) + (half * 4 + lane / 8) * 16 + lane % 8;
+      at[0] = make_uint4(e4m3_to_f16(w.x), e4m3_to_f16(w.x >> 16), e4m3_to_f16(w.y), e4m3_to_f16(w.y >> 16));
+      at[8] = make_uint4(e4m3_to_f16(w.z), e4m3_to_f16(w.z >> 16), e4m3_to_f16(w.w), e4m3_to_f16(w.w >> 16));
+    }
+  }
+}
+
+// ---- the loading thread ---------------------------------------------------------------------------------
+
 struct Ring {
   u32 data, full, empty;
 
   DEVICE u32 stage(int i) const { return data + (i % STAGES) * TILE_BYTES; }
   DEVICE u32 full_at(int i) const { return full + i % STAGES * 8; }
   DEVICE u32 empty_at(int i) const { return empty + i % STAGES * 8; }
-};
 
-// ---- the loading warpgroup: two warps for keys, two for values ---------------------------------------
-
-struct Source {
-  const int* pages;
-  int last;     // of the context's keys; what lies behind repeats it, so that nothing unwritten is read
-  i64 column;   // of this lane's bytes in a cached row
-
-  // This lane's key of eight that a warp loads together.
-  DEVICE int key(int tile, int group) const {
-    const int warp = threadIdx.x % 64 / 32;
-    return min(tile * KEYS + (group * 2 + warp) * 8 + static_cast<int>(threadIdx.x % 8), last);
-  }
-  DEVICE void look_up(int tile, int (&found)[GROUPS_OF_EIGHT]) const {
-#pragma unroll
-    for (int group = 0; group < GROUPS_OF_EIGHT; ++group) found[group] = pages[key(tile, group) / PAGE_SLOTS];
-  }
-  DEVICE void fetch(const u8* cache, int tile, const int (&found)[GROUPS_OF_EIGHT], uint4 (&v)[LOADS]) const {
-#pragma unroll
-    for (int group = 0; group < GROUPS_OF_EIGHT; ++group) {
-      const i64 slot = static_cast<i64>(found[group]) * PAGE_SLOTS + key(tile, group) % PAGE_SLOTS;
-      const u8* row = cache + slot * (NUM_KV_HEADS * HEAD_SIZE) + column;
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half)
-        v[group * HALVES + half] = *reinterpret_cast<const uint4*>(row + half * 64);
-    }
+  DEVICE void load(int i, const u8* tile, u64 policy) const {
+    if (i >= STAGES) barrier_wait(empty_at(i), (i / STAGES - 1) & 1);
+    barrier_expect(full_at(i), TILE_BYTES);
+    bulk_load(stage(i), tile, TILE_BYTES, full_at(i), policy);
   }
 };
-
-// Eight lanes write the same piece of eight rows: 128 bytes in a row, all banks once.
-DEVICE void put(u32 stage, const uint4 (&v)[LOADS]) {
-  const int warp = threadIdx.x % 64 / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int group = 0; group < GROUPS_OF_EIGHT; ++group)
-#pragma unroll
-    for (int half = 0; half < HALVES; ++half) {
-      const u32 at = stage + (group * 2 + warp) * EIGHT_ROWS + (half * 4 + lane / 8) * 256 + lane % 8 * 16;
-      const uint4 w = v[group * HALVES + half];
-      store_shared_16(at, e4m3_to_f16(w.x), e4m3_to_f16(w.x >> 16), e4m3_to_f16(w.y), e4m3_to_f16(w.y >> 16));
-      store_shared_16(at + 128, e4m3_to_f16(w.z), e4m3_to_f16(w.z >> 16), e4m3_to_f16(w.w),
-                      e4m3_to_f16(w.w >> 16));
-    }
-  fence_async_reads();
-  __syncwarp();
-}
-
-// Loads of the next tile begin behind the fence, which would wait for them.
-DEVICE void produce(const u8* cache, const Source& source, int begin, int end, const Ring& ring) {
-  const int lane = threadIdx.x % 32;
-  int found[GROUPS_OF_EIGHT];
-  uint4 rows[LOADS];
-  source.look_up(begin, found);
-  source.fetch(cache, begin, found, rows);
-  source.look_up(begin + 1, found);
-  for (int tile = begin; tile < end; ++tile) {
-    const int i = tile - begin;
-    if (i >= STAGES) barrier_wait(ring.empty_at(i), (i / STAGES - 1) & 1);
-    put(ring.stage(i), rows);
-    if (lane == 0) barrier_arrive(ring.full_at(i));
-    if (tile + 1 < end) source.fetch(cache, tile + 1, found, rows);
-    source.look_up(tile + 2, found);
-  }
-}
 
 // ---- the multiplying warpgroups ---------------------------------------------------------------------
 
@@ -235,8 +211,8 @@ DEVICE void merge_row(const float* partials, int count, i64 stride, int feature,
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    chunk_attention(const u16* q, const u8* k_cache, const u8* v_cache, const int* pages, int start, int num_tokens,
-                    float scale, float* workspace, u32* counters, u16* out) {
+    chunk_attention(const u16* q, const u8* context, int start, int num_tokens, float scale, float* workspace,
+                    u32* counters, u16* out) {
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ __align__(8) u64 barriers[4 * STAGES];
   __shared__ u32 arrived;
@@ -250,28 +226,35 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const int num_tiles = (start + last_token) / KEYS + 1;
   const int share = (num_tiles + gridDim.z - 1) / gridDim.z, num_splits = (num_tiles + share - 1) / share;
   const int begin = blockIdx.z * share, end = min(num_tiles, begin + share);
+  let_next_kernel_start();
   if (begin >= end) return;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(keys.full + 8 * i, 2);
-      barrier_init(values.full + 8 * i, 2);
+      barrier_init(keys.full + 8 * i, 1);
+      barrier_init(values.full + 8 * i, 1);
       barrier_init(keys.empty + 8 * i, 8);
       barrier_init(values.empty + 8 * i, 8);
     }
     barrier_init_fence();
   }
   __syncthreads();
+  wait_for_previous_kernels();
   // Through a shuffle, so that the compiler knows it to be the same for a whole warp.
   const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
   if (group == 2) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
-    const Source source = {pages, start + num_tokens - 1,
-                           static_cast<i64>(kv_head) * HEAD_SIZE + threadIdx.x % 32 / 8 * 16};
-    const bool loads_keys = threadIdx.x % 128 < 64;
-    produce(loads_keys ? k_cache : v_cache, source, begin, end, loads_keys ? keys : values);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x > 256) return;
+    const i64 laid_out = (start + num_tokens + KEYS - 1) / KEYS;   // tiles of a kv head
+    const u8* key = context + (kv_head * laid_out + begin) * TILE_BYTES;
+    const u8* value = key + NUM_KV_HEADS * laid_out * TILE_BYTES;
+    const u64 keep = policy_evict_last();
+    for (int i = 0; i < end - begin; ++i) {
+      keys.load(i, key + static_cast<i64>(i) * TILE_BYTES, keep);
+      values.load(i, value + static_cast<i64>(i) * TILE_BYTES, keep);
+    }
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int my_row = first_row + group * 64 + warp * 16 + lane / 4;   // and the eighth behind it
   const u32 queries = base + group * 64 * HEAD_SIZE * 2;

@@ -122,8 +122,9 @@ def prefill_tiles(num_tokens: int) -> tuple[int, int]:
     return -(-num_tokens // PREFILL_COLUMNS) * PREFILL_COLUMNS, 0
 
 
-# A prefill linear's items are cut along K where whole ones would leave more of its last round idle;
-# each cluster then has so many K blocks at least.
+# NVFP4 items of a prefill linear are cut along K where whole ones would leave more of its last round
+# idle; each cluster then has so many K blocks at least. Merging costs 30 us: more than that leaves
+# of products in FP8 (measured).
 _LEAST_SHARE = 0.93
 _LEAST_STRETCH = 8
 
@@ -144,7 +145,7 @@ def plan_prefill(
     num_items = weight.out_features // config.tile_rows * -(-num_tokens // columns)
     most = num_blocks // config.cluster
     rounds = -(-num_items // most)
-    if num_items / (rounds * most) < _LEAST_SHARE:
+    if weight.format == "nvfp4" and num_items / (rounds * most) < _LEAST_SHARE:
         num_clusters = min(most, num_items * weight.num_k_blocks // _LEAST_STRETCH)
         if num_clusters >= min(most, num_items + 1):
             return PrefillPlan(num_clusters, num_items, True)
@@ -342,15 +343,15 @@ class KernelLibrary:
             {"decode_attention": max(merged, ring)},
         )["decode_attention"]
 
-    def chunk_attention(self, heads: HeadShape, page_slots: int) -> Kernel:
-        """Attention of a chunk of one sequence over its pages of `page_slots`."""
+    def chunk_attention(self, heads: HeadShape, page_slots: int) -> dict[str, Kernel]:
+        """Kernels of chunk_attention.cu by name: attention of a chunk over pages of `page_slots`."""
         # 128 queries and three tiles of 128 keys and values, as fp16.
         size = 7 * 128 * heads.head_dim * 2
         return self._make(
             ("chunk attention", heads, page_slots),
             lambda: chunk_attention_code(heads, page_slots),
-            {"chunk_attention": size},
-        )["chunk_attention"]
+            {"lay_out_context": 0, "chunk_attention": size},
+        )
 
     def gather(self) -> Kernel:
         """The kernel that makes a linear's result one dense f32 matrix."""
@@ -430,13 +431,9 @@ def attention_code(heads: HeadShape, page_slots: int, out: OutKind, num_warps: i
     return compile_kernel("attention", defines)
 
 
-# Registers of a multiplying thread and of a loading one: 384 threads have 168 each to share.
-_ATTENTION_REGISTERS = {"CONSUMER_REGISTERS": 200, "LOADER_REGISTERS": 104}
-
-
 def chunk_attention_code(heads: HeadShape, page_slots: int) -> bytes:
     """Machine code of chunk_attention.cu; fills the cache on disk."""
-    defines = {"PAGE_SLOTS": page_slots, **_ATTENTION_REGISTERS, **_head_defines(heads)}
+    defines = {"PAGE_SLOTS": page_slots, **_head_defines(heads)}
     generated = wgmma_source("scores", 128) + wgmma_source("values", heads.head_dim)
     return compile_kernel("chunk_attention", defines, generated=generated)
 

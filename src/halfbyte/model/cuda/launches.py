@@ -13,6 +13,7 @@ from torch import Tensor
 from halfbyte.config import TextConfig
 from halfbyte.kernels.cuda.driver import Argument, Kernel
 from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, OutKind
+from halfbyte.kernels.repack import padded
 from halfbyte.model.cuda.weights import CudaLinear
 
 # Cosines, sines and the scale of queries, if there is one, of positions (`rope.RotaryTable.at`).
@@ -93,10 +94,15 @@ def attention_splits(num_pairs: int, num_multiprocessors: int) -> int:
 
 # Rows of a block of chunk attention (chunk_attention.cu), and keys of a tile.
 CHUNK_ROWS = 128
-_CHUNK_KEYS = 128
+CHUNK_KEYS = 128
 # What beginning and ending a block costs, in tiles; splits cost as much again (estimated).
 _BLOCK_TILES = 2
 _MOST_CHUNK_SPLITS = 16
+
+
+def context_bytes(num_keys: int, config: TextConfig) -> int:
+    """Bytes of one layer's keys and values in whole tiles of fp16, as chunk attention reads them."""
+    return 2 * padded(num_keys, CHUNK_KEYS) * config.num_kv_heads * config.head_dim * 2
 
 
 def chunk_tiles(num_tokens: int, group: int) -> int:
@@ -108,7 +114,7 @@ def chunk_splits(num_pairs: int, num_keys: int, num_multiprocessors: int) -> int
     """Blocks that share the context of one pair of a block of rows and a KV head: so many that the
     last wave of blocks leaves few multiprocessors idle.
     """
-    num_tiles = -(-num_keys // _CHUNK_KEYS)
+    num_tiles = -(-num_keys // CHUNK_KEYS)
 
     def time_of(splits: int) -> int:
         waves = -(-num_pairs * splits // num_multiprocessors)

@@ -34,10 +34,12 @@ from halfbyte.model.cuda.launches import (
     AllReduce,
     RotaryFunction,
     SharedBuffers,
+    CHUNK_KEYS,
     CHUNK_ROWS,
     attention_splits,
     chunk_splits,
     chunk_tiles,
+    context_bytes,
     elementwise_kernels,
     heads_of,
     joined_input,
@@ -133,8 +135,13 @@ class Prefill:
         all_reduce: AllReduce | None = None,
         decoded_formats: frozenset[TileFormat] | None = None,
         shared: SharedBuffers | None = None,
+        max_context_tokens: int = 0,
     ) -> None:
-        """`shared` holds the scratch buffer; none needs to outlive a forward."""
+        """`shared` holds what is only needed within a forward.
+
+        max_context_tokens  of a sequence: memory for its attention is taken here, not when needed
+        """
+        shared = shared or SharedBuffers()
         self._library = library
         self._decoded_formats = decoded_formats
         self._weights = weights
@@ -161,9 +168,9 @@ class Prefill:
             for li in products
             if not self._is_decoded(li)
         ]
-        self._scratch = (shared or SharedBuffers()).take(
-            "decoded", max(sizes, default=0), torch.uint8, device
-        )
+        self._scratch = shared.take("decoded", max(sizes, default=0), torch.uint8, device)
+        num_context = context_bytes(max_context_tokens, config)
+        self._context = shared.take("context", num_context, torch.uint8, device)
         self._room = make_prefill_room(library.num_multiprocessors, device)
         self._token_scale_T = torch.ones(max_tokens, device=device)
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
@@ -188,10 +195,16 @@ class Prefill:
         return format_ == "nvfp4" or (format_ == "nvfp4_fast" and few)
 
     def _launch(
-        self, kernel: Kernel, grid: tuple[int, int, int], num_threads: int, *arguments: Argument
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        num_threads: int,
+        *arguments: Argument,
+        overlaps: bool = True,
     ) -> None:
+        """Enqueue a kernel; with `overlaps` it waits for the one ahead itself."""
         stream = torch.cuda.current_stream().cuda_stream
-        Launch(kernel, grid, num_threads, arguments, overlaps=False).run(stream)
+        Launch(kernel, grid, num_threads, arguments, overlaps=overlaps).run(stream)
 
     def _decoded(self, linear: CudaLinear) -> Tensor:
         """The weight as the library wants it, in the scratch buffer: (O, I) e4m3 or bf16."""
@@ -205,7 +218,8 @@ class Prefill:
         elif weight.format == "nvfp4_fast":
             name = "decode_nvfp4_e4m3"
         arguments = (weight.data, self._scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
-        self._launch(self._layout[name], (k_blocks, row_tiles, 1), 128, *arguments)
+        grid = (k_blocks, row_tiles, 1)
+        self._launch(self._layout[name], grid, 128, *arguments, overlaps=False)
         rows = self._scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
         return rows.view(torch.bfloat16 if is_bf16 else torch.float8_e4m3fn)
 
@@ -242,7 +256,7 @@ class Prefill:
         stream = torch.cuda.current_stream().cuda_stream
         row_scale_O = self._row_scales[id(linear)]
         for launch in prefill_launches(
-            self._library, linear.weight, x_chunks, row_scale_O, y_TO, self._room
+            self._library, linear.weight, x_chunks, row_scale_O, y_TO, self._room, overlaps=True
         ):
             launch.run(stream)
         self._last = y_TO
@@ -351,18 +365,33 @@ class Prefill:
         """Attention of a chunk over its sequence's pages, without v_scale."""
         config, library = self._weights.config, self._library
         size, kv_heads = config.head_dim, config.num_kv_heads
+        num_keys = chunk.start + chunk.num_rows
         num_tiles = chunk_tiles(chunk.num_rows, config.num_heads // kv_heads)
         pairs = num_tiles * kv_heads
-        num_splits = chunk_splits(pairs, chunk.start + chunk.num_rows, library.num_multiprocessors)
+        num_splits = chunk_splits(pairs, num_keys, library.num_multiprocessors)
         self._make_room(pairs * num_splits * CHUNK_ROWS * (size + 2), pairs)
+        context = self._context
+        if context.numel() < context_bytes(num_keys, config):
+            context = torch.empty(
+                context_bytes(num_keys, config), dtype=torch.uint8, device=library.device
+            )
+        kernels = library.chunk_attention(heads_of(config), self._cache.page_slots)
         self._launch(
-            library.chunk_attention(heads_of(config), self._cache.page_slots),
-            (num_tiles, kv_heads, num_splits),
-            384,
-            q_TNH,
+            kernels["lay_out_context"],
+            (-(-num_keys // CHUNK_KEYS), kv_heads, 2),
+            128,
             self._cache.keys[index],
             self._cache.values[index],
             chunk.pages_P,
+            num_keys,
+            context,
+        )
+        self._launch(
+            kernels["chunk_attention"],
+            (num_tiles, kv_heads, num_splits),
+            384,
+            q_TNH,
+            context,
             chunk.start,
             chunk.num_rows,
             layer.k_scale * math.log2(math.e) / math.sqrt(size),
