@@ -31,10 +31,10 @@ from halfbyte.kernels.repack import (
     tile_activations,
 )
 from halfbyte.model.cuda.launches import (
+    CHUNK_ROWS,
     AllReduce,
     RotaryFunction,
     SharedBuffers,
-    CHUNK_ROWS,
     attention_splits,
     chunk_splits,
     chunk_tiles,
