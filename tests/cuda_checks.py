@@ -868,9 +868,10 @@ def write_big(directory: Path, num_layers: int) -> int:
     """A mixed checkpoint of the big geometry with the bytes of one random buffer; its size."""
     from halfbyte.bench.synthetic import medium_geometry, mixed_formats
     from halfbyte.checkpoint.inventory import expected_tensors
-    from halfbyte.checkpoint.metadata import Quantization, hub_config, modelopt_configs
+    from halfbyte.checkpoint.metadata import Quantization
     from halfbyte.checkpoint.names import foreign_name
     from halfbyte.checkpoint.shards import DTYPE_NAMES, bytes_of
+    from halfbyte.checkpoint.written_metadata import hub_config, modelopt_configs
     from halfbyte.config import ModelConfig
     from halfbyte.modules import decoder_linears
 

@@ -19,12 +19,12 @@ from halfbyte.fidelity.models import (
     Candidate,
     compare_models,
     compare_with_baseline,
-    cut_windows,
     full_divergence,
     interval_of_mean,
     make_baseline,
     window_logprobs,
 )
+from halfbyte.fidelity.windows import cut_windows
 
 WINDOW = 64
 

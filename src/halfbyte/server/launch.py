@@ -26,7 +26,8 @@ from halfbyte.server.http.gate import AccessLog, log_access
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.ops.tracing import Tracing
 from halfbyte.server.vllm.command import VllmPlan
-from halfbyte.server.vllm.upstream import VllmProcess, VllmUpstream
+from halfbyte.server.vllm.process import VllmProcess
+from halfbyte.server.vllm.upstream import VllmUpstream
 
 DEFAULT_LIMITS = Limits()
 
