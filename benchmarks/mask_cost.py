@@ -42,7 +42,9 @@ from numpy.typing import NDArray
 
 from halfbyte.bench import record
 from halfbyte.bench.idle import Watch, wait_until_quiet
-from halfbyte.chat.grammar import GrammarCompiler, Mask, json_schema_grammar
+from halfbyte.chat.grammar import GrammarCompiler
+from halfbyte.chat.grammar_masks import Mask
+from halfbyte.chat.grammar_texts import json_schema_grammar
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.metadata import hub_config
 from halfbyte.checkpoint.names import foreign_module, foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.modules import decoder_linears
 from halfbyte.recipe.plan import Plan
 

@@ -34,7 +34,8 @@ from halfbyte.calibrate.sources import DataAccess
 from halfbyte.calibrate.tokens import as_rows
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.fidelity.models import cut_texts, full_divergence, interval_of_mean, read_texts
+from halfbyte.fidelity.models import full_divergence, interval_of_mean
+from halfbyte.fidelity.windows import cut_texts, read_texts
 from halfbyte.figures import Figure
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.recipe.plan import make_plan

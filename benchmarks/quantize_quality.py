@@ -36,7 +36,8 @@ from halfbyte import log
 from halfbyte.bench import record
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.checkpoint.manifest import read_manifest
-from halfbyte.fidelity.models import PairRow, Row, compare_models
+from halfbyte.fidelity.comparison import PairRow, Row
+from halfbyte.fidelity.models import compare_models
 from halfbyte.figures import Against, Figure
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig

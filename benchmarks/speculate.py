@@ -38,7 +38,8 @@ from halfbyte.bench.idle import Watch, wait_until_quiet
 from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.engine.core import Engine, EngineConfig
-from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
+from halfbyte.engine.generate import generate
+from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.figures import Against, Figure
 
 RECORD = Path(__file__).parent / "records" / "speculate.json"
@@ -76,15 +77,12 @@ def prompts_of(directory: Path, questions: Sequence[str]) -> list[tuple[int, ...
 def answers(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> tuple[list[list[int]], float]:
     """The answers to prompts that arrive together, and tokens a second."""
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
-    found: list[list[int]] = [[] for _ in prompts]
     started = time.perf_counter()
-    for index, prompt in enumerate(prompts):
-        engine.add(GenerationRequest(str(index), prompt, params))
-    while engine.has_work():
-        for event in engine.step():
-            if isinstance(event, TokensEvent):
-                found[int(event.request_id)] += event.token_ids
+    answered = generate(
+        engine, (GenerationRequest(str(i), prompt, params) for i, prompt in enumerate(prompts))
+    )
     seconds = time.perf_counter() - started
+    found = [answer.token_ids for answer in answered.values()]
     return found, sum(map(len, found)) / seconds
 
 

@@ -39,6 +39,7 @@ from halfbyte.bench import record
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
+from halfbyte.engine.generate import generate
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
 from halfbyte.figures import Against, Figure
 
@@ -104,10 +105,8 @@ def measure(args: argparse.Namespace, size: int) -> Measured:
         long = random_ids(engine, args.long, 999)
         for _ in range(3):
             params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-            engine.add(GenerationRequest("long", long, params))
             started = time.perf_counter()
-            while engine.has_work():
-                engine.step()
+            generate(engine, [GenerationRequest("long", long, params)])
             measured.prompt_ms.append((time.perf_counter() - started) * 1e3)
     finally:
         engine.close()

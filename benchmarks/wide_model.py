@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.checkpoint.inventory import expected_tensors
-from halfbyte.checkpoint.metadata import hub_config, mistral_fp8_config, unquantized
+from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.written_metadata import hub_config, mistral_fp8_config
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.formats.minifloat import encode_e4m3
 from halfbyte.modules import decoder_linears

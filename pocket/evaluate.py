@@ -14,7 +14,8 @@ from typing import Any
 from halfbyte.chat.mistral_format import MistralFormat, load_mistral_format
 from halfbyte.chat.router import CallArguments, CallStart, Content, Reasoning, Router
 from halfbyte.engine.core import Engine, EngineConfig
-from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams, TokensEvent
+from halfbyte.engine.generate import generate
+from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from pocket.grade import Answer, is_right
 from pocket.items import Item
 from pocket.mixture import AT_LENGTH, GRADED, item
@@ -96,19 +97,17 @@ def evaluate(
     """Answers and judgements of held-out items of one kind."""
     started = time.perf_counter()
     items = {str(number): item(kind, number, "test") for number in numbers}
-    tokens: dict[str, list[int]] = {name: [] for name in items}
     params = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
-    for name, found in items.items():
-        prompt, images = prompt_of(found, chat)
-        engine.add(GenerationRequest(name, prompt, params, images=images))
-    while engine.has_work():
-        for event in engine.step():
-            if isinstance(event, TokensEvent):
-                tokens[event.request_id] += event.token_ids
+
+    def request_of(name: str, one: Item) -> GenerationRequest:
+        prompt, images = prompt_of(one, chat)
+        return GenerationRequest(name, prompt, params, images=images)
+
+    answers = generate(engine, (request_of(name, one) for name, one in items.items()))
     judged: dict[str, list[bool]] = {}
     wrong: list[dict[str, Any]] = []
     for name, found in items.items():
-        answer = answer_of(tokens[name], found, chat)
+        answer = answer_of(answers[name].token_ids, found, chat)
         right = is_right(found, answer)
         judged.setdefault(found.effort, []).append(right)
         if not right and len(wrong) < SHOWN:
@@ -127,7 +126,7 @@ def evaluate(
         "n": len(items),
         "right": sum(map(sum, judged.values())),
         "by_effort": {e: {"n": len(j), "right": sum(j)} for e, j in sorted(judged.items())},
-        "answer_tokens": sum(map(len, tokens.values())),
+        "answer_tokens": sum(len(one.token_ids) for one in answers.values()),
         "seconds": round(time.perf_counter() - started, 1),
         "wrong": wrong,
     }

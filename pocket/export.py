@@ -19,10 +19,11 @@ from halfbyte.calibrate.observers import AmaxObserver
 from halfbyte.calibrate.stream import READERS
 from halfbyte.checkpoint.fp8_source import write_fp8_source
 from halfbyte.checkpoint.inventory import expected_tensors
-from halfbyte.checkpoint.metadata import hub_config, unquantized
+from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import ModelConfig
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.decoder import Decoder, Step

@@ -37,6 +37,8 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.cache import PagedCache
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
+from halfbyte.engine.generate import generate
+from halfbyte.engine.generate import steps as steps_of
 from halfbyte.engine.graphs import HopperExecutor
 from halfbyte.engine.hopper import HopperDevice
 from halfbyte.engine.load import HopperPart, resolve_alone
@@ -104,15 +106,16 @@ def answers(
     images: Images = (),
 ) -> list[list[int]]:
     """Tokens of prompts that arrive together; `images` of some, by their number."""
-    found: list[list[int]] = [[] for _ in prompts]
-    for index, prompt in enumerate(prompts):
-        engine.add(request(str(index), prompt, params, dict(images).get(index, ())))
-    while engine.has_work():
-        for event in engine.step():
-            if isinstance(event, TokensEvent):
-                found[int(event.request_id)] += event.token_ids
+    seen = dict(images)
+    found = generate(
+        engine,
+        (
+            request(str(index), prompt, params, seen.get(index, ()))
+            for index, prompt in enumerate(prompts)
+        ),
+    )
     engine.check()
-    return found
+    return [answer.token_ids for answer in found.values()]
 
 
 def answers_with_gaps(
@@ -122,18 +125,16 @@ def answers_with_gaps(
     images: Images = (),
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Tokens, and how far the two best log-probs of each lie apart."""
-    tokens: list[list[int]] = [[] for _ in prompts]
-    gaps: list[list[float]] = [[] for _ in prompts]
-    for index, prompt in enumerate(prompts):
-        seen = dict(images).get(index, ())
-        engine.add(request(str(index), prompt, replace(params, logprobs=2), seen))
-    while engine.has_work():
-        for event in engine.step():
-            if isinstance(event, TokensEvent):
-                tokens[int(event.request_id)] += event.token_ids
-                for one in event.logprobs or ():
-                    gaps[int(event.request_id)].append(one.top[0][1] - one.top[1][1])
-    return tokens, gaps
+    seen, wanted = dict(images), replace(params, logprobs=2)
+    found = generate(
+        engine,
+        (
+            request(str(index), prompt, wanted, seen.get(index, ()))
+            for index, prompt in enumerate(prompts)
+        ),
+    ).values()
+    gaps = [[one.top[0][1] - one.top[1][1] for one in answer.logprobs] for answer in found]
+    return [answer.token_ids for answer in found], gaps
 
 
 def count_differences(
@@ -300,15 +301,11 @@ def check_deterministic(directory: Path, **options: Any) -> str:
 
     def run(batch: Sequence[Sequence[int]]) -> list[list[float]]:
         engine.clear_prefix_cache()
-        found: list[list[float]] = [[] for _ in batch]
-        for index, prompt in enumerate(batch):
-            engine.add(request(str(index), prompt, params))
-        while engine.has_work():
-            for event in engine.step():
-                if isinstance(event, TokensEvent):
-                    for one in event.logprobs or ():
-                        found[int(event.request_id)] += [float(one.token_id), one.logprob]
-        return found
+        found = generate(engine, (request(str(i), ids, params) for i, ids in enumerate(batch)))
+        return [
+            [number for one in answer.logprobs for number in (float(one.token_id), one.logprob)]
+            for answer in found.values()
+        ]
 
     for prompt in prompts:
         alone += run([prompt])
@@ -871,9 +868,10 @@ def write_big(directory: Path, num_layers: int) -> int:
     """A mixed checkpoint of the big geometry with the bytes of one random buffer; its size."""
     from halfbyte.bench.synthetic import medium_geometry, mixed_formats
     from halfbyte.checkpoint.inventory import expected_tensors
-    from halfbyte.checkpoint.metadata import Quantization, hub_config, modelopt_configs
+    from halfbyte.checkpoint.metadata import Quantization
     from halfbyte.checkpoint.names import foreign_name
     from halfbyte.checkpoint.shards import DTYPE_NAMES, bytes_of
+    from halfbyte.checkpoint.written_metadata import hub_config, modelopt_configs
     from halfbyte.config import ModelConfig
     from halfbyte.modules import decoder_linears
 
@@ -1038,8 +1036,7 @@ def _decode_ms(engine: Engine, batch: int, steps: int = 40) -> dict[str, float]:
             engine.add(request(f"{name}{index}", prompt_of(100, index), params))
         times: list[float] = []
         last = time.perf_counter()
-        while engine.has_work():
-            events = engine.step()
+        for events in steps_of(engine):
             now = time.perf_counter()
             if sum(isinstance(event, TokensEvent) for event in events) == batch:
                 times.append(now - last)
@@ -1055,10 +1052,9 @@ def _prompt_ms(engine: Engine, length: int) -> float:
     """From a prompt to its first token, in milliseconds; the least of three."""
     least = math.inf
     for seed in range(3):
-        engine.add(request("p", prompt_of(length, seed + 77), replace(GREEDY, max_tokens=1)))
+        asked = request("p", prompt_of(length, seed + 77), replace(GREEDY, max_tokens=1))
         start = time.perf_counter()
-        while engine.has_work():
-            engine.step()
+        generate(engine, [asked])
         least = min(least, time.perf_counter() - start)
     return round(least * 1e3, 2)
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,15 @@ import pytest
 import torch
 
 from halfbyte.engine.core import Engine, EngineConfig
+from halfbyte.engine.generate import Generated, generate, steps
 from halfbyte.engine.plan.sequence import Sequence as EngineSequence
 from halfbyte.engine.plan.speculation import Guesser
-from halfbyte.engine.request import (
-    Event,
-    FinishEvent,
-    GenerationRequest,
-    SamplingParams,
-    TokenLogprobs,
-    TokensEvent,
-)
+from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.sampler import LogitsHook
 from halfbyte.kernels import dispatch
 from tolerances import SAME_LOGPROB
 
+Answer = Generated
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)
 
 
@@ -38,27 +33,6 @@ def load(
     return Engine.load(directory, config, logits_hook=hook, guesser=guesser)
 
 
-@dataclass
-class Answer:
-    """Everything that came of one request."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    finish: FinishEvent | None = None
-
-    def take(self, event: Event) -> None:
-        assert self.finish is None, "an event after the last one"
-        if isinstance(event, FinishEvent):
-            self.finish = event
-            return
-        self.token_ids += event.token_ids
-        self.logprobs += event.logprobs or ()
-        if event.prompt_logprobs is not None:
-            assert self.prompt_logprobs is None
-            self.prompt_logprobs = event.prompt_logprobs
-
-
 def request(
     request_id: str, prompt: Sequence[int], params: SamplingParams = GREEDY, **more: Any
 ) -> GenerationRequest:
@@ -67,20 +41,13 @@ def request(
 
 def run(engine: Engine, requests: Iterable[GenerationRequest]) -> dict[str, Answer]:
     """Run requests that arrive together, checking the books after every step."""
-    answers = {}
-    for item in requests:
-        engine.add(item)
-        answers[item.request_id] = Answer([], [])
-    drain(engine, answers)
-    return answers
+    return generate(engine, requests, engine.check)
 
 
 def drain(engine: Engine, answers: dict[str, Answer]) -> None:
-    while engine.has_work():
-        for event in engine.step():
+    for events in steps(engine):
+        for event in events:
             answers[event.request_id].take(event)
-            if isinstance(event, TokensEvent):
-                assert event.token_ids or event.prompt_logprobs is not None
         engine.check()
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.metadata import hub_config, modelopt_configs
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.written_metadata import hub_config, modelopt_configs
 from halfbyte.config import ModelConfig
 from halfbyte.formats.fp8 import encode_fp8, fp8_scale
 from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale

@@ -8,9 +8,11 @@ import importlib
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from halfbyte.cli.main import COMMANDS, build_parser
+from halfbyte.engine.options import EngineConfig, options
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 _HEAD = """\
@@ -30,7 +32,23 @@ def reference_page() -> str:
         parser = build_parser(name, module)
         parts.append(_command(f"halfbyte {name}", what, parser, level=2))
         parts.append(f"```sh\n{_unindented(module.EXAMPLE)}\n```")
+    parts.append(_engine_fields())
     return "\n\n".join(parts) + "\n"
+
+
+def _engine_fields() -> str:
+    rows = [
+        f"| `{one.name}` | `{one.default!r}` | {f'`{option.flag}`' if option.flag else ''} | "
+        f"{_cell(option.help % {'default': one.default})} |"
+        for one, option in zip(fields(EngineConfig), options().values(), strict=True)
+    ]
+    head = (
+        "## Fields of EngineConfig",
+        "What a Python program gives `halfbyte.Engine(...)` by name. Those with a flag are also "
+        "keys of\na `--config` file, by the flag's name.",
+        "\n".join(["| field | default | flag | what |", "|---|---|---|---|", *rows]),
+    )
+    return "\n\n".join(head)
 
 
 def _command(name: str, what: str, parser: argparse.ArgumentParser, level: int) -> str:

@@ -31,6 +31,8 @@ Part = Literal["decoder", "encoder", "projector", "embedding", "head", "eagle"]
 Group = Literal["attention", "mlp", ""]
 WeightFormat = Literal["bf16", "fp8", "nvfp4"]
 CacheFormat = Literal["bf16", "fp8"]
+# What a quantized linear computes (decision 0004).
+Mode = Literal["weight_only", "declared", "fp8_declared"]
 
 ATTENTION_LINEARS = ("q", "k", "v", "o")
 MLP_LINEARS = ("gate", "up", "down")

@@ -1,3 +1,7 @@
-from fidelity.conftest import models, one_thread
+import pytest
+import torch
 
-__all__ = ["models", "one_thread"]
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)

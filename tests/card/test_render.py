@@ -30,7 +30,7 @@ from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
-from halfbyte.fidelity.models import Comparison, Interval, PairRow, Row
+from halfbyte.fidelity.comparison import Comparison, Interval, PairRow, Row
 from halfbyte.figures import CARD_TOPICS, read_record
 from halfbyte.model.tiny import write_tiny_checkpoint
 

@@ -25,7 +25,7 @@ from halfbyte.chat.detokenize import TextStream
 from halfbyte.chat.mistral_format import MistralFormat, load_mistral_format
 from halfbyte.chat.template_format import TemplateFormat, load_template_format
 from halfbyte.errors import RequestError
-from halfbyte.server.api import wire
+from halfbyte.server.api import reading, wire
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|tool|>")
@@ -243,7 +243,7 @@ def compare_mistral(chat: MistralFormat, theirs: Any, dice: random.Random) -> No
     if dice.random() < 0.5:
         function = {"name": "f", "description": text(dice), "parameters": {"type": "object"}}
         body["tools"] = [{"type": "function", "function": function}]
-    request = wire.parse(wire.ChatRequest, body)
+    request = reading.parse(wire.ChatRequest, body)
     plain = [message.model_dump(exclude_none=True) for message in request.messages]
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     # Prefixes are Mistral's own field, which the OpenAI form of mistral-common does not know.

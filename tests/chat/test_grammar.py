@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halfbyte.chat.grammar import (
-    GrammarCompiler,
-    Mask,
-    ThoughtMask,
+from halfbyte.chat.grammar import GrammarCompiler
+from halfbyte.chat.grammar_limits import GrammarLimits, work_done
+from halfbyte.chat.grammar_masks import Mask, ThoughtMask, token_bits, unfinished_character
+from halfbyte.chat.grammar_texts import (
     choice_grammar,
     json_schema_grammar,
     regex_grammar,
-    token_bits,
     tools_grammar,
-    unfinished_character,
 )
-from halfbyte.chat.grammar_limits import GrammarLimits, work_done
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.chat.prompt import ControlTokens
 from halfbyte.chat.template_format import TemplateFormat

@@ -12,14 +12,10 @@ from typing import Any
 import pytest
 
 from halfbyte.chat import grammar_trial
-from halfbyte.chat.grammar import (
-    GrammarCompiler,
-    Mask,
-    choice_grammar,
-    json_schema_grammar,
-    regex_grammar,
-)
+from halfbyte.chat.grammar import GrammarCompiler
 from halfbyte.chat.grammar_limits import GrammarLimits
+from halfbyte.chat.grammar_masks import Mask
+from halfbyte.chat.grammar_texts import choice_grammar, json_schema_grammar, regex_grammar
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.errors import RequestError
 

@@ -12,14 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.checkpoint.inventory import expected_tensors
-from halfbyte.checkpoint.metadata import (
-    Quantization,
-    hub_config,
-    mistral_fp8_config,
-    modelopt_configs,
-    unquantized,
-)
+from halfbyte.checkpoint.metadata import Quantization, unquantized
 from halfbyte.checkpoint.names import Layout, foreign_name, hub_to_native_rows, rotary_heads
+from halfbyte.checkpoint.written_metadata import hub_config, mistral_fp8_config, modelopt_configs
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from halfbyte.formats.fp8 import encode_fp8, fp8_scale
 from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale

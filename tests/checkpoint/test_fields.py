@@ -11,13 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.checkpoint.fields import (
-    attention_factor,
-    model_config,
-    native_config,
-    rope_config,
-)
-from halfbyte.checkpoint.metadata import hub_config
+from halfbyte.checkpoint.fields import attention_factor, model_config, rope_config
+from halfbyte.checkpoint.native_fields import native_config
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import RopeConfig
 from halfbyte.errors import CheckpointError
 

@@ -9,17 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halfbyte.checkpoint.fields import model_config
-from halfbyte.checkpoint.metadata import (
+from halfbyte.checkpoint.metadata import Quantization, describe, read_config
+from halfbyte.checkpoint.names import Layout
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.written_metadata import (
     PRODUCER,
-    Quantization,
-    describe,
     hub_config,
     mistral_fp8_config,
     modelopt_configs,
-    read_config,
 )
-from halfbyte.checkpoint.names import Layout
-from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.modules import WeightFormat, decoder_linears

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from golden_models import MODELS
-from halfbyte.checkpoint.metadata import hub_config
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import check_rope, verify, verify_checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.cli.main import main
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import CheckpointError

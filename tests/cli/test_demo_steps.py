@@ -11,7 +11,7 @@ import pytest
 from halfbyte.calibrate.sources import builtin_documents
 from halfbyte.cli import demo_steps as demo
 from halfbyte.errors import UnsupportedError, UsageError
-from halfbyte.fidelity.models import Comparison, Row
+from halfbyte.fidelity.comparison import Comparison, Row
 
 
 def comparison() -> Comparison:

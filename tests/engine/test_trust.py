@@ -11,8 +11,9 @@ import pytest
 from engine_driver import load, prompt_of, run_alone
 from halfbyte.checkpoint import verify
 from halfbyte.checkpoint.inventory import expected_tensors
-from halfbyte.checkpoint.metadata import hub_config, unquantized
+from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.cli.main import main
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import CheckpointError

@@ -10,7 +10,8 @@ import torch
 from halfbyte.chat.tokens import load_chat
 from halfbyte.cli.main import main
 from halfbyte.engine.core import Engine
-from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
+from halfbyte.engine.generate import generate
+from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.fidelity.baseline import load_baseline, save_baseline
 from halfbyte.fidelity.choices import Choice, count_flips, encode_choices
@@ -18,12 +19,12 @@ from halfbyte.fidelity.models import (
     Candidate,
     compare_models,
     compare_with_baseline,
-    cut_windows,
     full_divergence,
     interval_of_mean,
     make_baseline,
     window_logprobs,
 )
+from halfbyte.fidelity.windows import cut_windows
 
 WINDOW = 64
 
@@ -63,13 +64,10 @@ def test_perplexity_is_that_of_the_prompts_logprobs(models: Path) -> None:
     engine = Engine.load(models / "bf16")
     windows = cut_windows(models / "bf16", text.read_text(), WINDOW, None)
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    total = 0.0
-    for index, window in enumerate(windows):
-        engine.add(GenerationRequest(str(index), window, params))
-    while engine.has_work():
-        for event in engine.step():
-            if isinstance(event, TokensEvent) and event.prompt_logprobs is not None:
-                total += sum(item.logprob for item in event.prompt_logprobs)
+    found_too = generate(
+        engine, (GenerationRequest(str(i), window, params) for i, window in enumerate(windows))
+    )
+    total = sum(one.logprob for item in found_too.values() for one in item.prompt_logprobs or ())
     assert found.base.perplexity == pytest.approx(math.exp(-total / found.num_tokens), rel=1e-3)
 
 

@@ -24,7 +24,8 @@ from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals.records import lock_run, read_attempts, read_records, read_run
-from halfbyte.evals.running.run import max_tokens_for, records_of_log
+from halfbyte.evals.running.ask import max_tokens_for
+from halfbyte.evals.running.run import records_of_log
 from halfbyte.evals.types import Text
 from halfbyte.model.tiny import write_tiny_checkpoint
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from flows.grammars import Made, hostile, ordinary
-from halfbyte.chat.grammar import (
-    CompiledGrammar,
-    GrammarCompiler,
+from halfbyte.chat.grammar import GrammarCompiler
+from halfbyte.chat.grammar_masks import CompiledGrammar
+from halfbyte.chat.grammar_texts import (
     choice_grammar,
     json_schema_grammar,
     regex_grammar,

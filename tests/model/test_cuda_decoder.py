@@ -243,7 +243,7 @@ def test_prefill_then_decode_continues_the_prompt(mode: str, formats) -> None:
     decoded = None if formats is None else frozenset(formats)
     prefill = Prefill(library, weights, cache, 512, rotary=rotary, decoded_formats=decoded)
     positions = torch.arange(300, device="cuda")
-    chunk = Chunk(0, 300, 0, positions[:0])
+    chunk = Chunk(0, 300, 0, step.block_table_TP[0])
     residual = prefill.forward(PrefillBatch(prompt, positions, slots[:300], (chunk,)))
     logits = stream_product(library, weights.head.weight, prefill.normed(residual[-1:]))[0, :2048]
     expected = _plain_logits(weights, rotary, prompt)[-1]

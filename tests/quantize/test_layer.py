@@ -11,7 +11,8 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import PROFILES, Profile, decode_fp8
 from halfbyte.model.tiny import write_tiny_checkpoint
-from halfbyte.quantize.layer import SourceWeight, _encode_fp8, cache_scales, quantize_layer
+from halfbyte.quantize.encode import SourceWeight, _encode_fp8
+from halfbyte.quantize.layer import cache_scales, quantize_layer
 from halfbyte.quantize.report import linear_record
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe, parse_recipe

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.errors import RequestError
-from halfbyte.server.api import wire
+from halfbyte.server.api import reading, wire
 from halfbyte.server.api.texts import Texts
 from halfbyte.server.config import Limits
 from halfbyte.server.http.openapi import BODIES
@@ -46,7 +46,7 @@ def unbounded(schema: Any, path: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", BODIES)
-def test_every_list_and_map_of_a_request_has_a_most(kind: type[wire.Wire]) -> None:
+def test_every_list_and_map_of_a_request_has_a_most(kind: type[reading.Wire]) -> None:
     assert not list(unbounded(kind.model_json_schema()))
 
 
@@ -59,7 +59,7 @@ def with_values(count: int, value: bytes) -> bytes:
 
 
 def count_all(limits: Limits, content: bytes, size: int) -> None:
-    counts = wire.Structure(limits)
+    counts = reading.Structure(limits)
     for start in range(0, len(content), size):
         counts.add(content[start : start + size])
 
@@ -149,7 +149,7 @@ def test_what_clients_send_is_within_bounds() -> None:
     ):
         content = json.dumps(value).encode()
         count_all(limits, content, 65_536)
-        wire.parse(kind, wire.parse_json(content), limits)
+        reading.parse(kind, reading.parse_json(content), limits)
 
 
 # --- texts ----------------------------------------------------------------------------------

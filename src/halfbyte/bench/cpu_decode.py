@@ -30,6 +30,7 @@ import torch
 from halfbyte.bench import record as records
 from halfbyte.bench.idle import FOREIGN_LIMIT, Usage, Watch, wait_until_quiet
 from halfbyte.engine.core import Engine, EngineConfig
+from halfbyte.engine.generate import steps
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
 from halfbyte.errors import CapacityError, UnsupportedError
 from halfbyte.figures import Against, Figure
@@ -79,8 +80,7 @@ class Ours:
         start = time.perf_counter()
         self.engine.add(_request("0", prompt, new_tokens))
         first = 0.0
-        while self.engine.has_work():
-            events = self.engine.step()
+        for events in steps(self.engine):
             if events and not first:
                 first = time.perf_counter()
         return Timing(first - start, time.perf_counter() - first)
@@ -92,8 +92,7 @@ class Ours:
             self.engine.add(_request(str(index), prompt, new_tokens))
         started: set[str] = set()
         num_steady, steady_from, steady_to = 0, 0.0, 0.0
-        while self.engine.has_work():
-            events = self.engine.step()
+        for events in steps(self.engine):
             tokens = [event for event in events if isinstance(event, TokensEvent)]
             if len(started) < len(prompts):
                 started.update(event.request_id for event in tokens)

@@ -9,7 +9,6 @@ refuses: docs/reference/chat.md#grammars.
 
 import contextlib
 import ctypes
-import json
 import os
 import threading
 import time
@@ -18,76 +17,26 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import llguidance
-import numpy as np
-from numpy.typing import NDArray
 
 from halfbyte.chat.grammar_limits import GrammarLimits, build, fault, sentence, work_done
+from halfbyte.chat.grammar_masks import NOTHING, Bitmask, CompiledGrammar, token_bits
 from halfbyte.chat.grammar_trial import GrammarTrials, Words
-from halfbyte.chat.prompt import ControlTokens
 from halfbyte.chat.schema import (
     HeldSchema,
-    guided,
     object_schema,
     short_list,
     tidied,
     wide_bounds,
 )
-from halfbyte.chat.tools import CALL_ID_CHARS
 from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.errors import RequestError
-
-Bitmask = NDArray[np.uint32]
 
 # Expressions of llguidance's lexer take at most so much, and places in its parser.
 _EXPRESSION_BYTES = 400
 _PLACE_BYTES = 40
-
-
-class CompiledGrammar:
-    """A checked grammar, shared by the masks of all answers that it holds.
-
-    warnings   what a lenient schema does not enforce
-    num_bytes  what it takes; llguidance adds to it as answers come by places that are new
-    problem    why it can no longer be followed; None while it can
-    """
-
-    def __init__(
-        self, source: str, matcher: Any, warnings: tuple[str, ...], num_bytes: int
-    ) -> None:
-        self.source = source
-        self.matcher = matcher
-        self.warnings = warnings
-        self.compiled_bytes = num_bytes
-        self.grown_bytes = 0
-        self.problem: str | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """All that it takes by now."""
-        return self.compiled_bytes + max(0, self.grown_bytes)
-
-
-class Mask(Protocol):
-    """The engine's TokenMask (engine.request), which this room may not import."""
-
-    def allows(self, token_id: int) -> bool:
-        """Whether this token may come next; False also where only `fill` can tell."""
-
-    def fill(self, bitmask: Bitmask) -> None:
-        """Write which tokens may come next: bit 1 is allowed."""
-
-    def accept(self, token_id: int) -> None:
-        """The next token has been chosen."""
-
-    def is_finished(self) -> bool:
-        """Nothing but an end of answer may follow."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why the grammar could not be followed to its end; None if it could."""
 
 
 class GrammarCompiler:
@@ -467,203 +416,11 @@ class GrammarMask:
         else:
             return True
         self._matcher = None
-        self._grammar = _NOTHING
+        self._grammar = NOTHING
         return False
 
 
-# What a mask holds on to after its grammar has failed.
-_NOTHING = CompiledGrammar("", None, (), 0)
-
-
-class ThoughtMask:
-    """Lets one thought pass before `inner`, and closes it after a number of tokens.
-
-    inner    rules of what follows the thought; None for no rules
-    budget   most tokens inside a thought; None for no bound
-    has_begun  the answer after the thought has; there is none any more
-
-    The thought may also be left out: at the start [THINK] and whatever `inner` allows are open.
-    """
-
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        control: ControlTokens,
-        inner: Mask | None,
-        budget: int | None,
-        *,
-        has_begun: bool = False,
-    ) -> None:
-        assert control.think is not None
-        assert control.end_think is not None
-        self._think, self._end_think = control.think, control.end_think
-        self._inner = inner
-        self._budget = budget
-        self._num_words = -(-vocabulary.size // 32)
-        # Nor is the padding of the model's head text.
-        padding = range(vocabulary.size, self._num_words * 32)
-        self._control = token_bits((*vocabulary.control_names, *padding), self._num_words)
-        self._end = token_bits((self._end_think,), self._num_words)
-        self._token_bytes = vocabulary.token_bytes
-        self._num_thought_tokens = 0
-        self._pending = b""
-        self._state = "after" if has_begun else "start"
-
-    def allows(self, token_id: int) -> bool:
-        """Whether this token may come next."""
-        if self._state != "thought":
-            if self._state == "start" and token_id == self._think:
-                return True
-            return self._inner is None or self._inner.allows(token_id)
-        if token_id == self._end_think:
-            return True
-        word, bit = divmod(token_id, 32)
-        is_text = word < self._num_words and not self._control[word] >> bit & 1
-        return is_text and not self._is_spent()
-
-    def fill(self, bitmask: Bitmask) -> None:
-        """Write which tokens may come next."""
-        words = bitmask[: self._num_words]
-        if self._state != "thought":
-            if self._inner is None:
-                bitmask[:] = 0xFFFFFFFF
-            else:
-                self._inner.fill(bitmask)
-            if self._state == "start":
-                words |= token_bits((self._think,), self._num_words)
-            return
-        bitmask[self._num_words :] = 0
-        words[:] = self._end if self._is_spent() else ~self._control | self._end
-
-    def accept(self, token_id: int) -> None:
-        """The next token has been chosen."""
-        if self._state == "thought":
-            self._accept_thought(token_id)
-        elif self._state == "start" and token_id == self._think:
-            self._state = "thought"
-        else:
-            self._state = "after"
-            if self._inner is not None:
-                self._inner.accept(token_id)
-
-    def is_finished(self) -> bool:
-        """Nothing but an end of answer may follow."""
-        return self._state != "thought" and self._inner is not None and self._inner.is_finished()
-
-    @property
-    def problem(self) -> str | None:
-        """That of the rules after the thought."""
-        return None if self._inner is None else self._inner.problem
-
-    def _is_spent(self) -> bool:
-        """A character begun is a character finished: never close a thought inside one.
-
-        Three tokens finish any; a model that only begins characters gets no more than those.
-        """
-        if self._budget is None:
-            return False
-        over = self._num_thought_tokens - self._budget
-        return over >= 0 and (not self._pending or over >= 3)
-
-    def _accept_thought(self, token_id: int) -> None:
-        if token_id == self._end_think:
-            self._state = "after"
-            return
-        self._num_thought_tokens += 1
-        self._pending = unfinished_character(self._pending + self._token_bytes[token_id])
-
-
-def unfinished_character(text: bytes) -> bytes:
-    """The bytes at the end that begin a UTF-8 character and do not finish it."""
-    for length in range(1, min(3, len(text)) + 1):
-        lead = text[-length]
-        if lead < 0x80:
-            return b""
-        if lead >= 0xC0:
-            needed = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            return text[-length:] if length < needed else b""
-    return b""
-
-
-def token_bits(token_ids: Sequence[int], num_words: int) -> Bitmask:
-    """A bitmask with these ids set; ids past its end are left out."""
-    words = np.zeros(num_words, dtype=np.uint32)
-    ids = np.asarray([i for i in token_ids if i < num_words * 32], dtype=np.uint32)
-    np.bitwise_or.at(words, ids // 32, np.uint32(1) << (ids % 32))
-    return words
-
-
 # What a client may ask for, as Lark grammars. Each returns the text of a grammar for `compile`.
-
-
-def json_schema_grammar(schema: Mapping[str, Any], *, lenient: bool) -> str:
-    """Exactly one JSON value of a schema.
-
-    lenient   keywords that llguidance cannot express become warnings instead of errors
-    """
-    return f"start: %json {guided(schema, lenient=lenient)}\n"
-
-
-def regex_grammar(regex: str) -> str:
-    """A text that matches the whole of a regex (Rust syntax, ASCII digits)."""
-    return f"start: /{llguidance.regex_to_lark(regex, use_ascii='d')}/\n"
-
-
-def choice_grammar(choices: Sequence[str]) -> str:
-    """One of some texts. As one terminal, for which llguidance shares beginnings."""
-    return "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, choices)) + "\n"
-
-
-def _quoted(text: str) -> str:
-    """A text as Lark has it; DEL is the one character that JSON leaves and Lark refuses."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def tools_grammar(
-    tools: Sequence[Mapping[str, Any]],
-    control: ControlTokens,
-    *,
-    choice: str,
-    parallel: bool,
-    answer: str | None = None,
-) -> str:
-    """Text and tool calls, the arguments of every call held to their schema.
-
-    choice     "auto": text, calls, or text and then calls; "required": calls only; any other
-               value is the name of the one function to call, once
-    parallel   whether several calls may follow each other
-    answer     a grammar of the kind above that replaces the free text of "auto"
-
-    Raises RequestError for a model whose calls have another form, and for parameters that are no
-    object's.
-    """
-    if not control.has_tools:
-        raise RequestError("tools: this model's format has no tool calls", param="tools")
-    chosen = [(number, tool["function"]) for number, tool in enumerate(tools)]
-    if choice not in ("auto", "required"):
-        chosen = [(number, function) for number, function in chosen if function["name"] == choice]
-        parallel = False
-    calls = "call+" if parallel else "call"
-    if choice != "auto":
-        start = f"start: {calls}"
-    elif answer is None:
-        start = f"start: TEXT? | TEXT? {calls}"
-    else:
-        start = f"start: answer | {calls}"
-    rules = [start, "TEXT: /(.|\\n)+/"]
-    if answer is not None:
-        rules.append(answer.strip().replace("start:", "answer:", 1))
-    names = " | ".join(f"tool_{number}" for number, _ in chosen)
-    rules.append(f"call: <[{control.tool_calls}]> ({names})")
-    between = f"<[{control.args}]>"
-    if control.call_id is not None:
-        rules.append(f"CALL_ID: /[a-zA-Z0-9]{{{CALL_ID_CHARS}}}/")
-        between = f"<[{control.call_id}]> CALL_ID {between}"
-    for number, function in chosen:
-        schema = object_schema(function.get("parameters"), f"tools[{number}].function.parameters")
-        held = guided(schema, lenient=not function.get("strict"))
-        rules.append(f"tool_{number}: {_quoted(function['name'])} {between} %json {held}")
-    return "\n".join(rules) + "\n"
 
 
 class _WrappedVocabulary:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.chat.images import ImageLayout
 from halfbyte.chat.vocabulary import Vocabulary
 
 
@@ -66,3 +67,16 @@ def banned_control_ids(
     if tools:
         allowed |= {tokens.tool_calls, tokens.args, tokens.call_id}
     return tuple(sorted(set(vocabulary.control_names) - allowed))
+
+
+def banned_in_text(
+    vocabulary: Vocabulary, layout: ImageLayout | None, num_rows: int
+) -> tuple[int, ...]:
+    """Ids that a plain continuation may not contain: rows of the head without a token, and images.
+
+    num_rows  rows of the model's head, which may be more than the vocabulary has tokens
+    """
+    padding = tuple(range(vocabulary.size, num_rows))
+    if layout is None:
+        return padding
+    return (*padding, layout.image_token_id, layout.break_token_id, layout.end_token_id)

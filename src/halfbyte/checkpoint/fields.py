@@ -12,90 +12,29 @@ YaRN parameters (what absence means).
 import math
 from typing import Any, Literal
 
+from halfbyte.checkpoint.strict_fields import (
+    IGNORED_ANYWHERE,
+    MAX_INTEGER,
+    MAX_LAYERS,
+    Fields,
+    Reader,
+)
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from halfbyte.errors import CheckpointError, shown
 
-Fields = dict[str, Any]
-
-# Fields that no forward pass of ours depends on, and why.
-_IGNORED_ANYWHERE = {
-    "_name_or_path": "where somebody loaded it from",
-    "architectures": "class names of another library; model_type decides",
-    "transformers_version": "who wrote the file",
-    "initializer_range": "training only",
-    "use_cache": "a default of another library's generate()",
-    "torch_dtype": "the stored dtypes are read from the tensors",
-    "dtype": "the stored dtypes are read from the tensors",
-    "attention_dropout": "training only",
-    "output_attentions": "what another library returns besides logits",
-    "output_hidden_states": "what another library returns besides logits",
-    "return_dict": "what another library returns besides logits",
-    "gradient_checkpointing": "training only",
-    "chunk_size_feed_forward": "tiling, same result",
-    "id2label": "classification heads only",
-    "label2id": "classification heads only",
-    "problem_type": "classification heads only",
-    "attn_implementation": "how another library computes the same attention",
-    "_attn_implementation_autoset": "how another library computes the same attention",
-    "_attn_implementation_internal": "how another library computes the same attention",
-    "torchscript": "how another library exports its classes",
-    "use_bfloat16": "a wish of another library about computing; tensors have their own dtype",
-    "tf_legacy_loss": "training only",
-    "classifier_dropout": "classification heads only",
-    "finetuning_task": "classification heads only",
-    "task_specific_params": "defaults of another library's pipelines",
-    "tokenizer_class": "the tokenizer's own files decide",
-    "prefix": "text that another library's pipelines put first",
-    "sep_token_id": "read by no decoder",
-    "unk_token_id": "read by no decoder",
-    "cls_token_id": "read by no decoder",
-    "decoder_start_token_id": "encoder-decoder models only",
-    "cross_attention_hidden_size": "encoder-decoder models only",
-    "tie_encoder_decoder": "encoder-decoder models only",
-    "unsloth_version": "which tool trained it",
-    "unsloth_fixed": "mark of a training tool",
-    "unsloth_training_tiled_mlp": "how a training tool computed the same MLP",
-    "model_name": "what somebody calls it",
-    "resid_pdrop": "training only",
-    "residual_dropout": "training only",
-    "embd_pdrop": "training only",
-    "hidden_dropout": "training only",
-    "hidden_dropout_prob": "training only",
-    # Sampling defaults that older files carry beside the architecture; generation_config.json and
-    # the request decide.
-    **dict.fromkeys(
-        (
-            "max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping",
-            "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
-            "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-            "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
-            "output_scores", "return_dict_in_generate", "forced_bos_token_id",
-            "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-            "suppress_tokens", "begin_suppress_tokens",
-        ),
-        "a default of another library's generate()",
-    ),
-}  # fmt: skip
-# Fields that are harmless with one value only, wherever they stand.
-_HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "pruned_heads": ({}, None),
-    "use_sliding_window": (False, None),
-}
 IGNORED_TEXT = {
-    **_IGNORED_ANYWHERE,
+    **IGNORED_ANYWHERE,
     "pretraining_tp": "how training was split",
     "is_llama_config": "mark of a conversion tool",
     "rope_interleaved": "mark of a conversion tool; hub files hold halves",
 }
 IGNORED_VISION = {
-    **_IGNORED_ANYWHERE,
+    **IGNORED_ANYWHERE,
     "vocab_size": "a left-over of the library's default; the tower has no vocabulary",
     "layer_norm_eps": "a left-over; the tower's norms use 1e-5 whatever it says",
 }
 IGNORED_MODEL = {
-    **_IGNORED_ANYWHERE,
+    **IGNORED_ANYWHERE,
     "vision_feature_select_strategy": "Pixtral has no class token to select",
     "quantization_config": "read by metadata",
     "compression_config": "read by metadata",
@@ -105,116 +44,14 @@ IGNORED_ROPE = {
     "original_max_position_embeddings": "means something for yarn and the query scale only",
     "finetuned": "mark of training",
 }
-IGNORED_PARAMS = {
-    "max_batch_size": "a limit of another server",
-    "max_seq_len": "a limit of another server",
-    "model_parallel": "how the files were written",
-    "ragged_attention": "how another library batches",
-    "use_cache": "a default of another library",
-    "model_type": "always transformer",
-    "quantization": "read by metadata",
-    "causal_vision": "checked with the encoder",
-}
 
 # Norms of the tower are built with this constant, whatever the config says.
-_VISION_NORM_EPS = 1e-5
+VISION_NORM_EPS = 1e-5
 _TEXT_TYPES = ("ministral3", "mistral")
 
-# No size of a model comes near these; a file that says more wants to exhaust memory.
-_MAX_INTEGER = 2**31 - 1
-_MAX_LAYERS = 4096
-_MAX_NUMBER = 1e300
 # Added to a mean square before its root is taken: 1e-5 or 1e-6 in every model. Nothing below keeps
 # a zero vector from becoming NaN; with more than 1 it would no longer be a norm.
 MIN_NORM_EPS, MAX_NORM_EPS = 1e-30, 1.0
-
-
-class Reader:
-    """Takes fields out of one JSON object; `finish` proves that none was overlooked.
-
-    Mutable on purpose and short-lived: one per object that is read.
-    """
-
-    def __init__(self, fields: object, where: str) -> None:
-        if not isinstance(fields, dict):
-            raise CheckpointError(f"{where}: an object was expected")
-        self._fields = dict(fields)
-        self._where = where
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 0; required unless a default is given."""
-        value = self._take(name, default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if type(value) is not int or not 0 <= value <= _MAX_INTEGER:
-            raise CheckpointError(
-                f"{self._where}.{name}: a whole number was expected: {shown(value)}"
-            )
-        return value
-
-    def positive(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
-        value = self.integer(name, default)
-        if value == 0:
-            raise CheckpointError(f"{self._where}.{name}: must not be 0")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number; required unless a default is given."""
-        value = self._take(name, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # A whole number may be too large for a float; infinity is none of ours anyway.
-        if not is_number or not abs(value) <= _MAX_NUMBER:
-            raise CheckpointError(f"{self._where}.{name}: a number was expected: {shown(value)}")
-        return float(value)
-
-    def within(
-        self, name: str, least: float, most: float = math.inf, default: float | None = None
-    ) -> float:
-        """A finite number of at least `least` and at most `most`."""
-        value = self.number(name, default)
-        if not least <= value <= most:
-            bounds = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
-            raise CheckpointError(f"{self._where}.{name} = {value:g}: must be {bounds}")
-        return value
-
-    def optional(self, name: str) -> Any:
-        """Whatever stands there, None if nothing does."""
-        return self._fields.pop(name, None)
-
-    def must_be(self, name: str, *allowed: Any, default: Any = None) -> Any:
-        """A field of which we implement only some values; absence means `default`."""
-        value = self._fields.pop(name, None)
-        value = default if value is None else value
-        if value not in allowed:
-            wanted = " or ".join(map(repr, allowed))
-            raise CheckpointError(
-                f"{self._where}.{name} = {shown(value)} is not implemented, only {wanted}"
-            )
-        return value
-
-    def finish(self, ignored: dict[str, str]) -> None:
-        """Refuse what is left, unless it is listed as harmless."""
-        harmless = {name for name, allowed in _HARMLESS_VALUES.items() if self._is(name, allowed)}
-        left = sorted(set(self._fields) - set(ignored) - harmless)
-        if left:
-            some = ", ".join(f"{name[:60]} = {shown(self._fields[name])}" for name in left[:4])
-            more = f" and {len(left) - 4} more" if len(left) > 4 else ""
-            raise CheckpointError(
-                f"{self._where}: unknown field that may change results: {some}{more}. If it is "
-                "harmless it belongs in a list of halfbyte.checkpoint.fields, with the reason"
-            )
-
-    def _is(self, name: str, allowed: tuple[Any, ...]) -> bool:
-        return any(self._fields.get(name) == value for value in allowed)
-
-    def _take(self, name: str, default: Any) -> Any:
-        value = self._fields.pop(name, None)
-        if value is None:
-            value = default
-        if value is None:
-            raise CheckpointError(f"{self._where}: lacks {name}")
-        return value
 
 
 def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
@@ -229,7 +66,7 @@ def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     """
     kind = raw.get("model_type")
     if kind in _TEXT_TYPES:
-        tied = _tied({"config.json": raw.get("tie_word_embeddings")}, False, has_head)
+        tied = is_tied({"config.json": raw.get("tie_word_embeddings")}, False, has_head)
         return ModelConfig(_text(raw, "config.json", IGNORED_MODEL | IGNORED_TEXT, tied), None)
     if kind != "mistral3":
         known = ", ".join(("mistral3", *_TEXT_TYPES))
@@ -244,7 +81,7 @@ def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
         "text_config": text.get("tie_word_embeddings"),
     }
     config = ModelConfig(
-        _text(text, "text_config", IGNORED_TEXT, _tied(said, True, has_head)),
+        _text(text, "text_config", IGNORED_TEXT, is_tied(said, True, has_head)),
         None if vision is None else _vision(vision, fields),
     )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -253,7 +90,7 @@ def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     return config
 
 
-def _tied(said: dict[str, Any], default: bool, has_head: bool | None) -> bool:
+def is_tied(said: dict[str, Any], default: bool, has_head: bool | None) -> bool:
     """Whether the head is the embedding, from what the files say and what they store."""
     stated = [value for value in said.values() if value is not None]
     values = {value for value in stated if isinstance(value, bool)}
@@ -272,7 +109,7 @@ def _tied(said: dict[str, Any], default: bool, has_head: bool | None) -> bool:
 
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(item) is int and 0 <= item <= _MAX_INTEGER for item in ids):
+    if not all(type(item) is int and 0 <= item <= MAX_INTEGER for item in ids):
         raise CheckpointError(f"{where}: token ids were expected: {shown(value)}")
     return tuple(ids)
 
@@ -338,10 +175,10 @@ def _first(ids: tuple[int, ...]) -> int | None:
 
 def check_text(text: TextConfig, where: str) -> None:
     """Raise CheckpointError for sizes that no model has, or that do not fit each other."""
-    if text.num_layers > _MAX_LAYERS:
+    if text.num_layers > MAX_LAYERS:
         raise CheckpointError(f"{where}: {text.num_layers} layers")
     head_dim = text.head_dim
-    if type(head_dim) is not int or not 2 <= head_dim <= _MAX_INTEGER or head_dim % 2:
+    if type(head_dim) is not int or not 2 <= head_dim <= MAX_INTEGER or head_dim % 2:
         raise CheckpointError(f"{where}.head_dim = {shown(head_dim)}: must be even")
     if text.num_heads % text.num_kv_heads:
         raise CheckpointError(
@@ -380,7 +217,7 @@ def rope_config(parameters: object, where: str) -> RopeConfig:
     if kind is not None and older is not None and kind != older:
         raise CheckpointError(f"{where}: rope_type {shown(kind)} and type {shown(older)} disagree")
     kind = kind or older or "default"
-    theta = _theta(fields)
+    theta = rope_theta(fields)
     fields.must_be("partial_rotary_factor", 1.0, default=1.0)
     beta = fields.within("llama_4_scaling_beta", 0, default=0.0)
     if kind == "default":
@@ -398,12 +235,13 @@ def rope_config(parameters: object, where: str) -> RopeConfig:
     return rope
 
 
-def _theta(fields: Reader, default: float | None = None) -> float:
+def rope_theta(fields: Reader, default: float | None = None) -> float:
     """The base of the rotary frequencies: its powers with negative exponents must fall."""
     return fields.within("rope_theta", 1, default=default)
 
 
-def _check_betas(rope: RopeConfig, where: str) -> RopeConfig:
+def check_betas(rope: RopeConfig, where: str) -> RopeConfig:
+    """Return the settings, or raise CheckpointError if the slow beta is over the fast one."""
     if not 0 < rope.beta_slow <= rope.beta_fast:
         raise CheckpointError(
             f"{where}: beta_fast {rope.beta_fast:g} and beta_slow {rope.beta_slow:g} must be above "
@@ -436,7 +274,7 @@ def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
             f"{where}.attention_factor = {stated!r}, but factor, mscale and mscale_all_dim give "
             f"{expected:.6g}; only the latter is implemented"
         )
-    return _check_betas(rope, where)
+    return check_betas(rope, where)
 
 
 def attention_factor(rope: RopeConfig) -> float:
@@ -468,7 +306,7 @@ def _vision(raw: object, model: Reader) -> VisionConfig:
         image_size=fields.positive("image_size", 1024),
         num_channels=fields.positive("num_channels", 3),
         rope_theta=_vision_theta(fields),
-        norm_eps=_VISION_NORM_EPS,
+        norm_eps=VISION_NORM_EPS,
         activation=_activation(fields, "hidden_act"),
         spatial_merge_size=model.positive("spatial_merge_size", 2),
         projector_activation=_activation(model, "projector_hidden_act"),
@@ -495,7 +333,7 @@ def _vision_theta(fields: Reader) -> float:
     rope = Reader(parameters, "vision_config.rope_parameters")
     for name in ("rope_type", "type"):
         rope.must_be(name, "default", "axial", default="default")
-    value = _theta(rope, theta)
+    value = rope_theta(rope, theta)
     rope.finish({})
     return value
 
@@ -515,109 +353,3 @@ def _feature_layer(model: Reader) -> int:
             f"config.json.vision_feature_layer = {shown(value)} is not implemented, only one layer"
         )
     return value
-
-
-def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
-    """The architecture that a native `params.json` describes.
-
-    `has_head` as in `model_config`. Names: docs/reference/formats.md#names-and-layouts.
-    """
-    fields = Reader(raw, "params.json")
-    fields.must_be("sliding_window", None)
-    for name in ("use_biases", "q_lora_rank", "moe"):
-        fields.must_be(name, None, False)
-    fields.must_be("causal", True, default=True)
-    fields.must_be("activation", "silu", default="silu")
-    vision = fields.optional("vision_encoder")
-    norm_eps = fields.within("norm_eps", MIN_NORM_EPS, MAX_NORM_EPS)
-    text = TextConfig(
-        num_layers=fields.positive("n_layers"),
-        width=fields.positive("dim"),
-        num_heads=(num_heads := fields.positive("n_heads")),
-        num_kv_heads=fields.positive("n_kv_heads", num_heads),
-        head_dim=fields.positive("head_dim"),
-        mlp_width=fields.positive("hidden_dim"),
-        vocab_size=fields.positive("vocab_size"),
-        norm_eps=norm_eps,
-        max_positions=fields.positive("max_position_embeddings", 131072),
-        tied_head=_tied({"params.json": fields.optional("tied_embeddings")}, False, has_head),
-        rope=_native_rope(fields),
-        # Fixed ids of every Mistral tokenizer; params.json does not repeat them.
-        bos_token_id=1,
-        eos_token_ids=(2,),
-        pad_token_id=11,
-    )
-    fields.finish(IGNORED_PARAMS)
-    check_text(text, "params.json")
-    return ModelConfig(text, None if vision is None else _native_vision(vision))
-
-
-def _native_rope(fields: Reader) -> RopeConfig:
-    theta = _theta(fields)
-    yarn, llama_4 = fields.optional("yarn"), fields.optional("llama_4_scaling")
-    beta, original = 0.0, 0
-    if llama_4 is not None:
-        scaling = Reader(llama_4, "params.json.llama_4_scaling")
-        beta = scaling.within("beta", 0, default=0.0)
-        original = scaling.integer("original_max_position_embeddings", 0)
-        scaling.finish({})
-    if yarn is None:
-        return RopeConfig(theta, original_max_positions=original, llama_4_scaling_beta=beta)
-    knobs = Reader(yarn, "params.json.yarn")
-    applies = knobs.must_be("apply_scale", True, False, default=False)
-    rope = RopeConfig(
-        theta,
-        kind="yarn",
-        factor=knobs.within("factor", 1),
-        original_max_positions=knobs.positive("original_max_position_embeddings"),
-        beta_fast=knobs.number("beta", 32.0),
-        beta_slow=knobs.number("alpha", 1.0),
-        mscale=1.0,
-        mscale_all_dim=0.0 if applies else 1.0,
-        llama_4_scaling_beta=beta,
-    )
-    knobs.finish({})
-    _check_betas(rope, "params.json.yarn")
-    if beta and original not in (0, rope.original_max_positions):
-        raise CheckpointError(
-            f"params.json: llama_4_scaling counts from {original} positions, yarn from "
-            f"{rope.original_max_positions}; only one number is implemented"
-        )
-    return rope
-
-
-# What params.json says about tokens and limits of images concerns the tokenizer, not the tower.
-_IGNORED_NATIVE_VISION = {
-    "image_break_token_id": "the tokenizer's",
-    "image_end_token_id": "the tokenizer's",
-    "max_image_size": "the tokenizer's limit; image_size fixes the position table",
-    "mm_projector_id": "checked by the tensors that are there",
-}
-
-
-def _native_vision(raw: object) -> VisionConfig:
-    fields = Reader(raw, "params.json.vision_encoder")
-    fields.must_be("mm_projector_id", None, "", "patch_merge")
-    fields.must_be("add_pre_mm_projector_layer_norm", True, default=False)
-    width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
-    config = VisionConfig(
-        num_layers=fields.positive("num_hidden_layers"),
-        width=width,
-        num_heads=num_heads,
-        head_dim=fields.positive("head_dim", width // num_heads),
-        mlp_width=fields.positive("intermediate_size"),
-        patch_size=fields.positive("patch_size"),
-        image_size=fields.positive("image_size"),
-        num_channels=fields.positive("num_channels", 3),
-        rope_theta=_theta(fields, 10000.0),
-        norm_eps=_VISION_NORM_EPS,
-        # The native tower gates with SiLU, its adapter uses GELU; neither is stated.
-        activation="silu",
-        spatial_merge_size=fields.positive("spatial_merge_size", 1),
-        projector_activation="gelu",
-        projector_bias=bool(fields.must_be("adapter_bias", True, False, default=False)),
-        image_token_id=fields.integer("image_token_id", 10),
-        feature_layer=-1,
-    )
-    fields.finish(_IGNORED_NATIVE_VISION)
-    return config

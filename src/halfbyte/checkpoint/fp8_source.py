@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.metadata import mistral_fp8_config
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.written_metadata import mistral_fp8_config
 from halfbyte.errors import FormatError, UsageError
 from halfbyte.formats.fp8 import encode_fp8, fp8_scale
 from halfbyte.modules import decoder_linears

@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.fields import MAX_NORM_EPS, MIN_NORM_EPS, Reader, check_text
+from halfbyte.checkpoint.fields import MAX_NORM_EPS, MIN_NORM_EPS, check_text
 from halfbyte.checkpoint.gguf_header import check_header
 from halfbyte.checkpoint.gguf_tokenizer import tokenizer_files
 from halfbyte.checkpoint.inventory import expected_tensors
-from halfbyte.checkpoint.metadata import hub_config, unquantized
+from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name, native_to_hub_rows, rotary_heads
 from halfbyte.checkpoint.soundness import require_sound
+from halfbyte.checkpoint.strict_fields import Reader
 from halfbyte.checkpoint.writer import MAX_COPIED_BYTES, ShardWriter
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import (
     CheckpointError,

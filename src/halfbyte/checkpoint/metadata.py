@@ -13,8 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import halfbyte
-from halfbyte.checkpoint.fields import Fields, Reader, model_config, native_config
+from halfbyte.checkpoint.fields import model_config
 from halfbyte.checkpoint.names import (
     Dialect,
     Layout,
@@ -22,27 +21,21 @@ from halfbyte.checkpoint.names import (
     detect_layout,
     foreign_module,
     foreign_name,
-    vision_prefixes,
 )
+from halfbyte.checkpoint.native_fields import native_config
 from halfbyte.checkpoint.shards import parse_json, scan
-from halfbyte.config import ModelConfig, TextConfig
+from halfbyte.checkpoint.strict_fields import Fields, Reader
+from halfbyte.checkpoint.written_metadata import FP8, NVFP4, hub_config
+from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError, shown
 from halfbyte.files import MAX_TEXT_BYTES, read_bounded
 from halfbyte.modules import (
-    ATTENTION_LINEARS,
-    MLP_LINEARS,
     CacheFormat,
     WeightFormat,
     decoder_linears,
 )
 
-# vLLM's fallback reader asks for this name; the local version part says who really wrote it.
-PRODUCER = {"name": "modelopt", "version": f"0.47.0+halfbyte.{halfbyte.__version__}"}
-
-_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
-_NVFP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 _ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4"}
-_GROUPS: dict[WeightFormat, dict[str, Any]] = {"fp8": _FP8, "nvfp4": _NVFP4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +208,9 @@ def _flat(stated: Any) -> _ModelOptFacts:
     fields = Reader(stated, "quantization_config")
     fields.must_be("quant_method", "modelopt")
     scheme = fields.optional("kv_cache_scheme")
-    if scheme not in (None, _FP8):
+    if scheme not in (None, FP8):
         raise CheckpointError(
-            f"quantization_config.kv_cache_scheme = {shown(scheme)}: only {_FP8} or null"
+            f"quantization_config.kv_cache_scheme = {shown(scheme)}: only {FP8} or null"
         )
     groups = fields.optional("config_groups") or {}
     facts = _ModelOptFacts(
@@ -228,7 +221,7 @@ def _flat(stated: Any) -> _ModelOptFacts:
         scheme is not None,
     )
     if not isinstance(groups, dict) or any(
-        not isinstance(group, dict) or group.get("weights") not in (_FP8, _NVFP4)
+        not isinstance(group, dict) or group.get("weights") not in (FP8, NVFP4)
         for group in groups.values()
     ):
         raise CheckpointError("quantization_config.config_groups: a group we do not implement")
@@ -295,232 +288,3 @@ def _mixed(layers: Any, config: ModelConfig, layout: Layout, where: str) -> dict
 
 
 # --- writing
-
-
-def hub_config(config: ModelConfig) -> Fields:
-    """A `config.json` of the hub layout that says what `config` says.
-
-    For sources that have none (GGUF files, native checkpoints); a source's own file is copied.
-    Both `tie_word_embeddings` are written, since the library's defaults for them differ, and the
-    two rope fields that it fails without.
-    """
-    text = config.text
-    common = {"attention_dropout": 0.0, "dtype": "bfloat16"}
-    fields: Fields = {
-        **common,
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": _one_or_list(text.eos_token_ids),
-        "head_dim": text.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": text.width,
-        "initializer_range": 0.02,
-        "intermediate_size": text.mlp_width,
-        "max_position_embeddings": text.max_positions,
-        "model_type": "ministral3",
-        "num_attention_heads": text.num_heads,
-        "num_hidden_layers": text.num_layers,
-        "num_key_value_heads": text.num_kv_heads,
-        "pad_token_id": text.pad_token_id,
-        "rms_norm_eps": text.norm_eps,
-        "rope_parameters": _rope_fields(text),
-        "sliding_window": None,
-        "tie_word_embeddings": text.tied_head,
-        "use_cache": True,
-        "vocab_size": text.vocab_size,
-    }
-    vision = config.vision
-    if vision is None:
-        return {"architectures": ["Ministral3ForCausalLM"], **fields}
-    return {
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "dtype": "bfloat16",
-        "image_token_index": vision.image_token_id,
-        "model_type": "mistral3",
-        "multimodal_projector_bias": vision.projector_bias,
-        "projector_hidden_act": vision.projector_activation,
-        "spatial_merge_size": vision.spatial_merge_size,
-        "text_config": fields,
-        "tie_word_embeddings": text.tied_head,
-        "vision_config": {
-            **common,
-            "head_dim": vision.head_dim,
-            "hidden_act": vision.activation,
-            "hidden_size": vision.width,
-            "image_size": vision.image_size,
-            "initializer_range": 0.02,
-            "intermediate_size": vision.mlp_width,
-            "model_type": "pixtral",
-            "num_attention_heads": vision.num_heads,
-            "num_channels": vision.num_channels,
-            "num_hidden_layers": vision.num_layers,
-            "patch_size": vision.patch_size,
-            "rope_parameters": {"rope_theta": vision.rope_theta, "rope_type": "default"},
-        },
-        "vision_feature_layer": vision.feature_layer,
-    }
-
-
-def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
-    return ids[0] if len(ids) == 1 else list(ids) or None
-
-
-def _rope_fields(text: TextConfig) -> Fields:
-    rope = text.rope
-    fields: Fields = {
-        "llama_4_scaling_beta": rope.llama_4_scaling_beta,
-        "original_max_position_embeddings": rope.original_max_positions or text.max_positions,
-        "rope_theta": rope.theta,
-        "rope_type": rope.kind,
-    }
-    if rope.kind == "yarn":
-        fields |= {
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "factor": rope.factor,
-            "max_position_embeddings": text.max_positions,
-            "mscale": rope.mscale,
-            "mscale_all_dim": rope.mscale_all_dim,
-            "type": "yarn",
-        }
-    return dict(sorted(fields.items()))
-
-
-def mistral_fp8_config(raw_config: Mapping[str, Any], layout: Layout) -> Fields:
-    """`config.json` of the FP8 dialect in which the model is published: everything FP8.
-
-    raw_config   the bf16 checkpoint's config.json; copied but for `quantization_config`
-    """
-    kept = [foreign_module("head", layout)]
-    if "vision_config" in raw_config:
-        kept = [*(prefix.rstrip(".") for prefix in vision_prefixes(layout)), *kept]
-    return {
-        **_without_quantization(raw_config),
-        "quantization_config": {
-            "activation_scheme": "static",
-            "dequantize": False,
-            "modules_to_not_convert": kept,
-            "quant_method": "fp8",
-            "weight_block_size": None,
-        },
-    }
-
-
-def modelopt_configs(
-    raw_config: Mapping[str, Any],
-    formats: Mapping[str, WeightFormat],
-    kv_cache: CacheFormat,
-    layout: Layout,
-) -> tuple[Fields, Fields]:
-    """`config.json` and `hf_quant_config.json` of a Model Optimizer export.
-
-    raw_config   the source's config.json; copied but for `quantization_config`
-    formats      canonical decoder linear -> format, every one of them; any order
-    layout       the spelling of the tensors that go with it
-
-    Two formats make a MIXED_PRECISION checkpoint that lists its layers, one format a uniform one
-    that lists what is left out. Raises CheckpointError if nothing is quantized.
-    """
-    names = sorted(formats, key=_model_order)
-    quantized = {name: formats[name] for name in names if formats[name] != "bf16"}
-    found = list(dict.fromkeys(quantized.values()))
-    if not found:
-        raise CheckpointError("nothing is quantized: there is no Model Optimizer export of that")
-    if len(found) > 1:
-        stated, older = _mixed_facts(quantized, found, layout)
-    else:
-        kept = _exclusions(names, formats, layout, has_vision="vision_config" in raw_config)
-        stated, older = _uniform_facts(found[0], kept)
-    scheme = {"kv_cache_scheme": dict(_FP8)} if kv_cache == "fp8" else {}
-    cache_algorithm = "FP8" if kv_cache == "fp8" else None
-    quantization_config = {
-        **stated,
-        **scheme,
-        "producer": dict(PRODUCER),
-        "quant_method": "modelopt",
-    }
-    config = {
-        **_without_quantization(raw_config),
-        "quantization_config": quantization_config,
-    }
-    algorithm = older.pop("quant_algo")
-    return config, {
-        "producer": dict(PRODUCER),
-        "quantization": {
-            "quant_algo": algorithm,
-            "kv_cache_quant_algo": cache_algorithm,
-            **older,
-        },
-    }
-
-
-def _without_quantization(raw_config: Mapping[str, Any]) -> Fields:
-    dropped = ("quantization_config", "compression_config")
-    return {key: value for key, value in raw_config.items() if key not in dropped}
-
-
-def _model_order(name: str) -> tuple[int, int]:
-    _, layer, _, short = name.split(".")
-    return int(layer), (*ATTENTION_LINEARS, *MLP_LINEARS).index(short)
-
-
-def _mixed_facts(
-    quantized: dict[str, WeightFormat], found: list[WeightFormat], layout: Layout
-) -> tuple[Fields, Fields]:
-    spelt = {foreign_module(name, layout): chosen for name, chosen in quantized.items()}
-    groups = {
-        f"group_{number}": {
-            "input_activations": dict(_GROUPS[chosen]),
-            "weights": dict(_GROUPS[chosen]),
-            "targets": sorted(name for name, other in spelt.items() if other == chosen),
-        }
-        for number, chosen in enumerate(found)
-    }
-    layers = {
-        name: {"quant_algo": chosen.upper(), **({"group_size": 16} if chosen == "nvfp4" else {})}
-        for name, chosen in spelt.items()
-    }
-    stated = {
-        "config_groups": groups,
-        "quantized_layers": layers,
-        "ignore": [],
-        "quant_algo": "MIXED_PRECISION",
-    }
-    return stated, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
-
-
-def _uniform_facts(chosen: WeightFormat, kept: list[str]) -> tuple[Fields, Fields]:
-    group = {
-        "input_activations": dict(_GROUPS[chosen]),
-        "weights": dict(_GROUPS[chosen]),
-        "targets": ["Linear"],
-    }
-    size = {"group_size": 16} if chosen == "nvfp4" else {}
-    stated = {
-        "config_groups": {"group_0": group},
-        "ignore": kept,
-        "quant_algo": chosen.upper(),
-        **size,
-    }
-    return stated, {"quant_algo": chosen.upper(), **size, "exclude_modules": kept}
-
-
-def _exclusions(
-    names: list[str],
-    formats: Mapping[str, WeightFormat],
-    layout: Layout,
-    *,
-    has_vision: bool,
-) -> list[str]:
-    """What a uniform checkpoint leaves in bf16; a group of linears that stays whole is starred."""
-    kept = [foreign_module("embedding", layout), foreign_module("head", layout)]
-    if has_vision:
-        kept += [f"{prefix.rstrip('.')}*" for prefix in vision_prefixes(layout)]
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.rpartition(".")[0], []).append(name)
-    for members in groups.values():
-        left = [name for name in members if formats[name] == "bf16"]
-        spelt = [foreign_module(name, layout) for name in left]
-        whole = len(left) == len(members)
-        kept += [f"{spelt[0].rpartition('.')[0]}*"] if whole else spelt
-    return sorted(kept)

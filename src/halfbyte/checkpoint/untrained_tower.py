@@ -16,11 +16,12 @@ from torch import Tensor
 
 from halfbyte.checkpoint.fp8_source import COMPANION_FILES, NOTE_FILE, check_source
 from halfbyte.checkpoint.inventory import Expected, expected_tensors
-from halfbyte.checkpoint.metadata import hub_config, unquantized
+from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import ModelConfig, VisionConfig
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.files import MAX_TOKENIZER_BYTES, read_bounded

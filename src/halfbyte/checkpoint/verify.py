@@ -23,11 +23,12 @@ from halfbyte.checkpoint.manifest import (
     hash_stored,
     read_manifest,
 )
-from halfbyte.checkpoint.metadata import modelopt_configs, read_json
+from halfbyte.checkpoint.metadata import read_json
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shards import INDEX_NAME
 from halfbyte.checkpoint.soundness import Fault, Severity, faults
 from halfbyte.checkpoint.verify_values import check_against
+from halfbyte.checkpoint.written_metadata import modelopt_configs
 from halfbyte.config import ModelConfig, TextConfig, VisionConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.files import MAX_TOKENIZER_BYTES

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from halfbyte.cli.serve import add_engine_arguments
+from halfbyte.cli.engine_flags import add_engine_arguments, engine_config
 from halfbyte.errors import UsageError
 
 EXAMPLE = """\
@@ -59,7 +59,7 @@ def _local_server(args: argparse.Namespace) -> Iterator[str]:
         raise UsageError(f"{directory} is neither a directory nor an http:// or https:// URL")
     from halfbyte.log import logger
     from halfbyte.server.defaults import read_sampling
-    from halfbyte.server.launch import Front, engine_config, launch
+    from halfbyte.server.launch import Front, launch
     from halfbyte.server.run import serving
 
     if args.once is not None:

@@ -24,7 +24,8 @@ from halfbyte.bench import record as records
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.child import served
 from halfbyte.errors import UnsupportedError, UsageError
-from halfbyte.fidelity.models import Comparison, compare_models
+from halfbyte.fidelity.comparison import Comparison
+from halfbyte.fidelity.models import compare_models
 from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
 from halfbyte.printable import own

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.cli.serve import add_accept
+from halfbyte.cli.engine_flags import add_accept
 from halfbyte.errors import UsageError
 from halfbyte.progress import TimeLeft, say_next
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.config_file import add_config
+from halfbyte.cli.engine_flags import add_engine_arguments, engine_config, refuse_ours
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # imported when run, so that --help is quick
@@ -29,18 +30,6 @@ _UNNECESSARY = (
     ("--enable-auto-tool-choice", False),
     ("--trust-remote-code", False),
 )
-
-# Flags that vLLM is not told, with their values when nobody gave them.
-_OUR_ENGINES = {
-    "device": "auto",
-    "kv_cache_tokens": None,
-    "mode": "auto",
-    "kv_cache": "auto",
-    "products": "exact",
-    "deterministic": False,
-    "speculative": None,
-    "num_speculative_tokens": None,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,66 +146,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ignored.description = " ".join(name for name, _ in _UNNECESSARY)
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the engine, shared with `halfbyte chat`."""
-    engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 (a GPU if there is one)"
-    )
-    engine.add_argument("--max-model-len", type=int, help="most tokens of prompt and answer")
-    engine.add_argument("--max-sequences", "--max-num-seqs", type=int, default=64, help="at once")
-    engine.add_argument("--kv-cache-tokens", type=int, help="what memory allows, if not given")
-    engine.add_argument("--dtype", default="auto", choices=["auto", "bfloat16"])
-    engine.add_argument(
-        "--tensor-parallel-size", "-tp", type=int, default=1, help="GPUs that share the model"
-    )
-    engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="(%(default)s)")
-    engine.add_argument(
-        "--mode",
-        default="auto",
-        choices=["auto", "weight_only", "declared", "fp8_declared"],
-        help="what quantized linears compute (auto: fp8_declared on the kernels of a Hopper GPU, "
-        "weight_only elsewhere)",
-    )
-    engine.add_argument(
-        "--kv-cache",
-        default="auto",
-        choices=["auto", "fp8", "bf16"],
-        help="format of keys and values (auto: as the checkpoint names)",
-    )
-    engine.add_argument(
-        "--products",
-        default="exact",
-        choices=["exact", "fast"],
-        help="on a Hopper GPU: NVFP4 layers multiply in 16 bit, or faster in FP8 (%(default)s)",
-    )
-    engine.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="on a Hopper GPU: same tokens whatever else is in the batch; slower",
-    )
-    engine.add_argument(
-        "--speculative",
-        metavar="ngram|DIR",
-        help="guess tokens ahead from the text itself, or with an EAGLE head; same answers",
-    )
-    engine.add_argument(
-        "--num-speculative-tokens", type=int, help="most guesses a step (8 for ngram, 3 for EAGLE)"
-    )
-    add_accept(engine)
-
-
-def add_accept(parser: argparse._ActionsContainer) -> None:
-    """`--accept NAME`, shared with `halfbyte quantize`."""
-    parser.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        choices=["mscale_all_dim"],
-        help="compute with this setting of the checkpoint although it is known to ruin the model",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     if args.engine != "vllm" and (args.pipeline_parallel_size != 1 or args.ray):
         raise UsageError("--pipeline-parallel-size and --ray need --engine vllm")
@@ -230,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.server.http.admin import create_admin
     from halfbyte.server.http.gate import file_log, log_access
     from halfbyte.server.http.origins import read_hosts, read_origins
-    from halfbyte.server.launch import Front, engine_config, launch, launch_vllm, read_keys
+    from halfbyte.server.launch import Front, launch, launch_vllm, read_keys
     from halfbyte.server.ops.tracing import open_tracing
     from halfbyte.server.run import address, free_port, listen, serve
 
@@ -307,9 +236,7 @@ def _plan_vllm(
     from halfbyte.chat.tokens import load_chat
     from halfbyte.server.vllm.command import VllmOptions, plan_vllm
 
-    for flag, untouched in _OUR_ENGINES.items():
-        if getattr(args, flag) != untouched:
-            raise UsageError(f"--{flag.replace('_', '-')} is for our own engine, not for vLLM")
+    refuse_ours(args)
     chat = load_chat(args.directory)
     options = VllmOptions(
         name=name,

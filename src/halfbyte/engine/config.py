@@ -1,20 +1,19 @@
-"""The engine's one configuration, and how its open values are decided.
+"""How the open values of the engine's configuration (`options`) are decided.
 
 `resolve` turns what the user said and what the machine has into a configuration without open
 values; that one is printed and shown.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 
 from halfbyte.config import TextConfig
 from halfbyte.engine.cache import bytes_per_token
+from halfbyte.engine.options import EngineConfig as EngineConfig
 from halfbyte.errors import CapacityError, UsageError
 from halfbyte.log import logger
 from halfbyte.machine import available_bytes
-from halfbyte.model.linear import Mode
 from halfbyte.modules import CacheFormat
 
 # Share of the free memory of a machine without a GPU that the KV cache may take unasked.
@@ -23,69 +22,6 @@ _CPU_SHARE = 0.25
 NGRAM = "ngram"
 # More guesses a step than this are worth it for no text.
 _MOST_SPECULATIVE_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """How an engine runs a checkpoint. None and "auto" are decided when it is loaded.
-
-    max_model_len           most tokens of prompt and answer; None = the model's, or what fits
-    max_sequences           sequences that run at once
-    max_batch_tokens        tokens of one step, so the largest chunk of a prompt
-    kv_cache_tokens         tokens the KV cache holds; None = what memory allows
-    block_tokens            tokens in a block of the cache
-    prefix_cache            share the blocks of equal beginnings
-    mode                    what a quantized linear computes (decision 0004); "auto" is fp8_declared
-                            on the CUDA kernels, weight_only elsewhere
-    kv_cache                "auto" = as the checkpoint names
-    gpu_memory_utilization  share of the device's memory for weights and cache together
-    products                on the CUDA kernels: multiply NVFP4 layers exactly (in 16 bit) or fast
-                            (in FP8: decision 0036)
-    deterministic           on the CUDA kernels: a sequence's tokens do not depend on what else is
-                            in the batch, at a cost in speed (decision 0040)
-    max_decode_slowdown     how much longer than usual running answers may wait for a token while
-                            a prompt is worked in; None = no limit, for throughput
-    accept                  settings of the checkpoint to compute with although they are known to
-                            ruin a model (`checkpoint.verify.ACCEPTABLE`)
-    speculative             "ngram", the directory of an EAGLE head, or None: who guesses tokens
-                            ahead; answers stay what they are (decision 0042)
-    num_speculative_tokens  most guesses a step and sequence; None = by kind
-    adaptive_speculation    fewer guesses, down to none, where they cost more than they bring
-    tensor_parallel_size    processes that share the model, each on a GPU of its own
-    collective_timeout_s    how long one of them may wait for another before the engine fails
-    """
-
-    max_model_len: int | None = None
-    max_sequences: int = 64
-    max_batch_tokens: int = 2048
-    kv_cache_tokens: int | None = None
-    block_tokens: int = 16
-    prefix_cache: bool = True
-    mode: Mode | Literal["auto"] = "auto"
-    device: str = "cpu"
-    kv_cache: CacheFormat | Literal["auto"] = "auto"
-    gpu_memory_utilization: float = 0.9
-    products: Literal["exact", "fast"] = "exact"
-    deterministic: bool = False
-    max_decode_slowdown: float | None = 2.0
-    accept: tuple[str, ...] = ()
-    speculative: str | None = None
-    num_speculative_tokens: int | None = None
-    adaptive_speculation: bool = True
-    tensor_parallel_size: int = 1
-    collective_timeout_s: float = 60.0
-
-    @property
-    def max_pages(self) -> int:
-        """Blocks that one sequence has at most; only of a resolved configuration."""
-        assert self.max_model_len is not None
-        return -(-self.max_model_len // self.block_tokens)
-
-    @property
-    def num_pages(self) -> int:
-        """Blocks of the KV cache; only of a resolved configuration."""
-        assert self.kv_cache_tokens is not None
-        return self.kv_cache_tokens // self.block_tokens
 
 
 def resolve(

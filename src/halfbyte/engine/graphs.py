@@ -341,7 +341,8 @@ class HopperExecutor:
         device = self._library.device
         positions_T = torch.arange(num_tokens, device=device)
         slots_T = torch.full_like(positions_T, -1)
-        chunk = Chunk(0, num_tokens, 0, positions_T[:0])
+        num_pages = -(-num_tokens // self._cache.page_slots)
+        chunk = Chunk(0, num_tokens, 0, torch.zeros(num_pages, dtype=torch.int32, device=device))
         batch = PrefillBatch(torch.zeros_like(positions_T), positions_T, slots_T, (chunk,))
         if self._weights.fuse is not None:
             hidden_TD = self.hidden_TD[:1].expand(num_tokens, -1)

@@ -33,7 +33,6 @@ from halfbyte.model.cuda.prefill import Chunk, PrefillBatch, Singles
 from halfbyte.model.cuda.weights import KvCache
 from halfbyte.model.parallel import Communicator
 
-
 # Fewer rows of a sequence are guesses to check rather than a prompt.
 _CHUNK_ROWS = 16
 # What a graph may read again for a chunk's rows, of the weights' bytes: about what a prefill of so

@@ -20,9 +20,8 @@ from halfbyte.formats.fp8 import round_to_fp8
 from halfbyte.formats.nvfp4 import round_to_nvfp4
 from halfbyte.kernels import dispatch
 from halfbyte.kernels.dispatch import PreparedWeight
+from halfbyte.modules import Mode as Mode
 from halfbyte.modules import WeightFormat
-
-Mode = Literal["weight_only", "declared", "fp8_declared"]
 
 _PRODUCTS = {
     "bf16": dispatch.linear_bf16,

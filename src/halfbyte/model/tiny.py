@@ -19,10 +19,11 @@ from torch import Tensor
 
 from halfbyte.checkpoint.fp8_source import write_fp8_source
 from halfbyte.checkpoint.inventory import Expected, expected_eagle_tensors, expected_tensors
-from halfbyte.checkpoint.metadata import Quantization, hub_config, unquantized
+from halfbyte.checkpoint.metadata import Quantization, unquantized
 from halfbyte.checkpoint.names import Layout, foreign_name, hub_to_native_rows, rotary_heads
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from halfbyte.formats.fp8 import encode_fp8, fp8_scale
 from halfbyte.modules import decoder_linears, eagle_fuse

@@ -15,11 +15,12 @@ from halfbyte.chat.processor import processor_files
 from halfbyte.chat.tekken_export import hub_tokenizer, needs_hub_tokenizer
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.manifest import MANIFEST_NAME
-from halfbyte.checkpoint.metadata import Quantization, modelopt_configs
+from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.checkpoint.names import Layout, foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shards import read_header
 from halfbyte.checkpoint.writer import MAX_COPIED_BYTES
+from halfbyte.checkpoint.written_metadata import modelopt_configs
 from halfbyte.errors import CheckpointError
 from halfbyte.files import open_regular, read_bounded
 from halfbyte.log import logger

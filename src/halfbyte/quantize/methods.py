@@ -15,7 +15,8 @@ from torch import Tensor
 from halfbyte.formats.fp8 import Profile, decode_fp8, round_to_fp8
 from halfbyte.formats.measure import relative_error
 from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4, round_to_nvfp4
-from halfbyte.quantize.layer import QuantizedLinear, SourceWeight
+from halfbyte.quantize.encode import SourceWeight
+from halfbyte.quantize.layer import QuantizedLinear
 from halfbyte.quantize.scales import METHODS, encode_weight_nvfp4, input_scale
 from halfbyte.recipe.schema import NEED_DATA, Scales
 

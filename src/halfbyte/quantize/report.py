@@ -10,7 +10,8 @@ from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.measure import chunk_values, clip_rate, relative_error, zero_rate
 from halfbyte.formats.minifloat import E2M1_MAX, E4M3_MAX, decode_e4m3
 from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, decode_nvfp4
-from halfbyte.quantize.layer import QuantizedLinear, SourceWeight
+from halfbyte.quantize.encode import SourceWeight
+from halfbyte.quantize.layer import QuantizedLinear
 
 Record = dict[str, Any]
 

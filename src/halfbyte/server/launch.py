@@ -1,6 +1,5 @@
 """A checkpoint directory to a ready application: engine, chat format, configuration, greeting."""
 
-import argparse
 import dataclasses
 import re
 import secrets
@@ -8,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from fastapi import FastAPI
 
 from halfbyte.chat.tokens import ChatFormat, load_chat
@@ -28,31 +26,10 @@ from halfbyte.server.http.gate import AccessLog, log_access
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.ops.tracing import Tracing
 from halfbyte.server.vllm.command import VllmPlan
-from halfbyte.server.vllm.upstream import VllmProcess, VllmUpstream
+from halfbyte.server.vllm.process import VllmProcess
+from halfbyte.server.vllm.upstream import VllmUpstream
 
 DEFAULT_LIMITS = Limits()
-
-
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's configuration from the flags of `halfbyte serve` and `chat`."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return EngineConfig(
-        max_model_len=args.max_model_len,
-        max_sequences=args.max_sequences,
-        kv_cache_tokens=args.kv_cache_tokens,
-        mode=args.mode,
-        device=device,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        tensor_parallel_size=args.tensor_parallel_size,
-        kv_cache=args.kv_cache,
-        products=args.products,
-        deterministic=args.deterministic,
-        accept=tuple(args.accept),
-        speculative=args.speculative,
-        num_speculative_tokens=args.num_speculative_tokens,
-    )
 
 
 def read_keys(given: list[str], file: Path | None) -> tuple[str, ...]:

@@ -11,11 +11,8 @@ This and `provider` alone of `evals` import inspect-ai (decision 0013).
 import asyncio
 import hashlib
 import json
-import random
-import re
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,8 @@ from inspect_ai.dataset import Sample as InspectSample
 from inspect_ai.log import read_eval_log_samples
 from inspect_ai.model import (
     ChatMessageUser,
-    ContentImage,
-    ContentText,
     GenerateConfig,
     Model,
-    ModelOutput,
     get_model,
 )
 from inspect_ai.scorer import Score as InspectScore
@@ -50,48 +44,22 @@ from halfbyte.evals.records import (
     record_row,
     without_texts,
 )
+from halfbyte.evals.running.ask import (
+    FIRST_WAIT_S,
+    LONGEST_WAIT_S,
+    Key,
+    Room,
+    ask_until_answered,
+    prompt_sha256,
+)
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.progress import Progress
 from halfbyte.evals.running.provider import PROVIDER
 from halfbyte.evals.running.reasoning import split_reasoning
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded
-from halfbyte.evals.types import MISSING_CAUSES, Attempt, Image, Prompt, Sample
+from halfbyte.evals.types import MISSING_CAUSES, Attempt, Sample
 from halfbyte.log import logger
-
-Key = tuple[str, int]
-
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
-_REFUSALS = (400, 413, 422)  # the request itself is not acceptable
-_SETUP_FAULTS = (401, 402, 403, 404)  # no request of this run will be acceptable
-_PROMPT_MARGIN_TOKENS = 256
-# Eight letters, or a run of one mark or of blanks, are seldom more than a token; a digit, or a
-# letter beyond ASCII, may be one by itself.
-_PIECE = re.compile(r"[A-Za-z]{1,8}|\d|([^\w\s])\1*|[^\sA-Za-z0-9]|\s{2,}|\n")
-
-
-@dataclass(slots=True)
-class Room:
-    """The mutable state of one benchmark's run: journals and what they hold.
-
-    open_attempts  answered but not graded; emptied as trajectories finish, so memory stays flat
-    """
-
-    benchmark: Benchmark
-    config: RunConfig
-    endpoint: Endpoint
-    prompt_id: str
-    run_id: str
-    max_tokens: int
-    attempts: Journal
-    samples: Journal
-    progress: Progress
-    graders: Graders
-    answered: dict[Key, Attempt] = field(default_factory=dict)
-    graded: set[Key] = field(default_factory=set)
-    clients: list[Model] = field(default_factory=list)
-    open_units: int = 0
-    fault: str | None = None
 
 
 def trajectories(benchmark: Benchmark, samples: Iterable[Sample]) -> dict[str, list[Sample]]:
@@ -103,12 +71,6 @@ def trajectories(benchmark: Benchmark, samples: Iterable[Sample]) -> dict[str, l
     return found
 
 
-def prompt_sha256(prompt: Prompt) -> str:
-    """Hash of a rendered prompt, images included."""
-    parts = [("image", p.uri) if isinstance(p, Image) else ("text", p.text) for p in prompt]
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
-
-
 def all_prompts_sha256(benchmark: Benchmark, config: RunConfig, samples: Sequence[Sample]) -> str:
     """Hash over all rendered requests; of a trajectory the first, which needs no answers."""
     digest = hashlib.sha256(benchmark.prompt_id.encode())
@@ -116,28 +78,6 @@ def all_prompts_sha256(benchmark: Benchmark, config: RunConfig, samples: Sequenc
         rendered = prompt_sha256(benchmark.prompt(members[0], (), config.options))
         digest.update(f"{name} {rendered} {len(members)}\n".encode())
     return digest.hexdigest()
-
-
-def max_tokens_for(prompt: Prompt, limit: int, context_tokens: int | None) -> int:
-    """Output limit of one request: the configured one, or what the context leaves.
-
-    The prompt's length is bounded from above without a tokenizer, so that both arms get the same
-    limit: 2,800 tokens an image, `most_tokens` for a text.
-    """
-    if context_tokens is None:
-        return limit
-    taken = sum(2_800 if isinstance(p, Image) else most_tokens(p.text) for p in prompt)
-    return min(limit, max(16, context_tokens - taken - _PROMPT_MARGIN_TOKENS))
-
-
-def most_tokens(text: str) -> int:
-    """A number of tokens that a text will hardly exceed, whatever the vocabulary.
-
-    On the 30 document sets of AA-LCR it is 1.11 to 1.25 times the count of a 131,072-entry
-    vocabulary. Characters alone would not do: those texts have 2.5 to 4.8 of them to a token, and a
-    bound that holds for the one leaves the longest of the others no room in a context of 196,608.
-    """
-    return sum(1 for _ in _PIECE.finditer(text)) * 23 // 20
 
 
 def run_benchmark(
@@ -302,7 +242,7 @@ def _solver(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
                 if room.fault is not None:
                     break
                 try:
-                    attempt = await _ask(room, sample, repeat, earlier, model)
+                    attempt = await ask_until_answered(room, sample, repeat, earlier, model)
                     room.attempts.append(asdict(attempt))
                 # inspect-ai keeps to itself what a solver raises; here it ends the run and is said.
                 except Exception as failure:
@@ -380,140 +320,6 @@ async def _grade(
     return record
 
 
-async def _ask(
-    room: Room, sample: Sample, repeat: int, earlier: Sequence[str], model: Model
-) -> Attempt:
-    """One request with its retries; whatever happens becomes an attempt."""
-    prompt = room.benchmark.prompt(sample, earlier, room.config.options)
-    seed = seed_for(room.benchmark.name, sample.item_id, repeat, room.config.seed_shift)
-    sampling = room.config.sampling
-    settings = GenerateConfig(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        reasoning_effort=sampling.reasoning_effort,
-        max_tokens=max_tokens_for(prompt, room.max_tokens, room.endpoint.context_tokens),
-        seed=seed,
-    )
-    started = time.monotonic()
-    reply = await _try(room, model, prompt, settings)
-    blank = Attempt(
-        benchmark=room.benchmark.name,
-        item_id=sample.item_id,
-        repeat=repeat,
-        seed=seed,
-        prompt_sha256=prompt_sha256(prompt),
-        max_tokens=settings.max_tokens or 0,
-        answer="",
-        reasoning="",
-        finish_reason="",
-        prompt_tokens=0,
-        completion_tokens=0,
-        reasoning_tokens=0,
-        latency_s=round(time.monotonic() - started, 4),
-        ended=round(time.time(), 3),
-        error=reply.error,
-        refused=reply.refused,
-        retries=reply.retries,
-    )
-    return blank if reply.output is None else _with_output(blank, reply.output)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    output: ModelOutput | None
-    error: str | None = None
-    refused: bool = False
-    retries: int = 0
-
-
-async def _try(room: Room, model: Model, prompt: Prompt, settings: GenerateConfig) -> _Reply:
-    """Ask until there is an answer, a refusal, or the retries are used up."""
-    messages = [_message(prompt)]
-    wait_s = _FIRST_WAIT_S
-    for retry in range(room.config.retries + 1):
-        try:
-            output = await model.generate(messages, config=settings)
-        # The client raises a dozen unrelated types; all of them are this attempt's failure.
-        except Exception as failure:
-            status = _status_of(failure)
-            message = _explain(failure)
-            if status in _REFUSALS:
-                return _Reply(None, message, refused=True, retries=retry)
-            if status in _SETUP_FAULTS:
-                room.fault = message
-                return _Reply(None, message, retries=retry)
-            if retry == room.config.retries or room.fault is not None:
-                return _Reply(None, message, retries=retry)
-            await asyncio.sleep(wait_s * random.uniform(0.75, 1.25))
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-        else:
-            return _read_output(output, retry)
-    raise AssertionError("the loop returns")
-
-
-def _status_of(failure: BaseException) -> int | None:
-    """HTTP status behind an exception or any of its causes."""
-    seen: BaseException | None = failure
-    while seen is not None:
-        status = getattr(seen, "status_code", None)
-        if isinstance(status, int):
-            return status
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _explain(failure: BaseException) -> str:
-    """What went wrong, by the server's own words; never the prompt, which some messages repeat."""
-    seen: BaseException | None = failure
-    while seen is not None:
-        said = getattr(seen, "provider_message", None)
-        if said:
-            return str(said)[:500]
-        last, seen = seen, seen.__cause__ or seen.__context__
-    return f"{type(last).__name__}: {last}"[:500]
-
-
-def _read_output(output: ModelOutput, retries: int) -> _Reply:
-    """Tell an answer from the outputs that inspect-ai makes of a rejected prompt."""
-    is_made_up = output.usage is None and output.stop_reason in ("model_length", "content_filter")
-    if is_made_up or not output.choices:
-        return _Reply(None, output.completion[:500] or "no choices", refused=True, retries=retries)
-    return _Reply(output, retries=retries)
-
-
-def _message(prompt: Prompt) -> ChatMessageUser:
-    if len(prompt) == 1 and not isinstance(prompt[0], Image):
-        return ChatMessageUser(content=prompt[0].text)
-    parts: list[Any] = [
-        ContentImage(image=part.uri) if isinstance(part, Image) else ContentText(text=part.text)
-        for part in prompt
-    ]
-    return ChatMessageUser(content=parts)
-
-
-def _with_output(blank: Attempt, output: ModelOutput) -> Attempt:
-    content = output.choices[0].message.content
-    texts, thoughts = [content] if isinstance(content, str) else [], []
-    for part in content if isinstance(content, list) else ():
-        if part.type == "text":
-            texts.append(part.text)
-        elif part.type == "reasoning":
-            thoughts.append(part.reasoning)
-    answer = split_reasoning("".join(texts), "\n".join(thoughts))
-    usage = output.usage
-    is_cut = output.stop_reason in ("max_tokens", "model_length")
-    row = asdict(blank)
-    row.update(
-        answer=answer.text,
-        reasoning=answer.reasoning,
-        finish_reason="length" if is_cut else output.stop_reason,
-        prompt_tokens=usage.input_tokens if usage else 0,
-        completion_tokens=usage.output_tokens if usage else 0,
-        reasoning_tokens=(usage.reasoning_tokens or 0) if usage else 0,
-    )
-    return Attempt(**row)
-
-
 def _judge(judge: JudgeConfig, config: RunConfig, room: Room) -> Judge:
     """A function that asks the judge, through the same client and retries as the model."""
     model = _model(judge.url, judge.model, judge.api_key, config.concurrency or 16, config)
@@ -521,7 +327,7 @@ def _judge(judge: JudgeConfig, config: RunConfig, room: Room) -> Judge:
     settings = GenerateConfig(temperature=0.0, max_tokens=judge.max_tokens, seed=0)
 
     async def ask(prompt: str) -> str:
-        wait_s = _FIRST_WAIT_S
+        wait_s = FIRST_WAIT_S
         for retry in range(config.retries + 1):
             try:
                 output = await model.generate([ChatMessageUser(content=prompt)], config=settings)
@@ -531,7 +337,7 @@ def _judge(judge: JudgeConfig, config: RunConfig, room: Room) -> Judge:
                     # Ungraded, which is missing: the run is resumable and prints no score.
                     return f"(judge failed: {failure})"[:300]
                 await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         raise AssertionError("the loop returns")
 
     return ask

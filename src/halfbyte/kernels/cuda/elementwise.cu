@@ -302,12 +302,11 @@ DEVICE void load_8_f32(const float* at, float (&v)[8]) {
 
 // q, k, v of each token: rotate q and k, scale q, store k and v as e4m3 in their page slot.
 // Grid (tokens, ceil(heads / 32)), 8 lanes a head of 128; heads in the order q, k, v. Rotation pairs feature i
-// with i + HEAD_SIZE / 2. q leaves as bf16 (tokens, heads, size). With `dense_k` (tokens, kv heads,
-// size) the stored codes' values are also written as bf16, for attention over this chunk alone.
+// with i + HEAD_SIZE / 2. q leaves as bf16 (tokens, heads, size).
 extern "C" __global__ void __launch_bounds__(256)
     rotate_and_store(LinearResult y, const float* cosines, const float* sines,
                      const float* query_scale, u16* q_out, u8* k_cache, u8* v_cache,
-                     const i64* slots, float k_scale, float v_scale, u16* dense_k, u16* dense_v) {
+                     const i64* slots, float k_scale, float v_scale) {
   constexpr int HALF = HEAD_SIZE / 2;
   constexpr int LANES = HALF / 8;            // lanes that carry 8 pairs each
   let_next_kernel_start();
@@ -358,18 +357,6 @@ extern "C" __global__ void __launch_bounds__(256)
     u8* at = (is_value ? v_cache : k_cache) + (slot * NUM_KV_HEADS + kv_head) * HEAD_SIZE + i0;
     *reinterpret_cast<uint2*>(at) = make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
     *reinterpret_cast<uint2*>(at + HALF) = make_uint2(codes[4] | codes[5] << 16, codes[6] | codes[7] << 16);
-  }
-  if (dense_k != nullptr) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const u32 a = e4m3_to_f16(codes[i]), b = e4m3_to_f16(codes[4 + i]);
-      low[2 * i] = f16_low(a), low[2 * i + 1] = f16_high(a);
-      high[2 * i] = f16_low(b), high[2 * i + 1] = f16_high(b);
-    }
-    u16* at = (is_value ? dense_v : dense_k) +
-              (static_cast<i64>(token) * NUM_KV_HEADS + kv_head) * HEAD_SIZE + i0;
-    store_bf16(at, low);
-    store_bf16(at + HALF, high);
   }
 }
 

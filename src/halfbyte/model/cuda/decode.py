@@ -261,8 +261,6 @@ class DecodeStep:
             self.slots_T,
             layer.k_scale,
             layer.v_scale,
-            None,
-            None,
         )
         grid = (self.num_tokens, -(-all_heads // heads_per_block), 1)
         self._add(kernels["rotate_and_store"], grid, 256, arguments)

@@ -101,7 +101,7 @@ _MOST_CHUNK_SPLITS = 16
 
 
 def context_bytes(num_keys: int, config: TextConfig) -> int:
-    """Bytes of one layer's keys and values in whole tiles of fp16, as chunk attention reads them."""
+    """Bytes of one layer's keys and values in tiles of fp16, as attention of chunks reads them."""
     return 2 * padded(num_keys, CHUNK_KEYS) * config.num_kv_heads * config.head_dim * 2
 
 

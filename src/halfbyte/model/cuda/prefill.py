@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch, LinearResult
@@ -31,11 +29,11 @@ from halfbyte.kernels.repack import (
     tile_activations,
 )
 from halfbyte.model.cuda.launches import (
+    CHUNK_KEYS,
+    CHUNK_ROWS,
     AllReduce,
     RotaryFunction,
     SharedBuffers,
-    CHUNK_KEYS,
-    CHUNK_ROWS,
     attention_splits,
     chunk_splits,
     chunk_tiles,
@@ -57,8 +55,6 @@ from halfbyte.model.cuda.weights import (
 DECODED_TOKENS = 2048
 # FP8 weights of more tokens are worth laying out for the library.
 TILED_FP8_TOKENS = 1024
-# A prompt from its start is read from its pages, as chunks are, up to so many tokens.
-UNSTORED_TOKENS = 0
 # Rows of a prefill that are normed at once.
 _NORM_ROWS = 1024
 
@@ -102,15 +98,6 @@ class PrefillBatch:
     image_rows_I: Tensor | None = None
     image_vectors_ID: Tensor | None = None
     hidden_TD: Tensor | None = None
-
-
-def attend_causally(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) -> Tensor:
-    """Causal attention of tokens over themselves, through the library: (T, N, H)."""
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    q, k, v = (t.transpose(0, 1)[None] for t in (q_TNH, k_TKH, v_TKH))
-    with sdpa_kernel(order, set_priority=True):
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
 
 
 class Prefill:
@@ -327,8 +314,6 @@ class Prefill:
         num_tokens = batch.token_ids_T.shape[0]
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
         q = torch.empty(num_tokens, heads, size, dtype=torch.bfloat16, device=device)
-        k = torch.empty(num_tokens, kv_heads, size, dtype=torch.bfloat16, device=device)
-        v = torch.empty_like(k)
         cosines, sines, query_scale = self._angles
         self._launch(
             self._kernels["rotate_and_store"],
@@ -344,19 +329,13 @@ class Prefill:
             batch.slots_T,
             layer.k_scale,
             layer.v_scale,
-            k,
-            v,
         )
         out = torch.empty_like(q)
         if batch.singles is not None:
             self._attend_singles(index, layer, q, out, batch.singles)
         for chunk in batch.chunks:
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
-            if chunk.start == 0 and chunk.num_rows > UNSTORED_TOKENS:
-                scale = layer.k_scale / math.sqrt(size)
-                out[rows] = attend_causally(q[rows], k[rows], v[rows], scale)
-            else:
-                self._attend_chunk(index, layer, q[rows], out[rows], chunk)
+            self._attend_chunk(index, layer, q[rows], out[rows], chunk)
         return self._attention_output(layer, out.reshape(num_tokens, heads * size))
 
     def _attend_chunk(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from halfbyte.chat.grammar import GrammarCompiler
 from halfbyte.chat.grammar_limits import GrammarLimits
-from halfbyte.chat.prompt import banned_control_ids
+from halfbyte.chat.prompt import banned_control_ids, banned_in_text
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import RequestError
 from halfbyte.server.api import wire
@@ -106,7 +106,7 @@ class Backend:
             GrammarLimits(max_source_bytes=limits.schema_bytes, max_depth=limits.schema_depth),
         )
         padding = tuple(range(chat.vocabulary.size, config.vocab_size))
-        self._padding = padding
+        self._banned_in_text = banned_in_text(chat.vocabulary, chat.image_layout, config.vocab_size)
         self._banned = {
             (thinking, tools): padding
             + banned_control_ids(chat.vocabulary, chat.control, thinking=thinking, tools=tools)
@@ -132,11 +132,8 @@ class Backend:
         return self._banned[thinking, tools]
 
     def banned_in_text(self) -> tuple[int, ...]:
-        """Ids that a plain continuation may not contain: rows of the head without a token."""
-        layout = self.chat.image_layout
-        if layout is None:
-            return self._padding
-        return (*self._padding, layout.image_token_id, layout.break_token_id, layout.end_token_id)
+        """Ids that a plain continuation may not contain."""
+        return self._banned_in_text
 
     def check_model(self, name: str | None) -> None:
         """404 for a model that is not served here."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from halfbyte.chat.grammar import Mask
+from halfbyte.chat.grammar_masks import Mask
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning, Router
 from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.engine.request import (

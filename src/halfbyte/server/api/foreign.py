@@ -3,7 +3,7 @@
 `wire` knows one name for one thing. What clients of Mistral's API and of vLLM send is put into
 those names before it is read: aliases are renamed, values that ask for what happens anyway are
 taken out, and a value that would change the answer and cannot be honoured is refused by name, with
-what to do. Whatever nobody knows is left to `wire.parse`.
+what to do. Whatever nobody knows is left to `reading.parse`.
 
 Sources: the public references of Mistral's, OpenAI's and vLLM's APIs, and recorded requests.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from halfbyte.errors import RequestError
-from halfbyte.server.api import wire
+from halfbyte.server.api import reading, wire
 from halfbyte.server.api.responses_wire import ResponsesRequest
 
 _RENAMED = {"random_seed": "seed", "thinking_token_budget": "max_reasoning_tokens"}
@@ -77,7 +77,7 @@ _RESPONSES: dict[str, _Neutral] = {
 _GUIDES = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
-def translate(kind: type[wire.Wire], body: Any, warn: Callable[[str], None]) -> Any:
+def translate(kind: type[reading.Wire], body: Any, warn: Callable[[str], None]) -> Any:
     """The body of a request in the names of `wire`; other kinds of requests come back as they are.
 
     warn   takes a sentence about each thing that is left out although somebody may miss it
@@ -196,7 +196,7 @@ def _structured(body: dict[str, Any], warn: Callable[[str], None]) -> dict[str, 
 def _format_of(path: str, guide: str, value: Any) -> dict[str, Any]:
     if guide == "json":
         if isinstance(value, str):
-            value = wire.parse_json(value.encode("utf-8", "surrogatepass"))
+            value = reading.parse_json(value.encode("utf-8", "surrogatepass"))
         if not isinstance(value, dict):
             raise RequestError(f"{path}: must be a JSON schema", param=path)
         schema = {"name": "answer", "schema": value, "strict": True}

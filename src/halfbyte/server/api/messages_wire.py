@@ -6,174 +6,32 @@ features of other models: hosted tools, redacted thoughts, results of hosted too
 """
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from halfbyte.errors import RequestError
-from halfbyte.server.api import wire
-from halfbyte.server.api.paths import Origin, Paths
-from halfbyte.server.api.wire import Wire
-
-# Blocks that only Anthropic's own servers make and read. An answer of ours never holds one.
-_HOSTED_BLOCKS = (
-    "redacted_thinking",
-    "server_tool_use",
-    "web_search_tool_result",
-    "web_fetch_tool_result",
-    "code_execution_tool_result",
-    "bash_code_execution_tool_result",
-    "text_editor_code_execution_tool_result",
-    "tool_search_tool_result",
-    "mcp_tool_use",
-    "mcp_tool_result",
-    "container_upload",
-    "compaction",
-    "tool_reference",
+from halfbyte.server.api import reading, wire
+from halfbyte.server.api.messages_blocks import (
+    AssistantTurn,
+    DocumentBlock,
+    HostedBlock,
+    ImageBlock,
+    SystemText,
+    TextBlock,
+    TextSource,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+    UserTurn,
 )
-
-
-class Block(Wire):
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"cache_control", "citations"})
-
-
-class TextBlock(Block):
-    type: Literal["text"]
-    text: str
-
-
-class Base64Source(Wire):
-    type: Literal["base64"]
-    media_type: str = Field(pattern=r"^[\w.+-]+/[\w.+-]+$")
-    data: str
-
-
-class UrlSource(Wire):
-    type: Literal["url"]
-    url: str
-
-
-class TextSource(Wire):
-    type: Literal["text"]
-    media_type: Literal["text/plain"] = "text/plain"
-    data: str
-
-
-class ImageBlock(Block):
-    type: Literal["image"]
-    source: Annotated[Base64Source | UrlSource, Field(discriminator="type")]
-
-    @property
-    def url(self) -> str:
-        """The picture as a URL that `chat.images` reads."""
-        if isinstance(self.source, UrlSource):
-            return self.source.url
-        return f"data:{self.source.media_type};base64,{self.source.data}"
-
-
-class DocumentBlock(Block):
-    """A document. Plain text only: the model has no reader for PDF files."""
-
-    IGNORED = Block.IGNORED | {"context"}
-    type: Literal["document"]
-    title: str | None = None
-    source: Annotated[TextSource | Base64Source | UrlSource, Field(discriminator="type")]
-
-
-class ThinkingBlock(Block):
-    IGNORED = Block.IGNORED | {"signature"}
-    type: Literal["thinking"]
-    thinking: str
-
-
-class ToolUseBlock(Block):
-    IGNORED = Block.IGNORED | {"caller"}
-    type: Literal["tool_use"]
-    id: str = Field(min_length=1, max_length=512)
-    name: wire.ToolName
-    input: dict[str, Any] = Field(default_factory=dict)
-
-
-class HostedBlock(Wire):
-    """A block that is left out, whatever is in it."""
-
-    model_config = ConfigDict(extra="ignore")
-    type: str
-
-
-def _block_tag(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind in _HOSTED_BLOCKS:
-        return "hosted"
-    return kind if isinstance(kind, str) else None
-
-
-_Hosted = Annotated[HostedBlock, Tag("hosted")]
-_Text = Annotated[TextBlock, Tag("text")]
-_Image = Annotated[ImageBlock, Tag("image")]
-_Document = Annotated[DocumentBlock, Tag("document")]
-
-
-def _form(value: Any) -> str:
-    return "list" if isinstance(value, list) else "string"
-
-
-class ToolResultBlock(Block):
-    IGNORED = Block.IGNORED | {"is_error"}
-    type: Literal["tool_result"]
-    tool_use_id: str = Field(min_length=1, max_length=512)
-    content: Annotated[
-        Annotated[str, Tag("string")]
-        | Annotated[
-            list[Annotated[_Text | _Image | _Document | _Hosted, Discriminator(_block_tag)]],
-            Tag("list"),
-            Field(max_length=wire.MOST_PARTS),
-        ],
-        Discriminator(_form),
-    ] = ""
-
-
-_UserBlock = Annotated[
-    _Text | _Image | _Document | _Hosted | Annotated[ToolResultBlock, Tag("tool_result")],
-    Discriminator(_block_tag),
-]
-_AssistantBlock = Annotated[
-    _Text
-    | _Hosted
-    | Annotated[ThinkingBlock, Tag("thinking")]
-    | Annotated[ToolUseBlock, Tag("tool_use")],
-    Discriminator(_block_tag),
-]
-
-
-class UserTurn(Wire):
-    role: Literal["user"]
-    content: Annotated[
-        Annotated[str, Tag("string")]
-        | Annotated[list[_UserBlock], Tag("list"), Field(max_length=wire.MOST_PARTS)],
-        Discriminator(_form),
-    ]
-
-
-class AssistantTurn(Wire):
-    role: Literal["assistant"]
-    content: Annotated[
-        Annotated[str, Tag("string")]
-        | Annotated[list[_AssistantBlock], Tag("list"), Field(max_length=wire.MOST_PARTS)],
-        Discriminator(_form),
-    ]
-
-
-_SystemText = Annotated[
-    Annotated[str, Tag("string")]
-    | Annotated[list[TextBlock], Tag("list"), Field(max_length=wire.MOST_PARTS)],
-    Discriminator(_form),
-]
+from halfbyte.server.api.paths import Origin, Paths
+from halfbyte.server.api.reading import Wire
 
 
 class SystemTurn(Wire):
     role: Literal["system"]
-    content: _SystemText
+    content: SystemText
 
 
 class ToolDefinition(Wire):
@@ -250,14 +108,14 @@ class CountRequest(Wire):
     model: str
     messages: list[
         Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")]
-    ] = Field(min_length=1, max_length=wire.MOST_MESSAGES)
-    system: _SystemText | None = None
+    ] = Field(min_length=1, max_length=reading.MOST_MESSAGES)
+    system: SystemText | None = None
     tools: list[
         Annotated[
             Annotated[ToolDefinition, Tag("custom")] | Annotated[HostedDefinition, Tag("hosted")],
             Discriminator(_tool_tag),
         ]
-    ] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
+    ] = Field(default_factory=list, max_length=reading.MOST_TOOLS)
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -278,7 +136,7 @@ class CountRequest(Wire):
         warnings: list[str] = []
         body = {"model": self.model, **self._prompt(efforts, warnings), **self._sampling()}
         try:
-            return wire.parse(wire.ChatRequest, body), tuple(warnings)
+            return reading.parse(wire.ChatRequest, body), tuple(warnings)
         except RequestError as error:
             raise paths_of(self).error(error) from error
 
@@ -324,7 +182,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: int = Field(ge=1)
     stop_sequences: list[Annotated[str, Field(min_length=1)]] = Field(
-        default_factory=list, max_length=wire.MOST_STOPS
+        default_factory=list, max_length=reading.MOST_STOPS
     )
     stream: bool = False
     temperature: float | None = Field(default=None, ge=0, le=2)

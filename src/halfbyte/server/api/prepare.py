@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from halfbyte.chat import grammar
-from halfbyte.chat.grammar import CompiledGrammar, Mask, ThoughtMask
+from halfbyte.chat import grammar_texts
+from halfbyte.chat.grammar_masks import CompiledGrammar, Mask, ThoughtMask
 from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_pixels, open_image
 from halfbyte.chat.prompt import ControlTokens, EncodedPrompt
 from halfbyte.chat.router import Router
@@ -25,8 +25,8 @@ from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.completion import Choice, Job
 from halfbyte.server.api.fetch import fetch_image
 from halfbyte.server.api.pieces import Usage
+from halfbyte.server.api.reading import check_count
 from halfbyte.server.api.texts import prompt_texts
-from halfbyte.server.api.wire import check_count
 
 # Messages that are made plain on the event loop.
 _FEW_MESSAGES = 64
@@ -574,7 +574,7 @@ async def _chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
         def write(held: Sequence[Mapping[str, Any]]) -> str:
             for number, schema in zip(numbers, held, strict=False):
                 tools[number]["function"]["parameters"] = schema
-            return grammar.tools_grammar(
+            return grammar_texts.tools_grammar(
                 tools,
                 backend.chat.control,
                 choice=choice,
@@ -634,15 +634,15 @@ def _format_grammar(
     """
     compiler = backend.compiler
     if isinstance(form, wire.JsonSchemaFormat):
-        return grammar.json_schema_grammar(held[0], lenient=not form.json_schema.strict)
+        return grammar_texts.json_schema_grammar(held[0], lenient=not form.json_schema.strict)
     if isinstance(form, wire.JsonObjectFormat):
-        return grammar.json_schema_grammar({"type": "object"}, lenient=False)
+        return grammar_texts.json_schema_grammar({"type": "object"}, lenient=False)
     if isinstance(form, wire.RegexFormat):
         compiler.check_size(len(form.regex), "response_format.regex")
-        return grammar.regex_grammar(form.regex)
+        return grammar_texts.regex_grammar(form.regex)
     if isinstance(form, wire.ChoiceFormat):
         compiler.check_size(sum(map(len, form.choices)), "response_format.choices")
-        return grammar.choice_grammar(form.choices)
+        return grammar_texts.choice_grammar(form.choices)
     assert isinstance(form, wire.GrammarFormat)
     return form.grammar
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from halfbyte.errors import RequestError
-from halfbyte.server.api import wire
+from halfbyte.server.api import reading, wire
 from halfbyte.server.api.paths import Origin, Paths
-from halfbyte.server.api.wire import Wire
+from halfbyte.server.api.reading import Wire
 
 # Tools and items that the service's own servers run and make. They are left out by name: clients
 # send them unasked and have no switch for it.
@@ -58,7 +58,7 @@ def _form(value: Any) -> str:
 _Part = Annotated[InputText | InputImage | OutputText | Refusal, Field(discriminator="type")]
 _Parts = Annotated[
     Annotated[str, Tag("string")]
-    | Annotated[list[_Part], Tag("list"), Field(max_length=wire.MOST_PARTS)],
+    | Annotated[list[_Part], Tag("list"), Field(max_length=reading.MOST_PARTS)],
     Discriminator(_form),
 ]
 
@@ -94,8 +94,8 @@ class ReasoningText(Wire):
 class ReasoningItem(Wire):
     IGNORED = frozenset({"id", "status", "encrypted_content"})
     type: Literal["reasoning"]
-    summary: list[ReasoningText] = Field(default_factory=list, max_length=wire.MOST_PARTS)
-    content: list[ReasoningText] = Field(default_factory=list, max_length=wire.MOST_PARTS)
+    summary: list[ReasoningText] = Field(default_factory=list, max_length=reading.MOST_PARTS)
+    content: list[ReasoningText] = Field(default_factory=list, max_length=reading.MOST_PARTS)
 
 
 class HostedItem(Wire):
@@ -163,7 +163,7 @@ class NamespaceTool(Wire):
                 lambda value: "hosted" if _tool_form(value) != "function" else "function"
             ),
         ]
-    ] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
+    ] = Field(default_factory=list, max_length=reading.MOST_TOOLS)
 
 
 Tool = Annotated[
@@ -183,7 +183,7 @@ class NamedFunction(Wire):
 class AllowedFunctions(Wire):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedFunction] = Field(min_length=1, max_length=wire.MOST_TOOLS)
+    tools: list[NamedFunction] = Field(min_length=1, max_length=reading.MOST_TOOLS)
 
 
 def _choice_form(value: Any) -> str:
@@ -252,14 +252,14 @@ class ResponsesRequest(Wire):
     model: str
     input: Annotated[
         Annotated[str, Tag("string")]
-        | Annotated[list[Item], Tag("list"), Field(min_length=1, max_length=wire.MOST_MESSAGES)],
+        | Annotated[list[Item], Tag("list"), Field(min_length=1, max_length=reading.MOST_MESSAGES)],
         Discriminator(_form),
     ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    tools: list[Tool] = Field(default_factory=list, max_length=wire.MOST_TOOLS)
+    tools: list[Tool] = Field(default_factory=list, max_length=reading.MOST_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning: ReasoningSettings | None = None
@@ -309,7 +309,7 @@ class ResponsesRequest(Wire):
             body["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
         elif functions or choice == "required":
             body["tool_choice"] = choice
-        return wire.parse(wire.ChatRequest, body)
+        return reading.parse(wire.ChatRequest, body)
 
     def functions(self) -> list[tuple[str, str | None, FunctionTool]]:
         """The functions among the tools, each with its path and the namespace it came in."""

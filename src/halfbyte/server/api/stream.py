@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from halfbyte.errors import RequestError
 from halfbyte.machine import trim_heap
-from halfbyte.server.api import wire
+from halfbyte.server.api import reading
 from halfbyte.server.api.problems import body_for, response_of, status_and_body
 from halfbyte.server.config import Limits
 
@@ -252,7 +252,7 @@ async def reading_body(
     length = int(sent) if sent.isascii() and sent.isdigit() else None
     if length is not None and length > most:
         raise _too_large(most)
-    structure = wire.Structure(limits, most_text)
+    structure = reading.Structure(limits, most_text)
     body = bytearray()
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + limits.body_s

@@ -16,8 +16,9 @@ from pydantic import BaseModel
 
 from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.errors import RequestError
-from halfbyte.server.api import wire
-from halfbyte.server.api.messages_wire import Base64Source, CountRequest
+from halfbyte.server.api import reading, wire
+from halfbyte.server.api.messages_blocks import Base64Source
+from halfbyte.server.api.messages_wire import CountRequest
 from halfbyte.server.api.responses_wire import InputImage, ResponsesRequest
 
 Result = TypeVar("Result")
@@ -77,14 +78,14 @@ class Texts:
             ended_s = time.perf_counter()
             self._rested.at_s = ended_s + min(ended_s - started_s, _REST_S)
 
-    def check_request(self, request: wire.Wire) -> None:
+    def check_request(self, request: reading.Wire) -> None:
         """400 for text, or token ids, that no context of this size holds; nothing is encoded."""
         if isinstance(request, wire.CompletionRequest):
             # Each prompt has the context to itself.
             for prompt in request.prompts:
                 self._check_prompt(prompt)
         elif isinstance(request, wire.DetokenizeRequest):
-            wire.check_count(len(request.tokens), self._context, "tokens", what="token ids")
+            reading.check_count(len(request.tokens), self._context, "tokens", what="token ids")
         elif isinstance(request, wire.TokenizeRequest) and request.prompt is not None:
             self._check_prompt(request.prompt)
         elif isinstance(request, wire.RenderRequest):

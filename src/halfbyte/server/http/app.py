@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import halfbyte
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
-from halfbyte.server.api import foreign, tool_names, wire
+from halfbyte.server.api import foreign, reading, tool_names, wire
 from halfbyte.server.api.backend import Backend, Upstream
 from halfbyte.server.api.chat import chat_frames, chat_response
 from halfbyte.server.api.messages import count_tokens, messages_frames, messages_response
@@ -49,7 +49,7 @@ _SHORT_BODY = 16_384
 # Values that come beside a context of ids.
 _FEW_VALUES = 1000
 
-Asked = TypeVar("Asked", bound=wire.Wire)
+Asked = TypeVar("Asked", bound=reading.Wire)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -136,12 +136,12 @@ async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
 
         def parse() -> tuple[Asked, Dialect, list[str]]:
             notes: list[str] = []
-            sent = wire.parse_json(body)
+            sent = reading.parse_json(body)
             told = sent if isinstance(sent, dict) else {}
             dialect = dialect_of(backend.config.dialect, call.path, call.user_agent, told)
             left_out: list[str] = []
             translated = foreign.translate(kind, sent, notes.append)
-            asked = wire.parse(kind, translated, limits, left_out if accepts else None)
+            asked = reading.parse(kind, translated, limits, left_out if accepts else None)
             backend.texts.check_request(asked)
             if left_out:
                 notes.append("unknown fields, which change nothing here: " + ", ".join(left_out))
@@ -154,7 +154,7 @@ async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
     return asked
 
 
-def _has_prompts(kind: type[wire.Wire]) -> bool:
+def _has_prompts(kind: type[reading.Wire]) -> bool:
     return issubclass(kind, wire.CompletionRequest)
 
 

@@ -8,8 +8,8 @@ from fastapi.openapi.utils import get_openapi
 
 from halfbyte.server.api import wire
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest
+from halfbyte.server.api.reading import Wire
 from halfbyte.server.api.responses_wire import ResponsesRequest
-from halfbyte.server.api.wire import Wire
 
 
 def _error(schema: str) -> dict[str, Any]:

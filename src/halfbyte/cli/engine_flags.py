@@ -1,0 +1,79 @@
+"""Flags of the engine: rendered from the fields of `EngineConfig`, read back into one."""
+
+import argparse
+import types
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from halfbyte.engine.options import EngineConfig, options
+from halfbyte.errors import UsageError
+
+# Settings of a checkpoint that may be computed with though they are known to ruin a model.
+_ACCEPTABLE = ("mscale_all_dim",)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of `EngineConfig` that has one."""
+    engine = parser.add_argument_group("engine")
+    hints = get_type_hints(EngineConfig)
+    for one in fields(EngineConfig):
+        option = options()[one.name]
+        if not option.flag:
+            continue
+        if one.name == "accept":
+            add_accept(engine)
+            continue
+        told: dict[str, Any] = {"help": option.help}
+        if hints[one.name] is bool:
+            told["action"] = "store_true"
+        else:
+            told["default"] = one.default if option.flag_default is None else option.flag_default
+            told["metavar"] = option.metavar
+            told |= _reading(hints[one.name])
+        engine.add_argument(option.flag, *option.also, **told)
+    engine.add_argument("--dtype", default="auto", choices=["auto", "bfloat16"])
+
+
+def add_accept(parser: argparse._ActionsContainer) -> None:
+    """`--accept NAME`, shared with `halfbyte quantize`."""
+    option = options()["accept"]
+    parser.add_argument(
+        option.flag, action="append", default=[], choices=_ACCEPTABLE, help=option.help
+    )
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The engine's configuration from the flags of `halfbyte serve` and `chat`."""
+    told = {name: getattr(args, name) for name, option in options().items() if option.flag}
+    if told["device"] == "auto":
+        import torch  # when run, so that --help is quick
+
+        told["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return EngineConfig(**(told | {"accept": tuple(told["accept"])}))
+
+
+def refuse_ours(args: argparse.Namespace) -> None:
+    """UsageError for a flag that only our own engine knows, where another one answers."""
+    for one in fields(EngineConfig):
+        option = options()[one.name]
+        untouched = one.default if option.flag_default is None else option.flag_default
+        if option.flag and option.is_ours and getattr(args, one.name) != untouched:
+            raise UsageError(f"{option.flag} is for our own engine, not for vLLM")
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of a type: its choices, or the type itself."""
+    kinds = tuple(_kinds(hint))
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices:
+        return {"choices": sorted(choices, key=lambda choice: choice != "auto")}
+    [kind] = kinds
+    return {} if kind is str else {"type": kind}
+
+
+def _kinds(hint: Any) -> Iterator[Any]:
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    for kind in get_args(hint) if is_union else (hint,):
+        if kind is not type(None):
+            yield kind

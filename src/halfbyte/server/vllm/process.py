@@ -1,0 +1,105 @@
+"""The process of vLLM: started, watched until it answers, ended."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import AsyncGenerator
+
+import httpx
+
+from halfbyte.engine.request import Event, GenerationRequest
+from halfbyte.errors import CapacityError, RequestError, UnsupportedError
+from halfbyte.server.vllm.command import VllmPlan
+
+_POLL_S = 0.5
+
+
+_STOP_S = 20.0
+
+
+class VllmProcess:
+    """vLLM, started and watched; what `supervise` takes for an engine."""
+
+    def __init__(self, plan: VllmPlan, key: str, *, max_wait_s: float = 1800.0) -> None:
+        """`key` is what it will ask for. Raises UnsupportedError if vLLM is not installed."""
+        if shutil.which("vllm") is None:
+            raise UnsupportedError(
+                "vLLM is not installed here (no `vllm` on the PATH); --print shows the command"
+            )
+        self._plan = plan
+        self._max_wait_s = max_wait_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._key = key
+        self._url = f"http://127.0.0.1:{plan.flags['port']}"
+
+    @property
+    def is_alive(self) -> bool:
+        """False once it has ended."""
+        return self._process is not None and self._process.returncode is None
+
+    async def start(self) -> None:
+        """Start it and wait until it answers. Raises UnsupportedError if it ends instead."""
+        self._process = await asyncio.create_subprocess_exec(
+            *self._plan.command(),
+            # Not in the command, where every user of the machine could read it.
+            env={**os.environ, "VLLM_API_KEY": self._key},
+            stdin=asyncio.subprocess.DEVNULL,
+            # Its workers are its children; they end together.
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(self._max_wait_s):
+                await self._until_healthy()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _until_healthy(self) -> None:
+        assert self._process is not None
+        async with httpx.AsyncClient(base_url=self._url, trust_env=False, timeout=10) as client:
+            while True:
+                if self._process.returncode is not None:
+                    raise UnsupportedError(
+                        f"vLLM ended with status {self._process.returncode}; it says why above"
+                    )
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await client.get("/health")).status_code == 200:
+                        return
+                await asyncio.sleep(_POLL_S)
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """End it and its workers. Running answers have been waited for by the server before."""
+        process = self._process
+        if process is None:
+            return
+        _signal(process.pid, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+        except TimeoutError:
+            pass
+        _signal(process.pid, signal.SIGKILL)
+        await process.wait()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Not how vLLM is asked: `VllmUpstream` is."""
+        raise CapacityError("vLLM takes whole conversations, not tokens")
+        yield
+
+    def abort(self, request_id: str) -> None:
+        """Closing the connection is what ends an answer of vLLM."""
+
+    def clear_prefix_cache(self) -> None:
+        raise RequestError(
+            "vLLM keeps its own prefix cache", code="unsupported_parameter", status=400
+        )
+
+    def stats(self) -> None:
+        """vLLM's figures are at its own /metrics."""
+
+
+def _signal(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
