@@ -188,7 +188,7 @@ def main() -> None:
         max_model_len=512,
         kv_cache_tokens=512 * max(args.batches),
         prefix_cache=False,
-        max_decode_slowdown=None,
+        target_gap_ms="none",
     )
     engine = Engine.load(args.directory, config)
     wait_until_quiet(300)

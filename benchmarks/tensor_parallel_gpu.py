@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace, size: int) -> Measured:
         max_batch_tokens=max(2048, *args.batches),
         kv_cache_tokens=args.cache_tokens,
         prefix_cache=False,
-        max_decode_slowdown=None,
+        target_gap_ms="none",
         tensor_parallel_size=size,
     )
     engine = Engine.load(args.directory, config)

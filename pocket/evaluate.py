@@ -149,7 +149,7 @@ def main() -> None:
         max_sequences=args.batch,
         kv_cache_tokens=131072,
         mode=args.mode,
-        max_decode_slowdown=None,
+        target_gap_ms="none",
     )
     engine = Engine.load(args.checkpoint, config)
     record: dict[str, Any] = {"checkpoint": args.checkpoint.name, "mode": args.mode, "kinds": {}}

@@ -63,14 +63,14 @@ SMALL: dict[str, Any] = {
     "max_model_len": 512,
     "kv_cache_tokens": 8192,
     "mode": "fp8_declared",
-    "max_decode_slowdown": None,
+    "target_gap_ms": "none",
 }
 LARGE = EngineConfig(
     device="cuda",
     max_model_len=8192,
     max_sequences=64,
     mode="fp8_declared",
-    max_decode_slowdown=None,
+    target_gap_ms="none",
 )
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 Images = Sequence[tuple[int, tuple[ImageInput, ...]]]

@@ -58,7 +58,7 @@ def test_too_little_memory_is_said_in_numbers(
         ({"kv_cache_tokens": 0}, "kv_cache_tokens is 0"),
         ({"max_batch_tokens": 8}, "max_batch_tokens 8 must be at least max_sequences 64"),
         ({"gpu_memory_utilization": 1.5}, "1.5"),
-        ({"max_decode_slowdown": 1.0}, "above 1"),
+        ({"target_gap_ms": 0.0}, "above 0"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:

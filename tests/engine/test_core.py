@@ -49,7 +49,7 @@ def together(engine: Engine, order: Sequence[int]) -> list[Answer]:
         {"prefix_cache": False},
         {"max_batch_tokens": 7, "max_sequences": 7},
         {"max_batch_tokens": 64, "max_sequences": 3},
-        {"block_tokens": 4, "max_decode_slowdown": None},
+        {"block_tokens": 4, "target_gap_ms": "none"},
         # Room for little more than one sequence: answers are preempted and computed again.
         # Prompts go in as fast as they can, so that the clock does not decide how many.
         {
@@ -57,7 +57,7 @@ def together(engine: Engine, order: Sequence[int]) -> list[Answer]:
             "max_sequences": 7,
             "block_tokens": 4,
             "prefix_cache": False,
-            "max_decode_slowdown": None,
+            "target_gap_ms": "none",
         },
     ],
     ids=["batch", "uncached", "chunks", "queue", "blocks", "preempted"],

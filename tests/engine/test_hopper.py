@@ -200,7 +200,7 @@ HOST_PARAMS = (
         {},
         {"max_batch_tokens": 9, "max_sequences": 5},
         {"max_sequences": 2, "block_tokens": 4},
-        {"prefix_cache": False, "max_decode_slowdown": None, "max_batch_tokens": 512},
+        {"prefix_cache": False, "target_gap_ms": "none", "max_batch_tokens": 512},
         # Little room: answers are preempted and computed again, and nothing runs ahead then.
         {"kv_cache_tokens": 160, "max_sequences": 7, "block_tokens": 4, "prefix_cache": False},
         {"deterministic": True},
@@ -225,7 +225,7 @@ def test_answers_are_those_of_the_plain_device(
         assert_same_answer(found[key], answer)
     if options.get("deterministic"):
         assert set(launches_of(engine)) == {64}
-    if "max_decode_slowdown" in options:
+    if "target_gap_ms" in options:
         assert device_of(engine).num_prefills > 0
     assert device_of(engine).num_replays > 0
     assert engine.stats().free_blocks == engine.stats().total_blocks
@@ -384,7 +384,7 @@ def test_images_take_rows_behind_the_vocabulary(tmp_path: Path) -> None:
         engine = twin_engine(tmp_path / "vision", **options)
         assert run_alone(engine, prompt, PLAIN, images=images).token_ids == wanted.token_ids
     # Among more rows than a graph has: the other way in.
-    engine = twin_engine(tmp_path / "vision", max_decode_slowdown=None)
+    engine = twin_engine(tmp_path / "vision", target_gap_ms="none")
     long = request("long", prompt_of(140), PLAIN)
     answers = run(engine, [request("seen", prompt, PLAIN, images=images), long])
     assert device_of(engine).num_prefills > 0

@@ -1,91 +1,141 @@
+"""What steps beside answers carry: filled to sizes that the answers' gaps allow."""
+
+import itertools
+import statistics
+
 import pytest
 
-from halfbyte.engine.plan.pacing import PrefillPacer, SlicePacer
+from halfbyte.engine.plan.pacing import Demand, GapPacer, SlicePacer, StepCosts
+
+# Milliseconds of 88 layers on one H200 (benchmarks/records/mixed-steps-h200.json), rounded.
+H200_MS = {
+    1: 21.5, 2: 22.0, 4: 22.5, 8: 23.0, 16: 25.5, 24: 27.0, 32: 29.0, 48: 32.0, 64: 36.0,
+    96: 46.0, 128: 50.0, 256: 89.0, 384: 149.0, 512: 167.0, 640: 225.0, 768: 250.0, 1024: 325.0,
+    2048: 668.0,
+}  # fmt: skip
+SIZES = tuple(H200_MS)
+DEEP_S = 6.6e-9
 
 
-def run_prompt(
-    pacer: PrefillPacer, decode_s: float, token_s: float, num_steps: int = 40
-) -> list[float]:
-    """Steps beside a long prompt on a machine with these costs; how much longer each lasts."""
-    slowdowns = []
-    for _ in range(num_steps):
-        tokens = pacer.max_prefill_tokens()
-        assert tokens is not None
-        seconds = decode_s + tokens * token_s
-        pacer.observe(seconds, 4, tokens)
-        slowdowns.append(seconds / decode_s)
-    return slowdowns
+class Machine:
+    """A device whose steps cost what the table says, `slower` times, plus the answers' contexts."""
+
+    def __init__(self, slower: float = 1.0, answers_s: float = 0.0) -> None:
+        self.slower = slower
+        self.answers_s = answers_s
+
+    def seconds(self, num_rows: int, row_tokens: float = 0.0) -> float:
+        size = next(size for size in SIZES if size >= num_rows)
+        return H200_MS[size] / 1e3 * self.slower + self.answers_s + DEEP_S * row_tokens
 
 
-def run_steps(pacer: PrefillPacer, decode_s: float, token_s: float) -> float:
-    """Steps without and with a prompt; how much the slowest of the last mixed ones took longer."""
+def measured(machine: Machine) -> StepCosts:
+    known = {size: machine.seconds(size) - machine.answers_s for size in SIZES}
+    return StepCosts(SIZES, known, DEEP_S)
+
+
+def read_prompt(
+    pacer: GapPacer, machine: Machine, num_answers: int, num_tokens: int, num_prompts: int = 1
+) -> tuple[list[float], float]:
+    """Gaps of the answers while a prompt is read, and prompt tokens a second."""
+    gaps, done = [], 0
+    while done < num_tokens:
+        count = pacer.prompt_tokens(Demand(num_answers, num_tokens - done, done, num_prompts))
+        assert count is not None and 0 < count <= num_tokens - done
+        row_tokens = count * (done + count / 2)
+        seconds = machine.seconds(num_answers + count, row_tokens)
+        pacer.observe(seconds, num_answers, count, row_tokens)
+        gaps.append(seconds)
+        done += count
+    return gaps, num_tokens / sum(gaps)
+
+
+def test_a_step_is_filled_to_a_size_and_no_row_further() -> None:
+    pacer = GapPacer(0.15, measured(Machine()))
+    assert pacer.prompt_tokens(Demand(8, 32000)) == 248
+    assert pacer.prompt_tokens(Demand(64, 32000)) == 192
+    # Others wait behind it: a gap a quarter longer buys a rate a third higher.
+    assert pacer.prompt_tokens(Demand(64, 32000, num_prompts=2)) == 448
+    # 200 tokens would need the next size; 192 and 8 are quicker than 200.
+    assert pacer.prompt_tokens(Demand(64, 200)) == 192
+    assert pacer.prompt_tokens(Demand(64, 8)) == 8
+
+
+def test_one_long_prompt_beside_eight_answers() -> None:
+    """32k tokens within 20 s while no answer waits longer than 160 ms for a token."""
+    gaps, rate = read_prompt(GapPacer(0.15, measured(Machine())), Machine(), 8, 32000)
+    assert 32000 / rate < 20.0
+    assert max(gaps) < 0.16
+
+
+def test_a_queue_of_prompts_beside_64_answers() -> None:
+    """Steps within 200 ms read prompts at eight times the rate of 300 answers' tokens a second."""
+    pacer = GapPacer(0.15, measured(Machine()))
     for _ in range(20):
-        pacer.observe(decode_s, 4, 0)
-    return max(run_prompt(pacer, decode_s, token_s)[-20:])
+        gaps, rate = read_prompt(pacer, Machine(), 64, 1024, num_prompts=9)
+        assert max(gaps) < 0.2
+    assert rate > 2300
 
 
-@pytest.mark.parametrize(
-    ("decode_s", "token_s"), [(0.012, 0.0005), (0.050, 0.0015), (0.025, 0.0003)]
-)
-def test_running_answers_keep_half_their_pace(decode_s: float, token_s: float) -> None:
-    assert 1.5 < run_steps(PrefillPacer(2.0), decode_s, token_s) <= 2.0
+@pytest.mark.parametrize("slower", [0.5, 1.5, 3.0])
+@pytest.mark.parametrize("answers_s", [0.0, 0.02])
+def test_a_table_that_is_wrong_is_refined(slower: float, answers_s: float) -> None:
+    """A colder or slower device than when it was measured, and contexts that nobody foresaw."""
+    pacer, machine = GapPacer(0.15, measured(Machine())), Machine(slower, answers_s)
+    for _ in range(20):
+        pacer.observe(machine.seconds(16), 16, 0)
+    gaps: list[float] = []
+    for _ in range(10):
+        gaps, _ = read_prompt(pacer, machine, 16, 8000)
+    least = machine.seconds(32)
+    assert statistics.quantiles(gaps, n=10)[-1] < max(0.16, 1.2 * least)
+
+
+@pytest.mark.parametrize("target_s", [0.03, 0.06, 0.1, 0.2, 0.5, 1.0])
+def test_gaps_keep_their_target_where_any_step_does(target_s: float) -> None:
+    pacer, machine = GapPacer(target_s, measured(Machine())), Machine()
+    for num_answers in (1, 8, 17, 64, 100):
+        gaps, _ = read_prompt(pacer, machine, num_answers, 20000)
+        least = machine.seconds(num_answers + 1) + DEEP_S * 64 * 20000
+        assert max(gaps) <= max(target_s * 1.02, 1.05 * least)
+
+
+def test_longer_gaps_never_read_prompts_slower() -> None:
+    rates = []
+    for target_s in (0.03, 0.06, 0.1, 0.2, 0.5, 1.0):
+        rates.append(read_prompt(GapPacer(target_s, measured(Machine())), Machine(), 16, 20000)[1])
+    # Of steps that are nearly as good, the shorter ones are taken.
+    assert all(later > 0.85 * before for before, later in itertools.pairwise(rates))
+    assert rates[-1] > 2 * rates[0]
+
+
+def test_a_device_without_sizes_is_learnt() -> None:
+    """A line of 12 ms and half a millisecond a prompt token, never measured ahead."""
+    pacer = GapPacer(0.1)
+    assert pacer.prompt_tokens(Demand(4, 5000)) == 32
+    gaps = []
+    for _ in range(60):
+        count = pacer.prompt_tokens(Demand(4, 5000))
+        assert count is not None
+        gaps.append(0.012 + count * 0.0005)
+        pacer.observe(gaps[-1], 4, count)
+    assert 0.02 < statistics.median(gaps[20:]) <= 0.1
+    assert max(gaps[20:]) <= 0.15
 
 
 def test_slow_machine_still_moves_a_prompt() -> None:
-    pacer = PrefillPacer(2.0)
-    run_steps(pacer, 0.010, 0.010)
-    tokens = pacer.max_prefill_tokens()
-    assert tokens is not None and tokens > 0
+    pacer, machine = GapPacer(0.01, measured(Machine())), Machine()
+    gaps, _ = read_prompt(pacer, machine, 64, 500)
+    assert max(gaps) <= 1.01 * machine.seconds(96)
 
 
-def test_steps_that_waited_for_something_else_do_not_widen_the_next() -> None:
-    pacer = PrefillPacer(2.0)
-    for seconds in (0.003, 0.003, 0.060, 0.170, 0.060, 0.040, 0.030, 0.003, 0.003, 0.003, 0.003):
-        pacer.observe(seconds, 1, 0)
-    assert max(run_prompt(pacer, 0.003, 0.0003)[20:]) <= 2.0
-
-
-@pytest.mark.parametrize(("before", "now"), [(0.030, 0.003), (0.003, 0.030)])
-def test_pace_is_measured_again_while_prompts_keep_coming(before: float, now: float) -> None:
-    pacer = PrefillPacer(2.0)
-    for _ in range(20):
-        pacer.observe(before, 1, 0)
-    slowdowns = run_prompt(pacer, now, 0.0003, num_steps=200)[-34:]
-    assert 1.5 < max(slowdowns) <= 2.0
-    # One step in seventeen carries no prompt.
-    assert slowdowns.count(1.0) == 2
-
-
-def test_first_guess_needs_no_measurement() -> None:
-    pacer = PrefillPacer(2.0)
-    assert pacer.max_prefill_tokens() == 32
-    pacer.observe(0.1, 0, 100)
-    assert pacer.max_prefill_tokens() == 32
-
-
-def test_prompts_alone_give_a_start_and_no_more() -> None:
-    """The first slice beside answers is sized by them; then those beside answers count."""
-    pacer = PrefillPacer(2.0)
-    pacer.observe(0.1, 0, 100)  # a millisecond a token
-    for _ in range(9):
-        pacer.observe(0.100, 4, 0)
-    assert pacer.max_prefill_tokens() == 80  # four fifths of one decode's hundred milliseconds
-    for _ in range(40):
-        pacer.observe(9.0, 0, 100)
-    assert pacer.max_prefill_tokens() == 80
-    # Half as fast beside answers: a fifth of the way there after each step.
-    pacer.observe(0.100 + 80 * 0.002, 4, 80)
-    assert pacer.max_prefill_tokens() == 66  # 80 / 1.2
-
-
-def test_no_limit_when_none_is_wanted() -> None:
-    pacer = PrefillPacer(None)
-    pacer.observe(1.0, 1, 0)
-    assert pacer.max_prefill_tokens() is None
+def test_no_target_sets_no_limit() -> None:
+    pacer = GapPacer(None, measured(Machine()))
+    assert pacer.prompt_tokens(Demand(64, 100000)) is None
 
 
 def test_slices_leave_running_answers_their_pace() -> None:
-    pacer = SlicePacer(2.0)
+    pacer = SlicePacer()
     assert pacer.allowance_s(1) == 0.0
     for seconds in (0.004, 0.004, 0.030, 0.004, 0.004):
         pacer.observe(1, seconds, 0.0)
@@ -101,7 +151,7 @@ def test_slices_leave_running_answers_their_pace() -> None:
 
 def test_what_is_usual_outlasts_the_reading_of_a_prompt() -> None:
     """Reading a long prompt into tokens takes processors from a dozen steps just ahead of it."""
-    pacer = SlicePacer(2.0)
+    pacer = SlicePacer()
     for _ in range(60):
         pacer.observe(1, 0.004, 0.0)
     before_s = pacer.allowance_s(1)
@@ -114,7 +164,7 @@ def test_what_is_usual_outlasts_the_reading_of_a_prompt() -> None:
 
 
 def test_slices_follow_what_is_usual_for_as_many_answers() -> None:
-    pacer = SlicePacer(2.0)
+    pacer = SlicePacer()
     for num_decodes, seconds in ((1, 0.004), (8, 0.016)):
         for _ in range(9):
             pacer.observe(num_decodes, seconds, 0.0)

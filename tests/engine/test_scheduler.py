@@ -66,7 +66,10 @@ class Machine:
         """Run what is planned. `guesses` are made behind every generating sequence, True a right
         one, as many as blocks allow.
         """
-        works = [self.propose(work, guesses) for work in self.scheduler.plan(max_prefill_tokens)]
+        works = [
+            self.propose(work, guesses)
+            for work in self.scheduler.plan(lambda _: max_prefill_tokens)
+        ]
         lasts = [work.is_last for work in works]
         blocks_of = [list(work.sequence.blocks) for work in works]
         for work in works:

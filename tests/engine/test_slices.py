@@ -66,7 +66,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Pla
     """How every engine that is loaded afterwards paces its chunks."""
     seconds = PLANS[getattr(request, "param", "least")]
     plan = Plan(seconds)
-    monkeypatch.setattr(core, "SlicePacer", lambda max_slowdown: plan)
+    monkeypatch.setattr(core, "SlicePacer", lambda target_gap_s: plan)
     return plan
 
 
@@ -99,7 +99,7 @@ def test_slices_change_no_bit(tiny: Path, plan: Plan, kv_cache: str) -> None:
     # Contexts of one span and of two, and what is left of a chunk.
     prompts = [prompt_of(length, seed) for seed, length in enumerate((1090, 33, 70, 2))]
     requests = [request(str(i), prompt, params[i % 2]) for i, prompt in enumerate(prompts)]
-    whole = load(tiny, kv_cache=kv_cache, max_decode_slowdown=None, **ROOM)
+    whole = load(tiny, kv_cache=kv_cache, target_gap_ms="none", **ROOM)
     wanted = beside_a_stream(whole, *requests)
     assert plan.num_asked == 0
     found = beside_a_stream(load(tiny, kv_cache=kv_cache, **ROOM), *requests)
@@ -173,7 +173,7 @@ def test_pictures_go_through_slices(tmp_path: Path, plan: Plan) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=9, logprobs=2, ignore_eos=True)
         return GenerationRequest(name, tuple(prompt), params, images=seen)
 
-    whole = load(tmp_path / "seeing", max_decode_slowdown=None, **ROOM)
+    whole = load(tmp_path / "seeing", target_gap_ms="none", **ROOM)
     sliced = load(tmp_path / "seeing", **ROOM)
     for requests in (
         [asked("ab", 0, 1)],
@@ -410,7 +410,7 @@ def test_an_abort_lets_go_of_a_picture_that_was_begun(seeing: Path, plan: Plan) 
 
 
 def alone(directory: Path, item: GenerationRequest) -> Answer:
-    engine = load(directory, prefix_cache=False, max_decode_slowdown=None, **ROOM)
+    engine = load(directory, prefix_cache=False, target_gap_ms="none", **ROOM)
     return run_alone(engine, item.prompt_token_ids, item.params, images=item.images)
 
 

@@ -80,7 +80,7 @@ PARAMETERS = {
             "kv_cache_tokens": 160,
             "max_sequences": 7,
             "block_tokens": 4,
-            "max_decode_slowdown": None,
+            "target_gap_ms": "none",
         },
     ],
     ids=["batch", "bf16", "chunks", "queue", "blocks", "preempted"],

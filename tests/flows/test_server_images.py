@@ -94,7 +94,7 @@ def alone(directory: Path, parts: Sequence[Part]) -> list[Any]:
     prompt = chat.encode([{"role": "user", "content": content}])
     images = tuple(ImageInput.of(i.pixels, i.offset, i.num_tokens) for i in prompt.images)
     config = EngineConfig(
-        max_model_len=1024, kv_cache_tokens=1024, prefix_cache=False, max_decode_slowdown=None
+        max_model_len=1024, kv_cache_tokens=1024, prefix_cache=False, target_gap_ms="none"
     )
     engine = Engine.load(directory, config)
     banned = (*(i for i in range(64) if i != 2), *range(764, 800))

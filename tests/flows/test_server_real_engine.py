@@ -344,7 +344,7 @@ async def test_schemas_survive_preemption(directory: Path) -> None:
         max_sequences=8,
         block_tokens=8,
         # The clock is not to decide how many run at once.
-        max_decode_slowdown=None,
+        target_gap_ms="none",
     ) as stand:
         answers = await asyncio.gather(*(
             ask(

@@ -71,7 +71,7 @@ class Ours:
             kv_cache_tokens=(length + 16) * CONCURRENT,
             prefix_cache=False,
             # Throughput: a batch of prompts is worked in before anyone's answer goes on.
-            max_decode_slowdown=None,
+            target_gap_ms="none",
         )
         self.engine = Engine.load(directory, config)
 

@@ -2,7 +2,7 @@
 
 import argparse
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -24,7 +24,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         if one.name == "accept":
             add_accept(engine)
             continue
-        told: dict[str, Any] = {"help": option.help}
+        told: dict[str, Any] = {"help": option.help, "dest": one.name}
         if hints[one.name] is bool:
             told["action"] = "store_true"
         else:
@@ -66,10 +66,28 @@ def _reading(hint: Any) -> dict[str, Any]:
     """How argparse reads a value of a type: its choices, or the type itself."""
     kinds = tuple(_kinds(hint))
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if choices:
+    others = [kind for kind in kinds if get_origin(kind) is not Literal]
+    if not choices:
+        [kind] = others
+        return {} if kind is str else {"type": kind}
+    if not others:
         return {"choices": sorted(choices, key=lambda choice: choice != "auto")}
-    [kind] = kinds
-    return {} if kind is str else {"type": kind}
+    return {"type": _choice_or(choices, others[0])}
+
+
+def _choice_or(choices: list[str], kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads one of some words, or a value of another kind."""
+
+    def read(text: str) -> Any:
+        if text in choices:
+            return text
+        try:
+            return kind(text)
+        except ValueError:
+            words = " or ".join(choices)
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {words} nor a number") from None
+
+    return read
 
 
 def _kinds(hint: Any) -> Iterator[Any]:

@@ -4,6 +4,7 @@
 values; that one is printed and shown.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -112,8 +113,9 @@ def _validate(config: EngineConfig, text: TextConfig) -> None:
         raise UsageError(f"gpu_memory_utilization {config.gpu_memory_utilization} is not in (0, 1]")
     if config.collective_timeout_s <= 0.0:
         raise UsageError(f"collective_timeout_s {config.collective_timeout_s} must be above 0")
-    if config.max_decode_slowdown is not None and config.max_decode_slowdown <= 1.0:
-        raise UsageError(f"max_decode_slowdown {config.max_decode_slowdown} must be above 1")
+    gap_ms = config.target_gap_ms
+    if not isinstance(gap_ms, str) and not 0 < gap_ms < math.inf:
+        raise UsageError(f"target_gap_ms {gap_ms} must be a number of milliseconds above 0")
     guesses = config.num_speculative_tokens
     if guesses is not None and config.speculative is None:
         raise UsageError(

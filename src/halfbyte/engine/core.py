@@ -20,9 +20,10 @@ from halfbyte.engine.answers import Answers
 from halfbyte.engine.config import EngineConfig as EngineConfig
 from halfbyte.engine.drafter import Drafter
 from halfbyte.engine.load import load_runner
+from halfbyte.engine.measure import measure_costs
 from halfbyte.engine.pinned import PendingTokens
 from halfbyte.engine.plan.blocks import BlockPool
-from halfbyte.engine.plan.pacing import PrefillPacer, SlicePacer
+from halfbyte.engine.plan.pacing import BALANCED_GAP_S, Demand, GapPacer, SlicePacer, StepCosts
 from halfbyte.engine.plan.scheduler import Scheduler
 from halfbyte.engine.plan.sequence import Sequence, Work
 from halfbyte.engine.plan.speculation import Guesser, Lookup, Pace, Speculator
@@ -113,11 +114,15 @@ class Engine:
             prefix_cache=config.prefix_cache,
             num_ahead=0 if self._drafter is None else 1,
         )
-        self._pacer = PrefillPacer(config.max_decode_slowdown)
+        gap_s = None if isinstance(config.target_gap_ms, str) else config.target_gap_ms / 1e3
+        is_free = config.target_gap_ms == "none"
+        self._pacer = GapPacer(
+            None if is_free else gap_s or BALANCED_GAP_S, StepCosts(runner.step_sizes)
+        )
         # How long chunks of prompts may take beside running answers, where they can be sliced.
         self._slice_pacer: SlicePacer | None = None
-        if config.max_decode_slowdown is not None and runner.can_slice:
-            self._slice_pacer = SlicePacer(config.max_decode_slowdown)
+        if not is_free and runner.can_slice:
+            self._slice_pacer = SlicePacer(gap_s)
         self._chunk: SlicedPrompt | None = None
         self._speculator = _make_speculator(config, guesser or self._drafter)
         self._answers = Answers(
@@ -150,7 +155,17 @@ class Engine:
         Call `close` at the end of one that runs in several processes.
         """
         runner, resolved = load_runner(directory, config or EngineConfig())
-        return cls(runner, resolved, logits_hook=logits_hook, guesser=guesser)
+        engine = cls(runner, resolved, logits_hook=logits_hook, guesser=guesser)
+        engine.measure_steps()
+        return engine
+
+    def measure_steps(self) -> None:
+        """Time steps of every size, where those are known and prompts are to leave answers their
+        gaps. Before the first request: what is stored is overwritten.
+        """
+        if self._runner.step_sizes and self.config.target_gap_ms != "none":
+            assert not self._answers.request_ids
+            self._pacer.costs = measure_costs(self._runner, self.config)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raise RequestError if the request can never run here. Safe from any thread."""
@@ -229,7 +244,7 @@ class Engine:
             if flight is None:
                 return self._run(works)
         if self._scheduler.can_run_ahead():
-            ahead = self._scheduler.plan(self._max_prefill_tokens())
+            ahead = self._scheduler.plan(self._prompt_tokens)
             self._flight = self._launch(ahead)
             if self._flight is None:
                 self._planned = ahead
@@ -240,13 +255,13 @@ class Engine:
         planned, self._planned = self._planned, []
         works = [work for work in planned if work.sequence.slot is not None]
         if not works and self.has_work():
-            works = self._scheduler.plan(self._max_prefill_tokens())
+            works = self._scheduler.plan(self._prompt_tokens)
             assert works or self._scheduler.carried, "requests wait but nothing can run"
         return works
 
-    def _max_prefill_tokens(self) -> int | None:
-        """Of the next step, if it also generates."""
-        return self._pacer.max_prefill_tokens() if self._slice_pacer is None else CHUNK_TOKENS
+    def _prompt_tokens(self, demand: Demand) -> int | None:
+        """Prompt tokens of a step that also generates."""
+        return self._pacer.prompt_tokens(demand) if self._slice_pacer is None else CHUNK_TOKENS
 
     def _run(self, works: SequenceOf[Work]) -> list[Event]:
         """Compute a step and choose its tokens on the host."""
@@ -354,15 +369,18 @@ class Engine:
         return events
 
     def _observe(self, works: SequenceOf[Work], num_decodes: int, seconds: float) -> None:
-        num_tokens = sum(work.count for work in works)
         if self._slice_pacer is None:
-            self._pacer.observe(seconds, num_decodes, num_tokens - num_decodes)
+            prompts = [work for work in works if work.count > 1 or not _is_single(work)]
+            num_tokens = sum(work.count for work in works)
+            row_tokens = sum(work.count * (work.start + work.count / 2) for work in prompts)
+            self._pacer.observe(seconds, num_decodes, num_tokens - num_decodes, row_tokens)
         self._num_steps += 1
         self._step_s += seconds
 
     def facts(self) -> dict[str, object]:
         """What runs the model and what that holds, for people."""
-        return self._runner.facts()
+        step_ms = {str(n): round(s * 1e3, 2) for n, s in self._pacer.costs.table().items()}
+        return {**self._runner.facts(), **({"step_ms": step_ms} if step_ms else {})}
 
     @torch.inference_mode()
     def score(

@@ -121,6 +121,10 @@ class Device(Protocol):
     def draft(self) -> DraftDevice | None: ...
 
     @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Rows that steps are padded to, ascending; () if there are no such sizes."""
+
+    @property
     def slicer(self) -> Slicer | None: ...
 
     @property

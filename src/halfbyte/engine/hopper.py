@@ -29,10 +29,13 @@ from halfbyte.engine.graphs import (
 )
 from halfbyte.engine.pinned import PendingTokens, PinnedRing
 from halfbyte.engine.plan.step import PlannedStep, TableChanges
+from halfbyte.kernels.cuda.library import NARROW_PREFILL_COLUMNS
 from halfbyte.model.cuda.prefill import Chunk, PrefillBatch, Singles
 from halfbyte.model.cuda.weights import KvCache
 from halfbyte.model.parallel import Communicator
 
+# Steps of more rows are taken to cost what their rows do.
+_MOST_ROWS = 4096
 # Fewer rows of a sequence are guesses to check rather than a prompt.
 _CHUNK_ROWS = 16
 # What a graph may read again for a chunk's rows, of the weights' bytes: about what a prefill of so
@@ -70,6 +73,14 @@ class HopperDevice:
     @property
     def ahead(self) -> "HopperDevice":
         return self
+
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        sizes = self.executor.sizes
+        if len(sizes) == 1:
+            return sizes
+        narrow = NARROW_PREFILL_COLUMNS
+        return (*sizes, *range(-(-(sizes[-1] + 1) // narrow) * narrow, _MOST_ROWS + 1, narrow))
 
     @property
     def num_weight_bytes(self) -> int:

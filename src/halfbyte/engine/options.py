@@ -102,11 +102,14 @@ class EngineConfig:
             "on a Hopper GPU: same tokens whatever else is in the batch; slower", "--deterministic"
         ),
     )
-    max_decode_slowdown: float | None = field(
-        default=2.0,
+    target_gap_ms: float | Literal["balanced", "none"] = field(
+        default="balanced",
         metadata=_told(
-            "how much longer than usual running answers may wait for a token while a prompt is "
-            "worked in; None sets no limit, for throughput"
+            "time between the tokens of running answers while prompts are read (balanced: 150 on "
+            "the kernels of a Hopper GPU, a quarter more while several prompts wait, elsewhere "
+            "twice what is usual; none: prompts as fast as they can be read)",
+            "--target-gap",
+            metavar="MS|balanced|none",
         ),
     )
     accept: tuple[str, ...] = field(

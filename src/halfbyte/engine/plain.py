@@ -30,6 +30,8 @@ class PlainDevice:
 
     # Tokens are chosen by the host.
     ahead = None
+    # Any number of rows costs what it is.
+    step_sizes: tuple[int, ...] = ()
 
     def __init__(
         self, decoder: Decoder, config: EngineConfig, eagle: EagleHead | None = None

@@ -178,6 +178,9 @@ class GenerationRequest:
 
     For `n` answers to one prompt send n requests: with the prefix cache on they share the
     blocks of the prompt, also when they arrive together.
+
+    priority  the less, the sooner it is admitted and the later it gives way; equal ones in order
+              of arrival
     """
 
     request_id: str
@@ -185,6 +188,7 @@ class GenerationRequest:
     params: SamplingParams
     mask: TokenMask | None = None
     images: tuple[ImageInput, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

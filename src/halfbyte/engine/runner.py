@@ -71,6 +71,11 @@ class Runner:
         return self.device.slicer is not None
 
     @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Rows that the device pads steps to, ascending; () if it has no such sizes."""
+        return self.device.step_sizes
+
+    @property
     def can_run_ahead(self) -> bool:
         """Whether `launch` works here."""
         return self.device.ahead is not None

@@ -1,84 +1,204 @@
 """How many prompt tokens a step may carry while others generate. No torch.
 
-A step with n prompt tokens lasts about d + n * p, d being a step that only generates. Both are
-measured as they come, so that one rule serves a laptop (p of a millisecond) and a GPU (p of a
-third of one): with `max_slowdown` 2, running answers get their tokens at half their pace or better
-while a prompt is worked in, however long the prompt.
-
-d is a median, so that one step that waited for something else does not widen all that follow; and
-while prompts keep coming, a step now and then only generates, so that d stays true.
+People who read an answer see the gaps between its tokens, people who wait for one the rate at
+which prompts are read. Both follow from what a step costs by its rows, which is no straight line: a
+GPU pads the rows to sizes that its kernels have, and a few rows more can cost half as much again.
+So a `GapPacer` knows the time of each size (`StepCosts`: measured when the engine is loaded,
+refined by every step) and fills a step to a size whose time the answers bear.
 
 Where a chunk can stop anywhere (`slices`), a step has so much time for it instead of so many tokens
 (`SlicePacer`), and what generating takes beside it is measured in every step.
 """
 
+import bisect
 import statistics
 from collections import deque
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
 
 # Where nothing is measured yet.
 _FIRST_TOKENS = 32
-# Weight of the newest measurement of p.
-_GAIN = 0.2
-# Part of the allowance that is planned for; the rest is for steps that vary.
-_SHARE = 0.8
-# Of how many steps d is the median, and after how many steps with prompts it is measured again:
-# seldom enough to cost a prompt 3 % of its time, often enough to be right after a hundred steps.
+# The gap of "balanced" where steps have sizes: below 200 ms an answer still flows, and on the
+# largest models a step that reads prompts well takes 100 to 180 ms.
+BALANCED_GAP_S = 0.15
+# Where more prompts wait than one, how much longer the gap may be: everybody behind waits for it.
+_CROWDED = 1.25
+# Part of the gap that is planned for; the rest is for steps that vary.
+_PLANNED = 0.98
+# A smaller step that reads prompts at this share of the best rate is preferred for its gap.
+_GOOD_RATE = 0.9
+# Weight of the newest measurement.
+_GAIN = 0.3
+# Tokens of context from which on what a step takes longer than foretold is put down to it.
+_DEEP = 4096
+# Sizes that are tried where the kernels have none.
+_LADDER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+# Of how many steps generating alone is the median.
 _NUM_DECODES = 9
 # Of how many the usual time beside no prompt is: more than go by while a long prompt is read into
 # tokens, which takes processors from the steps.
 _NUM_USUAL = 65
+# Of a slice's allowance, the part that is planned for.
+_SHARE = 0.8
 # Part of the allowance that prompts keep where generating beside them takes longer than alone.
 _LEAST_SHARE = 0.3
-_PROBE_EVERY = 16
+# How much longer than usual a step may take beside slices in "balanced".
+_BALANCED_SLOWDOWN = 2.0
 
 
-class PrefillPacer:
-    """Learns from the steps what a prompt token costs beside running answers."""
+class Demand(NamedTuple):
+    """What a step could do.
 
-    def __init__(self, max_slowdown: float | None) -> None:
-        """`max_slowdown` above 1; None never limits."""
-        self._max_slowdown = max_slowdown
-        self._decodes_s: deque[float] = deque(maxlen=_NUM_DECODES)
-        self._decode_s: float | None = None
-        self._prompt_token_s: float | None = None
-        # Steps that did both, one after the other.
-        self._num_mixed = 0
+    num_decodes        answers that get a token
+    num_prompt_tokens  prompt tokens that could be computed beside them
+    depth              tokens of the first of those prompts that are computed already
+    num_prompts        prompts that are not yet read
+    """
 
-    def max_prefill_tokens(self) -> int | None:
-        """Prompt tokens for the next step if it also generates; None = as many as fit, 0 = the
-        step is to measure what generating alone takes.
+    num_decodes: int
+    num_prompt_tokens: int
+    depth: int = 0
+    num_prompts: int = 1
+
+
+class StepCosts:
+    """Seconds of steps by their rows, and by the context that a chunk's rows read besides."""
+
+    def __init__(
+        self,
+        sizes: SequenceOf[int] = (),
+        measured_s: Mapping[int, float] | None = None,
+        deep_s: float = 0.0,
+    ) -> None:
+        """`sizes` rows are padded to, ascending; () if none are known.
+
+        measured_s  seconds of steps of these sizes without context
+        deep_s      more for each pair of a chunk's row and a token of its context
         """
-        if self._max_slowdown is None:
-            return None
-        if self._num_mixed >= _PROBE_EVERY:
-            return 0
-        if self._decode_s is None or not self._prompt_token_s:
-            return _FIRST_TOKENS
-        allowance_s = (self._max_slowdown - 1.0) * _SHARE * self._decode_s
-        return max(int(allowance_s / self._prompt_token_s), 1)
+        self.sizes = tuple(sizes)
+        self._ladder = self.sizes or _LADDER
+        self._known_s = dict(measured_s or {})
+        self._deep_s = deep_s
+        # What the answers' contexts add.
+        self._answers_s = 0.0
 
-    def observe(self, seconds: float, num_decodes: int, num_prompt_tokens: int) -> None:
+    def size_for(self, num_rows: int) -> int:
+        """The size that so many rows are padded to; beyond the last, the rows."""
+        index = bisect.bisect_left(self._ladder, num_rows)
+        return num_rows if index == len(self._ladder) else self._ladder[index]
+
+    def seconds(self, num_rows: int, row_tokens: float = 0.0) -> float | None:
+        """Of a step of so many rows, or None as long as no step was measured.
+
+        row_tokens  pairs of a chunk's row and a token of its context
+        """
+        base_s = self._base_s(self.size_for(num_rows))
+        return None if base_s is None else base_s + self._answers_s + self._deep_s * row_tokens
+
+    def observe(self, seconds: float, num_rows: int, row_tokens: float, *, is_mixed: bool) -> None:
+        """Learn from a step; `is_mixed`: it did more than generate."""
+        size = self.size_for(num_rows)
+        base_s = self._base_s(size)
+        if base_s is None:
+            self._known_s[size] = seconds
+            return
+        if not is_mixed:
+            more_s = max(seconds - base_s, 0.0)
+            self._answers_s += _GAIN * (more_s - self._answers_s)
+            if seconds < base_s:
+                self._known_s[size] = base_s + _GAIN * (seconds - base_s)
+            return
+        off_s = seconds - base_s - self._answers_s - self._deep_s * row_tokens
+        if row_tokens > _DEEP * num_rows:
+            self._deep_s = max(self._deep_s + _GAIN * off_s / row_tokens, 0.0)
+        else:
+            self._known_s[size] = max(base_s + _GAIN * off_s, 0.1 * seconds)
+
+    def table(self) -> dict[int, float]:
+        """Seconds by size, as they are known now."""
+        return dict(sorted(self._known_s.items()))
+
+    def _base_s(self, size: int) -> float | None:
+        known_s = self._known_s
+        if not known_s:
+            return None
+        if size in known_s:
+            return known_s[size]
+        below = [other for other in known_s if other < size]
+        above = [other for other in known_s if other > size]
+        if not below:
+            return known_s[min(above)]
+        lower = max(below)
+        if not above:
+            return known_s[lower] * size / lower
+        upper = min(above)
+        share = (size - lower) / (upper - lower)
+        return known_s[lower] + share * (known_s[upper] - known_s[lower])
+
+
+class GapPacer:
+    """Fills steps that generate with as many prompt tokens as their answers' gaps allow."""
+
+    def __init__(self, target_gap_s: float | None, costs: StepCosts | None = None) -> None:
+        """`target_gap_s` between an answer's tokens while prompts are read; None never limits."""
+        self._target_gap_s = target_gap_s
+        self.costs = costs or StepCosts()
+
+    def prompt_tokens(self, demand: Demand) -> int | None:
+        """Prompt tokens for a step beside answers; None = as many as fit.
+
+        Of the steps within the target gap the smallest that reads prompts nearly at the best rate;
+        where none is within it, the quickest.
+        """
+        if self._target_gap_s is None or demand.num_prompt_tokens == 0:
+            return None
+        limit_s = self._target_gap_s * _PLANNED * (_CROWDED if demand.num_prompts > 1 else 1.0)
+        choices = []
+        for rows in self._choices(demand):
+            depth = demand.depth + rows / 2
+            seconds = self.costs.seconds(demand.num_decodes + rows, rows * depth)
+            if seconds is None:
+                return _FIRST_TOKENS
+            choices.append((rows, seconds))
+        allowed = [(rows, seconds) for rows, seconds in choices if seconds <= limit_s]
+        if not allowed:
+            return min(choices, key=lambda choice: choice[1])[0]
+        best = max(rows / seconds for rows, seconds in allowed)
+        return next(rows for rows, seconds in allowed if rows / seconds >= _GOOD_RATE * best)
+
+    def observe(
+        self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
+    ) -> None:
         """Learn from a finished step."""
-        is_mixed = num_prompt_tokens > 0 and num_decodes > 0
-        self._num_mixed = self._num_mixed + 1 if is_mixed else 0
-        if num_prompt_tokens == 0:
-            self._decodes_s.append(seconds)
-            self._decode_s = statistics.median(self._decodes_s)
-        elif num_decodes == 0:
-            # A pure prompt step is cheaper a token than one beside answers; a start, no more.
-            if self._prompt_token_s is None:
-                self._prompt_token_s = seconds / num_prompt_tokens
-        elif self._decode_s is not None:
-            extra_s = max(seconds - self._decode_s, 0.05 * seconds)
-            self._prompt_token_s = _smooth(self._prompt_token_s, extra_s / num_prompt_tokens)
+        if num_decodes + num_prompt_tokens > 0:
+            self.costs.observe(
+                seconds,
+                num_decodes + num_prompt_tokens,
+                row_tokens,
+                is_mixed=num_prompt_tokens > 0,
+            )
+
+    def _choices(self, demand: Demand) -> list[int]:
+        """Prompt tokens that fill a step to a size, ascending; the last may be all there are."""
+        found = []
+        for size in self.costs.sizes or _LADDER:
+            # Kernels without sizes of their own: so many tokens beside any number of answers.
+            rows = size - demand.num_decodes if self.costs.sizes else size
+            if rows >= demand.num_prompt_tokens:
+                break
+            if rows > 0:
+                found.append(rows)
+        return [*found, demand.num_prompt_tokens]
 
 
 class SlicePacer:
     """How long a step may work on prompts beside running answers."""
 
-    def __init__(self, max_slowdown: float) -> None:
-        """`max_slowdown` above 1."""
-        self._max_slowdown = max_slowdown
+    def __init__(self, target_gap_s: float | None = None) -> None:
+        """`target_gap_s` between an answer's tokens; None: twice what is usual."""
+        self._target_gap_s = target_gap_s
         # By number of running answers: steps that did nothing else, as they were before a prompt.
         self._usual_s: dict[int, deque[float]] = {}
         # What generating took in the last steps, prompts beside it or not.
@@ -97,7 +217,9 @@ class SlicePacer:
         if num_decodes in self._usual_s:
             # What was usual may be long ago, when contexts were longer.
             usual_s = min(statistics.median(self._usual_s[num_decodes]), recent_s)
-        extra_s = (self._max_slowdown - 1.0) * usual_s
+        extra_s = (_BALANCED_SLOWDOWN - 1.0) * usual_s
+        if self._target_gap_s is not None:
+            extra_s = max(self._target_gap_s - usual_s, _LEAST_SHARE * usual_s)
         return max(_SHARE * extra_s - (recent_s - usual_s), _LEAST_SHARE * extra_s)
 
     def observe(self, num_decodes: int, decode_s: float, prompt_s: float) -> None:
@@ -106,7 +228,3 @@ class SlicePacer:
         if prompt_s == 0.0:
             usual_s = self._usual_s.setdefault(num_decodes, deque(maxlen=_NUM_USUAL))
             usual_s.append(decode_s)
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else old + _GAIN * (new - old)

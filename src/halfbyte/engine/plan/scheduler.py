@@ -3,14 +3,15 @@
 `plan` asks, `advance` and `finish` tell what became of it; between the two the caller runs the
 model. The rules, in order:
 
-1. Every sequence that is generating gets its next token. If no block is free for one, the youngest
-   running sequence gives all of its blocks back and is computed again later (preemption).
+1. Every sequence that is generating gets its next token. If no block is free for one, the last
+   running sequence in turn gives all of its blocks back and is computed again later (preemption).
 2. What is left of the token budget goes to prompts, oldest first, in chunks, so that a long prompt
    never keeps the others from generating. The caller narrows the budget further to bound how much
    a prompt slows the others down (`pacing`).
-3. New sequences are admitted in order of arrival, as long as blocks for all of their known tokens
-   are free, plus one for each running sequence to grow into. Nobody overtakes a sequence that waits
-   for blocks; one that waits for a prefix which another is just computing may be overtaken.
+3. New sequences are admitted in their turn, by priority and then by arrival, as long as blocks for
+   all of their known tokens are free, plus one for each running sequence to grow into. Nobody
+   overtakes a sequence that waits for blocks; one that waits for a prefix which another is just
+   computing may be overtaken.
 
 Proposals (`speculate`) take nothing from anybody: `reserve` gives them what is left after `plan`,
 `trim` takes back what they did not earn, so between two steps a sequence holds blocks for its known
@@ -19,20 +20,24 @@ tokens and no more.
 
 import heapq
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from operator import attrgetter
 
 from halfbyte.engine.plan.blocks import BlockPool
+from halfbyte.engine.plan.pacing import Demand
 from halfbyte.engine.plan.sequence import Sequence, Work
 
-_ARRIVAL = attrgetter("arrival")
+# What is more urgent, then what came first.
+_TURN = attrgetter("turn")
+# Prompt tokens of a step beside answers; None = as many as fit.
+PromptLimit = Callable[[Demand], int | None]
 # Blocks ahead of what a sequence has computed that others wait for instead of computing them, too.
 _PROMISED_BLOCKS = 64
 
 
 class Scheduler:
-    """The waiting and the running sequences, both in order of arrival."""
+    """The waiting and the running sequences, both in their turn: by priority, then arrival."""
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Alone it must fit into the pool at its greatest length."""
-        insort(self.waiting, sequence, key=_ARRIVAL)
+        insort(self.waiting, sequence, key=_TURN)
 
     def find(self, request_id: str) -> Sequence | None:
         for sequence in (*self.running, *self.waiting):
@@ -79,17 +84,18 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def plan(self, max_prefill_tokens: int | None = None) -> list[Work]:
+    def plan(self, limit: PromptLimit | None = None) -> list[Work]:
         """Choose the tokens of the next step: first one each of the generating, then prompts.
 
-        max_prefill_tokens  narrower budget for prompts; applies only while others generate
+        limit  narrower budget for prompts; asked only while others generate
         """
         works = self._plan_decodes()
         if self.carried:
             return works
         budget = self.max_batch_tokens - len(works)
-        if works and max_prefill_tokens is not None:
-            budget = min(budget, max_prefill_tokens)
+        if works and limit is not None and budget > 0:
+            allowed = limit(self._demand(works, budget))
+            budget = budget if allowed is None else min(budget, allowed)
         planned = {work.sequence.arrival for work in works}
         for sequence in self.running:
             is_open = sequence.arrival not in planned and not sequence.is_exhausted
@@ -180,6 +186,26 @@ class Scheduler:
         else:
             self._leave(sequence)
 
+    def _demand(self, decodes: SequenceOf[Work], budget: int) -> Demand:
+        """What prompts could have of the next step; waiting ones count as a whole, though some of
+        their blocks may be found.
+        """
+        generating = {work.sequence.arrival for work in decodes}
+        reading = [
+            sequence
+            for sequence in self.running
+            if sequence.arrival not in generating and not sequence.is_exhausted
+        ]
+        slots = len(self._free_slots)
+        num_tokens = sum(sequence.num_uncomputed for sequence in reading)
+        for sequence in self.waiting[:slots]:
+            if num_tokens >= budget:
+                break
+            num_tokens += sequence.num_uncomputed
+        depth = reading[0].num_computed if reading else 0
+        num_prompts = len(reading) + len(self.waiting)
+        return Demand(len(decodes), min(num_tokens, budget), depth, num_prompts)
+
     def _plan_decodes(self) -> list[Work]:
         works = []
         for sequence in list(self.running):
@@ -194,9 +220,9 @@ class Scheduler:
         """Give it the block that its last token needs; False if it had to give up its own."""
         missing = self.num_blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
         while missing > self.pool.num_free:
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
                 return False
         if missing > 0:
             sequence.blocks.extend(self.pool.allocate(missing))
@@ -206,7 +232,7 @@ class Scheduler:
         self.num_preemptions += 1
         self._leave(sequence)
         sequence.num_computed = 0
-        insort(self.waiting, sequence, key=_ARRIVAL)
+        insort(self.waiting, sequence, key=_TURN)
 
     def _reusable_digests(self, sequence: Sequence) -> Iterator[bytes]:
         """Digests of the blocks that may come from the cache: at least one token is computed.
@@ -256,7 +282,7 @@ class Scheduler:
             self._promise(sequence, len(found))
         sequence.slot = heapq.heappop(self._free_slots)
         self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_ARRIVAL)
+        insort(self.running, sequence, key=_TURN)
         return True
 
     def _leave(self, sequence: Sequence) -> None:
@@ -280,8 +306,8 @@ class Scheduler:
         """
         self.pool.check([*(sequence.blocks for sequence in self.running), *other_holders])
         for sequences in (self.running, self.waiting):
-            arrivals = [sequence.arrival for sequence in sequences]
-            assert arrivals == sorted(set(arrivals)), f"not in order of arrival: {arrivals}"
+            turns = [sequence.turn for sequence in sequences]
+            assert turns == sorted(set(turns)), f"not in their turn: {turns}"
         slots = [sequence.slot for sequence in self.running]
         assert None not in slots and len(set(slots)) == len(slots), f"slots {slots}"
         assert set(slots) | set(self._free_slots) == set(range(self.max_sequences))

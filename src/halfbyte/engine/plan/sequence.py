@@ -47,14 +47,16 @@ class Sequence:
         "slot",
         "stop_token_ids",
         "token_ids",
+        "turn",
     )
 
     def __init__(
         self, request: GenerationRequest, *, arrival: int, seed: int, max_tokens: int
     ) -> None:
         self.request = request
-        # Order of arrival; also the priority.
         self.arrival = arrival
+        # The less, the sooner: whose blocks are short gives way from the end.
+        self.turn = (request.priority, arrival)
         self.seed = seed
         self.max_tokens = max_tokens
         # Looked up for every token.

@@ -64,9 +64,9 @@ _REGISTER_TYPES = {
 def wgmma_source(format_: str, num_columns: int) -> str:
     """The device function that issues one 64 x num_columns product of `format_`.
 
-    `wgmma_ss(sums, weights, tokens, adds)` with both operands in shared memory (fp8, bf16, scores of
-    attention), or `wgmma_rs` with the left one in registers (nvfp4 as fp16 or, fast, as e4m3, values
-    of attention). `adds` 0 overwrites the sums.
+    `wgmma_ss(sums, weights, tokens, adds)` with both operands in shared memory (fp8, bf16, scores
+    of attention), or `wgmma_rs` with the left one in registers (nvfp4 as fp16 or, fast, as e4m3,
+    values of attention). `adds` 0 overwrites the sums.
     """
     count = num_columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))

@@ -97,8 +97,8 @@ def choose_config(format_: TileFormat, columns: int) -> StreamConfig:
     return StreamConfig(groups, tiles, stages, registers, promote=promote)
 
 
-# Tokens of a tile of the prefill linear, and its block shapes by them: two blocks share their tokens.
-# The narrow one takes what is left where that is little.
+# Tokens of a tile of the prefill linear, and its block shapes by them: two blocks share their
+# tokens. The narrow one takes what is left where that is little.
 PREFILL_COLUMNS = 256
 NARROW_PREFILL_COLUMNS = 128
 PREFILL_CONFIGS: dict[tuple[TileFormat, int], StreamConfig] = {
@@ -122,8 +122,8 @@ def prefill_tiles(num_tokens: int) -> tuple[int, int]:
     return -(-num_tokens // PREFILL_COLUMNS) * PREFILL_COLUMNS, 0
 
 
-# NVFP4 items of a prefill linear are cut along K where whole ones would leave more of its last round
-# idle; each cluster then has so many K blocks at least. Merging costs 30 us: more than that leaves
+# NVFP4 items of a prefill linear are cut along K where whole ones would leave more of its last
+# round idle; each cluster then has so many K blocks at least. Merging costs 30 us: more than that leaves
 # of products in FP8 (measured).
 _LEAST_SHARE = 0.93
 _LEAST_STRETCH = 8
@@ -344,7 +344,7 @@ class KernelLibrary:
         )["decode_attention"]
 
     def chunk_attention(self, heads: HeadShape, page_slots: int) -> dict[str, Kernel]:
-        """Kernels of chunk_attention.cu by name: attention of a chunk over pages of `page_slots`."""
+        """Kernels of chunk_attention.cu by name, over pages of `page_slots`."""
         # 128 queries and three tiles of 128 keys and values, as fp16.
         size = 7 * 128 * heads.head_dim * 2
         return self._make(
@@ -359,7 +359,7 @@ class KernelLibrary:
         return self._make(("gather",), code, {"gather_f32": 0})["gather_f32"]
 
     def prefill_linear(self, format_: TileFormat, columns: int) -> tuple[Kernel, StreamConfig]:
-        """The linear for many tokens (prefill.cu), `columns` of them a tile, and its block shape."""
+        """The linear for many tokens (prefill.cu), `columns` a tile, and its block shape."""
         config = PREFILL_CONFIGS[format_, columns]
         size = config.stages * stage_bytes(format_, columns, config.groups * config.tiles)
         kernels = self._make(

@@ -1,0 +1,67 @@
+"""What steps cost on this device, measured once it is loaded: the first table of a pacer.
+
+A step of each size that prompts are read with, and one deep in a context. Nothing of it can be
+found: the sequences are nobody's, and all their blocks are one that is overwritten before it is
+read.
+"""
+
+import time
+
+import torch
+
+from halfbyte.engine.config import EngineConfig
+from halfbyte.engine.plan.pacing import StepCosts
+from halfbyte.engine.plan.sequence import Sequence, Work
+from halfbyte.engine.request import GenerationRequest, SamplingParams
+from halfbyte.engine.runner import Runner
+from halfbyte.log import logger
+
+# Larger steps are taken to cost what their rows do: on 88 layers each would take a second.
+_MOST_ROWS = 1024
+# Above the graphs, sizes between these cost as their neighbours foretell.
+_LARGE = (256, 384, 512, 768, _MOST_ROWS)
+_DEEP_ROWS, _DEPTH = 512, 16384
+
+
+def measure_costs(runner: Runner, config: EngineConfig) -> StepCosts:
+    """Time a step of each size: about two seconds on 88 layers."""
+    started = time.perf_counter()
+    sizes = runner.step_sizes
+    largest = min(config.max_batch_tokens, _most_tokens(config))
+    wanted = [size for size in sizes if size <= largest and (size < _LARGE[0] or size in _LARGE)]
+    seconds = {size: _seconds(runner, config, 0, size) for size in wanted}
+    deep_s = 0.0
+    depth = min(_DEPTH, _most_tokens(config) - _DEEP_ROWS)
+    if _DEEP_ROWS in seconds and depth > _DEEP_ROWS:
+        more_s = _seconds(runner, config, depth, _DEEP_ROWS) - seconds[_DEEP_ROWS]
+        deep_s = max(more_s, 0.0) / (_DEEP_ROWS * (depth + _DEEP_ROWS / 2))
+    logger.info(
+        "steps of %s rows measured in %.1f s: %s ms, and %.1f ns for a row and a token of context",
+        ", ".join(map(str, wanted)),
+        time.perf_counter() - started,
+        ", ".join(f"{s * 1e3:.1f}" for s in seconds.values()),
+        deep_s * 1e9,
+    )
+    return StepCosts(sizes, seconds, deep_s)
+
+
+def _most_tokens(config: EngineConfig) -> int:
+    """Of a sequence that fits the tables."""
+    assert config.max_model_len is not None
+    return config.max_model_len - 1
+
+
+@torch.inference_mode()
+def _seconds(runner: Runner, config: EngineConfig, depth: int, num_rows: int) -> float:
+    """Of a step of so many rows of a sequence of which `depth` tokens are computed."""
+    tokens = (0,) * (depth + num_rows)
+    request = GenerationRequest("measured", tokens, SamplingParams(max_tokens=1))
+    sequence = Sequence(request, arrival=-1, seed=0, max_tokens=1)
+    sequence.blocks = [0] * -(-len(tokens) // config.block_tokens)
+    work = Work(sequence, depth, num_rows)
+    times = []
+    for _ in range(2):  # what is made when first used is not the step's
+        started = time.perf_counter()
+        runner.run_alone(work).sum().item()  # reads a result, so that the step has ended
+        times.append(time.perf_counter() - started)
+    return min(times)
