@@ -25,9 +25,9 @@ from jinja2.parser import Parser
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
+from halfbyte.chat import sandbox_bounds
 from halfbyte.chat.sandbox_bounds import (
     MAX_INDENT,
-    MAX_SECONDS,
     BoundError,
     asked_width,
     bounded_call,
@@ -73,7 +73,7 @@ class ChatTemplate:
 
     def render(self, values: Mapping[str, Any]) -> Written:
         """The rendered text. RequestError in the template's words where it refuses or fails."""
-        running_bounds.ends = time.thread_time() + MAX_SECONDS
+        running_bounds.ends = time.thread_time() + sandbox_bounds.MAX_SECONDS
         running_bounds.made, running_bounds.known = 0, {}
         try:
             # What the conversation holds is weighed once, however often it is passed on.
