@@ -53,7 +53,7 @@ class Timing(NamedTuple):
 
 
 class Contestant(Protocol):
-    """Something that generates greedily."""
+    """A program that generates tokens greedily, so that its speed can be compared."""
 
     def answer(self, prompt: Prompt, new_tokens: int) -> Timing:
         """Generate exactly so many tokens and time them."""
@@ -76,7 +76,7 @@ class Ours:
         self.engine = Engine.load(directory, config)
 
     def answer(self, prompt: Prompt, new_tokens: int) -> Timing:
-        """One answer, alone."""
+        """Generate one answer with nothing else running."""
         start = time.perf_counter()
         self.engine.add(_request("0", prompt, new_tokens))
         first = 0.0
@@ -235,7 +235,7 @@ def measure(
 
 
 def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> None:
-    """The report as a benchmark record."""
+    """Write the report as a benchmark record."""
     records.write(
         path,
         name="cpu_decode",

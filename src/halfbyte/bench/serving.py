@@ -90,7 +90,7 @@ class Report:
     usage: Usage = field(default_factory=lambda: Usage(0.0, 0.0))
 
     def note(self, name: str, values: Sequence[float]) -> None:
-        """More samples of a name."""
+        """Add more samples under a name."""
         self.samples.setdefault(name, []).extend(values)
 
     def figures(self) -> dict[str, float]:
@@ -122,7 +122,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """The answers for people."""
+        """The measurements as a table for a terminal."""
         found = self.figures()
         return "\n".join(
             [
@@ -198,7 +198,7 @@ def measure(
 
 
 def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> None:
-    """The report as a benchmark record."""
+    """Write the report as a benchmark record."""
     found = report.figures()
     records.write(
         path,

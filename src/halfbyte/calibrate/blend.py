@@ -62,7 +62,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What messages and records call it."""
+        """The name under which messages and records speak of this source."""
         return self.name or self.dataset or self.path or "builtin"
 
 

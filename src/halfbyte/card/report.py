@@ -44,7 +44,7 @@ class _Flip(NamedTuple):
 
 
 def render_report(arms: Sequence[Arm], comparison: Comparison | None) -> str:
-    """The page's text."""
+    """Render the page of a comparison as HTML."""
     return render_page(
         "halfbyte.card",
         "report.html",

@@ -51,11 +51,11 @@ MAX_SOURCE = 2**20  # characters of a template; the longest in use have 30,000
 
 
 class TemplateRefusalError(Exception):
-    """The template called raise_exception."""
+    """Raised where a chat template refuses a conversation by `raise_exception`."""
 
 
 class ChatTemplate:
-    """One compiled template."""
+    """A chat template, compiled once and rendered within bounds."""
 
     def __init__(self, source: str, where: str) -> None:
         """Raises CheckpointError naming `where` if it does not compile."""
@@ -180,7 +180,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def constant(self, text: str) -> Written:
-        """A string that stands in the template."""
+        """Mark a string that stands in the template as written by the template."""
         found = self._constants.get(text)
         if found is None:
             found = self._constants[text] = own(text)
@@ -197,7 +197,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @staticmethod
     def tick() -> None:
-        """One turn of a loop."""
+        """Count one turn of a loop of the template against its bounds."""
         check_time()
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805

@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `verify` found.
+    """What `verify` found wrong or worth knowing.
 
     sqnr_db   canonical linear -> SQNR against the source in dB (inf if equal); empty without one
     """

@@ -305,7 +305,7 @@ def without_texts(record: Record) -> Record:
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """A record as a JSON object."""
+    """Turn a record into a JSON object."""
     return asdict(record)
 
 
@@ -360,5 +360,5 @@ def newest(folder: Path, stem: str, suffix: str) -> Path | None:
 def with_results(
     run: RunRecord, results: Mapping[str, BenchmarkResult], finished: str
 ) -> RunRecord:
-    """The same run with other numbers."""
+    """Return the same run with other results."""
     return replace(run, benchmarks=dict(results), finished=finished)

@@ -62,7 +62,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended.
+    """How a program in the sandbox ended, and what it printed.
 
     ending     exited: by itself, with `exit_code`; signal: killed by `signal_number`; the others
                name the limit that it ran into, or say that it was ended with its partner

@@ -53,7 +53,7 @@ async def score_attempt(
     graders: Graders,
     judgement: str | None = None,
 ) -> Score:
-    """Score one attempt.
+    """Score one attempt, or say why it has no score.
 
     earlier    the attempts before it in its trajectory (SciCode), else empty
     judgement  a stored reply of the judge, used instead of asking when no judge is given

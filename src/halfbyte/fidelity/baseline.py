@@ -220,5 +220,5 @@ def _choices(kept: Mapping[str, Tensor]) -> tuple[tuple[Choice, ...], tuple[int,
 
 
 def concatenate(parts: Sequence[Compact]) -> Compact:
-    """The positions of several windows as one."""
+    """Join the positions of several windows into one baseline."""
     return Compact(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

@@ -28,7 +28,7 @@ BENCHMARK_NAMES = ("pocket", "mmlu_pro", "gpqa_diamond")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One item as tokens.
+    """One multiple-choice item as tokens.
 
     token_ids   the prompt up to and with "Answer:"
     letter_ids  the token that each option's letter would be, in order
@@ -57,7 +57,7 @@ class Flips:
 
     @property
     def changed(self) -> int:
-        """Items whose answer is another."""
+        """Number of items whose answer is another one."""
         return self.lost + self.won + self.changed_wrong
 
 
@@ -115,7 +115,7 @@ def longest(choices: Sequence[Choice]) -> int:
 
 
 def count_flips(choices: Sequence[Choice], base: Sequence[int], other: Sequence[int]) -> Flips:
-    """Compare answers item by item.
+    """Compare the answers of two models item by item.
 
     Example: right 0, 0, 0; base 0, 0, 1; other 0, 1, 2: one lost, one changed among wrong ones.
     """

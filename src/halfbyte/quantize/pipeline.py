@@ -284,7 +284,7 @@ class _Progress:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="output")
 
     def run(self, on_layer: Callable[[int, int], None] | None) -> None:
-        """All remaining steps, then publish."""
+        """Run all remaining steps, then publish the output."""
         with self._writer:
             self._run(on_layer)
 

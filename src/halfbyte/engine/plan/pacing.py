@@ -58,7 +58,7 @@ class PrefillPacer:
         return max(int(allowance_s / self._prompt_token_s), 1)
 
     def observe(self, seconds: float, num_decodes: int, num_prompt_tokens: int) -> None:
-        """Learn from a finished step."""
+        """Learn from the time that a finished step took."""
         is_mixed = num_prompt_tokens > 0 and num_decodes > 0
         self._num_mixed = self._num_mixed + 1 if is_mixed else 0
         if num_prompt_tokens == 0:

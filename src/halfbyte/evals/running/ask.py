@@ -75,7 +75,7 @@ class Room:
 
 
 def prompt_sha256(prompt: Prompt) -> str:
-    """Hash of a rendered prompt, images included."""
+    """SHA-256 of a rendered prompt, its images included."""
     parts = [("image", p.uri) if isinstance(p, Image) else ("text", p.text) for p in prompt]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 

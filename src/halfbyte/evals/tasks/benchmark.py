@@ -39,7 +39,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One benchmark.
+    """One benchmark: how its items are loaded, asked and graded.
 
     load      options -> samples
     prompt    a sample and the model's answers to the earlier samples of its group (only where
