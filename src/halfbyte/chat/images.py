@@ -93,7 +93,7 @@ class ImageTokens:
     image: NDArray[np.uint8]
 
 
-class ImageEncoder:
+class DecodedImages:
     """Stands in for mistral-common's image encoder; takes decoded images only, opens nothing."""
 
     def __init__(self, layout: ImageLayout) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evals.grading import scripts
 from halfbyte.evals.grading.judge import grade_judged, judge_prompt, read_verdict
-from halfbyte.evals.sandbox import Interpreter, Limits, run_program
+from halfbyte.evals.sandbox import Interpreter, SandboxLimits, run_program
 from halfbyte.evals.tasks.benchmark import Benchmark
 from halfbyte.evals.tasks.scicode import codes_before
 from halfbyte.evals.types import Attempt, Sample, Score, unparsed
@@ -28,7 +28,7 @@ class CodeRunner:
     """How generated code is run: by which interpreter, within which limits, how many at once."""
 
     python: Interpreter
-    limits: Limits
+    limits: SandboxLimits
     slots: asyncio.Semaphore
 
 

@@ -2,17 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from halfbyte.evals.judging.stats import Interval as Interval
 from halfbyte.fidelity.choices import Flips
 from halfbyte.fidelity.windows import FEWEST_UNITS
-
-
-class Interval(NamedTuple):
-    """Lower and upper end of a 95 % interval."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)

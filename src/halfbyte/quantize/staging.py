@@ -101,7 +101,7 @@ def plan_shards(
     return ShardPlan(slots, tuple(map(shard_header, entries)), tuple(sizes))
 
 
-class Staging:
+class OutputInProgress:
     """A work directory beside the target: `checkpoint/` becomes the target when it is whole.
 
     Use it through `open_staging`. The journal and activations of a run lie in `directory` too.

@@ -9,7 +9,7 @@ from halfbyte.evals.records import Record
 from halfbyte.progress import ProgressLine, clock
 
 
-class Progress:
+class RunProgress:
     """Counts of one benchmark; prints to a stream no more often than `every_s`."""
 
     def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:

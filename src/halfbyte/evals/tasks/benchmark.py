@@ -29,7 +29,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedItems:
     """Samples in the benchmark's own order, and where they came from."""
 
     samples: tuple[Sample, ...]
@@ -55,7 +55,7 @@ class Benchmark:
     name: str
     title: str
     kind: Kind
-    load: Callable[[Options], Loaded]
+    load: Callable[[Options], LoadedItems]
     prompt: Callable[[Sample, Sequence[str], Options], Prompt]
     grade: Callable[[Sample, str], Score] | None
     prompt_id: str
