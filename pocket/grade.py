@@ -9,7 +9,7 @@ from typing import Any
 from halfbyte.evals.grading.letters import grade_letter
 from halfbyte.evals.grading.numbers import extract_number, read_integer
 from halfbyte.evals.grading.scripts import extract_code
-from halfbyte.evals.sandbox import Limits, interpreter, run_program
+from halfbyte.evals.sandbox import SandboxLimits, interpreter, run_program
 from halfbyte.evals.tasks.choices import LETTERS
 from pocket.instructions import failures
 from pocket.items import Item
@@ -65,7 +65,7 @@ def program(code: str, gold: Any) -> str:
 
 def _runs_right(text: str, gold: Any) -> bool:
     source = program(extract_code(text), gold)
-    outcome = run_program(interpreter(sys.executable), source, limits=Limits(wall_s=10))
+    outcome = run_program(interpreter(sys.executable), source, limits=SandboxLimits(wall_s=10))
     return outcome.exit_code == 0 and outcome.stdout.strip().endswith(_PASSED)
 
 

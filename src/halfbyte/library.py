@@ -34,7 +34,7 @@ from halfbyte.server.defaults import read_sampling
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 TokenIds: TypeAlias = Sequence[int]
 Prompt: TypeAlias = str | Messages | TokenIds
-Piece: TypeAlias = Content | Reasoning
+AnswerPiece: TypeAlias = Content | Reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class _Running:
     prompt_tokens: int
     router: Router
     generated: Generated = field(default_factory=Generated)
-    said: list[Piece] = field(default_factory=list)
+    said: list[AnswerPiece] = field(default_factory=list)
     num_shown: int = 0
     reason: FinishReason | None = None
 
@@ -93,7 +93,7 @@ class _Running:
         """Add pieces. There are no tools, so that a call reaches us as content."""
         self.said += [delta for delta in deltas if isinstance(delta, Content | Reasoning)]
 
-    def new(self) -> list[Piece]:
+    def new(self) -> list[AnswerPiece]:
         """What was said since the last call."""
         found, self.num_shown = self.said[self.num_shown :], len(self.said)
         return found
@@ -234,7 +234,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         stop: Sequence[str] = (),
-    ) -> Generator[Piece, None, None]:
+    ) -> Generator[AnswerPiece, None, None]:
         """Answer one prompt piece by piece: `Content` and `Reasoning` as they become certain.
 
         Closing the iterator ends the answer. Several streams may be read in turns; their answers

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from halfbyte.bench import cpu_decode
-from halfbyte.bench.cpu_decode import Ours, Report, cpu_figures, measure, write_record
-from halfbyte.bench.idle import Usage
+from halfbyte.bench.cpu_decode import CpuMeasurement, Ours, cpu_figures, measure, write_record
+from halfbyte.bench.idle import MachineUse
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.errors import UnsupportedError
 from halfbyte.figures import read_record
@@ -14,15 +14,15 @@ MODEL = "halfbyte mixed"
 
 
 @pytest.fixture
-def report() -> Report:
+def report() -> CpuMeasurement:
     figures = {
         "prefill": 500.0, "decode": 60.0, "decode of 16": 150.0, "16 with prompts": 120.0
     }  # fmt: skip
     medians = {"transformers": {"prefill": 400.0, "decode": 20.0}, MODEL: figures}
-    return Report(medians, {f"{MODEL}.decode": [59.0, 60.0, 61.0]}, Usage(0.01, 0.0))
+    return CpuMeasurement(medians, {f"{MODEL}.decode": [59.0, 60.0, 61.0]}, MachineUse(0.01, 0.0))
 
 
-def test_figures_compare_with_the_peer_of_the_same_run(report: Report) -> None:
+def test_figures_compare_with_the_peer_of_the_same_run(report: CpuMeasurement) -> None:
     peers = [f for f in cpu_figures(report.tokens_per_s, MODEL) if f.topic == "peer"]
     ours = [f for f in cpu_figures(report.tokens_per_s, MODEL) if f.topic != "peer"]
     assert {figure.conditions["by"] for figure in peers} == {"transformers"}
@@ -35,7 +35,9 @@ def test_figures_compare_with_the_peer_of_the_same_run(report: Report) -> None:
     assert "7.50x" in report.table() and "1.0%" in report.table()
 
 
-def test_record_keeps_every_sample_and_figures_of_a_card(report: Report, tmp_path: Path) -> None:
+def test_record_keeps_every_sample_and_figures_of_a_card(
+    report: CpuMeasurement, tmp_path: Path
+) -> None:
     folder = tmp_path / MODEL.removeprefix("halfbyte ")
     write_tiny_checkpoint(folder, layers=1)
     write_record(report, tmp_path / "r.json", "halfbyte bench cpu", folder)
@@ -48,7 +50,7 @@ def test_record_keeps_every_sample_and_figures_of_a_card(report: Report, tmp_pat
 
 
 def test_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_decode, "wait_until_quiet", lambda _: Usage(0.5, 0.1))
+    monkeypatch.setattr(cpu_decode, "wait_until_quiet", lambda _: MachineUse(0.5, 0.1))
     with pytest.raises(UnsupportedError, match="others use 50% and the host withholds 10%"):
         measure(Path("a"), Path("b"))
 

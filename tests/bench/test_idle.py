@@ -5,7 +5,7 @@ import time
 import pytest
 
 from halfbyte.bench import idle
-from halfbyte.bench.idle import Usage, Watch, wait_until_quiet
+from halfbyte.bench.idle import MachineUse, Watch, wait_until_quiet
 
 
 def test_own_work_is_not_foreign() -> None:
@@ -41,7 +41,7 @@ def test_waiting_ends_when_it_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         [(0.0, 0.0, 0.0, 0.0), (1.0, 0.9, 0.0, 0.0), (1.0, 0.9, 0.0, 0.0), (2.0, 0.9, 0.0, 0.0)]
     )
     monkeypatch.setattr(idle, "_read", lambda: next(readings))
-    assert wait_until_quiet(60.0, look_s=0.001) == Usage(0.0, 0.0)
+    assert wait_until_quiet(60.0, look_s=0.001) == MachineUse(0.0, 0.0)
 
 
 def test_waiting_gives_up_with_what_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.bench.idle import Usage
+from halfbyte.bench.idle import MachineUse
 from halfbyte.bench.record import percentile
-from halfbyte.bench.serving import Report, Sizes, measure, write_record
+from halfbyte.bench.serving import ServingMeasurement, Sizes, measure, write_record
 from halfbyte.errors import UnsupportedError
 from halfbyte.figures import read_record
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
@@ -24,7 +24,7 @@ NAMES = (
 
 def test_figures_follow_from_samples(tmp_path: Path) -> None:
     values = ([10.0], [11.0], [12.0], [500.0], [20.0], [1.0] * 99 + [2.0], [3.0, 1.0], [60.0])
-    report = Report(dict(zip(NAMES, values, strict=True)), Usage(0.01, 0.0))
+    report = ServingMeasurement(dict(zip(NAMES, values, strict=True)), MachineUse(0.01, 0.0))
     found = report.figures()
     assert found["overhead_share"] == pytest.approx(0.2)
     assert found["cached_share"] == pytest.approx(0.04)
@@ -72,6 +72,6 @@ def test_every_question_is_answered_on_a_small_model(tmp_path: Path) -> None:
 
 
 def test_busy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfbyte.bench.serving.wait_until_quiet", lambda s: Usage(0.5, 0.0))
+    monkeypatch.setattr("halfbyte.bench.serving.wait_until_quiet", lambda s: MachineUse(0.5, 0.0))
     with pytest.raises(UnsupportedError, match="busy"):
         measure(tmp_path, tmp_path)

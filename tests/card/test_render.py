@@ -29,7 +29,7 @@ from halfbyte.cli.main import COMMANDS, build_parser
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
-from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
+from halfbyte.evals.records import FORMAT, AttemptJournal, Record, RunRecord, record_row, write_run
 from halfbyte.fidelity.comparison import Comparison, Interval, PairRow, Row
 from halfbyte.figures import CARD_TOPICS, read_record
 from halfbyte.model.tiny import write_tiny_checkpoint
@@ -80,7 +80,7 @@ def arm(folder: Path, name: str, right: int, items: int = 30, note: str = "") ->
         )
         for i in range(items)
     ]  # fmt: skip
-    journal = Journal(folder / name / "aime2025" / "samples.jsonl")
+    journal = AttemptJournal(folder / name / "aime2025" / "samples.jsonl")
     for one in records:
         journal.append(record_row(one))
     journal.close()

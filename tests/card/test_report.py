@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from halfbyte.card.facts import compare_arms, read_arm, spans
-from halfbyte.card.plots import Interval, intervals, shares
+from halfbyte.card.plots import LabelledInterval, intervals, shares
 from halfbyte.card.report import render_report
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
-from halfbyte.evals.records import FORMAT, Journal, Record, RunRecord, record_row, write_run
+from halfbyte.evals.records import FORMAT, AttemptJournal, Record, RunRecord, record_row, write_run
 
 VOID = {"meta", "br"}
 
@@ -47,7 +47,7 @@ def write_arm(folder: Path, arm: str, right: int, name: str = "ifbench") -> Path
         )
         for i in range(20)
     ]  # fmt: skip
-    journal = Journal(folder / arm / name / "samples.jsonl")
+    journal = AttemptJournal(folder / arm / name / "samples.jsonl")
     for one in records:
         journal.append(record_row(one))
     journal.close()
@@ -135,7 +135,9 @@ def test_one_run_alone_makes_a_report_and_three_do_not(tmp_path: Path) -> None:
 def test_plots_survive_missing_ends_and_equal_values() -> None:
     nan = float("nan")
     text = intervals(
-        [Interval("a", nan, 1.0, nan, ""), Interval("b", 1.0, 1.0, 1.0, "")], title="t", unit="u"
+        [LabelledInterval("a", nan, 1.0, nan, ""), LabelledInterval("b", 1.0, 1.0, 1.0, "")],
+        title="t",
+        unit="u",
     )
     assert "nan" not in text
     assert intervals([], title="t", unit="u") == ""

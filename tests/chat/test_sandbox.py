@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from halfbyte.chat import sandbox
+from halfbyte.chat import sandbox_bounds
 from halfbyte.chat.sandbox import MAX_SOURCE, ChatTemplate
 from halfbyte.chat.written import typed
 from halfbyte.errors import CheckpointError, RequestError
@@ -78,7 +78,7 @@ LONG = "{% for a in range(99999) %}{% for b in range(99999) %}"
 def test_a_hostile_template_ends_in_one_sentence(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)  # the same bound, sooner
+    monkeypatch.setattr(sandbox_bounds, "MAX_SECONDS", 0.2)  # the same bound, sooner
     started = time.thread_time()
     with pytest.raises((RequestError, CheckpointError)) as caught:
         ChatTemplate(source, "x").render(HELLO)
@@ -107,8 +107,8 @@ WALKS = [
 @pytest.mark.parametrize("seed", range(60))
 def test_no_value_grows_without_bound(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Doubled a hundred times in made-up ways, then used: it ends, and little memory is taken."""
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
-    monkeypatch.setattr(sandbox, "MAX_CHARS", 2**20)
+    monkeypatch.setattr(sandbox_bounds, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(sandbox_bounds, "MAX_CHARS", 2**20)
     dice = random.Random(seed)
 
     def doubled(name: str) -> str:

@@ -14,7 +14,7 @@ from halfbyte.checkpoint.gguf import PACKAGED, import_gguf, packaged_file
 from halfbyte.checkpoint.gguf_tokenizer import tokenizer_files
 from halfbyte.checkpoint.names import hub_to_native_rows
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.config import ModelConfig, RopeConfig
+from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import CheckpointError, UnsupportedError, UsageError
 
 gguf = pytest.importorskip("gguf", reason="the extra `demo` is not installed")
@@ -206,20 +206,29 @@ def test_the_requirements_file_pins_what_the_code_names() -> None:
         assert f"{model.requirement} --hash=sha256:" in text
 
 
+def test_a_small_file_computes_what_llama_does(
+    make: Any, small: ModelConfig, tmp_path: Path
+) -> None:
+    """Bit for bit the logits of LlamaForCausalLM on the same GGUF file."""
+    tied = ModelConfig(replace(small.text, tied_head=True), None)
+    write_gguf(tmp_path / "m.gguf", tied, make.weights(tied))
+    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert_equals_llama(tmp_path / "m.gguf", tied.text, tmp_path / "out", torch.arange(16)[None])
+
+
+@pytest.mark.slow
 @pytest.mark.demo_model
 @pytest.mark.timeout(240)  # two processes load the model: over a minute on a busy machine
 def test_the_demo_model_answers_and_equals_llama(tmp_path: Path) -> None:
-    """Bit for bit the logits of LlamaForCausalLM on the same GGUF file."""
     try:
         path = packaged_file("smollm2")
     except UnsupportedError as error:
         pytest.skip(str(error))
     transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
     config = import_gguf(path, tmp_path / "out").text
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(tmp_path / "out", dtype=torch.bfloat16)
-    assert type(model).__name__ == "Ministral3ForCausalLM"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
@@ -229,6 +238,16 @@ def test_the_demo_model_answers_and_equals_llama(tmp_path: Path) -> None:
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
     for text in ("Hello 123 world\n\n  x = 5", "你好，世界", "def f(x):\n\treturn x**2  # café"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert_equals_llama(path, config, tmp_path / "out", ids)
+
+
+def assert_equals_llama(file: Path, config: TextConfig, imported: Path, ids: torch.Tensor) -> None:
+    """The imported checkpoint as transformers reads it, and the file's tensors in Llama's class."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(imported, dtype=torch.bfloat16)
+    assert type(model).__name__ == "Ministral3ForCausalLM"
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=config.vocab_size, hidden_size=config.width,
@@ -243,7 +262,7 @@ def test_the_demo_model_answers_and_equals_llama(tmp_path: Path) -> None:
     # Casting a built model would round its rotary frequencies too; only the weights may be bf16.
     for parameter in llama.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    llama.load_state_dict(_llama_weights(path, config.num_heads, config.num_kv_heads))
+    llama.load_state_dict(_llama_weights(file, config.num_heads, config.num_kv_heads))
     with torch.inference_mode():
         assert torch.equal(llama(ids).logits, model(ids).logits)
 

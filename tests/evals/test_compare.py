@@ -18,8 +18,8 @@ from halfbyte.evals.judging.render import format_comparison, what_would_decide
 from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
     FORMAT,
+    AttemptJournal,
     BenchmarkResult,
-    Journal,
     Record,
     RunRecord,
     read_run,
@@ -60,7 +60,7 @@ def write_arm(
         for (item, repeat), score in scores.items()
     ]
     (folder / arm / name / "samples.jsonl").unlink(missing_ok=True)
-    journal = Journal(folder / arm / name / "samples.jsonl")
+    journal = AttemptJournal(folder / arm / name / "samples.jsonl")
     for one in records:
         journal.append(record_row(one))
     journal.close()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import UsageError
-from halfbyte.evals.config import JudgeConfig, RunConfig, Sampling
+from halfbyte.evals.config import JudgeConfig, RunConfig, RunSampling
 from halfbyte.evals.records import mark_session, read_run
 from halfbyte.evals.running import evaluate as evaluate_module
 from halfbyte.evals.running.endpoint import Endpoint
@@ -18,8 +18,8 @@ from halfbyte.evals.running.evaluate import (
     _not_measured,
     default_arm,
 )
-from halfbyte.evals.sandbox import Limits
-from halfbyte.evals.tasks.benchmark import Loaded
+from halfbyte.evals.sandbox import SandboxLimits
+from halfbyte.evals.tasks.benchmark import LoadedItems
 from halfbyte.evals.tasks.data import Provenance
 from halfbyte.evals.tasks.suite import BENCHMARKS
 from halfbyte.evals.types import Sample
@@ -39,7 +39,7 @@ def config(folder: Path, *names: str, **more: Any) -> RunConfig:
         ({"arm": "b"}, {}, {}, "arm: 'a' and 'b'"),
         ({}, {"model": "n"}, {}, "model: 'm' and 'n'"),
         ({"repeats": 3}, {}, {}, "repeats: None and 3"),
-        ({"sampling": Sampling(max_tokens=7)}, {}, {}, "max_tokens: 65536 and 7"),
+        ({"sampling": RunSampling(max_tokens=7)}, {}, {}, "max_tokens: 65536 and 7"),
         ({"seed_shift": 1}, {}, {}, "seed_shift: None and 1"),
         ({}, {}, {"headers sha256": "i"}, "the checkpoint's tensors"),
         ({}, {}, {"identity": "tensors:2"}, "the checkpoint's weights"),
@@ -76,7 +76,7 @@ def test_a_judge_and_a_sandbox_may_come_later_and_stay(
     assert _begin(plain, SERVED, CHECKPOINT, "c").judge is None
     judged = _begin(config(tmp_path, "aa_lcr", judge=JUDGE), SERVED, CHECKPOINT, "c")
     assert judged.judge == JUDGE.public() and judged.sandbox is None
-    code = config(tmp_path, "scicode", code_limits=Limits(wall_s=5))
+    code = config(tmp_path, "scicode", code_limits=SandboxLimits(wall_s=5))
     began = _begin(code, SERVED, CHECKPOINT, "c")
     assert began.sandbox == {"limits": {"wall_s": 5}}
     other = tmp_path / "other"
@@ -85,7 +85,7 @@ def test_a_judge_and_a_sandbox_may_come_later_and_stay(
     assert kept.judge is not None and kept.sandbox is not None
     assert (later.judge, later.sandbox) == (kept.judge, kept.sandbox)
     slower = config(
-        other, "scicode", code_limits=Limits(wall_s=kept.sandbox["limits"]["wall_s"] + 1)
+        other, "scicode", code_limits=SandboxLimits(wall_s=kept.sandbox["limits"]["wall_s"] + 1)
     )
     with pytest.raises(UsageError, match="limits of generated code"):
         _begin(slower, SERVED, CHECKPOINT, "c")
@@ -105,7 +105,7 @@ def test_the_record_says_how_many_of_the_items_there_are(tmp_path: Path) -> None
     def notes(count: int | None, note: str = "") -> list[str]:
         samples = [Sample(str(n), str(n), "s", "1", {}) for n in range(count or 0)]
         provenance = Provenance(source="x", revision="r", sha256={}, note=note)
-        data = None if count is None else Loaded(tuple(samples), provenance)
+        data = None if count is None else LoadedItems(tuple(samples), provenance)
         found = _identity(known, config(tmp_path, "aime2025"), data, "p", "h")
         assert (found["full_items"], found["max_tokens"]) == (30, 65_536)
         return list(found["notes"][len(known.notes) :])

@@ -16,7 +16,7 @@ import pytest
 
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals.grading import scripts
-from halfbyte.evals.sandbox import Limits, Outcome, interpreter, isolation, run_program
+from halfbyte.evals.sandbox import Outcome, SandboxLimits, interpreter, isolation, run_program
 from halfbyte.evals.types import Score
 
 h5py = pytest.importorskip("h5py", reason="the interpreter of generated code needs h5py")
@@ -26,7 +26,7 @@ try:
 except UnsupportedError as _reason:
     pytest.skip(f"no sandbox on this machine: {_reason}", allow_module_level=True)
 
-LIMITS = Limits(wall_s=10, cpu_s=5, memory_bytes=1 << 30, disk_bytes=4 << 20, processes=16)
+LIMITS = SandboxLimits(wall_s=10, cpu_s=5, memory_bytes=1 << 30, disk_bytes=4 << 20, processes=16)
 TOKEN = "every-test-held"
 TESTS = [
     "x = 3.0\nassert np.allclose(f(x), target)",
@@ -57,7 +57,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def grade(
-    targets: Path, code: str, problem: dict[str, Any] = PROBLEM, limits: Limits = LIMITS
+    targets: Path, code: str, problem: dict[str, Any] = PROBLEM, limits: SandboxLimits = LIMITS
 ) -> tuple[Score, Outcome]:
     program = scripts.step_program(problem, 0, [code], str(targets), TOKEN)
     outcome = run_program(interpreter(sys.executable), program, limits=limits, visible=[targets])
@@ -267,7 +267,7 @@ def test_code_that_prints_without_end_is_still_measured(targets: Path) -> None:
         "import time\nx = []\nwhile True:\n    print('.', flush=True)\n"
         "    x.append(bytearray(b'1' * (8 << 20)))\n    time.sleep(0.01)\n"
     )
-    limits = Limits(wall_s=20, cpu_s=20, memory_bytes=600 << 20, output_bytes=1 << 20)
+    limits = SandboxLimits(wall_s=20, cpu_s=20, memory_bytes=600 << 20, output_bytes=1 << 20)
     _, outcome = grade(targets, f"import os\nos.fork()\n{code}", limits=limits)
     assert outcome.ending == "memory" or "MemoryError" in outcome.stderr, outcome
 

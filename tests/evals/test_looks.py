@@ -11,7 +11,7 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.config import (
     JudgeConfig,
     RunConfig,
-    Sampling,
+    RunSampling,
     differing,
     differing_judges,
     seed_for,
@@ -202,7 +202,7 @@ def test_one_file_is_no_comparison_if_any_part_is_missing(tmp_path: Path) -> Non
 
 def test_sampling_is_what_the_documentation_says() -> None:
     """docs/evaluations.md: temperature 0.7, top_p 0.95, effort high, at most 65,536 tokens."""
-    plain = Sampling()
+    plain = RunSampling()
     assert (plain.temperature, plain.top_p) == (0.7, 0.95)
     assert (plain.reasoning_effort, plain.max_tokens) == ("high", 65_536)
 

@@ -10,14 +10,14 @@ import pytest
 
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals import sandbox, sandbox_init
-from halfbyte.evals.sandbox import Limits, Outcome, interpreter, isolation, run_program
+from halfbyte.evals.sandbox import Outcome, SandboxLimits, interpreter, isolation, run_program
 
 try:
     isolation()
 except UnsupportedError as _reason:
     pytest.skip(f"no sandbox on this machine: {_reason}", allow_module_level=True)
 
-SMALL = Limits(
+SMALL = SandboxLimits(
     wall_s=2.0,
     cpu_s=1,
     memory_bytes=512 << 20,
@@ -31,7 +31,7 @@ PATIENT = replace(SMALL, wall_s=20.0)
 PYTHON = interpreter(sys.executable)
 
 
-def run(program: str, limits: Limits = PATIENT) -> Outcome:
+def run(program: str, limits: SandboxLimits = PATIENT) -> Outcome:
     return run_program(PYTHON, program, limits=limits)
 
 

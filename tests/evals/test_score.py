@@ -9,7 +9,7 @@ import pytest
 
 from halfbyte.evals import score as score_module
 from halfbyte.evals.grading import scripts
-from halfbyte.evals.sandbox import Interpreter, Limits, Outcome
+from halfbyte.evals.sandbox import Interpreter, Outcome, SandboxLimits
 from halfbyte.evals.score import CodeRunner, Graders, score_attempt
 from halfbyte.evals.tasks.suite import BENCHMARKS
 from halfbyte.evals.types import Attempt, Sample, Score
@@ -104,7 +104,7 @@ def fenced(code: str) -> Attempt:
 
 
 def runner() -> Graders:
-    limits = Limits(wall_s=7)
+    limits = SandboxLimits(wall_s=7)
     return Graders(code=CodeRunner(Interpreter("python", (), {}), limits, asyncio.Semaphore(1)))
 
 
@@ -115,7 +115,7 @@ def test_code_is_run_with_the_steps_before_it(monkeypatch: pytest.MonkeyPatch) -
         ran.update(index=index, codes=codes, targets=targets)
         return token
 
-    def run(python: Any, given: str, *, limits: Limits, visible: Any) -> Outcome:
+    def run(python: Any, given: str, *, limits: SandboxLimits, visible: Any) -> Outcome:
         ran.update(limits=limits, visible=[str(path) for path in visible])
         ending, code = ran["ends"]
         said = given if ran["says"] else "another token"

@@ -9,7 +9,7 @@ import pytest
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.evals.grading import scripts
-from halfbyte.evals.sandbox import Limits, interpreter, isolation, run_program
+from halfbyte.evals.sandbox import SandboxLimits, interpreter, isolation, run_program
 
 DATA = Path(__file__).parents[1] / "data" / "evals" / "scicode"
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ def run_step(problem: dict[str, Any], index: int, codes: list[str]) -> float | N
     outcome = run_program(
         interpreter(sys.executable),
         program,
-        limits=Limits(wall_s=30, cpu_s=30, memory_bytes=4 << 30),
+        limits=SandboxLimits(wall_s=30, cpu_s=30, memory_bytes=4 << 30),
         visible=[targets],
         files={scripts.RUNTIME: scripts.runtime_source()},
     )

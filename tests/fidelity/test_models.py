@@ -14,7 +14,7 @@ from halfbyte.engine.generate import generate
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.fidelity.baseline import load_baseline, save_baseline
-from halfbyte.fidelity.choices import Choice, count_flips, encode_choices
+from halfbyte.fidelity.choices import EncodedItem, count_flips, encode_choices
 from halfbyte.fidelity.models import (
     Candidate,
     compare_models,
@@ -126,7 +126,7 @@ def test_answers_of_a_stored_baseline_flip_like_those_of_the_model(
 
 
 def test_flips_count_right_answers_lost_and_won_and_others() -> None:
-    items = [Choice((1,), (2, 3, 4), 0)] * 5
+    items = [EncodedItem((1,), (2, 3, 4), 0)] * 5
     flips = count_flips(items, (0, 0, 1, 1, 1), (0, 1, 0, 2, 1))
     assert (flips.lost, flips.won, flips.changed_wrong) == (1, 1, 1)
     assert (flips.base_right, flips.right, flips.changed) == (2, 2, 3)

@@ -31,7 +31,7 @@ from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.methods import JUDGED
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.scales import METHODS
-from halfbyte.quantize.staging import Staging, work_directory
+from halfbyte.quantize.staging import OutputInProgress, work_directory
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 
@@ -516,10 +516,10 @@ def test_a_run_that_died_after_publishing_leaves_nothing_to_go_on_with(
 ) -> None:
     config = QuantizeConfig(source, tmp_path / "out", RECIPE, calibration_tokens=tokens)
 
-    def killed(_: Staging) -> None:
+    def killed(_: OutputInProgress) -> None:
         raise _KilledError
 
-    monkeypatch.setattr(Staging, "discard", killed)
+    monkeypatch.setattr(OutputInProgress, "discard", killed)
     with pytest.raises(_KilledError):
         quantize(config)
     monkeypatch.undo()

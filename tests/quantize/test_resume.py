@@ -14,7 +14,7 @@ from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
 from halfbyte.model.tiny import write_tiny_checkpoint
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
-from halfbyte.quantize.staging import Staging, work_directory
+from halfbyte.quantize.staging import OutputInProgress, work_directory
 from halfbyte.recipe.schema import load_recipe
 
 RECIPE = load_recipe("medium-3.5")
@@ -159,7 +159,7 @@ def test_nothing_is_read_twice_where_nothing_was_touched(
 
     monkeypatch.setattr("halfbyte.quantize.source_proof.Reading.note", lambda *_: None)
     monkeypatch.setattr("halfbyte.quantize.source_proof._checksum", refuse)
-    monkeypatch.setattr(Staging, "publish", lambda _: None)
+    monkeypatch.setattr(OutputInProgress, "publish", lambda _: None)
     quantize(job(tmp_path / "copy"))
 
 

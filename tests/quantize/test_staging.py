@@ -17,7 +17,7 @@ from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, UsageError
 from halfbyte.quantize.export import export_name
-from halfbyte.quantize.staging import Staging, locked, plan_shards, work_directory
+from halfbyte.quantize.staging import OutputInProgress, locked, plan_shards, work_directory
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 
@@ -31,10 +31,10 @@ TENSORS = {
 SHAPES = {name: (tuple(t.shape), t.dtype) for name, t in TENSORS.items()}
 
 
-def staged(tmp_path: Path, max_shard_bytes: int = 60) -> Staging:
+def staged(tmp_path: Path, max_shard_bytes: int = 60) -> OutputInProgress:
     work = work_directory(tmp_path / "out")
     work.mkdir()
-    return Staging(work, tmp_path / "out", plan_shards(SHAPES, max_shard_bytes))
+    return OutputInProgress(work, tmp_path / "out", plan_shards(SHAPES, max_shard_bytes))
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1, 60, 10**9])
@@ -67,7 +67,7 @@ def test_nothing_is_published_before_the_end(tmp_path: Path) -> None:
     staging.write("a.scale", TENSORS["a.scale"])
     staging.close()
     assert not (tmp_path / "out").exists()
-    again = Staging(staging.directory, tmp_path / "out", plan_shards(SHAPES, 60))
+    again = OutputInProgress(staging.directory, tmp_path / "out", plan_shards(SHAPES, 60))
     again.reopen()
     for name in ("b.weight", "c.codes", "d.block"):
         again.write(name, TENSORS[name])

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 from halfbyte.bench import record as records
-from halfbyte.bench.idle import FOREIGN_LIMIT, Usage, Watch, wait_until_quiet
+from halfbyte.bench.idle import FOREIGN_LIMIT, MachineUse, Watch, wait_until_quiet
 from halfbyte.engine.core import Engine, EngineConfig
 from halfbyte.engine.generate import steps
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
@@ -53,7 +53,7 @@ class Timing(NamedTuple):
 
 
 class Contestant(Protocol):
-    """Something that generates greedily."""
+    """A program that generates tokens greedily, so that its speed can be compared."""
 
     def answer(self, prompt: Prompt, new_tokens: int) -> Timing:
         """Generate exactly so many tokens and time them."""
@@ -76,7 +76,7 @@ class Ours:
         self.engine = Engine.load(directory, config)
 
     def answer(self, prompt: Prompt, new_tokens: int) -> Timing:
-        """One answer, alone."""
+        """Generate one answer with nothing else running."""
         start = time.perf_counter()
         self.engine.add(_request("0", prompt, new_tokens))
         first = 0.0
@@ -159,7 +159,7 @@ class LlamaCpp:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CpuMeasurement:
     """Medians by contestant, every sample, and how quiet the machine was.
 
     tokens_per_s  contestant -> figure -> tokens a second
@@ -167,7 +167,7 @@ class Report:
 
     tokens_per_s: dict[str, dict[str, float]]
     samples: dict[str, list[float]]
-    usage: Usage
+    usage: MachineUse
 
     def table(self) -> str:
         """The figures and their ratio to transformers, for people."""
@@ -194,7 +194,7 @@ def measure(
     wait_s: float = 0.0,
     force: bool = False,
     say: Callable[[str], None] = logger.info,
-) -> Report:
+) -> CpuMeasurement:
     """Measure `directory` and `base` with the engine, and `base` with transformers.
 
     Raises UnsupportedError if the machine is not idle within `wait_s`, or was disturbed during
@@ -231,11 +231,11 @@ def measure(
     for key, values in samples.items():
         name, figure = key.rsplit(".", 1)
         medians.setdefault(name, {})[figure] = statistics.median(values)
-    return Report(medians, samples, usage)
+    return CpuMeasurement(medians, samples, usage)
 
 
-def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> None:
-    """The report as a benchmark record."""
+def write_record(report: CpuMeasurement, path: Path, command: str, checkpoint: Path) -> None:
+    """Write the report as a benchmark record."""
     records.write(
         path,
         name="cpu_decode",
@@ -315,7 +315,7 @@ def _note(samples: dict[str, list[float]], key: str, value: float) -> None:
     samples.setdefault(key, []).append(value)
 
 
-def _share(usage: Usage) -> str:
+def _share(usage: MachineUse) -> str:
     return (
         f"others use {usage.foreign:.0%} and the host withholds {usage.steal:.0%} of the "
         f"processors; {FOREIGN_LIMIT:.0%} together is the limit"

@@ -284,7 +284,7 @@ def make_weights(library: KernelLibrary, num_layers: int, mode: Products = "exac
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """One line for a person."""
+    """Format one measurement as a line for a terminal."""
     if row["kind"] == "decode":
         return (
             f"decode  batch {row['batch']:4} context {row['context']:6} {row['mode']:5} "

@@ -58,7 +58,7 @@ def time_graph_ms(
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What this device did in this run.
+    """The highest rates that this device reached in this run.
 
     copy_tb_per_s       a large copy, bytes read plus bytes written
     read_tb_per_s       a large reduction, bytes read

@@ -17,7 +17,7 @@ FOREIGN_LIMIT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class MachineUse:
     """Shares of all processors over a time: others' work, and what the host withheld."""
 
     foreign: float
@@ -35,7 +35,7 @@ class Watch:
     def __init__(self) -> None:
         self._start = _read()
 
-    def usage(self, helpers_s: float = 0.0) -> Usage:
+    def usage(self, helpers_s: float = 0.0) -> MachineUse:
         """What others and the host took since the start. Raises UnsupportedError off Linux.
 
         helpers_s  processor seconds of processes that belong to the measurement
@@ -43,11 +43,11 @@ class Watch:
         total, busy, steal, own = (b - a for a, b in zip(self._start, _read(), strict=True))
         own += helpers_s
         if total <= 0:
-            return Usage(0.0, 0.0)
-        return Usage(max(busy - own, 0.0) / total, steal / total)
+            return MachineUse(0.0, 0.0)
+        return MachineUse(max(busy - own, 0.0) / total, steal / total)
 
 
-def wait_until_quiet(limit_s: float, look_s: float = 3.0) -> Usage:
+def wait_until_quiet(limit_s: float, look_s: float = 3.0) -> MachineUse:
     """Watch the machine for `look_s` at a time until it is quiet or `limit_s` have passed."""
     deadline = time.monotonic() + limit_s
     while True:

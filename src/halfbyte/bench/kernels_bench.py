@@ -147,7 +147,7 @@ def run_kernels(
 
 
 def format_rows(rows: list[dict[str, Any]], copy_tb_per_s: float) -> str:
-    """A table of `run_kernels`' rows."""
+    """Format the rows of `run_kernels` as a table."""
     lines = ["linear   format     tokens  block                      ms     TB/s  share   TFLOP/s"]
     for row in rows:
         lines.append(

@@ -39,7 +39,7 @@ import httpx
 import torch
 
 from halfbyte.bench import record as records
-from halfbyte.bench.idle import FOREIGN_LIMIT, Usage, Watch, wait_until_quiet
+from halfbyte.bench.idle import FOREIGN_LIMIT, MachineUse, Watch, wait_until_quiet
 from halfbyte.bench.record import percentile
 from halfbyte.checkpoint.metadata import read_config
 from halfbyte.child import Child, served
@@ -83,14 +83,14 @@ class Sizes:
 
 
 @dataclass(slots=True)
-class Report:
+class ServingMeasurement:
     """Every sample, and how quiet the machine was."""
 
     samples: dict[str, list[float]] = field(default_factory=dict)
-    usage: Usage = field(default_factory=lambda: Usage(0.0, 0.0))
+    usage: MachineUse = field(default_factory=lambda: MachineUse(0.0, 0.0))
 
     def note(self, name: str, values: Sequence[float]) -> None:
-        """More samples of a name."""
+        """Add more samples under a name."""
         self.samples.setdefault(name, []).extend(values)
 
     def figures(self) -> dict[str, float]:
@@ -122,7 +122,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """The answers for people."""
+        """The measurements as a table for a terminal."""
         found = self.figures()
         return "\n".join(
             [
@@ -153,7 +153,7 @@ def measure(
     wait_s: float = 0.0,
     force: bool = False,
     say: Callable[[str], None] = logger.info,
-) -> Report:
+) -> ServingMeasurement:
     """Measure a checkpoint; `scratch` takes the model of the third question.
 
     Raises UnsupportedError if the machine is not idle within `wait_s`, or was disturbed during the
@@ -163,7 +163,7 @@ def measure(
     if not usage.is_quiet and not force:
         raise UnsupportedError(f"the machine is busy ({_share(usage)}); wait, or say --force")
     torch.set_num_threads(threads)
-    report = Report()
+    report = ServingMeasurement()
     watch = Watch()
     helpers = 0.0
     # First, as long as this process holds no model: what it does then cannot delay a reading.
@@ -197,8 +197,8 @@ def measure(
     return report
 
 
-def write_record(report: Report, path: Path, command: str, checkpoint: Path) -> None:
-    """The report as a benchmark record."""
+def write_record(report: ServingMeasurement, path: Path, command: str, checkpoint: Path) -> None:
+    """Write the report as a benchmark record."""
     found = report.figures()
     records.write(
         path,
@@ -295,7 +295,7 @@ async def open_stream(url: str, path: str, body: dict[str, Any]) -> Stream:
 # --- first tokens ---------------------------------------------------------------------------
 
 
-async def _first_tokens(url: str, sizes: Sizes, report: Report) -> None:
+async def _first_tokens(url: str, sizes: Sizes, report: ServingMeasurement) -> None:
     async def first_token_ms(content: str) -> float:
         started = time.perf_counter()
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
@@ -436,7 +436,7 @@ def write_shallow(directory: Path, scratch: Path, sizes: Sizes) -> Path:
     return target
 
 
-async def _gaps(url: str, sizes: Sizes, report: Report) -> None:
+async def _gaps(url: str, sizes: Sizes, report: ServingMeasurement) -> None:
     """Gaps of one stream alone, while a long prompt is taken in, and alone again behind it: by
     then its own context is longer, as it was beside the prompt.
     """
@@ -488,7 +488,7 @@ def _gaps_ms(times: Sequence[float], begin: float, end: float) -> list[float]:
     ]
 
 
-def _share(usage: Usage) -> str:
+def _share(usage: MachineUse) -> str:
     return (
         f"others use {usage.foreign:.0%} and the host withholds {usage.steal:.0%} of the "
         f"processors; {FOREIGN_LIMIT:.0%} together is the limit"

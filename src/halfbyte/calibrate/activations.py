@@ -63,7 +63,7 @@ class Activations:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one layer boundary."""
+        """Bytes of one layer boundary: the activations of all rows between two layers."""
         return self._offsets[-1]
 
     def read(self, row: int) -> Tensor:

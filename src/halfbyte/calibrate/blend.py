@@ -16,7 +16,7 @@ from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES
 from halfbyte.errors import UsageError, shown
 from halfbyte.recipe.strict_yaml import parse_yaml, read_yaml_text
 
-Mode = Literal["plain", "template", "packed"]
+ReasoningMode = Literal["plain", "template", "packed"]
 Select = Literal["first", "reservoir"]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -62,7 +62,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What messages and records call it."""
+        """The name under which messages and records speak of this source."""
         return self.name or self.dataset or self.path or "builtin"
 
 
@@ -81,7 +81,7 @@ class Blend:
     samples: _Count = 1024
     tokens_per_sample: Annotated[int, Field(ge=2, le=_MOST, strict=True)] = 512
     seed: Annotated[int, Field(ge=0, le=_MOST, strict=True)] = 0
-    mode: Mode = "template"
+    mode: ReasoningMode = "template"
     select: Select = "reservoir"
     window: _Count = 10_000
     folder: Path = field(default=Path(), kw_only=True)
@@ -128,7 +128,7 @@ def _of_file(path: Path) -> Blend:
     """A file as the only source: rows by the model's template, paragraphs packed into full rows."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
-    mode: Mode = "packed" if path.name.endswith(TEXT_SUFFIXES) else "template"
+    mode: ReasoningMode = "packed" if path.name.endswith(TEXT_SUFFIXES) else "template"
     return Blend(path.name, [Source(path=path.name)], mode=mode, folder=path.parent)
 
 

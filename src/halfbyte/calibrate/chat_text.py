@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibrate.blend import Mode
+from halfbyte.calibrate.blend import ReasoningMode
 from halfbyte.calibrate.rows import Conversation
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.errors import CheckpointError, RequestError
@@ -27,7 +27,7 @@ class ChatText:
     """Turns conversations into ids for one checkpoint, and says what with."""
 
     chat: ChatFormat
-    mode: Mode
+    mode: ReasoningMode
     tokenizer_sha256: str
     template_sha256: str
 
@@ -99,7 +99,7 @@ def _results(message: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
     ]
 
 
-def load_chat_text(directory: Path, mode: Mode) -> ChatText:
+def load_chat_text(directory: Path, mode: ReasoningMode) -> ChatText:
     """The chat format of a checkpoint directory, with hashes of the files it came from.
 
     Raises CheckpointError if there is none, or no chat template where the mode needs one.

@@ -44,7 +44,7 @@ class CalibrationData:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens; there are no others."""
+        """Number of tokens drawn; all of them are text, as nothing is padded."""
         return sum(map(len, self.rows))
 
 

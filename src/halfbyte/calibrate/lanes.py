@@ -28,14 +28,14 @@ class Lane(Protocol):
 
 
 def make_lane(device: torch.device, activations: Activations) -> Lane:
-    """The lane of a device."""
+    """Make the lane that moves rows to and from a device."""
     if device.type == "cuda":
         return CudaLane(device, activations)
     return HostLane(activations)
 
 
 class HostLane:
-    """Rows are where they are needed."""
+    """A lane that moves nothing, for devices that compute on host memory."""
 
     def __init__(self, activations: Activations) -> None:
         self._activations = activations

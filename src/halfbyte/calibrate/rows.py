@@ -59,7 +59,7 @@ class Conversation:
 
     @property
     def has_reasoning(self) -> bool:
-        """Whether any assistant turn carries its thought."""
+        """Whether any turn of the assistant carries the thought that led to it."""
         return any("reasoning_content" in message for message in self.messages)
 
     def strings(self) -> Iterator[str]:

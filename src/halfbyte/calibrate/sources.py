@@ -24,7 +24,7 @@ _STREAM_BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class DataAccess:
-    """Where data sets may come from.
+    """From where the data sets of a blend may be read.
 
     folder      holds data sets laid out as on the hub (`owner/name/...`, `name/...`, or the hub's
                 own download cache)

@@ -45,7 +45,7 @@ SAMPLED_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What one layer's activations were.
+    """What calibration has observed of the activations of one layer.
 
     observed  tap point -> observed magnitude, bf16, 0-d
     samples   tap point of an input -> evenly spaced tokens of the first row, bf16 (T, I), where
@@ -173,7 +173,7 @@ class _Loader:
         self._pool.shutdown()
 
     def take(self, layer: int) -> DecoderLayer:
-        """The layer, prefetched or loaded now."""
+        """Return a layer that was prefetched, or load it now."""
         with self._lock:
             prefetched, self._next = self._next, None
         if prefetched is not None:

@@ -71,7 +71,7 @@ def builtin_rows(directory: Path, *, samples: int, tokens_per_sample: int) -> Ro
 
 
 def as_rows(data: CalibrationData) -> Rows:
-    """Drawn rows as tensors."""
+    """Turn drawn rows into tensors of token ids."""
     return tuple(torch.tensor(row, dtype=torch.int64) for row in data.rows)
 
 

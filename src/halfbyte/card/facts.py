@@ -36,7 +36,7 @@ MAX_MODEL_LEN = 196_608
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class UseFacts:
     """Tokens and time of one arm on one benchmark; latencies in seconds, medians over attempts."""
 
     attempts: int
@@ -56,7 +56,7 @@ class Arm:
 
     run: RunRecord
     folder: Path
-    usage: Mapping[str, Usage]
+    usage: Mapping[str, UseFacts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def read_arm(folder: Path) -> Arm:
     return Arm(run, folder, {name: found for name, found in usage.items() if found is not None})
 
 
-def _usage(folder: Path, result: BenchmarkResult) -> Usage | None:
+def _usage(folder: Path, result: BenchmarkResult) -> UseFacts | None:
     file = newest(folder, "samples", "jsonl")
     if file is None:
         return None
@@ -110,7 +110,7 @@ def _usage(folder: Path, result: BenchmarkResult) -> Usage | None:
     if not records:
         return None
     latencies = sorted(r.latency_s for r in records)
-    return Usage(
+    return UseFacts(
         attempts=len(records),
         prompt_tokens=result.prompt_tokens,
         completion_tokens=result.completion_tokens,

@@ -82,7 +82,7 @@ def hub_link(name: str, kind: str = "") -> Markdown:
 
 
 def row(cells: Sequence[object]) -> Markdown:
-    """One row of a table."""
+    """Write one row of a Markdown table."""
     return Markdown("| " + " | ".join(escape(cell) for cell in cells) + " |")
 
 

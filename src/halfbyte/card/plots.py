@@ -10,7 +10,7 @@ from halfbyte.page import Mark, drawing, text_mark
 _ROW, _LEFT, _WIDTH, _RIGHT, _TOP = 26, 200, 420, 190, 8
 
 
-class Interval(NamedTuple):
+class LabelledInterval(NamedTuple):
     """A labelled estimate; `note` is printed to the right, `kind` is a class for the colour."""
 
     label: str
@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
 
 def intervals(
-    rows: Sequence[Interval], *, title: str, unit: str, marks: Sequence[float] = (0.0,)
+    rows: Sequence[LabelledInterval], *, title: str, unit: str, marks: Sequence[float] = (0.0,)
 ) -> Markup:
     """One line per estimate with its interval; vertical lines at `marks`."""
     if not rows:
@@ -54,7 +54,7 @@ def intervals(
     return drawing(_LEFT + _WIDTH + _RIGHT, bottom + 34, marks_drawn, title=title)
 
 
-def _estimate(row: Interval, x: Callable[[float], float], y: float) -> list[Mark]:
+def _estimate(row: LabelledInterval, x: Callable[[float], float], y: float) -> list[Mark]:
     """One line of a plot: its name, its interval, its point and its note; no number, no mark."""
     label = row.label if len(row.label) <= 28 else row.label[:27] + "…"
     marks = [text_mark(_LEFT - 10, y + 4, label, anchor="end")]

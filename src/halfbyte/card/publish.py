@@ -25,7 +25,7 @@ _READ = ("*.md", "*.txt", "evaluation/*.json", "halfbyte-manifest.json", "config
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What would go.
+    """The files that would be sent to the hub, and where to.
 
     files     name in the repository -> file here, in the order of sending, weights first
     left_out  what stays -> why
@@ -38,7 +38,7 @@ class Parcel:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files that would be sent."""
         return sum(path.stat().st_size for path in self.files.values())
 
 

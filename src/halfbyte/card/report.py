@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from halfbyte.card.facts import PRIVATE, Arm, Usage, columns, title_of
-from halfbyte.card.plots import Interval, intervals, shares
+from halfbyte.card.facts import PRIVATE, Arm, UseFacts, columns, title_of
+from halfbyte.card.plots import LabelledInterval, intervals, shares
 from halfbyte.evals.judging.compare import BenchmarkComparison, Comparison, Flip
 from halfbyte.evals.judging.render import (
     a_a,
@@ -44,7 +44,7 @@ class _Flip(NamedTuple):
 
 
 def render_report(arms: Sequence[Arm], comparison: Comparison | None) -> str:
-    """The page's text."""
+    """Render the page of a comparison as HTML."""
     return render_page(
         "halfbyte.card",
         "report.html",
@@ -148,7 +148,7 @@ def _difference(comparison: Comparison | None) -> dict[str, Any] | None:
     drawn = [_difference_row(row) for row in rows]
     m = comparison.macro
     drawn.append(
-        Interval("macro mean", 100 * m.low, 100 * m.mean, 100 * m.high,
+        LabelledInterval("macro mean", 100 * m.low, 100 * m.mean, 100 * m.high,
                  f"{points(m.mean)}  {comparison.macro_verdict}")
     )  # fmt: skip
     plot = intervals(
@@ -186,10 +186,10 @@ def _difference(comparison: Comparison | None) -> dict[str, Any] | None:
     return {"plot": plot, "table": table, "remarks": remarks}
 
 
-def _difference_row(row: BenchmarkComparison) -> Interval:
+def _difference_row(row: BenchmarkComparison) -> LabelledInterval:
     d = row.difference
     note = f"{points(d.mean)}  {row.verdict}"
-    return Interval(row.title, 100 * d.low, 100 * d.mean, 100 * d.high, note)
+    return LabelledInterval(row.title, 100 * d.low, 100 * d.mean, 100 * d.high, note)
 
 
 def _domains(arms: Sequence[Arm]) -> list[tuple[str, Markup]]:
@@ -215,7 +215,7 @@ def _domains(arms: Sequence[Arm]) -> list[tuple[str, Markup]]:
                 note = f"{100 * row['score']:.0f}  {arm.run.arm}, {counted}"
                 kind = "second" if index else ""
                 low, mid, high = (100 * row[key] for key in ("low", "score", "high"))
-                drawn.append(Interval(label, low, mid, high, note, kind))
+                drawn.append(LabelledInterval(label, low, mid, high, note, kind))
         plot = intervals(
             drawn, title=f"{title_of(name)} by domain", unit="accuracy, percent", marks=(0.0,)
         )
@@ -263,7 +263,7 @@ def _usage(arms: Sequence[Arm]) -> Table | None:
     )
 
 
-def _usage_cells(usage: Usage) -> list[str]:
+def _usage_cells(usage: UseFacts) -> list[str]:
     return [
         f"{usage.attempts:,}", f"{usage.prompt_tokens:,}", f"{usage.completion_tokens:,}",
         f"{usage.reasoning_tokens:,}", f"{usage.mean_completion_tokens:,.0f}",

@@ -318,7 +318,7 @@ class _Memory:
 
 
 class GrammarMask:
-    """One sequence's position in a grammar."""
+    """A mask that holds one sequence to a grammar, and how far it has come in it."""
 
     def __init__(
         self,

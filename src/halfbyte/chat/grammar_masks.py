@@ -32,7 +32,7 @@ class CompiledGrammar:
 
     @property
     def num_bytes(self) -> int:
-        """All that it takes by now."""
+        """Bytes that the compiled grammar takes by now, tables of states included."""
         return self.compiled_bytes + max(0, self.grown_bytes)
 
 
@@ -137,7 +137,7 @@ class ThoughtMask:
 
     @property
     def problem(self) -> str | None:
-        """That of the rules after the thought."""
+        """What went wrong in the mask that follows the thought; None if nothing did."""
         return None if self._inner is None else self._inner.problem
 
     def _is_spent(self) -> bool:

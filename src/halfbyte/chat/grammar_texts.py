@@ -16,7 +16,7 @@ from halfbyte.errors import RequestError
 
 
 def json_schema_grammar(schema: Mapping[str, Any], *, lenient: bool) -> str:
-    """Exactly one JSON value of a schema.
+    """Write a grammar that permits exactly one JSON value of a schema.
 
     lenient   keywords that llguidance cannot express become warnings instead of errors
     """

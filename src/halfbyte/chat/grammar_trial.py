@@ -55,7 +55,7 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class Compile:
-    """Asks for one grammar."""
+    """A message to the trial process: compile this one grammar."""
 
     lark: str
     is_free: bool

@@ -33,7 +33,7 @@ ImageSource = Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What one image may be."""
+    """Limits on the bytes and pixels of one image."""
 
     max_bytes: int = 20_000_000
     max_pixels: int = 40_000_000
@@ -93,7 +93,7 @@ class ImageTokens:
     image: NDArray[np.uint8]
 
 
-class ImageEncoder:
+class DecodedImages:
     """Stands in for mistral-common's image encoder; takes decoded images only, opens nothing."""
 
     def __init__(self, layout: ImageLayout) -> None:

@@ -35,7 +35,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer, is_tekkenizer
 
 from halfbyte.chat import tools as tool_calls
-from halfbyte.chat.images import ImageEncoder, ImageLayout
+from halfbyte.chat.images import DecodedImages, ImageLayout
 from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
 from halfbyte.chat.vocabulary import (
     MAX_TOKENS,
@@ -164,7 +164,7 @@ def load_mistral_format(path: Path) -> MistralFormat:
     layout = _image_layout(tekken)
     if layout is not None:
         # Ours needs no OpenCV, and takes only images that are decoded and checked.
-        tokenizer.instruct_tokenizer.image_encoder = ImageEncoder(layout)  # type: ignore[assignment]
+        tokenizer.instruct_tokenizer.image_encoder = DecodedImages(layout)  # type: ignore[assignment]
     builder = tekken.model_settings_builder
     effort = builder.reasoning_effort if builder is not None else None
     return MistralFormat(

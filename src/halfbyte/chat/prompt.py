@@ -37,7 +37,7 @@ class ControlTokens:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image of a prompt.
+    """One image of a prompt as pixels, with the tokens that stand for it.
 
     pixels      uint8 (3, height, width); height and width are multiples of the merged patch
     offset      index in the prompt of the image's first token

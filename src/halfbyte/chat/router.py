@@ -32,21 +32,21 @@ from halfbyte.chat.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Text of the answer."""
+    """A piece of the text of an answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Text of the thought."""
+    """A piece of the thought that precedes an answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A tool call begins; its arguments follow."""
+    """The beginning of a tool call, whose arguments follow in pieces."""
 
     index: int
     call_id: str
@@ -73,7 +73,7 @@ class _State(Enum):
 
 
 class Router:
-    """State of one answer.
+    """The state of one answer while its tokens are split into pieces.
 
     keeps_stop     a stop string that ends the answer is shown
     tool_names     names that a call may have; others reach the client as text

@@ -25,9 +25,9 @@ from jinja2.parser import Parser
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
+from halfbyte.chat import sandbox_bounds
 from halfbyte.chat.sandbox_bounds import (
     MAX_INDENT,
-    MAX_SECONDS,
     BoundError,
     asked_width,
     bounded_call,
@@ -51,11 +51,11 @@ MAX_SOURCE = 2**20  # characters of a template; the longest in use have 30,000
 
 
 class TemplateRefusalError(Exception):
-    """The template called raise_exception."""
+    """Raised where a chat template refuses a conversation by `raise_exception`."""
 
 
 class ChatTemplate:
-    """One compiled template."""
+    """A chat template, compiled once and rendered within bounds."""
 
     def __init__(self, source: str, where: str) -> None:
         """Raises CheckpointError naming `where` if it does not compile."""
@@ -73,7 +73,7 @@ class ChatTemplate:
 
     def render(self, values: Mapping[str, Any]) -> Written:
         """The rendered text. RequestError in the template's words where it refuses or fails."""
-        running_bounds.ends = time.thread_time() + MAX_SECONDS
+        running_bounds.ends = time.thread_time() + sandbox_bounds.MAX_SECONDS
         running_bounds.made, running_bounds.known = 0, {}
         try:
             # What the conversation holds is weighed once, however often it is passed on.
@@ -180,7 +180,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def constant(self, text: str) -> Written:
-        """A string that stands in the template."""
+        """Mark a string that stands in the template as written by the template."""
         found = self._constants.get(text)
         if found is None:
             found = self._constants[text] = own(text)
@@ -197,7 +197,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @staticmethod
     def tick() -> None:
-        """One turn of a loop."""
+        """Count one turn of a loop of the template against its bounds."""
         check_time()
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805

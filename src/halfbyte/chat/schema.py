@@ -68,7 +68,7 @@ class HeldSchema:
 
 @dataclass(frozen=True, slots=True)
 class MendedSchema:
-    """What is left of a schema.
+    """A schema without the clauses that cannot be held, and what was left out.
 
     notes  what is not held, each with its path
     fault  why a strict one cannot be held, with its path; None if it can
@@ -384,7 +384,7 @@ class _Mender:
         return f"{held.path}: {message}"
 
     def mended(self, message: str) -> MendedSchema:
-        """Without the clauses that cannot be held."""
+        """Return a schema without the clauses that no grammar can hold."""
         held = self._held
         schema: Mapping[str, Any] = self._without_culprits(held.schema, held.path)
         found = self.fault_of(schema)

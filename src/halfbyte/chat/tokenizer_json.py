@@ -29,7 +29,7 @@ _WORD = re.compile(r"\w")
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """One entry of `added_tokens`.
+    """One entry of `added_tokens` in a tokenizer.json.
 
     lstrip, rstrip  white space before and after it in a text belongs to it
     single_word     it is none where a letter or digit stands next to it

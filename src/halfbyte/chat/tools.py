@@ -48,7 +48,7 @@ class CallIds:
         self._taken: set[str] = set()
 
     def inside(self, client_id: str) -> str:
-        """The id that the model's format sees."""
+        """The id by which the model's format knows a call that the client named otherwise."""
         known = self._inside.get(client_id)
         if known is not None:
             return known

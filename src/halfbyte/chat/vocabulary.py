@@ -21,7 +21,7 @@ MAX_TOKENS = 2**22  # ids; the largest vocabularies in use have 262,144
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """One tokenizer's tokens.
+    """The tokens of one tokenizer: their bytes, and which of them control.
 
     token_bytes  bytes that each id adds to a text; empty for control tokens
     control      name -> id of every control token

@@ -40,7 +40,7 @@ class Written(str):
 
     @property
     def is_own(self) -> bool:
-        """Whether the template wrote all of it."""
+        """Whether the template wrote every character of the text."""
         return 0 not in self.own
 
     def __str__(self) -> str:
@@ -184,7 +184,7 @@ class Written(str):
 
 
 def own(text: str) -> Written:
-    """Text that the template wrote."""
+    """Mark a text as written by the template, so that it may hold control tokens."""
     return Written(text, b"\x01" * len(text))
 
 

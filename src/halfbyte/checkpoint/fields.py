@@ -55,7 +55,7 @@ MIN_NORM_EPS, MAX_NORM_EPS = 1e-30, 1.0
 
 
 def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
-    """The architecture that a hub `config.json` describes.
+    """Read the architecture that a hub `config.json` describes.
 
     raw        the parsed file; not modified
     has_head   whether the files store a head of their own. Decides what `tie_word_embeddings`
@@ -206,7 +206,7 @@ def _rope(fields: Reader, where: str) -> RopeConfig:
 
 
 def rope_config(parameters: object, where: str) -> RopeConfig:
-    """One `rope_parameters` object.
+    """Read one object of `rope_parameters`.
 
     A missing `llama_4_scaling_beta` means 0. For yarn, mscale and mscale_all_dim count only if
     both are non-zero (as in the library that published them); otherwise the attention factor is

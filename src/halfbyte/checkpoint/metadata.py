@@ -109,7 +109,7 @@ def _all(config: ModelConfig, format_: WeightFormat) -> dict[str, WeightFormat]:
 
 
 def unquantized(config: ModelConfig) -> Quantization:
-    """Everything bf16."""
+    """The quantization of a checkpoint that has none: every weight is bf16."""
     return Quantization("none", _all(config, "bf16"), "bf16")
 
 

@@ -29,7 +29,7 @@ IGNORED_PARAMS = {
 
 
 def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
-    """The architecture that a native `params.json` describes.
+    """Read the architecture that a native `params.json` describes.
 
     `has_head` as in `model_config`. Names: docs/reference/formats.md#names-and-layouts.
     """

@@ -147,7 +147,7 @@ class Checkpoint:
         return self._find(name).dtype
 
     def num_bytes(self, name: str) -> int:
-        """Bytes of one tensor in the file."""
+        """Bytes that one tensor takes in its file."""
         return self._find(name).num_bytes
 
     def foreign(self, name: str) -> str:
@@ -198,7 +198,7 @@ class Checkpoint:
         return part if heads is None else native_to_hub_rows(part, heads)
 
     def scalar(self, name: str) -> float:
-        """The value of a 0-d tensor."""
+        """Read the value of a tensor without dimensions."""
         tensor = self.tensor(name)
         if tensor.numel() != 1:
             raise CheckpointError(f"{name}: a scalar was expected, its shape is {self.shape(name)}")

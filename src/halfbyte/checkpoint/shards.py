@@ -238,7 +238,7 @@ def _join(directory: Path, weight_map: dict[str, str], where: str) -> dict[str, 
 
 
 def read_whole(stored: StoredTensor) -> Tensor:
-    """The tensor in memory of its own."""
+    """Read a tensor into memory of its own."""
     out = torch.empty(stored.shape, dtype=stored.dtype)
     _fill(stored, out, stored.offset)
     return out
@@ -254,7 +254,7 @@ def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
 
 
 def read_columns(stored: StoredTensor, start: int, stop: int) -> Tensor:
-    """Columns [start, stop) of the second axis.
+    """Read columns [start, stop) along the second axis.
 
     Reads only their bytes, except where a row's other columns fill less than a page; of those at
     most a chunk is in memory.

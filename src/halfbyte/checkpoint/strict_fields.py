@@ -112,7 +112,7 @@ class Reader:
         return value
 
     def positive(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """Read a whole number of at least 1."""
         value = self.integer(name, default)
         if value == 0:
             raise CheckpointError(f"{self._where}.{name}: must not be 0")
@@ -138,7 +138,7 @@ class Reader:
         return value
 
     def optional(self, name: str) -> Any:
-        """Whatever stands there, None if nothing does."""
+        """Read whatever stands in a field; None if nothing does."""
         return self._fields.pop(name, None)
 
     def must_be(self, name: str, *allowed: Any, default: Any = None) -> Any:

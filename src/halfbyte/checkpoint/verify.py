@@ -54,8 +54,8 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What `verify` found.
+class Findings:
+    """What `verify` found wrong or worth knowing.
 
     sqnr_db   canonical linear -> SQNR against the source in dB (inf if equal); empty without one
     """
@@ -78,7 +78,7 @@ def verify_checkpoint(path: str | Path, against: str | Path | None = None) -> li
 
 def verify(
     path: str | Path, against: str | Path | None = None, *, progress: Progress | None = None
-) -> Report:
+) -> Findings:
     """Check everything that can be checked about a checkpoint directory.
 
     against   its source in any dialect: pass-through tensors must be equal, quantized ones within
@@ -93,10 +93,12 @@ def verify(
     try:
         return _report(Checkpoint.open(directory), source, progress)
     except CheckpointError as error:
-        return Report(0, 0, (Problem("error", str(directory), str(error)),))
+        return Findings(0, 0, (Problem("error", str(directory), str(error)),))
 
 
-def _report(checkpoint: Checkpoint, source: Checkpoint | None, progress: Progress | None) -> Report:
+def _report(
+    checkpoint: Checkpoint, source: Checkpoint | None, progress: Progress | None
+) -> Findings:
     manifest = read_manifest(checkpoint.directory)
     problems = [
         *check_files(checkpoint),
@@ -126,7 +128,7 @@ def _report(checkpoint: Checkpoint, source: Checkpoint | None, progress: Progres
     if manifest is not None:
         problems += _check_manifest(checkpoint, manifest.tensors, manifest.files)
     hashes = 0 if manifest is None else len(manifest.tensors)
-    return Report(len(names), hashes, tuple(problems), sqnr_db)
+    return Findings(len(names), hashes, tuple(problems), sqnr_db)
 
 
 def _is_by_gptq(manifest: Manifest) -> bool:
@@ -395,7 +397,7 @@ def _check_manifest(checkpoint: Checkpoint, tensors: Any, files: Any) -> Iterato
             yield Problem("error", name, f"was changed after {MANIFEST_NAME} was written")
 
 
-def format_report(report: Report) -> str:
+def format_report(report: Findings) -> str:
     """A few lines for people: what was checked, how close it is, what is wrong."""
     hashed = f"{report.num_hashes} hashes compared" if report.num_hashes else "no manifest"
     lines = [f"{report.num_tensors} tensors read, {hashed}"]

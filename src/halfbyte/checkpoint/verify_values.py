@@ -38,7 +38,7 @@ _NVFP4_SLACK = 2**-20
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """How a tensor relates to the source's."""
+    """How the values of a tensor relate to those of the source's."""
 
     problems: list[str]
     sqnr_db: float | None

@@ -16,7 +16,7 @@ _NOT_IN_FILES = frozenset({"config", "help"})
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """The flag itself."""
+    """Add the flag `--config` to a command."""
     parser.add_argument(
         "--config",
         type=Path,

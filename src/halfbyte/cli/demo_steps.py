@@ -55,7 +55,7 @@ class Narrator:
     lines: list[str] = field(default_factory=list)
 
     def say(self, text: str = "") -> None:
-        """Print and keep."""
+        """Print a line and keep it for the record."""
         print(text, flush=True)
         self.lines.extend(text.splitlines() or [""])
 
@@ -210,7 +210,7 @@ def make_checkpoints(out: Path, narrator: Narrator) -> None:
 
 
 def size_of(directory: Path) -> str:
-    """The checkpoint's weights, for people."""
+    """Bytes of a checkpoint's weights, as text."""
     return f"{weight_bytes(directory) / 1e6:.0f} MB"
 
 

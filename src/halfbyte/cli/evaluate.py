@@ -157,9 +157,9 @@ def _config(
     benchmarks: "tuple[Benchmark, ...]",
     key: str,
 ) -> "RunConfig":
-    from halfbyte.evals.config import JudgeConfig, RunConfig, Sampling
+    from halfbyte.evals.config import JudgeConfig, RunConfig, RunSampling
     from halfbyte.evals.running.endpoint import connect
-    from halfbyte.evals.sandbox import Limits
+    from halfbyte.evals.sandbox import SandboxLimits
     from halfbyte.evals.tasks.benchmark import Options
 
     judge = None
@@ -171,14 +171,14 @@ def _config(
         out=out,
         arm=arm,
         benchmarks=benchmarks,
-        sampling=Sampling(args.temperature, args.top_p, effort, args.max_tokens),
+        sampling=RunSampling(args.temperature, args.top_p, effort, args.max_tokens),
         options=Options(args.data, args.limit, args.skip_unscorable),
         repeats=args.repeats,
         concurrency=args.concurrency,
         retries=args.retries,
         judge=judge,
         code_python=args.code_python,
-        code_limits=Limits(wall_s=args.code_wall_s),
+        code_limits=SandboxLimits(wall_s=args.code_wall_s),
         partial=args.partial,
         allow_missing=args.allow_missing,
         api_key=key,

@@ -25,13 +25,13 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.evals.judging.render import format_run
     from halfbyte.evals.records import lock_run
     from halfbyte.evals.running.regrade import changed_grades, regrade
-    from halfbyte.evals.sandbox import Limits, interpreter
+    from halfbyte.evals.sandbox import SandboxLimits, interpreter
     from halfbyte.evals.score import CodeRunner
 
     code = None
     if args.code_python is not None:
         slots = asyncio.Semaphore(os.cpu_count() or 1)
-        limits = Limits(wall_s=args.code_wall_s)
+        limits = SandboxLimits(wall_s=args.code_wall_s)
         code = CodeRunner(interpreter(args.code_python), limits, slots)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with lock_run(args.run) if args.run.is_dir() else contextlib.nullcontext():

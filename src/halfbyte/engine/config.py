@@ -33,7 +33,7 @@ def resolve(
     *,
     draft_token_bytes: int = 0,
 ) -> EngineConfig:
-    """Decide every open value.
+    """Decide every value of a configuration that was left open.
 
     text               the architecture, or a rank's part of it
     stored             the cache format that the checkpoint names

@@ -226,7 +226,7 @@ class Engine:
         return finish
 
     def request_ids(self) -> tuple[str, ...]:
-        """Requests that run or wait."""
+        """Ids of the requests that run or wait."""
         return tuple(self._answers.request_ids)
 
     def has_work(self) -> bool:
@@ -441,7 +441,7 @@ class Engine:
         )
 
     def clear_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
+        """Forget all cached prefixes; blocks in use are not touched."""
         self._pool.clear_cache()
 
     @property

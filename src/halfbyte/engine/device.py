@@ -57,7 +57,7 @@ class Slices(Protocol):
 
 
 class Slicer(Protocol):
-    """The ability to stop within a step."""
+    """The ability of a device to stop in the middle of a step and go on later."""
 
     def begin(self, step: PlannedStep, placing: Placing | None) -> Slices:
         """Begin a step whose images come from `placing`; other steps may run in between. Its

@@ -149,12 +149,12 @@ class ImageEncoder:
 
     @property
     def num_bytes(self) -> int:
-        """Of the vectors kept now."""
+        """Bytes of the image vectors that are kept now."""
         return sum(vectors.nbytes for vectors in self._vectors.values())
 
     @property
     def has_begun(self) -> bool:
-        """Whether an image is encoded in part."""
+        """Whether the encoder has computed an image in part."""
         return self._begun is not None
 
     def _begin(self, image: ImageInput) -> _Begun:

@@ -166,7 +166,7 @@ class HopperPart:
 
 
 def resolve_alone(config: EngineConfig) -> Settle:
-    """Decides for the kernels on one GPU."""
+    """Decide the open values of a configuration for the kernels of one GPU."""
 
     def settle(text: TextConfig, free_bytes: int, draft_bytes: int) -> EngineConfig:
         return resolve(config, text, "fp8", free_bytes, draft_token_bytes=draft_bytes)

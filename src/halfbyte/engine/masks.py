@@ -94,7 +94,7 @@ class MaskFiller:
         return torch.from_numpy(fill.bitmask.view(np.int32))
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread that fills masks."""
         self._settle()
         if self._thread is not None:
             self._thread.shutdown()

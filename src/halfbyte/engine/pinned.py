@@ -22,7 +22,7 @@ class PendingTokens(NamedTuple):
     event: Any
 
     def wait(self) -> list[int]:
-        """The tokens, once they have arrived."""
+        """Wait until the tokens of a launched step have arrived; return them."""
         if self.event is not None:
             self.event.synchronize()
         token_ids: list[int] = self.buffer.tolist()
@@ -81,7 +81,7 @@ class PinnedRing:
         return sent
 
     def fetch(self, tokens_R: Tensor) -> PendingTokens:
-        """Start to copy tokens to the host."""
+        """Start to copy chosen tokens from the device to the host."""
         count = tokens_R.numel()
         buffer = torch.empty(0, dtype=torch.int64) if count == 0 else self._take(count)
         buffer[:count].copy_(tokens_R, non_blocking=True)

@@ -26,7 +26,7 @@ from halfbyte.model.parallel import Communicator
 
 
 class PlainDevice:
-    """A decoder over a paged cache."""
+    """A device that runs the decoder's modules over a paged cache, on a CPU or any GPU."""
 
     # Tokens are chosen by the host.
     ahead = None
@@ -111,7 +111,7 @@ class PlainDevice:
         )
 
     def step_of(self, step: PlannedStep, attend: PagedAttend, vectors_ID: Tensor | None) -> Step:
-        """A step as the decoder takes it."""
+        """Turn the host's arrays of a step into the tensors that the decoder takes."""
         image_rows_I, logit_rows_R = step.image_rows_I, step.logit_rows_R
         return Step(
             self._sent(step.packed_5T[0]),

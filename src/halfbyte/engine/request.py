@@ -218,7 +218,7 @@ class TokensEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The last event of a request.
+    """The last event of a request: how its answer ended.
 
     stop_token_id      the token that ended it (an end of the model or a stop token), if one did
     cached_tokens      prompt tokens found in the prefix cache when it was first admitted

@@ -67,7 +67,7 @@ class Runner:
 
     @property
     def can_slice(self) -> bool:
-        """Whether `begin` works here."""
+        """Whether the device can stop within a step, so that `begin` works."""
         return self.device.slicer is not None
 
     @property
@@ -77,7 +77,7 @@ class Runner:
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether `launch` works here."""
+        """Whether the device chooses tokens itself, so that `launch` works."""
         return self.device.ahead is not None
 
     @property
@@ -102,11 +102,11 @@ class Runner:
         return {**self.device.facts(), **self._facts}
 
     def add_facts(self, facts: Mapping[str, object]) -> None:
-        """Add what the loader knows."""
+        """Add facts for people that the loader alone knows."""
         self._facts.update(facts)
 
     def run(self, works: SequenceOf[Work]) -> Computed:
-        """Compute the tokens of `works`.
+        """Compute the tokens of `works`; return logits and hidden states of the wanted rows.
 
         What any device does with `work.proposals`, k of them behind the last known token: it
         computes them as the next k tokens of a prompt would be - positions, K and V included, all

@@ -57,7 +57,7 @@ class _Mailbox:
 
     @property
     def is_overfull(self) -> bool:
-        """More waits than any reader should leave."""
+        """Whether more events wait than any reader should leave unread."""
         return self._num_unread > MAX_UNREAD
 
     def put(self, event: Event) -> None:
@@ -85,7 +85,7 @@ class _Mailbox:
         return events
 
     def give_up(self, finish: FinishEvent) -> None:
-        """Forget what waits and end."""
+        """Drop the events that wait and end the stream."""
         self._events.clear()
         self.put(finish)
 
@@ -126,11 +126,11 @@ class EngineService:
 
     @property
     def failure(self) -> str | None:
-        """What the engine died of."""
+        """What the engine died of; None while it lives."""
         return self._failure or self.engine.failure
 
     async def start(self) -> None:
-        """Start the engine's thread; called once."""
+        """Start the thread that runs the engine's steps; call this once."""
         assert self._thread is None, "started twice"
         self._loop = asyncio.get_running_loop()
         # A daemon: a process that is told to exit must not wait for a step.
@@ -199,7 +199,7 @@ class EngineService:
         self._commands.put(_ClearPrefixCache())
 
     def stats(self) -> EngineStats:
-        """The engine's figures."""
+        """Figures of the engine, as `Engine.stats` gives them."""
         return self.engine.stats()
 
     def _death_of(self, request: GenerationRequest) -> FinishEvent:

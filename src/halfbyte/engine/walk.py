@@ -26,7 +26,7 @@ class Costs:
         return None if unit_s is None else int(min(seconds / unit_s, _MANY))
 
     def note(self, part: Part, count: int, seconds: float) -> None:
-        """Learn what `count` units took."""
+        """Learn from the time that `count` units of work took."""
         kind = part.name, part.size
         old = self._unit_s.get(kind)
         new = max(seconds / count, 1e-9)
@@ -34,7 +34,7 @@ class Costs:
 
 
 class Walk:
-    """Where a computation stands."""
+    """How far a computation has come that runs in slices."""
 
     def __init__(self, parts: Iterator[Part], costs: Costs) -> None:
         self._parts = parts

@@ -57,7 +57,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """All have loaded; meet the other ranks."""
+    """A message to a rank: all ranks have loaded, so meet the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +69,14 @@ class MakeCache:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Compute one step."""
+    """A message to a rank: compute one step."""
 
     step: PlannedStep
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Leave."""
+    """A message to a rank: end the process."""
 
 
 Message = Join | Connect | MakeCache | RunStep | Stop
@@ -84,7 +84,7 @@ Message = Join | Connect | MakeCache | RunStep | Stop
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The rank's weights are in memory."""
+    """A message of a rank: its weights are in memory."""
 
     weight_bytes: int
 
@@ -279,12 +279,12 @@ class Workers:
 
     @property
     def failure(self) -> str | None:
-        """What a rank died of."""
+        """What a rank died of; None while all of them live."""
         return None if self._fate.failure is None else str(self._fate.failure)
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights of these ranks together."""
+        """Bytes of the weights, summed over these ranks."""
         return self._weight_bytes
 
     def make_caches(self, config: EngineConfig) -> None:

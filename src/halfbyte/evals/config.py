@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.evals.grading.judge import JUDGE_PROMPT_SHA256
-from halfbyte.evals.sandbox import Limits
+from halfbyte.evals.sandbox import SandboxLimits
 from halfbyte.evals.tasks.benchmark import Benchmark, Options
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class RunSampling:
     """Sampling settings; the defaults are those of the published table."""
 
     temperature: float = 0.7
@@ -54,7 +54,7 @@ class RunConfig:
     out: Path
     arm: str
     benchmarks: tuple[Benchmark, ...]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: RunSampling = field(default_factory=RunSampling)
     options: Options = field(default_factory=Options)
     repeats: int | None = None
     concurrency: int | None = None
@@ -62,7 +62,7 @@ class RunConfig:
     timeout_s: float = 3_600.0
     judge: JudgeConfig | None = None
     code_python: str | None = None
-    code_limits: Limits = field(default_factory=Limits)
+    code_limits: SandboxLimits = field(default_factory=SandboxLimits)
     partial: bool = False
     allow_missing: bool = False
     api_key: str = "none"

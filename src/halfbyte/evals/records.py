@@ -157,7 +157,7 @@ def make_record(
     )
 
 
-class Journal:
+class AttemptJournal:
     """An append-only file of JSON lines that a kill can tear only at its end.
 
     One write per line, in append mode; opening cuts off a torn last line.
@@ -279,7 +279,7 @@ def latest(records: Iterator[Record]) -> dict[tuple[str, int], Record]:
 
 def mark_session(folder: Path, prompts_sha256: str) -> None:
     """Note that asking begins now, and what is asked; `time_spent` needs the one."""
-    journal = Journal(folder / "sessions.jsonl")
+    journal = AttemptJournal(folder / "sessions.jsonl")
     journal.append({"started": time.time(), "prompts_sha256": prompts_sha256})
     journal.close()
 
@@ -305,7 +305,7 @@ def without_texts(record: Record) -> Record:
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """A record as a JSON object."""
+    """Turn a record into a JSON object."""
     return asdict(record)
 
 
@@ -360,5 +360,5 @@ def newest(folder: Path, stem: str, suffix: str) -> Path | None:
 def with_results(
     run: RunRecord, results: Mapping[str, BenchmarkResult], finished: str
 ) -> RunRecord:
-    """The same run with other numbers."""
+    """Return the same run with other results."""
     return replace(run, benchmarks=dict(results), finished=finished)

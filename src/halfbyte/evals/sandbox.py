@@ -48,7 +48,7 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SandboxLimits:
     """What one program may use. The wall clock is the published 1,800 s of SciCode."""
 
     wall_s: float = 1800.0
@@ -62,7 +62,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended.
+    """How a program in the sandbox ended, and what it printed.
 
     ending     exited: by itself, with `exit_code`; signal: killed by `signal_number`; the others
                name the limit that it ran into, or say that it was ended with its partner
@@ -111,7 +111,7 @@ def isolation() -> tuple[str, ...]:
     Raises UnsupportedError if any of `REQUIRED` is missing: generated code does not run then.
     """
     try:
-        outcome = run_program(interpreter(sys.executable), "pass", limits=Limits(wall_s=20))
+        outcome = run_program(interpreter(sys.executable), "pass", limits=SandboxLimits(wall_s=20))
     except OSError as failure:
         raise UnsupportedError(f"no sandbox for generated code: {failure}") from failure
     missing = [name for name in REQUIRED if name not in outcome.isolation]
@@ -165,7 +165,7 @@ def run_program(
     python: Interpreter,
     program: str | Pair,
     *,
-    limits: Limits,
+    limits: SandboxLimits,
     visible: Sequence[Path] = (),
     files: Mapping[str, str] | None = None,
 ) -> Outcome:
@@ -188,7 +188,7 @@ def run_program(
 def _run_pair(
     python: Interpreter,
     pair: Pair,
-    limits: Limits,
+    limits: SandboxLimits,
     visible: Sequence[Path],
     files: Mapping[str, str],
 ) -> Outcome:
@@ -215,7 +215,7 @@ def _run_pair(
 def _run(
     python: Interpreter,
     program: str,
-    limits: Limits,
+    limits: SandboxLimits,
     visible: Sequence[Path],
     files: Mapping[str, str],
     channel: tuple[int, ...] = (),
@@ -280,7 +280,7 @@ def _watch(
     watch: _Watch,
     child: "subprocess.Popen[bytes]",
     report: int,
-    limits: Limits,
+    limits: SandboxLimits,
     started: float,
     stop: threading.Event | None,
 ) -> None:

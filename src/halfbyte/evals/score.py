@@ -14,7 +14,7 @@ from pathlib import Path
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evals.grading import scripts
 from halfbyte.evals.grading.judge import grade_judged, judge_prompt, read_verdict
-from halfbyte.evals.sandbox import Interpreter, Limits, run_program
+from halfbyte.evals.sandbox import Interpreter, SandboxLimits, run_program
 from halfbyte.evals.tasks.benchmark import Benchmark
 from halfbyte.evals.tasks.scicode import codes_before
 from halfbyte.evals.types import Attempt, Sample, Score, unparsed
@@ -28,7 +28,7 @@ class CodeRunner:
     """How generated code is run: by which interpreter, within which limits, how many at once."""
 
     python: Interpreter
-    limits: Limits
+    limits: SandboxLimits
     slots: asyncio.Semaphore
 
 
@@ -53,7 +53,7 @@ async def score_attempt(
     graders: Graders,
     judgement: str | None = None,
 ) -> Score:
-    """Score one attempt.
+    """Score one attempt, or say why it has no score.
 
     earlier    the attempts before it in its trajectory (SciCode), else empty
     judgement  a stored reply of the judge, used instead of asking when no judge is given

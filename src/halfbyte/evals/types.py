@@ -27,7 +27,7 @@ MISSING_CAUSES: tuple[Cause, ...] = ("ungraded", "error")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One item of a benchmark.
+    """One item of a benchmark with its gold answer.
 
     item_id  unique in the benchmark and the same in every run
     group    items of one group are not independent (document set, problem); item_id if alone
@@ -45,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of a prompt."""
+    """A piece of a prompt that is text."""
 
     text: str
 

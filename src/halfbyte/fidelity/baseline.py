@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError
-from halfbyte.fidelity.choices import Choice
+from halfbyte.fidelity.choices import EncodedItem
 
 FORMAT = "halfbyte-baseline-1"
 TOP_TOKENS = 96
@@ -96,7 +96,7 @@ class Baseline:
     text_sha256: str
     windows: tuple[tuple[int, ...], ...]
     positions: Compact
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[EncodedItem, ...] = ()
     answers: tuple[int, ...] = ()
     origins: tuple[int, ...] = ()
 
@@ -212,13 +212,13 @@ def load_baseline(path: Path) -> Baseline:
     )
 
 
-def _choices(kept: Mapping[str, Tensor]) -> tuple[tuple[Choice, ...], tuple[int, ...]]:
+def _choices(kept: Mapping[str, Tensor]) -> tuple[tuple[EncodedItem, ...], tuple[int, ...]]:
     prompts, letters = _unpadded(kept["choice_ids"]), _unpadded(kept["letter_ids"])
     right = kept["right"].tolist()
-    choices = tuple(Choice(*row) for row in zip(prompts, letters, right, strict=True))
+    choices = tuple(EncodedItem(*row) for row in zip(prompts, letters, right, strict=True))
     return choices, tuple(kept["answers"].tolist())
 
 
 def concatenate(parts: Sequence[Compact]) -> Compact:
-    """The positions of several windows as one."""
+    """Join the positions of several windows into one baseline."""
     return Compact(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

@@ -27,8 +27,8 @@ BENCHMARK_NAMES = ("pocket", "mmlu_pro", "gpqa_diamond")
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One item as tokens.
+class EncodedItem:
+    """One multiple-choice item as tokens.
 
     token_ids   the prompt up to and with "Answer:"
     letter_ids  the token that each option's letter would be, in order
@@ -57,13 +57,13 @@ class Flips:
 
     @property
     def changed(self) -> int:
-        """Items whose answer is another."""
+        """Number of items whose answer is another one."""
         return self.lost + self.won + self.changed_wrong
 
 
 def encode_choices(
     directory: Path, benchmark: str, data: Path | None, limit: int | None
-) -> tuple[Choice, ...]:
+) -> tuple[EncodedItem, ...]:
     """The multiple-choice items of a benchmark as a checkpoint's tokenizer writes them.
 
     Raises UsageError for a benchmark without options, CheckpointError if letters are no tokens.
@@ -94,11 +94,11 @@ def encode_choices(
         if len(set(letter_ids)) != len(letters):
             raise CheckpointError(f"{directory}: the letters {letters} are not tokens of their own")
         prefix = tuple(int(ids[0]) for ids in same)
-        found.append(Choice(prefix, letter_ids, letters.index(sample.gold)))
+        found.append(EncodedItem(prefix, letter_ids, letters.index(sample.gold)))
     return tuple(found)
 
 
-def answer(engine: Engine, choices: Sequence[Choice]) -> tuple[int, ...]:
+def answer(engine: Engine, choices: Sequence[EncodedItem]) -> tuple[int, ...]:
     """The most likely option of each item, as an index; the first of equals."""
     answers = []
     for choice in choices:
@@ -109,13 +109,13 @@ def answer(engine: Engine, choices: Sequence[Choice]) -> tuple[int, ...]:
     return tuple(answers)
 
 
-def longest(choices: Sequence[Choice]) -> int:
+def longest(choices: Sequence[EncodedItem]) -> int:
     """Tokens of the longest prompt; 0 for none."""
     return max((len(choice.token_ids) for choice in choices), default=0)
 
 
-def count_flips(choices: Sequence[Choice], base: Sequence[int], other: Sequence[int]) -> Flips:
-    """Compare answers item by item.
+def count_flips(choices: Sequence[EncodedItem], base: Sequence[int], other: Sequence[int]) -> Flips:
+    """Compare the answers of two models item by item.
 
     Example: right 0, 0, 0; base 0, 0, 1; other 0, 1, 2: one lost, one changed among wrong ones.
     """

@@ -2,17 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from halfbyte.evals.judging.stats import Interval as Interval
 from halfbyte.fidelity.choices import Flips
 from halfbyte.fidelity.windows import FEWEST_UNITS
-
-
-class Interval(NamedTuple):
-    """Ends of a 95 % interval."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +80,11 @@ class Comparison:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The base, then the candidates."""
+        """The row of the base, then those of the candidates."""
         return (self.base, *self.candidates)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """The comparison as plain values for JSON."""
         return asdict(self)
 
     def table(self) -> str:
@@ -104,7 +98,7 @@ def shown_name(row: Row) -> str:
 
 
 def format_table(comparison: Comparison) -> str:
-    """The comparison as text."""
+    """Format the comparison as a table for a terminal."""
     head = ("model", "bytes", "perplexity", "KL mean", "95 % interval", "KL p99", "top-1 same")
     lines = [head]
     for row in comparison.rows:

@@ -33,7 +33,7 @@ from halfbyte.fidelity.baseline import (
     concatenate,
     divergence,
 )
-from halfbyte.fidelity.choices import Choice, answer, count_flips, longest
+from halfbyte.fidelity.choices import EncodedItem, answer, count_flips, longest
 from halfbyte.fidelity.comparison import Comparison, Interval, PairRow, Row, shown_name
 from halfbyte.fidelity.windows import FEWEST_UNITS, WINDOW_TOKENS, Window, cut_texts, read_texts
 from halfbyte.model.linear import Mode
@@ -47,7 +47,7 @@ _SEED = 0
 Floats = NDArray[np.float64]
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model that is ready to be scored."""
 
     name: str
@@ -67,7 +67,7 @@ def compare_models(
     *,
     max_tokens: int | None = None,
     window_tokens: int = WINDOW_TOKENS,
-    choices: Sequence[Choice] = (),
+    choices: Sequence[EncodedItem] = (),
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare (name, directory, mode) with a base, all in memory at once.
@@ -172,7 +172,7 @@ def make_baseline(
     mode: Mode = "weight_only",
     max_tokens: int | None = None,
     window_tokens: int = WINDOW_TOKENS,
-    choices: Sequence[Choice] = (),
+    choices: Sequence[EncodedItem] = (),
     progress: Progress | None = None,
 ) -> Baseline:
     """Score a model over texts, answer the choices, and keep the compact form."""
@@ -201,7 +201,7 @@ def make_baseline(
     )
 
 
-def load_model(name: str, directory: Path, mode: Mode, window_tokens: int) -> Loaded:
+def load_model(name: str, directory: Path, mode: Mode, window_tokens: int) -> LoadedModel:
     """A model with a cache for one window."""
     config = EngineConfig(
         mode=mode,
@@ -211,7 +211,7 @@ def load_model(name: str, directory: Path, mode: Mode, window_tokens: int) -> Lo
         prefix_cache=False,
     )
     num_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    return Loaded(name, mode, num_bytes, Engine.load(directory, config))
+    return LoadedModel(name, mode, num_bytes, Engine.load(directory, config))
 
 
 def window_logprobs(engine: Engine, window: Window) -> Tensor:
@@ -268,7 +268,7 @@ class Tally:
 
     def row(
         self,
-        model: Loaded,
+        model: LoadedModel,
         units: Sequence[int],
         base_logprobs: Sequence[Floats] = (),
         *,
@@ -382,7 +382,7 @@ def _minus(one: Sequence[Floats], other: Sequence[Floats]) -> list[Floats]:
     return [x - y for x, y in zip(one, other, strict=True)]
 
 
-def _check_vocabulary(model: Loaded, logprobs_NV: Tensor, vocab_size: int) -> None:
+def _check_vocabulary(model: LoadedModel, logprobs_NV: Tensor, vocab_size: int) -> None:
     if logprobs_NV.shape[1] != vocab_size:
         raise CheckpointError(
             f"{model.name}: a vocabulary of {logprobs_NV.shape[1]}; the base has {vocab_size}"

@@ -87,7 +87,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def clip_rate(x: Tensor, limit: float) -> float:
-    """Share of elements beyond +-limit."""
+    """Share of elements whose magnitude is beyond the limit."""
     clipped = sum(int((part.abs() > limit).sum()) for (part,) in _chunks(x))
     return clipped / max(x.numel(), 1)
 

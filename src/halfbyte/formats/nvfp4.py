@@ -40,7 +40,7 @@ _LARGEST_E4M3 = 0x7E
 
 
 class EncodedNVFP4(NamedTuple):
-    """A weight in NVFP4."""
+    """A weight encoded in NVFP4: codes, block scales and a tensor scale."""
 
     codes_OI2: Tensor  # uint8, even column in the low nibble
     scale_OB: Tensor  # float8_e4m3fn, row-major

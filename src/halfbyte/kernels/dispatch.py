@@ -59,7 +59,7 @@ _MODULES = {
 
 
 class Rotation(NamedTuple):
-    """Rotary angles of a step's tokens.
+    """Cosines and sines by which the rotary embedding turns a step's tokens.
 
     cos_TH2, sin_TH2  f32, the attention factor of YaRN folded in
     query_scale_T     f32, multiplies rotated queries by position; None means 1
@@ -70,7 +70,7 @@ class Rotation(NamedTuple):
     query_scale_T: Tensor | None
 
     def rows(self, rows: slice) -> "Rotation":
-        """Of some neighbouring tokens."""
+        """The rotation of some neighbouring tokens."""
         scale_T = None if self.query_scale_T is None else self.query_scale_T[rows]
         return Rotation(self.cos_TH2[rows], self.sin_TH2[rows], scale_T)
 
@@ -88,11 +88,11 @@ class PreparedWeight(Protocol):
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight."""
+        """Number of input features: columns of the weight."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held in memory."""
+        """Bytes that the weight holds in memory."""
 
 
 @cache

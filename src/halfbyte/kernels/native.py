@@ -83,7 +83,7 @@ class PanelWeight:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held in memory."""
+        """Bytes that the weight holds in memory."""
         held = (self.codes, self.scales, self.row_scale)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 

@@ -38,17 +38,17 @@ class DecodedWeight:
 
     @property
     def out_features(self) -> int:
-        """Rows of the weight."""
+        """Number of output features: rows of the weight."""
         return self.w_OI.shape[0]
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight."""
+        """Number of input features: columns of the weight."""
         return self.w_OI.shape[1]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held in memory."""
+        """Bytes that the weight holds in memory."""
         return self.w_OI.numel() * self.w_OI.element_size()
 
 

@@ -61,7 +61,7 @@ class _Source:
         return self._checkpoint.tensor(name).to(self.device)
 
     def dense(self, name: str) -> torch.Tensor:
-        """An unquantized tensor in the compute dtype."""
+        """Read an unquantized tensor in the dtype that is computed in."""
         return self.tensor(name).to(self.dtype)
 
     def scalar(self, name: str) -> float:

@@ -36,7 +36,7 @@ class Communicator(Protocol):
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks that share the model."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, the same bits on all; `x` (dense) is overwritten with it."""
@@ -55,7 +55,7 @@ class Communicator(Protocol):
 
 
 class Solo:
-    """One process that holds everything."""
+    """The communicator of a single process that holds every part of the model."""
 
     rank = 0
     size = 1

@@ -114,7 +114,7 @@ class EncoderLayer(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Encoder, patch merger and projector."""
+    """The vision encoder with its patch merger and projector."""
 
     def __init__(
         self,

@@ -186,13 +186,13 @@ class _Rounded:
         return decode_e4m3(scales.view(torch.float8_e4m3fn)).mul_(self.tensor_scale)
 
     def put(self, block: slice, found: "_Block") -> None:
-        """Keep a rounded block."""
+        """Keep a block of columns whose codes are chosen."""
         self.codes_IO[block] = found.codes_SO
         self.errors_IO[block] = found.errors_SO
         self.scales_BO[block.start // BLOCK] = found.scales_O
 
     def take(self, other: "_Rounded", is_taken_O: Tensor) -> None:
-        """Take over some rows."""
+        """Take over some rows that another rank or thread has rounded."""
         self.codes_IO[:, is_taken_O] = other.codes_IO[:, is_taken_O]
         self.errors_IO[:, is_taken_O] = other.errors_IO[:, is_taken_O]
         self.scales_BO[:, is_taken_O] = other.scales_BO[:, is_taken_O]

@@ -35,7 +35,7 @@ from halfbyte.recipe.schema import Recipe
 
 @dataclass(frozen=True, slots=True)
 class QuantizeConfig:
-    """What to quantize, how, and where to.
+    """What to quantize, by which means, and where to write the result.
 
     origin              `owner/name@commit` of a source that was fetched; goes into the manifest
     calibration_tokens  recorded ids (`calibrate.tokens`); None takes the recipe's blend

@@ -56,7 +56,7 @@ class Journal:
         return self._path.exists() and b"\n" in read_bounded(self._path, _MAX_BYTES)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one finished step."""
+        """Add one finished step to the journal, durably."""
         assert self._file is not None, "neither started nor resumed"
         line = {"entry": entry, "sha256": _digest(entry)}
         self._file.write(json.dumps(line).encode() + b"\n")

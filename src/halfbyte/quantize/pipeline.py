@@ -44,9 +44,9 @@ from halfbyte.quantize.layer import (
 from halfbyte.quantize.memory import limit_gpu
 from halfbyte.quantize.methods import output_errors
 from halfbyte.quantize.record import peak_memory_bytes, run_record
-from halfbyte.quantize.report import Record, linear_record
+from halfbyte.quantize.report import LinearRecord, linear_record
 from halfbyte.quantize.source_proof import Reading, require_unchanged
-from halfbyte.quantize.staging import FULL, Staging, locked, work_directory
+from halfbyte.quantize.staging import FULL, OutputInProgress, locked, work_directory
 
 _FIRST_STEP = "outside the layers"
 
@@ -63,8 +63,8 @@ class QuantizeResult:
     num_source_bytes: int
     num_calibration_tokens: int
     seconds: float
-    linears: tuple[Record, ...]
-    record: Record
+    linears: tuple[LinearRecord, ...]
+    record: LinearRecord
 
 
 def quantize(
@@ -123,7 +123,7 @@ def _run(
     Returns the journal's entries, those of earlier runs included.
     """
     work = work_directory(job.config.output)
-    staging = Staging(work, job.config.output, job.shards)
+    staging = OutputInProgress(work, job.config.output, job.shards)
     journal = Journal(work / "journal")
     entries: list[dict[str, Any]] = []
     try:
@@ -164,7 +164,7 @@ def _run(
 def _finish(
     job: Job,
     budget: MemoryBudget,
-    staging: Staging,
+    staging: OutputInProgress,
     journal: Journal,
     entries: list[dict[str, Any]],
     on_layer: Callable[[int, int], None] | None,
@@ -244,7 +244,7 @@ def _gpu_full(job: Job, error: Exception, work: Path | None) -> str:
     )
 
 
-def _begin(job: Job, staging: Staging, journal: Journal) -> None:
+def _begin(job: Job, staging: OutputInProgress, journal: Journal) -> None:
     """Empty the work directory, check the disk, allocate the output, start the journal."""
     for path in staging.directory.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -269,7 +269,7 @@ class _Progress:
         self,
         job: Job,
         budget: MemoryBudget,
-        staging: Staging,
+        staging: OutputInProgress,
         journal: Journal,
         entries: list[dict[str, Any]],
     ) -> None:
@@ -284,7 +284,7 @@ class _Progress:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="output")
 
     def run(self, on_layer: Callable[[int, int], None] | None) -> None:
-        """All remaining steps, then publish."""
+        """Run all remaining steps, then publish the output."""
         with self._writer:
             self._run(on_layer)
 

@@ -35,7 +35,7 @@ def _host_peak_bytes() -> int:
 
 
 def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The record of a finished run.
+    """Build the record of a finished run as JSON values.
 
     entries  the journal's, one a step; those of the layers hold `linears`, `observed` (tap point ->
              largest magnitude), `seconds` and `peak_memory_bytes`

@@ -13,14 +13,14 @@ from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, decode_nvfp4
 from halfbyte.quantize.encode import SourceWeight
 from halfbyte.quantize.layer import QuantizedLinear
 
-Record = dict[str, Any]
+LinearRecord = dict[str, Any]
 
 # Errors of larger weights are measured on evenly spaced rows that hold about this many: 4 M weights
 # tell the error to 0.01 dB, and measuring all of a full-width layer would double the run.
 SAMPLED_WEIGHTS = 1 << 22
 
 
-def linear_record(linear: QuantizedLinear) -> Record:
+def linear_record(linear: QuantizedLinear) -> LinearRecord:
     """Error of one encoded linear against its source, decoded: the decoded weight is compared.
 
     name, format, measured (share of the rows looked at), sqnr_db (None if nothing changed), zeroed
@@ -45,7 +45,7 @@ def linear_record(linear: QuantizedLinear) -> Record:
             decoded = decode_nvfp4(EncodedNVFP4(weight, *scales), source.dtype)
             clipped = _clipped_in_blocks(source, *scales)
     error = relative_error(source, decoded)
-    record: Record = {
+    record: LinearRecord = {
         "name": name,
         "format": linear.format,
         "measured": round(stored.shape[0] / linear.source.stored.shape[0], 6),

@@ -44,7 +44,7 @@ class Slot:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor."""
+        """Bytes that the tensor takes in its file."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -101,7 +101,7 @@ def plan_shards(
     return ShardPlan(slots, tuple(map(shard_header, entries)), tuple(sizes))
 
 
-class Staging:
+class OutputInProgress:
     """A work directory beside the target: `checkpoint/` becomes the target when it is whole.
 
     Use it through `open_staging`. The journal and activations of a run lie in `directory` too.
@@ -224,7 +224,7 @@ class Staging:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
-        """Close the files; what is written stays."""
+        """Close the files of the output; what is written stays."""
         for file in self._files:
             file.close()
         self._files.clear()

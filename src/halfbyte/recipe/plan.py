@@ -49,7 +49,7 @@ class Size:
 
 
 def make_plan(recipe: Recipe, config: ModelConfig) -> Plan:
-    """Apply a recipe to a model.
+    """Apply a recipe to a model, so that every linear has one format.
 
     Raises UsageError for a layer outside the model, a rule that matches nothing, two rules that
     claim the same linear, a linear or part that none claims, fused partners of different formats;
@@ -184,7 +184,7 @@ def _vision_size(config: ModelConfig) -> Size:
 
 
 def plan_size(plan: Plan, config: ModelConfig) -> Size:
-    """The whole planned checkpoint."""
+    """Bytes and tensors of the whole planned checkpoint."""
     return sum(plan_sizes(plan, config).values(), Size(0, 0))
 
 

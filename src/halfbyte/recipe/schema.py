@@ -85,7 +85,7 @@ class GptqOptions:
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """How scales and codes are chosen.
+    """How a recipe wants scales and codes to be chosen.
 
     weights      block scales of NVFP4 by maxima, by squared error, by squared error weighted by
                  the inputs' squares; or scales and codes by GPTQ
@@ -114,7 +114,7 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Which text the statistics come from."""
+    """From which text a recipe takes its statistics."""
 
     blend: str
     samples: int

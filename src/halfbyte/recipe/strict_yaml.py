@@ -28,7 +28,7 @@ def read_yaml_text(path: Path, what: str) -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What the text says. Raises UsageError."""
+    """Read YAML text into plain values. Raises UsageError."""
     try:
         return yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:

@@ -131,7 +131,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def free_port() -> int:
-    """A local port that nobody has now."""
+    """Find a local port that no one listens on now."""
     with listen("127.0.0.1", 0) as probe:
         port: int = probe.getsockname()[1]
         return port

@@ -75,7 +75,7 @@ class Exchange:
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is an answer to measure."""
+        """Whether the exchange brought an answer that can be measured."""
         return not self.error and not self.is_stopped
 
 
@@ -138,7 +138,7 @@ class Client:
                 self._connections[user] = self._connect()
 
     async def aclose(self) -> None:
-        """Close all connections."""
+        """Close all connections of the client."""
         while self._connections:
             await self._connections.popitem()[1].aclose()
 

@@ -41,7 +41,7 @@ def write_page(run: RunRecord, path: Path, against: RunRecord | None = None) -> 
 
 
 def render(run: RunRecord, against: RunRecord | None = None) -> str:
-    """The page."""
+    """Render the page of a run as HTML."""
     sections: list[tuple[str, list[_Part]]] = [
         ("In short", _in_short(run)),
         ("Levels", _levels(run)),

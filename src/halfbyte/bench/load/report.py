@@ -42,7 +42,7 @@ _WORDS_FOR_END = {
 
 
 class Asked(NamedTuple):
-    """What was measured.
+    """What was measured: which model, with which traffic.
 
     model       its name as served
     checkpoint  its identity, if that is known
@@ -60,7 +60,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A record of this benchmark, read."""
+    """A record of a load run as it is read back from its file."""
 
     record: Record
     levels: tuple[LevelResult, ...]
@@ -73,7 +73,7 @@ class RunRecord:
 
     @property
     def title(self) -> str:
-        """The model and the day."""
+        """The name of the model and the day of the run."""
         return f"{self.model}, {self.record.date}"
 
     @property
@@ -83,7 +83,7 @@ class RunRecord:
         return "checkpoint not known" if said is None else f"checkpoint {said[:20]}..."
 
     def samples(self, level: LevelResult, name: str) -> Sequence[float]:
-        """The samples of a level."""
+        """Every sample of one level, by name."""
         return self.record.samples.get(f"{level.title}: {name}", ())
 
 
@@ -283,14 +283,14 @@ def notes(run: RunRecord) -> list[str]:
 
 
 class Row(NamedTuple):
-    """A figure of two runs."""
+    """One figure of two runs side by side."""
 
     figure: Figure
     other: Figure
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What, under what, both values, their ratio."""
+        """The figure's name, its conditions, both values and their ratio."""
         mine, theirs = self.figure, self.other
         ratio = f"{mine.value / theirs.value:.2f}x" if theirs.value else "–"
         return mine.name, mine.conditions_text, mine.value_text, theirs.value_text, ratio
@@ -328,7 +328,7 @@ def comparison(run: RunRecord, other: RunRecord) -> Comparison:
 
 
 def format_comparison(run: RunRecord, other: RunRecord) -> str:
-    """The comparison for a terminal."""
+    """Format the comparison of two runs for a terminal."""
     found = comparison(run, other)
     lines = [f"against {other.title} ({other.checkpoint_text}):"]
     cells = [row.cells for row in found.rows]

@@ -98,7 +98,7 @@ class LevelResult:
 
     @property
     def failed(self) -> int:
-        """Requests that failed."""
+        """Number of requests that failed."""
         return sum(failure.count for failure in self.failures)
 
     @property
@@ -108,12 +108,12 @@ class LevelResult:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """As a record holds it."""
+        """The level's figures in the form that a record holds."""
         return asdict(self)
 
 
 def summarise(measured: Measured) -> LevelResult:
-    """The figures of a level."""
+    """Sum up the exchanges of one level in figures."""
     level, whole = measured.level, measured.whole
     if level.beside is not None:
         return _summarise_beside(measured)

@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Measured:
-    """What a level gave.
+    """What one level of traffic gave.
 
     started, ended  seconds of `time.perf_counter`
     alone           when the streams ran alone: first and last moment
@@ -64,7 +64,7 @@ class Measured:
         return [one for one in self.samples if one.exchange.is_whole and one.part != "stream"]
 
     def skip(self, reason: str, count: int) -> None:
-        """So many requests more were not asked."""
+        """Note that so many requests more were not sent."""
         if count:
             self.skipped[reason] = self.skipped.get(reason, 0) + count
 
@@ -166,7 +166,7 @@ class _LevelRun:
         self._texts: dict[tuple[int, int], str] = {}
 
     async def run(self) -> None:
-        """All sessions of the level."""
+        """Run all sessions of the level to their ends."""
         measured = self.measured
         # Thousands of words take milliseconds, which would hold up the answers of others.
         for session in self._level.sessions:

@@ -104,7 +104,7 @@ class Level:
 
     @property
     def sessions(self) -> Iterator[Session]:
-        """All of them."""
+        """All sessions of all levels."""
         for user in self.users:
             yield from user
         if self.beside is not None:
@@ -117,12 +117,12 @@ class Level:
 
     @property
     def answer_tokens(self) -> int:
-        """Of all answers."""
+        """Number of tokens that all answers together are asked for."""
         return sum(turn.answer_tokens for one in self.sessions for turn in one.turns)
 
     @property
     def prompt_per_answer(self) -> float:
-        """Prompt tokens sent for each answer token."""
+        """Number of prompt tokens that are sent for each token of an answer."""
         return sum(session.prompt_tokens for session in self.sessions) / self.answer_tokens
 
 

@@ -120,7 +120,7 @@ class BlockPool:
         self._digest_of[block] = digest
 
     def clear_cache(self) -> None:
-        """Forget every prefix; held blocks stay held."""
+        """Forget every cached prefix; blocks that sequences hold stay theirs."""
         self._empty.extend(self._cached)
         self._cached.clear()
         self._block_of.clear()

@@ -171,7 +171,7 @@ class GapPacer:
     def observe(
         self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
     ) -> None:
-        """Learn from a finished step."""
+        """Learn from the time that a finished step took."""
         if num_decodes + num_prompt_tokens > 0:
             self.costs.observe(
                 seconds,

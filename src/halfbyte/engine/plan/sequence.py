@@ -91,7 +91,7 @@ class Sequence:
 
     @property
     def num_settled(self) -> int:
-        """Generated tokens that are known."""
+        """Number of generated tokens whose ids are known."""
         return self.num_generated - self.num_pending
 
     @property
@@ -105,7 +105,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Only the last token is uncomputed."""
+        """Whether the last token is the only one that is not computed yet."""
         return self.num_uncomputed == 1
 
     @property
@@ -113,7 +113,7 @@ class Sequence:
         return self.request.params.prompt_logprobs is not None and not self.has_prompt_logprobs
 
     def append(self, token_id: int) -> None:
-        """Add a generated token."""
+        """Add one generated token whose id is known."""
         self.token_ids.append(token_id)
         if self.counts is not None:
             self.counts[token_id] += 1
@@ -125,7 +125,7 @@ class Sequence:
         self.pending_row = row
 
     def settle(self, token_id: int) -> None:
-        """Fill the oldest reserved place."""
+        """Give the oldest reserved place its token id."""
         assert self.num_pending > 0 and self.counts is None
         self.token_ids[-self.num_pending] = token_id
         self.num_pending -= 1
@@ -169,7 +169,7 @@ class Work:
 
     @property
     def num_rows(self) -> int:
-        """Tokens that the step computes for it."""
+        """Number of tokens of this work that the step computes."""
         return self.count + len(self.proposals)
 
     @property

@@ -48,7 +48,7 @@ _GAIN = 0.2
 
 
 class Guesser(Protocol):
-    """Where guesses come from (decision 0042)."""
+    """Whoever proposes the tokens that a step checks (decision 0042)."""
 
     def confidence(self, sequence: Sequence) -> int | None:
         """Class of confidence in a guess for this sequence now; None if there is none."""

@@ -101,7 +101,7 @@ class PlannedStep:
 
     @property
     def num_rows(self) -> int:
-        """Tokens that the step computes."""
+        """Number of tokens that the step computes."""
         return len(self.packed_5T[0])
 
 
@@ -157,7 +157,7 @@ def lay_out_rows(
 def lay_out(
     works: SequenceOf[Work], table: PageTable, image_rows_I: NDArray[np.int64] | None = None
 ) -> PlannedStep:
-    """The step that computes `works`.
+    """Lay out the step that computes these works.
 
     Logits: of the last known token of each sequence that the step reaches and of the proposals
     behind it, and of every token of a sequence that wants prompt log-probs.

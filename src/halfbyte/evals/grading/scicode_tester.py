@@ -49,7 +49,7 @@ class Remote:
 
 
 class Side:
-    """The code's process, as seen from here."""
+    """The process that runs the code, as the tester sees it."""
 
     def __init__(self, channel):
         self._channel = channel
@@ -107,7 +107,7 @@ class Side:
 
 
 def names_of(tests):
-    """Names that the tests read."""
+    """Names of the code under test that its tests read."""
     trees = [ast.parse(test) for test in tests]
     nodes = (node for tree in trees for node in ast.walk(tree))
     return sorted({node.id for node in nodes if isinstance(node, ast.Name)})

@@ -23,7 +23,7 @@ _DICTS = ("dict", "OrderedDict", "defaultdict", "Counter")
 
 
 class ClosedError(Exception):
-    """The other process is gone."""
+    """Raised when the other process has gone."""
 
 
 class Channel:

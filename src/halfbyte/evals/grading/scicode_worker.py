@@ -20,7 +20,7 @@ class Worker:
         self._luck = Luck()
 
     def serve(self):
-        """Answer until the tester is gone."""
+        """Answer the tester's requests until it has gone."""
         while True:
             self._answer(self._channel.receive())
 

@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any
 
 from halfbyte.errors import UnsupportedError
-from halfbyte.evals.sandbox import Interpreter, Limits, Outcome, Pair, run_program
+from halfbyte.evals.sandbox import Interpreter, Outcome, Pair, SandboxLimits, run_program
 from halfbyte.evals.types import Score, right_or_wrong, unparsed
 
 # Given in the data set with fixed code: not generated, not tested, not counted.
@@ -225,7 +225,7 @@ def check_interpreter(python: Interpreter) -> None:
     problem = {"required_dependencies": "import numpy as np", "sub_steps": [step]}
     code = "def check(x):\n    return np.asarray(x) + 1"
     program = step_program(problem, 0, [code], "", "held")
-    outcome = run_program(python, program, limits=Limits(wall_s=120))
+    outcome = run_program(python, program, limits=SandboxLimits(wall_s=120))
     if grade_step(code, outcome, "held").value != 1.0:
         raise UnsupportedError(
             f"{python.path} cannot run SciCode's tests: {outcome.ending} with exit code "

@@ -51,11 +51,11 @@ class PairedItems:
 
     @property
     def num_items(self) -> float:
-        """Items of all groups."""
+        """Number of items in all groups together."""
         return float(self.sizes.sum())
 
     def swapped(self) -> "PairedItems":
-        """Baseline minus candidate."""
+        """The same differences as baseline minus candidate."""
         return PairedItems(-self.sums, self.sizes, self.unit)
 
 

@@ -171,7 +171,7 @@ def compare_runs(
     looks: int = 1,
     after: Path | None = None,
 ) -> Comparison:
-    """Compare two run folders.
+    """Compare the runs of two folders item by item.
 
     margins  benchmark (or "macro") -> score, or a `Margin` that says where it came from; they
              override the defaults

@@ -89,7 +89,7 @@ def blockers(b: BenchmarkResult, c: BenchmarkResult, pairs: Pairs, dropped: int)
 
 
 def refusals(pairs: Pairs) -> Refusals:
-    """How much of each arm was refused."""
+    """Share of each arm's attempts that were refused."""
     rows = [pair for row in pairs.values() for pair in row]
     baseline, candidate = (
         sum(pair[side].cause == "refused" for pair in rows) / len(rows) for side in (0, 1)

@@ -105,7 +105,7 @@ def check_names(margins: Mapping[str, Margin], known: Sequence[str]) -> None:
 
 
 def seed_shifts(b: RunRecord, c: RunRecord) -> list[int]:
-    """The seed shift of each arm."""
+    """The shift of seeds with which each arm was run."""
     return [int(run.settings.get("seed_shift", 0)) for run in (b, c)]
 
 
@@ -120,7 +120,7 @@ def first_look(planned: int) -> Look:
 def next_look(
     file: Path, earlier: Mapping[str, Any], margins: Mapping[str, Margin], shifts: Sequence[int]
 ) -> Look:
-    """The look after the comparison in `file`.
+    """The number of the look that follows the comparison in `file`.
 
     Raises UsageError where a further look would not be honest: after a verdict, with other margins,
     beyond the planned number, or unplanned with answers that were seen already.

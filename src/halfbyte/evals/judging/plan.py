@@ -66,7 +66,7 @@ class PlanLine:
 
     @property
     def design(self) -> Design:
-        """As the rule takes it."""
+        """The plan's design in the form that the rule of verdicts takes."""
         return _design(self.items, self.groups, self.repeats)
 
     def error_at(self, loss: float) -> float:
@@ -106,7 +106,7 @@ def plan_run(
     pilot: Path | None,
     prompt_throughput: float | None = None,
 ) -> list[PlanLine]:
-    """A line per benchmark.
+    """Plan each benchmark of a run.
 
     throughput         output tokens per second, all requests together
     prompt_throughput  prompt tokens per second; None: prompts take no time

@@ -51,7 +51,7 @@ def format_run(run: RunRecord, file: Path) -> str:
 
 
 def points(value: float, digits: int = 2) -> str:
-    """A difference in points, signed."""
+    """Format a difference in percentage points, with its sign."""
     return "-" if value != value else f"{100 * value:+.{digits}f}"
 
 
@@ -115,7 +115,7 @@ def format_look(comparison: Comparison) -> list[str]:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The table of a comparison, in points."""
+    """Format a comparison as a table in percentage points."""
     rows = [["benchmark", "baseline", "candidate", f"D [{level_text(comparison)}]", "SE",
              "lost/won", "p (Holm)", "p beyond (Holm)", "margin", "verdict"]]  # fmt: skip
     for row in comparison.benchmarks.values():

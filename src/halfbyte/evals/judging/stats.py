@@ -50,7 +50,7 @@ class Estimate:
 
 
 class Interval(NamedTuple):
-    """Ends of an interval."""
+    """Lower and upper end of an interval."""
 
     low: float
     high: float

@@ -28,7 +28,7 @@ def summarise(
     has_groups: bool,
     wall_s: float,
 ) -> BenchmarkResult:
-    """The result of one benchmark.
+    """Sum up the graded records of one benchmark.
 
     identity  the fields of BenchmarkResult that do not depend on answers
     records   one per (item, repeat), the last of each

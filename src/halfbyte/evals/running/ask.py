@@ -21,10 +21,10 @@ from inspect_ai.model import (
 
 from halfbyte.evals.config import RunConfig, seed_for
 from halfbyte.evals.records import (
-    Journal,
+    AttemptJournal,
 )
 from halfbyte.evals.running.endpoint import Endpoint
-from halfbyte.evals.running.progress import Progress
+from halfbyte.evals.running.progress import RunProgress
 from halfbyte.evals.running.reasoning import split_reasoning
 from halfbyte.evals.score import Graders
 from halfbyte.evals.tasks.benchmark import Benchmark
@@ -63,9 +63,9 @@ class Room:
     prompt_id: str
     run_id: str
     max_tokens: int
-    attempts: Journal
-    samples: Journal
-    progress: Progress
+    attempts: AttemptJournal
+    samples: AttemptJournal
+    progress: RunProgress
     graders: Graders
     answered: dict[Key, Attempt] = field(default_factory=dict)
     graded: set[Key] = field(default_factory=set)
@@ -75,7 +75,7 @@ class Room:
 
 
 def prompt_sha256(prompt: Prompt) -> str:
-    """Hash of a rendered prompt, images included."""
+    """SHA-256 of a rendered prompt, its images included."""
     parts = [("image", p.uri) if isinstance(p, Image) else ("text", p.text) for p in prompt]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 

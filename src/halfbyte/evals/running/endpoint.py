@@ -19,7 +19,7 @@ from halfbyte.evals.tasks.data import file_sha256
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An OpenAI-compatible server.
+    """Address and key of an OpenAI-compatible server.
 
     url            base address that ends in /v1
     model          name to send in requests

@@ -31,7 +31,7 @@ from halfbyte.evals.records import (
 )
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.score import CodeRunner
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems
 from halfbyte.log import logger
 
 _PACKAGES = (
@@ -42,7 +42,7 @@ _PACKAGES = (
 class Prepared(NamedTuple):
     """What a run needs and has: samples by benchmark, and why some benchmarks have none."""
 
-    loaded: Mapping[str, Loaded]
+    loaded: Mapping[str, LoadedItems]
     absent: Mapping[str, str]
 
 
@@ -125,9 +125,9 @@ def _code_runner(benchmark: Benchmark, config: RunConfig) -> CodeRunner | None:
     return CodeRunner(python, config.code_limits, asyncio.Semaphore(os.cpu_count() or 1))
 
 
-def _load_all(config: RunConfig) -> tuple[dict[str, Loaded], dict[str, str]]:
+def _load_all(config: RunConfig) -> tuple[dict[str, LoadedItems], dict[str, str]]:
     """Every benchmark's samples, and why some have none; all complaints at once."""
-    loaded: dict[str, Loaded] = {}
+    loaded: dict[str, LoadedItems] = {}
     absent: dict[str, str] = {}
     for benchmark in config.benchmarks:
         try:
@@ -145,7 +145,7 @@ def _load_all(config: RunConfig) -> tuple[dict[str, Loaded], dict[str, str]]:
     return loaded, absent
 
 
-def _check_graders(config: RunConfig, loaded: Mapping[str, Loaded]) -> None:
+def _check_graders(config: RunConfig, loaded: Mapping[str, LoadedItems]) -> None:
     kinds = {b.kind for b in config.benchmarks if b.name in loaded}
     if "judged" in kinds and config.judge is None:
         raise UsageError("AA-LCR needs a judge: --judge ENDPOINT --judge-model NAME")
@@ -268,7 +268,7 @@ def _prompt_id(benchmark: Benchmark, config: RunConfig) -> str:
 
 
 def _identity(
-    benchmark: Benchmark, config: RunConfig, data: Loaded | None, prompt_id: str, prompts: str
+    benchmark: Benchmark, config: RunConfig, data: LoadedItems | None, prompt_id: str, prompts: str
 ) -> dict[str, Any]:
     notes = list(benchmark.notes)
     if data is not None and data.provenance.note:

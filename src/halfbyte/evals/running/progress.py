@@ -9,7 +9,7 @@ from halfbyte.evals.records import Record
 from halfbyte.progress import ProgressLine, clock
 
 
-class Progress:
+class RunProgress:
     """Counts of one benchmark; prints to a stream no more often than `every_s`."""
 
     def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
@@ -33,7 +33,7 @@ class Progress:
         self._tokens = 0
 
     def add(self, record: Record) -> None:
-        """One more graded attempt."""
+        """Count one more graded attempt."""
         self._count(record)
         self._tokens += record.prompt_tokens + record.completion_tokens
         if self._line.is_due():
@@ -55,7 +55,7 @@ class Progress:
         self._line.show(self.line(time.monotonic() - self._started), last=last)
 
     def line(self, elapsed_s: float) -> str:
-        """The text of the line."""
+        """The text of the line that shows how far the run is."""
         fresh = self._done - self._resumed
         parts = [f"{self._title}  {self._done}/{self._total}"]
         means = [total / count for total, count, _ in self._sums.values()]

@@ -20,7 +20,7 @@ from inspect_ai.model import (
 from inspect_ai.model._openai import as_stop_reason
 from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
 
-from halfbyte.evals.running.reasoning import Answer
+from halfbyte.evals.running.reasoning import SplitAnswer
 
 PROVIDER = "halfbyte"  # the name under which inspect-ai finds this client
 
@@ -38,7 +38,7 @@ class ServerFaultError(Exception):
 
 
 @modelapi(name=PROVIDER)
-class Answers(OpenAICompatibleAPI):
+class AnswerReader(OpenAICompatibleAPI):
     """inspect-ai's client for OpenAI-compatible servers, with our reading of messages."""
 
     def __init__(self, model_name: str, **settings: Any) -> None:
@@ -90,7 +90,7 @@ def check_completion(completion: Any) -> None:
         raise ServerFaultError("the server's answer has a choice without a message")
 
 
-def read_message(message: dict[str, Any]) -> Answer:
+def read_message(message: dict[str, Any]) -> SplitAnswer:
     """Text and thoughts of an assistant's message, from any of the forms in use.
 
     Content may be text, null, or a list of parts: text parts joined are the answer, thinking parts
@@ -106,7 +106,7 @@ def read_message(message: dict[str, Any]) -> Answer:
         else:
             texts.append(_text(part))
     text = "".join(texts) or _text(message.get("refusal"))
-    return Answer(text, "\n".join(filter(None, thoughts)))
+    return SplitAnswer(text, "\n".join(filter(None, thoughts)))
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ _MARK = re.compile(
 )
 
 
-class Answer(NamedTuple):
+class SplitAnswer(NamedTuple):
     """Final answer text and the reasoning before it."""
 
     text: str
@@ -23,7 +23,7 @@ class _Mark(NamedTuple):
     is_close: bool
 
 
-def split_reasoning(content: str, reasoning: str = "") -> Answer:
+def split_reasoning(content: str, reasoning: str = "") -> SplitAnswer:
     """Tell the answer from the thoughts in a message.
 
     content    text of the message, joined from its text parts
@@ -36,10 +36,10 @@ def split_reasoning(content: str, reasoning: str = "") -> Answer:
     thoughts. A mark in quotes or back-ticks of its own is text.
     """
     if reasoning.strip():
-        return Answer(content.strip(), reasoning.strip())
+        return SplitAnswer(content.strip(), reasoning.strip())
     marks = _marks(content)
     if not marks or (not marks[0].is_close and content[: marks[0].start].strip()):
-        return Answer(content.strip(), "")
+        return SplitAnswer(content.strip(), "")
     if marks[0].is_close:
         marks.insert(0, _Mark(0, 0, False))
     thoughts: list[str] = []
@@ -54,11 +54,11 @@ def split_reasoning(content: str, reasoning: str = "") -> Answer:
         texts.append(content[position : mark.start])
         if following is None or not following.is_close:
             thoughts.append(content[mark.end :])
-            return Answer("", _joined(thoughts))
+            return SplitAnswer("", _joined(thoughts))
         thoughts.append(content[mark.end : following.start])
         position = following.end
     texts.append(content[position:])
-    return Answer("".join(texts).strip(), _joined(thoughts))
+    return SplitAnswer("".join(texts).strip(), _joined(thoughts))
 
 
 def _marks(content: str) -> list[_Mark]:

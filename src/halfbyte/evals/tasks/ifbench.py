@@ -11,7 +11,7 @@ from typing import Any
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.evals.grading.constraints import VERB_KIND, grade_constraints, missing_resources
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.data import HubSet, load_rows, rows_sha256
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
@@ -22,7 +22,7 @@ OTHER_ITEMS = "not the 300 prompts of allenai/IFBench db69a6f"
 _HUB = HubSet("allenai/IFBench_test", "train", revision=None)
 
 
-def load(options: Options) -> Loaded:
+def load(options: Options) -> LoadedItems:
     rows = load_rows(
         "IFBench",
         options.data,
@@ -45,7 +45,7 @@ def load(options: Options) -> Loaded:
             raise UnsupportedError(f"IFBench cannot be scored here: {reason}")
         left_out = {s.item_id: reason for s in chosen if VERB_KIND in s.fields["kinds"]}
     kept = tuple(sample for sample in chosen if sample.item_id not in left_out)
-    return Loaded(kept, provenance, left_out)
+    return LoadedItems(kept, provenance, left_out)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ options that exist are shown, where a public harness pads with "None". The paper
 from collections.abc import Sequence
 
 from halfbyte.evals.grading.letters import grade_letter
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.choices import LETTERS, choice_prompt
 from halfbyte.evals.tasks.data import HubSet, load_rows
 from halfbyte.evals.types import Prompt, Sample, Score, Text
@@ -16,7 +16,7 @@ from halfbyte.evals.types import Prompt, Sample, Score, Text
 _HUB = HubSet("TIGER-Lab/MMLU-Pro", "test", revision="527feea0afed1de15a8c115abf7be4c912123315")
 
 
-def load(options: Options) -> Loaded:
+def load(options: Options) -> LoadedItems:
     rows = load_rows(
         "MMLU-Pro",
         options.data,
@@ -37,7 +37,7 @@ def load(options: Options) -> Loaded:
         )
         for row in chosen
     )
-    return Loaded(samples, rows.provenance)
+    return LoadedItems(samples, rows.provenance)
 
 
 def prompt(sample: Sample, earlier: Sequence[str], options: Options) -> Prompt:

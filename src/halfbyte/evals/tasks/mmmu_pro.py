@@ -18,7 +18,7 @@ from typing import Any, Literal
 from PIL import Image as Pixels
 
 from halfbyte.evals.grading.letters import grade_letter
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.choices import LETTERS
 from halfbyte.evals.tasks.data import HubSet, Rows, load_rows
 from halfbyte.evals.types import Image, Prompt, Sample, Score, Text
@@ -45,7 +45,7 @@ _MAX_PIXELS = 2**27  # more than any picture of the set has
 _MARKER = re.compile(r"<image (\d)>")
 
 
-def load(setting: Setting, options: Options) -> Loaded:
+def load(setting: Setting, options: Options) -> LoadedItems:
     folder = "standard" if setting == "standard" else "vision"
     rows = load_rows(
         "MMMU-Pro",
@@ -65,7 +65,7 @@ def load(setting: Setting, options: Options) -> Loaded:
         (i, row) for i, row in enumerate(rows.rows) if row.get(column) or row.get("vision_image")
     ]
     samples = [_sample(setting, *usable[i], rows) for i in spread(len(usable), options.limit)]
-    return Loaded(tuple(samples), rows.provenance)
+    return LoadedItems(tuple(samples), rows.provenance)
 
 
 def _sample(setting: Setting, index: int, row: Mapping[str, Any], rows: Rows) -> Sample:

@@ -10,20 +10,20 @@ from importlib import resources
 
 from halfbyte.evals.grading.letters import grade_letter
 from halfbyte.evals.grading.numbers import grade_number
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.choices import LETTERS, choice_prompt
 from halfbyte.evals.tasks.data import Provenance, rows_sha256
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
 
-def load(options: Options) -> Loaded:
+def load(options: Options) -> LoadedItems:
     text = resources.files("halfbyte.evals.tasks").joinpath("pocket.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     samples = tuple(
         Sample(row["id"], row["id"], row["topic"], str(row["answer"]), row)
         for row in (rows[i] for i in spread(len(rows), options.limit))
     )
-    return Loaded(samples, Provenance("halfbyte pocket", "1", {"rows": rows_sha256(rows)}))
+    return LoadedItems(samples, Provenance("halfbyte pocket", "1", {"rows": rows_sha256(rows)}))
 
 
 def prompt(sample: Sample, earlier: Sequence[str], options: Options) -> Prompt:

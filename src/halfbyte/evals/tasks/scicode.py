@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.grading import scripts
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.data import PackageFile, Provenance, Rows, file_sha256, load_rows
 from halfbyte.evals.types import Prompt, Sample, Text
 
@@ -22,7 +22,7 @@ TARGETS_SHA256 = "48b0272a88b17dbd29777c217e1b4fb2b019b92e11cc2add847409db9541b8
 _PACKAGE = "nvidia-scicode"
 
 
-def load(options: Options) -> Loaded:
+def load(options: Options) -> LoadedItems:
     rows = load_rows(
         "SciCode",
         options.data,
@@ -45,7 +45,7 @@ def load(options: Options) -> Loaded:
     own = "" if digest == TARGETS_SHA256 else "expected values are not the authors' test_data.h5"
     note = "; ".join(filter(None, (p.note, own)))
     hashes = {**p.sha256, targets.name: digest}
-    return Loaded(tuple(samples), Provenance(p.source, p.revision, hashes, note))
+    return LoadedItems(tuple(samples), Provenance(p.source, p.revision, hashes, note))
 
 
 def _targets(data: Path | None) -> Path:

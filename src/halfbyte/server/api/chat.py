@@ -22,7 +22,7 @@ FINGERPRINT = f"halfbyte-{halfbyte.__version__}"
 
 
 async def chat_response(backend: Backend, request: wire.ChatRequest, call: Call) -> dict[str, Any]:
-    """The answer in one piece."""
+    """Answer a chat request with all messages in one piece."""
     check_sampling(backend, request)
     with backend.admission.admit(call.key, request.n):
         job = await chat_job(backend, request)

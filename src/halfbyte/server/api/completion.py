@@ -80,7 +80,7 @@ class Choice:
         return self._pieces(deltas)
 
     def end(self, reason: str) -> list[Piece]:
-        """The last pieces, with the finish reason."""
+        """Return the last pieces of an answer, with its finish reason."""
         pieces = self._pieces([*self._ending(), *self._count(self.router.finish())])
         ended_by = self.finish.stop_logprobs if self.finish is not None else None
         if self.is_plain and self.want_entries and ended_by and self.router.stopped_by is None:
@@ -145,11 +145,11 @@ class Job:
 
     @property
     def request_ids(self) -> tuple[str, ...]:
-        """How the engine calls its choices."""
+        """Ids under which the engine knows the answers of this request."""
         return tuple(choice.request.request_id for choice in self.choices)
 
     def facts(self) -> dict[str, Any]:
-        """What the access log says of it."""
+        """What the access log says of this request."""
         started = [choice.first_token_s for choice in self.choices if choice.first_token_s]
         return {
             "answer_id": self.answer_id,
@@ -329,7 +329,7 @@ def _joined(deltas: Sequence[Delta]) -> list[Delta]:
 
 @dataclass(slots=True)
 class Message:
-    """The sum of one choice's pieces."""
+    """The pieces of one answer put together."""
 
     content: str = ""
     reasoning: str = ""
@@ -339,7 +339,7 @@ class Message:
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
-        """One more piece."""
+        """Add one more piece to the message."""
         delta = piece.delta
         self.entries += piece.entries
         self.token_ids += piece.token_ids

@@ -29,7 +29,7 @@ Event = dict[str, Any]
 async def messages_response(
     backend: Backend, request: MessagesRequest, call: Call
 ) -> dict[str, Any]:
-    """The finished message."""
+    """Answer a request to /v1/messages with one whole message."""
     message: dict[str, Any] = {}
     inputs: dict[int, str] = {}
     async with contextlib.aclosing(_events(backend, request, call)) as events:
@@ -167,7 +167,7 @@ class _Blocks:
     _call: CallStart | None = field(default=None)
 
     def feed(self, piece: Piece) -> Iterator[Event]:
-        """Events of one piece."""
+        """Turn one piece into events of Anthropic's stream."""
         delta = piece.delta
         if delta is None or (isinstance(delta, Reasoning) and not self.shows_thoughts):
             return

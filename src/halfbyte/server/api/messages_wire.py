@@ -66,7 +66,7 @@ def _tool_tag(value: Any) -> str:
     return "custom" if kind in (None, "custom") else "hosted"
 
 
-class Choice(Wire):
+class MessagesToolChoice(Wire):
     type: Literal["auto", "any", "none", "tool"]
     name: str | None = None
     disable_parallel_tool_use: bool = False
@@ -116,7 +116,7 @@ class CountRequest(Wire):
             Discriminator(_tool_tag),
         ]
     ] = Field(default_factory=list, max_length=reading.MOST_TOOLS)
-    tool_choice: Choice | None = None
+    tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
@@ -230,7 +230,9 @@ def paths_of(request: CountRequest) -> Paths:
     return Paths(_chat_messages(request, [])[1], tools, _FIELDS, names)
 
 
-def _chat_choice(choice: Choice, hosted: list[HostedDefinition], has_tools: bool) -> dict[str, Any]:
+def _chat_choice(
+    choice: MessagesToolChoice, hosted: list[HostedDefinition], has_tools: bool
+) -> dict[str, Any]:
     body: dict[str, Any] = {"parallel_tool_calls": not choice.disable_parallel_tool_use}
     if choice.type == "tool":
         if choice.name is None:

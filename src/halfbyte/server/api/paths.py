@@ -37,7 +37,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """The places of one request.
+    """Where the parts of a chat request stood in the client's own request.
 
     messages  of the chat request's messages, in order
     tools     paths of its tools, in order
@@ -56,7 +56,7 @@ class Paths:
         return self._renamed(_PLACE.sub(self._place, text))
 
     def error(self, error: RequestError) -> RequestError:
-        """The same error in the client's words."""
+        """Return the same error with places as the client wrote them."""
         param = None if error.param is None else self.text(error.param)
         return RequestError(
             self.text(str(error)), param=param, code=error.code, status=error.status

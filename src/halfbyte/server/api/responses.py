@@ -28,7 +28,7 @@ _FEW_ITEMS = 64
 async def responses_response(
     backend: Backend, request: ResponsesRequest, call: Call
 ) -> dict[str, Any]:
-    """The finished response."""
+    """Answer a request to /v1/responses with one whole response."""
     async with contextlib.aclosing(_events(backend, request, call)) as events:
         last: Event = {}
         async for event in events:
@@ -121,7 +121,7 @@ class _Builder:
     _text: str = ""
 
     def feed(self, piece: Piece) -> Iterator[Event]:
-        """Events of one piece."""
+        """Turn one piece into events of a stream of /v1/responses."""
         delta = piece.delta
         if delta is None:
             return
@@ -140,7 +140,7 @@ class _Builder:
             yield self._event("output_text.delta", content_index=0, delta=delta.text, logprobs=[])
 
     def finish(self, *, is_cut: bool) -> Iterator[Event]:
-        """Close the open item."""
+        """Close the item of the stream that is still open."""
         item, text = self._open, self._text
         if item is None:
             return

@@ -36,7 +36,7 @@ _SLOWEST_BYTES_S = 50_000
 
 
 def frame(value: Any, event: str | None = None) -> bytes:
-    """One server-sent event."""
+    """Frame one JSON text as a server-sent event."""
     name = f"event: {event}\n" if event else ""
     return (
         f"{name}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

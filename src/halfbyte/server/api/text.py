@@ -20,7 +20,7 @@ from halfbyte.server.call import Call
 async def text_response(
     backend: Backend, request: wire.CompletionRequest, call: Call
 ) -> dict[str, Any]:
-    """All choices in one piece."""
+    """Answer a request to /v1/completions with all texts in one piece."""
     check_sampling(backend, request)
     with backend.admission.admit(call.key, request.n * len(request.prompts)):
         job = await text_job(backend, request)
@@ -38,7 +38,7 @@ async def text_response(
 async def text_frames(
     backend: Backend, request: wire.CompletionRequest, call: Call
 ) -> AsyncGenerator[bytes, None]:
-    """All choices as server-sent events."""
+    """Answer a request to /v1/completions as server-sent events."""
     options = request.stream_options or wire.StreamOptions()
     check_sampling(backend, request)
     with backend.admission.admit(call.key, request.n * len(request.prompts)):

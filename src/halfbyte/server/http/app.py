@@ -177,7 +177,7 @@ async def respond(
 
 
 def count_disconnect(backend: Backend) -> None:
-    """One client left."""
+    """Count one client that left before its answer ended."""
     backend.metrics.disconnects += 1
 
 
@@ -387,7 +387,7 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
 
 
 def add_health(app: FastAPI, backend: Backend) -> None:
-    """Liveness and readiness."""
+    """Add the routes that say whether the server lives and is ready."""
     config = backend.config
 
     @app.get("/health")

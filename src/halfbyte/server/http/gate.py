@@ -50,7 +50,7 @@ class Keys:
 
     @property
     def is_open(self) -> bool:
-        """Whether no key is asked for."""
+        """Whether the server asks for no key."""
         return not self._digests
 
     def name_of(self, authorization: str) -> str:

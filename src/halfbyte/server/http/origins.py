@@ -57,7 +57,7 @@ def read_hosts(given: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """What one listener lets in.
+    """Which hosts and web origins one listener lets in.
 
     hosts     names of this server beside loopback ones, addresses and names without a dot; "*" for
               any, ".example.com" for all below

@@ -26,7 +26,7 @@ _HEADERS = {
 
 
 def add_pages(app: FastAPI) -> None:
-    """Routes of the page's files; read once."""
+    """Add routes for the files of the chat page, which are read once."""
     folder = files("halfbyte.server.http").joinpath("web")
     contents = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     contents["code.css"] = code_styles().encode()

@@ -39,7 +39,7 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
-        """Count one value."""
+        """Count one value in its bucket."""
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.total += value
 
@@ -121,12 +121,12 @@ class Metrics:
         self.answer_size_tokens = Histogram(_TOKENS)
 
     def count_http(self, route: str, status: int) -> None:
-        """One HTTP response."""
+        """Count one HTTP response by route and status."""
         key = (route, status)
         self.http_requests[key] = self.http_requests.get(key, 0) + 1
 
     def count_finish(self, reason: str) -> None:
-        """One answer ended."""
+        """Count one answer that ended, by its reason."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
     def text(

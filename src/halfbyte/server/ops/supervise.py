@@ -75,7 +75,7 @@ class Supervisor:
 
     @property
     def num_restarts(self) -> int:
-        """Deaths within the window so far."""
+        """Number of deaths within the window so far."""
         return len(self._deaths)
 
     async def start(self) -> None:

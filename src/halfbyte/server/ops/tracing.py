@@ -44,7 +44,7 @@ class Tracing:
         )
 
     def end(self, span: Any, route: str, status: int, call: Call) -> None:
-        """Say what became of it."""
+        """End the span of a call and say what became of it."""
         span.set_attribute("http.route", route)
         span.set_attribute("http.response.status_code", status)
         span.set_attribute("halfbyte.request_id", call.request_id)
@@ -56,7 +56,7 @@ class Tracing:
         span.end()
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the spans that have not been sent yet."""
         self._provider.shutdown()
 
 

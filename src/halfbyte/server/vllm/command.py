@@ -61,7 +61,7 @@ class VllmPlan:
     thought_marks: tuple[str, str] | None = None
 
     def command(self) -> list[str]:
-        """The words of the command."""
+        """The words of the command that starts vLLM."""
         words = ["vllm", "serve", str(self.directory)]
         for name, value in self.flags.items():
             if value is True:

@@ -36,7 +36,7 @@ class VllmProcess:
 
     @property
     def is_alive(self) -> bool:
-        """False once it has ended."""
+        """Whether the process runs; False once it has ended."""
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
