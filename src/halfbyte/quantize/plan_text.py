@@ -124,10 +124,9 @@ def format_hosting(hosted: Sequence[Hosting], price_per_hour: float | None = Non
     first = hosted[0]
     priced = price_per_hour is not None
     header = ("GPUs", "weights", "KV/token", "KV tokens", "at once", "tokens/s")
-    header += ("an hour",) if priced else ()
-    rows = [(*header, "")]
+    rows: list[tuple[str, ...]] = [(*header, *(["an hour"] if priced else []), "")]
     for x in hosted:
-        cells = (
+        cells: tuple[str, ...] = (
             x.gpu if x.gpu == HERE else f"{x.tp} x {x.gpu}",
             f"{x.weight_bytes / 1e9:.1f} GB",
             f"{x.kv_token_bytes:,} B",

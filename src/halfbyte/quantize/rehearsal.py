@@ -107,8 +107,10 @@ def rehearse(
     rows = min(max(ceil(_TEXT_FLOPS / per_row), _FEWEST_ROWS), _MOST_ROWS) if per_row else 0
     with tempfile.TemporaryDirectory(prefix="halfbyte-plan-") as scratch, _quietly():
         folder = Path(scratch)
-        dialect = "none" if source.quantization.dialect == "none" else "mistral-fp8"
-        write_tiny_checkpoint(folder / "source", config=config, dialect=dialect)
+        is_fp8 = source.quantization.dialect != "none"
+        write_tiny_checkpoint(
+            folder / "source", config=config, dialect="mistral-fp8" if is_fp8 else "none"
+        )
         tokens = _tokens(folder / "tokens.safetensors", rows, longest_row) if rows else None
         result = quantize(
             QuantizeConfig(

@@ -93,5 +93,5 @@ BENCHMARK = Benchmark(
     plan_variance=0.0776,
     plan_prompt_tokens=350,
     plan_output_tokens=9_000,
-    notes=("198 items; the published table's 448 is the size of the main set, not of Diamond.",),
+    notes=("the 198 items of Diamond; GPQA's main set, which has 448, is another one",),
 )

@@ -178,7 +178,7 @@ BENCHMARKS = (
     _benchmark(
         "vision-options",
         "MMMU Pro",
-        "vision setting with the options also as text: set beside the published column",
+        "the questions of the vision setting, with the options also as text",
     ),
     _benchmark("vision", "MMMU Pro (vision)", "one screenshot, nothing as text"),
     _benchmark("standard", "MMMU Pro (standard, 10 options)", "text with images in reading order"),
