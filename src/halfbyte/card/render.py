@@ -604,7 +604,8 @@ def _which_items(result: BenchmarkResult) -> str:
     note = result.provenance.get("note")
     if note:
         return str(note)
-    if result.provenance.get("revision") is not None or result.name in _BY_CONTENT:
+    pinned = result.provenance.get("revision") is not None or result.provenance.get("checked")
+    if pinned or result.name in _BY_CONTENT:
         return _PUBLISHED
     return "a local copy, not compared with the published items"
 

@@ -85,7 +85,7 @@ def parse_price(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.machine import available_bytes
+    from halfbyte.machine import age_s, available_bytes
     from halfbyte.quantize.capacity import Text, estimate, measure
     from halfbyte.quantize.hosting import GPUS, host, host_here, quantizing_time
     from halfbyte.quantize.plan_text import format_estimate, format_hosting, format_quantizing
@@ -113,10 +113,9 @@ def run(args: argparse.Namespace) -> int:
             requests=args.requests,
         )
         hosted.append(here)
-    began = time.perf_counter()
     text = Text(0, 0) if recipe.scales.activations == "none" else _text(args, source, recipe)
-    # What loading the libraries took until here a run takes as well.
-    starting_s = time.process_time() + time.perf_counter() - began
+    # What loading the libraries and drawing the text took until here a run takes as well.
+    starting_s = age_s() or time.process_time()
     speeds, busy = None, None
     if not args.no_timing:
         watch = _watch()

@@ -15,6 +15,7 @@ from halfbyte.evals.grading.letters import grade_letter
 from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
 from halfbyte.evals.tasks.choices import choice_prompt
 from halfbyte.evals.tasks.data import HubSet, load_rows
+from halfbyte.evals.tasks.published import compared
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
 _HUB = HubSet(
@@ -44,7 +45,11 @@ def load(options: Options) -> Loaded:
         "`huggingface-cli login`, or put your authorised gpqa_diamond.csv below --data.",
     )
     chosen = [rows.rows[i] for i in spread(len(rows.rows), options.limit)]
-    return Loaded(tuple(_sample(row, options.gpqa_seed) for row in chosen), rows.provenance)
+    samples = tuple(_sample(row, options.gpqa_seed) for row in chosen)
+    # The authors ask that items stay private, so nothing is known to compare them with but how many
+    # there are.
+    counted = [str(row["Record ID"]) for row in rows.rows]
+    return Loaded(samples, compared(rows.provenance, BENCHMARK.name, counted, full=198))
 
 
 def _sample(row: Mapping[str, Any], seed: int) -> Sample:
