@@ -657,7 +657,9 @@ def _sampling(c: CheckpointFacts) -> Markdown:
         values = ", ".join(f"{name} {value:g}" for name, value in c.sampling.items())
         text = f"Recommended sampling (generation_config.json): {values}."
     efforts = () if c.chat is None else c.chat.efforts
-    return md("{}{}", text, f" Reasoning efforts: {', '.join(efforts)}." if efforts else "")
+    if efforts:
+        text += f" Reasoning efforts: {', '.join(efforts)}."
+    return md("{}", text)
 
 
 # Flags of our own server in front of vLLM; whoever starts vLLM alone needs none of them.
