@@ -13,37 +13,17 @@ import pytest
 
 from halfbyte.cli.main import COMMANDS
 from halfbyte.model.tiny import write_tiny_checkpoint
-
-ROOT = Path(__file__).parents[1]
-_PIP = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+from wheels import ROOT, build_wheel, tracked, unpack
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the tracked files alone, with what is installed here."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "src", "pyproject.toml", "README.md", "LICENSE"],
-        cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).exists():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [*_PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "-w", str(folder), str(source)], check=True)
-    (built,) = folder.glob("halfbyte-*.whl")
-    return built
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the wheel was unpacked, which is all that installing a wheel of Python files is."""
-    target = tmp_path_factory.mktemp("installed")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
-    return target
+    return unpack(wheel, tmp_path_factory.mktemp("installed"))
 
 
 class Done(NamedTuple):
@@ -89,10 +69,7 @@ def run(
 
 
 def test_the_wheel_holds_every_file_that_the_source_has(wheel: Path) -> None:
-    tracked = subprocess.run(
-        ["git", "ls-files", "src/halfbyte"], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
-    ).stdout.split()
-    wanted = {name.removeprefix("src/") for name in tracked if (ROOT / name).exists()}
+    wanted = {name.removeprefix("src/") for name in tracked("src/halfbyte")}
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
     assert wanted <= held, sorted(wanted - held)
