@@ -2,12 +2,13 @@
 
 import gc
 import mmap
+import os
 import weakref
 from pathlib import Path
 
 import pytest
 
-from halfbyte.machine import available_bytes, held, settle_heap
+from halfbyte.machine import age_s, available_bytes, held, settle_heap
 
 MIB = 1 << 20
 
@@ -136,3 +137,15 @@ def test_a_settled_heap_is_passed_over_until_it_is_settled_again() -> None:
         assert gone() is None
     finally:
         gc.unfreeze()
+
+
+def test_the_age_of_a_process_counts_from_its_start(tmp_path: Path) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "uptime").write_text("100.50 7.0\n")
+    fields = ["S", *["0"] * 18, str(98 * ticks), "0"]
+    (tmp_path / "self" / "stat").write_text("7 (a ) name) " + " ".join(fields))
+    assert age_s(tmp_path) == pytest.approx(2.5)
+    assert age_s(tmp_path / "nowhere") is None
+    here = age_s()
+    assert here is None or 0 < here < 86_400

@@ -57,6 +57,11 @@ class WorkerError(HalfbyteError):
     """A process of a tensor-parallel group has died or does not answer."""
 
 
+def how_to_get(extra: str) -> str:
+    """How an extra of pyproject.toml is installed: from the clone, for no index has us."""
+    return f"install halfbyte with its extra {extra}: pip install '.[{extra}]' in its folder"
+
+
 _MOST_CHARACTERS = 100
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 2, 4, 4, 4

@@ -91,6 +91,17 @@ def held(proc: Path = _PROC) -> Held | None:
         return None
 
 
+def age_s(proc: Path = _PROC) -> float | None:
+    """Seconds since this process was started; None where the system does not say."""
+    try:
+        uptime = float((proc / "uptime").read_text().split()[0])
+        # The name, which may hold anything, ends with the last bracket; start is field 22.
+        stat = (proc / "self" / "stat").read_text().rpartition(")")[2].split()
+        return max(uptime - int(stat[19]) / os.sysconf("SC_CLK_TCK"), 0.0)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def available_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
     """Memory that could be had now without swapping; None where the system does not say.
 

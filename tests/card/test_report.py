@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.card import report
 from halfbyte.card.facts import compare_arms, read_arm, spans
 from halfbyte.card.plots import LabelledInterval, intervals, shares
 from halfbyte.card.report import render_report
@@ -171,3 +172,29 @@ def test_incomplete_arm_is_named_as_such(tmp_path: Path) -> None:
     page = render_report([replace(arm, run=run)], None)
     assert "incomplete" in page and "2 are missing" in page
     json.dumps(page)
+
+
+def test_every_note_says_whose_it_is(tmp_path: Path) -> None:
+    """The same note of both arms stands once, one of a single arm with its name."""
+    arms = [read_arm(write_arm(tmp_path, "fp8", 12)), read_arm(write_arm(tmp_path, "mixed", 10))]
+    for arm in arms:
+        result = arm.run.benchmarks["ifbench"]
+        noted = replace(result, notes=("common",), reason=f"reason of {arm.run.arm}")
+        arm.run.benchmarks["ifbench"] = noted  # type: ignore[index]
+    notes = report._score_notes(arms)
+    assert notes == [
+        "IFBench, both arms: common",
+        "IFBench, fp8: reason of fp8",
+        "IFBench, mixed: reason of mixed",
+    ]
+    assert report._score_notes(arms[:1]) == ["IFBench, fp8: common", "IFBench, fp8: reason of fp8"]
+
+
+def test_plots_show_their_numbers_to_whoever_points_at_them(page: str) -> None:
+    dots = re.findall(r"<circle[^>]*>(<title>[^<]+</title>)?", page)
+    assert dots and all(dots)
+
+
+def test_wide_things_scroll_in_boxes_of_their_own_and_print_whole(page: str) -> None:
+    assert page.count("<svg") == len(re.findall(r'<div class="scroll">\s*<svg', page))
+    assert "@media print" in page and "details-content" in page

@@ -1,6 +1,9 @@
 """Where a checkpoint serves: the 128B model's numbers by hand, and what must hold for any."""
 
+import json
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +11,16 @@ from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from halfbyte.errors import UsageError
 from halfbyte.quantize import hosting
 from halfbyte.quantize.capacity import output_bytes
-from halfbyte.quantize.hosting import GPUS, format_hosting, host, host_here, host_on, kv_token_bytes
+from halfbyte.quantize.hosting import (
+    GPUS,
+    host,
+    host_here,
+    host_on,
+    kv_token_bytes,
+    quantizing_time,
+    step_bytes,
+)
+from halfbyte.quantize.plan_text import format_hosting, format_quantizing
 from halfbyte.recipe.plan import Plan, make_plan, plan_size
 from halfbyte.recipe.schema import load_recipe
 
@@ -126,7 +138,7 @@ def test_the_table_says_yes_no_and_how_much(plan: Plan) -> None:
     lines = format_hosting(hosted).splitlines()
     assert "no: one request of 262,144 tokens does not fit the cache" in lines[2]
     assert "8 at once have" in lines[3]
-    assert "8 of 8  yes; NVFP4 weights decoded" in lines[4]
+    assert "8 of 8 " in lines[4] and "yes; NVFP4 weights decoded" in lines[4]
     assert "24.0 GB of memory are available" in lines[5]
 
 
@@ -154,3 +166,80 @@ def test_no_cache_is_left_and_none_is_negative(plan: Plan) -> None:
     (small,) = host(plan, MEDIUM, context=1000, requests=1, gpus=["l40s"], widths=[1])
     assert small.kv_tokens == 0
     assert small.problem is not None and "weights and working memory take" in small.problem
+
+
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
+
+
+def _figures(record: str) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads((RECORDS / f"{record}.json").read_text())["figures"]
+    return found
+
+
+def test_a_model_that_was_measured_is_told_as_measured(plan: Plan) -> None:
+    assert step_bytes(plan, MEDIUM) == pytest.approx(hosting.RECORDED_STEP_BYTES, rel=0.01)
+    step = next(
+        x for x in _figures("engine-h200") if x["name"] == "decode step" and x["is_headline"]
+    )
+    assert step["value"] == pytest.approx(hosting.RECORDED_STEP_MS, rel=1e-3)
+    (one,) = host(plan, MEDIUM, context=1000, requests=1, gpus=["h200"], widths=[1])
+    assert one.speed_basis == "measured" and one.tokens_per_s == pytest.approx(46.4, abs=0.1)
+
+
+def test_computed_speeds_agree_with_what_was_measured_elsewhere(plan: Plan) -> None:
+    """60 layers on an H100, and two of them against one: records that no constant is taken from."""
+    sixty = ModelConfig(replace(TEXT, num_layers=60), None)
+    (one,) = host(
+        make_plan(load_recipe("medium-3.5"), sixty),
+        sixty, context=1000, requests=1, gpus=["h100"], widths=[1],
+    )  # fmt: skip
+    step = next(x for x in _figures("engine-h100") if x["conditions"] == {
+        "layers": 60, "products": "exact", "batch": 1, "context": 128})  # fmt: skip
+    assert one.speed_basis == "computed" and one.tokens_per_s is not None
+    assert 1000 / one.tokens_per_s == pytest.approx(step["value"], rel=0.1)
+    pair = next(x for x in _figures("tensor_parallel_gpu") if x["name"] == "decode step")
+    against = pair["against"]
+    assert isinstance(against, list) and isinstance(pair["value"], float)
+    assert against[0]["value"] / pair["value"] / 2 == pytest.approx(hosting.SPLIT_GAIN, rel=1e-3)
+
+
+def test_more_gpus_are_faster_but_not_by_their_number(plan: Plan) -> None:
+    ranks = host(plan, MEDIUM, context=1000, requests=1, gpus=["b200"], widths=[1, 2, 4, 8])
+    speeds = [x.tokens_per_s or 0 for x in ranks]
+    assert speeds == sorted(speeds)
+    assert all(b < 2 * a for a, b in pairwise(speeds))
+
+
+def test_quantizing_the_128b_model_takes_what_the_record_projects(plan: Plan) -> None:
+    output = sum(output_bytes(plan, MEDIUM).values())
+    tokens = 128 * 2048
+    moved = 2 * 128 * 10**9 + output + 88 * tokens * TEXT.width * 2
+    times = {
+        name: quantizing_time(
+            GPUS[name], MEDIUM, num_tokens=tokens, longest_row=2048, moved_bytes=moved
+        )
+        for name in GPUS
+    }
+    projected = next(
+        x for x in _figures("quantize_gpu") if x["name"] == "quantizing the model on a GPU"
+    )
+    assert times["h100"].seconds / 60 == pytest.approx(projected["value"], rel=0.35)
+    assert times["b200"].seconds <= times["h100"].seconds <= times["l40s"].seconds
+    slow = quantizing_time(
+        GPUS["b200"], MEDIUM, num_tokens=tokens, longest_row=2048, moved_bytes=moved,
+        disk_bytes_per_s=2e8,
+    )  # fmt: skip
+    assert slow.seconds > moved / 2e8
+    said = format_quantizing(list(times.values()), price_per_hour=2.0)
+    assert "computed" in said and len(said.splitlines()) == 1 + len(GPUS)
+
+
+def test_why_fewer_gpus_do_not_do_is_said(plan: Plan) -> None:
+    found = host(plan, MEDIUM, context=262_144, requests=2)
+    for one in found:
+        assert (one.why_not_fewer is None) == (one.tp == 1)
+    said = format_hosting(found, price_per_hour=3.0)
+    assert "1 would not do: one request of 262,144 tokens does not fit the cache" in said
+    assert "an hour" in said and "12.00" in said
+    crowd = host(plan, MEDIUM, context=100_000, requests=4, gpus=["h200"])
+    assert crowd[0].why_not_fewer == "only 2 of 4 requests of 100,000 tokens fit the cache"

@@ -1,9 +1,12 @@
-"""docs/api.md and docs/grafana.json say what the program does."""
+"""docs/api.md and the dashboard say what the program does."""
 
 import json
 import re
 from pathlib import Path
 
+import pytest
+
+from halfbyte.cli.main import main
 from halfbyte.server.api import wire
 from server.conftest import MakeBench
 
@@ -27,8 +30,13 @@ def test_every_field_and_every_ignored_field_is_in_the_document() -> None:
         assert f"`{name}`" in text or f"`{name}:" in text, name
 
 
-async def test_dashboard_asks_for_figures_that_exist(make_bench: MakeBench) -> None:
-    dashboard = (DOCS / "grafana.json").read_text()
+async def test_dashboard_asks_for_figures_that_exist(
+    make_bench: MakeBench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--print-dashboard"])
+    assert not ended.value.code
+    dashboard = capsys.readouterr().out
     json.loads(dashboard)
     async with make_bench().http() as client:
         text = (await client.get("/metrics")).text

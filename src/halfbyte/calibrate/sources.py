@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from halfbyte.calibrate.blend import Blend, Dataset, Source, resolve_dataset
 from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES, Line, read_lines
-from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.errors import UnsupportedError, UsageError, how_to_get
 from halfbyte.files import open_regular
 
 _STREAM_BUFFER_BYTES = 1 << 20
@@ -239,7 +239,7 @@ def _from_hub(dataset: Dataset, endpoint: str | None, where: str) -> OpenedSourc
         from huggingface_hub.errors import HTTPError as TransportError
     except ImportError as error:
         raise UnsupportedError(
-            f"{where}: fetching {dataset.id} needs huggingface_hub (pip install huggingface_hub)"
+            f"{where}: fetching {dataset.id} needs huggingface_hub; {how_to_get('hub')}"
         ) from error
     errors = (HfHubHTTPError, HFValidationError, TransportError, OSError)
     api = hub.HfApi(endpoint=endpoint)

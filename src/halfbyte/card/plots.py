@@ -63,9 +63,19 @@ def _estimate(row: LabelledInterval, x: Callable[[float], float], y: float) -> l
         marks.append(Mark("line", {"class": f"bar {row.kind}", **ends}))
     if row.mid == row.mid:
         marks.append(
-            Mark("circle", {"class": f"dot {row.kind}", "cx": x(row.mid), "cy": y, "r": 4})
+            Mark(
+                "circle",
+                {"class": f"dot {row.kind}", "cx": x(row.mid), "cy": y, "r": 4},
+                title=_hover(row),
+            )
         )
     return [*marks, text_mark(_LEFT + _WIDTH + 12, y + 4, row.note, kind="note")]
+
+
+def _hover(row: Interval) -> str:
+    """The numbers behind a mark, for whoever points at it."""
+    ends = f" ({row.low:.4g} to {row.high:.4g})" if row.low == row.low else ""
+    return f"{row.label}: {row.mid:.4g}{ends}; {row.note}"
 
 
 def _ticks(low: float, high: float) -> list[float]:

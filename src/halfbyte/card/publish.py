@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.card.published import findings
-from halfbyte.errors import CheckpointError, UnsupportedError, UsageError
+from halfbyte.errors import CheckpointError, UnsupportedError, UsageError, how_to_get
 from halfbyte.files import hash_regular, read_bounded
 
 _KINDS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "LICENCE*",
@@ -104,10 +104,7 @@ def send(
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         from huggingface_hub.errors import HTTPError as TransportError
     except ImportError as error:
-        raise UnsupportedError(
-            "publishing needs huggingface_hub: install halfbyte with its extra hub: "
-            "pip install '.[hub]' in its folder"
-        ) from error
+        raise UnsupportedError(f"publishing needs huggingface_hub; {how_to_get('hub')}") from error
     api = hub.HfApi(endpoint=endpoint)
     try:
         api.create_repo(repository, private=True, exist_ok=True)

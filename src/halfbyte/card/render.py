@@ -604,7 +604,8 @@ def _which_items(result: BenchmarkResult) -> str:
     note = result.provenance.get("note")
     if note:
         return str(note)
-    if result.provenance.get("revision") is not None or result.name in _BY_CONTENT:
+    pinned = result.provenance.get("revision") is not None or result.provenance.get("checked")
+    if pinned or result.name in _BY_CONTENT:
         return _PUBLISHED
     return "a local copy, not compared with the published items"
 
@@ -656,7 +657,9 @@ def _sampling(c: CheckpointFacts) -> Markdown:
         values = ", ".join(f"{name} {value:g}" for name, value in c.sampling.items())
         text = f"Recommended sampling (generation_config.json): {values}."
     efforts = () if c.chat is None else c.chat.efforts
-    return md("{}{}", text, f" Reasoning efforts: {', '.join(efforts)}." if efforts else "")
+    if efforts:
+        text += f" Reasoning efforts: {', '.join(efforts)}."
+    return md("{}", text)
 
 
 # Flags of our own server in front of vLLM; whoever starts vLLM alone needs none of them.

@@ -113,7 +113,7 @@ def _scores(arms: Sequence[Arm]) -> Table:
         lines = dict.fromkeys(f"{r.items} of {r.full_items} × {r.repeats}" for r in found)
         counted.append(Cell("\n".join(lines) or "-"))
     return Table(
-        ["precision", *(title_of(name) for name in names)],
+        ["arm", *(title_of(name) for name in names)],
         [*rows, counted],
         "Accuracy in percent with its 95 % interval over items; wrong answers include truncated, "
         "unextracted, empty and refused ones.",
@@ -121,14 +121,17 @@ def _scores(arms: Sequence[Arm]) -> Table:
 
 
 def _score_notes(arms: Sequence[Arm]) -> list[str]:
-    results = [result for arm in arms for result in arm.run.benchmarks.values()]
+    """What is to be known of a score: each says of whose."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for arm in arms:
+        for result in arm.run.benchmarks.values():
+            for note in filter(None, (*result.notes, result.reason)):
+                said.setdefault((result.title, note), []).append(arm.run.arm)
+    everybody = [arm.run.arm for arm in arms]
     return sorted(
-        {
-            f"{result.title}: {note}"
-            for result in results
-            for note in (*result.notes, result.reason)
-            if note
-        }
+        f"{title}, {'both arms' if whose == everybody and len(arms) > 1 else ' and '.join(whose)}: "
+        f"{note}"
+        for (title, note), whose in said.items()
     )
 
 

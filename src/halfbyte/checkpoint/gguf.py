@@ -37,6 +37,7 @@ from halfbyte.errors import (
     HalfbyteError,
     UnsupportedError,
     UsageError,
+    how_to_get,
     shown,
 )
 from halfbyte.files import hash_regular, read_bounded
@@ -195,7 +196,7 @@ def _open(source: Path) -> Any:
         import gguf
     except ImportError:
         raise UnsupportedError(
-            "reading GGUF files needs the package gguf; run: pip install 'halfbyte[demo]'"
+            f"reading GGUF files needs the package gguf; {how_to_get('demo')}"
         ) from None
     if not source.exists():
         raise UsageError(f"{source}: no such file")

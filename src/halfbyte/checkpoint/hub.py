@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from halfbyte.errors import CapacityError, CheckpointError, UnsupportedError, UsageError
+from halfbyte.errors import CapacityError, CheckpointError, UnsupportedError, UsageError, how_to_get
 from halfbyte.files import format_bytes
 from halfbyte.log import logger
 
@@ -69,7 +69,7 @@ def _fetch(name: str, wanted: str | None, cache: Path | None, endpoint: str | No
         from huggingface_hub.errors import HTTPError as TransportError
     except ImportError as error:
         raise UnsupportedError(
-            f"fetching {name} needs huggingface_hub (pip install huggingface_hub)"
+            f"fetching {name} needs huggingface_hub; {how_to_get('hub')}"
         ) from error
     errors = (HfHubHTTPError, HFValidationError, TransportError, OSError)
     api = hub.HfApi(endpoint=endpoint)

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         read_key,
         serve,
     )
-    from halfbyte.evals.running.evaluate import default_arm, evaluate, prepare
+    from halfbyte.evals.running.evaluate import default_arm, evaluate, prepare, require_extra
     from halfbyte.evals.tasks.suite import find_benchmarks
 
     benchmarks = find_benchmarks(args.suite)
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.target is None:
         raise UsageError("evaluate what? give an endpoint or a checkpoint folder (or --plan)")
+    require_extra()
     named_by = args.out.resolve().name if args.out else default_arm(args.target)
     arm = named_by if args.arm is None else args.arm
     if not is_name(arm):

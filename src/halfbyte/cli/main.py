@@ -14,7 +14,7 @@ from types import ModuleType
 import halfbyte
 from halfbyte import log
 from halfbyte.cli.config_file import apply_config
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, how_to_get
 from halfbyte.machine import keep_one_heap, let_threads_sleep
 from halfbyte.printable import printable_output
 
@@ -164,9 +164,7 @@ def _how_to_get(name: str | None) -> str:
     """The extra that brings a module, by the installed package's own metadata."""
     for extra, modules in _EXTRAS.items():
         if (name or "").partition(".")[0] in modules:
-            return (
-                f"install halfbyte with its extra {extra}: pip install '.[{extra}]' in its folder"
-            )
+            return how_to_get(extra)
     return (
         "it is missing from this installation; install halfbyte again: pip install . in its folder"
     )

@@ -2,13 +2,29 @@
 
 import argparse
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from halfbyte.cli.quantize import METHODS, add_recipe, by_method, parse_bytes
+from halfbyte.cli.quantize import (
+    METHODS,
+    add_calibration,
+    add_recipe,
+    by_method,
+    chosen_blend,
+    parse_bytes,
+)
+
+if TYPE_CHECKING:
+    from halfbyte.quantize.capacity import Text
+    from halfbyte.quantize.survey import Survey
+    from halfbyte.recipe.schema import Recipe
 
 EXAMPLE = """  halfbyte plan models/fp8 --recipe medium-3.5
-  halfbyte plan models/fp8 --recipe medium-3.5 --gpu h200 --tp 2 --context 262144 --requests 8"""
+  halfbyte plan models/fp8 --recipe medium-3.5 --text our_documents.txt
+  halfbyte plan models/fp8 --recipe medium-3.5 --gpu h200 --tp 2 --context 262144 --requests 8
+  halfbyte plan models/fp8 --recipe medium-3.5 --gpu b200 --price-per-hour 4.50"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,17 +35,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", choices=METHODS, help="as for quantize, instead of the recipe's way"
     )
+    add_calibration(parser)
     parser.add_argument("--samples", type=parse_count, help="calibration rows, not the recipe's")
     parser.add_argument("--tokens-per-sample", type=parse_count, help="likewise")
+    parser.add_argument("--report", action="store_true", help="count what a report takes, too")
     parser.add_argument("--device", default="cpu", help="where layers would run (%(default)s)")
     parser.add_argument("--memory", type=parse_bytes, help="as for quantize")
     parser.add_argument("--gpu-memory", type=parse_bytes, help="as for quantize")
-    parser.add_argument("--disk-speed", type=parse_bytes, help="a second, instead of measuring")
+    parser.add_argument(
+        "--disk-speed",
+        type=parse_bytes,
+        help="bytes a second, as 500MB; it is measured (else 2GB is assumed) if this is left out",
+    )
     parser.add_argument("--no-timing", action="store_true", help="measure nothing, say no time")
-    parser.add_argument("--gpu", nargs="+", help="h100, h200, b200, …; all if left out")
+    parser.add_argument(
+        "--gpu",
+        nargs="+",
+        help="h100, h200, b200, rtx-pro-6000, …: where to serve, and how long quantizing takes "
+        "there; all if left out. None has to be here",
+    )
     parser.add_argument("--tp", type=parse_count, nargs="+", help="GPUs that share the model")
     parser.add_argument("--context", type=parse_count, help="tokens of a request; the model's most")
     parser.add_argument("--requests", type=parse_count, default=1, help="at once (%(default)s)")
+    parser.add_argument(
+        "--price-per-hour",
+        type=parse_price,
+        metavar="PRICE",
+        help="of one GPU, or of this machine, in any currency: say what is to be paid",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -40,22 +73,28 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_price(text: str) -> float:
+    """A number above 0."""
+    try:
+        price = float(text)
+    except ValueError:
+        price = 0.0
+    if not 0 < price < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no price; write a number, as 4.50")
+    return price
+
+
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.machine import available_bytes
-    from halfbyte.quantize.capacity import Text, estimate, format_estimate, measure
-    from halfbyte.quantize.hosting import format_hosting, host, host_here
+    from halfbyte.machine import age_s, available_bytes
+    from halfbyte.quantize.capacity import Text, estimate, measure
+    from halfbyte.quantize.hosting import GPUS, host, host_here, quantizing_time
+    from halfbyte.quantize.plan_text import format_estimate, format_hosting, format_quantizing
     from halfbyte.quantize.survey import survey
     from halfbyte.recipe.plan import make_plan
     from halfbyte.recipe.schema import load_recipe
 
     source, recipe = survey(args.source), by_method(load_recipe(args.recipe), args.method)
     plan = make_plan(recipe, source.config)
-    wanted = recipe.calibration
-    is_data_free = recipe.scales.activations == "none"
-    text = Text(
-        rows=0 if is_data_free else args.samples or wanted.samples,
-        tokens_per_row=args.tokens_per_sample or wanted.tokens_per_sample,
-    )
     hosted = host(
         plan,
         source.config,
@@ -74,9 +113,21 @@ def run(args: argparse.Namespace) -> int:
             requests=args.requests,
         )
         hosted.append(here)
-    speeds = None
+    text = Text(0, 0) if recipe.scales.activations == "none" else _text(args, source, recipe)
+    # What loading the libraries and drawing the text took until here a run takes as well.
+    starting_s = age_s() or time.process_time()
+    speeds, busy = None, None
     if not args.no_timing:
-        speeds = measure(source, device=args.device, read_bytes=args.disk_speed)
+        watch = _watch()
+        speeds = measure(
+            source,
+            plan,
+            text,
+            device=args.device,
+            read_bytes=args.disk_speed,
+            with_errors=args.report,
+        )
+        busy = None if watch is None else watch.usage().foreign
     made = estimate(
         source,
         plan,
@@ -85,10 +136,79 @@ def run(args: argparse.Namespace) -> int:
         memory_bytes=args.memory,
         gpu_memory_bytes=args.gpu_memory,
         speeds=speeds,
+        starting_s=starting_s,
+        busy=busy,
     )
+    moved = 2 * source.num_bytes + sum(made.output.values())
+    moved += text.num_tokens * source.config.text.width * 2 * source.config.text.num_layers
+    elsewhere = [
+        quantizing_time(
+            GPUS[name],
+            source.config,
+            num_tokens=text.num_tokens,
+            longest_row=text.tokens_per_row if text.rows else 0,
+            moved_bytes=moved,
+            disk_bytes_per_s=args.disk_speed,
+        )
+        for name in dict.fromkeys(args.gpu or GPUS)
+    ]
+    price = args.price_per_hour
     if args.json:
-        value = {**asdict(made), "basis": source.basis, "hosting": [asdict(x) for x in hosted]}
+        value: dict[str, Any] = {
+            **asdict(made),
+            "source": {
+                "directory": str(source.directory),
+                "bytes": source.num_bytes,
+                "tensors": source.num_tensors,
+                "basis": source.basis,
+            },
+            "quantizing": [asdict(x) for x in elsewhere],
+            "hosting": [asdict(x) for x in hosted],
+            "price_per_hour": price,
+        }
         print(json.dumps(value, indent=1))
     else:
-        print(f"{format_estimate(source, made)}\n\n{format_hosting(hosted)}")
+        print(format_estimate(source, made, price))
+        print(f"\n{format_quantizing(elsewhere, price)}\n\n{format_hosting(hosted, price)}")
     return 0
+
+
+def _watch() -> Any:
+    """What notices other programs; None where the system does not say."""
+    from halfbyte.bench.idle import Watch
+    from halfbyte.errors import UnsupportedError
+
+    try:
+        return Watch()
+    except UnsupportedError:
+        return None
+
+
+def _text(args: argparse.Namespace, source: "Survey", recipe: "Recipe") -> "Text":
+    """The rows that a run would draw, or how many they may be where they cannot be drawn here."""
+    from dataclasses import replace
+
+    from halfbyte.calibrate.draw import draw
+    from halfbyte.calibrate.sources import DataAccess
+    from halfbyte.calibrate.tokens import read_token_rows
+    from halfbyte.errors import CheckpointError
+    from halfbyte.quantize.capacity import Text
+    from halfbyte.quantize.job import wanted_blend
+
+    if args.calibration_tokens is not None:
+        lengths = [row.numel() for row in read_token_rows(args.calibration_tokens)]
+        return Text(len(lengths), max(lengths, default=0), sum(lengths))
+    blend = wanted_blend(recipe, chosen_blend(args))
+    blend = replace(
+        blend,
+        samples=args.samples or blend.samples,
+        tokens_per_sample=args.tokens_per_sample or blend.tokens_per_sample,
+    )
+    most = Text(blend.samples, blend.tokens_per_sample)
+    if args.data is None and any(x.dataset is not None for x in blend.sources):
+        return replace(most, not_drawn=f"the data sets of blend {blend.name} are not here: --data")
+    try:
+        data = draw(blend, source.directory, access=DataAccess(folder=args.data))
+    except CheckpointError as error:
+        return replace(most, not_drawn=f"they cannot be drawn: {error}")
+    return Text(len(data.rows), max(map(len, data.rows)), data.num_tokens)

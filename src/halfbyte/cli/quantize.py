@@ -26,21 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", type=Path, help="directory to make; must not exist")
     add_recipe(parser)
-    parser.add_argument(
-        "--calibration-tokens",
-        type=Path,
-        metavar="FILE",
-        help="safetensors file with batch0.input_ids and so on, int64 [rows, tokens]",
-    )
-    parser.add_argument(
-        "--blend",
-        help="calibration data, not the recipe's: a blend's name or .yaml, or your own rows, JSON "
-        "lines with messages, text, or prompt and response",
-    )
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="calibrate on this text (.txt, .md), UTF-8"
-    )
-    parser.add_argument("--data", type=Path, help="folder with data sets, laid out as on the hub")
+    add_calibration(parser)
     parser.add_argument(
         "--hub", action="store_true", help="fetch the source, and what --data lacks"
     )
@@ -77,6 +63,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--restart", action="store_true", help="drop an unfinished run instead of going on with it"
     )
     add_accept(parser)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What text to calibrate on; shared with `halfbyte plan`."""
+    parser.add_argument(
+        "--calibration-tokens",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with batch0.input_ids and so on, int64 [rows, tokens]",
+    )
+    parser.add_argument(
+        "--blend",
+        help="calibration data, not the recipe's: a blend's name or .yaml, or your own rows, JSON "
+        "lines with messages, text, or prompt and response",
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="calibrate on this text (.txt, .md), UTF-8"
+    )
+    parser.add_argument("--data", type=Path, help="folder with data sets, laid out as on the hub")
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.quantize.pipeline import quantize
     from halfbyte.recipe.schema import load_recipe
 
-    blend = _blend(args)
+    blend = chosen_blend(args)
     source = locate(args.source, allow_hub=args.hub)
     recipe = by_method(load_recipe(args.recipe), args.method)
     result = quantize(
@@ -164,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _blend(args: argparse.Namespace) -> str | None:
+def chosen_blend(args: argparse.Namespace) -> str | None:
     """The calibration data that was named by either flag."""
     from halfbyte.calibrate.rows import TEXT_SUFFIXES
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 import tempfile
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,23 @@ _UNNECESSARY = (
 )
 
 
+class _Dashboard(argparse.Action):
+    """As `--help`: needs no directory, and nothing else is done."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print((resources.files("halfbyte.server") / "grafana.json").read_text("utf-8"), end="")
+        parser.exit()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="checkpoint directory")
     add_config(parser)
+    parser.add_argument(
+        "--print-dashboard", action=_Dashboard, help="print a Grafana dashboard of /metrics and end"
+    )
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     network.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")

@@ -34,7 +34,10 @@ def library_path() -> Path:
     """
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
-        raise UnsupportedError(f"no C compiler on PATH (looked for {', '.join(_COMPILERS)})")
+        raise UnsupportedError(
+            f"no C compiler on PATH (looked for {', '.join(_COMPILERS)}); without one weights are "
+            "decoded when loaded, answers take about twice as long, and near ties they may differ"
+        )
     sources = sorted(_SOURCES.glob("*.c"))
     name = f"cpu-{_fingerprint(compiler)}.so"
     cached = _cache_directory() / name

@@ -36,7 +36,8 @@ _RECOMMENDED = {(88, 12288): {"temperature": 0.7, "top_p": 0.95}}
 # Files of the source that go along: tokenizer, chat template, generation and processor configs.
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 # ... and those that do not: what we write ourselves, and params.json, beside which some engines
-# would look for native weights (docs/reference/formats.md#what-serving-engines-expect).
+# would look for native weights (docs/reference/formats.md#what-serving-engines-expect); and hashes
+# of the source's files, which are not those of these.
 _NOT_COPIED = (
     "config.json",
     "hf_quant_config.json",
@@ -44,6 +45,7 @@ _NOT_COPIED = (
     "model.safetensors.index.json",
     "consolidated.safetensors.index.json",
     MANIFEST_NAME,
+    "SHA256.json",
 )
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096

@@ -1,15 +1,20 @@
-"""Whether a planned checkpoint will serve, and where: weights a rank, KV tokens, GPUs by name.
+"""Whether a planned checkpoint will serve, where and how fast: weights a rank, KV tokens, GPUs by
+name; and how long one of these GPUs would take to quantize it.
 
-Pure arithmetic over the config; nothing is asked of any machine. Called by `capacity`.
+Pure arithmetic over the config and a few figures of our records (tests hold them to the records);
+nothing is asked of any machine. Called by `halfbyte plan`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import log2
+from typing import Literal
 
 from halfbyte.config import ModelConfig, TextConfig
 from halfbyte.engine.cache import bytes_per_token
 from halfbyte.errors import UsageError
 from halfbyte.modules import decoder_linears
+from halfbyte.quantize.rehearsal import layer_weights, text_flops
 from halfbyte.recipe.plan import Plan, linear_size, plan_sizes
 
 _MIB = 1 << 20
@@ -20,27 +25,51 @@ _BLOCK = 16
 _CPU_SHARE = 0.25
 HERE = "this machine's processor"
 
+Basis = Literal["measured", "computed"]
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU that people serve on. `memory_bytes` is the total that nvidia-smi states."""
+    """A GPU that people serve on, as its maker states it.
+
+    memory_bytes     the total that nvidia-smi states
+    bytes_per_s      of its memory
+    bf16_flops       of dense products a second, sums in f32
+    """
 
     name: str
     memory_bytes: int
     has_nvfp4: bool
+    bytes_per_s: float
+    bf16_flops: float
 
 
+# Source of the last two: NVIDIA's data sheets of the SXM modules, the L40S and the RTX PRO 6000.
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 81920 * _MIB, has_nvfp4=False),
-        Gpu("l40s", 46068 * _MIB, has_nvfp4=False),
-        Gpu("h100", 81559 * _MIB, has_nvfp4=False),
-        Gpu("h200", 143771 * _MIB, has_nvfp4=False),
-        Gpu("rtx-pro-6000", 97887 * _MIB, has_nvfp4=True),
-        Gpu("b200", 183359 * _MIB, has_nvfp4=True),
+        Gpu("a100", 81920 * _MIB, has_nvfp4=False, bytes_per_s=2.039e12, bf16_flops=312e12),
+        Gpu("l40s", 46068 * _MIB, has_nvfp4=False, bytes_per_s=0.864e12, bf16_flops=362e12),
+        Gpu("h100", 81559 * _MIB, has_nvfp4=False, bytes_per_s=3.35e12, bf16_flops=989e12),
+        Gpu("h200", 143771 * _MIB, has_nvfp4=False, bytes_per_s=4.8e12, bf16_flops=989e12),
+        Gpu("rtx-pro-6000", 97887 * _MIB, has_nvfp4=True, bytes_per_s=1.792e12, bf16_flops=504e12),
+        Gpu("b200", 183359 * _MIB, has_nvfp4=True, bytes_per_s=8.0e12, bf16_flops=2250e12),
     )
 }
+
+# benchmarks/records/engine-h200.json: a decode step of one user, all 88 layers of the 128B model,
+# and the bytes of weights that such a step reads.
+RECORDED_GPU, RECORDED_STEP_MS, RECORDED_STEP_BYTES = "h200", 21.569, 86.78e9
+# Copying reached this share of the stated memory speed there (4.21 TB/s); the rest of that step is
+# what layers take besides.
+_REACHED = 0.877
+_LAYER_S = (RECORDED_STEP_MS / 1e3 - RECORDED_STEP_BYTES / (_REACHED * 4.8e12)) / 88
+# What twice the GPUs gain of twice the speed (tensor_parallel_gpu.json: 6.937 ms -> 4.27 ms).
+SPLIT_GAIN = 6.937 / 4.27 / 2
+# benchmarks/records/quantize_gpu.json, one H100: multiplications a second of running text through a
+# full-width layer, weights encoded a second (bound by the host), and the disk that it assumes.
+QUANTIZED_GPU, QUANTIZED_FLOPS, QUANTIZED_WEIGHTS = "h100", 1.92e14, 6.31e8
+QUANTIZED_DISK_BYTES, QUANTIZED_START_S = 2e9, 2.8
 
 
 # Widths that are tried when none is asked for: what one machine holds.
@@ -58,6 +87,10 @@ class Hosting:
     full_requests       requests of the whole `context` that fit at once
     tokens_per_request  what each has if `requests` run at once
     problem             why it will not serve even one such request, or None
+    why_not_fewer       what half as many GPUs lack; None if that was not looked at
+    tokens_per_s        of one user with little context; None where nothing is known
+    speed_basis         measured: a record of ours of this model on this GPU; computed: its bytes
+                        over the GPU's memory speed, and what a layer takes besides in our record
     """
 
     gpu: str
@@ -73,6 +106,18 @@ class Hosting:
     tokens_per_request: int
     has_native_nvfp4: bool
     problem: str | None
+    why_not_fewer: str | None = None
+    tokens_per_s: float | None = None
+    speed_basis: Basis | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizing:
+    """How long one GPU of a type would take to quantize, computed from the record of an H100."""
+
+    gpu: str
+    seconds: float
+    basis: Basis
 
 
 def host(
@@ -102,9 +147,62 @@ def host(
             for tp in widths or _WIDTHS
         ]
         if widths is None:
-            tried = [next((x for x in tried if x.full_requests >= requests), tried[-1])]
+            enough = next((i for i, x in enumerate(tried) if x.full_requests >= requests), None)
+            found = tried[-1] if enough is None else tried[enough]
+            if enough:
+                found = replace(found, why_not_fewer=_why_not(tried[enough - 1]))
+            tried = [found]
         hosted += tried
     return hosted
+
+
+def _why_not(fewer: Hosting) -> str:
+    if fewer.problem is not None:
+        return fewer.problem
+    fit = f"{fewer.full_requests} of {fewer.requests} requests"
+    return f"only {fit} of {fewer.context:,} tokens fit the cache"
+
+
+def step_bytes(plan: Plan, config: ModelConfig) -> int:
+    """Bytes of weights that a decode step reads: the decoder and the head."""
+    linears = sum(
+        linear_size(linear, plan.formats[linear.name]).num_bytes
+        for linear in decoder_linears(config)
+    )
+    return linears + 2 * config.text.vocab_size * config.text.width
+
+
+def serving_speed(gpu: Gpu, tp: int, plan: Plan, config: ModelConfig) -> tuple[float, Basis]:
+    """Tokens a second of one user with little context, and whether that was measured."""
+    read = step_bytes(plan, config)
+    is_recorded = gpu.name == RECORDED_GPU and tp == 1
+    if is_recorded and abs(read / RECORDED_STEP_BYTES - 1) < 0.01:
+        return 1e3 / RECORDED_STEP_MS, "measured"
+    alone_s = read / (gpu.bytes_per_s * _REACHED) + _LAYER_S * config.text.num_layers
+    return tp * SPLIT_GAIN ** log2(tp) / alone_s, "computed"
+
+
+def quantizing_time(
+    gpu: Gpu,
+    config: ModelConfig,
+    *,
+    num_tokens: int,
+    longest_row: int,
+    moved_bytes: int,
+    disk_bytes_per_s: float | None = None,
+) -> Quantizing:
+    """How long this GPU would take with scales by maxima; other methods take longer.
+
+    num_tokens, longest_row  of the text; 0 for none
+    moved_bytes              read and written in all, activations between layers included
+    disk_bytes_per_s         of its machine's disk; None takes 2 GB/s
+    """
+    weights, layers = layer_weights(config), config.text.num_layers
+    flops = text_flops(config.text, weights, num_tokens, longest_row)
+    relative = gpu.bf16_flops / GPUS[QUANTIZED_GPU].bf16_flops
+    worked = layers * (flops / (QUANTIZED_FLOPS * relative) + weights / QUANTIZED_WEIGHTS)
+    moved = moved_bytes / (disk_bytes_per_s or QUANTIZED_DISK_BYTES)
+    return Quantizing(gpu.name, QUANTIZED_START_S + max(worked, moved), "computed")
 
 
 def kv_token_bytes(plan: Plan, text: TextConfig) -> int:
@@ -139,6 +237,7 @@ def host_on(
     free = int(gpu.memory_bytes * utilization) - weights - working
     tokens = max(free // token_bytes // _BLOCK * _BLOCK, 0)
     problem = _split_problem(plan, config, tp)
+    speed, basis = serving_speed(gpu, tp, plan, config)
     if problem is None and tokens == 0:
         problem = f"weights and working memory take {(weights + working) / 1e9:.1f} GB a GPU"
     elif problem is None and tokens < context:
@@ -157,6 +256,8 @@ def host_on(
         tokens_per_request=min(tokens // requests, context),
         has_native_nvfp4=gpu.has_nvfp4,
         problem=problem,
+        tokens_per_s=speed,
+        speed_basis=basis,
     )
 
 
@@ -231,42 +332,3 @@ def _split_problem(plan: Plan, config: ModelConfig, tp: int) -> str | None:
                 f"{linear.name}: {linear.in_features} inputs over {tp} GPUs are no multiple of 16"
             )
     return None
-
-
-def format_hosting(hosted: Sequence[Hosting]) -> str:
-    """A table for people, and what its columns rest on."""
-    first = hosted[0]
-    header = ("GPUs", "weights", "KV/token", "KV tokens", "at once", "")
-    rows = [header] + [
-        (
-            x.gpu if x.gpu == HERE else f"{x.tp} x {x.gpu}",
-            f"{x.weight_bytes / 1e9:.1f} GB",
-            f"{x.kv_token_bytes:,} B",
-            f"{x.kv_tokens:,}",
-            f"{min(x.full_requests, x.requests)} of {x.requests}",
-            _verdict(x),
-        )
-        for x in hosted
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [
-        "  ".join(
-            [
-                f"{row[0]:<{widths[0]}}",
-                *(f"{row[column]:>{widths[column]}}" for column in range(1, 5)),
-                row[5],
-            ]
-        ).rstrip()
-        for row in rows
-    ]
-    title = f"serving {first.requests} requests of {first.context:,} tokens; figures are per GPU"
-    return "\n".join([title, *lines])
-
-
-def _verdict(x: Hosting) -> str:
-    if x.problem is not None:
-        return f"no: {x.problem}"
-    native = "" if x.has_native_nvfp4 else "; NVFP4 weights decoded, no FP4 arithmetic"
-    if x.full_requests >= x.requests:
-        return f"yes{native}"
-    return f"{x.requests} at once have {x.tokens_per_request:,} tokens each{native}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import halfbyte
-from halfbyte.calibrate.blend import load_blend
+from halfbyte.calibrate.blend import Blend, load_blend
 from halfbyte.calibrate.draw import draw
 from halfbyte.calibrate.sources import DataAccess
 from halfbyte.calibrate.tokens import Rows, as_rows, check_rows, read_token_rows
@@ -150,20 +150,25 @@ def _calibration(
             raise UsageError("give recorded tokens or a blend, not both")
         rows, where, provenance = read_token_rows(tokens), str(tokens), _recorded(tokens)
     else:
-        wanted = recipe.calibration
-        blend = load_blend(config.blend or wanted.blend)
-        if config.blend is None:
-            blend = replace(
-                blend,
-                samples=wanted.samples,
-                tokens_per_sample=wanted.tokens_per_sample,
-                seed=wanted.seed,
-            )
+        blend = wanted_blend(recipe, config.blend)
         access = DataAccess(folder=config.data_folder, allow_hub=config.allow_hub)
         data = draw(blend, config.source, access=access)
         rows, where, provenance = as_rows(data), f"blend {blend.name}", data.provenance
     check_rows(rows, checkpoint.config.text, where)
     return rows, {**_summary(rows), "provenance": provenance}
+
+
+def wanted_blend(recipe: Recipe, blend: str | None) -> Blend:
+    """The blend that was named, or the recipe's with the recipe's own sizes. Raises UsageError."""
+    if blend is not None:
+        return load_blend(blend)
+    wanted = recipe.calibration
+    return replace(
+        load_blend(wanted.blend),
+        samples=wanted.samples,
+        tokens_per_sample=wanted.tokens_per_sample,
+        seed=wanted.seed,
+    )
 
 
 def _recorded(tokens: Path) -> Mapping[str, Any] | None:

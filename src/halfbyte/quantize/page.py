@@ -121,7 +121,9 @@ def _errors(record: Record) -> list[_Part]:
     return [
         _Words(
             "Signal to quantization noise of every weight against its source, decoded: 6 dB are a "
-            "factor of two in error. Grey cells lost nothing (codes of an FP8 source, kept)."
+            "factor of two in error. Grey cells lost nothing. An FP8 weight of an FP8 source keeps "
+            "its codes; where its scale is derived anew, as Model Optimizer does, all its values "
+            "move by the same 0.4 % at most, which shows as 47 dB and more."
         ),
         chart,
         table,
@@ -165,6 +167,10 @@ def _methods(record: Record) -> list[_Part]:
         Table(["format", *methods], rows),
         _Words(
             f"This checkpoint: weights {scales['weights']}, activations {scales['activations']}. "
+            "max is the default because its bytes are those of Model Optimizer, so that others can "
+            "make the same file and compare; mse, weighted and gptq lose less in the same layout, "
+            "and are for whoever needs no such comparison (--method). headroom doubles the input "
+            "scales against inputs larger than any that was seen; none runs no data. "
             "Inputs are those that were calibrated on, so that headroom can only lose here; its "
             "use shows on other text.",
             is_soft=True,
@@ -190,8 +196,11 @@ def _clipped(record: Record) -> list[_Part]:
     ]
     return [
         _Words(
-            "Weights beyond the largest value of their block or tensor under its scale, and "
-            "weights that became zero."
+            "Clipped: weights beyond the largest value that their block or tensor holds under its "
+            "scale, which become that value. In NVFP4 about one in sixteen is to be expected: the "
+            "scale of a block of 16 is itself rounded to e4m3, and where it was rounded down, the "
+            "largest weight of the block loses at most 1/17 of itself. That is rounding like any "
+            "other, and the error above counts it. Zeroed: weights that became zero."
         ),
         *drawn,
     ]

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, cast
 
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import UnsupportedError, how_to_get
 from halfbyte.evals.types import Score, right_or_wrong
 
 VERB_KIND = "words:start_verb"
@@ -223,8 +223,7 @@ def _nltk() -> ModuleType:
         import nltk
     except ImportError as missing:
         raise UnsupportedError(
-            "scoring instruction-following needs if-verifiable and nltk; "
-            "pip install 'halfbyte[eval]'"
+            f"scoring instruction-following needs nltk; {how_to_get('eval')}"
         ) from missing
     # Without them NLTK's own folders may hold the data; `missing_resources` says so if not.
     shipped = _shipped("llama-index-core", "llama_index/core/_static/nltk_cache")
@@ -278,8 +277,7 @@ def _package() -> tuple[ModuleType, Mapping[str, Any]]:
         from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT
     except ImportError as missing:
         raise UnsupportedError(
-            f"scoring instruction-following needs if-verifiable ({missing}); "
-            "pip install 'halfbyte[eval]'"
+            f"scoring instruction-following needs {missing.name}; {how_to_get('eval')}"
         ) from missing
     finally:
         nltk.download = download  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import UnsupportedError, how_to_get
 from halfbyte.evals.grading.statements import FORMAL, HEADING, last_boxed, plain
 from halfbyte.evals.types import Score, right_or_wrong, unparsed
 
@@ -197,7 +197,7 @@ def equals_by_math_verify(gold: int, expression: str) -> bool:
         from sympy import Integer  # type: ignore[import-untyped]
     except ImportError as missing:
         raise UnsupportedError(
-            f"grading expressions needs math-verify ({missing}); pip install 'halfbyte[eval]'"
+            f"grading expressions needs {missing.name}; {how_to_get('eval')}"
         ) from missing
     parsed = parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
     return bool(verify([Integer(gold)], parsed, timeout_seconds=None))

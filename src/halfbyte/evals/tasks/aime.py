@@ -12,6 +12,7 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.grading.numbers import grade_number, read_integer
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.data import HubSet, load_rows
+from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
 _HUB = HubSet("math-ai/aime25", "test", revision="563bb8404243c5f09de6ec262f2db674fe5bce9b")
@@ -41,13 +42,25 @@ def load(options: Options) -> LoadedItems:
             if not any(name in row for name in names):
                 raise UsageError(f"AIME 2025: item {number} has no {' or '.join(names)} column")
     chosen = spread(len(rows.rows), options.limit)
-    return LoadedItems(tuple(_sample(i, rows.rows[i]) for i in chosen), rows.provenance)
+    samples = tuple(_sample(i, rows.rows[i]) for i in chosen)
+    hashes = [content(row) for row in rows.rows]
+    return LoadedItems(samples, compared(rows.provenance, BENCHMARK.name, hashes, full=30))
+
+
+def content(row: Mapping[str, Any]) -> str:
+    """What makes an item the one that it is."""
+    problem, answer = _columns(row)
+    return content_hash(problem, _gold("", answer))
+
+
+def _columns(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Problem and answer. Mirrors also differ in whether the answer is text."""
+    answer = row["answer"] if "answer" in row else row["expected_answer"]
+    return row["problem"] if "problem" in row else row["question"], answer
 
 
 def _sample(index: int, row: Mapping[str, Any]) -> Sample:
-    # Mirrors also differ in whether the answer is text.
-    answer = row["answer"] if "answer" in row else row["expected_answer"]
-    problem = row["problem"] if "problem" in row else row["question"]
+    problem, answer = _columns(row)
     item_id = str(row.get("id", index))
     half = "AIME I" if index < 15 else "AIME II"
     return Sample(item_id, item_id, half, str(_gold(item_id, answer)), {"problem": problem})

@@ -30,12 +30,14 @@ class Provenance:
     note      what a NOTE.txt beside the files says of them; printed wherever the score is
     revision  of the hub set or package; None where only the hashes say it
     sha256    file name -> hash of its bytes (for the hub: of the rows, canonically)
+    checked   how far the items were compared with the published ones by content; "" if not at all
     """
 
     source: str
     revision: str | None
     sha256: Mapping[str, str]
     note: str = ""
+    checked: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from halfbyte.evals.grading.letters import grade_letter
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.choices import choice_prompt
 from halfbyte.evals.tasks.data import HubSet, load_rows
+from halfbyte.evals.tasks.published import compared
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
 _HUB = HubSet(
@@ -44,7 +45,11 @@ def load(options: Options) -> LoadedItems:
         "`huggingface-cli login`, or put your authorised gpqa_diamond.csv below --data.",
     )
     chosen = [rows.rows[i] for i in spread(len(rows.rows), options.limit)]
-    return LoadedItems(tuple(_sample(row, options.gpqa_seed) for row in chosen), rows.provenance)
+    samples = tuple(_sample(row, options.gpqa_seed) for row in chosen)
+    # The authors ask that items stay private, so nothing is known to compare them with but how many
+    # there are.
+    counted = [str(row["Record ID"]) for row in rows.rows]
+    return LoadedItems(samples, compared(rows.provenance, BENCHMARK.name, counted, full=198))
 
 
 def _sample(row: Mapping[str, Any], seed: int) -> Sample:
@@ -93,5 +98,5 @@ BENCHMARK = Benchmark(
     plan_variance=0.0776,
     plan_prompt_tokens=350,
     plan_output_tokens=9_000,
-    notes=("198 items; the published table's 448 is the size of the main set, not of Diamond.",),
+    notes=("the 198 items of Diamond; GPQA's main set, which has 448, is another one",),
 )

@@ -5,12 +5,14 @@ options that exist are shown, where a public harness pads with "None". The paper
 5-shot with a random letter for unparsable answers; not used here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from halfbyte.evals.grading.letters import grade_letter
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.choices import LETTERS, choice_prompt
 from halfbyte.evals.tasks.data import HubSet, load_rows
+from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
 _HUB = HubSet("TIGER-Lab/MMLU-Pro", "test", revision="527feea0afed1de15a8c115abf7be4c912123315")
@@ -37,7 +39,13 @@ def load(options: Options) -> LoadedItems:
         )
         for row in chosen
     )
-    return LoadedItems(samples, rows.provenance)
+    hashes = [content(row) for row in rows.rows]
+    return LoadedItems(samples, compared(rows.provenance, BENCHMARK.name, hashes, full=12_032))
+
+
+def content(row: Mapping[str, Any]) -> str:
+    """What makes an item the one that it is."""
+    return content_hash(row["question"], *row["options"], row["answer"])
 
 
 def prompt(sample: Sample, earlier: Sequence[str], options: Options) -> Prompt:

@@ -21,6 +21,7 @@ from halfbyte.evals.grading.letters import grade_letter
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.choices import LETTERS
 from halfbyte.evals.tasks.data import HubSet, Rows, load_rows
+from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Image, Prompt, Sample, Score, Text
 from halfbyte.pictures import on_white, open_picture
 
@@ -65,12 +66,22 @@ def load(setting: Setting, options: Options) -> LoadedItems:
         (i, row) for i, row in enumerate(rows.rows) if row.get(column) or row.get("vision_image")
     ]
     samples = [_sample(setting, *usable[i], rows) for i in spread(len(usable), options.limit)]
-    return LoadedItems(tuple(samples), rows.provenance)
+    hashes = [content(row) for row in rows.rows if "id" in row]
+    return LoadedItems(tuple(samples), compared(rows.provenance, "mmmu_pro", hashes, full=1_730))
+
+
+def content(row: Mapping[str, Any]) -> str:
+    """What makes an item the one that it is, in each setting; pictures are not looked at."""
+    return content_hash(row["id"], *_options(row), row["answer"])
+
+
+def _options(row: Mapping[str, Any]) -> tuple[str, ...]:
+    texts = row["options"]
+    return tuple(ast.literal_eval(texts) if isinstance(texts, str) else texts)
 
 
 def _sample(setting: Setting, index: int, row: Mapping[str, Any], rows: Rows) -> Sample:
-    texts = row["options"]
-    texts = tuple(ast.literal_eval(texts) if isinstance(texts, str) else texts)
+    texts = _options(row)
     numbered = tuple(f"image_{k}" for k in range(1, 8))
     names = numbered if setting == "standard" else ("image", "vision_image")
     images = {name.replace("vision_image", "image"): row[name] for name in names if row.get(name)}
@@ -178,7 +189,7 @@ BENCHMARKS = (
     _benchmark(
         "vision-options",
         "MMMU Pro",
-        "vision setting with the options also as text: set beside the published column",
+        "the questions of the vision setting, with the options also as text",
     ),
     _benchmark("vision", "MMMU Pro (vision)", "one screenshot, nothing as text"),
     _benchmark("standard", "MMMU Pro (standard, 10 options)", "text with images in reading order"),

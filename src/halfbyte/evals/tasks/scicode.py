@@ -7,13 +7,15 @@ not generated, not tested, not counted. A repeat is a whole trajectory and sees 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.grading import scripts
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
-from halfbyte.evals.tasks.data import PackageFile, Provenance, Rows, file_sha256, load_rows
+from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.data import PackageFile, Rows, file_sha256, load_rows
+from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Prompt, Sample, Text
 
 # The authors' test_data.h5.
@@ -41,11 +43,21 @@ def load(options: Options) -> LoadedItems:
     for index in spread(len(rows.rows), options.limit):
         samples += _samples(rows.rows[index], given, targets)
     digest = file_sha256(targets)
-    p = rows.provenance
+    hashes = [content(row) for row in rows.rows]
+    p = compared(rows.provenance, BENCHMARK.name, hashes, full=80)
     own = "" if digest == TARGETS_SHA256 else "expected values are not the authors' test_data.h5"
     note = "; ".join(filter(None, (p.note, own)))
-    hashes = {**p.sha256, targets.name: digest}
-    return LoadedItems(tuple(samples), Provenance(p.source, p.revision, hashes, note))
+    files = {**p.sha256, targets.name: digest}
+    return LoadedItems(tuple(samples), replace(p, sha256=files, note=note))
+
+
+def content(problem: Mapping[str, Any]) -> str:
+    """What makes a problem the one that it is: what is asked at each step, and its tests."""
+    steps = [
+        (step["step_number"], step["step_description_prompt"], step["test_cases"])
+        for step in problem["sub_steps"]
+    ]
+    return content_hash(problem["problem_id"], steps)
 
 
 def _targets(data: Path | None) -> Path:

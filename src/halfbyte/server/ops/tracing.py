@@ -5,7 +5,7 @@ Attribute names are those of OpenTelemetry's conventions for HTTP and for genera
 
 from typing import Any
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, how_to_get
 from halfbyte.server.call import Call
 
 _FACTS = {
@@ -69,8 +69,7 @@ def open_tracing(endpoint: str) -> Tracing:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise UsageError(
-            f"--otlp-endpoint needs OpenTelemetry ({error.name} is missing); "
-            "pip install 'halfbyte[otel]'"
+            f"--otlp-endpoint needs OpenTelemetry ({error.name} is missing); {how_to_get('otel')}"
         ) from error
     provider = TracerProvider(resource=Resource.create({"service.name": "halfbyte"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

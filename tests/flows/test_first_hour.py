@@ -1,0 +1,174 @@
+"""A stranger's first hour, from the wheel to a published card: every command as it is typed.
+
+Pocket, the small model of the repository, is quantized on own data, with mistakes and interruptions
+on the way. No command may end in a traceback or lose anything, and what is printed as the next step
+must work as it is printed.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from hub_stand_in import NAME, serving_hub
+from wheels import ROOT, build_wheel, command_of, unpack
+
+pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
+pytest.importorskip("huggingface_hub", reason="extra 'hub' is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+_SMALL = ["--limit", "6", "--max-tokens", "48", "--reasoning-effort", "none"]
+
+
+class Terminal:
+    """A folder in which commands are typed."""
+
+    def __init__(self, folder: Path, path: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "PATH": f"{path}:{os.environ['PATH']}",
+            "HF_TOKEN": "hf_stand_in",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        self.environment.pop("PYTHONPATH", None)
+
+    def start(self, command: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            shlex.split(command), cwd=self.folder, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, command: str, status: int = 0) -> tuple[str, str]:
+        """What it printed; it must end with `status` and without a traceback."""
+        running = self.start(command)
+        out, err = running.communicate(timeout=600)
+        assert "Traceback" not in err, (command, err)
+        assert running.returncode == status, (command, running.returncode, out, err)
+        return out, err
+
+    def refused(self, command: str, said: str) -> None:
+        """A mistake ends with one sentence that names it."""
+        _, err = self.run(command, status=2)
+        assert said in err.strip().splitlines()[-1], err
+
+    def interrupt(self, command: str, when: Path) -> str:
+        """Ctrl-C once `when` is there; what was said of it."""
+        running = self.start(command)
+        until = time.monotonic() + 300
+        while not when.exists() and running.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=120)
+        assert "Traceback" not in err, err
+        assert running.returncode == 130, (running.returncode, err)
+        return err.strip().splitlines()[-1]
+
+    def serve(self, command: str) -> str:
+        """A server as it is typed: it gets ready, answers, and ends when it is told to."""
+        running = self.start(command)
+        assert running.stderr is not None
+        seen, address = [], None
+        for line in running.stderr:
+            seen.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                address = found[0]
+                break
+        assert address is not None, seen
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as answer:
+                    (model,) = json.load(answer)["data"]
+                break
+            except OSError:
+                time.sleep(0.2)
+        running.send_signal(signal.SIGTERM)
+        _, rest = running.communicate(timeout=60)
+        assert running.returncode == 0 and "Traceback" not in rest, rest
+        return str(model["id"])
+
+
+def next_steps(err: str) -> list[str]:
+    """Commands that were printed to go on with."""
+    _, _, rest = err.partition("next: ")
+    return [line.strip() for line in rest.splitlines() if line.strip().startswith("halfbyte ")]
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Terminal:
+    installed = unpack(build_wheel(tmp_path), tmp_path / "site")
+    folder = tmp_path / "work"
+    folder.mkdir()
+    shutil.copytree(ROOT / "pocket" / "model", folder / "fp8")
+    text = "\n\n".join((ROOT / page).read_text() for page in ("docs/tour.md", "docs/formats.md"))
+    (folder / "ours.md").write_text(text)
+    (folder / "chats.jsonl").write_text(
+        '{"prompt": "Hello", "response": "Good day."}\nnot JSON\n' * 9
+    )
+    return Terminal(folder, command_of(installed, tmp_path / "bin"))
+
+
+def test_from_a_wheel_to_a_published_card(terminal: Terminal) -> None:
+    said, _ = terminal.run("halfbyte plan fp8 --recipe medium-3.5 --text ours.md --gpu h100 b200")
+    assert "rows, the longest of" in said and "needed beside the source" in said
+
+    quantize = "halfbyte quantize fp8 mixed --recipe medium-3.5"
+    terminal.refused(f"{quantize} --text ours.pdf", "--text ours.pdf")
+    terminal.refused(f"{quantize} --blend chats.jsonl", "chats.jsonl")
+    terminal.refused(f"{quantize} --text ours.md --memory 12", "has no unit")
+    quantize += " --text ours.md"
+    work = terminal.folder / ".mixed.halfbyte-work"
+    kept = terminal.interrupt(quantize, work / "journal")
+    assert "kept" in kept
+    _, err = terminal.run(quantize)
+    steps = next_steps(err)
+    assert steps, err
+    for step in steps:
+        terminal.serve(f"{step} --port 0") if " serve " in step else terminal.run(step)
+    assert not work.exists()
+
+    broken = "halfbyte evaluate fp8 --suite pocket scicode --code-python nowhere/bin/python"
+    _, err = terminal.run(f"{broken} --out evals/broken", status=2)
+    assert not (terminal.folder / "evals" / "broken" / "run.json").exists()
+    evaluate = f"halfbyte evaluate fp8 --suite pocket --out evals/fp8 {shlex.join(_SMALL)}"
+    attempts = terminal.folder / "evals" / "fp8" / "pocket" / "attempts.jsonl"
+    assert "kept" in terminal.interrupt(evaluate, attempts)
+    terminal.run(evaluate)
+    terminal.run(f"halfbyte evaluate mixed --suite pocket --out evals/mixed {shlex.join(_SMALL)}")
+    for arm in ("fp8", "mixed"):
+        run = json.loads((terminal.folder / "evals" / arm / "run.json").read_text())
+        (result,) = [r for r in run["benchmarks"].values() if r["name"] == "pocket"]
+        assert result["items"] == 6 and result["missing"] == 0, result
+
+    out, err = terminal.run(
+        "halfbyte compare fp8 mixed --text ours.md --tokens 1024 --json near.json"
+    )
+    assert "KL mean" in out
+    for step in next_steps(err):
+        terminal.serve(f"{step} --port 0") if " serve " in step else terminal.run(step)
+    terminal.run("halfbyte compare-evals evals/fp8 evals/mixed")
+    terminal.run("halfbyte report evals/fp8 evals/mixed --out report.html")
+    about = "--runs evals/fp8 evals/mixed --records near.json --licence apache-2.0"
+    terminal.run(f"halfbyte card mixed {about} --title Pocket")
+    card = (terminal.folder / "mixed" / "README.md").read_text()
+    assert "Pocket" in card and str(terminal.folder) not in card
+    terminal.run("halfbyte verify mixed --against fp8")
+
+    with serving_hub() as hub:
+        publish = f"halfbyte publish mixed {NAME} {about} --endpoint {hub.url}"
+        out, _ = terminal.run(publish)
+        assert "nothing was sent" in out and not hub.exists
+        out, _ = terminal.run(f"{publish} --upload")
+        assert "hashes equal (private" in out and hub.private
+        assert {"README.md", "model.safetensors", "config.json"} <= set(hub.files)
+        for name, content in hub.files.items():
+            if name.endswith((".md", ".json")):
+                assert str(terminal.folder).encode() not in content, name
