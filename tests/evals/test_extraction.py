@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from halfbyte.errors import UsageError
 from halfbyte.evals.grading.judge import read_verdict
 from halfbyte.evals.grading.scripts import drop_imports, extract_code, grade_step
-from halfbyte.evals.running.reasoning import split_reasoning
+from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.sandbox import Outcome
 from halfbyte.evals.tasks import aime
 from halfbyte.evals.tasks.benchmark import Options

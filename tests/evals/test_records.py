@@ -14,6 +14,7 @@ from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals import records as records_module
 from halfbyte.evals.judging.plan import format_plan, plan_run
+from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     AttemptJournal,
     BenchmarkResult,
@@ -28,7 +29,6 @@ from halfbyte.evals.records import (
     record_row,
     time_spent,
 )
-from halfbyte.evals.running.reasoning import split_reasoning
 from halfbyte.evals.tasks.suite import find_benchmarks
 from halfbyte.evals.types import Attempt
 

@@ -7,8 +7,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from halfbyte.server.http import markdown
-from halfbyte.server.http.markdown import MAX_CHARS, code_styles, render
+from halfbyte.server.api import markdown
+from halfbyte.server.api.markdown import MAX_CHARS, code_styles, render
 from server.conftest import MakeBench
 
 

@@ -23,6 +23,12 @@ import llguidance
 
 from halfbyte.chat.grammar_limits import GrammarLimits, build, fault, sentence, work_done
 from halfbyte.chat.grammar_masks import NOTHING, Bitmask, CompiledGrammar, token_bits
+
+# Programs that compile grammars write them, too.
+from halfbyte.chat.grammar_texts import choice_grammar as choice_grammar
+from halfbyte.chat.grammar_texts import json_schema_grammar as json_schema_grammar
+from halfbyte.chat.grammar_texts import regex_grammar as regex_grammar
+from halfbyte.chat.grammar_texts import tools_grammar as tools_grammar
 from halfbyte.chat.grammar_trial import GrammarTrials, Words
 from halfbyte.chat.schema import (
     HeldSchema,

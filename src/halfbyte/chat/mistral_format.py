@@ -57,6 +57,7 @@ class MistralFormat:
     reasoning_efforts  what `reasoning_effort` may say, from the file; empty if it lists none
     default_effort     the effort of a request that names none
     image_layout       None for a text-only tokenizer
+    directory          where it was loaded from
     """
 
     tokenizer: MistralTokenizer[Any, Any, Any, Any, Any]
@@ -66,6 +67,7 @@ class MistralFormat:
     default_effort: str | None
     shows_json_schema: bool
     image_layout: ImageLayout | None
+    directory: Path
 
     def encode_prompt(self, text: str) -> EncodedPrompt:
         """A plain prompt: bos and the text, which cannot hold control tokens."""
@@ -175,6 +177,7 @@ def load_mistral_format(path: Path) -> MistralFormat:
         default_effort=str(effort.default) if effort and effort.default else None,
         shows_json_schema=builder is not None and builder.json_schema is not None,
         image_layout=layout,
+        directory=path.parent,
     )
 
 

@@ -36,6 +36,7 @@ class TemplateFormat:
     cutter        finds the control tokens of a rendered text
     templates     by name; "default", and "tool_use" where the model has one for tools; empty if
                   the checkpoint has none
+    directory     where it was loaded from
     image_layout  None for a text-only checkpoint
     takes_parts   whether the template writes the image token for an image part of a content list
 
@@ -47,6 +48,7 @@ class TemplateFormat:
     cutter: ControlCutter
     templates: Mapping[str, ChatTemplate]
     template_names: Mapping[str, str]
+    directory: Path
     control: ControlTokens = field(default_factory=ControlTokens)
     reasoning_efforts: tuple[str, ...] = ()
     default_effort: str | None = None
@@ -218,6 +220,7 @@ def load_template_format(directory: Path) -> TemplateFormat:
         cutter=cutter,
         templates=templates,
         template_names=names,
+        directory=directory,
         image_layout=layout,
         takes_parts=takes_parts,
     )

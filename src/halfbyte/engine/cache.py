@@ -22,6 +22,10 @@ from halfbyte.kernels import dispatch
 from halfbyte.kernels.dispatch import Rotation
 from halfbyte.modules import CacheFormat
 
+# A cache of so little is taken up at once: memory that a server holds in its first minutes is then
+# what it holds later, and no answer waits for a page.
+_TAKEN_AT_ONCE_BYTES = 128 * 2**20
+
 DTYPES: dict[CacheFormat, torch.dtype] = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
 
@@ -53,24 +57,34 @@ class PagedCache:
         self.softmax_scale = config.head_dim**-0.5
         self.scales = [(1.0, 1.0)] * config.num_layers if format == "bf16" else list(kv_scales)
         shape = (num_pages, block_tokens, config.num_kv_heads, config.head_dim)
-        self.layers = [
-            (_zeros(shape, DTYPES[format], device), _zeros(shape, DTYPES[format], device))
-            for _ in range(config.num_layers)
-        ]
+        num_bytes = num_pages * block_tokens * bytes_per_token(config, format)
+        at_once = num_bytes <= _TAKEN_AT_ONCE_BYTES
+
+        def zeros() -> Tensor:
+            return _zeros(shape, DTYPES[format], device, at_once=at_once)
+
+        self.layers = [(zeros(), zeros()) for _ in range(config.num_layers)]
 
     @property
     def num_bytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros, because a kernel may load (and mask) slots that were never written."""
+def _zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, *, at_once: bool
+) -> Tensor:
+    """Zeros, because a kernel may load (and mask) slots that were never written.
+
+    at_once  on a CPU: take the memory now, not when it is written
+    """
     num_bytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type == "cpu":
         # The system's zero pages, which become memory when touched; torch would write all of them
         # now. numpy would ask for huge ones, and an answer that is first to touch one waits for it:
         # up to 40 ms on a virtual machine.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        if at_once:
+            private |= getattr(mmap, "MAP_POPULATE", 0)
         pages = mmap.mmap(-1, max(num_bytes, 1), flags=private)
         flat = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8)[:num_bytes])
     else:

@@ -104,8 +104,9 @@ class Front:
             print("\n  ".join(lines), flush=True)
 
         app.state.announce = announce
-        # So that the first request with a schema does not wait for it.
+        # So that the first request with a schema, or of some length, does not wait for them.
         app.state.backend.compiler.start()
+        app.state.backend.aside.start()
 
 
 def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:

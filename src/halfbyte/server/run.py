@@ -146,9 +146,9 @@ def serve(
     """Serve until a signal; False if the application did not start or its engine died."""
     server = _server(app, on_ready, admin)
     settle_heap()
-    # A thread that reads a request gives Python's lock up after so long: ten times as soon as by
-    # default, for the engine's thread asks for it after every operation of a step.
-    sys.setswitchinterval(0.0005)
+    # A thread gives Python's lock up after so long, much sooner than by default: the engine's
+    # thread asks for it after every operation of a step, some hundred times.
+    sys.setswitchinterval(0.00005)
     asyncio.run(server.serve(sockets=[listener]))
     return server.started
 

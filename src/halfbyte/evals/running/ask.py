@@ -20,12 +20,12 @@ from inspect_ai.model import (
 )
 
 from halfbyte.evals.config import RunConfig, seed_for
+from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     AttemptJournal,
 )
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.progress import RunProgress
-from halfbyte.evals.running.reasoning import split_reasoning
 from halfbyte.evals.score import Graders
 from halfbyte.evals.tasks.benchmark import Benchmark
 from halfbyte.evals.types import Attempt, Image, Prompt, Sample

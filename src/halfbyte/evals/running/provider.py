@@ -20,7 +20,7 @@ from inspect_ai.model import (
 from inspect_ai.model._openai import as_stop_reason
 from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
 
-from halfbyte.evals.running.reasoning import SplitAnswer
+from halfbyte.evals.reasoning import SplitAnswer
 
 PROVIDER = "halfbyte"  # the name under which inspect-ai finds this client
 

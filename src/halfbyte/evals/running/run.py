@@ -33,6 +33,7 @@ from inspect_ai.solver import solver
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
+from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     AttemptJournal,
     Record,
@@ -55,7 +56,6 @@ from halfbyte.evals.running.ask import (
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.progress import RunProgress
 from halfbyte.evals.running.provider import PROVIDER
-from halfbyte.evals.running.reasoning import split_reasoning
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems
 from halfbyte.evals.types import MISSING_CAUSES, Attempt, Sample

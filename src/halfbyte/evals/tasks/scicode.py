@@ -13,7 +13,7 @@ from typing import Any
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.grading import scripts
-from halfbyte.evals.tasks.benchmark import Benchmark, Loaded, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
 from halfbyte.evals.tasks.data import PackageFile, Rows, file_sha256, load_rows
 from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Prompt, Sample, Text

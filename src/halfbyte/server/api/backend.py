@@ -13,9 +13,10 @@ from halfbyte.chat.prompt import banned_control_ids, banned_in_text
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import RequestError
 from halfbyte.server.api import wire
+from halfbyte.server.api.aside import Aside
 from halfbyte.server.api.pieces import Piece
+from halfbyte.server.api.reader import Reader
 from halfbyte.server.api.stream import BodyRoom
-from halfbyte.server.api.texts import Texts
 from halfbyte.server.call import Call
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.ops import process_figures as process
@@ -98,7 +99,8 @@ class Backend:
         self.decoding = asyncio.Lock()
         self.admission = Admission(config, self.metrics)
         limits = config.limits
-        self.texts = Texts(chat.vocabulary, config.max_model_len)
+        self.reader = Reader(chat, config)
+        self.aside = Aside(self.reader, chat.directory, config)
         self.body_room = BodyRoom(4 * limits.body_bytes)
         self._num_token_requests = 0
         self.compiler = GrammarCompiler(

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from halfbyte.chat import grammar_texts
 from halfbyte.chat.grammar_masks import CompiledGrammar, Mask, ThoughtMask
 from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_pixels, open_image
-from halfbyte.chat.prompt import ControlTokens, EncodedPrompt
+from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
 from halfbyte.chat.router import Router
 from halfbyte.chat.schema import HeldSchema
 from halfbyte.chat.tools import with_results
@@ -25,8 +28,8 @@ from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.completion import Choice, Job
 from halfbyte.server.api.fetch import fetch_image
 from halfbyte.server.api.pieces import Usage
+from halfbyte.server.api.reader import Conversation, Shape, check_token_ids
 from halfbyte.server.api.reading import check_count
-from halfbyte.server.api.texts import prompt_texts
 
 # Messages that are made plain on the event loop.
 _FEW_MESSAGES = 64
@@ -240,21 +243,36 @@ async def encode_resolved(
             path = f"messages[{index}].prefix"
             raise RequestError(f"{path}: only the last message can be one", param=path)
 
-    # Tools that the model's format has no place for are in no prompt.
-    shown = tools if backend.chat.control.has_tools else ()
-    texts = tuple(prompt_texts(messages, shown))
+    shown, pictures = _shapes(messages)
+    asked = Conversation(shown, tools, reasoning_effort, json_schema, continue_final)
+    size = sum(map(len, asked.texts(backend.chat)))
+    prompt = await backend.aside.do(size, backend.reader.encode, asked)
+    images = tuple(
+        EncodedImage(pixels, one.offset, one.num_tokens)
+        for pixels, one in zip(pictures, prompt.images, strict=True)
+    )
+    return EncodedPrompt(prompt.token_ids, images)
 
-    def encode() -> EncodedPrompt:
-        backend.texts.check_tokens(texts, "messages")
-        return backend.chat.encode(
-            messages,
-            tools=tools,
-            reasoning_effort=reasoning_effort,
-            json_schema=json_schema,
-            continue_final=continue_final,
-        )
 
-    return await backend.texts.aside(sum(map(len, texts)), encode)
+def _shapes(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], list[NDArray[np.uint8]]]:
+    """Messages with the shapes of their pictures, and the pictures in order."""
+    shown: list[Mapping[str, Any]] = []
+    pictures: list[NDArray[np.uint8]] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and any("image" in part for part in content):
+            parts = []
+            for part in content:
+                pixels = part.get("image")
+                if pixels is not None:
+                    pictures.append(pixels)
+                    part = {**part, "image": Shape(*pixels.shape[1:])}
+                parts.append(part)
+            message = {**message, "content": parts}
+        shown.append(message)
+    return shown, pictures
 
 
 async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> None:
@@ -336,13 +354,7 @@ def _image_inputs(prompt: EncodedPrompt) -> tuple[ImageInput, ...]:
 async def encode_plain(backend: Backend, text: str, *, with_start: bool = True) -> tuple[int, ...]:
     """Token ids of a plain prompt, with what the model's prompts begin with or without."""
 
-    def encode() -> tuple[int, ...]:
-        backend.texts.check_tokens((text,), "prompt")
-        if not with_start:
-            return tuple(backend.chat.vocabulary.encode_text(text))
-        return backend.chat.encode_prompt(text).token_ids
-
-    return await backend.texts.aside(len(text), encode)
+    return await backend.aside.do(len(text), backend.reader.encode_plain, text, with_start)
 
 
 async def _prompt_ids(backend: Backend, prompt: str | list[int]) -> tuple[int, ...]:
@@ -351,21 +363,8 @@ async def _prompt_ids(backend: Backend, prompt: str | list[int]) -> tuple[int, .
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
         return token_ids
-    check_token_ids(backend, prompt, "prompt")
+    check_token_ids(backend.chat, prompt, "prompt")
     return tuple(prompt)
-
-
-def check_token_ids(backend: Backend, token_ids: Sequence[int], param: str) -> None:
-    """400 for ids that are no tokens; image tokens without an image included."""
-    size = backend.chat.vocabulary.size
-    layout = backend.chat.image_layout
-    for token_id in token_ids:
-        if not 0 <= token_id < size:
-            raise RequestError(
-                f"{param}: token id {token_id} is outside the {size} known ones", param=param
-            )
-        if layout is not None and token_id == layout.image_token_id and param == "prompt":
-            raise RequestError(f"{param}: an image token without an image", param=param)
 
 
 # --- limits and parameters ------------------------------------------------------------------
@@ -383,8 +382,8 @@ def check_sampling(backend: Backend, request: wire.Sampling) -> None:
         check_count(len(request.prompts) * request.n, limits.prompts, "prompt", what="answers")
     check_count(len(request.stop_token_ids or ()), limits.stop_tokens, "stop_token_ids")
     check_count(len(request.logit_bias or ()), limits.biased_tokens, "logit_bias")
-    check_token_ids(backend, [int(key) for key in request.logit_bias or ()], "logit_bias")
-    check_token_ids(backend, request.stop_token_ids or (), "stop_token_ids")
+    check_token_ids(backend.chat, [int(key) for key in request.logit_bias or ()], "logit_bias")
+    check_token_ids(backend.chat, request.stop_token_ids or (), "stop_token_ids")
 
 
 def _interrupted(backend: Backend, messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

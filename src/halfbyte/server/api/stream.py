@@ -7,9 +7,11 @@ sent: queued, in a prefill, or collecting an answer that is not streamed.
 import asyncio
 import contextlib
 import json
+import os
+import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -27,6 +29,8 @@ DONE = b"data: [DONE]\n\n"
 # A comment, which every reader of server-sent events skips.
 _KEEP_ALIVE = b": keep-alive\n\n"
 
+# Bytes of a body that is read on the event loop.
+SHORT_BODY = 16_384
 # Bodies up to here are read without asking for room.
 _SMALL_BODY = 250_000
 # After a large body; its request is mostly answered by then.
@@ -235,10 +239,52 @@ class BodyRoom:
         asyncio.get_running_loop().run_in_executor(None, trim_heap)
 
 
+class Body:
+    """A request's body as it comes: in memory while it is short, then in a file that has no name.
+
+    A long one is read by another process. Here it would be copied as it grows, and what it leaves
+    would be given back under a lock that the engine's allocations wait for.
+    """
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.size = 0
+        self._file: BinaryIO | None = None
+
+    @property
+    def descriptor(self) -> int | None:
+        """Of the file that holds all of it; None while `data` does."""
+        return None if self._file is None else self._file.fileno()
+
+    def add(self, chunk: bytes) -> None:
+        """Take one more piece."""
+        self.size += len(chunk)
+        if self._file is None and self.size <= SHORT_BODY:
+            self.data += chunk
+            return
+        if self._file is None:
+            self._file = _nameless_file()
+            self._file.write(self.data)
+            self.data.clear()
+        self._file.write(chunk)
+
+    def close(self) -> None:
+        """Forget it."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _nameless_file() -> BinaryIO:
+    """In memory where the system has such files, unbuffered."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("body"), "wb", buffering=0)
+    return cast("BinaryIO", tempfile.TemporaryFile(buffering=0))
+
+
 @contextlib.asynccontextmanager
 async def reading_body(
     request: Request, limits: Limits, room: BodyRoom, most_text: int
-) -> AsyncIterator[bytearray]:
+) -> AsyncIterator[Body]:
     """The whole body, counted as it comes; a large one has its room while this is open.
 
     most_text  bytes of text that any request may have; /v1/completions has several prompts
@@ -253,15 +299,16 @@ async def reading_body(
     if length is not None and length > most:
         raise _too_large(most)
     structure = reading.Structure(limits, most_text)
-    body = bytearray()
+    body = Body()
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + limits.body_s
     chunks = request.stream()
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(body.close)
         has_room = False
         while True:
             try:
-                async with asyncio.timeout_at(deadline_s + len(body) / _SLOWEST_BYTES_S):
+                async with asyncio.timeout_at(deadline_s + body.size / _SLOWEST_BYTES_S):
                     chunk = await anext(chunks, None)
             except TimeoutError as error:
                 raise RequestError(
@@ -272,11 +319,11 @@ async def reading_body(
                 ) from error
             if chunk is None:
                 break
-            body += chunk
-            if len(body) > most:
+            if body.size + len(chunk) > most:
                 raise _too_large(most)
             structure.add(chunk)
-            if not has_room and len(body) > _SMALL_BODY:
+            body.add(chunk)
+            if not has_room and body.size > _SMALL_BODY:
                 has_room = True
                 waiting_since_s = loop.time()
                 await stack.enter_async_context(

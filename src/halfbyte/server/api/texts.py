@@ -1,16 +1,12 @@
-"""How much text a request may bring, told before it is encoded, and threads for long texts alone.
+"""How much text a request may bring, told before it is encoded.
 
 No tokenizer makes fewer tokens of a text than its bytes over those of the longest token: what is
 over the context even so is refused unread. The rest is counted piece by piece as far as twice the
 context before it is encoded as a whole, so that no request costs more than one that fits.
 """
 
-import asyncio
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -21,12 +17,6 @@ from halfbyte.server.api.messages_blocks import Base64Source
 from halfbyte.server.api.messages_wire import CountRequest
 from halfbyte.server.api.responses_wire import InputImage, ResponsesRequest
 
-Result = TypeVar("Result")
-
-# Characters from which on a text waits for one of the threads of long texts.
-LONG = 65_536
-_NUM_THREADS = 2
-_REST_S = 0.02
 # Characters counted at once. A cut may split a token in two or, rarely, move those behind it; with
 # this many between two cuts that is far from a factor of two.
 _PIECE = 65_536
@@ -37,46 +27,17 @@ _THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
 
 
 class Texts:
-    """The sizes that one model's context allows, and the threads that encode long texts."""
+    """The sizes that one model's context allows."""
 
     def __init__(self, vocabulary: Vocabulary, context: int) -> None:
         self._encode = vocabulary.encode_text
         self._context = context
         self._longest = max(map(len, vocabulary.token_bytes), default=1) or 1
-        # Short prompts never wait for long ones, however many there are. A thread that has begun
-        # ends its work, also for a client that has left, and counts until then. All of them share
-        # the interpreter with running answers: more at once would only slow these down.
-        self._long = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="long-texts")
-        self._short = ThreadPoolExecutor(1, thread_name_prefix="short-texts")
-        # When each thread has rested from its last work.
-        self._rested = threading.local()
 
     @property
     def most_bytes(self) -> int:
         """Bytes of text that no prompt can exceed."""
         return self._context * self._longest
-
-    def close(self) -> None:
-        """Forget what has not begun."""
-        for threads in (self._long, self._short):
-            threads.shutdown(wait=False, cancel_futures=True)
-
-    async def aside(self, size: int, work: Callable[[], Result]) -> Result:
-        """Run `work` over a text of so many characters in a thread of its kind."""
-        threads = self._short if size <= LONG else self._long
-        return await asyncio.get_running_loop().run_in_executor(threads, self._worked, work)
-
-    def _worked(self, work: Callable[[], Result]) -> Result:
-        """Do it, after a rest as long as the work before: libraries hold the interpreter for
-        milliseconds, and a step of the engine ends in between.
-        """
-        time.sleep(max(0.0, getattr(self._rested, "at_s", 0.0) - time.perf_counter()))
-        started_s = time.perf_counter()
-        try:
-            return work()
-        finally:
-            ended_s = time.perf_counter()
-            self._rested.at_s = ended_s + min(ended_s - started_s, _REST_S)
 
     def check_request(self, request: reading.Wire) -> None:
         """400 for text, or token ids, that no context of this size holds; nothing is encoded."""

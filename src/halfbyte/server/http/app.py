@@ -16,27 +16,24 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import halfbyte
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
-from halfbyte.server.api import foreign, reading, tool_names, wire
+from halfbyte.server.api import reading, tool_names, wire
 from halfbyte.server.api.backend import Backend, Upstream
 from halfbyte.server.api.chat import chat_frames, chat_response
 from halfbyte.server.api.messages import count_tokens, messages_frames, messages_response
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest
 from halfbyte.server.api.prepare import (
-    check_token_ids,
     encode_plain,
     encode_resolved,
     resolved_messages,
 )
 from halfbyte.server.api.problems import body_for, error_body, response_of
+from halfbyte.server.api.reader import Read
 from halfbyte.server.api.responses import responses_frames, responses_response
 from halfbyte.server.api.responses_wire import ResponsesRequest
 from halfbyte.server.api.stream import DONE, EventStream, reading_body, until_disconnect
 from halfbyte.server.api.text import text_frames, text_response
-from halfbyte.server.api.texts import LONG
 from halfbyte.server.call import Call
 from halfbyte.server.config import ServerConfig
-from halfbyte.server.dialect import Dialect, dialect_of
-from halfbyte.server.http import markdown
 from halfbyte.server.http.gate import OPEN_PATHS, AccessLog, Gate, Keys, log_access
 from halfbyte.server.http.openapi import describe, request_body, returns_text
 from halfbyte.server.http.origins import Origins
@@ -44,8 +41,10 @@ from halfbyte.server.http.pages import add_pages
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.ops.tracing import Tracing
 
-# Bytes of a body that is read on the event loop.
-_SHORT_BODY = 16_384
+# Markdown takes up to so many times as long.
+_TEXTS_OF_MARKDOWN = 64
+# A body is read so many times as fast as a text is encoded.
+_BYTES_OF_WORK = 8
 # Values that come beside a context of ids.
 _FEW_VALUES = 1000
 
@@ -85,7 +84,7 @@ def create_app(
         finally:
             backend.admission.is_draining = True
             await service.stop(drain_s=config.limits.drain_s)
-            backend.texts.close()
+            backend.aside.close()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
@@ -130,28 +129,20 @@ async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
         most_values = min(limits.body_values, most_values)
         counted = dataclasses.replace(limits, body_values=most_values)
     call: Call = request.state.call
-    accepts = backend.config.unknown_fields == "accept"
-    most_text = backend.texts.most_bytes * (limits.prompts if _has_prompts(kind) else 1)
+    most_text = backend.reader.texts.most_bytes * (limits.prompts if _has_prompts(kind) else 1)
     async with reading_body(request, counted, backend.body_room, most_text) as body:
-
-        def parse() -> tuple[Asked, Dialect, list[str]]:
-            notes: list[str] = []
-            sent = reading.parse_json(body)
-            told = sent if isinstance(sent, dict) else {}
-            dialect = dialect_of(backend.config.dialect, call.path, call.user_agent, told)
-            left_out: list[str] = []
-            translated = foreign.translate(kind, sent, notes.append)
-            asked = reading.parse(kind, translated, limits, left_out if accepts else None)
-            backend.texts.check_request(asked)
-            if left_out:
-                notes.append("unknown fields, which change nothing here: " + ", ".join(left_out))
-            return asked, dialect, notes
-
-        # A thread costs as much as reading a few kilobytes.
-        is_long = len(body) > _SHORT_BODY
-        asked, call.dialect, notes = await asyncio.to_thread(parse) if is_long else parse()
-    call.warn(notes)
-    return asked
+        read = backend.reader.read
+        found: Read[Asked]
+        if body.descriptor is None:
+            found = read(kind, call.path, call.user_agent, body.data)
+        else:
+            size = body.size // _BYTES_OF_WORK
+            found = await backend.aside.do_apart(
+                size, read, kind, call.path, call.user_agent, file=body.descriptor
+            )
+    call.dialect = found.dialect
+    call.warn(found.notes)
+    return found.asked
 
 
 def _has_prompts(kind: type[reading.Wire]) -> bool:
@@ -241,8 +232,6 @@ def _add_completions(app: FastAPI, backend: Backend) -> None:
 
 
 def _add_tokens(app: FastAPI, backend: Backend) -> None:
-    vocabulary = backend.chat.vocabulary
-
     @app.post("/tokenize", **request_body(wire.TokenizeRequest, "tokenize"))
     async def tokenize(request: Request) -> Response:
         """Token ids of a plain prompt, or of a conversation as the model would see it."""
@@ -250,15 +239,10 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
         backend.check_model(asked.model)
         with backend.token_request():
             token_ids = await tokens_of(asked)
-            body: dict[str, Any] = {
-                "tokens": token_ids,
-                "count": len(token_ids),
-                "max_model_len": backend.config.max_model_len,
-                "token_strs": None,
-            }
-            if asked.return_token_strs:
-                body["token_strs"] = [vocabulary.piece(token_id) for token_id in token_ids]
-            return await backend.texts.aside(len(token_ids), lambda: JSONResponse(body))
+            body = await backend.aside.do(
+                len(token_ids), backend.reader.tokens_body, token_ids, asked.return_token_strs
+            )
+            return Response(body, media_type="application/json")
 
     async def tokens_of(asked: wire.TokenizeRequest) -> Sequence[int]:
         asked = tool_names.for_model(asked)
@@ -280,12 +264,9 @@ def _add_tokens(app: FastAPI, backend: Backend) -> None:
         asked = await read(backend, request, wire.DetokenizeRequest)
         backend.check_model(asked.model)
         with backend.token_request():
-
-            def decode() -> Response:
-                check_token_ids(backend, asked.tokens, "tokens")
-                return JSONResponse({"prompt": vocabulary.decode(asked.tokens, keep_control=True)})
-
-            return await backend.texts.aside(len(asked.tokens), decode)
+            size = len(asked.tokens)
+            body = await backend.aside.do(size, backend.reader.text_body, asked.tokens)
+            return Response(body, media_type="application/json")
 
 
 def _add_markdown(app: FastAPI, backend: Backend) -> None:
@@ -294,8 +275,8 @@ def _add_markdown(app: FastAPI, backend: Backend) -> None:
         """Markdown of an answer as HTML, for the page."""
         asked = await read(backend, request, wire.RenderRequest)
         with backend.token_request():
-            # Few threads at once: it is work of the interpreter, which answers share.
-            made = await backend.texts.aside(LONG + 1, lambda: markdown.render(asked.text))
+            size = len(asked.text) * _TEXTS_OF_MARKDOWN
+            made = await backend.aside.do_apart(size, backend.reader.page_of, asked.text)
         return JSONResponse({"html": made})
 
 

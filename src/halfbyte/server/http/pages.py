@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from halfbyte.errors import RequestError
-from halfbyte.server.http.markdown import code_styles
+from halfbyte.server.api.markdown import code_styles
 
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 

@@ -1,0 +1,322 @@
+"""Long requests are read, and long texts encoded, in processes of their own.
+
+Readers of JSON and tokenizers hold Python's lock for as long as they work, 30 ms for a text of 31
+MB; every token of every running answer would wait for it (decision 0109). So what is long goes to
+another process. If that one dies of a request, only this request fails.
+
+The processes are forked from one that has loaded the tokenizer and never sees a request. This side
+is `Aside`, which belongs to the event loop; `main` is the other.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from halfbyte.chat.tokens import load_chat
+from halfbyte.errors import HalfbyteError, RequestError
+from halfbyte.log import logger
+from halfbyte.machine import keep_one_heap, trim_heap
+from halfbyte.server.api.reader import Reader
+from halfbyte.server.config import ServerConfig
+
+Result = TypeVar("Result")
+Lane = Literal["short", "long"]
+
+# Characters of a text or token ids up to which a trip to another process costs more than the work.
+_FEW = 4096
+# The longest rest between two works here: libraries hold the interpreter for milliseconds.
+_REST_S = 0.02
+# What takes longer than a moment has processes of its own: short prompts never wait for it.
+_MANY = 65_536
+
+_LANES: tuple[Lane, ...] = ("short", "long")
+# They give way to the engine: what they do is most often the smaller part of an answer.
+_NICE = 5
+# Beyond it memory is given back after the work, and results are taken up in a thread.
+_LARGE = 1_000_000
+_START = "from halfbyte.server.api.aside import main; main()"
+# How one ends when nobody asks any more.
+_NOBODY_ASKS = 3
+_HEAD = struct.Struct("<Q")
+_BEGUN = b"b"
+
+
+class Aside:
+    """One model's reader, here for what is short, in other processes for what is long."""
+
+    def __init__(self, reader: Reader, directory: Path, config: ServerConfig) -> None:
+        self._reader = reader
+        # No process needs the keys.
+        config = dataclasses.replace(config, api_keys=(), facts=())
+        self._setting = pickle.dumps((directory, config), pickle.HIGHEST_PROTOCOL)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="short-texts")
+        # When the thread has rested from its last work.
+        self._rested_s = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._controls: dict[Lane, socket.socket] = {}
+        self._end: Callable[[], Any] = lambda: None
+        self._turns = {lane: asyncio.Semaphore(_num_processes()) for lane in _LANES}
+
+    def start(self) -> None:
+        """Start the processes, if they are not there; the first questions wait for them."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._end()
+        pairs = {lane: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for lane in _LANES}
+        descriptors = [theirs.fileno() for _, theirs in pairs.values()]
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START, *map(str, descriptors)],
+            stdin=subprocess.PIPE,
+            pass_fds=descriptors,
+            # Whatever made the package importable here does so there. No threads before a fork.
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "OPENBLAS_NUM_THREADS": "1",
+            },
+        )
+        for ours, theirs in pairs.values():
+            theirs.close()
+            ours.setblocking(False)
+        self._process = process
+        self._controls = {lane: ours for lane, (ours, _) in pairs.items()}
+        self._end = weakref.finalize(self, _end, tuple(self._controls.values()), process)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(self._setting)
+
+    def close(self) -> None:
+        """End the processes, and forget what has not begun."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._end()
+        self._process = None
+
+    async def do(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """What a method of the reader gives for these arguments, of so many characters or ids.
+
+        Raises RequestError as the method does; 500 if the process has died of it, 503 if there is
+        none to be had.
+        """
+        if size <= _FEW:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, self._worked, work, arguments)
+        return await self.do_apart(size, work, *arguments)
+
+    async def do_apart(
+        self, size: int, work: Callable[..., Result], *arguments: Any, file: int | None = None
+    ) -> Result:
+        """The same in another process, whatever the size.
+
+        file  a descriptor whose content is one more argument
+        """
+        lane: Lane = "short" if size <= _MANY else "long"
+        question = pickle.dumps((work.__name__, arguments), pickle.HIGHEST_PROTOCOL)
+        async with self._turns[lane]:
+            for _ in range(3):
+                self.start()
+                try:
+                    found = await self._ask(self._controls[lane], question, file)
+                except _NotBegunError:
+                    # Somebody else's request has ended it.
+                    continue
+                if isinstance(found, _Broken):
+                    logger.error("%s in a process aside has failed:\n%s", work.__name__, found.text)
+                    raise RuntimeError(found.text.strip().rpartition("\n")[2])
+                if isinstance(found, HalfbyteError):
+                    raise found
+                result: Result = found
+                return result
+        raise RequestError(
+            "long requests cannot be read just now; try again later",
+            code="readers_busy",
+            status=503,
+        )
+
+    def _worked(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+        """Do it, after a rest as long as the work before: a step of the engine ends in between."""
+        time.sleep(max(0.0, self._rested_s - time.perf_counter()))
+        started_s = time.perf_counter()
+        try:
+            return work(*arguments)
+        finally:
+            ended_s = time.perf_counter()
+            self._rested_s = ended_s + min(ended_s - started_s, _REST_S)
+
+    async def _ask(self, control: socket.socket, question: bytes, file: int | None) -> Any:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with ours:
+            ours.setblocking(False)
+            with theirs:
+                try:
+                    sent = [theirs.fileno()] if file is None else [theirs.fileno(), file]
+                    socket.send_fds(control, [b"?"], sent)
+                except OSError as error:
+                    raise _NotBegunError from error
+            has_begun = False
+            try:
+                await loop.sock_sendall(ours, _HEAD.pack(len(question)))
+                await loop.sock_sendall(ours, question)
+                await _received(ours, len(_BEGUN))
+                has_begun = True
+                (size,) = _HEAD.unpack(await _received(ours, _HEAD.size))
+                answer = await _received(ours, size)
+            except OSError as error:
+                if not has_begun:
+                    raise _NotBegunError from error
+                raise RequestError(
+                    "the process that read the request has died of it; send a smaller one",
+                    code="reader_died",
+                    status=500,
+                ) from error
+        if size > _LARGE:
+            return await asyncio.to_thread(pickle.loads, answer)
+        return pickle.loads(answer)
+
+
+async def _received(connection: socket.socket, size: int) -> bytearray:
+    """So many bytes; OSError if the other side leaves before."""
+    found = bytearray(size)
+    rest = memoryview(found)
+    loop = asyncio.get_running_loop()
+    while rest:
+        count = await loop.sock_recv_into(connection, rest)
+        if not count:
+            raise ConnectionResetError("the process has ended")
+        rest = rest[count:]
+    return found
+
+
+class _NotBegunError(Exception):
+    """A process went before it had read the question."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Broken:
+    """A fault of our own, as a traceback."""
+
+    text: str
+
+
+def _num_processes() -> int:
+    """Of each lane: few, for they share the processors with the engine."""
+    return max(1, min(4, (os.cpu_count() or 1) // 8))
+
+
+def _end(controls: tuple[socket.socket, ...], process: "subprocess.Popen[bytes]") -> None:
+    """Let the processes go: they leave when their sockets close."""
+    for control in controls:
+        control.close()
+    try:
+        process.wait(0.5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# --- the other side -------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Load the tokenizer, then keep a process ready for each place; run by `Aside.start`."""
+    # The server gets the terminal's and the service manager's signals, and closes the sockets.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    keep_one_heap()
+    controls = [socket.socket(fileno=int(number)) for number in sys.argv[1:]]
+    directory, config = pickle.loads(sys.stdin.buffer.read())
+    reader = Reader(load_chat(directory), config)
+    with contextlib.suppress(OSError):
+        os.nice(_NICE)
+    # Pages that no collection touches stay shared.
+    gc.collect()
+    gc.freeze()
+    missing = controls * _num_processes()
+    children: dict[int, socket.socket] = {}
+    while True:
+        while missing:
+            control = missing.pop()
+            child = os.fork()
+            if child == 0:
+                _serve(control, reader)
+            children[child] = control
+        child, status = os.wait()
+        missing.append(children.pop(child))
+        if os.waitstatus_to_exitcode(status) == _NOBODY_ASKS:
+            # The others see the same.
+            os._exit(0)
+
+
+def _serve(control: socket.socket, reader: Reader) -> None:
+    """Answer questions until nobody asks any more."""
+    status = 1
+    try:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+            if not message or not descriptors:
+                status = _NOBODY_ASKS
+                break
+            # A client that has left is nobody's fault.
+            with socket.socket(fileno=descriptors[0]) as connection, contextlib.suppress(OSError):
+                _answer(connection, descriptors[1:], reader)
+    finally:
+        os._exit(status)
+
+
+def _answer(connection: socket.socket, files: Sequence[int], reader: Reader) -> None:
+    contents = [_content(file) for file in files]
+    (size,) = _HEAD.unpack(_taken(connection, _HEAD.size))
+    name, arguments = pickle.loads(_taken(connection, size))
+    size += sum(map(len, contents))
+    arguments = (*arguments, *contents)
+    del contents
+    connection.sendall(_BEGUN)
+    answer: object
+    try:
+        answer = getattr(reader, name)(*arguments)
+    except HalfbyteError as error:
+        answer = error.with_traceback(None)
+    # A panic of foreign code is no Exception.
+    except BaseException:
+        answer = _Broken(traceback.format_exc())
+    del arguments
+    data = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+    connection.sendall(_HEAD.pack(len(data)))
+    connection.sendall(data)
+    if size + len(data) > _LARGE:
+        del answer, data
+        trim_heap()
+
+
+def _content(file: int) -> bytes:
+    """All of an open file, which is closed."""
+    with open(file, "rb", buffering=0) as opened:
+        opened.seek(0)
+        return opened.readall()
+
+
+def _taken(connection: socket.socket, size: int) -> bytearray:
+    """So many bytes, waiting for them; OSError if the other side leaves before."""
+    found = bytearray(size)
+    rest = memoryview(found)
+    while rest:
+        count = connection.recv_into(rest)
+        if not count:
+            raise ConnectionResetError("the server has left")
+        rest = rest[count:]
+    return found
