@@ -120,8 +120,8 @@ def serving(directory: Path, *, layers: int, max_model_len: int) -> Iterator[Tar
         url = next(word for word in said.split() if word.endswith("/v1"))
         found = Target(process, int(url.removesuffix("/v1").rpartition(":")[2]))
         # What the first request of each kind loads is not the corpus's.
-        for text in (b"Hello", b"Hello " * 4000):
-            status, _ = found.post("/tokenize", b'{"prompt": "%s"}' % text)
+        for prompt in (b"Hello", b"Hello " * 4000):
+            status, _ = found.post("/tokenize", b'{"prompt": "%s"}' % prompt)
             assert status in (200, 400)
         yield found
     finally:

@@ -72,7 +72,7 @@ def _estimate(row: LabelledInterval, x: Callable[[float], float], y: float) -> l
     return [*marks, text_mark(_LEFT + _WIDTH + 12, y + 4, row.note, kind="note")]
 
 
-def _hover(row: Interval) -> str:
+def _hover(row: LabelledInterval) -> str:
     """The numbers behind a mark, for whoever points at it."""
     ends = f" ({row.low:.4g} to {row.high:.4g})" if row.low == row.low else ""
     return f"{row.label}: {row.mid:.4g}{ends}; {row.note}"

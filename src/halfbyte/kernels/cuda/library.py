@@ -123,8 +123,8 @@ def prefill_tiles(num_tokens: int) -> tuple[int, int]:
 
 
 # NVFP4 items of a prefill linear are cut along K where whole ones would leave more of its last
-# round idle; each cluster then has so many K blocks at least. Merging costs 30 us: more than that leaves
-# of products in FP8 (measured).
+# round idle; each cluster then has so many K blocks at least. Merging costs 30 us, more than
+# products in FP8 would gain (measured).
 _LEAST_SHARE = 0.93
 _LEAST_STRETCH = 8
 
