@@ -67,7 +67,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         carried = files("mistral_common") / "data" / "tekken_240911.json"
         shutil.copyfile(str(carried), Path(directory) / "tekken.json")
-        chat = load_chat(Path(directory))
+        # Processes that read long requests load it, too.
+        return run(arguments, Path(directory))
+
+
+def run(arguments: argparse.Namespace, directory: Path) -> int:
+    """Serve until a signal."""
+    chat = load_chat(directory)
     engine = make_engine(arguments)
     facts = {**dataclasses.asdict(engine.config), **engine.facts()}
     print(facts, flush=True)

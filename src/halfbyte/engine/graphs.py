@@ -38,7 +38,7 @@ from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.log import logger
 from halfbyte.model.cuda.decode import DecodeStep
 from halfbyte.model.cuda.launches import SharedBuffers
-from halfbyte.model.cuda.prefill import Chunk, Prefill, PrefillBatch
+from halfbyte.model.cuda.prefill import GRAPH_SIZES, Chunk, Prefill, PrefillBatch
 from halfbyte.model.cuda.weights import ACTIVATION_KIND, CudaWeights, KvCache
 from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
@@ -363,6 +363,8 @@ class HopperExecutor:
             step = self._make_step(size)
             step.capture(pool)
             self._steps[size] = step
+        if self._weights.fuse is None and len(self._sizes) > 1:
+            self._prefill.capture(GRAPH_SIZES, pool)
         torch.cuda.synchronize()
         self._communicator.before_close(self._release)
         self._capture_s = time.perf_counter() - start
@@ -378,6 +380,7 @@ class HopperExecutor:
 
     def _release(self) -> None:
         self._steps.clear()
+        self._prefill.release()
         # Steps and their graphs may be part of cycles.
         gc.collect()
 

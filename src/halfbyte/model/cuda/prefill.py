@@ -6,8 +6,9 @@ sequence, Z slots in a page, N query heads, K key/value heads, H head size, R ro
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +56,15 @@ from halfbyte.model.cuda.weights import (
 DECODED_TOKENS = 2048
 # FP8 weights of more tokens are worth laying out for the library.
 TILED_FP8_TOKENS = 1024
+# Steps of these sizes, and of fewer rows by less than a step between them, run from graphs.
+GRAPH_STEP = 128
+GRAPH_SIZES = tuple(range(GRAPH_STEP, TILED_FP8_TOKENS + 1, GRAPH_STEP))
 # Rows of a prefill that are normed at once.
 _NORM_ROWS = 1024
+
+
+# Cosines and sines (T, H / 2), and what queries are scaled by or None.
+Angles = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Chunk(NamedTuple):
@@ -98,6 +106,34 @@ class PrefillBatch:
     image_rows_I: Tensor | None = None
     image_vectors_ID: Tensor | None = None
     hidden_TD: Tensor | None = None
+
+
+class _Rows(NamedTuple):
+    """Where a step's rows are between the kernels.
+
+    slots_T  of the cache; -1 stores nothing
+    out_TNH  attention's output, without v_scale
+    """
+
+    residual_TD: Tensor
+    slots_T: Tensor
+    cos_TH2: Tensor
+    sin_TH2: Tensor
+    query_scale_T: Tensor | None
+    q_TNH: Tensor
+    out_TNH: Tensor
+
+    def first(self, size: int) -> "_Rows":
+        """The first rows, in the same memory."""
+        return _Rows(*(None if part is None else part[:size] for part in self))  # type: ignore[arg-type]
+
+    def put(self, residual_TD: Tensor, slots_T: Tensor, angles: Angles) -> None:
+        """Fill in a step; rows behind it store nothing, and nobody reads what they give."""
+        count = len(residual_TD)
+        self.slots_T[count:] = -1
+        for target, source in zip(self[:5], (residual_TD, slots_T, *angles), strict=True):
+            if target is not None:
+                target[:count].copy_(source)
 
 
 class Prefill:
@@ -159,7 +195,11 @@ class Prefill:
         num_context = context_bytes(max_context_tokens, config)
         self._context = shared.take("context", num_context, torch.uint8, device)
         self._room = make_prefill_room(library.num_multiprocessors, device)
-        self._token_scale_T = torch.ones(max_tokens, device=device)
+        self._token_scale_T = torch.ones(max(max_tokens, *GRAPH_SIZES), device=device)
+        # By size, a graph for what precedes each layer's attention, and one for the rest.
+        self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
+        self._static: _Rows | None = None
+        self._last: Tensor | None = None
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
         self._row_scales = {id(linear): self._row_scale(linear) for linear in products}
 
@@ -307,36 +347,13 @@ class Prefill:
         )
         return x_TI
 
-    def _attend(
-        self, index: int, layer: CudaLayer, qkv: LinearResult, batch: PrefillBatch
-    ) -> Tensor:
-        config, device = self._weights.config, self._library.device
-        num_tokens = batch.token_ids_T.shape[0]
-        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
-        q = torch.empty(num_tokens, heads, size, dtype=torch.bfloat16, device=device)
-        cosines, sines, query_scale = self._angles
-        self._launch(
-            self._kernels["rotate_and_store"],
-            (num_tokens, -(-(heads + 2 * kv_heads) // (256 // (size // 16))), 1),
-            256,
-            qkv,
-            cosines,
-            sines,
-            query_scale,
-            q,
-            self._cache.keys[index],
-            self._cache.values[index],
-            batch.slots_T,
-            layer.k_scale,
-            layer.v_scale,
-        )
-        out = torch.empty_like(q)
+    def _attend(self, index: int, layer: CudaLayer, rows: "_Rows", batch: PrefillBatch) -> None:
+        """Attention of every row, without v_scale, to where the output product reads it."""
         if batch.singles is not None:
-            self._attend_singles(index, layer, q, out, batch.singles)
+            self._attend_singles(index, layer, rows.q_TNH, rows.out_TNH, batch.singles)
         for chunk in batch.chunks:
-            rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
-            self._attend_chunk(index, layer, q[rows], out[rows], chunk)
-        return self._attention_output(layer, out.reshape(num_tokens, heads * size))
+            part = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
+            self._attend_chunk(index, layer, rows.q_TNH[part], rows.out_TNH[part], chunk)
 
     def _attend_chunk(
         self, index: int, layer: CudaLayer, q_TNH: Tensor, out_TNH: Tensor, chunk: Chunk
@@ -470,9 +487,11 @@ class Prefill:
         return x_TI
 
     def forward(self, batch: PrefillBatch) -> Tensor:
-        """The residual stream after the last layer, (T, D) bf16; keys and values are stored."""
+        """The residual stream after the last layer, (T, D) bf16; keys and values are stored.
+
+        What is no attention comes from graphs where there are some of the size (`capture`).
+        """
         weights = self._weights
-        self._angles = self._rotary(batch.positions_T)
         residual_TD = weights.embedding_VD[batch.token_ids_T]
         if batch.image_rows_I is not None:
             if batch.image_vectors_ID is not None:
@@ -481,30 +500,131 @@ class Prefill:
                 residual_TD[batch.image_rows_I] = 0
         if self._all_reduce is not None:
             self._all_reduce(residual_TD)
-        num_tokens = self._num_tokens = residual_TD.shape[0]
+        num_tokens = residual_TD.shape[0]
+        angles = self._rotary(batch.positions_T)
+        size = min((size for size in self._graphs if size >= num_tokens), default=0)
+        if size - num_tokens not in range(GRAPH_STEP):
+            return self._run_eagerly(batch, self._new_rows(residual_TD, batch.slots_T, angles))
+        assert self._static is not None
+        rows = self._static.first(size)
+        rows.put(residual_TD, batch.slots_T, angles)
+        for index, layer in enumerate(weights.layers):
+            self._graphs[size][index].replay()
+            self._attend(index, layer, rows, batch)
+        self._graphs[size][-1].replay()
+        return rows.residual_TD[:num_tokens]
+
+    def _run_eagerly(self, batch: PrefillBatch, rows: "_Rows") -> Tensor:
+        weights = self._weights
+        num_tokens = self._num_tokens = len(rows.residual_TD)
         result: LinearResult | None = None
         if weights.fuse is not None:
             assert batch.hidden_TD is not None
-            joined_TI = joined_input(weights.fuse, residual_TD, batch.hidden_TD)
+            joined_TI = joined_input(weights.fuse, rows.residual_TD, batch.hidden_TD)
             x = self._input(weights.fuse, num_tokens)
             x[:, : joined_TI.shape[1]] = joined_TI
             result = self._product(weights.fuse, x, num_tokens)
-            residual_TD.zero_()
+            rows.residual_TD.zero_()
         for index, layer in enumerate(weights.layers):
-            x = self._norm(result, residual_TD, layer.attention_norm_D, layer.qkv)
-            qkv = self._product(layer.qkv, x, num_tokens)
-            x = self._attend(index, layer, qkv, batch)
-            result = self._reduced(layer.o, self._product(layer.o, x, num_tokens))
-            x = self._norm(result, residual_TD, layer.mlp_norm_D, layer.gate_up)
-            gate_up = self._product(layer.gate_up, x, num_tokens)
-            x = self._silu(gate_up, layer.down, num_tokens)
-            result = self._reduced(layer.down, self._product(layer.down, x, num_tokens))
+            self._enter(index, result, rows)
+            self._attend(index, layer, rows, batch)
+            result = self._leave(index, rows)
+        return self._conclude(result, rows)
+
+    @torch.inference_mode()
+    def capture(self, sizes: Sequence[int], pool: Any) -> None:
+        """Record steps of so many rows as graphs, one from each layer's attention to the next's.
+
+        pool  torch's graph memory pool, shared by graphs that never run at the same time
+        Launched one by one, a step's thousand kernels would wait for a busy host.
+        """
+        device, config = self._library.device, self._weights.config
+        largest = max(sizes)
+        no_slots_T = torch.full((largest,), -1, dtype=torch.int64, device=device)
+        residual_TD = torch.zeros(largest, config.width, dtype=torch.bfloat16, device=device)
+        angles = self._rotary(torch.zeros_like(no_slots_T))
+        self._static = self._new_rows(residual_TD, no_slots_T, angles)
+        self._static.out_TNH.zero_()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for size in (largest, min(sizes)):  # load every kernel: nothing may while capturing
+                self._num_tokens = size
+                for index in range(config.num_layers + 1):
+                    self._segment(index, self._static.first(size))
+            for size in sorted(sizes, reverse=True):
+                rows = self._static.first(size)
+                self._num_tokens = size
+                graphs = []
+                for index in range(config.num_layers + 1):
+                    graph = torch.cuda.CUDAGraph()
+                    graph.capture_begin(pool=pool)
+                    self._segment(index, rows)
+                    graph.capture_end()
+                    graphs.append(graph)
+                self._graphs[size] = graphs
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def release(self) -> None:
+        """Forget the graphs."""
+        self._graphs.clear()
+
+    def _segment(self, index: int, rows: "_Rows") -> None:
+        """What lies between the attention of the layer before and that of layer `index`."""
+        result = None if index == 0 else self._leave(index - 1, rows)
+        if index < len(self._weights.layers):
+            self._enter(index, result, rows)
+        else:
+            rows.residual_TD.copy_(self._conclude(result, rows))
+        self._last = None
+
+    def _new_rows(self, residual_TD: Tensor, slots_T: Tensor, angles: Angles) -> "_Rows":
+        config = self._weights.config
+        shape = (len(residual_TD), config.num_heads, config.head_dim)
+        q_TNH = torch.empty(shape, dtype=torch.bfloat16, device=residual_TD.device)
+        return _Rows(residual_TD, slots_T, *angles, q_TNH, torch.empty_like(q_TNH))
+
+    def _enter(self, index: int, result: LinearResult | None, rows: "_Rows") -> None:
+        """A layer up to its attention: queries into `rows`, keys and values into the cache."""
+        config, layer = self._weights.config, self._weights.layers[index]
+        num_tokens, size = len(rows.residual_TD), config.head_dim
+        x = self._norm(result, rows.residual_TD, layer.attention_norm_D, layer.qkv)
+        qkv = self._product(layer.qkv, x, num_tokens)
+        num_heads = config.num_heads + 2 * config.num_kv_heads
+        self._launch(
+            self._kernels["rotate_and_store"],
+            (num_tokens, -(-num_heads // (256 // (size // 16))), 1),
+            256,
+            qkv,
+            rows.cos_TH2,
+            rows.sin_TH2,
+            rows.query_scale_T,
+            rows.q_TNH,
+            self._cache.keys[index],
+            self._cache.values[index],
+            rows.slots_T,
+            layer.k_scale,
+            layer.v_scale,
+        )
+
+    def _leave(self, index: int, rows: "_Rows") -> LinearResult:
+        """The rest of a layer: what is still to be added to the residual stream."""
+        layer, num_tokens = self._weights.layers[index], len(rows.residual_TD)
+        x = self._attention_output(layer, rows.out_TNH.reshape(num_tokens, -1))
+        result = self._reduced(layer.o, self._product(layer.o, x, num_tokens))
+        x = self._norm(result, rows.residual_TD, layer.mlp_norm_D, layer.gate_up)
+        gate_up = self._product(layer.gate_up, x, num_tokens)
+        x = self._silu(gate_up, layer.down, num_tokens)
+        return self._reduced(layer.down, self._product(layer.down, x, num_tokens))
+
+    def _conclude(self, result: LinearResult | None, rows: "_Rows") -> Tensor:
         assert result is not None
-        return residual_TD + self._scaled(weights.layers[-1].down, result)
+        return rows.residual_TD + self._scaled(self._weights.layers[-1].down, result)
 
     def _scaled(self, linear: CudaLinear, result: LinearResult) -> Tensor:
         """The last product with its scales applied, rounded to bf16: (T, D)."""
         width = self._weights.config.width
+        assert self._last is not None
         y_TD = self._last[:, :width].float()
         if result.row_scale is not None:
             y_TD = y_TD * self._row_scales[id(linear)][:width]
