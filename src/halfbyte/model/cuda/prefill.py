@@ -132,7 +132,7 @@ class _Rows(NamedTuple):
         count = len(residual_TD)
         self.slots_T[count:] = -1
         for target, source in zip(self[:5], (residual_TD, slots_T, *angles), strict=True):
-            if target is not None:
+            if target is not None and source is not None:
                 target[:count].copy_(source)
 
 
