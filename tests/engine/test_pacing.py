@@ -14,7 +14,8 @@ H200_MS = {
     2048: 668.0,
 }  # fmt: skip
 SIZES = tuple(H200_MS)
-DEEP_S = 6.6e-9
+# Seconds for a row of a chunk and a token of its context: graphs read a context for every row.
+DEEP_S = {128: 40e-9, 2048: 6.6e-9}
 
 
 class Machine:
@@ -26,7 +27,8 @@ class Machine:
 
     def seconds(self, num_rows: int, row_tokens: float = 0.0) -> float:
         size = next(size for size in SIZES if size >= num_rows)
-        return H200_MS[size] / 1e3 * self.slower + self.answers_s + DEEP_S * row_tokens
+        deep_s = DEEP_S[128 if size <= 128 else 2048]
+        return H200_MS[size] / 1e3 * self.slower + self.answers_s + deep_s * row_tokens
 
 
 def measured(machine: Machine) -> StepCosts:
@@ -54,7 +56,7 @@ def test_a_step_is_filled_to_a_size_and_no_row_further() -> None:
     pacer = GapPacer(0.15, measured(Machine()))
     assert pacer.prompt_tokens(Demand(8, 32000)) == 248
     assert pacer.prompt_tokens(Demand(64, 32000)) == 192
-    # Others wait behind it: a gap a quarter longer buys a rate a third higher.
+    # Others wait behind it: a gap three tenths longer buys a rate a third higher.
     assert pacer.prompt_tokens(Demand(64, 32000, num_prompts=2)) == 448
     # 200 tokens would need the next size; 192 and 8 are quicker than 200.
     assert pacer.prompt_tokens(Demand(64, 200)) == 192
@@ -96,7 +98,7 @@ def test_gaps_keep_their_target_where_any_step_does(target_s: float) -> None:
     pacer, machine = GapPacer(target_s, measured(Machine())), Machine()
     for num_answers in (1, 8, 17, 64, 100):
         gaps, _ = read_prompt(pacer, machine, num_answers, 20000)
-        least = machine.seconds(num_answers + 1) + DEEP_S * 64 * 20000
+        least = machine.seconds(num_answers + 1) + DEEP_S[128] * 32 * 20000
         assert max(gaps) <= max(target_s * 1.02, 1.05 * least)
 
 
@@ -126,7 +128,7 @@ def test_a_device_without_sizes_is_learnt() -> None:
 def test_slow_machine_still_moves_a_prompt() -> None:
     pacer, machine = GapPacer(0.01, measured(Machine())), Machine()
     gaps, _ = read_prompt(pacer, machine, 64, 500)
-    assert max(gaps) <= 1.01 * machine.seconds(96)
+    assert max(gaps) <= 1.02 * machine.seconds(96)
 
 
 def test_no_target_sets_no_limit() -> None:

@@ -20,7 +20,9 @@ from halfbyte.log import logger
 _MOST_ROWS = 1024
 # Above the graphs, sizes between these cost as their neighbours foretell.
 _LARGE = (256, 384, 512, 768, _MOST_ROWS)
-_DEEP_ROWS, _DEPTH = 512, 16384
+# Rows and depth of steps deep in a context: of the graphs, which read it again for each row, and of
+# the larger ones.
+_DEEP = ((128, 4096), (512, 16384))
 
 
 def measure_costs(runner: Runner, config: EngineConfig) -> StepCosts:
@@ -30,17 +32,18 @@ def measure_costs(runner: Runner, config: EngineConfig) -> StepCosts:
     largest = min(config.max_batch_tokens, _most_tokens(config))
     wanted = [size for size in sizes if size <= largest and (size < _LARGE[0] or size in _LARGE)]
     seconds = {size: _seconds(runner, config, 0, size) for size in wanted}
-    deep_s = 0.0
-    depth = min(_DEPTH, _most_tokens(config) - _DEEP_ROWS)
-    if _DEEP_ROWS in seconds and depth > _DEEP_ROWS:
-        more_s = _seconds(runner, config, depth, _DEEP_ROWS) - seconds[_DEEP_ROWS]
-        deep_s = max(more_s, 0.0) / (_DEEP_ROWS * (depth + _DEEP_ROWS / 2))
+    deep_s = {}
+    for rows, most in _DEEP:
+        depth = min(most, _most_tokens(config) - rows)
+        if rows in seconds and depth > rows:
+            more_s = _seconds(runner, config, depth, rows) - seconds[rows]
+            deep_s[rows] = max(more_s, 0.0) / (rows * (depth + rows / 2))
     logger.info(
-        "steps of %s rows measured in %.1f s: %s ms, and %.1f ns for a row and a token of context",
+        "steps of %s rows measured in %.1f s: %s ms, and %s ns for a row and a token of context",
         ", ".join(map(str, wanted)),
         time.perf_counter() - started,
         ", ".join(f"{s * 1e3:.1f}" for s in seconds.values()),
-        deep_s * 1e9,
+        ", ".join(f"{s * 1e9:.1f}" for s in deep_s.values()),
     )
     return StepCosts(sizes, seconds, deep_s)
 

@@ -106,7 +106,7 @@ class EngineConfig:
         default="balanced",
         metadata=_told(
             "time between the tokens of running answers while prompts are read (balanced: 150 on "
-            "the kernels of a Hopper GPU, a quarter more while several prompts wait, elsewhere "
+            "the kernels of a Hopper GPU, three tenths more while several prompts wait, elsewhere "
             "twice what is usual; none: prompts as fast as they can be read)",
             "--target-gap",
             metavar="MS|balanced|none",

@@ -23,10 +23,11 @@ _FIRST_TOKENS = 32
 # largest models a step that reads prompts well takes 100 to 180 ms.
 BALANCED_GAP_S = 0.15
 # Where more prompts wait than one, how much longer the gap may be: everybody behind waits for it.
-_CROWDED = 1.25
+_CROWDED = 1.3
 # Part of the gap that is planned for; the rest is for steps that vary.
 _PLANNED = 0.98
-# A smaller step that reads prompts at this share of the best rate is preferred for its gap.
+# Where nobody else waits, a smaller step that reads prompts at this share of the best rate is
+# preferred for its gap.
 _GOOD_RATE = 0.9
 # Weight of the newest measurement.
 _GAIN = 0.3
@@ -70,17 +71,20 @@ class StepCosts:
         self,
         sizes: SequenceOf[int] = (),
         measured_s: Mapping[int, float] | None = None,
-        deep_s: float = 0.0,
+        deep_s: Mapping[int, float] | None = None,
     ) -> None:
         """`sizes` rows are padded to, ascending; () if none are known.
 
         measured_s  seconds of steps of these sizes without context
-        deep_s      more for each pair of a chunk's row and a token of its context
+        deep_s      of steps of up to so many rows: more for each pair of a chunk's row and a token
+                    of its context; small steps may read a context again for each row
         """
         self.sizes = tuple(sizes)
         self._ladder = self.sizes or _LADDER
         self._known_s = dict(measured_s or {})
-        self._deep_s = deep_s
+        self._measured_deep_s = dict(sorted((deep_s or {}).items()))
+        # Refined size by size.
+        self._deep_s: dict[int, float] = {}
         # What the answers' contexts add.
         self._answers_s = 0.0
 
@@ -94,8 +98,11 @@ class StepCosts:
 
         row_tokens  pairs of a chunk's row and a token of its context
         """
-        base_s = self._base_s(self.size_for(num_rows))
-        return None if base_s is None else base_s + self._answers_s + self._deep_s * row_tokens
+        size = self.size_for(num_rows)
+        base_s = self._base_s(size)
+        if base_s is None:
+            return None
+        return base_s + self._answers_s + self._deep_of(size) * row_tokens
 
     def observe(self, seconds: float, num_rows: int, row_tokens: float, *, is_mixed: bool) -> None:
         """Learn from a step; `is_mixed`: it did more than generate."""
@@ -110,15 +117,24 @@ class StepCosts:
             if seconds < base_s:
                 self._known_s[size] = base_s + _GAIN * (seconds - base_s)
             return
-        off_s = seconds - base_s - self._answers_s - self._deep_s * row_tokens
+        deep_s = self._deep_of(size)
+        off_s = seconds - base_s - self._answers_s - deep_s * row_tokens
         if row_tokens > _DEEP * num_rows:
-            self._deep_s = max(self._deep_s + _GAIN * off_s / row_tokens, 0.0)
+            self._deep_s[size] = max(deep_s + _GAIN * off_s / row_tokens, 0.0)
         else:
             self._known_s[size] = max(base_s + _GAIN * off_s, 0.1 * seconds)
 
     def table(self) -> dict[int, float]:
         """Seconds by size, as they are known now."""
         return dict(sorted(self._known_s.items()))
+
+    def _deep_of(self, size: int) -> float:
+        """Seconds for a pair of a row and a token of context, in steps of this size."""
+        if size in self._deep_s:
+            return self._deep_s[size]
+        measured = self._measured_deep_s
+        known = [measured[up_to] for up_to in measured if up_to >= size]
+        return known[0] if known else next(reversed(measured.values()), 0.0)
 
     def _base_s(self, size: int) -> float | None:
         known_s = self._known_s
@@ -149,12 +165,13 @@ class GapPacer:
     def prompt_tokens(self, demand: Demand) -> int | None:
         """Prompt tokens for a step beside answers; None = as many as fit.
 
-        Of the steps within the target gap the smallest that reads prompts nearly at the best rate;
-        where none is within it, the quickest.
+        Of the steps within the target gap the one that reads prompts at the best rate if others
+        wait, else the smallest that does so nearly; where none is within it, the quickest.
         """
         if self._target_gap_s is None or demand.num_prompt_tokens == 0:
             return None
-        limit_s = self._target_gap_s * _PLANNED * (_CROWDED if demand.num_prompts > 1 else 1.0)
+        is_crowded = demand.num_prompts > 1
+        limit_s = self._target_gap_s * _PLANNED * (_CROWDED if is_crowded else 1.0)
         choices = []
         for rows in self._choices(demand):
             depth = demand.depth + rows / 2
@@ -165,8 +182,10 @@ class GapPacer:
         allowed = [(rows, seconds) for rows, seconds in choices if seconds <= limit_s]
         if not allowed:
             return min(choices, key=lambda choice: choice[1])[0]
-        best = max(rows / seconds for rows, seconds in allowed)
-        return next(rows for rows, seconds in allowed if rows / seconds >= _GOOD_RATE * best)
+        least = max(rows / seconds for rows, seconds in allowed)
+        if not is_crowded:
+            least *= _GOOD_RATE
+        return next(rows for rows, seconds in allowed if rows / seconds >= least)
 
     def observe(
         self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
