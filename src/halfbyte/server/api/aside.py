@@ -141,11 +141,7 @@ class Aside:
                     raise found
                 result: Result = found
                 return result
-        raise RequestError(
-            "long requests cannot be read just now; try again later",
-            code="readers_busy",
-            status=503,
-        )
+        raise _busy()
 
     def _worked(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
         """Do it, after a rest as long as the work before: a step of the engine ends in between."""
@@ -159,7 +155,10 @@ class Aside:
 
     async def _ask(self, control: socket.socket, question: bytes, file: int | None) -> Any:
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise _busy() from error
         with ours:
             ours.setblocking(False)
             with theirs:
@@ -187,6 +186,12 @@ class Aside:
         if size > _LARGE:
             return await asyncio.to_thread(pickle.loads, answer)
         return pickle.loads(answer)
+
+
+def _busy() -> RequestError:
+    return RequestError(
+        "long requests cannot be read just now; try again later", code="readers_busy", status=503
+    )
 
 
 async def _received(connection: socket.socket, size: int) -> bytearray:
