@@ -128,7 +128,10 @@ class Aside:
         question = pickle.dumps((work.__name__, arguments), pickle.HIGHEST_PROTOCOL)
         async with self._turns[lane]:
             for _ in range(3):
-                self.start()
+                try:
+                    self.start()
+                except OSError as error:
+                    raise _busy() from error
                 try:
                     found = await self._ask(self._controls[lane], question, file)
                 except _NotBegunError:
