@@ -42,6 +42,11 @@ def doubling(times: int) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": [step] * times}
 
 
+def table(charsmap: str) -> dict[str, Any]:
+    """SentencePiece's normalizer; without its type the library knows it, too."""
+    return {"type": "Precompiled", "precompiled_charsmap": charsmap}
+
+
 TOKENIZERS: dict[str, Change] = {
     "id of an added token": lambda v: v["added_tokens"].append(added("<x>", 2**31)),
     "id in the vocabulary": lambda v: v["model"]["vocab"].update(zzz=2**31),
@@ -52,6 +57,17 @@ TOKENIZERS: dict[str, Change] = {
     "7 doublings": lambda v: v.update(normalizer=doubling(7)),
     "one long replacement": lambda v: v.update(
         normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": "b" * 1000}
+    ),
+    "a table that claims gigabytes": lambda v: v.update(normalizer=table("/////wAA")),
+    "an empty table": lambda v: v.update(normalizer=table("AAAAAAAA")),
+    "a table among other steps": lambda v: v.update(
+        normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, table("AAAAAAAA")]}
+    ),
+    "an added token of a book's length": lambda v: v["added_tokens"].append(
+        added("x" * 10**7, 500)
+    ),
+    "a long added token of another id": lambda v: v["added_tokens"].append(
+        added("x" * 60_000, 777)
     ),
     "empty special token": lambda v: v["added_tokens"].append(added("", 500, special=True)),
     "empty plain token": lambda v: v["added_tokens"].append(added("", 500)),

@@ -6,10 +6,12 @@ import contextlib
 import random
 import time
 import tracemalloc
+from collections import Counter
+from typing import Any
 
 import pytest
 
-from halfbyte.chat import sandbox_bounds
+from halfbyte.chat import sandbox, sandbox_bounds
 from halfbyte.chat.sandbox import MAX_SOURCE, ChatTemplate
 from halfbyte.chat.written import typed
 from halfbyte.errors import CheckpointError, RequestError
@@ -132,9 +134,18 @@ def test_no_value_grows_without_bound(seed: int, monkeypatch: pytest.MonkeyPatch
     assert time.thread_time() - started < 5 and peak < 300 * 2**20, source
 
 
-def test_long_conversations_are_weighed_once() -> None:
-    """A template that looks through all earlier messages at each stays within its time."""
+def test_long_conversations_are_weighed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that looks through all earlier messages at each does not weigh them each time."""
     messages = typed([{"role": "user", "content": f"message {i}"} for i in range(300)])
+    weighed = Counter[int]()
+    weight_of = sandbox_bounds.weight_of
+
+    def counting(value: Any, *arguments: Any, **options: Any) -> int:
+        weighed[id(value)] += 1
+        return weight_of(value, *arguments, **options)
+
+    monkeypatch.setattr(sandbox_bounds, "weight_of", counting)
+    monkeypatch.setattr(sandbox, "weight_of", counting)
     source = (
         "{% set ns = namespace(out='', all=[]) %}{% for m in messages %}"
         "{% set earlier = messages[:loop.index0] | selectattr('role', 'equalto', 'user') | list %}"
@@ -143,6 +154,8 @@ def test_long_conversations_are_weighed_once() -> None:
     )
     text = ChatTemplate(source, "x").render({"messages": messages})
     assert text == "".join(f"message {i}{i}" for i in range(300))
+    # What a message holds; the messages themselves are passed on, and looked up.
+    assert max(weighed[id(message["content"])] for message in messages) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import tempfile
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from halfbyte.server.api import aside as module
 from halfbyte.server.api import wire
 from halfbyte.server.api.aside import Aside
 from halfbyte.server.api.reader import Conversation, Reader, Shape
+from halfbyte.server.api.stream import SHORT_BODY, Body
 from halfbyte.server.config import ServerConfig
 
 CONFIG = ServerConfig(("m",), 200_000, 800, api_keys=("secret",))
@@ -162,6 +164,25 @@ async def test_a_process_that_dies_takes_its_own_request_along(
     await until_gone(process)
     await read(aside, reader, body)
     assert process_of(aside) != process
+
+
+@pytest.mark.timeout(60)
+async def test_without_descriptors_others_are_told_to_come_back(
+    aside: Aside, reader: Reader
+) -> None:
+    await aside.do_apart(1, reader.encode_plain, "x", True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(RequestError) as asked:
+            await aside.do_apart(1, reader.encode_plain, "x", True)
+        body = Body()
+        with pytest.raises(RequestError) as read:
+            body.add(b"x" * (SHORT_BODY + 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (asked.value.status, read.value.status) == (503, 503)
+    assert await aside.do_apart(1, reader.encode_plain, "x", True)
 
 
 @pytest.mark.timeout(60)

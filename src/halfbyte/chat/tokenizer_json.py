@@ -15,8 +15,9 @@ from typing import Any
 import tokenizers
 
 from halfbyte.chat.vocabulary import MAX_TOKENS, Vocabulary, read_json
-from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.errors import CheckpointError, RequestError, shown
 
+MAX_ADDED_CHARS = 65_536  # of one added token; its automaton takes 70 bytes for each
 MAX_GROWTH = 64  # times that the normalizer may lengthen a text; " " to its three-byte sign is 3
 # Not a character of the byte-level alphabet, hence in no text that the model sees.
 _UNREACHABLE = "\x00"
@@ -93,6 +94,7 @@ def load_tokenizer_json(directory: Path) -> tuple[Vocabulary, ControlCutter]:
     """
     path = directory / "tokenizer.json"
     description = read_json(path)
+    _check_before_reading(description, path)
     full = _tokenizer(description, path)
     _check_kind(description, path)
     _check_growth(description.get("normalizer"), path)
@@ -101,7 +103,7 @@ def load_tokenizer_json(directory: Path) -> tuple[Vocabulary, ControlCutter]:
         found = full.token_to_id(token.content)
         if found != token.token_id:
             raise CheckpointError(
-                f"{path}: added token {token.content!r} has id {token.token_id}, but the "
+                f"{path}: added token {shown(token.content)} has id {token.token_id}, but the "
                 f"tokenizers library gives it {found}; the file's ids contradict each other"
             )
     specials = {token.content: token for token in added if token.is_special}
@@ -117,6 +119,25 @@ def load_tokenizer_json(directory: Path) -> tuple[Vocabulary, ControlCutter]:
         eos_token_ids=_eos_token_ids(directory, control, len(token_bytes)),
     )
     return vocabulary, ControlCutter(specials)
+
+
+def _check_before_reading(description: Mapping[str, Any], path: Path) -> None:
+    """Refuse what ends the process, or fills its memory, while the library reads it."""
+    # Tables whose sizes and places the library believes. Models of SentencePiece have them, whose
+    # text does not become bytes.
+    if '"precompiled_charsmap"' in json.dumps(description.get("normalizer")):
+        raise CheckpointError(
+            f"{path}: the normalizer Precompiled, of SentencePiece, is not supported; byte-level "
+            "BPE is, which has no use for it"
+        )
+    added = description.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if isinstance(content, str) and len(content) > MAX_ADDED_CHARS:
+            raise CheckpointError(
+                f"{path}: an added token has {len(content):,} characters; the limit is "
+                f"{MAX_ADDED_CHARS:,}"
+            )
 
 
 def _tokenizer(description: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:

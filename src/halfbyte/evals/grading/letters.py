@@ -84,7 +84,7 @@ _OTHER = (
     rf"(?P<other>[A-Z])(?![A-Za-z0-9])"
 )
 _JOINED = re.compile(
-    rf"[)\]}}>.]*\s*(?:{_AND}{_OTHER}|\(\s*(?:or|oder|ou|o|of|maybe|perhaps|possibly)"
+    rf"[)\]}}>.?!]*\s*(?:{_AND}{_OTHER}|\(\s*(?:or|oder|ou|o|of|maybe|perhaps|possibly)"
     rf"{_OTHER.replace('other', 'bracketed')}\s*\))"
 )
 _ROMAN = re.compile(rf"[)\]}}>]*\s*(?:,|{_AND})\s*[(\[]?(?:II|III|IV|VI{{0,3}}|IX)\b")

@@ -128,7 +128,10 @@ class Aside:
         question = pickle.dumps((work.__name__, arguments), pickle.HIGHEST_PROTOCOL)
         async with self._turns[lane]:
             for _ in range(3):
-                self.start()
+                try:
+                    self.start()
+                except OSError as error:
+                    raise _busy() from error
                 try:
                     found = await self._ask(self._controls[lane], question, file)
                 except _NotBegunError:
@@ -141,11 +144,7 @@ class Aside:
                     raise found
                 result: Result = found
                 return result
-        raise RequestError(
-            "long requests cannot be read just now; try again later",
-            code="readers_busy",
-            status=503,
-        )
+        raise _busy()
 
     def _worked(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
         """Do it, after a rest as long as the work before: a step of the engine ends in between."""
@@ -159,7 +158,10 @@ class Aside:
 
     async def _ask(self, control: socket.socket, question: bytes, file: int | None) -> Any:
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise _busy() from error
         with ours:
             ours.setblocking(False)
             with theirs:
@@ -187,6 +189,12 @@ class Aside:
         if size > _LARGE:
             return await asyncio.to_thread(pickle.loads, answer)
         return pickle.loads(answer)
+
+
+def _busy() -> RequestError:
+    return RequestError(
+        "long requests cannot be read just now; try again later", code="readers_busy", status=503
+    )
 
 
 async def _received(connection: socket.socket, size: int) -> bytearray:

@@ -275,10 +275,17 @@ class Body:
 
 
 def _nameless_file() -> BinaryIO:
-    """In memory where the system has such files, unbuffered."""
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("body"), "wb", buffering=0)
-    return cast("BinaryIO", tempfile.TemporaryFile(buffering=0))
+    """In memory where the system has such files, unbuffered; RequestError if it gives none."""
+    try:
+        if hasattr(os, "memfd_create"):
+            return open(os.memfd_create("body"), "wb", buffering=0)
+        return cast("BinaryIO", tempfile.TemporaryFile(buffering=0))
+    except OSError as error:
+        raise RequestError(
+            f"the server has no file left for a long body ({error.strerror}); try again later",
+            code="too_busy",
+            status=503,
+        ) from error
 
 
 @contextlib.asynccontextmanager
