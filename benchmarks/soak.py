@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.soak_clients import made_up, soak
+from soak_clients import made_up, soak
 
 from halfbyte.bench import record as records
 from halfbyte.child import free_port, served

@@ -6,7 +6,7 @@ does not come through here: it needs limits, many clients at once and a process 
 
 import itertools
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -140,10 +140,10 @@ class Engine:
         Raises UsageError for an unknown option, CheckpointError, or CapacityError where the memory
         does not suffice.
         """
-        fields = EngineConfig.__dataclass_fields__
-        if unknown := sorted(set(options) - set(fields)):
+        known = {one.name for one in fields(EngineConfig)}
+        if unknown := sorted(set(options) - known):
             raise UsageError(
-                f"an engine has no option {unknown[0]!r}; there are {', '.join(sorted(fields))}"
+                f"an engine has no option {unknown[0]!r}; there are {', '.join(sorted(known))}"
             )
         if config is None:
             config = EngineConfig(device="cuda" if torch.cuda.is_available() else "cpu")

@@ -19,8 +19,9 @@ from card.test_render import arm as card_arm
 from card.test_report import write_arm
 from halfbyte.card.base import Base
 from halfbyte.card.facts import Arm, ChatFacts, compare_arms, read_arm
+from halfbyte.card.given import CardInput, record_names
 from halfbyte.card.markdown import code, link, md, one_line, row
-from halfbyte.card.render import CardInput, record_names, render_card, write_card
+from halfbyte.card.render import render_card, write_card
 from halfbyte.card.report import render_report
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.compare import Comparison

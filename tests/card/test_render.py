@@ -22,8 +22,9 @@ from halfbyte.card.facts import (
     read_checkpoint,
     read_figures,
 )
+from halfbyte.card.given import CardInput
 from halfbyte.card.published import findings
-from halfbyte.card.render import CardInput, render_card, write_card
+from halfbyte.card.render import render_card, write_card
 from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.cli.main import COMMANDS, build_parser
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig

@@ -23,6 +23,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "accept": (["mscale_all_dim"], ("mscale_all_dim",)),
     "speculative": (["ngram"], "ngram"),
     "num_speculative_tokens": (["5"], 5),
+    "target_gap_ms": (["120"], 120.0),
     "tensor_parallel_size": (["2"], 2),
 }
 

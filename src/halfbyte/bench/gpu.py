@@ -209,6 +209,26 @@ def results_and_samples(
     return {"ceilings": asdict(ceilings), "config": dict(config), "rows": kept}, samples
 
 
+def kernel_figures(results: Mapping[str, Any]) -> list[Figure]:
+    """The figures of `bench kernels`: at which rate each product reads its weights.
+
+    Of several block shapes the fastest counts.
+    """
+    copy_rate = results["ceilings"]["copy_tb_per_s"]
+    best: dict[tuple[str, str, int], float] = {}
+    for row in results["rows"]:
+        key = row["linear"], row["format"], row["tokens"]
+        best[key] = max(best.get(key, 0.0), row["tb_per_s"])
+    return [
+        Figure(
+            "weights read by a linear", rate, "TB/s", "kernels",
+            {"linear": linear, "weights": format_, "tokens": tokens},
+            (Against("copy rate", copy_rate),),
+        )
+        for (linear, format_, tokens), rate in best.items()
+    ]  # fmt: skip
+
+
 def engine_figures(results: Mapping[str, Any]) -> list[Figure]:
     """The figures of `bench engine`: each decode step and prompt against its floor.
 

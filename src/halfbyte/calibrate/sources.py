@@ -8,7 +8,7 @@ import glob
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any, BinaryIO, NoReturn
 
 from halfbyte.calibrate.blend import Blend, Dataset, Source, resolve_dataset
 from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES, Line, read_lines
-from halfbyte.errors import UnsupportedError, UsageError, how_to_get
+from halfbyte.errors import UsageError
 from halfbyte.files import open_regular
+from halfbyte.hub import open_hub, refuse, whole_commit
 
 _STREAM_BUFFER_BYTES = 1 << 20
 
@@ -233,24 +234,16 @@ class _Stream(io.RawIOBase):
 
 def _from_hub(dataset: Dataset, endpoint: str | None, where: str) -> OpenedSource:
     """Splits that are streamed from the hub at one commit; nothing is kept on disk."""
-    try:
-        import huggingface_hub as hub  # optional: only for data sets fetched from the hub
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        from huggingface_hub.errors import HTTPError as TransportError
-    except ImportError as error:
-        raise UnsupportedError(
-            f"{where}: fetching {dataset.id} needs huggingface_hub; {how_to_get('hub')}"
-        ) from error
-    errors = (HfHubHTTPError, HFValidationError, TransportError, OSError)
-    api = hub.HfApi(endpoint=endpoint)
+    hub = open_hub(f"{where}: fetching {dataset.id}", endpoint)
+    errors = hub.errors
     place = f"{where}: {dataset.id} on the hub"
     try:
-        revision = _pinned_commit(api, dataset, place)
-        info = api.dataset_info(dataset.id, revision=revision, files_metadata=True)
+        revision = whole_commit(hub, dataset.id, dataset.revision, "dataset", place, "the pinned ")
+        info = hub.api.dataset_info(dataset.id, revision=revision, files_metadata=True)
     except errors as error:
         _refuse_hub(place, error)
     files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    system = hub.HfFileSystem(endpoint=endpoint, skip_instance_cache=True)
+    system = hub.package.HfFileSystem(endpoint=endpoint, skip_instance_cache=True)
 
     def remote_file(name: str) -> SplitFile:
         sibling = files[name]
@@ -276,25 +269,9 @@ def _from_hub(dataset: Dataset, endpoint: str | None, where: str) -> OpenedSourc
     return OpenedSource(splits, "hub", dataset.id, revision)
 
 
-def _pinned_commit(api: Any, dataset: Dataset, place: str) -> str:
-    """The full commit id of the pinned revision, or of the newest if nothing is pinned.
-
-    The hub takes whole ids only, so the beginning of one is looked up among the commits.
-    """
-    newest = str(api.dataset_info(dataset.id).sha)
-    wanted = dataset.revision
-    if wanted is None or newest.startswith(wanted):
-        return newest
-    commits: Iterable[Any] = api.list_repo_commits(dataset.id, repo_type="dataset")
-    for commit in commits:
-        if str(commit.commit_id).startswith(wanted):
-            return str(commit.commit_id)
-    raise UsageError(f"{place}: no commit begins with the pinned {wanted}; the newest is {newest}")
-
-
 def _refuse_hub(place: str, error: Exception) -> NoReturn:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UnsupportedError(
-        f"{place} cannot be read: {first}. Some data sets need a login and accepted terms; a "
-        "local copy laid out as on the hub works without"
-    ) from error
+    advice = (
+        "Some data sets need a login and accepted terms; a local copy laid out as on the hub works "
+        "without"
+    )
+    refuse(f"{place} cannot be read", advice, error)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.card.published import findings
-from halfbyte.errors import CheckpointError, UnsupportedError, UsageError, how_to_get
+from halfbyte.errors import CheckpointError, UnsupportedError, UsageError
 from halfbyte.files import hash_regular, read_bounded
+from halfbyte.hub import open_hub
 
 _KINDS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "LICENCE*",
           "NOTICE*", "evaluation/*.json")  # fmt: skip
@@ -99,13 +100,9 @@ def send(
     Raises UsageError if a repository is public that should not be, UnsupportedError without
     huggingface_hub or if the hub refuses, CheckpointError if what arrived differs.
     """
-    try:
-        import huggingface_hub as hub  # extra `hub`
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        from huggingface_hub.errors import HTTPError as TransportError
-    except ImportError as error:
-        raise UnsupportedError(f"publishing needs huggingface_hub; {how_to_get('hub')}") from error
-    api = hub.HfApi(endpoint=endpoint)
+    hub = open_hub("publishing", endpoint)
+    api = hub.api
+    refusals: tuple[type[Exception], ...] = (*hub.refusals, RuntimeError, ValueError)
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         if not public and not api.model_info(repository).private:
@@ -117,7 +114,7 @@ def send(
                 say(f"{number} of {len(parcel.files)}: {name} is there")
                 continue
             say(f"{number} of {len(parcel.files)}: {name}, {size}")
-            operation = hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+            operation = hub.package.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
             api.create_commit(repository, [operation], commit_message=f"Add {name}")
         there = _arrived(api, repository, parcel)
         wrong = [
@@ -130,7 +127,7 @@ def send(
             )
         if public:
             api.update_repo_settings(repository, private=False)
-    except (HfHubHTTPError, HFValidationError, TransportError, RuntimeError, ValueError) as error:
+    except refusals as error:
         # The client wraps what goes wrong while a large file is sent, and a card it refuses.
         said = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
         raise UnsupportedError(

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
 
-from halfbyte.errors import CapacityError, CheckpointError, UnsupportedError, UsageError, how_to_get
+from halfbyte.errors import CapacityError, CheckpointError, UsageError
 from halfbyte.files import format_bytes
+from halfbyte.hub import open_hub, refuse, whole_commit
 from halfbyte.log import logger
 
 # owner/name, or owner/name@revision: a commit, its beginning, a branch or a tag.
@@ -63,49 +63,32 @@ def locate(
 
 
 def _fetch(name: str, wanted: str | None, cache: Path | None, endpoint: str | None) -> Located:
+    hub = open_hub(f"fetching {name}", endpoint)
+    folder = Path(cache or hub.package.constants.HF_HUB_CACHE)
     try:
-        import huggingface_hub as hub  # optional: only for checkpoints fetched from the hub
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        from huggingface_hub.errors import HTTPError as TransportError
-    except ImportError as error:
-        raise UnsupportedError(
-            f"fetching {name} needs huggingface_hub; {how_to_get('hub')}"
-        ) from error
-    errors = (HfHubHTTPError, HFValidationError, TransportError, OSError)
-    api = hub.HfApi(endpoint=endpoint)
-    folder = Path(cache or hub.constants.HF_HUB_CACHE)
-    try:
-        commit = _commit(api, name, wanted)
-        info = api.model_info(name, revision=commit, files_metadata=True)
+        commit = whole_commit(hub, name, wanted, "model", name)
+        info = hub.api.model_info(name, revision=commit, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         chosen = choose_files(list(sizes), f"{name}@{commit[:12]}")
         _check_room(folder, name, commit, {file: sizes[file] for file in chosen})
-        place = hub.snapshot_download(
+        place = hub.package.snapshot_download(
             name, revision=commit, cache_dir=folder, endpoint=endpoint, allow_patterns=chosen
         )
-    except errors as error:
-        if _COMMIT.fullmatch(wanted or "") and isinstance(error, TransportError | OSError):
+    except hub.errors as error:
+        if _COMMIT.fullmatch(wanted or "") and isinstance(error, hub.transport | OSError):
             cached = _cached(folder, name, str(wanted))
             if cached is not None:
                 return Located(cached, f"{name}@{wanted}")
-        _refuse(name, error)
+        refuse(
+            f"{name} cannot be fetched from the hub",
+            "Some models need a login and accepted terms; a local copy works without",
+            error,
+        )
     if wanted is None or not commit.startswith(wanted):
         logger.info(
             "%s is %s@%s today; name that commit to have the same again", name, name, commit
         )
     return Located(Path(place), f"{name}@{commit}")
-
-
-def _commit(api: Any, name: str, wanted: str | None) -> str:
-    """The whole id of a revision; the beginning of a commit is looked up among the newest branch's
-    commits, since the hub takes whole ids only.
-    """
-    if wanted is None or not re.fullmatch(r"[0-9a-f]{6,39}", wanted):
-        return str(api.model_info(name, revision=wanted).sha)
-    for commit in api.list_repo_commits(name):
-        if str(commit.commit_id).startswith(wanted):
-            return str(commit.commit_id)
-    raise UsageError(f"{name}: no commit begins with {wanted}")
 
 
 def choose_files(names: Sequence[str], where: str) -> list[str]:
@@ -153,11 +136,3 @@ def _cached(folder: Path, name: str, commit: str) -> Path | None:
         return None
     logger.warning("the hub cannot be reached; taking %s from the cache", snapshot)
     return snapshot
-
-
-def _refuse(name: str, error: Exception) -> NoReturn:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UnsupportedError(
-        f"{name} cannot be fetched from the hub: {first}. Some models need a login and accepted "
-        "terms; a local copy works without"
-    ) from error

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from halfbyte.bench.gpu import measure_ceilings, results_and_samples
+    from halfbyte.bench.gpu import kernel_figures, measure_ceilings, results_and_samples
     from halfbyte.bench.kernels_bench import TOKENS, format_rows, run_kernels
     from halfbyte.bench.record import own_command, write
     from halfbyte.kernels.cuda.library import KernelLibrary
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
             question="What share of the copy rate does the streaming linear reach "
             "at each shape and batch?",
             command=own_command(),
+            figures=kernel_figures(results),
             results=results,
             samples=samples,
         )

@@ -8,7 +8,7 @@ from halfbyte.cli.compare_evals import add_verdict_arguments, verdict_options
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # names only: the hall is imported when the command runs
-    from halfbyte.card.render import CardInput
+    from halfbyte.card.given import CardInput
 
 EXAMPLE = """\
   halfbyte card mixed/ --runs evals/fp8 evals/mixed --base-model mistralai/Some-Model
@@ -62,7 +62,7 @@ def card_input(args: argparse.Namespace, checkpoint: Path) -> "CardInput":
     """What the flags say; `publish` has the same."""
     from halfbyte.card.base import HUB_ID, find_base
     from halfbyte.card.facts import compare_arms, read_arm, read_checkpoint, read_figures
-    from halfbyte.card.render import CardInput
+    from halfbyte.card.given import CardInput
 
     if args.repository is not None and not HUB_ID.fullmatch(args.repository):
         raise UsageError(f"--repository {args.repository!r}: owner/name was expected")

@@ -1,5 +1,6 @@
 """The entry of programs: a quantization in one call. The command line has `pipeline` instead."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ def quantize(
     Raises UsageError, CheckpointError, FormatError or CapacityError; see
     `halfbyte.quantize.pipeline.quantize`, of which this is a shorter form.
     """
-    fields = set(QuantizeConfig.__dataclass_fields__) - {"source", "output", "recipe"}
-    if unknown := sorted(set(options) - fields):
+    known = {one.name for one in fields(QuantizeConfig)} - {"source", "output", "recipe"}
+    if unknown := sorted(set(options) - known):
         raise UsageError(
-            f"quantize has no option {unknown[0]!r}; there are {', '.join(sorted(fields))}"
+            f"quantize has no option {unknown[0]!r}; there are {', '.join(sorted(known))}"
         )
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     return run_quantization(QuantizeConfig(Path(source), Path(output), chosen, **options))

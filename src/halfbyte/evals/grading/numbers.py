@@ -197,7 +197,7 @@ def equals_by_math_verify(gold: int, expression: str) -> bool:
         from sympy import Integer  # type: ignore[import-untyped]
     except ImportError as missing:
         raise UnsupportedError(
-            f"grading expressions needs {missing.name}; {how_to_get('eval')}"
+            f"grading expressions needs {missing.name or 'math-verify'}; {how_to_get('eval')}"
         ) from missing
     parsed = parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
     return bool(verify([Integer(gold)], parsed, timeout_seconds=None))

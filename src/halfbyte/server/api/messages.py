@@ -18,8 +18,9 @@ from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.completion import Job, run
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest, paths_of
 from halfbyte.server.api.pieces import Piece
-from halfbyte.server.api.prepare import chat_job, chat_prompt, check_sampling
+from halfbyte.server.api.prepare import chat_job, check_sampling
 from halfbyte.server.api.problems import messages_error_body, status_and_body
+from halfbyte.server.api.prompts import chat_prompt
 from halfbyte.server.api.stream import frame
 from halfbyte.server.call import Call
 

@@ -21,12 +21,8 @@ from halfbyte.server.api.backend import Backend, Upstream
 from halfbyte.server.api.chat import chat_frames, chat_response
 from halfbyte.server.api.messages import count_tokens, messages_frames, messages_response
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest
-from halfbyte.server.api.prepare import (
-    encode_plain,
-    encode_resolved,
-    resolved_messages,
-)
 from halfbyte.server.api.problems import body_for, error_body, response_of
+from halfbyte.server.api.prompts import encode_plain, encode_resolved, resolved_messages
 from halfbyte.server.api.reader import Read
 from halfbyte.server.api.responses import responses_frames, responses_response
 from halfbyte.server.api.responses_wire import ResponsesRequest

@@ -1,0 +1,206 @@
+"""Prompts of requests: messages with their images opened, plain texts, and their token ids."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.chat.images import ImageLimits, data_url_bytes, decode_pixels, open_image
+from halfbyte.chat.prompt import EncodedImage, EncodedPrompt
+from halfbyte.engine.request import ImageInput
+from halfbyte.errors import RequestError
+from halfbyte.pictures import Picture
+from halfbyte.server.api import wire
+from halfbyte.server.api.backend import Backend
+from halfbyte.server.api.fetch import fetch_image
+from halfbyte.server.api.reader import Conversation, Shape, check_token_ids
+from halfbyte.server.api.reading import check_count
+
+# Messages that are made plain on the event loop.
+_FEW_MESSAGES = 64
+
+
+# Readers of URLs drop these at both ends (WHATWG URL, "basic URL parser").
+_AROUND_URLS = "".join(map(chr, range(0x21)))
+
+
+async def chat_prompt(
+    backend: Backend, request: wire.ChatRequest
+) -> tuple[EncodedPrompt, list[dict[str, Any]]]:
+    """The prompt of a conversation, and its messages with their images decoded."""
+    limits = backend.config.limits
+    check_count(len(request.messages), limits.messages, "messages")
+    check_count(len(request.tools or ()), limits.tools, "tools")
+    messages = await resolved_messages(backend, request.messages)
+    prompt = await encode_resolved(
+        backend,
+        messages,
+        tools=[tool.model_dump() for tool in request.tools or ()],
+        reasoning_effort=request.reasoning_effort,
+        json_schema=_shown_schema(request.response_format),
+        continue_final=request.continues_final,
+    )
+    return prompt, messages
+
+
+async def resolved_messages(
+    backend: Backend, messages: Sequence[wire.Message]
+) -> list[dict[str, Any]]:
+    """Messages as plain objects, their images fetched and decoded."""
+
+    def dump() -> list[dict[str, Any]]:
+        return [message.model_dump(exclude_none=True) for message in messages]
+
+    plain = dump() if len(messages) <= _FEW_MESSAGES else await asyncio.to_thread(dump)
+    await _resolve_images(backend, plain)
+    return plain
+
+
+async def encode_resolved(
+    backend: Backend,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]],
+    reasoning_effort: str | None,
+    json_schema: Mapping[str, Any] | None = None,
+    continue_final: bool,
+) -> EncodedPrompt:
+    """Token ids of a conversation whose images are decoded."""
+    for index, message in enumerate(messages[:-1]):
+        if message.get("prefix"):
+            path = f"messages[{index}].prefix"
+            raise RequestError(f"{path}: only the last message can be one", param=path)
+
+    shown, pictures = _shapes(messages)
+    asked = Conversation(shown, tools, reasoning_effort, json_schema, continue_final)
+    size = sum(map(len, asked.texts(backend.chat)))
+    prompt = await backend.aside.do(size, backend.reader.encode, asked)
+    images = tuple(
+        EncodedImage(pixels, one.offset, one.num_tokens)
+        for pixels, one in zip(pictures, prompt.images, strict=True)
+    )
+    return EncodedPrompt(prompt.token_ids, images)
+
+
+def _shapes(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], list[NDArray[np.uint8]]]:
+    """Messages with the shapes of their pictures, and the pictures in order."""
+    shown: list[Mapping[str, Any]] = []
+    pictures: list[NDArray[np.uint8]] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and any("image" in part for part in content):
+            parts = []
+            for part in content:
+                pixels = part.get("image")
+                if pixels is not None:
+                    pictures.append(pixels)
+                    part = {**part, "image": Shape(*pixels.shape[1:])}
+                parts.append(part)
+            message = {**message, "content": parts}
+        shown.append(message)
+    return shown, pictures
+
+
+async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> None:
+    """Replace image URLs by the images' pixels, and thoughts in parts by their text, in place.
+
+    All headers are read first: images whose tokens do not fit the context are never decoded.
+    """
+    limits = backend.config.limits
+    opened: list[tuple[list[dict[str, Any]], int, str, Picture]] = []
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, list):
+            continue
+        for number, part in enumerate(content):
+            if part["type"] == "thinking" and isinstance(part["thinking"], list):
+                part["thinking"] = "".join(text["text"] for text in part["thinking"])
+            if part["type"] != "image_url":
+                continue
+            path = f"messages[{index}].content[{number}].image_url"
+            check_count(len(opened) + 1, limits.images, "messages", what="images")
+            if backend.chat.image_layout is None:
+                raise RequestError(
+                    f"{path}: this model takes text only", param=path, code="unsupported_content"
+                )
+            value = part["image_url"]
+            url = value if isinstance(value, str) else value["url"]
+            opened.append((content, number, path, await _open_image(backend, url, path)))
+            _check_images(backend, [picture for *_, picture in opened])
+    layout = backend.chat.image_layout
+    if layout is None:
+        return
+    try:
+        for content, number, path, picture in opened:
+            # Scaled at once; what waits its turn here is a file in memory, not pixels.
+            async with backend.decoding:
+                pixels = await asyncio.to_thread(decode_pixels, picture, path, layout)
+            content[number] = {"type": "image", "image": pixels}
+    finally:
+        if opened:
+            backend.body_room.trim_soon()
+
+
+async def _open_image(backend: Backend, url: str, path: str) -> Picture:
+    limits = backend.config.limits
+    image_limits = ImageLimits(limits.image_bytes, limits.image_pixels)
+    url = url.strip(_AROUND_URLS)
+    if url[:5].lower() == "data:":
+        data = await asyncio.to_thread(data_url_bytes, url, path, image_limits)
+    else:
+        data = await fetch_image(url, path, backend.config.image_fetch, limits.image_bytes)
+    return await asyncio.to_thread(open_image, data, path, image_limits)
+
+
+def _check_images(backend: Backend, pictures: Sequence[Picture]) -> None:
+    """400 for images that together are too many pixels, or more tokens than the context has."""
+    layout = backend.chat.image_layout
+    assert layout is not None
+    pixels = sum(picture.width * picture.height for picture in pictures)
+    check_count(pixels, backend.config.limits.request_pixels, "messages", what="pixels of images")
+    num_tokens = 0
+    for picture in pictures:
+        width, height = layout.size(picture.width, picture.height)
+        num_tokens += layout.num_tokens(height, width)
+    if num_tokens >= backend.config.max_model_len:
+        raise RequestError(
+            f"this model's context is {backend.config.max_model_len} tokens; the request's images "
+            f"alone need {num_tokens}",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
+def image_inputs(prompt: EncodedPrompt) -> tuple[ImageInput, ...]:
+    return tuple(
+        ImageInput.of(image.pixels, image.offset, image.num_tokens) for image in prompt.images
+    )
+
+
+async def encode_plain(backend: Backend, text: str, *, with_start: bool = True) -> tuple[int, ...]:
+    """Token ids of a plain prompt, with what the model's prompts begin with or without."""
+
+    return await backend.aside.do(len(text), backend.reader.encode_plain, text, with_start)
+
+
+async def prompt_ids(backend: Backend, prompt: str | list[int]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        token_ids = await encode_plain(backend, prompt)
+        if not token_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        return token_ids
+    check_token_ids(backend.chat, prompt, "prompt")
+    return tuple(prompt)
+
+
+def _shown_schema(form: wire.ResponseFormat | None) -> Mapping[str, Any] | None:
+    """The schema that models with a place for it are told about."""
+    if isinstance(form, wire.JsonSchemaFormat):
+        return form.json_schema.schema_
+    if isinstance(form, wire.JsonObjectFormat):
+        return {"type": "object"}
+    return None

@@ -1,0 +1,245 @@
+"""What an answer is held to: tools, schemas, efforts, and the masks made of them."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.chat import grammar_texts
+from halfbyte.chat.grammar_masks import CompiledGrammar, Mask, ThoughtMask
+from halfbyte.chat.schema import HeldSchema
+from halfbyte.errors import RequestError
+from halfbyte.server.api import wire
+from halfbyte.server.api.backend import Backend
+
+# Efforts by how much they ask for; other names are nobody's.
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds an answer: a compiled grammar, and the tools that may be called.
+
+    warnings   what of the request's schemas is not held
+    """
+
+    compiled: CompiledGrammar | None = None
+    warnings: tuple[str, ...] = ()
+    tool_names: frozenset[str] = frozenset()
+
+
+def settle_effort(backend: Backend, asked: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """The reasoning effort that stands for the one asked for, and what to warn of.
+
+    The nearest that the model knows, of two as near the higher. A model without efforts does what
+    it always does. Raises RequestError for a name that is no effort, and with `strict_effort` for
+    each that the model does not know.
+    """
+    known = backend.chat.reasoning_efforts
+    if asked is None or asked in known or (asked == "none" and not known):
+        return asked, ()
+    names = ", ".join(known) or "none"
+    if backend.config.strict_effort or asked not in _EFFORTS:
+        raise RequestError(
+            f"reasoning_effort {asked!r} is not one this model knows: {names}",
+            param="reasoning_effort",
+            code="unsupported_value",
+        )
+    if not known:
+        return None, (f"reasoning_effort {asked}: this model has no efforts",)
+    rank = _EFFORTS.index(asked)
+    ranked = [effort for effort in known if effort in _EFFORTS]
+    if not ranked:
+        return None, (f"reasoning_effort {asked}: this model knows {names}; its default is taken",)
+
+    def distance(effort: str) -> tuple[int, int]:
+        return abs(_EFFORTS.index(effort) - rank), -_EFFORTS.index(effort)
+
+    nearest = min(ranked, key=distance)
+    return nearest, (f"reasoning_effort {asked} is taken as {nearest}; this model knows {names}",)
+
+
+def may_think(backend: Backend, request: wire.ChatRequest) -> bool:
+    """Whether the answer may hold a thought: the effort says so, where the model knows efforts."""
+    chat = backend.chat
+    effort = request.reasoning_effort or chat.default_effort
+    thinking = chat.control.has_thinking and (not chat.reasoning_efforts or effort != "none")
+    if request.max_reasoning_tokens is not None and not chat.control.has_thinking:
+        raise RequestError(
+            "max_reasoning_tokens: this model has no thoughts",
+            param="max_reasoning_tokens",
+            code="unsupported_parameter",
+        )
+    return thinking
+
+
+def _tool_choice(backend: Backend, request: wire.ChatRequest) -> tuple[str, list[wire.Tool]]:
+    """ "none", "auto", "required" or the name of one tool, and the tools that may be called."""
+    tools = list(request.tools or ())
+    choice = request.tool_choice
+    if choice is None:
+        choice = "auto" if tools else "none"
+    if choice in ("none", "auto") and not tools:
+        return "none", []
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise RequestError("tools: two tools have the same name", param="tools")
+    if isinstance(choice, wire.NamedTool):
+        _check_named(choice.function.name, names)
+        mode = choice.function.name
+    elif isinstance(choice, wire.AllowedTools):
+        allowed = [named.function.name for named in choice.allowed_tools.tools]
+        for name in allowed:
+            _check_named(name, names)
+        tools = [tool for tool in tools if tool.function.name in allowed]
+        mode = choice.allowed_tools.mode
+    else:
+        mode = choice
+    if not tools:
+        raise RequestError(f"tool_choice {mode!r} needs tools", param="tool_choice")
+    if mode != "none" and not backend.chat.control.has_tools:
+        raise RequestError(
+            "tools: this model's format has no tool calls; tool_choice 'none' or a json_schema "
+            "response_format works",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    return mode, tools
+
+
+def _check_named(name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise RequestError(f"tool_choice: no tool is called {name!r}", param="tool_choice")
+
+
+async def chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
+    choice, callable_tools = _tool_choice(backend, request)
+    if choice == "none":
+        return await format_rules(backend, request.response_format)
+    form = request.response_format
+    if choice != "auto" or (form is not None and form.type == "text"):
+        # Where a call is forced there is no text that a format could hold.
+        form = None
+    if form is not None and not form.type.startswith("json"):
+        raise RequestError(
+            "response_format: together with tools only json_object and json_schema work",
+            param="response_format",
+        )
+
+    def compile_tools() -> Rules:
+        tools = [tool.model_dump() for tool in callable_tools]
+        # Not all need be callable; a message names a tool by its place in the request.
+        places = [tool.function.name for tool in request.tools or ()]
+        numbers = [i for i, tool in enumerate(tools) if tool["function"]["parameters"]]
+        schemas = [
+            HeldSchema(
+                f"tools[{places.index(function['name'])}].function.parameters",
+                function["parameters"],
+                function["strict"],
+                is_object=True,
+            )
+            for function in (tools[number]["function"] for number in numbers)
+        ]
+        if isinstance(form, wire.JsonSchemaFormat):
+            schemas.append(_held_schema(form))
+
+        def write(held: Sequence[Mapping[str, Any]]) -> str:
+            for number, schema in zip(numbers, held, strict=False):
+                tools[number]["function"]["parameters"] = schema
+            return grammar_texts.tools_grammar(
+                tools,
+                backend.chat.control,
+                choice=choice,
+                parallel=request.parallel_tool_calls,
+                answer=None if form is None else _format_grammar(backend, form, held[-1:]),
+            )
+
+        names = frozenset(tool.function.name for tool in callable_tools)
+        return Rules(*_compile_schemas(backend, schemas, write, "tools"), names)
+
+    return await _in_time(backend, compile_tools, "tools")
+
+
+async def format_rules(backend: Backend, form: wire.ResponseFormat | None) -> Rules:
+    if form is None or form.type == "text":
+        return Rules()
+
+    def compile_format() -> Rules:
+        if isinstance(form, wire.JsonSchemaFormat):
+
+            def write(held: Sequence[Mapping[str, Any]]) -> str:
+                return _format_grammar(backend, form, held)
+
+            return Rules(*_compile_schemas(backend, [_held_schema(form)], write, "response_format"))
+        compiled = backend.compiler.compile(
+            _format_grammar(backend, form, ()),
+            "response_format",
+            is_free=form.type == "grammar",
+            timeout_s=backend.config.limits.compile_s,
+        )
+        return Rules(compiled, compiled.warnings)
+
+    return await _in_time(backend, compile_format, "response_format")
+
+
+def _compile_schemas(
+    backend: Backend,
+    schemas: Sequence[HeldSchema],
+    write: Callable[[Sequence[Mapping[str, Any]]], str],
+    param: str,
+) -> tuple[CompiledGrammar, tuple[str, ...]]:
+    timeout_s = backend.config.limits.compile_s
+    return backend.compiler.compile_schemas(schemas, write, param, timeout_s=timeout_s)
+
+
+def _held_schema(form: wire.JsonSchemaFormat) -> HeldSchema:
+    named = form.json_schema
+    schema = named.schema_ or {"type": "object"}
+    return HeldSchema("response_format.json_schema.schema", schema, named.strict)
+
+
+def _format_grammar(
+    backend: Backend, form: wire.ResponseFormat, held: Sequence[Mapping[str, Any]]
+) -> str:
+    """The grammar of a response format, after a look at its size; `held` is what is left of its
+    schema.
+    """
+    compiler = backend.compiler
+    if isinstance(form, wire.JsonSchemaFormat):
+        return grammar_texts.json_schema_grammar(held[0], lenient=not form.json_schema.strict)
+    if isinstance(form, wire.JsonObjectFormat):
+        return grammar_texts.json_schema_grammar({"type": "object"}, lenient=False)
+    if isinstance(form, wire.RegexFormat):
+        compiler.check_size(len(form.regex), "response_format.regex")
+        return grammar_texts.regex_grammar(form.regex)
+    if isinstance(form, wire.ChoiceFormat):
+        compiler.check_size(sum(map(len, form.choices)), "response_format.choices")
+        return grammar_texts.choice_grammar(form.choices)
+    assert isinstance(form, wire.GrammarFormat)
+    return form.grammar
+
+
+async def _in_time(backend: Backend, compile_rules: Callable[[], Rules], param: str) -> Rules:
+    """Compile in a thread. What is over the time limit goes on there, bounded by its trial."""
+    loop = asyncio.get_running_loop()
+    # The start of the process that tries grammars is nobody's time.
+    await loop.run_in_executor(backend.compiler.threads, backend.compiler.wait)
+    try:
+        async with asyncio.timeout(backend.config.limits.compile_s):
+            return await loop.run_in_executor(backend.compiler.threads, compile_rules)
+    except TimeoutError as error:
+        message = f"{param}: compiling took longer than {backend.config.limits.compile_s:g} s"
+        raise RequestError(message, param=param, code="schema_too_complex") from error
+
+
+def mask_of(
+    backend: Backend,
+    rules: Rules,
+    banned: tuple[int, ...],
+    thinking: bool,
+    budget: int | None,
+) -> Mask | None:
+    inner = backend.compiler.mask(rules.compiled, banned) if rules.compiled is not None else None
+    if not thinking or (inner is None and budget is None):
+        return inner
+    return ThoughtMask(backend.chat.vocabulary, backend.chat.control, inner, budget)
