@@ -333,7 +333,9 @@ def check_images(directory: Path, **options: Any) -> dict[str, Any]:
         layout[-1] = 13
         prompts.append([*text[:5], *layout, *text[5:]])
         images.append((index, (ImageInput.of(pixels, 5, len(layout)),)))
-    near_tie = NEAR_TIE["bf16"]
+    # Pictures go through a tower, too, that rounds to bf16 in an order of its own: over four sets of
+    # prompts the largest gap was 0.14.
+    near_tie = 2 * NEAR_TIE["bf16"]
     wanted, gaps = answers_with_gaps(load(directory, "cpu"), prompts, GREEDY, images)
     blind = answers(load(directory, "cpu"), prompts)
     assert sum(a != b for a, b in zip(blind, wanted, strict=True)) >= 3, "pictures change nothing"

@@ -51,9 +51,14 @@ class Machine:
         max_tokens: int,
         images: tuple[ImageInput, ...] = (),
         params: SamplingParams | None = None,
+        priority: int = 0,
     ) -> Sequence:
         request = GenerationRequest(
-            str(self.num_added), tuple(prompt), params or SamplingParams(), images=images
+            str(self.num_added),
+            tuple(prompt),
+            params or SamplingParams(),
+            images=images,
+            priority=priority,
         )
         sequence = Sequence(request, arrival=self.num_added, seed=0, max_tokens=max_tokens)
         self.num_added += 1
@@ -146,6 +151,22 @@ def expected(prompt: SequenceOf[int], max_tokens: int) -> list[int]:
     for _ in range(max_tokens):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
+
+
+def test_the_urgent_is_admitted_first_and_gives_way_last() -> None:
+    machine = Machine(num_blocks=5, max_sequences=2)
+    running = machine.add([0, 1, 2], 5, priority=5)
+    machine.step()
+    late, later = machine.add([3, 4], 2, priority=9), machine.add([4, 3], 2, priority=1)
+    works = machine.step()
+    # The pool has room for one more; the running one came first, and still is behind it in turn.
+    assert later.slot is not None and late.slot is None
+    assert [work.sequence for work in works] == [running, later]
+    assert machine.scheduler.running == [later, running]
+    machine.run()
+    for sequence, length in ((running, 5), (late, 2), (later, 2)):
+        prompt = sequence.request.prompt_token_ids
+        assert machine.answers[sequence.request.request_id] == expected(prompt, length)
 
 
 def test_decodes_come_first_and_a_prompt_gets_the_rest() -> None:
@@ -369,9 +390,13 @@ class Requests(RuleBasedStateMachine):
         self.wanted: dict[str, list[int]] = {}
 
     # A length of at most 15 fits into the 16 positions of the pool.
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=9), max_tokens=st.integers(1, 6))
-    def add(self, prompt: list[int], max_tokens: int) -> None:
-        sequence = self.machine.add(prompt, max_tokens)
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        max_tokens=st.integers(1, 6),
+        priority=st.sampled_from([0, 0, 1, 7]),
+    )
+    def add(self, prompt: list[int], max_tokens: int, priority: int) -> None:
+        sequence = self.machine.add(prompt, max_tokens, priority=priority)
         self.wanted[sequence.request.request_id] = expected(prompt, max_tokens)
 
     @rule(max_prefill_tokens=st.sampled_from([None, 1, 3]))

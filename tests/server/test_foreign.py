@@ -52,6 +52,18 @@ async def test_what_happens_anyway_may_be_asked_for(
     assert "x-halfbyte-warning" not in answer.headers
 
 
+@pytest.mark.parametrize(("sent", "meant"), [(0, 0), (7, 7), (1000, 1000), (-3, 0)])
+async def test_a_priority_is_a_place_behind_others(
+    make_bench: MakeBench, sent: int, meant: int
+) -> None:
+    bench = open_bench(make_bench, "ok", EOS)
+    answer = await ask(bench, priority=sent)
+    assert answer.status_code == 200, answer.text
+    assert bench.service.requests[0].priority == meant
+    assert ("x-halfbyte-warning" in answer.headers) == (sent < 0)
+    assert (await ask(bench, priority=1001)).json()["error"]["param"] == "priority"
+
+
 async def test_names_of_other_servers_mean_ours(make_bench: MakeBench) -> None:
     bench = open_bench(make_bench, CALLS, "f", ARGS, '{"a": 1}', EOS)
     answer = await ask(bench, random_seed=7, tool_choice="any", tools=[tool("f")])

@@ -108,8 +108,9 @@ def _common(
     for name, told in _WITHOUT_EFFECT.items():
         if body.pop(name, None) is not None and told:
             warn(told)
-    if _is_number(body.get("priority")) and body.pop("priority") != 0:
-        warn("priority: answers are served in the order in which they came")
+    if _is_number(body.get("priority")) and body["priority"] < 0:
+        body["priority"] = 0
+        warn("priority: nobody goes ahead of others; 0 is the usual turn, larger numbers wait")
     for name, (values, advice) in neutral.items():
         if name not in body:
             continue

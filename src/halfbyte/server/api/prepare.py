@@ -79,7 +79,7 @@ async def chat_job(
             prompt_logprobs=request.prompt_logprobs if index == 0 else None,
         )
         generation = GenerationRequest(
-            f"{answer_id}-{index}", prompt.token_ids, params, mask, images
+            f"{answer_id}-{index}", prompt.token_ids, params, mask, images, request.priority
         )
         router = Router(
             backend.chat.vocabulary,
@@ -141,7 +141,9 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
                 prompt_logprobs=scored_alternatives(request),
             )
             mask = mask_of(backend, rules, banned, False, None)
-            generation = GenerationRequest(f"{answer_id}-{index}", token_ids, params, mask)
+            generation = GenerationRequest(
+                f"{answer_id}-{index}", token_ids, params, mask, priority=request.priority
+            )
             router = Router(
                 backend.chat.vocabulary,
                 ControlTokens(),

@@ -332,6 +332,8 @@ class Sampling(Wire):
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    # The larger, the later; below 0 there is nothing, or whoever asks would be first.
+    priority: int = Field(default=0, ge=0, le=1000)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
