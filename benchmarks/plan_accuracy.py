@@ -89,11 +89,13 @@ def one_run(folder: str, given: list[str]) -> dict[str, float]:
         taken = time.perf_counter() - started
     finally:
         shutil.rmtree(work)
-    return {
+    found = {
         "planned_s": round(made["time"]["likely"], 2),
         "taken_s": round(taken, 2),
         "others": round(made["busy"] or 0.0, 3),
     }
+    print(folder, found, flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -102,9 +102,15 @@ def next_steps(err: str) -> list[str]:
     return [line.strip() for line in rest.splitlines() if line.strip().startswith("halfbyte ")]
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `halfbyte`, as the wheel brings it."""
+    folder = tmp_path_factory.mktemp("installed")
+    return command_of(unpack(build_wheel(folder), folder / "site"), folder / "bin")
+
+
 @pytest.fixture
-def terminal(tmp_path: Path) -> Terminal:
-    installed = unpack(build_wheel(tmp_path), tmp_path / "site")
+def terminal(tmp_path: Path, path: Path) -> Terminal:
     folder = tmp_path / "work"
     folder.mkdir()
     shutil.copytree(ROOT / "pocket" / "model", folder / "fp8")
@@ -113,10 +119,10 @@ def terminal(tmp_path: Path) -> Terminal:
     (folder / "chats.jsonl").write_text(
         '{"prompt": "Hello", "response": "Good day."}\nnot JSON\n' * 9
     )
-    return Terminal(folder, command_of(installed, tmp_path / "bin"))
+    return Terminal(folder, path)
 
 
-def test_from_a_wheel_to_a_published_card(terminal: Terminal) -> None:
+def test_from_a_wheel_to_a_quantized_checkpoint(terminal: Terminal) -> None:
     said, _ = terminal.run("halfbyte plan fp8 --recipe medium-3.5 --text ours.md --gpu h100 b200")
     assert "rows, the longest of" in said and "needed beside the source" in said
 
@@ -135,6 +141,9 @@ def test_from_a_wheel_to_a_published_card(terminal: Terminal) -> None:
         terminal.serve(f"{step} --port 0") if " serve " in step else terminal.run(step)
     assert not work.exists()
 
+
+def test_from_two_arms_to_a_published_card(terminal: Terminal) -> None:
+    terminal.run("halfbyte quantize fp8 mixed --recipe medium-3.5 --method none")
     broken = "halfbyte evaluate fp8 --suite pocket scicode --code-python nowhere/bin/python"
     _, err = terminal.run(f"{broken} --out evals/broken", status=2)
     assert not (terminal.folder / "evals" / "broken" / "run.json").exists()
@@ -146,7 +155,7 @@ def test_from_a_wheel_to_a_published_card(terminal: Terminal) -> None:
     for arm in ("fp8", "mixed"):
         run = json.loads((terminal.folder / "evals" / arm / "run.json").read_text())
         (result,) = [r for r in run["benchmarks"].values() if r["name"] == "pocket"]
-        assert result["items"] == 6 and result["missing"] == 0, result
+        assert result["items"] == 6 and not result["missing"], result
 
     out, err = terminal.run(
         "halfbyte compare fp8 mixed --text ours.md --tokens 1024 --json near.json"
