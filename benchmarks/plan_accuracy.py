@@ -42,7 +42,11 @@ def main() -> None:
         given += ["--calibration-tokens", tokens[0]] if tokens else []
         rows = [one_run(folder, given) for _ in range(args.runs)]
         results[name] = {key: [row[key] for row in rows] for key in rows[0]}
-        print(name, json.dumps(results[name]), flush=True)
+        write(results, args.out)
+
+
+def write(results: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """The record; by source, the lists that `one_run` gives."""
     ratios = [
         planned / taken
         for one in results.values()
@@ -50,7 +54,7 @@ def main() -> None:
     ]
     share = sum(1 / WITHIN <= ratio <= WITHIN for ratio in ratios) / len(ratios)
     record.write(
-        args.out,
+        path,
         name="plan_accuracy",
         question="How often is a quantization within 1.5 times of what was planned just before it?",
         command="PYTHONPATH=src python benchmarks/plan_accuracy.py demo=FP8 wide=FP8=TOKENS",

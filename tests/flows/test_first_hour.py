@@ -148,8 +148,8 @@ def test_from_two_arms_to_a_published_card(terminal: Terminal) -> None:
     _, err = terminal.run(f"{broken} --out evals/broken", status=2)
     assert not (terminal.folder / "evals" / "broken" / "run.json").exists()
     evaluate = f"halfbyte evaluate fp8 --suite pocket --out evals/fp8 {shlex.join(_SMALL)}"
-    attempts = terminal.folder / "evals" / "fp8" / "pocket" / "attempts.jsonl"
-    assert "kept" in terminal.interrupt(evaluate, attempts)
+    begun = terminal.folder / "evals" / "fp8" / "pocket" / "sessions.jsonl"
+    assert "kept" in terminal.interrupt(evaluate, begun)
     terminal.run(evaluate)
     terminal.run(f"halfbyte evaluate mixed --suite pocket --out evals/mixed {shlex.join(_SMALL)}")
     for arm in ("fp8", "mixed"):
