@@ -7,7 +7,7 @@ Cost model: none.
 Reading the result: ratios of planned to taken. A load that changes between a plan and its run shows
     here as an error of the plan; the share of the processors that others took during each plan
     stands beside it.
-Last record: benchmarks/records/plan_accuracy.json
+Last record: none at a steady load yet (docs/decisions/0113-the-plan-rehearses-the-run.md)
 Run: python benchmarks/plan_accuracy.py NAME=FOLDER[=TOKENS.safetensors] ... --runs 10
 """
 
