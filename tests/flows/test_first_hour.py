@@ -28,6 +28,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 _SMALL = ["--limit", "6", "--max-tokens", "48", "--reasoning-effort", "none"]
 
 
+def _as_in_a_terminal() -> None:
+    """Ctrl-C counts, also where these tests run in a shell's background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A folder in which commands are typed."""
 
@@ -44,7 +49,7 @@ class Terminal:
     def start(self, command: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             shlex.split(command), cwd=self.folder, env=self.environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_as_in_a_terminal,
         )  # fmt: skip
 
     def run(self, command: str, status: int = 0) -> tuple[str, str]:
