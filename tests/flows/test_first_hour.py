@@ -80,14 +80,10 @@ class Terminal:
     def serve(self, command: str) -> str:
         """A server as it is typed: it gets ready, answers, and ends when it is told to."""
         running = self.start(command)
-        assert running.stderr is not None
-        seen, address = [], None
-        for line in running.stderr:
-            seen.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                address = found[0]
-                break
-        assert address is not None, seen
+        assert running.stdout is not None
+        # It prints its address once it is ready, and little beside that.
+        seen = iter(running.stdout.readline, "")
+        address = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", x) for x in seen)))[0]
         for _ in range(600):
             try:
                 with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as answer:
