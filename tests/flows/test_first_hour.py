@@ -164,7 +164,7 @@ def test_from_two_arms_to_a_published_card(terminal: Terminal) -> None:
     assert "KL mean" in out
     for step in next_steps(err):
         terminal.serve(f"{step} --port 0") if " serve " in step else terminal.run(step)
-    terminal.run("halfbyte compare-evals evals/fp8 evals/mixed")
+    terminal.run("halfbyte compare-evals evals/fp8 evals/mixed", status=3)  # too few to say
     terminal.run("halfbyte report evals/fp8 evals/mixed --out report.html")
     about = "--runs evals/fp8 evals/mixed --records near.json --licence apache-2.0"
     terminal.run(f"halfbyte card mixed {about} --title Pocket")
