@@ -7,7 +7,7 @@ Cost model: none.
 Reading the result: ratios of planned to taken. A load that changes between a plan and its run shows
     here as an error of the plan; the share of the processors that others took during each plan
     stands beside it.
-Last record: benchmarks/records/plan_accuracy.json
+Last record: none at a steady load yet (docs/decisions/0113-the-plan-rehearses-the-run.md)
 Run: python benchmarks/plan_accuracy.py NAME=FOLDER[=TOKENS.safetensors] ... --runs 10
 """
 
@@ -42,7 +42,11 @@ def main() -> None:
         given += ["--calibration-tokens", tokens[0]] if tokens else []
         rows = [one_run(folder, given) for _ in range(args.runs)]
         results[name] = {key: [row[key] for row in rows] for key in rows[0]}
-        print(name, json.dumps(results[name]), flush=True)
+        write(results, args.out)
+
+
+def write(results: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """The record; by source, the lists that `one_run` gives."""
     ratios = [
         planned / taken
         for one in results.values()
@@ -50,7 +54,7 @@ def main() -> None:
     ]
     share = sum(1 / WITHIN <= ratio <= WITHIN for ratio in ratios) / len(ratios)
     record.write(
-        args.out,
+        path,
         name="plan_accuracy",
         question="How often is a quantization within 1.5 times of what was planned just before it?",
         command="PYTHONPATH=src python benchmarks/plan_accuracy.py demo=FP8 wide=FP8=TOKENS",
@@ -89,11 +93,13 @@ def one_run(folder: str, given: list[str]) -> dict[str, float]:
         taken = time.perf_counter() - started
     finally:
         shutil.rmtree(work)
-    return {
+    found = {
         "planned_s": round(made["time"]["likely"], 2),
         "taken_s": round(taken, 2),
         "others": round(made["busy"] or 0.0, 3),
     }
+    print(folder, found, flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -143,3 +143,17 @@ def test_only_files_of_a_checkpoint_go(folder: Path) -> None:
     (folder / "README.md").unlink()
     with pytest.raises(UsageError, match=r"has no README\.md"):
         pack(folder)
+
+
+def test_what_quantize_writes_may_be_published(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of an export's own files are no keys, and its manifest holds no place."""
+    write_tiny_checkpoint(tmp_path / "fp8", layers=6, dialect="mistral-fp8")
+    quantize = ["quantize", str(tmp_path / "fp8"), str(tmp_path / "mixed"), "--log-level", "error"]
+    assert main([*quantize, "--recipe", "medium-3.5", "--method", "none"]) == 0
+    command = ["publish", str(tmp_path / "mixed"), NAME, "--upload", "--endpoint", hub.url]
+    capsys.readouterr()
+    assert main([*command, "--licence", "apache-2.0"]) == 0
+    assert "not to be published" not in capsys.readouterr().out
+    assert "hf_quant_config.json" in hub.files

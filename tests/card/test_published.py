@@ -23,6 +23,8 @@ PUBLIC = (
     "Apache-2.0", "MMMU/MMMU_Pro, standard (10 options), test", "2.13.0+cpu", "and/or", "3/4",
     "x86_64, 2 cores, Linux", "nvidia/Nemotron-SFT-Agentic-v2", "a token of 12 and a password",
     "halfbyte compare fp8 mixed --text held_out.txt", "tensors:" + "3f" * 32, "e4m3 (448)",
+    "hf_quant_config.json", "hf_tokenizer_configuration", "sk_learn_pipeline_of_words",
+    "pk-names-of-things",
 )  # fmt: skip
 
 

@@ -20,7 +20,10 @@ _PUBLIC_HOSTS = (
     "creativecommons.org", "mistral.ai", "nvidia.com", "pypi.org",
 )  # fmt: skip
 _KEY = re.compile(
-    r"\b(?:sk|hf|pk|rk|ghp|gho|ghs|github_pat|glpat|nvapi|xox[abpr])[-_][A-Za-z0-9_\-]{12,}"
+    # No key is words alone, as hf_quant_config and sk_learn_pipeline are.
+    r"\bhf_(?=[A-Za-z]*\d)[A-Za-z0-9]{12,}"
+    r"|\b(?:sk|pk|rk|ghp|gho|ghs|github_pat|glpat|nvapi|xox[abpr])[-_](?=[A-Za-z_\-]*\d)"
+    r"[A-Za-z0-9_\-]{12,}"
     r"|\bAKIA[0-9A-Z]{16}\b|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*"
     r"|(?i:\bbearer\s+)[A-Za-z0-9_\-.]{16,}"
     r"|(?i:\b(?:api[-_]?key|token|password|secret)[\"']?\s*[=:]\s*[\"']?)"

@@ -30,7 +30,7 @@ from halfbyte.quantize.rehearsal import (
     Kind,
     Rehearsal,
     kinds_of,
-    likely_and_range,
+    median_and_range,
     rehearse,
 )
 from halfbyte.quantize.survey import Survey
@@ -312,15 +312,15 @@ def duration_of(
     copying = 2 * outside / speeds.hash_bytes
     ranges = {"copying the rest": (copying, copying, copying)}
     if text.rows:
-        ranges["running the text"] = _times(likely_and_range(done.running), len(kinds))
+        ranges["running the text"] = _times(median_and_range(done.running), len(kinds))
         weighing = _weighing(source, plan, text, speeds)
         ranges |= {part: (seconds, seconds, seconds) for part, seconds in weighing.items()}
-    encoding = [likely_and_range(done.encoding.get(k) or _any(done.encoding)) for k in kinds]
+    encoding = [median_and_range(done.encoding.get(k) or _any(done.encoding)) for k in kinds]
     ranges["encoding"] = _summed(encoding)
     worked = sum(likely for likely, _, _ in ranges.values())
     boundary = _activation_bytes(config.text, text) * len(kinds)
     moved = source.num_bytes + (decoder if text.rows else 0) + made + boundary
-    synced = _times(likely_and_range(done.syncing), len(kinds))
+    synced = _times(median_and_range(done.syncing), len(kinds))
     waited = max(moved / speeds.read_bytes - worked, 0.0)
     ranges["waiting for the disk"] = _summed([synced, (waited, waited, waited)])
     ranges = {"starting": (starting_s, starting_s, starting_s), **ranges}
