@@ -81,7 +81,11 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "checkpoint/untrained_tower": ("flows/test_untrained_tower.py",),
     "checkpoint/verify_values": ("checkpoint/test_verify.py",),
     "engine/request": ("engine/test_sampler.py", "engine/test_core.py"),
-    "engine/plan/sequence": ("engine/test_scheduler.py", "engine/test_images.py"),
+    "engine/plan/sequence": (
+        "engine/test_scheduler.py",
+        "engine/test_step.py",
+        "engine/test_images.py",
+    ),
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
     "evals/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/constraints": ("evals/test_language_data.py",),
