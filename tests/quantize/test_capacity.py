@@ -296,3 +296,10 @@ def test_a_plan_is_within_half_as_much_again_of_the_run(tmp_path: Path) -> None:
         )
         ratios.append(likely / result.seconds)
     assert 1 / 2 < sorted(ratios)[1] < 2
+
+
+def test_the_text_of_a_run_is_told(source: Survey, plan: Plan) -> None:
+    with_text = format_estimate(source, estimate(source, plan, Text(4, 64), speeds=SPEEDS))
+    assert "4 rows of up to 64, 256 tokens at most" in with_text
+    without = format_estimate(source, estimate(source, plan, Text(0, 0), speeds=SPEEDS))
+    assert "none: data-free" in without
