@@ -157,6 +157,7 @@ class Comparison:
     macro_p_beyond_holm: float
     macro_verdict: Verdict
     macro_margin: float
+    macro_margin_origin: str
     margins: Mapping[str, float]
     verdict: Verdict
     reason: Reason
@@ -468,6 +469,7 @@ def _concluded(
         macro_p_beyond_holm=macro_p,
         macro_verdict=macro_verdict,
         macro_margin=macro_margin,
+        macro_margin_origin=margins[MACRO].origin,
         margins={name: margins[name].value for name in (*compared, MACRO)},
         verdict=verdict,
         reason=_whole_reason(rows, macro, is_whole) if verdict == "INCONCLUSIVE" else "",
