@@ -86,6 +86,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "engine/test_step.py",
         "engine/test_images.py",
     ),
+    "evals/compare": ("evals/test_looks.py",),
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
     "evals/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/constraints": ("evals/test_language_data.py",),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from halfbyte.evals.render import format_comparison
 
 from evals.test_compare import all_right, grid, write_arm
 from halfbyte.cli.main import main
@@ -24,7 +25,6 @@ from halfbyte.evals.judging.looks import (
     parse_margins,
     read_comparison,
 )
-from halfbyte.evals.render import format_comparison
 
 THIRD_OF_FIVE = {"number": 3, "planned": 5, "level": 0.01}
 
