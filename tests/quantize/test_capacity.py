@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,20 @@ def test_gptq_is_counted(source: Survey) -> None:
     assert new == {"summing up inputs", "GPTQ"}
     assert min(more.parts[part] for part in new) > 0
     assert found["gptq"].memory.peak_bytes > found["max"].memory.peak_bytes
+
+
+def test_every_sweep_of_gptq_costs_the_same(source: Survey) -> None:
+    recipe = load_recipe("medium-3.5")
+    seconds = []
+    for sweeps in range(5):
+        scales = METHODS["gptq"]
+        scales = replace(scales, gptq=replace(scales.gptq, sweeps=sweeps))
+        plan = make_plan(replace(recipe, scales=scales), source.config)
+        seconds.append(capacity._weighing(source, plan, Text(64, 512), SPEEDS)["GPTQ"])
+    # The first one factors once more.
+    steps = [b - a for a, b in pairwise(seconds)]
+    assert steps[0] > steps[1] > 0
+    assert steps[1:] == pytest.approx([steps[1]] * 3)
 
 
 def test_gptq_of_the_full_width_fits_in_twelve_gib() -> None:
