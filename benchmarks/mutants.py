@@ -90,7 +90,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
     "evals/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/constraints": ("evals/test_language_data.py",),
-    "evals/grading/scripts": ("evals/test_hostile_code.py",),
+    "evals/grading/scripts": ("evals/test_hostile_code.py", "evals/test_extraction.py"),
     "evals/grading/statements": (
         "evals/test_letters.py",
         "evals/test_letter_phrasings.py",
@@ -116,7 +116,11 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "quantize/record": ("quantize/test_page.py",),
     "quantize/report": ("quantize/test_page.py", "quantize/test_pipeline.py"),
     "quantize/source_proof": ("quantize/test_resume.py", "quantize/test_soundness.py"),
-    "server/completion": ("server/test_chat_api.py", "server/test_text_api.py"),
+    "server/completion": (
+        "server/test_app.py",
+        "server/test_chat_api.py",
+        "server/test_text_api.py",
+    ),
     "server/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
     "server/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
     "server/metrics": ("server/test_completion.py", "server/test_app.py"),
