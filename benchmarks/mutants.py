@@ -86,9 +86,9 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "engine/test_step.py",
         "engine/test_images.py",
     ),
-    "evals/compare": ("evals/test_looks.py",),
+    "evals/judging/compare": ("evals/test_looks.py",),
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
-    "evals/evaluate": ("flows/test_evals_run.py",),
+    "evals/running/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/constraints": ("evals/test_language_data.py",),
     "evals/grading/scripts": ("evals/test_hostile_code.py", "evals/test_extraction.py"),
     "evals/grading/statements": (
@@ -98,11 +98,11 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     ),
     "evals/grading/letters": ("evals/test_letter_phrasings.py", "evals/test_extraction.py"),
     "evals/grading/numbers": ("evals/test_number_phrasings.py", "evals/test_extraction.py"),
-    "evals/guards": ("evals/test_compare.py",),
-    "evals/looks": ("evals/test_compare.py",),
-    "evals/render": ("evals/test_compare.py", "flows/test_evals_pages.py"),
+    "evals/judging/guards": ("evals/test_compare.py",),
+    "evals/judging/looks": ("evals/test_compare.py",),
+    "evals/judging/render": ("evals/test_compare.py", "flows/test_evals_pages.py"),
     "evals/score": ("evals/test_stats.py", "evals/test_bounds.py"),
-    "evals/summary": (
+    "evals/judging/summary": (
         "evals/test_compare.py",
         "evals/test_records.py",
         "flows/test_evals_pages.py",
@@ -116,15 +116,15 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "quantize/record": ("quantize/test_page.py",),
     "quantize/report": ("quantize/test_page.py", "quantize/test_pipeline.py"),
     "quantize/source_proof": ("quantize/test_resume.py", "quantize/test_soundness.py"),
-    "server/completion": (
+    "server/api/completion": (
         "server/test_app.py",
         "server/test_chat_api.py",
         "server/test_text_api.py",
     ),
-    "server/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
-    "server/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
-    "server/metrics": ("server/test_completion.py", "server/test_app.py"),
-    "server/prepare": (
+    "server/http/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
+    "server/api/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
+    "server/ops/metrics": ("server/test_completion.py", "server/test_app.py"),
+    "server/api/prepare": (
         "server/test_chat_api.py",
         "server/test_bounds.py",
         "server/test_text_api.py",
@@ -132,10 +132,23 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_limits.py",
         "server/test_errors.py",
     ),
-    "server/responses_wire": ("server/test_responses_api.py", "server/test_same_conversation.py"),
-    "server/stream": ("server/test_chat_api.py", "server/test_responses_api.py"),
-    "server/texts": ("server/test_bounds.py",),
-    "server/wire": ("server/test_errors.py", "server/test_foreign.py", "server/test_text_api.py"),
+    "server/api/responses_wire": (
+        "server/test_responses_api.py",
+        "server/test_same_conversation.py",
+    ),
+    "server/api/stream": ("server/test_chat_api.py", "server/test_responses_api.py"),
+    "server/api/texts": ("server/test_bounds.py",),
+    "server/api/wire": (
+        "server/test_errors.py",
+        "server/test_foreign.py",
+        "server/test_text_api.py",
+    ),
+    "server/api/chat": ("server/test_chat_api.py",),
+    "server/api/messages": ("server/test_messages_api.py",),
+    "server/api/responses": ("server/test_responses_api.py",),
+    "server/api/text": ("server/test_text_api.py",),
+    "server/vllm/command": ("server/test_vllm_command.py",),
+    "server/vllm/upstream": ("server/test_vllm_upstream.py",),
 }
 
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from halfbyte.evals.render import format_comparison
 
 from evals.test_compare import all_right, grid, write_arm
 from halfbyte.cli.main import main
@@ -25,6 +24,7 @@ from halfbyte.evals.judging.looks import (
     parse_margins,
     read_comparison,
 )
+from halfbyte.evals.judging.render import format_comparison
 
 THIRD_OF_FIVE = {"number": 3, "planned": 5, "level": 0.01}
 
