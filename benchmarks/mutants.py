@@ -72,6 +72,7 @@ _LEFT_TO_PYTEST = {"pytest", "hypothesis", "schemathesis", "anyio", "coverage", 
 
 # Tests beside the mirrored one of each file, from tests/.
 MORE_TESTS: dict[str, tuple[str, ...]] = {
+    "checkpoint/gguf": ("checkpoint/test_gguf_hostile.py",),
     "checkpoint/gguf_header": ("checkpoint/test_gguf.py", "checkpoint/test_gguf_hostile.py"),
     "checkpoint/gguf_tokenizer": ("checkpoint/test_gguf.py", "checkpoint/test_gguf_hostile.py"),
     "checkpoint/inventory": ("checkpoint/test_verify.py",),

@@ -8,6 +8,7 @@ import httpx
 import httpx2
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from halfbyte.server.api.messages_wire import MessagesRequest
 from server.conftest import Bench, MakeBench
@@ -156,6 +157,26 @@ async def test_stops(make_bench: MakeBench) -> None:
     assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", "two")
     assert answer.content[0].text == "one "
     assert (await both(bench, max_tokens=1)).stop_reason == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    "name, good, bad",
+    [
+        ("temperature", [0, 1, 2], [-0.01, 2.01]),
+        ("top_p", [0.01, 1], [0, 1.01]),
+        ("top_k", [0, 1, 2**31 - 1], [-1, 2**31]),
+        ("max_tokens", [1], [0]),
+    ],
+)
+def test_sampling_has_the_bounds_of_that_wire(
+    name: str, good: list[float], bad: list[float]
+) -> None:
+    body = {"model": "m", "max_tokens": 5, "messages": USER}
+    for value in good:
+        assert getattr(MessagesRequest.model_validate({**body, name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ValidationError, match=name):
+            MessagesRequest.model_validate({**body, name: value})
 
 
 async def test_what_the_context_leaves(make_bench: MakeBench) -> None:
