@@ -137,7 +137,12 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_responses_api.py",
         "server/test_same_conversation.py",
     ),
-    "server/api/stream": ("server/test_chat_api.py", "server/test_responses_api.py"),
+    "server/api/stream": (
+        "server/test_chat_api.py",
+        "server/test_keep_alive.py",
+        "server/test_limits.py",
+        "server/test_responses_api.py",
+    ),
     "server/api/texts": ("server/test_bounds.py",),
     "server/api/wire": (
         "server/test_errors.py",
@@ -148,7 +153,8 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "server/http/app": ("server/test_errors.py", "server/test_chat_api.py"),
     "server/api/messages": ("server/test_messages_api.py",),
     "server/api/responses": ("server/test_responses_api.py",),
-    "server/api/text": ("server/test_text_api.py",),
+    "server/api/text": ("server/test_text_api.py", "server/test_token_ids.py"),
+    "server/api/tool_names": ("server/test_chat_api.py", "server/test_messages_api.py"),
     "server/vllm/command": ("server/test_vllm_command.py",),
     "server/vllm/upstream": ("server/test_vllm_upstream.py",),
 }

@@ -112,6 +112,19 @@ def test_errors_are_shown_by_linear_and_by_format(record: dict[str, Any]) -> Non
     assert shown in re.sub(r"\s+", " ", " ".join(reader.text)), shown
 
 
+def test_methods_are_compared_by_the_means_of_each_format(record: dict[str, Any]) -> None:
+    made: dict[str, list[float]] = {}
+    for number, linear in enumerate(record["linears"]):
+        linear["output_db"] = {"max": 100.0 + number}
+        made.setdefault(linear["format"], []).append(100.0 + number)
+        if linear["format"] == "nvfp4":
+            linear["output_db"]["chosen"] = 7.0
+    said = re.sub(r"\s+", " ", " ".join(read(render(record)).text))
+    for chosen, values in made.items():
+        extra = "7.00" if chosen == "nvfp4" else "–"
+        assert f"{chosen} {sum(values) / len(values):.2f} {extra}" in said
+
+
 def test_a_record_holds_the_memory_that_was_planned_and_taken(
     record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,8 @@ import pytest
 from halfbyte.chat.grammar import GrammarMask
 from halfbyte.engine.request import GenerationRequest
 from halfbyte.errors import RequestError
+from halfbyte.server.api.prepare import _beginning
+from halfbyte.server.api.wire import ChatRequest
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -262,6 +264,33 @@ async def test_rules_reach_the_engine(
     assert one is not two
     assert one.begin(bench.ids(fitting)) == len(bench.ids(fitting))
     assert two.begin(bench.ids(other)) < len(bench.ids(other))
+
+
+THOUGHT = {"type": "thinking", "thinking": "hm"}
+SAID = {"type": "text", "text": "ye"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"content": "ye"}, "ye"),
+        ({"content": [SAID, SAID]}, "yeye"),
+        ({"content": [THOUGHT, SAID]}, "ye"),
+        # What was only thought has begun, too.
+        ({"content": [THOUGHT]}, ""),
+        ({"content": "", "reasoning": "hm"}, ""),
+        ({"content": None, "reasoning_content": "hm"}, ""),
+        ({"content": ""}, None),
+        ({"content": None}, None),
+    ],
+)
+def test_what_of_an_answer_has_begun(fields: dict[str, Any], text: str | None) -> None:
+    last = {"role": "assistant", "prefix": True, **fields}
+    request = ChatRequest.model_validate({"model": "m", "messages": [*HELLO, last]})
+    found = _beginning(request)
+    assert (None if found is None else found.text) == text
+    later = ChatRequest.model_validate({"model": "m", "messages": [*HELLO, last, *HELLO]})
+    assert _beginning(later) is None
 
 
 async def test_texts_besides_json_cannot_stand_beside_tools(make_bench: MakeBench) -> None:

@@ -295,6 +295,15 @@ async def test_a_fault_within_the_stream_is_an_error_event(make_bench: MakeBench
         _ = [event async for event in events]
 
 
+async def test_a_fault_before_the_stream_is_a_status(make_bench: MakeBench) -> None:
+    bench = make_bench("one", EOS)
+    asked = {"model": "other", "max_tokens": 9, "messages": USER, "stream": True}
+    async with bench.http() as http:
+        answer = await http.post("/v1/messages", json=asked)
+    assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+    assert answer.headers["content-type"] == "application/json"
+
+
 async def test_head_answers_on_every_page_that_get_does(make_bench: MakeBench) -> None:
     bench = make_bench("ok", EOS)
     async with bench.http() as http:
