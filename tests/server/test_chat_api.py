@@ -1,6 +1,7 @@
 from typing import Any, cast
 
 import pytest
+from pydantic import ValidationError
 
 from halfbyte.chat.grammar import GrammarMask
 from halfbyte.engine.request import GenerationRequest
@@ -264,6 +265,28 @@ async def test_rules_reach_the_engine(
     assert one is not two
     assert one.begin(bench.ids(fitting)) == len(bench.ids(fitting))
     assert two.begin(bench.ids(other)) < len(bench.ids(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("temperature", [0, 2], [-0.01, 2.01]),
+        ("top_p", [0.01, 1], [0, 1.01]),
+        ("top_k", [-1, 0, 2**31 - 1], [-2, 2**31]),
+        ("min_p", [0, 1], [-0.01, 1.01]),
+        ("presence_penalty", [-2, 2], [-2.01, 2.01]),
+        ("frequency_penalty", [-2, 2], [-2.01, 2.01]),
+        ("repetition_penalty", [0.01, 100], [0.009, 100.1]),
+        ("max_reasoning_tokens", [0], [-1]),
+    ],
+)
+def test_sampling_has_these_bounds(name: str, good: list[float], bad: list[float]) -> None:
+    body = {"model": "m", "messages": HELLO}
+    for value in good:
+        assert getattr(ChatRequest.model_validate({**body, name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ValidationError, match=name):
+            ChatRequest.model_validate({**body, name: value})
 
 
 THOUGHT = {"type": "thinking", "thinking": "hm"}
