@@ -145,6 +145,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     ),
     "server/api/texts": ("server/test_bounds.py",),
     "server/api/wire": (
+        "server/test_chat_api.py",
         "server/test_errors.py",
         "server/test_foreign.py",
         "server/test_text_api.py",
