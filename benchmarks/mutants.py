@@ -366,6 +366,14 @@ def default_files() -> list[str]:
     return [path for path in found if "/tasks/" not in path and tests_of(path)]
 
 
+def without_tests() -> list[str]:
+    """Files of the rooms that no test mirrors: those of `tests/flows` run them."""
+    known = set(default_files())
+    every = [path for room in ROOMS for path in sorted((ROOT / SOURCE / room).rglob("*.py"))]
+    names = [str(path.relative_to(ROOT)) for path in every if path.name != "__init__.py"]
+    return [name for name in names if name not in known and "/tasks/" not in name]
+
+
 def tests_of(path: str) -> list[str]:
     room, _, name = str(Path(path).relative_to(SOURCE).with_suffix("")).partition("/")
     stem = name.split("/")[-1]
@@ -529,6 +537,7 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help=f"write {RECORD.name}")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is known")
+    parser.add_argument("--note", default="", help="what a reader of the record should know")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     WORK.mkdir(parents=True, exist_ok=True)
@@ -564,7 +573,12 @@ def main() -> None:
             question="how many small faults in the source make a test fail?",
             command=f"make mutants SAMPLE={arguments.sample}",
             figures=mutant_figures(results),
-            results=results,
+            results={
+                "seed": arguments.seed,
+                "note": arguments.note,
+                "without_tests_of_their_own": without_tests(),
+                **results,
+            },
         )
 
 
