@@ -76,7 +76,11 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "checkpoint/gguf_header": ("checkpoint/test_gguf.py", "checkpoint/test_gguf_hostile.py"),
     "checkpoint/gguf_tokenizer": ("checkpoint/test_gguf.py", "checkpoint/test_gguf_hostile.py"),
     "checkpoint/inventory": ("checkpoint/test_verify.py",),
-    "checkpoint/manifest": ("quantize/test_soundness.py", "quantize/test_resume.py"),
+    "checkpoint/manifest": (
+        "checkpoint/test_writer.py",
+        "quantize/test_soundness.py",
+        "quantize/test_resume.py",
+    ),
     "checkpoint/shards": ("checkpoint/test_corruption.py", "checkpoint/test_reader.py"),
     "checkpoint/native_fields": ("checkpoint/test_fields.py",),
     "checkpoint/strict_fields": ("checkpoint/test_fields.py",),
@@ -128,6 +132,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_text_api.py",
     ),
     "server/http/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
+    "server/api/foreign": ("server/test_chat_api.py",),
     "server/api/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
     "server/ops/metrics": ("server/test_completion.py", "server/test_app.py"),
     "server/api/prepare": (
