@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion
 from halfbyte.errors import UsageError
 from halfbyte.evals.running.endpoint import base_address
 from halfbyte.evals.running.provider import (
-    Answers,
+    AnswerReader,
     ServerFaultError,
     check_completion,
     read_message,
@@ -73,7 +73,7 @@ async def test_a_completion_comes_back_with_text_and_thoughts_apart(
         return sent
 
     monkeypatch.setattr(OpenAICompatibleAPI, "_generate_completion", answer)
-    client = Answers("m", base_url="http://127.0.0.1:9/v1", api_key="none")
+    client = AnswerReader("m", base_url="http://127.0.0.1:9/v1", api_key="none")
     found = await client._generate_completion({}, GenerateConfig())
     message = found.choices[0].message
     assert (message.content, message.reasoning_content) == ("B", "hm")
