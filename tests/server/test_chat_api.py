@@ -289,6 +289,13 @@ def test_sampling_has_these_bounds(name: str, good: list[float], bad: list[float
             ChatRequest.model_validate({**body, name: value})
 
 
+def test_most_likely_tokens_are_asked_for_with_log_probs() -> None:
+    body = {"model": "m", "messages": HELLO, "top_logprobs": 3}
+    with pytest.raises(ValidationError, match="only allowed when logprobs is true"):
+        ChatRequest.model_validate(body)
+    assert ChatRequest.model_validate({**body, "logprobs": True}).top_logprobs == 3
+
+
 THOUGHT = {"type": "thinking", "thinking": "hm"}
 SAID = {"type": "text", "text": "ye"}
 

@@ -151,6 +151,14 @@ def test_a_choice_reaches_the_chat_request_where_there_are_tools(
     assert (chat.tool_choice or "auto") == expected
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_calls_beside_each_other_can_be_forbidden(is_alone: bool) -> None:
+    choice = {"type": "auto", "disable_parallel_tool_use": is_alone}
+    body = {"model": "m", "max_tokens": 5, "messages": USER, "tools": [TOOL], "tool_choice": choice}
+    chat, _ = MessagesRequest.model_validate(body).chat_request(())
+    assert chat.parallel_tool_calls is not is_alone
+
+
 async def test_stops(make_bench: MakeBench) -> None:
     bench = make_bench("one two three", EOS)
     answer = await both(bench, stop_sequences=[" three", "two"])
