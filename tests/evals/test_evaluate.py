@@ -171,7 +171,7 @@ def test_what_was_to_be_asked_is_on_record_before_it_is(
     }
     left = run.benchmarks["aime2025"]
     assert (left.items, left.repeats, left.score, left.causes) == (30, 8, None, {})
-    comparison = compare_runs(*arms)
+    comparison = compare_runs(arms[0], arms[1])
     assert comparison.benchmarks["pocket"].verdict == "GO"
     assert "the run ended before it did" in comparison.left_out["aime2025"]
     assert (comparison.verdict, comparison.reason) == ("INCONCLUSIVE", "blocked")
