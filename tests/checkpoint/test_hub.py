@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from halfbyte.checkpoint import hub as hub_module
 from halfbyte.checkpoint.hub import choose_files, locate
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import CapacityError, CheckpointError, UnsupportedError, UsageError
+from halfbyte.hub import refuse
 from halfbyte.model.tiny import write_tiny_checkpoint
 
 NAME = "owner/tiny-model"
@@ -186,5 +186,5 @@ def test_native_weights_are_fetched_only_where_there_are_no_others() -> None:
 )  # fmt: skip
 def test_the_first_line_of_a_failure_is_shown(error: Exception, said: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        hub_module._refuse("owner/name", error)
+        refuse("owner/name cannot be fetched from the hub", "Some models need a login", error)
     assert said in str(caught.value) and "second" not in str(caught.value)

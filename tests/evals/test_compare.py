@@ -396,7 +396,7 @@ def test_arms_that_were_graded_by_other_rules_block(tmp_path: Path) -> None:
     (row,) = comparison.benchmarks.values()
     assert (comparison.verdict, comparison.reason) == ("INCONCLUSIVE", "blocked")
     assert "only the candidate was graded again" in row.blockers[0]
-    (row,) = compare_runs(*reversed(arms)).benchmarks.values()
+    (row,) = compare_runs(arms[1], arms[0]).benchmarks.values()
     assert "only the baseline was graded again" in row.blockers[0]
     (arms[0] / "gpqa_diamond" / again.name).write_text(file.read_text())
     assert compare_runs(*arms).verdict == "GO"
