@@ -72,20 +72,33 @@ _LEFT_TO_PYTEST = {"pytest", "hypothesis", "schemathesis", "anyio", "coverage", 
 
 # Tests beside the mirrored one of each file, from tests/.
 MORE_TESTS: dict[str, tuple[str, ...]] = {
+    "checkpoint/gguf": ("checkpoint/test_gguf_hostile.py",),
     "checkpoint/gguf_header": ("checkpoint/test_gguf.py", "checkpoint/test_gguf_hostile.py"),
     "checkpoint/gguf_tokenizer": ("checkpoint/test_gguf.py", "checkpoint/test_gguf_hostile.py"),
     "checkpoint/inventory": ("checkpoint/test_verify.py",),
-    "checkpoint/manifest": ("quantize/test_soundness.py", "quantize/test_resume.py"),
+    "checkpoint/manifest": (
+        "checkpoint/test_writer.py",
+        "quantize/test_soundness.py",
+        "quantize/test_resume.py",
+    ),
     "checkpoint/shards": ("checkpoint/test_corruption.py", "checkpoint/test_reader.py"),
+    "checkpoint/native_fields": ("checkpoint/test_fields.py",),
+    "checkpoint/strict_fields": ("checkpoint/test_fields.py",),
+    "checkpoint/written_metadata": ("checkpoint/test_metadata.py",),
     "checkpoint/soundness": ("quantize/test_soundness.py", "checkpoint/test_verify.py"),
     "checkpoint/untrained_tower": ("flows/test_untrained_tower.py",),
     "checkpoint/verify_values": ("checkpoint/test_verify.py",),
     "engine/request": ("engine/test_sampler.py", "engine/test_core.py"),
-    "engine/plan/sequence": ("engine/test_scheduler.py", "engine/test_images.py"),
+    "engine/plan/sequence": (
+        "engine/test_scheduler.py",
+        "engine/test_step.py",
+        "engine/test_images.py",
+    ),
+    "evals/judging/compare": ("evals/test_looks.py",),
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
-    "evals/evaluate": ("flows/test_evals_run.py",),
+    "evals/running/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/constraints": ("evals/test_language_data.py",),
-    "evals/grading/scripts": ("evals/test_hostile_code.py",),
+    "evals/grading/scripts": ("evals/test_hostile_code.py", "evals/test_extraction.py"),
     "evals/grading/statements": (
         "evals/test_letters.py",
         "evals/test_letter_phrasings.py",
@@ -93,11 +106,11 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     ),
     "evals/grading/letters": ("evals/test_letter_phrasings.py", "evals/test_extraction.py"),
     "evals/grading/numbers": ("evals/test_number_phrasings.py", "evals/test_extraction.py"),
-    "evals/guards": ("evals/test_compare.py",),
-    "evals/looks": ("evals/test_compare.py",),
-    "evals/render": ("evals/test_compare.py", "flows/test_evals_pages.py"),
+    "evals/judging/guards": ("evals/test_compare.py",),
+    "evals/judging/looks": ("evals/test_compare.py",),
+    "evals/judging/render": ("evals/test_compare.py", "flows/test_evals_pages.py"),
     "evals/score": ("evals/test_stats.py", "evals/test_bounds.py"),
-    "evals/summary": (
+    "evals/judging/summary": (
         "evals/test_compare.py",
         "evals/test_records.py",
         "flows/test_evals_pages.py",
@@ -106,16 +119,23 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "formats/measure": ("quantize/test_layer.py",),
     "quantize/export": ("quantize/test_interop.py", "quantize/test_pipeline.py"),
     "quantize/layer": ("quantize/test_soundness.py",),
+    "quantize/encode": ("quantize/test_layer.py",),
+    "quantize/plan_text": ("quantize/test_capacity.py",),
     "quantize/journal": ("quantize/test_resume.py",),
     "quantize/memory": ("quantize/test_memory_kept.py",),
     "quantize/record": ("quantize/test_page.py",),
     "quantize/report": ("quantize/test_page.py", "quantize/test_pipeline.py"),
     "quantize/source_proof": ("quantize/test_resume.py", "quantize/test_soundness.py"),
-    "server/completion": ("server/test_chat_api.py", "server/test_text_api.py"),
-    "server/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
-    "server/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
-    "server/metrics": ("server/test_completion.py", "server/test_app.py"),
-    "server/prepare": (
+    "server/api/completion": (
+        "server/test_app.py",
+        "server/test_chat_api.py",
+        "server/test_text_api.py",
+    ),
+    "server/http/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
+    "server/api/foreign": ("server/test_chat_api.py",),
+    "server/api/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
+    "server/ops/metrics": ("server/test_completion.py", "server/test_app.py"),
+    "server/api/prepare": (
         "server/test_chat_api.py",
         "server/test_bounds.py",
         "server/test_text_api.py",
@@ -123,10 +143,31 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_limits.py",
         "server/test_errors.py",
     ),
-    "server/responses_wire": ("server/test_responses_api.py", "server/test_same_conversation.py"),
-    "server/stream": ("server/test_chat_api.py", "server/test_responses_api.py"),
-    "server/texts": ("server/test_bounds.py",),
-    "server/wire": ("server/test_errors.py", "server/test_foreign.py", "server/test_text_api.py"),
+    "server/api/responses_wire": (
+        "server/test_responses_api.py",
+        "server/test_same_conversation.py",
+    ),
+    "server/api/stream": (
+        "server/test_chat_api.py",
+        "server/test_keep_alive.py",
+        "server/test_limits.py",
+        "server/test_responses_api.py",
+    ),
+    "server/api/texts": ("server/test_bounds.py",),
+    "server/api/wire": (
+        "server/test_chat_api.py",
+        "server/test_errors.py",
+        "server/test_foreign.py",
+        "server/test_text_api.py",
+    ),
+    "server/api/chat": ("server/test_chat_api.py", "server/test_token_ids.py"),
+    "server/http/app": ("server/test_errors.py", "server/test_chat_api.py"),
+    "server/api/messages": ("server/test_messages_api.py",),
+    "server/api/responses": ("server/test_responses_api.py",),
+    "server/api/text": ("server/test_text_api.py", "server/test_token_ids.py"),
+    "server/api/tool_names": ("server/test_chat_api.py", "server/test_messages_api.py"),
+    "server/vllm/command": ("server/test_vllm_command.py",),
+    "server/vllm/upstream": ("server/test_vllm_upstream.py",),
 }
 
 
@@ -335,6 +376,14 @@ def default_files() -> list[str]:
     return [path for path in found if "/tasks/" not in path and tests_of(path)]
 
 
+def without_tests() -> list[str]:
+    """Files of the rooms that no test mirrors: those of `tests/flows` run them."""
+    known = set(default_files())
+    every = [path for room in ROOMS for path in sorted((ROOT / SOURCE / room).rglob("*.py"))]
+    names = [str(path.relative_to(ROOT)) for path in every if path.name != "__init__.py"]
+    return [name for name in names if name not in known and "/tasks/" not in name]
+
+
 def tests_of(path: str) -> list[str]:
     room, _, name = str(Path(path).relative_to(SOURCE).with_suffix("")).partition("/")
     stem = name.split("/")[-1]
@@ -498,6 +547,7 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help=f"write {RECORD.name}")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is known")
+    parser.add_argument("--note", default="", help="what a reader of the record should know")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     WORK.mkdir(parents=True, exist_ok=True)
@@ -533,7 +583,12 @@ def main() -> None:
             question="how many small faults in the source make a test fail?",
             command=f"make mutants SAMPLE={arguments.sample}",
             figures=mutant_figures(results),
-            results=results,
+            results={
+                "seed": arguments.seed,
+                "note": arguments.note,
+                "without_tests_of_their_own": without_tests(),
+                **results,
+            },
         )
 
 

@@ -251,6 +251,12 @@ def test_a_card_says_where_a_margin_came_from(tmp_path: Path) -> None:
     card = render_card(replace(given(tmp_path, arms=arms), comparison=comparison))
     assert "no loss beyond the margins given with the comparison was found" in card
     assert "| 5.0 (flag) | GO |" in card
+    # That of the mean is one of them.
+    comparison = compare_arms(arms, margins={"macro": 0.05})
+    assert comparison is not None and comparison.benchmarks["aime2025"].margin_origin == "default"
+    card = render_card(replace(given(tmp_path, arms=arms), comparison=comparison))
+    assert "fixed beforehand" not in card.partition("## Model overview")[0]
+    assert "| macro mean |" in card and card.count("5.0 (flag)") == 1
 
 
 def test_quantization_is_described_from_the_checkpoint(tmp_path: Path) -> None:

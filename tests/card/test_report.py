@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,34 @@ def test_page_says_what_was_not_measured_and_what_cannot_be_concluded(page: str)
     assert "would decide" in page
     for number in ("60.00", "45.00", "-15.00", "20 of 300"):
         assert number in page
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("GO", "A loss larger than the margin is ruled out on IFBench."),
+        ("NO-GO", "A loss larger than the margin is shown on IFBench."),
+        ("loss shown", "On IFBench a loss is shown, but not whether it is larger than the margin."),
+        ("too wide", "neither equality nor a loss has been shown."),
+        ("blocked", "On IFBench no verdict may be read; the reason stands in the table below."),
+    ],
+)
+def test_the_conclusion_says_what_the_verdict_says(tmp_path: Path, kind: str, said: str) -> None:
+    arms = [read_arm(write_arm(tmp_path, name, 12)) for name in ("fp8", "mixed")]
+    comparison = compare_arms(arms)
+    assert comparison is not None
+    given: dict[str, Any] = (
+        {"verdict": kind, "reason": ""}
+        if "GO" in kind
+        else {"verdict": "INCONCLUSIVE", "reason": kind}
+    )
+    rows = {name: replace(row, **given) for name, row in comparison.benchmarks.items()}
+    page = render_report(arms, replace(comparison, benchmarks=rows, **given))
+    conclusion = re.sub(r"<[^>]+>", " ", page.partition("<h2>Accuracy")[0])
+    assert said in conclusion
+    others = {"ruled out", "is shown on", "a loss is shown", "neither", "no verdict may"}
+    assert sum(text in conclusion for text in others) == 1
+    assert "its margin is 1.0." in conclusion
 
 
 def test_a_checkpoints_note_is_printed_once_above_the_scores(tmp_path: Path) -> None:

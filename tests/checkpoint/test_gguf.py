@@ -341,3 +341,15 @@ def test_tokens_of_a_user_are_added_and_not_special() -> None:
     files = tokenizer_files(metadata, 3)
     added = json.loads(files["tokenizer.json"])["added_tokens"]
     assert {token["content"]: token["special"] for token in added} == {"<u>": False, "<c>": True}
+
+
+def test_a_kind_of_tensor_that_nobody_decodes_is_named(
+    make: Any, small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    write_gguf(tmp_path / "m.gguf", small, make.weights(small))
+    monkeypatch.setattr(gguf.quants, "dequantize", refuse)
+    with pytest.raises(CheckpointError, match=r"weight: cannot decode F32"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")

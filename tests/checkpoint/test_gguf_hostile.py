@@ -132,3 +132,21 @@ def test_damage_is_a_sentence_or_a_model(
         path.write_bytes(spoil(content, random.Random(seed), header_bytes))
         with contextlib.suppress(HalfbyteError):
             import_gguf(path, tmp_path / str(seed))
+
+
+@pytest.mark.parametrize(
+    "kind, size",
+    [(0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 4), (7, 1), (10, 8), (11, 8), (12, 8)],
+)
+def test_every_kind_of_value_has_its_length(tmp_path: Path, kind: int, size: int) -> None:
+    """By the format's specification; with another length the next key would be misread."""
+    file = tmp_path / "m.gguf"
+    file.write_bytes(
+        header(
+            key(b"a", kind, bytes(size)), key(b"b", ARRAY, array(kind, 3, bytes(3 * size))), LLAMA
+        )
+    )
+    check_header(file)
+    file.write_bytes(header(key(b"a", kind, bytes(size)), LLAMA)[:-1])
+    with pytest.raises(CheckpointError, match="ends within"):
+        check_header(file)

@@ -16,6 +16,7 @@ import pytest
 from halfbyte.checkpoint.hub import choose_files, locate
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import CapacityError, CheckpointError, UnsupportedError, UsageError
+from halfbyte.hub import refuse
 from halfbyte.model.tiny import write_tiny_checkpoint
 
 NAME = "owner/tiny-model"
@@ -175,3 +176,15 @@ def test_native_weights_are_fetched_only_where_there_are_no_others() -> None:
     assert "consolidated.safetensors" not in choose_files(both, "m")
     with pytest.raises(CheckpointError, match="holds no"):
         choose_files(["pytorch_model.bin"], "m")
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [(OSError("first line\nsecond line"), "from the hub: first line. Some"),
+     (OSError("only line"), "from the hub: only line. Some"),
+     (TimeoutError(), "from the hub: TimeoutError. Some")],
+)  # fmt: skip
+def test_the_first_line_of_a_failure_is_shown(error: Exception, said: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        refuse("owner/name cannot be fetched from the hub", "Some models need a login", error)
+    assert said in str(caught.value) and "second" not in str(caught.value)

@@ -84,8 +84,12 @@ def test_import_explains_misuse(
     assert not (tmp_path / "out").exists()
 
 
-def test_each_part_is_counted_by_what_belongs_to_it(make: Any, tmp_path: Path) -> None:
-    tensors = make.checkpoint(tmp_path, "none")
+@pytest.mark.parametrize("dialect", ["none", "modelopt"])
+def test_each_part_is_counted_by_what_belongs_to_it(
+    make: Any, tmp_path: Path, dialect: str
+) -> None:
+    """Scales of the cache belong to the attention."""
+    tensors = make.checkpoint(tmp_path, dialect)
     text = overview(Checkpoint.open(tmp_path))
     by_part: dict[str, int] = {}
     for name, tensor in tensors.items():

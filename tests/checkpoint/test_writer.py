@@ -17,7 +17,13 @@ from safetensors.torch import load_file
 
 from halfbyte.checkpoint import manifest as manifest_module
 from halfbyte.checkpoint import writer as writer_module
-from halfbyte.checkpoint.manifest import MANIFEST_NAME, HashingWriter, hash_stored, read_manifest
+from halfbyte.checkpoint.manifest import (
+    MANIFEST_NAME,
+    HashingWriter,
+    hash_file,
+    hash_stored,
+    read_manifest,
+)
 from halfbyte.checkpoint.shards import INDEX_NAME, read_header, read_whole, scan
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, CheckpointError, FormatError, UsageError
@@ -278,5 +284,16 @@ def test_data_begins_at_a_multiple_of_eight_whatever_the_names(
         (file,) = made.glob("*.safetensors")
         header = int.from_bytes(file.read_bytes()[:8], "little")
         assert header % 8 == 0, length
+        if room is None:  # what is small is packed: no more blanks than that takes
+            text = file.read_bytes()[8 : 8 + header]
+            assert len(text) - len(text.rstrip()) < 8
         assert file.stat().st_size == 8 + header + 160
         assert load_file(file)["n" * length].equal(torch.ones(40))
+
+
+def test_a_file_that_cannot_be_hashed_is_named(tmp_path: Path) -> None:
+    own = Path(__file__)
+    assert hash_file(own) == hashlib.sha256(own.read_bytes()).hexdigest()
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CheckpointError, match=f"{path.name}: "):
+            hash_file(path)

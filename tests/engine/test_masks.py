@@ -116,3 +116,42 @@ def test_closing_ends_the_threads() -> None:
     assert set(threading.enumerate()) - before
     filler.close()
     assert set(threading.enumerate()) <= before
+
+
+class Slow(Counting):
+    """Fills when it is let go; says whether anything else was asked of it in the meantime."""
+
+    def __init__(self, token_id: int) -> None:
+        super().__init__(token_id)
+        self.is_filling = threading.Event()
+        self.may_fill = threading.Event()
+        self.was_disturbed = False
+
+    def allows(self, token_id: int) -> bool:
+        self.was_disturbed |= self.is_filling.is_set()
+        return super().allows(token_id)
+
+    def fill(self, bitmask: NDArray[np.uint32]) -> None:
+        self.is_filling.set()
+        assert self.may_fill.wait(10)
+        super().fill(bitmask)
+        self.is_filling.clear()
+
+
+@pytest.mark.parametrize("asked", ["allows", "words", "forget"])
+def test_nothing_is_asked_of_a_mask_that_is_being_filled(asked: str) -> None:
+    """Grammars are no code for two threads; what was begun is waited for."""
+    filler = MaskFiller(VOCAB)
+    mask = Slow(5)
+    request = request_of("a", mask)
+    filler.begin([request])
+    assert mask.is_filling.wait(10)
+    threading.Timer(0.2, mask.may_fill.set).start()
+    if asked == "allows":
+        assert filler.allows(request, 5)
+    elif asked == "words":
+        assert allowed(filler, request) == [5]
+    else:
+        filler.forget()
+    assert not mask.is_filling.is_set() and not mask.was_disturbed
+    filler.close()

@@ -29,12 +29,14 @@ class Machine:
     def __init__(self, **options: int | bool) -> None:
         num_blocks = int(options.pop("num_blocks", 8))
         self.pool = BlockPool(num_blocks, 2)
+        # Unless told otherwise, what the scheduler does by itself.
+        chosen = {name: bool(options.pop(name)) for name in ("prefix_cache",) if name in options}
         self.scheduler = Scheduler(
             self.pool,
             max_sequences=int(options.pop("max_sequences", 3)),
             max_batch_tokens=int(options.pop("max_batch_tokens", 5)),
-            prefix_cache=bool(options.pop("prefix_cache", True)),
             num_ahead=int(options.pop("num_ahead", 0)),
+            **chosen,
         )
         # What a draft model keeps of a position: also the token behind it.
         self.entries: dict[tuple[int, int], tuple[int, ...]] = {}

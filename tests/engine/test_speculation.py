@@ -458,6 +458,21 @@ def test_pace_follows_cost_and_acceptance() -> None:
     assert not pace._rates and not pace._levels
 
 
+@pytest.mark.parametrize("unit_s", [0.001, 1.0, 40.0])
+def test_guesses_are_weighed_against_what_a_plain_step_takes_now(unit_s: float) -> None:
+    """In any unit of time, and after steps became slower, as they do with longer contexts."""
+    pace = Pace(8)
+    for _ in range(10):
+        pace.observe(unit_s, 1, 0)
+    for _ in range(40):
+        pace.note(0, 0, 4, 3)
+        pace.observe(3 * unit_s, 1, 4)
+    assert pace.num_wanted(0, 0, 1) == 2, "each guess costs half a step"
+    for _ in range(100):
+        pace.observe(2 * unit_s, 1, 0)
+    assert pace.num_wanted(0, 0, 1) == 4, "now a quarter"
+
+
 def test_a_crowd_on_a_busy_processor_does_not_guess() -> None:
     """Where every row costs the same, only near certainty pays."""
     pace = Pace(4)

@@ -20,7 +20,7 @@ def test_the_example_of_the_docstring() -> None:
     decoding = sequence([1, 1, 1, 1, 1], [2, 3], 1)
     decoding.reserve(2)
     works = [Work(sequence([5, 6], [7], 0), 0, 2), Work(decoding, 5, 1)]
-    table = PageTable(2, 4, 4)
+    table = PageTable(2, 5, 4)
     step = lay_out(works, table)
     assert step.packed_5T.tolist() == [
         [5, 6, 0],

@@ -33,8 +33,8 @@ Scores = Mapping[tuple[str, int], float | None]
 def record(item: str, repeat: int, score: float | None, group: str, ending: str = "") -> Record:
     cause = ending or {None: "error", 1.0: "ok"}.get(score, "wrong")
     return Record(
-        "r", "a", "gpqa_diamond", "p", "h", item, group, "physics", repeat, 1, "text", "", "stop",
-        5, 7, 0, 0.5, "A", "B", score, cause, {}, "gone" if score is None else None, 0,  # type: ignore[arg-type]
+        "r", "a", "gpqa_diamond", "p", "h", item, group, "physics", repeat, 1, f"text {repeat}", "",
+        "stop", 5, 7, 0, 0.5, "A", "B", score, cause, {}, "gone" if score is None else None, 0,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -383,6 +383,26 @@ def test_other_sandboxes_and_packages_are_remarked_on(tmp_path: Path) -> None:
     assert "numpy: 1 in the baseline, 2 here." in remarks
     assert not any("halfbyte" in text for text in remarks)
     assert not any("limits" in text for text in compare_runs(a, a).remarks)
+    c = write_arm(tmp_path, "c", all_right(400), packages={"math-verify": "0.9"})
+    assert "math-verify: None in the baseline, 0.9 here." in compare_runs(a, c).remarks
+
+
+def test_arms_that_were_graded_by_other_rules_block(tmp_path: Path) -> None:
+    arms = both(tmp_path, "gpqa_diamond", all_right(400), all_right(400))
+    (file,) = (arms[1] / "gpqa_diamond").glob("samples.jsonl")
+    again = file.with_name("samples.regrade-1.jsonl")
+    again.write_text(file.read_text())
+    comparison = compare_runs(*arms)
+    (row,) = comparison.benchmarks.values()
+    assert (comparison.verdict, comparison.reason) == ("INCONCLUSIVE", "blocked")
+    assert "only the candidate was graded again" in row.blockers[0]
+    (row,) = compare_runs(arms[1], arms[0]).benchmarks.values()
+    assert "only the baseline was graded again" in row.blockers[0]
+    (arms[0] / "gpqa_diamond" / again.name).write_text(file.read_text())
+    assert compare_runs(*arms).verdict == "GO"
+    write_arm(tmp_path, "c", all_right(400), result_changes={"scorer": "another"})
+    (row,) = compare_runs(*arms).benchmarks.values()
+    assert row.blockers == ["graded by 's' in the baseline, by 'another' in the candidate"]
 
 
 def test_items_that_really_moved_are_told_from_noise(tmp_path: Path) -> None:
@@ -403,18 +423,34 @@ def test_items_that_really_moved_are_told_from_noise(tmp_path: Path) -> None:
     assert says_so("c") and not says_so("b")
 
 
-def test_repeats_at_temperature_zero_count_once(tmp_path: Path) -> None:
-    def verdict(temperature: float) -> str:
-        sampling = {"temperature": temperature}
-        b, c = both(
-            tmp_path, "gpqa_diamond", all_right(100, 8), all_right(100, 8), settings=sampling
-        )
-        comparison = compare_runs(b, c)
-        (row,) = comparison.benchmarks.values()
-        assert any("copies" in text for text in row.remarks)
-        return comparison.verdict
+def change_samples(arm: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    file = arm / "gpqa_diamond" / "samples.jsonl"
+    rows = [change(json.loads(line)) for line in file.read_text().splitlines()]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
-    assert (verdict(0.0), verdict(0.7)) == ("INCONCLUSIVE", "GO")
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("copied", ["", "b", "c", "bc"])
+def test_repeats_that_are_copies_count_once(
+    tmp_path: Path, temperature: float, copied: str
+) -> None:
+    """At temperature 0, and where a server gives the same text whatever the seed."""
+    sampling = {"temperature": temperature}
+    b, c = both(tmp_path, "gpqa_diamond", all_right(100, 8), all_right(100, 8), settings=sampling)
+    for arm in (b, c):
+        if arm.name in copied:
+            change_samples(arm, lambda row: {**row, "answer": "text"})
+    comparison = compare_runs(b, c)
+    (row,) = comparison.benchmarks.values()
+    assert any("copies" in text for text in row.remarks) == bool(copied)
+    is_go = temperature > 0 and not copied
+    assert comparison.verdict == ("GO" if is_go else "INCONCLUSIVE")
+    if is_go:
+        # One answer that differs is proof that the server draws.
+        change_samples(
+            b, lambda r: {**r, "answer": "t" if (r["item_id"], r["repeat"]) == ("g0-0", 3) else ""}
+        )
+        assert compare_runs(b, c).verdict == "GO"
 
 
 # --- Several benchmarks are several looks. ---
@@ -573,6 +609,7 @@ def test_a_checkpoint_against_itself_is_told(tmp_path: Path, shift: int, said: s
     "change, said",
     [
         ({"gold": "C"}, "1 answers were graded against other gold in the other arm"),
+        ({"group": "g9"}, "1 answers belong to another group of items in the other arm"),
         ({"score": 500.0}, "1 scores are not between 0 and 1"),
         ({"score": -0.5}, "1 scores are not between 0 and 1"),
         ({"score": math.nan}, "1 scores are not between 0 and 1"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from halfbyte.evals.running.endpoint import (
     connect,
     describe_checkpoint,
     describe_served,
+    is_here,
+    read_key,
     serve,
 )
 from halfbyte.model.tiny import write_tiny_checkpoint
@@ -109,6 +112,7 @@ class Listing(BaseHTTPRequestHandler):
     models: ClassVar[Any] = []
     context: ClassVar[dict[str, int]] = {}
     keys: ClassVar[list[str | None]] = []
+    status: ClassVar[int] = 200
 
     def do_GET(self) -> None:
         self.keys.append(self.headers["Authorization"])
@@ -120,7 +124,7 @@ class Listing(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         content = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(self.status)
         self.end_headers()
         self.wfile.write(content)
 
@@ -189,3 +193,43 @@ def test_a_server_that_does_not_come_up_is_told_with_its_log(tmp_path: Path) -> 
     ):
         pass
     assert "nothing" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [(500, "no OpenAI-compatible server"), (404, "no OpenAI-compatible server"),
+     (401, "asks for an API key"), (403, "asks for an API key")],
+)  # fmt: skip
+def test_a_list_under_an_error_is_no_list(
+    listing: str, monkeypatch: pytest.MonkeyPatch, status: int, said: str
+) -> None:
+    monkeypatch.setattr(Listing, "models", ["one"])
+    monkeypatch.setattr(Listing, "status", status)
+    with pytest.raises(UsageError, match=said):
+        connect(listing, None, "none")
+
+
+def test_where_nobody_answers_is_said() -> None:
+    with socket.socket() as bound:  # bound, and not listening
+        bound.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(UsageError, match="no server answers there"):
+            connect(address, None, "none")
+
+
+def test_a_key_comes_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_OF_THE_TEST", "secret")
+    assert read_key("KEY_OF_THE_TEST") == "secret"
+    assert read_key(None) == "none"
+    monkeypatch.delenv("KEY_OF_THE_TEST")
+    with pytest.raises(UsageError, match="--api-key-env KEY_OF_THE_TEST: the environment has no"):
+        read_key("KEY_OF_THE_TEST")
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [("http://localhost:1/v1", True), ("http://127.9.9.9/v1", True), ("http://[::1]:8/v1", True),
+     ("http://128.0.0.1/v1", False), ("https://localhost.example/v1", False)],
+)  # fmt: skip
+def test_this_machine_is_known_by_its_loopback(url: str, expected: bool) -> None:
+    assert is_here(url) is expected

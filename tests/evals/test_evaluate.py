@@ -8,18 +8,21 @@ import pytest
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.config import JudgeConfig, RunConfig, RunSampling
-from halfbyte.evals.records import mark_session, read_run
+from halfbyte.evals.judging.compare import compare_runs
+from halfbyte.evals.records import AttemptJournal, Record, mark_session, read_run, record_row
 from halfbyte.evals.running import evaluate as evaluate_module
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.evaluate import (
+    Prepared,
     _begin,
     _check_same_prompts,
     _identity,
     _not_measured,
     default_arm,
+    evaluate,
 )
 from halfbyte.evals.sandbox import SandboxLimits
-from halfbyte.evals.tasks.benchmark import LoadedItems
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options
 from halfbyte.evals.tasks.data import Provenance
 from halfbyte.evals.tasks.suite import BENCHMARKS
 from halfbyte.evals.types import Sample
@@ -122,3 +125,57 @@ def test_an_arm_is_named_by_its_folder_or_host(tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     assert default_arm(str(tmp_path / "mixed")) == "mixed"
     assert default_arm("http://host:8000/v1") == "host:8000"
+
+
+def test_what_was_to_be_asked_is_on_record_before_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two arms that ended early, both before the same benchmark, have not both passed it."""
+    runner = pytest.importorskip("halfbyte.evals.running.run")
+    names = ("pocket", "aime2025", "ifbench")
+    loaded = {"pocket": BENCHMARKS["pocket"].load(Options())}
+    samples = tuple(Sample(str(n), str(n), "s", "1", {"problem": "?"}) for n in range(30))
+    loaded["aime2025"] = LoadedItems(samples, Provenance(source="x", revision="r", sha256={}))
+    prepared = Prepared(loaded, {"ifbench": "no file"})
+
+    def run_benchmark(benchmark: Benchmark, *_: Any, **given: Any) -> list[Record]:
+        if benchmark.name == "aime2025":
+            raise KeyboardInterrupt
+        return [
+            record(f"g-{sample.item_id}", sample.item_id, repeat)
+            for sample in loaded["pocket"].samples
+            for repeat in range(given["repeats"])
+        ]
+
+    def record(group: str, item: str, repeat: int) -> Record:
+        return Record(
+            "r", "a", "pocket", "p", "h", item, group, "s", repeat, 1, f"text {repeat}", "", "stop",
+            5, 7, 0, 0.5, "A", "A", 1.0, "ok", {}, None, 0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(runner, "run_benchmark", run_benchmark)
+    arms = []
+    for arm in "bc":
+        asked = replace(config(tmp_path, *names, repeats=8), out=tmp_path / arm, arm=arm)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(asked, SERVED, CHECKPOINT, "c", prepared)
+        journal = AttemptJournal(asked.out / "pocket" / "samples.jsonl")
+        for row in run_benchmark(BENCHMARKS["pocket"], repeats=8):
+            journal.append(record_row(row))
+        journal.close()
+        arms.append(asked.out)
+    run = read_run(arms[0])
+    assert {name: one.status for name, one in run.benchmarks.items()} == {
+        "pocket": "complete",
+        "aime2025": "incomplete",
+    }
+    left = run.benchmarks["aime2025"]
+    assert (left.items, left.repeats, left.score, left.causes) == (30, 8, None, {})
+    comparison = compare_runs(arms[0], arms[1])
+    assert comparison.benchmarks["pocket"].verdict == "GO"
+    assert "the run ended before it did" in comparison.left_out["aime2025"]
+    assert (comparison.verdict, comparison.reason) == ("INCONCLUSIVE", "blocked")
+    # A run that goes on keeps what is done.
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(replace(asked, benchmarks=asked.benchmarks[1:]), SERVED, CHECKPOINT, "c", prepared)
+    assert read_run(arms[1]).benchmarks["pocket"].status == "complete"

@@ -91,6 +91,14 @@ def test_box_is_closed_by_counting_not_by_the_last_brace() -> None:
     assert last_boxed("none") is None
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [r"a \{ b", r"a \} b", r"\{1, 2\}", r"1 \\{2}", r"7 \\", r"x \\\} y", r"\}", r"{\{}", r"\\\\"],
+)
+def test_an_escaped_brace_is_text_and_one_behind_a_line_break_is_not(inner: str) -> None:
+    assert last_boxed(rf"so \boxed{{{inner}}} {{and}} more") == inner
+
+
 def test_recorded_answers_give_the_letter_of_the_official_script() -> None:
     lines = (DATA / "mmlu_pro" / "items.jsonl").read_text().splitlines()
     assert len(lines) == 28

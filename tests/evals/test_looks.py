@@ -24,6 +24,7 @@ from halfbyte.evals.judging.looks import (
     parse_margins,
     read_comparison,
 )
+from halfbyte.evals.judging.render import format_comparison
 
 THIRD_OF_FIVE = {"number": 3, "planned": 5, "level": 0.01}
 
@@ -52,7 +53,11 @@ def test_margins_record_where_they_came_from(tmp_path: Path) -> None:
     assert given == {"gpqa_diamond": Margin(0.02, "file"), "macro": Margin(0.03, "file")}
     comparison = compare_runs(*pair, given)
     assert comparison.benchmarks["gpqa_diamond"].margin_origin == "file"
-    assert comparison.macro_margin == 0.03
+    assert (comparison.macro_margin, comparison.macro_margin_origin) == (0.03, "file")
+    assert compare_runs(*pair).macro_margin_origin == "default"
+    # The mean's margin is one like the others: given with the comparison, it is shown as that.
+    flagged = compare_runs(*pair, parse_margins(["macro=50"], None))
+    assert "50.0 (flag)" in format_comparison(flagged)
     # A flag comes last, and is named as one.
     assert parse_margins(["gpqa_diamond=1.5"], file)["gpqa_diamond"] == Margin(0.015, "flag")
 

@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 
 pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
 
+from inspect_ai.model import GenerateConfig
+from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
+from openai.types.chat import ChatCompletion
+
 from halfbyte.errors import UsageError
 from halfbyte.evals.running.endpoint import base_address
-from halfbyte.evals.running.provider import ServerFaultError, check_completion, read_message
+from halfbyte.evals.running.provider import (
+    AnswerReader,
+    ServerFaultError,
+    check_completion,
+    read_message,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +57,28 @@ def test_text_and_thoughts_are_told_apart(
     message: dict[str, object], text: str, reasoning: str
 ) -> None:
     assert read_message(message) == (text, reasoning)
+
+
+async def test_a_completion_comes_back_with_text_and_thoughts_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "B"}]
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}
+    sent = ChatCompletion.model_validate(
+        {"id": "i", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    )
+    sent.choices[0].message.content = parts  # type: ignore[assignment]
+
+    async def answer(*_: Any) -> Any:
+        return sent
+
+    monkeypatch.setattr(OpenAICompatibleAPI, "_generate_completion", answer)
+    client = AnswerReader("m", base_url="http://127.0.0.1:9/v1", api_key="none")
+    found = await client._generate_completion({}, GenerateConfig())
+    message = found.choices[0].message
+    assert (message.content, message.reasoning_content) == ("B", "hm")
+    (kept,) = client.chat_choices_from_completion(found, [])
+    assert kept.message.text == "B" and kept.stop_reason == "stop"
 
 
 anything = st.recursive(

@@ -158,6 +158,9 @@ def test_edges_of_intervals() -> None:
     one = accuracy_interval([1.0], None)
     assert 0 < one.low < 0.25 and one.high == pytest.approx(1.0)
     assert wilson(0, 0) == (0.0, 1.0)
+    # Rounding may not print -0.0 % or more than everything.
+    ends = [wilson(k, n) for n in range(1, 200) for k in (0, n)]
+    assert min(e.low for e in ends) == 0 and max(e.high for e in ends) == 1
     # Two groups that moved apart: no difference of scores lies beyond one.
     two = paired_difference([1.0, 0.0], [0.0, 1.0])
     assert (two.low, two.high) == (-1.0, 1.0)

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,20 @@ def test_gptq_is_counted(source: Survey) -> None:
     assert found["gptq"].memory.peak_bytes > found["max"].memory.peak_bytes
 
 
+def test_every_sweep_of_gptq_costs_the_same(source: Survey) -> None:
+    recipe = load_recipe("medium-3.5")
+    seconds = []
+    for sweeps in range(5):
+        scales = METHODS["gptq"]
+        scales = replace(scales, gptq=replace(scales.gptq, sweeps=sweeps))
+        plan = make_plan(replace(recipe, scales=scales), source.config)
+        seconds.append(capacity._weighing(source, plan, Text(64, 512), SPEEDS)["GPTQ"])
+    # The first one factors once more.
+    steps = [b - a for a, b in pairwise(seconds)]
+    assert steps[0] > steps[1] > 0
+    assert steps[1:] == pytest.approx([steps[1]] * 3)
+
+
 def test_gptq_of_the_full_width_fits_in_twelve_gib() -> None:
     # Products of down's 28,672 inputs take 3.3 GB, and twice that while they are factored.
     text = replace(tiny_config(layers=88).text, width=12288, mlp_width=28672, num_heads=96)
@@ -296,3 +311,10 @@ def test_a_plan_is_within_half_as_much_again_of_the_run(tmp_path: Path) -> None:
         )
         ratios.append(likely / result.seconds)
     assert 1 / 2 < sorted(ratios)[1] < 2
+
+
+def test_the_text_of_a_run_is_told(source: Survey, plan: Plan) -> None:
+    with_text = format_estimate(source, estimate(source, plan, Text(4, 64), speeds=SPEEDS))
+    assert "4 rows of up to 64, 256 tokens at most" in with_text
+    without = format_estimate(source, estimate(source, plan, Text(0, 0), speeds=SPEEDS))
+    assert "none: data-free" in without

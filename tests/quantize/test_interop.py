@@ -11,7 +11,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,11 +28,12 @@ from halfbyte.chat.processor import processor_layout
 from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import verify
+from halfbyte.errors import CheckpointError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import decoder_linears
 from halfbyte.pictures import normalized
 from halfbyte.quantize import export
-from halfbyte.quantize.export import export_files
+from halfbyte.quantize.export import _with_sampling, export_files
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.recipe.plan import make_plan
@@ -378,3 +379,32 @@ def test_an_export_carries_the_sampling_that_the_models_makers_recommend(
     monkeypatch.setattr(export, "_RECOMMENDED", sizes)
     made = json.loads(made_files(tmp_path)["generation_config.json"])
     assert made.pop("pad_token_id", 11) == 11 and made == wanted
+
+
+@pytest.mark.parametrize(
+    "there, expected",
+    [
+        (b'{"max_length": 9}', {"max_length": 9, "temperature": 0.7, "top_p": 0.95}),
+        (b'\xef\xbb\xbf{"do_sample": true}',
+         {"do_sample": True, "temperature": 0.7, "top_p": 0.95}),
+        (b'{"temperature": 0.1}', None),
+        (b'{"top_k": 5}', None),
+        (b'{"top_k": null}', {"top_k": None, "temperature": 0.7, "top_p": 0.95}),
+        (b"[1]", "must hold a JSON object"),
+        (b"{", "no JSON"),
+        (b"\xff", "no JSON"),
+    ],
+)  # fmt: skip
+def test_recommended_sampling_is_added_where_there_is_none(there: bytes, expected: object) -> None:
+    text = types.SimpleNamespace(
+        num_layers=88, width=12288, bos_token_id=1, eos_token_ids=(2,), pad_token_id=11
+    )
+    made_for = cast("Checkpoint", types.SimpleNamespace(config=types.SimpleNamespace(text=text)))
+    if isinstance(expected, str):
+        with pytest.raises(CheckpointError, match=f"generation_config.json: {expected}"):
+            _with_sampling(made_for, there)
+        return
+    made = _with_sampling(made_for, there)
+    assert (None if made is None else json.loads(made)) == expected
+    text.width = 64
+    assert _with_sampling(made_for, there) is None

@@ -1,5 +1,6 @@
 """One layer: which tensors come out, FP8 codes that pass through, weights that are refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import PROFILES, Profile, decode_fp8
 from halfbyte.model.tiny import write_tiny_checkpoint
 from halfbyte.quantize.encode import SourceWeight, _encode_fp8
-from halfbyte.quantize.layer import cache_scales, quantize_layer
+from halfbyte.quantize.layer import cache_scales, quantize_layer, wanted_sums
 from halfbyte.quantize.report import linear_record
 from halfbyte.recipe.plan import make_plan
-from halfbyte.recipe.schema import load_recipe, parse_recipe
+from halfbyte.recipe.schema import Scales, load_recipe, parse_recipe
 
 CPU = torch.device("cpu")
 SEEN = {tap: torch.tensor(2.0 + n).bfloat16() for n, tap in enumerate(TAPS)}
@@ -56,6 +57,34 @@ def test_siblings_share_what_they_must(fp8_source: Checkpoint) -> None:
     for role in ("weight_scale", "input_scale"):
         assert tensors[f"decoder.4.attention.q.{role}"].shape == ()
     assert len(tensors) == 4 * 3 + 3 * 4
+
+
+NORMED = ("attention.input", "mlp.input")
+EVERY = (*NORMED, "attention.o.input", "mlp.down.input")
+
+
+@pytest.mark.parametrize(
+    "scales, wanted",
+    [
+        (Scales("amax", "amax"), {}),
+        (Scales("mse", "amax"), {}),
+        (Scales("weighted", "amax"), dict.fromkeys(EVERY, "squares")),
+        (Scales("gptq", "amax"), dict.fromkeys(EVERY, "products")),
+        # What is folded into a norm is asked for where a norm is read.
+        (Scales("amax", "amax", smoothing=0.5), dict.fromkeys(NORMED, "squares")),
+        (Scales("weighted", "amax", smoothing=0.5), dict.fromkeys(EVERY, "squares")),
+        (Scales("gptq", "amax", smoothing=0.5), dict.fromkeys(EVERY, "products")),
+    ],
+)
+def test_calibration_sums_up_what_the_rules_need_and_no_more(
+    fp8_source: Checkpoint, scales: Scales, wanted: dict[str, str]
+) -> None:
+    everywhere = replace(load_recipe("nvfp4-everywhere"), scales=scales)
+    assert wanted_sums(make_plan(everywhere, fp8_source.config), 3) == wanted
+    mixed = make_plan(replace(load_recipe("medium-3.5"), scales=scales), fp8_source.config)
+    assert wanted_sums(mixed, 0) == {}, "FP8 linears need none"
+    kept = {tap: want for tap, want in wanted.items() if tap.startswith("mlp")}
+    assert wanted_sums(mixed, 4) == kept
 
 
 def test_cache_scales_come_from_keys_and_values() -> None:

@@ -20,6 +20,7 @@ from halfbyte.cli.main import main
 from halfbyte.model.tiny import write_tiny_checkpoint
 from halfbyte.quantize.charts import Cell, colour, heatmap, lines, stacked
 from halfbyte.quantize.page import render
+from halfbyte.quantize.record import peak_memory_bytes
 
 LAYERS = 6
 
@@ -96,6 +97,45 @@ def test_the_page_shows_every_linear_layer_and_range_and_fetches_nothing(
     assert all(facts["sha256"] in text for facts in record["source"]["files"].values())
     assert all(part in text for part in record["output"]["parts"])
     assert render(record) == page
+
+
+def test_errors_are_shown_by_linear_and_by_format(record: dict[str, Any]) -> None:
+    page = render(record)
+    reader = read(page)
+    for linear in record["linears"]:
+        said = "nothing lost" if linear["sqnr_db"] is None else f"{linear['sqnr_db']:.2f} dB"
+        assert f"{linear['name']}: {linear['format']}, {said}" in reader.titles
+        assert linear["measured"] == 1, "small weights are measured whole"
+    found = sorted(x["sqnr_db"] for x in record["linears"] if x["format"] == "nvfp4")
+    assert found[0] < found[-1]
+    shown = f"{found[0]:.2f} {sum(found) / len(found):.2f} {found[-1]:.2f}"
+    assert shown in re.sub(r"\s+", " ", " ".join(reader.text)), shown
+
+
+def test_methods_are_compared_by_the_means_of_each_format(record: dict[str, Any]) -> None:
+    made: dict[str, list[float]] = {}
+    for number, linear in enumerate(record["linears"]):
+        linear["output_db"] = {"max": 100.0 + number}
+        made.setdefault(linear["format"], []).append(100.0 + number)
+        if linear["format"] == "nvfp4":
+            linear["output_db"]["chosen"] = 7.0
+    said = re.sub(r"\s+", " ", " ".join(read(render(record)).text))
+    for chosen, values in made.items():
+        extra = "7.00" if chosen == "nvfp4" else "–"
+        assert f"{chosen} {sum(values) / len(values):.2f} {extra}" in said
+
+
+def test_a_record_holds_the_memory_that_was_planned_and_taken(
+    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert record["planned_memory_bytes"].keys() == {"host"}
+    mib = 1 << 20
+    for layer in record["layers"]:
+        assert 50 * mib < layer["peak_memory_bytes"]["host"] < 1 << 40
+    taken = peak_memory_bytes(torch.device("cpu"))["host"]
+    monkeypatch.setattr("halfbyte.quantize.record.held", lambda: None)
+    # Elsewhere the system's other count stands in, which may begin with who started us.
+    assert peak_memory_bytes(torch.device("cpu"))["host"] > taken // 4
 
 
 def test_names_from_outside_cannot_become_markup(record: dict[str, Any]) -> None:

@@ -113,9 +113,12 @@ def test_errors_of_a_weight_larger_than_a_chunk_are_those_of_its_blocks(
     """Every real weight is worked through in pieces."""
     w = torch.randn(8, 80, generator=torch.Generator().manual_seed(3)).bfloat16()
     scale = nvfp4_tensor_scale(largest_magnitude(w))
+    # Importances of 80 columns: chunks of 48 and 112 values begin in the middle of a row.
+    energy_I = torch.exp2(torch.arange(80.0) / 8)
     whole = (
         least_squares_scales(w, scale),
         block_errors(w, block_scales(block_maxima(w), scale), scale),
+        block_errors(w, block_scales(block_maxima(w), scale), scale, energy_I),
     )
     encoded = encode_weight_nvfp4(w, scale, "mse")
     for chunk in (16, 48, 112, 640):
@@ -123,6 +126,8 @@ def test_errors_of_a_weight_larger_than_a_chunk_are_those_of_its_blocks(
         assert torch.equal(least_squares_scales(w, scale).float(), whole[0].float())
         errors = block_errors(w, block_scales(block_maxima(w), scale), scale)
         assert torch.equal(errors, whole[1])
+        errors = block_errors(w, block_scales(block_maxima(w), scale), scale, energy_I)
+        assert torch.equal(errors, whole[2])
         again = encode_weight_nvfp4(w, scale, "mse")
         assert torch.equal(again.codes_OI2, encoded.codes_OI2)
         decoded = decode_nvfp4(again, torch.float32)

@@ -225,3 +225,9 @@ def test_a_weight_that_no_scale_suits_is_not_called_wrong(values: tuple[float, .
     assert not closeness("nvfp4", w, decode_nvfp4(encoded, torch.float32)).is_far
     other = EncodedNVFP4(encoded.codes_OI2, encoded.scale_OB, encoded.tensor_scale * 3)
     assert closeness("nvfp4", w, decode_nvfp4(other, torch.float32)).is_far
+
+
+@pytest.mark.parametrize("rows, is_told", [(1, False), (2, True), (3, True)])
+def test_a_table_of_zeros_is_told_and_a_row_of_zeros_may_be(rows: int, is_told: bool) -> None:
+    found = list(faults("decoder.0.attention.q.weight", torch.zeros(rows, 16).bfloat16()))
+    assert bool(found) is is_told

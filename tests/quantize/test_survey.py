@@ -66,6 +66,20 @@ def test_weights_headers_index_and_config_tell_the_same(whole: Path, tmp_path: P
     assert 0 <= full.num_bytes - alone.num_bytes <= 2 * scalars
 
 
+def test_shards_that_an_index_promises_are_the_weights_once_all_are_there(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = _with_index(whole, tmp_path / "sharded", survey(whole).num_bytes)
+    name = "model-00001-of-00002.safetensors"
+    shutil.copy(_shard(whole), folder / name)
+    found = survey(folder)
+    assert found.basis == "the weights" and found.checkpoint is not None
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert survey(folder).checkpoint is None
+
+
 def test_an_index_that_lies_about_its_size_is_not_believed(whole: Path, tmp_path: Path) -> None:
     found = survey(_with_index(whole, tmp_path / "index", 12345))
     assert found.stated_bytes == 12345

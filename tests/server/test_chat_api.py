@@ -1,10 +1,13 @@
 from typing import Any, cast
 
 import pytest
+from pydantic import ValidationError
 
 from halfbyte.chat.grammar import GrammarMask
 from halfbyte.engine.request import GenerationRequest
 from halfbyte.errors import RequestError
+from halfbyte.server.api.prepare import _beginning
+from halfbyte.server.api.wire import ChatRequest
 from server.conftest import Bench, MakeBench
 
 THINK, END_THINK, CALLS, ARGS, EOS = 34, 35, 9, 32, 2
@@ -262,6 +265,62 @@ async def test_rules_reach_the_engine(
     assert one is not two
     assert one.begin(bench.ids(fitting)) == len(bench.ids(fitting))
     assert two.begin(bench.ids(other)) < len(bench.ids(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("temperature", [0, 2], [-0.01, 2.01]),
+        ("top_p", [0.01, 1], [0, 1.01]),
+        ("top_k", [-1, 0, 2**31 - 1], [-2, 2**31]),
+        ("min_p", [0, 1], [-0.01, 1.01]),
+        ("presence_penalty", [-2, 2], [-2.01, 2.01]),
+        ("frequency_penalty", [-2, 2], [-2.01, 2.01]),
+        ("repetition_penalty", [0.01, 100], [0.009, 100.1]),
+        ("max_reasoning_tokens", [0], [-1]),
+    ],
+)
+def test_sampling_has_these_bounds(name: str, good: list[float], bad: list[float]) -> None:
+    body = {"model": "m", "messages": HELLO}
+    for value in good:
+        assert getattr(ChatRequest.model_validate({**body, name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ValidationError, match=name):
+            ChatRequest.model_validate({**body, name: value})
+
+
+def test_most_likely_tokens_are_asked_for_with_log_probs() -> None:
+    body = {"model": "m", "messages": HELLO, "top_logprobs": 3}
+    with pytest.raises(ValidationError, match="only allowed when logprobs is true"):
+        ChatRequest.model_validate(body)
+    assert ChatRequest.model_validate({**body, "logprobs": True}).top_logprobs == 3
+
+
+THOUGHT = {"type": "thinking", "thinking": "hm"}
+SAID = {"type": "text", "text": "ye"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"content": "ye"}, "ye"),
+        ({"content": [SAID, SAID]}, "yeye"),
+        ({"content": [THOUGHT, SAID]}, "ye"),
+        # What was only thought has begun, too.
+        ({"content": [THOUGHT]}, ""),
+        ({"content": "", "reasoning": "hm"}, ""),
+        ({"content": None, "reasoning_content": "hm"}, ""),
+        ({"content": ""}, None),
+        ({"content": None}, None),
+    ],
+)
+def test_what_of_an_answer_has_begun(fields: dict[str, Any], text: str | None) -> None:
+    last = {"role": "assistant", "prefix": True, **fields}
+    request = ChatRequest.model_validate({"model": "m", "messages": [*HELLO, last]})
+    found = _beginning(request)
+    assert (None if found is None else found.text) == text
+    later = ChatRequest.model_validate({"model": "m", "messages": [*HELLO, last, *HELLO]})
+    assert _beginning(later) is None
 
 
 async def test_texts_besides_json_cannot_stand_beside_tools(make_bench: MakeBench) -> None:

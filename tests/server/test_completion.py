@@ -1,9 +1,13 @@
 """Choices: how an answer was cut into events never shows in it."""
 
+import asyncio
 import itertools
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
 from halfbyte.chat.mistral_format import MistralFormat
@@ -15,7 +19,10 @@ from halfbyte.engine.request import (
     TokenLogprobs,
     TokensEvent,
 )
-from halfbyte.server.api.completion import Choice, Message
+from halfbyte.errors import RequestError
+from halfbyte.server.api.completion import Choice, Job, Message, _finish_reason, _run_choices
+from halfbyte.server.api.pieces import Usage
+from halfbyte.server.ops.metrics import Metrics
 
 THINK, END_THINK, CALLS, ARGS, EOS, INST = 34, 35, 9, 32, 2, 3
 REQUEST = GenerationRequest("a", (1,), SamplingParams())
@@ -74,3 +81,84 @@ def test_the_property_sees_what_is_said(mistral: MistralFormat) -> None:
     assert order == [Reasoning, Content, CallStart, CallArguments, type(None)]
     assert counts == (len(ids), 2 + len(text("hm")), None)
     assert len(message.entries) == len(text("See."))
+
+
+# --- Several answers at once, and how they end. ---
+
+
+class Service:
+    """Streams a token a turn; `fails` names the request whose engine ends before it began."""
+
+    is_ready = True
+
+    def __init__(self, fails: str) -> None:
+        self.fails = fails
+        self.num_closed = 0
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokensEvent, None]:
+        try:
+            if request.request_id == self.fails:
+                await asyncio.sleep(0.01)
+                return
+            while True:
+                yield TokensEvent(request.request_id, (64 + ord("x"),), None)
+                await asyncio.sleep(0)
+        finally:
+            # What an abort waits for.
+            await asyncio.sleep(0.02)
+            self.num_closed += 1
+
+
+def backend(service: Service | None = None, **state: Any) -> Any:
+    return SimpleNamespace(
+        metrics=Metrics(), service=service or Service(""), admission=SimpleNamespace(**state)
+    )
+
+
+@pytest.mark.parametrize("fails", ["a", "b", "c"])
+async def test_the_first_failure_of_several_answers_is_told_when_all_have_ended(
+    mistral: MistralFormat, fails: str
+) -> None:
+    service = Service(fails)
+    choices = [
+        Choice(
+            index,
+            GenerationRequest(name, (1,), SamplingParams()),
+            Router(mistral.vocabulary, mistral.control),
+        )
+        for index, name in enumerate("abc")
+    ]
+    job = Job("answer", 1, choices, Usage(1))
+    with pytest.raises(RequestError, match="the engine has stopped"):
+        async for _ in _run_choices(backend(service, is_draining=False), job):
+            pass
+    assert service.num_closed == 3, "nothing of it goes on behind the answer's back"
+
+
+@pytest.mark.parametrize(
+    "reason, is_draining, is_ready, code, status, said",
+    [
+        ("abort", False, True, "engine_error", 503, "the answer was aborted"),
+        ("abort", True, True, "shutting_down", 503, "the server is shutting down"),
+        ("error", False, True, "engine_error", 500, "the answer was aborted"),
+        ("error", True, True, "engine_error", 500, "the answer was aborted"),
+        ("error", False, False, "engine_error", 503, "the answer was aborted"),
+    ],
+)
+def test_an_answer_that_did_not_end_by_itself_says_why(
+    mistral: MistralFormat,
+    reason: Any,
+    is_draining: bool,
+    is_ready: bool,
+    code: str,
+    status: int,
+    said: str,
+) -> None:
+    given = backend(is_draining=is_draining)
+    given.service.is_ready = is_ready
+    choice = Choice(0, REQUEST, Router(mistral.vocabulary, mistral.control))
+    with pytest.raises(RequestError, match=said) as caught:
+        _finish_reason(given, choice, FinishEvent("a", reason, None, 1, 0, 2))
+    assert (caught.value.code, caught.value.status) == (code, status)
+    for good in ("stop", "length"):
+        assert _finish_reason(given, choice, FinishEvent("a", good, None, 1, 0, 2)) == good

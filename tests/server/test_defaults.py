@@ -1,6 +1,7 @@
 """The sampling that a checkpoint recommends: read, bounded, or refused by name."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def read(folder: Path, told: Any) -> SamplingDefaults:
 
 def test_what_is_recommended_is_taken_and_the_rest_is_the_apis(tmp_path: Path) -> None:
     assert read_sampling(tmp_path) == SamplingDefaults()
+    assert astuple(SamplingDefaults()) == (1.0, 1.0, 0, 0.0, 1.0), "those of OpenAI's API"
     told = {"temperature": 0.7, "top_p": 0.95, "top_k": -1, "eos_token_id": 2, "max_length": 20}
     assert read(tmp_path, told) == SamplingDefaults(temperature=0.7, top_p=0.95, top_k=0)
     assert read(tmp_path, {"do_sample": False}) == SamplingDefaults()

@@ -47,6 +47,18 @@ async def test_comments_fill_the_wait_for_the_first_token() -> None:
     assert answer.text.endswith('data: {"a":1}\n\ndata: [DONE]\n\n')
 
 
+async def test_an_answer_that_comes_steadily_has_no_comments() -> None:
+    """However long it takes: a comment stands for silence alone."""
+
+    async def steady() -> AsyncGenerator[bytes, None]:
+        for number in range(13):
+            yield frame({"a": number})
+            await asyncio.sleep(0.1)
+
+    answer = await sent(steady(), keep_alive_s=1.0)
+    assert answer.text.count("data: ") == 13 and ": keep-alive" not in answer.text
+
+
 async def test_an_error_that_comes_soon_keeps_its_status() -> None:
     answer = await sent(slow(0, RequestError("no", status=404)), head_wait_s=2)
     assert answer.status_code == 404 and answer.json()["error"]["message"] == "no"

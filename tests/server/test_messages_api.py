@@ -8,6 +8,7 @@ import httpx
 import httpx2
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from halfbyte.server.api.messages_wire import MessagesRequest
 from server.conftest import Bench, MakeBench
@@ -150,12 +151,40 @@ def test_a_choice_reaches_the_chat_request_where_there_are_tools(
     assert (chat.tool_choice or "auto") == expected
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_calls_beside_each_other_can_be_forbidden(is_alone: bool) -> None:
+    choice = {"type": "auto", "disable_parallel_tool_use": is_alone}
+    body = {"model": "m", "max_tokens": 5, "messages": USER, "tools": [TOOL], "tool_choice": choice}
+    chat, _ = MessagesRequest.model_validate(body).chat_request(())
+    assert chat.parallel_tool_calls is not is_alone
+
+
 async def test_stops(make_bench: MakeBench) -> None:
     bench = make_bench("one two three", EOS)
     answer = await both(bench, stop_sequences=[" three", "two"])
     assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", "two")
     assert answer.content[0].text == "one "
     assert (await both(bench, max_tokens=1)).stop_reason == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    "name, good, bad",
+    [
+        ("temperature", [0, 1, 2], [-0.01, 2.01]),
+        ("top_p", [0.01, 1], [0, 1.01]),
+        ("top_k", [0, 1, 2**31 - 1], [-1, 2**31]),
+        ("max_tokens", [1], [0]),
+    ],
+)
+def test_sampling_has_the_bounds_of_that_wire(
+    name: str, good: list[float], bad: list[float]
+) -> None:
+    body = {"model": "m", "max_tokens": 5, "messages": USER}
+    for value in good:
+        assert getattr(MessagesRequest.model_validate({**body, name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ValidationError, match=name):
+            MessagesRequest.model_validate({**body, name: value})
 
 
 async def test_what_the_context_leaves(make_bench: MakeBench) -> None:
@@ -272,6 +301,15 @@ async def test_a_fault_within_the_stream_is_an_error_event(make_bench: MakeBench
     events = await client.messages.create(**asked)
     with pytest.raises(anthropic.APIStatusError, match="lost its mind"):
         _ = [event async for event in events]
+
+
+async def test_a_fault_before_the_stream_is_a_status(make_bench: MakeBench) -> None:
+    bench = make_bench("one", EOS)
+    asked = {"model": "other", "max_tokens": 9, "messages": USER, "stream": True}
+    async with bench.http() as http:
+        answer = await http.post("/v1/messages", json=asked)
+    assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+    assert answer.headers["content-type"] == "application/json"
 
 
 async def test_head_answers_on_every_page_that_get_does(make_bench: MakeBench) -> None:

@@ -91,3 +91,27 @@ async def test_document_says_which_routes_need_a_key(make_bench: MakeBench) -> N
     assert document["security"] == [{"key": []}]
     assert document["paths"]["/health"]["get"]["security"] == []
     assert "security" not in document["paths"]["/v1/models"]["get"]
+
+
+STREAMED = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+
+
+@pytest.mark.parametrize("keys", [(), ("k",)])
+async def test_the_document_says_what_streams_and_what_needs_a_key(
+    make_bench: MakeBench, keys: tuple[str, ...]
+) -> None:
+    bench = make_bench("Hello", EOS, api_keys=keys)
+    async with bench.http() as client:
+        headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+        document = (await client.get("/openapi.json", headers=headers)).json()
+    found = {
+        path
+        for path, operations in document["paths"].items()
+        if "text/event-stream" in operations.get("post", {}).get("responses", {}).get("200", {})
+        .get("content", {})
+    }  # fmt: skip
+    assert found == STREAMED
+    assert document.get("security") == ([{"key": []}] if keys else None)
+    assert ("securitySchemes" in document["components"]) == bool(keys)
+    is_open = document["paths"]["/health"]["get"].get("security")
+    assert is_open == ([] if keys else None)

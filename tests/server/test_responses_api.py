@@ -36,6 +36,7 @@ async def both(bench: Bench, **request: Any) -> Any:
             texts[event.output_index] += event.delta
         elif event.type in ("response.output_text.done", "response.reasoning_text.done"):
             assert event.text == texts[event.output_index]
+            assert event.content_index == 0, "the one part that each item has"
         elif event.type == "response.function_call_arguments.done":
             assert event.arguments == texts[event.output_index]
         elif event.type == "response.output_item.done":

@@ -66,3 +66,17 @@ async def test_a_load_that_fails_is_tried_again() -> None:
             await asyncio.sleep(0.005)
     assert len(attempts) == 2
     await supervisor.stop()
+
+
+async def test_what_is_asked_reaches_the_engine_that_is_there_and_waits_for_none() -> None:
+    first = engine()
+    supervisor = Supervisor(first, engine)
+    supervisor.abort("x")
+    supervisor.clear_prefix_cache()
+    assert first.told_to_abort == {"x"} and first.calls == ["clear"]
+    assert supervisor.stats() == first.stats()
+    supervisor._engine = None
+    supervisor.abort("y")
+    supervisor.clear_prefix_cache()
+    assert supervisor.stats() is None
+    assert first.told_to_abort == {"x"} and first.calls == ["clear"]

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
-from halfbyte.server.api.tool_names import model_name
+from halfbyte.server.api.tool_names import for_model, model_name
+from halfbyte.server.api.wire import ChatRequest
 from server.conftest import MakeBench
 
 CALLS, ARGS, EOS = 9, 32, 2
@@ -161,3 +162,13 @@ async def test_allowed_tools_and_refusals_speak_of_the_clients_names(
         twice = {**asked, "tools": body["tools"] * 2}
         answer = await http.post("/v1/chat/completions", json=twice)
         assert answer.status_code == 400 and "same name" in answer.text
+
+
+def test_plain_names_stay_beside_others() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("plain", "files.read")]
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": tools}
+    request = ChatRequest.model_validate(body)
+    shown = for_model(request)
+    assert shown.tools is not None and request.tools is not None
+    assert [tool.function.name for tool in shown.tools] == ["plain", model_name("files.read")]
+    assert shown.tools[0] is request.tools[0]

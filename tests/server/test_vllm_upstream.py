@@ -18,12 +18,13 @@ from flows.vllm_stand_in import StandIn, token_rows
 from halfbyte.chat.tekken_export import hub_tokenizer
 from halfbyte.chat.tokens import load_chat
 from halfbyte.server.api.tool_names import model_name
+from halfbyte.server.api.wire import ChatRequest
 from halfbyte.server.config import Limits, ServerConfig
 from halfbyte.server.http.app import create_app
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.run import listen
 from halfbyte.server.vllm.command import VllmPlan
-from halfbyte.server.vllm.upstream import VllmUpstream
+from halfbyte.server.vllm.upstream import VllmUpstream, _chat_options
 from server.conftest import DATA, Bench
 from server.scripted import ScriptedService
 from server.test_chat_api import HELLO, TOOL, both
@@ -310,6 +311,16 @@ async def test_a_named_tool_reaches_vllm_by_the_name_it_is_shown(front: Front) -
         answer = await client.post(CHAT, json={**body, "tool_choice": choice})
     assert answer.status_code == 200, answer.text
     assert stand_in.seen[0]["tool_choice"]["function"]["name"] == model_name("files.read")
+
+
+@pytest.mark.parametrize("is_continued", [True, False])
+def test_an_answer_that_has_begun_is_continued_and_not_begun_anew(is_continued: bool) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "y"}]
+    body = {"model": "m", "messages": messages, "continue_final_message": is_continued}
+    options = _chat_options(ChatRequest.model_validate(body))
+    said = {name: options.get(name) for name in ("continue_final_message", "add_generation_prompt")}
+    expected = (True, False) if is_continued else (None, None)
+    assert tuple(said.values()) == expected
 
 
 def _tool(name: str) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def _intro(given: CardInput) -> Markdown:
 def _finding(comparison: Comparison) -> str:
     """The comparison in half a sentence."""
     rows = comparison.benchmarks.values()
-    origins = {row.margin_origin for row in rows}
+    origins = {comparison.macro_margin_origin, *(row.margin_origin for row in rows)}
     margins = "margins given with the comparison" if "flag" in origins else (
         "margins fixed beforehand")  # fmt: skip
     if comparison.verdict == "GO":
@@ -394,7 +394,8 @@ def _comparison(comparison: Comparison) -> Markdown:
         cells = [_interval(one.difference, path), p_text(one.p_beyond_holm), margin, one.verdict]
         lines.append(row([one.title, *cells, decide]))
     macro = _interval(comparison.macro, path)
-    margin, p = percent(comparison.macro_margin, 1), p_text(comparison.macro_p_beyond_holm)
+    margin = margin_text(comparison.macro_margin, comparison.macro_margin_origin)
+    p = p_text(comparison.macro_p_beyond_holm)
     lines += [row(["macro mean", macro, p, margin, comparison.macro_verdict, none]), Markdown("")]
     lines += [md("- {}: {}", title_of(n), why) for n, why in comparison.left_out.items()]
     for one in comparison.benchmarks.values():

@@ -96,7 +96,8 @@ def _conclusion(comparison: Comparison) -> str:
     counted = "one benchmark" if free == 1 else f"{free} benchmarks"
     parts.append(
         f"Mean difference over {counted}: {points(m.mean)} points, {level_text(comparison)} "
-        f"interval {points(m.low)} to {points(m.high)}."
+        f"interval {points(m.low)} to {points(m.high)}; its margin is "
+        f"{margin_text(comparison.macro_margin, comparison.macro_margin_origin)}."
     )
     return " ".join(parts)
 

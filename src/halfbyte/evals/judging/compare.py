@@ -157,6 +157,7 @@ class Comparison:
     macro_p_beyond_holm: float
     macro_verdict: Verdict
     macro_margin: float
+    macro_margin_origin: str
     margins: Mapping[str, float]
     verdict: Verdict
     reason: Reason
@@ -209,6 +210,7 @@ def compare_runs(
             every_margin[name],
             look,
             draws_repeats=b.settings.get("temperature") != 0,
+            graded_apart=_graded_apart(baseline, candidate, name),
         )
         for name in names
         if name not in left_out
@@ -242,6 +244,17 @@ def _records(folder: Path, name: str) -> dict[tuple[str, int], Record]:
     return latest(read_records(file))
 
 
+def _graded_apart(baseline: Path, candidate: Path, name: str) -> list[str]:
+    """What blocks where `halfbyte grade` has gone over one arm alone: its rules may be newer."""
+    plain = "samples.jsonl"
+    b, c = (getattr(newest(x / name, "samples", "jsonl"), "name", plain) == plain
+            for x in (baseline, candidate))  # fmt: skip
+    if b == c:
+        return []
+    one, other = ("candidate", "baseline") if b else ("baseline", "candidate")
+    return [f"only the {one} was graded again; run `halfbyte grade` on the {other}, too"]
+
+
 def _check_comparable(b: RunRecord, c: RunRecord) -> None:
     def asked(run: RunRecord) -> dict[str, Any]:
         return {k: v for k, v in run.settings.items() if k not in _IGNORED_SETTINGS}
@@ -261,10 +274,12 @@ def _compare_benchmark(
     look: Look,
     *,
     draws_repeats: bool,
+    graded_apart: Sequence[str],
 ) -> BenchmarkComparison:
     """One row, its verdict not yet corrected for the looks at other benchmarks (`_judged`).
 
     draws_repeats  repeats are answers of their own; at temperature 0 they are copies of one
+    graded_apart   blockers: graded by the rules of different days
     """
     pairs, dropped = _pairs(b_records, c_records)
     if not pairs:
@@ -278,6 +293,8 @@ def _compare_benchmark(
     known = BENCHMARKS.get(b.name)
     groups = [r.group for r in first] if known is not None and known.has_groups else None
     repeats = min(len(s) for s in b_scores)
+    copied = _copied(pairs)
+    draws_repeats &= not copied
     draws = repeats if draws_repeats else 1
     difference = paired_difference(b_means, c_means, groups, repeats=draws, level=look.level)
     changes = [y - x for x, y in zip(b_means, c_means, strict=True)]
@@ -326,9 +343,9 @@ def _compare_benchmark(
         unseen_share=unseen_share(difference.num_groups),
         by_stratum=_strata(first, changes, groups),
         flips=_flips(items, pairs, changes),
-        blockers=[*blockers(b, c, pairs, dropped), *unanswered],
+        blockers=[*blockers(b, c, pairs, dropped), *graded_apart, *unanswered],
         stops=apart,
-        remarks=[*remarks, *by_chance, *_remarks(b, c, difference, fixed, pairs)],
+        remarks=[*remarks, *by_chance, *_remarks(b, c, difference, fixed, copied)],
     )
 
 
@@ -371,7 +388,7 @@ def _remarks(
     c: BenchmarkResult,
     difference: Estimate,
     fixed: float | None,
-    pairs: Mapping[str, Sequence[tuple[Record, Record]]],
+    copied: Sequence[str],
 ) -> list[str]:
     remarks = []
     if b.max_tokens != c.max_tokens:
@@ -383,23 +400,26 @@ def _remarks(
         remarks.append(f"{len(b.left_out)} items were asked in neither arm: no grader scores them")
     if fixed is not None and difference.standard_error > 2 * fixed > 0:
         remarks.append("some items really moved: the error is twice what repeats explain")
-    if _are_copies(pairs):
+    if copied:
         remarks.append(
-            "asked again, the server gave every answer letter by letter: the repeats are copies "
-            "and show less than their number"
+            f"asked again, the server of the {' and the '.join(copied)} gave every answer letter "
+            "by letter: the repeats are copies and count once"
         )
     return remarks
 
 
-def _are_copies(pairs: Mapping[str, Sequence[tuple[Record, Record]]]) -> bool:
-    """Whether, in both arms, all repeats of each item have the same text."""
+def _copied(pairs: Mapping[str, Sequence[tuple[Record, Record]]]) -> list[str]:
+    """The arms in which all repeats of each item have the same text."""
     if any(len(row) < 2 for row in pairs.values()):
-        return False
-    return all(
-        len({(row[side].reasoning, row[side].answer, row[side].score) for row in rows}) == 1
-        for rows in pairs.values()
-        for side in (0, 1)
-    )
+        return []
+    return [
+        arm
+        for side, arm in enumerate(("baseline", "candidate"))
+        if all(
+            len({(row[side].reasoning, row[side].answer, row[side].score) for row in rows}) == 1
+            for rows in pairs.values()
+        )
+    ]
 
 
 def _concluded(
@@ -449,6 +469,7 @@ def _concluded(
         macro_p_beyond_holm=macro_p,
         macro_verdict=macro_verdict,
         macro_margin=macro_margin,
+        macro_margin_origin=margins[MACRO].origin,
         margins={name: margins[name].value for name in (*compared, MACRO)},
         verdict=verdict,
         reason=_whole_reason(rows, macro, is_whole) if verdict == "INCONCLUSIVE" else "",

@@ -77,7 +77,11 @@ def blockers(b: BenchmarkResult, c: BenchmarkResult, pairs: Pairs, dropped: int)
                     for one, two in row)  # fmt: skip
         if other:
             found.append(f"{other} requests differ between the arms")
+    if b.scorer != c.scorer:
+        found.append(f"graded by {b.scorer!r} in the baseline, by {c.scorer!r} in the candidate")
     rows = [pair for row in pairs.values() for pair in row]
+    if other := sum(one.group != two.group for one, two in rows):
+        found.append(f"{other} answers belong to another group of items in the other arm")
     if other := sum(one.gold != two.gold for one, two in rows):
         found.append(f"{other} answers were graded against other gold in the other arm")
     # Not a number is not between them, either.
@@ -138,7 +142,8 @@ def remarks_on_runs(b: RunRecord, c: RunRecord) -> list[str]:
     remarks = ["The baseline is externally unverified: no independent score of it was given."]
     if b.sandbox and c.sandbox and b.sandbox != c.sandbox:
         remarks.append("Generated code ran under different limits or versions in the two arms.")
-    for name, value in b.packages.items():
-        if c.packages.get(name) != value and name != "halfbyte":
-            remarks.append(f"{name}: {value} in the baseline, {c.packages.get(name)} here.")
+    for name in dict.fromkeys([*b.packages, *c.packages]):
+        one, two = b.packages.get(name), c.packages.get(name)
+        if one != two and name != "halfbyte":
+            remarks.append(f"{name}: {one} in the baseline, {two} here.")
     return remarks

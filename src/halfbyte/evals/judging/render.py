@@ -132,7 +132,8 @@ def format_comparison(comparison: Comparison) -> str:
     macro = f"{points(m.mean)} [{points(m.low)}, {points(m.high)}]"
     rows.append(
         ["macro mean", "", "", macro, percent(m.standard_error), "", "",
-         p_text(comparison.macro_p_beyond_holm), percent(comparison.macro_margin, 1),
+         p_text(comparison.macro_p_beyond_holm),
+         margin_text(comparison.macro_margin, comparison.macro_margin_origin),
          comparison.macro_verdict]
     )  # fmt: skip
     lines = [f"{comparison.candidate} against {comparison.baseline} (points)", table(rows)]

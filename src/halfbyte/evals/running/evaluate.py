@@ -87,7 +87,11 @@ def evaluate(
 
     loaded, absent = prepared
     run = _begin(config, endpoint, checkpoint, command)
-    results: dict[str, BenchmarkResult] = dict(run.benchmarks)
+    # What is to be asked stands in the record from the start: a run that ends early lacks none.
+    to_ask = {b.name: _unfinished(b, config, loaded[b.name]) for b in config.benchmarks
+              if b.name in loaded}  # fmt: skip
+    results: dict[str, BenchmarkResult] = {**to_ask, **run.benchmarks}
+    write_run(config.out / "run.json", replace(run, benchmarks=results))
     for benchmark in config.benchmarks:
         if benchmark.name in absent:
             results[benchmark.name] = _not_measured(benchmark, config, absent[benchmark.name])
@@ -294,6 +298,16 @@ def _identity(
         "max_tokens": config.sampling.max_tokens,
         "left_out": dict(data.left_out) if data else {},
     }
+
+
+def _unfinished(benchmark: Benchmark, config: RunConfig, data: LoadedItems) -> BenchmarkResult:
+    """What stands for a benchmark until it is through."""
+    return replace(
+        _not_measured(benchmark, config, "the run ended before it did; say the same command again"),
+        status="incomplete",
+        items=len(data.samples),
+        repeats=config.repeats or benchmark.repeats,
+    )
 
 
 def _not_measured(benchmark: Benchmark, config: RunConfig, reason: str) -> BenchmarkResult:
