@@ -171,6 +171,7 @@ class Prefill:
         self._cache = cache
         self._rotary = rotary
         self._num_tokens = max_tokens  # of the batch at work
+        self._max_tokens = max_tokens
         self._fast_accumulation = fast_accumulation
         self._all_reduce = all_reduce
         config, device = weights.config, library.device
@@ -533,12 +534,14 @@ class Prefill:
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int], pool: Any) -> None:
-        """Record steps of so many rows as graphs, one from each layer's attention to the next's.
+        """Record steps of so many rows as graphs, one from each layer's attention to the next's;
+        sizes that no step needs are left out.
 
         pool  torch's graph memory pool, shared by graphs that never run at the same time
         Launched one by one, a step's thousand kernels would wait for a busy host.
         """
         device, config = self._library.device, self._weights.config
+        sizes = [size for size in sizes if size - GRAPH_STEP < self._max_tokens]
         largest = max(sizes)
         no_slots_T = torch.full((largest,), -1, dtype=torch.int64, device=device)
         residual_TD = torch.zeros(largest, config.width, dtype=torch.bfloat16, device=device)
