@@ -268,6 +268,9 @@ async def test_leaving_the_queue_frees_pictures_and_grammars(directory: Path) ->
     async with standing(
         directory, max_model_len=512, kv_cache_tokens=2048, max_sequences=1
     ) as stand:
+        # The processes that read pictures and try grammars start now: while they did, the answer
+        # that is to be waited for would end.
+        await ask(stand, messages=LOOK, response_format=form, max_tokens=1)
         before = held()
         running = asyncio.create_task(
             ask(stand, max_tokens=400, extra_body={"ignore_eos": True, "min_tokens": 400})
