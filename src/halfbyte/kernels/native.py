@@ -1,13 +1,12 @@
 """CPU kernels: the C of `kernels/cpu`, called through ctypes with plain pointers.
 
-`native_build` compiles and caches the library. What the C does not take (f32 activations, odd
-widths, huge heads) goes to `reference`, so every op here has the contract of `dispatch` in full.
-The number of threads is torch's, asked at every call.
+`native_build` compiles and caches the library, `native_library` loads it. What the C does not take
+(f32 activations, odd widths, huge heads) goes to `reference`, so every op here has the contract of
+`dispatch` in full. The number of threads is torch's, asked at every call.
 
 Shapes: as in `dispatch`.
 """
 
-import ctypes
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -19,10 +18,9 @@ from torch import Tensor
 from halfbyte.errors import FormatError, UnsupportedError
 from halfbyte.formats.nvfp4 import EncodedNVFP4
 from halfbyte.kernels import reference
-from halfbyte.kernels.native_build import library_path
+from halfbyte.kernels.native_library import native_library, pointer
 from halfbyte.kernels.reference import DecodedWeight
 from halfbyte.kernels.requantize import requantizing_table
-from halfbyte.log import logger
 
 _FORMATS: dict[str, int] = {"bf16": 0, "fp8": 1, "nvfp4": 2}
 _PANEL = 32  # output features of a panel
@@ -34,39 +32,6 @@ _NAN_SCALE = 0x7F
 _NAN_CODE = 0x7F
 _ALL_SPANS = 2**30
 _ITEM_CODES = 65536  # of which `cpu/requantize.c` tells the largest
-
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "hb_linear": (_INT, *[_POINTER] * 6, *[_INT] * 5),
-    "hb_pack": (_INT, *[_POINTER] * 4, *[_INT] * 3),
-    "hb_rms_norm": (*[_POINTER] * 5, _INT, _INT, _FLOAT, _INT),
-    "hb_silu_mul": (_POINTER, _POINTER, _INT, _INT, _INT),
-    "hb_rotate": (
-        *(_POINTER, _LONG, _INT),
-        *(_POINTER, _LONG, _INT),
-        *[_POINTER] * 5,
-        *[_INT] * 3,
-    ),
-    "hb_store_kv": (
-        *(_POINTER, _LONG, _POINTER, _LONG),
-        *[_POINTER] * 3,
-        *(_FLOAT, _FLOAT, _INT),
-        *[_LONG] * 3,
-        *[_INT] * 5,
-    ),
-    "hb_mask_logits": (_POINTER, _POINTER, _INT),
-    "hb_paged_attention": (
-        *[_POINTER] * 7,
-        *[_LONG] * 4,
-        *[_INT] * 6,
-        *(_FLOAT, _FLOAT),
-        *(_INT, _INT, _POINTER, _INT),
-    ),
-    "hb_allow_tiles": (_INT,),
-    "hb_fp8_to_nvfp4": (*[_POINTER] * 6, _LONG, _INT),
-    "hb_largest_code": (_POINTER, _POINTER, _LONG, _INT),
-}
-_TELLING = ("hb_paged_attention", "hb_allow_tiles")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,31 +54,15 @@ class PanelWeight:
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    path = library_path()
-    library = ctypes.CDLL(str(path))
-    for name, signature in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes = signature
-        function.restype = ctypes.c_int if name in _TELLING else None
-    logger.info("native kernels: %s", path)
-    return library
-
-
-@cache
 def unavailable(device_type: str) -> str | None:
     """Why this implementation cannot serve a device; compiles the library on the first call."""
     if device_type != "cpu":
         return "runs on CPUs only"
     try:
-        _library()
+        native_library()
     except (UnsupportedError, OSError) as error:
         return str(error)
     return None
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 # ---- linears -----------------------------------------------------------------------------------
@@ -134,12 +83,12 @@ def _pack(
         scale_OB = scale_OB.contiguous()
         scales = torch.empty(panels * blocks * _PANEL, dtype=torch.uint8)
     weight = weight.contiguous()
-    _library().hb_pack(
+    native_library().hb_pack(
         _FORMATS[format],
         weight.data_ptr(),
-        _pointer(scale_OB),
+        pointer(scale_OB),
         codes.data_ptr(),
-        _pointer(scales),
+        pointer(scales),
         in_features,
         rows,
         torch.get_num_threads(),
@@ -186,13 +135,13 @@ def _linear(
     x_TI = x_TI.contiguous()
     y_TO = torch.empty((rows, weight.out_features), dtype=out_dtype or torch.bfloat16)
     scratch = torch.empty_like(x_TI) if rows > 1 else x_TI
-    _library().hb_linear(
+    native_library().hb_linear(
         _FORMATS[weight.format],
         x_TI.data_ptr(),
         scratch.data_ptr(),
         weight.codes.data_ptr(),
-        _pointer(weight.scales),
-        _pointer(weight.row_scale),
+        pointer(weight.scales),
+        pointer(weight.row_scale),
         y_TO.data_ptr(),
         y_TO.dtype == torch.float32,
         rows,
@@ -237,7 +186,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return reference.rms_norm(x_TD, weight_D, eps)
     x_TD = x_TD.contiguous()
     normed_TD = torch.empty_like(x_TD)
-    _library().hb_rms_norm(
+    native_library().hb_rms_norm(
         x_TD.data_ptr(),
         None,
         weight_D.data_ptr(),
@@ -258,7 +207,7 @@ def add_rms_norm(
         return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
     x_TD, residual_TD = x_TD.contiguous(), residual_TD.contiguous()
     normed_TD, sum_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    _library().hb_rms_norm(
+    native_library().hb_rms_norm(
         x_TD.data_ptr(),
         residual_TD.data_ptr(),
         weight_D.data_ptr(),
@@ -278,7 +227,7 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     gate_up_T2F = gate_up_T2F.contiguous()
     rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     y_TF = torch.empty((rows, width), dtype=torch.bfloat16)
-    _library().hb_silu_mul(
+    native_library().hb_silu_mul(
         gate_up_T2F.data_ptr(), y_TF.data_ptr(), rows, width, torch.get_num_threads()
     )
     return y_TF
@@ -300,14 +249,14 @@ def rotate(q_TNH: Tensor, k_TKH: Tensor, rotation: Any) -> tuple[Tensor, Tensor]
     q_out = torch.empty((tokens, heads, head_dim), dtype=torch.bfloat16)
     k_out = torch.empty((tokens, kv_heads, head_dim), dtype=torch.bfloat16)
     cos_TH2, sin_TH2, query_scale_T = rotation
-    _library().hb_rotate(
+    native_library().hb_rotate(
         *(q_TNH.data_ptr(), q_TNH.stride(0), heads),
         *(k_TKH.data_ptr(), k_TKH.stride(0), kv_heads),
         q_out.data_ptr(),
         k_out.data_ptr(),
         cos_TH2.data_ptr(),
         sin_TH2.data_ptr(),
-        _pointer(query_scale_T),
+        pointer(query_scale_T),
         tokens,
         head_dim,
         torch.get_num_threads(),
@@ -343,7 +292,7 @@ def store_kv(
     k_TKH, v_TKH = _dense_heads(k_TKH), _dense_heads(v_TKH)
     slots_T = slots_T.to(torch.int64).contiguous()
     _, page_tokens, kv_heads, head_dim = k_cache_PZKH.shape
-    _library().hb_store_kv(
+    native_library().hb_store_kv(
         *(k_TKH.data_ptr(), k_TKH.stride(0)),
         *(v_TKH.data_ptr(), v_TKH.stride(0)),
         k_cache_PZKH.data_ptr(),
@@ -448,7 +397,7 @@ def _attend(
     lengths = context_lengths_S.to(torch.int32).contiguous()
     starts = query_starts_S1.to(torch.int32).contiguous()
     _, page_tokens, kv_heads, head_dim = k_cache_PZKH.shape
-    failed = _library().hb_paged_attention(
+    failed = native_library().hb_paged_attention(
         q_TNH.data_ptr(),
         out_TNH.data_ptr(),
         k_cache_PZKH.data_ptr(),
@@ -468,7 +417,7 @@ def _attend(
         v_scale,
         spans.start,
         spans.stop,
-        _pointer(totals),
+        pointer(totals),
         torch.get_num_threads(),
     )
     if failed:
@@ -480,7 +429,7 @@ def allow_tiles(allowed: bool) -> bool:
     """Whether later calls of `paged_attention` may use the matrix unit of the processor, where it
     has one (AMX); for tests and comparisons. Returns what held before.
     """
-    return bool(_library().hb_allow_tiles(allowed))
+    return bool(native_library().hb_allow_tiles(allowed))
 
 
 def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
@@ -489,7 +438,7 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
         reference.mask_logits(logits_V, allowed_W)
         return
     assert 32 * len(allowed_W) >= len(logits_V), f"{len(allowed_W)} words, {len(logits_V)} logits"
-    _library().hb_mask_logits(logits_V.data_ptr(), allowed_W.data_ptr(), len(logits_V))
+    native_library().hb_mask_logits(logits_V.data_ptr(), allowed_W.data_ptr(), len(logits_V))
 
 
 # ---- e4m3 codes to NVFP4 -----------------------------------------------------------------------
@@ -500,7 +449,7 @@ def largest_fp8_code(codes: Tensor) -> Tensor:
     codes = codes.contiguous()
     # One more, so that no code at all is a zero.
     largest = torch.zeros(-(-codes.numel() // _ITEM_CODES) + 1, dtype=torch.uint8)
-    _library().hb_largest_code(
+    native_library().hb_largest_code(
         codes.data_ptr(), largest.data_ptr(), codes.numel(), torch.get_num_threads()
     )
     return largest.amax().view(torch.float8_e4m3fn)
@@ -518,7 +467,7 @@ def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> Encod
     codes_OI2 = torch.empty((rows, columns // 2), dtype=torch.uint8)
     scale_OB = torch.empty((rows, columns // _BLOCK), dtype=torch.float8_e4m3fn)
     largest = torch.empty(-(-codes_OI.numel() // _ITEM_CODES), dtype=torch.uint8)
-    _library().hb_fp8_to_nvfp4(
+    native_library().hb_fp8_to_nvfp4(
         codes_OI.data_ptr(),
         table.limits_MKB.data_ptr(),
         table.block_scale_M.data_ptr(),
