@@ -124,6 +124,8 @@ def test_the_conclusion_says_what_the_verdict_says(tmp_path: Path, kind: str, sa
     page = render_report(arms, replace(comparison, benchmarks=rows, **given))
     conclusion = re.sub(r"<[^>]+>", " ", page.partition("<h2>Accuracy")[0])
     assert said in conclusion
+    verdict = given["verdict"]
+    assert f'<p><span class="verdict {verdict}">{verdict}</span>' in page
     others = {"ruled out", "is shown on", "a loss is shown", "neither", "no verdict may"}
     assert sum(text in conclusion for text in others) == 1
     assert "its margin is 1.0." in conclusion
