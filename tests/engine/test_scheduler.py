@@ -275,6 +275,21 @@ def test_waiting_for_a_promised_prefix_survives_the_abort_of_its_maker() -> None
     assert machine.answers == {"1": expected(prompt, 2)}
 
 
+def test_chunks_computed_over_several_steps_end_with_their_own_sequences_alone() -> None:
+    machine = Machine(num_blocks=40, max_sequences=3, max_batch_tokens=8)
+    generating, other = machine.add([1], 9), machine.add([2], 9)
+    machine.step()
+    reading = machine.add([0, 1, 2, 2, 1, 0], 1)
+    chunks = [work for work in machine.scheduler.plan() if work.sequence is reading]
+    machine.scheduler.carry(chunks)
+    machine.scheduler.remove(other)
+    assert machine.scheduler.carried is chunks
+    assert [work.sequence for work in machine.scheduler.plan()] == [generating]
+    machine.scheduler.remove(reading)
+    assert not machine.scheduler.carried
+    machine.scheduler.check()
+
+
 def test_preempted_sequence_is_the_youngest_and_keeps_its_tokens() -> None:
     machine = Machine(num_blocks=6, max_sequences=3, max_batch_tokens=8, prefix_cache=False)
     machine.add([0, 1], 8)
