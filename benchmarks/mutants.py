@@ -81,60 +81,89 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "quantize/test_soundness.py",
         "quantize/test_resume.py",
     ),
-    "checkpoint/shards": ("checkpoint/test_corruption.py", "checkpoint/test_reader.py"),
     "checkpoint/native_fields": ("checkpoint/test_fields.py",),
-    "checkpoint/strict_fields": ("checkpoint/test_fields.py",),
-    "checkpoint/written_metadata": ("checkpoint/test_metadata.py",),
+    "checkpoint/shards": ("checkpoint/test_corruption.py", "checkpoint/test_reader.py"),
     "checkpoint/soundness": ("quantize/test_soundness.py", "checkpoint/test_verify.py"),
+    "checkpoint/strict_fields": ("checkpoint/test_fields.py",),
     "checkpoint/untrained_tower": ("flows/test_untrained_tower.py",),
     "checkpoint/verify_values": ("checkpoint/test_verify.py",),
-    "engine/request": ("engine/test_sampler.py", "engine/test_core.py"),
+    "checkpoint/written_metadata": ("checkpoint/test_metadata.py",),
     "engine/plan/sequence": (
         "engine/test_scheduler.py",
         "engine/test_step.py",
         "engine/test_images.py",
     ),
-    "evals/judging/compare": ("evals/test_looks.py",),
+    "engine/request": ("engine/test_sampler.py", "engine/test_core.py"),
     "evals/config": ("evals/test_tasks.py", "evals/test_looks.py"),
-    "evals/running/evaluate": ("flows/test_evals_run.py",),
     "evals/grading/constraints": ("evals/test_language_data.py",),
+    "evals/grading/letters": ("evals/test_letter_phrasings.py", "evals/test_extraction.py"),
+    "evals/grading/numbers": ("evals/test_number_phrasings.py", "evals/test_extraction.py"),
+    "evals/grading/scicode_runtime": ("evals/test_scripts.py",),
+    "evals/grading/scicode_tester": ("evals/test_scripts.py", "evals/test_hostile_code.py"),
+    "evals/grading/scicode_wire": ("evals/test_scripts.py", "evals/test_hostile_code.py"),
+    "evals/grading/scicode_worker": ("evals/test_scripts.py", "evals/test_hostile_code.py"),
     "evals/grading/scripts": ("evals/test_hostile_code.py", "evals/test_extraction.py"),
     "evals/grading/statements": (
         "evals/test_letters.py",
         "evals/test_letter_phrasings.py",
         "evals/test_number_phrasings.py",
     ),
-    "evals/grading/letters": ("evals/test_letter_phrasings.py", "evals/test_extraction.py"),
-    "evals/grading/numbers": ("evals/test_number_phrasings.py", "evals/test_extraction.py"),
+    "evals/judging/compare": ("evals/test_looks.py",),
     "evals/judging/guards": ("evals/test_compare.py",),
     "evals/judging/looks": ("evals/test_compare.py",),
     "evals/judging/render": ("evals/test_compare.py", "flows/test_evals_pages.py"),
-    "evals/score": ("evals/test_stats.py", "evals/test_bounds.py"),
     "evals/judging/summary": (
         "evals/test_compare.py",
         "evals/test_records.py",
         "flows/test_evals_pages.py",
     ),
-    "formats/nvfp4": ("quantize/test_scales.py",),
+    "evals/reasoning": ("evals/test_extraction.py", "evals/test_records.py"),
+    "evals/running/ask": ("evals/test_evaluate.py", "flows/test_evals_run.py"),
+    "evals/running/evaluate": ("flows/test_evals_run.py",),
+    "evals/running/progress": ("flows/test_evals_run.py",),
+    "evals/running/regrade": ("flows/test_evals_run.py", "evals/test_records.py"),
+    "evals/running/run": ("evals/test_evaluate.py", "flows/test_evals_run.py"),
+    "evals/sandbox_init": ("evals/test_sandbox.py", "evals/test_hostile_code.py"),
+    "evals/score": ("evals/test_stats.py", "evals/test_bounds.py"),
+    "evals/types": ("evals/test_score.py", "evals/test_records.py", "evals/test_tasks.py"),
     "formats/measure": ("quantize/test_layer.py",),
-    "quantize/export": ("quantize/test_interop.py", "quantize/test_pipeline.py"),
-    "quantize/layer": ("quantize/test_soundness.py",),
+    "formats/nvfp4": ("quantize/test_scales.py",),
+    "quantize/charts": ("quantize/test_page.py",),
     "quantize/encode": ("quantize/test_layer.py",),
-    "quantize/plan_text": ("quantize/test_capacity.py",),
+    "quantize/entry": ("test_library.py",),
+    "quantize/export": ("quantize/test_interop.py", "quantize/test_pipeline.py"),
+    "quantize/job": (
+        "quantize/test_pipeline.py",
+        "quantize/test_capacity.py",
+        "quantize/test_resume.py",
+        "quantize/test_soundness.py",
+    ),
     "quantize/journal": ("quantize/test_resume.py",),
+    "quantize/layer": ("quantize/test_soundness.py",),
     "quantize/memory": ("quantize/test_memory_kept.py",),
+    "quantize/methods": ("quantize/test_pipeline.py",),
+    "quantize/plan_text": ("quantize/test_capacity.py",),
     "quantize/record": ("quantize/test_page.py",),
+    "quantize/rehearsal": ("quantize/test_capacity.py",),
     "quantize/report": ("quantize/test_page.py", "quantize/test_pipeline.py"),
     "quantize/source_proof": ("quantize/test_resume.py", "quantize/test_soundness.py"),
+    "server/api/backend": ("server/test_app.py", "server/test_chat_api.py"),
+    "server/api/chat": ("server/test_chat_api.py", "server/test_token_ids.py"),
     "server/api/completion": (
         "server/test_app.py",
         "server/test_chat_api.py",
         "server/test_text_api.py",
     ),
-    "server/http/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
     "server/api/foreign": ("server/test_chat_api.py",),
+    "server/api/messages": ("server/test_messages_api.py",),
+    "server/api/messages_blocks": (
+        "server/test_messages_api.py",
+        "server/test_same_conversation.py",
+        "server/test_errors.py",
+    ),
     "server/api/messages_wire": ("server/test_messages_api.py", "server/test_same_conversation.py"),
-    "server/ops/metrics": ("server/test_completion.py", "server/test_app.py"),
+    "server/api/paths": ("server/test_errors.py", "server/test_same_conversation.py"),
+    "server/api/pieces": ("server/test_completion.py", "server/test_chat_api.py"),
     "server/api/prepare": (
         "server/test_chat_api.py",
         "server/test_bounds.py",
@@ -143,9 +172,30 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_limits.py",
         "server/test_errors.py",
     ),
+    "server/api/problems": ("server/test_errors.py", "server/test_messages_api.py"),
+    "server/api/prompts": (
+        "server/test_chat_api.py",
+        "server/test_text_api.py",
+        "server/test_bounds.py",
+        "server/test_fetch.py",
+        "server/test_errors.py",
+    ),
+    "server/api/reader": ("server/test_aside.py", "server/test_token_ids.py"),
+    "server/api/reading": (
+        "server/test_bounds.py",
+        "server/test_errors.py",
+        "server/test_mutated_bodies.py",
+    ),
+    "server/api/responses": ("server/test_responses_api.py",),
     "server/api/responses_wire": (
         "server/test_responses_api.py",
         "server/test_same_conversation.py",
+    ),
+    "server/api/rules": (
+        "server/test_chat_api.py",
+        "server/test_bounds.py",
+        "server/test_errors.py",
+        "server/test_limits.py",
     ),
     "server/api/stream": (
         "server/test_chat_api.py",
@@ -153,20 +203,31 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_limits.py",
         "server/test_responses_api.py",
     ),
+    "server/api/text": ("server/test_text_api.py", "server/test_token_ids.py"),
     "server/api/texts": ("server/test_bounds.py",),
+    "server/api/tool_names": ("server/test_chat_api.py", "server/test_messages_api.py"),
     "server/api/wire": (
         "server/test_chat_api.py",
         "server/test_errors.py",
         "server/test_foreign.py",
         "server/test_text_api.py",
     ),
-    "server/api/chat": ("server/test_chat_api.py", "server/test_token_ids.py"),
+    "server/call": ("server/test_admin.py", "server/test_app.py"),
+    "server/config": ("server/test_launch.py", "server/test_bounds.py", "server/test_app.py"),
     "server/http/app": ("server/test_errors.py", "server/test_chat_api.py"),
-    "server/api/messages": ("server/test_messages_api.py",),
-    "server/api/responses": ("server/test_responses_api.py",),
-    "server/api/text": ("server/test_text_api.py", "server/test_token_ids.py"),
-    "server/api/tool_names": ("server/test_chat_api.py", "server/test_messages_api.py"),
+    "server/http/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
+    "server/http/pages": ("server/test_app.py", "server/test_docs.py", "server/test_markdown.py"),
+    "server/ops/metrics": ("server/test_completion.py", "server/test_app.py"),
+    "server/ops/process_figures": ("server/test_metrics.py",),
+    "server/ops/tracing": ("server/test_admin.py",),
+    "server/run": (
+        "server/test_terminal.py",
+        "server/test_vllm_upstream.py",
+        "flows/test_server_connections.py",
+        "flows/test_server_process.py",
+    ),
     "server/vllm/command": ("server/test_vllm_command.py",),
+    "server/vllm/process": ("server/test_vllm_command.py", "flows/test_server_process.py"),
     "server/vllm/upstream": ("server/test_vllm_upstream.py",),
 }
 
@@ -373,21 +434,22 @@ def default_files() -> list[str]:
     rooms = [path for room in ROOMS for path in sorted((ROOT / SOURCE / room).rglob("*.py"))]
     engine = [ROOT / SOURCE / "engine" / f"{name}.py" for name in ENGINE]
     found = [str(path.relative_to(ROOT)) for path in [*rooms, *engine]]
-    return [path for path in found if "/tasks/" not in path and tests_of(path)]
+    return [path for path in found if not path.endswith("__init__.py") and tests_of(path)]
 
 
 def without_tests() -> list[str]:
-    """Files of the rooms that no test mirrors: those of `tests/flows` run them."""
+    """Files of the rooms that no test is named for, above or by its mirrored name."""
     known = set(default_files())
     every = [path for room in ROOMS for path in sorted((ROOT / SOURCE / room).rglob("*.py"))]
     names = [str(path.relative_to(ROOT)) for path in every if path.name != "__init__.py"]
-    return [name for name in names if name not in known and "/tasks/" not in name]
+    return [name for name in names if name not in known]
 
 
 def tests_of(path: str) -> list[str]:
     room, _, name = str(Path(path).relative_to(SOURCE).with_suffix("")).partition("/")
     stem = name.split("/")[-1]
-    mirrored = (f"{room}/test_{stem}.py", *MORE_TESTS.get(f"{room}/{name}", ()))
+    shared = ("evals/test_tasks.py",) if name.startswith("tasks/") else ()
+    mirrored = (f"{room}/test_{stem}.py", *shared, *MORE_TESTS.get(f"{room}/{name}", ()))
     return [f"tests/{test}" for test in mirrored if (ROOT / "tests" / test).is_file()]
 
 

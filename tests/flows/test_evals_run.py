@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("inspect_ai", reason="extra 'eval' is not installed")
 
+from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
+
 import halfbyte
 from evals_stub import Reply, completion, refusal, serving
 from halfbyte.checkpoint.identity import checkpoint_identity
@@ -117,6 +119,23 @@ def test_record_holds_what_was_run_and_the_log_holds_the_same_records(tmp_path: 
     (log,) = (tmp_path / "pocket" / "inspect").glob("*.eval")
     by_key = {(r.item_id, r.repeat): r for r in records_of_log(log)}
     assert by_key == {(r.item_id, r.repeat): r for r in records}
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_connections_to_the_server_are_closed_when_all_is_graded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    closed = []
+
+    async def spy(self: Any) -> None:
+        closed.append(len(stub.requests))
+        await close(self)
+
+    close = OpenAICompatibleAPI.aclose
+    monkeypatch.setattr(OpenAICompatibleAPI, "aclose", spy)
+    with serving(all_right) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", str(limit), "--concurrency", "1") == 0
+    assert closed == [limit]
 
 
 def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
