@@ -448,7 +448,7 @@ def without_tests() -> list[str]:
 def tests_of(path: str) -> list[str]:
     room, _, name = str(Path(path).relative_to(SOURCE).with_suffix("")).partition("/")
     stem = name.split("/")[-1]
-    shared = ("evals/test_tasks.py",) if name.startswith("tasks/") else ()
+    shared = ("evals/test_asked.py", "evals/test_tasks.py") if name.startswith("tasks/") else ()
     mirrored = (f"{room}/test_{stem}.py", *shared, *MORE_TESTS.get(f"{room}/{name}", ()))
     return [f"tests/{test}" for test in mirrored if (ROOT / "tests" / test).is_file()]
 
