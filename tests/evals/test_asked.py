@@ -82,7 +82,7 @@ def test_settings_are_those_that_the_plan_was_made_with() -> None:
     assert {name for name, b in BENCHMARKS.items() if b.is_trajectory} == {"scicode"}
     assert {n for n, b in BENCHMARKS.items() if b.needs_algebra} == {"aime2025", "pocket"}
     decide = (2, 96, 160, 44, 192, 80, 8)
-    assert REPEATS == {"decide": dict(zip(SUITES["decide"], decide, strict=True))}
+    assert {"decide": dict(zip(SUITES["decide"], decide, strict=True))} == REPEATS
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
