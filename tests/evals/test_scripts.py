@@ -126,3 +126,23 @@ def test_every_layout_of_the_targets_file(tmp_path: Path) -> None:
     assert not runtime.cmp_tuple_or_list((one,), (one, one))
     assert not runtime.are_dicts_close({"a": 1.0}, {"b": 1.0})
     assert runtime.are_csc_matrix_close(four, matrix)
+
+
+def test_dictionaries_are_close_by_their_keys_and_values() -> None:
+    np = pytest.importorskip("numpy")
+    sparse = pytest.importorskip("scipy.sparse")
+    sympy = pytest.importorskip("sympy")
+    pytest.importorskip("h5py")
+    from halfbyte.evals.grading.scicode_runtime import are_dicts_close
+
+    x = sympy.Symbol("x")
+    full = {"a": 1.0, "b": np.arange(3.0), "c": "text", "m": sparse.eye(2, format="csr"), x: 2.0}
+    assert are_dicts_close(full, dict(full))
+    assert are_dicts_close(full, {**full, "a": 1.0 + 1e-9})
+    assert are_dicts_close({x: 2.0}, {"x": 2.0})
+    others = {"a": 1.1, "b": np.arange(3.0) + 1, "c": "other", "m": 2 * full["m"], x: 3.0}
+    for key, other in others.items():
+        assert not are_dicts_close(full, {**full, key: other}), key
+        assert not are_dicts_close({**full, key: other}, full), key
+    assert not are_dicts_close({"a": 1.0}, {"a": 1.0, "b": 1.0})
+    assert not are_dicts_close({"a": 1.0, "b": 1.0}, {"a": 1.0})
