@@ -67,3 +67,7 @@ def test_a_log_does_not_say_the_end_twice(num_shown: int) -> None:
     progress.add(record("b", 1.0))
     progress.show(last=True)
     assert len(stream.getvalue().splitlines()) == 2
+    unseen = RunProgress("Pocket", 1, stream)
+    unseen.add(record("a", 1.0))
+    unseen.show(last=True)
+    assert len(stream.getvalue().splitlines()) == 3
