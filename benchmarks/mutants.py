@@ -20,7 +20,8 @@ counts as survived, `time` (the fault made an endless loop, or the machine was b
 
 Last record: benchmarks/records/mutants.json; results of each mutant: build/mutants/results.jsonl.
 A second run goes on where the first ended; `--again` tries what has survived with all tests of its
-file, whatever time they take.
+file, whatever time they take. `at_first_try` counts what was noticed before such a second look, and
+so before tests were written for it, of the faults of which that is known.
 
 Run: make mutants, or benchmarks/mutants.py src/halfbyte/evals/judging/stats.py
 """
@@ -230,6 +231,8 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "server/vllm/process": ("server/test_vllm_command.py", "flows/test_server_process.py"),
     "server/vllm/upstream": ("server/test_vllm_upstream.py",),
 }
+
+ALIVE = ("survived", "uncovered")
 
 
 class Covered(NamedTuple):
@@ -472,12 +475,15 @@ def work_on(path: str, bench: Bench, arguments: argparse.Namespace) -> None:
     )
     chosen.sort(key=lambda mutant: mutant.start)
     done = done_already()
+    firsts: dict[tuple[str, str, int, str], str] = {}
     open_ones = []
     for mutant in chosen:
         before = done.get(_key({**asdict(mutant), "source": source}))
-        lives = before is not None and before["verdict"] in ("survived", "uncovered")
+        lives = before is not None and before["verdict"] in ALIVE
         if before is None or (arguments.again and lives):
             open_ones.append(mutant)
+            if before is not None:
+                firsts[_key(before)] = before.get("first", "")
     if not open_ones:
         return
     covered = None
@@ -503,9 +509,10 @@ def work_on(path: str, bench: Bench, arguments: argparse.Namespace) -> None:
             "tests": len(tests),
             "seconds": round(time.monotonic() - began, 1),
         }
+        line["first"] = firsts.get(_key(line), verdict)
         with RESULTS.open("a") as results:
             results.write(json.dumps(line) + "\n")
-        if verdict in ("survived", "uncovered"):
+        if verdict in ALIVE:
             print(
                 f"{path}:{mutant.line}: {verdict}: {mutant.was!r} -> {mutant.became!r}", flush=True
             )
@@ -532,6 +539,8 @@ def report(files: Sequence[str]) -> dict[str, Any]:
     }
     by_file: dict[str, dict[str, Any]] = {}
     survivors = []
+    # What was said before any test was written for it, where that is known.
+    tried: list[str] = []
     latest = done_already()
     for path in files:
         text = (ROOT / path).read_text()
@@ -540,7 +549,8 @@ def report(files: Sequence[str]) -> dict[str, Any]:
         if not results:
             continue
         counts = collections.Counter(result["verdict"] for result in results)
-        alive = [result for result in results if result["verdict"] in ("survived", "uncovered")]
+        alive = [result for result in results if result["verdict"] in ALIVE]
+        tried += [result["first"] for result in results if result.get("first")]
         kinds: collections.Counter[str] = collections.Counter()
         for result in sorted(alive, key=lambda result: result["start"]):
             code = text.splitlines()[result["line"] - 1].strip()
@@ -567,8 +577,14 @@ def report(files: Sequence[str]) -> dict[str, Any]:
     for room in sorted({path.split("/")[2] for path in by_file}):
         own = [counts for path, counts in by_file.items() if path.split("/")[2] == room]
         rooms[room] = _share(own)
+    noticed = sum(first not in ALIVE for first in tried)
     return {
         "all": _share(list(by_file.values())),
+        "at_first_try": {
+            "run": len(tried),
+            "killed": noticed,
+            "killed_percent": round(100 * noticed / max(1, len(tried)), 1),
+        },
         "rooms": rooms,
         "files": by_file,
         "survivors": survivors,
