@@ -113,6 +113,11 @@ async def test_results_are_those_of_the_same_work_here(aside: Aside, reader: Rea
     ids = list(apart)
     assert await aside.do_apart(1, reader.text_body, ids) == reader.text_body(ids)
     assert await aside.do_apart(1, reader.tokens_body, ids, True) == reader.tokens_body(ids, True)
+    told = json.loads(reader.tokens_body(ids, True))
+    assert (told["tokens"], told["count"]) == (list(ids), len(ids))
+    assert len(told["token_strs"]) == len(ids)
+    assert json.loads(reader.tokens_body(ids, False))["token_strs"] is None
+    assert "prompt" in json.loads(reader.text_body(ids))
 
 
 @pytest.mark.timeout(60)
