@@ -214,7 +214,12 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_text_api.py",
     ),
     "server/call": ("server/test_admin.py", "server/test_app.py"),
-    "server/config": ("server/test_launch.py", "server/test_bounds.py", "server/test_app.py"),
+    "server/config": (
+        "server/test_limits.py",
+        "server/test_launch.py",
+        "server/test_bounds.py",
+        "server/test_app.py",
+    ),
     "server/http/app": ("server/test_errors.py", "server/test_chat_api.py"),
     "server/http/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
     "server/http/pages": ("server/test_app.py", "server/test_docs.py", "server/test_markdown.py"),
