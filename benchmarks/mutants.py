@@ -379,7 +379,7 @@ class Bench:
         self.said.unlink(missing_ok=True)
 
         def child() -> int:
-            files = sorted({test.split("::")[0] for test in tests})
+            files = list(dict.fromkeys(test.split("::")[0] for test in tests))
             return int(
                 pytest.main(
                     [*PYTEST, *self._settings(), *files], plugins=[Chosen(tests, self.said)]
