@@ -66,6 +66,13 @@ def test_leaving_early_is_not_passing() -> None:
     assert run_step(problem, 0, [f"{gold}\nraise SystemExit(0)"]) == 0.0
 
 
+def test_code_is_the_main_module_of_its_process() -> None:
+    problem = PROBLEMS["1"]
+    gold = problem["sub_steps"][0]["ground_truth_code"]
+    code = f"{gold}\nimport __main__\nassert __main__.__dict__ is globals()"
+    assert run_step(problem, 0, [code]) == 1.0
+
+
 def test_code_is_taken_from_the_first_python_block() -> None:
     text = "a\n```\nx = 1\n```\nb\n```python\ny = 2\n```\n```python\nz = 3\n```"
     assert scripts.extract_code(text) == "y = 2"
