@@ -291,7 +291,8 @@ def test_with_fewer_rights_it_works_or_says_why_not(targets: Path, who: str) -> 
         "program = scripts.step_program(problem, 0, [code], targets, 'token')\n"
         "try:\n"
         "    o = sandbox.run_program(sandbox.interpreter(sys.executable), program,\n"
-        "                            limits=sandbox.SandboxLimits(wall_s=20), visible=[Path(targets)])\n"
+        "                            limits=sandbox.SandboxLimits(wall_s=20),\n"
+        "                            visible=[Path(targets)])\n"
         "    print(scripts.grade_step(code, o, 'token').value, 'user' in o.isolation)\n"
         "except UnsupportedError as reason:\n    print('refused', reason)\n"
     )
