@@ -22,7 +22,7 @@ BLANK = Attempt("pocket", "item", 2, 7, "0" * 8, "", "", "", 1, 1, 1, 0.5)
 def output(usage: ModelUsage | None, stop: str = "stop") -> ModelOutput:
     content = [ContentReasoning(reasoning="so"), ContentText(text="A"), ContentText(text="B")]
     message = ChatMessageAssistant(content=content)
-    choice = ChatCompletionChoice(message=message, stop_reason=stop)  # type: ignore[arg-type]
+    choice = ChatCompletionChoice(message=message, stop_reason=stop)
     return ModelOutput(model="m", choices=[choice], usage=usage)
 
 

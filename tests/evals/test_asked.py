@@ -121,7 +121,7 @@ def test_options_that_are_part_of_a_prompts_name_change_what_is_asked() -> None:
         ("scicode", {"code_background": False}),
         ("mmmu_pro_standard", {"image_placement": "append"}),
     ):
-        options = replace(Options(data=folder_of(name)), **changed)  # type: ignore[arg-type]
+        options = replace(Options(data=folder_of(name)), **changed)
         assert asked_digest(BENCHMARKS[name], options)[1] != ASKED[name][1]
         assert next(iter(changed)) in BENCHMARKS[name].prompt_id
 
