@@ -333,8 +333,8 @@ def check_images(directory: Path, **options: Any) -> dict[str, Any]:
         layout[-1] = 13
         prompts.append([*text[:5], *layout, *text[5:]])
         images.append((index, (ImageInput.of(pixels, 5, len(layout)),)))
-    # Pictures go through a tower, too, that rounds to bf16 in an order of its own: over four sets of
-    # prompts the largest gap was 0.14.
+    # Pictures go through a tower, too, that rounds to bf16 in an order of its own: over four sets
+    # of prompts the largest gap was 0.14.
     near_tie = 2 * NEAR_TIE["bf16"]
     wanted, gaps = answers_with_gaps(load(directory, "cpu"), prompts, GREEDY, images)
     blind = answers(load(directory, "cpu"), prompts)

@@ -5,7 +5,14 @@ import statistics
 
 import pytest
 
-from halfbyte.engine.plan.pacing import Demand, GapPacer, SlicePacer, StepCosts
+from halfbyte.engine.plan.pacing import (
+    Demand,
+    FreePacer,
+    GapPacer,
+    LinePacer,
+    SlicePacer,
+    StepCosts,
+)
 
 # Milliseconds of 88 layers on one H200 (benchmarks/records/mixed-steps-h200.json), rounded.
 H200_MS = {
@@ -111,25 +118,47 @@ def test_longer_gaps_never_read_prompts_slower() -> None:
     assert rates[-1] > 2 * rates[0]
 
 
-def test_a_device_without_sizes_is_learnt() -> None:
-    """A line of 12 ms and half a millisecond a prompt token, never measured ahead."""
-    pacer = GapPacer(0.1)
-    assert pacer.prompt_tokens(Demand(4, 5000)) == 32
-    gaps = []
-    for _ in range(60):
-        count = pacer.prompt_tokens(Demand(4, 5000))
-        assert count is not None
-        gaps.append(0.012 + count * 0.0005)
-        pacer.observe(gaps[-1], 4, count)
-    assert 0.02 < statistics.median(gaps[20:]) <= 0.1
-    assert max(gaps[20:]) <= 0.15
+@pytest.mark.parametrize(
+    ("decode_s", "token_s"), [(0.012, 0.0005), (0.050, 0.0015), (0.025, 0.0003), (0.002, 2e-5)]
+)
+@pytest.mark.parametrize("target_s", [None, 0.1, 0.3])
+def test_a_device_without_sizes_is_learnt(
+    decode_s: float, token_s: float, target_s: float | None
+) -> None:
+    """Never measured ahead: steps come near to the target and not beyond, whatever came first."""
+    wanted_s = 2 * decode_s if target_s is None else target_s
+    for ahead in (0, 20):
+        pacer, gaps = LinePacer(target_s), []
+        for _ in range(ahead):
+            pacer.observe(decode_s, 4, 0)
+        for _ in range(120):
+            count = pacer.prompt_tokens(Demand(4, 10**6))
+            assert count is not None
+            gaps.append(decode_s + count * token_s)
+            pacer.observe(gaps[-1], 4, count)
+        late = sorted(gaps[60:])
+        assert 0.7 * wanted_s < late[len(late) // 2] and late[-1] <= wanted_s
+        # One step in seventeen carries no prompt.
+        assert 2 <= late.count(decode_s) <= 5
 
 
-def test_the_first_step_tells_the_time_of_its_size() -> None:
-    costs = StepCosts()
-    assert costs.seconds(30) is None and costs.table() == {}
-    costs.observe(0.03, 30, 0, is_mixed=True)
-    assert costs.table() == {32: 0.03} and costs.seconds(17) == 0.03
+def test_a_gap_below_a_step_still_moves_a_prompt() -> None:
+    pacer = LinePacer(0.005)
+    for _ in range(9):
+        pacer.observe(0.01, 1, 0)
+    pacer.observe(0.02, 1, 10)
+    assert pacer.prompt_tokens(Demand(1, 500)) == 3
+
+
+def test_prompts_alone_give_a_start_and_no_more() -> None:
+    pacer = LinePacer(None)
+    assert pacer.prompt_tokens(Demand(1, 500)) == 32
+    pacer.observe(0.1, 0, 100)
+    for _ in range(9):
+        pacer.observe(0.100, 4, 0)
+    for _ in range(40):
+        pacer.observe(9.0, 0, 100)
+    assert pacer.prompt_tokens(Demand(4, 500)) == 80
 
 
 def test_slow_machine_still_moves_a_prompt() -> None:
@@ -139,8 +168,7 @@ def test_slow_machine_still_moves_a_prompt() -> None:
 
 
 def test_no_target_sets_no_limit() -> None:
-    pacer = GapPacer(None, measured(Machine()))
-    assert pacer.prompt_tokens(Demand(64, 100000)) is None
+    assert FreePacer().prompt_tokens(Demand(64, 100000)) is None
 
 
 def test_slices_leave_running_answers_their_pace() -> None:

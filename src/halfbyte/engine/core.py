@@ -23,7 +23,15 @@ from halfbyte.engine.load import load_runner
 from halfbyte.engine.measure import measure_costs
 from halfbyte.engine.pinned import PendingTokens
 from halfbyte.engine.plan.blocks import BlockPool
-from halfbyte.engine.plan.pacing import BALANCED_GAP_S, Demand, GapPacer, SlicePacer, StepCosts
+from halfbyte.engine.plan.pacing import (
+    BALANCED_GAP_S,
+    Demand,
+    FreePacer,
+    GapPacer,
+    LinePacer,
+    SlicePacer,
+    StepCosts,
+)
 from halfbyte.engine.plan.scheduler import Scheduler
 from halfbyte.engine.plan.sequence import Sequence, Work
 from halfbyte.engine.plan.speculation import Guesser, Lookup, Pace, Speculator
@@ -116,9 +124,7 @@ class Engine:
         )
         gap_s = None if isinstance(config.target_gap_ms, str) else config.target_gap_ms / 1e3
         is_free = config.target_gap_ms == "none"
-        self._pacer = GapPacer(
-            None if is_free else gap_s or BALANCED_GAP_S, StepCosts(runner.step_sizes)
-        )
+        self._pacer: GapPacer | LinePacer | FreePacer = FreePacer() if is_free else LinePacer(gap_s)
         # How long chunks of prompts may take beside running answers, where they can be sliced.
         self._slice_pacer: SlicePacer | None = None
         if not is_free and runner.can_slice:
@@ -165,7 +171,12 @@ class Engine:
         """
         if self._runner.step_sizes and self.config.target_gap_ms != "none":
             assert not self._answers.request_ids
-            self._pacer.costs = measure_costs(self._runner, self.config)
+            self._pace(measure_costs(self._runner, self.config))
+
+    def _pace(self, costs: StepCosts) -> None:
+        gap_ms = self.config.target_gap_ms
+        gap_s = BALANCED_GAP_S if isinstance(gap_ms, str) else gap_ms / 1e3
+        self._pacer = GapPacer(gap_s, costs)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raise RequestError if the request can never run here. Safe from any thread."""
@@ -379,7 +390,7 @@ class Engine:
 
     def facts(self) -> dict[str, object]:
         """What runs the model and what that holds, for people."""
-        step_ms = {str(n): round(s * 1e3, 2) for n, s in self._pacer.costs.table().items()}
+        step_ms = {str(n): round(s * 1e3, 2) for n, s in self._pacer.table().items()}
         return {**self._runner.facts(), **({"step_ms": step_ms} if step_ms else {})}
 
     @torch.inference_mode()

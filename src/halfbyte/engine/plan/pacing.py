@@ -4,7 +4,8 @@ People who read an answer see the gaps between its tokens, people who wait for o
 which prompts are read. Both follow from what a step costs by its rows, which is no straight line: a
 GPU pads the rows to sizes that its kernels have, and a few rows more can cost half as much again.
 So a `GapPacer` knows the time of each size (`StepCosts`: measured when the engine is loaded,
-refined by every step) and fills a step to a size whose time the answers bear.
+refined by every step) and fills a step to a size whose time the answers bear. Where there are no
+sizes, a `LinePacer` learns the line.
 
 Where a chunk can stop anywhere (`slices`), a step has so much time for it instead of so many tokens
 (`SlicePacer`), and what generating takes beside it is measured in every step.
@@ -33,8 +34,9 @@ _GOOD_RATE = 0.9
 _GAIN = 0.3
 # Tokens of context from which on what a step takes longer than foretold is put down to it.
 _DEEP = 4096
-# Sizes that are tried where the kernels have none.
-_LADDER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# While prompts keep coming, after how many steps beside answers one only generates: what generating
+# alone takes stays true, and a prompt loses 6 % of its time.
+_PROBE_EVERY = 16
 
 # Of how many steps generating alone is the median.
 _NUM_DECODES = 9
@@ -69,18 +71,17 @@ class StepCosts:
 
     def __init__(
         self,
-        sizes: SequenceOf[int] = (),
+        sizes: SequenceOf[int],
         measured_s: Mapping[int, float] | None = None,
         deep_s: Mapping[int, float] | None = None,
     ) -> None:
-        """`sizes` rows are padded to, ascending; () if none are known.
+        """`sizes` rows are padded to, ascending.
 
         measured_s  seconds of steps of these sizes without context
         deep_s      of steps of up to so many rows: more for each pair of a chunk's row and a token
                     of its context; small steps may read a context again for each row
         """
         self.sizes = tuple(sizes)
-        self._ladder = self.sizes or _LADDER
         self._known_s = dict(measured_s or {})
         self._measured_deep_s = dict(sorted((deep_s or {}).items()))
         # Refined size by size.
@@ -90,8 +91,8 @@ class StepCosts:
 
     def size_for(self, num_rows: int) -> int:
         """The size that so many rows are padded to; beyond the last, the rows."""
-        index = bisect.bisect_left(self._ladder, num_rows)
-        return num_rows if index == len(self._ladder) else self._ladder[index]
+        index = bisect.bisect_left(self.sizes, num_rows)
+        return num_rows if index == len(self.sizes) else self.sizes[index]
 
     def seconds(self, num_rows: int, row_tokens: float = 0.0) -> float | None:
         """Of a step of so many rows, or None as long as no step was measured.
@@ -157,10 +158,10 @@ class StepCosts:
 class GapPacer:
     """Fills steps that generate with as many prompt tokens as their answers' gaps allow."""
 
-    def __init__(self, target_gap_s: float | None, costs: StepCosts | None = None) -> None:
-        """`target_gap_s` between an answer's tokens while prompts are read; None never limits."""
+    def __init__(self, target_gap_s: float, costs: StepCosts) -> None:
+        """`target_gap_s` between an answer's tokens while prompts are read."""
         self._target_gap_s = target_gap_s
-        self.costs = costs or StepCosts()
+        self._costs = costs
 
     def prompt_tokens(self, demand: Demand) -> int | None:
         """Prompt tokens for a step beside answers; None = as many as fit.
@@ -168,14 +169,14 @@ class GapPacer:
         Of the steps within the target gap the one that reads prompts at the best rate if others
         wait, else the smallest that does so nearly; where none is within it, the quickest.
         """
-        if self._target_gap_s is None or demand.num_prompt_tokens == 0:
+        if demand.num_prompt_tokens == 0:
             return None
         is_crowded = demand.num_prompts > 1
         limit_s = self._target_gap_s * _PLANNED * (_CROWDED if is_crowded else 1.0)
         choices = []
         for rows in self._choices(demand):
             depth = demand.depth + rows / 2
-            seconds = self.costs.seconds(demand.num_decodes + rows, rows * depth)
+            seconds = self._costs.seconds(demand.num_decodes + rows, rows * depth)
             if seconds is None:
                 return _FIRST_TOKENS
             choices.append((rows, seconds))
@@ -192,24 +193,91 @@ class GapPacer:
     ) -> None:
         """Learn from the time that a finished step took."""
         if num_decodes + num_prompt_tokens > 0:
-            self.costs.observe(
+            self._costs.observe(
                 seconds,
                 num_decodes + num_prompt_tokens,
                 row_tokens,
                 is_mixed=num_prompt_tokens > 0,
             )
 
+    def table(self) -> dict[int, float]:
+        """Seconds by size, as they are known now."""
+        return self._costs.table()
+
     def _choices(self, demand: Demand) -> list[int]:
         """Prompt tokens that fill a step to a size, ascending; the last may be all there are."""
         found = []
-        for size in self.costs.sizes or _LADDER:
-            # Kernels without sizes of their own: so many tokens beside any number of answers.
-            rows = size - demand.num_decodes if self.costs.sizes else size
+        for size in self._costs.sizes:
+            rows = size - demand.num_decodes
             if rows >= demand.num_prompt_tokens:
                 break
             if rows > 0:
                 found.append(rows)
         return [*found, demand.num_prompt_tokens]
+
+
+class LinePacer:
+    """The same where rows cost what they are: a step with n prompt tokens lasts about d + n * p, d
+    being a step that only generates. Both are learnt as they come.
+    """
+
+    def __init__(self, target_gap_s: float | None) -> None:
+        """`target_gap_s` between an answer's tokens; None: twice what is usual."""
+        self._target_gap_s = target_gap_s
+        self._decodes_s: deque[float] = deque(maxlen=_NUM_DECODES)
+        self._token_s: float | None = None
+        # Steps that did both, one after the other.
+        self._num_mixed = 0
+
+    def prompt_tokens(self, demand: Demand) -> int | None:
+        """Prompt tokens for a step beside answers; 0 = it is to measure what generating takes."""
+        if self._num_mixed >= _PROBE_EVERY:
+            return 0
+        if not self._decodes_s or not self._token_s:
+            return min(_FIRST_TOKENS, demand.num_prompt_tokens)
+        usual_s = statistics.median(self._decodes_s)
+        target_s = self._target_gap_s or _BALANCED_SLOWDOWN * usual_s
+        allowance_s = max(_SHARE * (target_s - usual_s), _LEAST_SHARE * usual_s)
+        return max(int(allowance_s / self._token_s), 1)
+
+    def observe(
+        self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
+    ) -> None:
+        """Learn from the time that a finished step took."""
+        is_mixed = num_prompt_tokens > 0 and num_decodes > 0
+        self._num_mixed = self._num_mixed + 1 if is_mixed else 0
+        if num_prompt_tokens == 0:
+            self._decodes_s.append(seconds)
+        elif num_decodes == 0:
+            # A pure prompt step is cheaper a token than one beside answers; a start, no more.
+            if self._token_s is None:
+                self._token_s = seconds / num_prompt_tokens
+        elif self._decodes_s:
+            extra_s = max(seconds - statistics.median(self._decodes_s), 0.05 * seconds)
+            token_s = extra_s / num_prompt_tokens
+            known_s = self._token_s
+            self._token_s = token_s if known_s is None else known_s + _GAIN * (token_s - known_s)
+
+    def table(self) -> dict[int, float]:
+        """Nothing: there are no sizes."""
+        return {}
+
+
+class FreePacer:
+    """Never limits."""
+
+    def prompt_tokens(self, demand: Demand) -> int | None:
+        """As many as fit."""
+        return None
+
+    def observe(
+        self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
+    ) -> None:
+        """Learn nothing."""
+
+    def table(self) -> dict[int, float]:
+        """Nothing is known."""
+        return {}
 
 
 class SlicePacer:
