@@ -8,7 +8,8 @@ Cost model: none.
 Reading the result: one list of hashes a set beside the number of its items; no item can be read
     back from it.
 Run: PYTHONPATH=src python benchmarks/published_items.py FOLDER with aime2025/problems.jsonl,
-    aa_lcr/aa_lcr.csv, scicode/problems_*.jsonl, mmlu_pro/items.jsonl and mmmu_pro/*outputs.jsonl
+    aa_lcr/aa_lcr.csv, scicode/problems_*.jsonl, mmlu_pro/items.jsonl, mmmu_pro/*outputs.jsonl and,
+    where you have one, gpqa_diamond/gpqa_diamond.csv
 """
 
 import json
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from halfbyte.evals.tasks import aa_lcr, aime, mmlu_pro, mmmu_pro, scicode
+from halfbyte.evals.tasks import aa_lcr, aime, gpqa, mmlu_pro, mmmu_pro, scicode
 from halfbyte.evals.tasks.data import load_rows
 
 OUT = Path(__file__).parents[1] / "src/halfbyte/evals/tasks/published_items.json"
@@ -31,6 +32,9 @@ def main() -> None:
         "mmlu_pro": (12_032, map(mmlu_pro.content, rows(folder, "mmlu_pro/items.jsonl"))),
         "mmmu_pro": (1_730, map(mmmu_pro.content, rows(folder, "mmmu_pro/*outputs.jsonl"))),
     }
+    if (folder / "gpqa_diamond").is_dir():
+        items = rows(folder, "gpqa_diamond/gpqa_diamond.csv")
+        made["gpqa_diamond"] = (198, map(gpqa.content, items))
     text = json.dumps({name: listed(of, found) for name, (of, found) in made.items()}, indent=0)
     OUT.write_text(text + "\n", encoding="utf-8")
 

@@ -177,6 +177,15 @@ def test_the_command_prints_chances_for_given_losses(capsys: pytest.CaptureFixtu
     assert "hours per arm" in text
 
 
+def test_the_command_prints_what_an_arm_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "plan", "--suite", "pocket", "--throughput", "1"]
+    assert main([*command, "--price-per-hour", "4.5"]) == 0
+    printed = capsys.readouterr().out
+    hours = float(printed.split(" tokens and ")[1].split(" hours per arm")[0])
+    cost = float(printed.split("cost: ")[1].split(" per arm at 4.50 an hour")[0])
+    assert hours > 0 and cost == pytest.approx(4.5 * hours, abs=0.03)
+
+
 def test_a_suite_may_ask_more_often_than_its_benchmarks_do() -> None:
     repeats = {b.name: b.repeats for b in find_benchmarks(["decide"])}
     assert repeats == REPEATS["decide"]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from halfbyte.evals.tasks import gpqa
 from halfbyte.evals.tasks import published as subject
 from halfbyte.evals.tasks.aime import BENCHMARK as AIME
 from halfbyte.evals.tasks.benchmark import Options
@@ -87,6 +88,38 @@ def test_items_made_up_for_the_real_sets_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "gpqa_diamond" / "items.jsonl").write_text(f"{item}\n" * 4)
     note = GPQA.load(Options(data=tmp_path)).provenance.note
     assert note == "4 items, not the published 198, and not compared with them"
+
+
+def made_up_gpqa(folder: Path, count: int, question: str = "Which?") -> Options:
+    """Items in GPQA Diamond's columns, as many as are asked for."""
+    (folder / "gpqa_diamond").mkdir(parents=True)
+    rows = [
+        {
+            "Record ID": f"rec{n:014}",
+            "Question": question,
+            "Correct Answer": "this",
+            **{f"Incorrect Answer {k}": f"not this {k}" for k in (1, 2, 3)},
+        }
+        for n in range(count)
+    ]
+    (folder / "gpqa_diamond" / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return Options(data=folder)
+
+
+def test_as_many_items_as_published_do_not_pass_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = made_up_gpqa(tmp_path / "a", 198)
+    found = GPQA.load(options).provenance
+    assert (found.note, found.checked) == ("not compared by content with the published items", "")
+    # Once hashes are made from a copy of the set, each item is told by them.
+    lines = (tmp_path / "a/gpqa_diamond/items.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    known = Published(198, frozenset(map(gpqa.content, rows)))
+    monkeypatch.setattr(subject, "published", lambda _: known)
+    assert GPQA.load(options).provenance.checked == "all 198"
+    other = made_up_gpqa(tmp_path / "b", 198, "Which other?")
+    assert GPQA.load(other).provenance.note.startswith("other than published: 198 of 198")
 
 
 def test_what_is_known_of_the_sets_is_hashes_alone() -> None:

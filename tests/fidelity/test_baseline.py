@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,13 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     truncated.write_bytes(truncated.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="no readable baseline"):
         load_baseline(truncated)
+
+
+def test_who_may_read_a_baseline_is_for_umask_to_say(tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            save_baseline(tmp_path / "b", baseline())
+        finally:
+            os.umask(before)
+        assert (tmp_path / "b").stat().st_mode & 0o777 == mode

@@ -12,12 +12,18 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
+import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from evals_stub import Reply, completion, serving
+from halfbyte.errors import UnsupportedError
+from halfbyte.evals.sandbox import isolation
 from hub_stand_in import NAME, serving_hub
 from wheels import ROOT, build_wheel, command_of, unpack
 
@@ -143,11 +149,51 @@ def test_from_a_wheel_to_a_quantized_checkpoint(terminal: Terminal) -> None:
     assert not work.exists()
 
 
+def test_generated_code_has_an_interpreter_or_nothing_is_asked(terminal: Terminal) -> None:
+    pytest.importorskip("h5py", reason="the interpreter of generated code needs h5py")
+    try:
+        isolation()
+    except UnsupportedError as reason:
+        pytest.skip(f"no sandbox on this machine: {reason}")
+    problems = ROOT / "tests" / "data" / "evals" / "scicode"
+    shutil.copytree(problems, terminal.folder / "items" / "scicode")
+    broken = terminal.folder / "broken"
+    broken.mkdir()
+    (broken / "python").write_text("#!/bin/sh\necho no such library >&2\nexit 1\n")
+    (broken / "python").chmod(0o755)
+    # It runs, and has none of what the tests of generated code import.
+    venv.create(terminal.folder / "bare", symlinks=True)
+    rows = (problems / "problems_dev_subset.jsonl").read_text().splitlines()
+    steps = [step for row in rows for step in json.loads(row)["sub_steps"]]
+
+    def answers(request: dict[str, Any]) -> Reply:
+        asked = request["messages"][0]["content"].split("NEXT STEP:")[1]
+        step = next(s for s in steps if s["function_header"] in asked)
+        return completion(f"```python\n{step['ground_truth_code']}\n```")
+
+    with serving(answers) as stub:
+        evaluate = f"halfbyte evaluate {stub.url} --suite scicode --data items --out code-run"
+        evaluate += " --limit 2 --repeats 1 --code-python"
+        for python, said in (
+            ("nowhere/bin/python", "nowhere/bin/python is no Python for generated code"),
+            ("broken/python", "broken/python does not run: no such library"),
+            ("bare/bin/python", "cannot run SciCode's tests: it lacks numpy, scipy, h5py"),
+        ):
+            _, err = terminal.run(f"{evaluate} {python}", status=2)
+            assert said in err, err
+            assert not (terminal.folder / "code-run").exists() and not stub.requests
+        # A relative path over a virtual environment's link, as the docs show it.
+        (terminal.folder / "code").symlink_to(sys.prefix)
+        terminal.run(f"{evaluate} code/bin/{Path(sys.executable).name} --code-wall-s 60")
+        asked = len(stub.requests)
+    run = json.loads((terminal.folder / "code-run" / "run.json").read_text())
+    result = run["benchmarks"]["scicode"]
+    assert result["items"] == asked > 1 and not result["missing"], result
+    assert result["score"] == 1.0, result
+
+
 def test_from_two_arms_to_a_published_card(terminal: Terminal) -> None:
     terminal.run("halfbyte quantize fp8 mixed --recipe medium-3.5 --method none")
-    broken = "halfbyte evaluate fp8 --suite pocket scicode --code-python nowhere/bin/python"
-    _, err = terminal.run(f"{broken} --out evals/broken", status=2)
-    assert not (terminal.folder / "evals" / "broken" / "run.json").exists()
     evaluate = f"halfbyte evaluate fp8 --suite pocket --out evals/fp8 {shlex.join(_SMALL)}"
     begun = terminal.folder / "evals" / "fp8" / "pocket" / "sessions.jsonl"
     assert "kept" in terminal.interrupt(evaluate, begun)

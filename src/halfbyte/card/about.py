@@ -80,7 +80,7 @@ def licence_section(given: CardInput) -> Markdown:
         stated = md("It is {}{}", code(named), where)
     return md(
         "The licence of {} applies to these weights: quantization changes how they are stored, "
-        "not whose they are. {}. Whether commercial use is allowed, it says.",
+        "not whose they are. {}. Read there whether commercial use is allowed.",
         base,
         stated,
     )

@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--model", help="model name (the server's first)")
-    parser.add_argument("--api-key", help="for servers that ask for one")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--api-key", help="for servers that ask for one; other users here may see it")
+    key.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable that holds the API key"
+    )
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--reasoning-effort", help="none, high: what the model knows")
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         url = args.target
         if not url.startswith(("http://", "https://")):
             url = stack.enter_context(_local_server(args))
-        client = ChatClient(url, args.api_key)
+        client = ChatClient(url, _key(args))
         stack.callback(client.close)
         model = args.model or client.first_model()
         terminal = Terminal(client, model, settings, args.system)
@@ -49,6 +53,14 @@ def run(args: argparse.Namespace) -> int:
         prompt = sys.stdin.read() if args.once == "-" else args.once
         answer = terminal.ask(prompt, with_speed=False)
         return 0 if answer.finish_reason is not None else 130
+
+
+def _key(args: argparse.Namespace) -> str | None:
+    if args.api_key_env is None:
+        return str(args.api_key) if args.api_key else None
+    from halfbyte.evals.running.endpoint import read_key
+
+    return read_key(args.api_key_env)
 
 
 @contextlib.contextmanager

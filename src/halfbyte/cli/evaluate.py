@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.cli.plan import parse_count
+from halfbyte.cli.plan import parse_count, parse_price
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # names only: the hall is imported when the command runs
@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=5_000.0,
         help="output tokens/s, for --plan (%(default)s)",
     )
+    add(
+        "--price-per-hour",
+        type=parse_price,
+        metavar="PRICE",
+        help="of all GPUs that make --throughput; --plan then tells what an arm costs",
+    )
     add("--prompt-throughput", type=float, help="prompt tokens/s, for --plan (default: no time)")
     add(
         "--loss",
@@ -119,7 +125,11 @@ def run(args: argparse.Namespace) -> int:
         )
         losses = LOSSES if args.loss is None else [points / 100 for points in args.loss]
         with_prompts = args.prompt_throughput is not None
-        print(format_plan(plan, with_prompts=with_prompts, losses=losses))
+        print(
+            format_plan(
+                plan, with_prompts=with_prompts, losses=losses, price_per_hour=args.price_per_hour
+            )
+        )
         return 0
     if args.target is None:
         raise UsageError("evaluate what? give an endpoint or a checkpoint folder (or --plan)")

@@ -94,4 +94,5 @@ def _check(response: httpx.Response) -> None:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = f"status {response.status_code}"
-    raise UsageError(f"the server says: {message}")
+    hint = "; give --api-key-env NAME or --api-key" if response.status_code == 401 else ""
+    raise UsageError(f"the server says: {message}{hint}")

@@ -160,7 +160,11 @@ def save_baseline(path: Path, baseline: Baseline) -> None:
     facts = {name: getattr(baseline, name) for name in _FACTS}
     unfinished = path.with_name(path.name + ".unfinished")
     try:
+        # safetensors makes a file of the owner's alone; who may read is for umask to say.
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file(tensors, unfinished, {"format": FORMAT, "facts": json.dumps(facts)})
+        unfinished.chmod(mode)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -178,6 +178,8 @@ def result(users: int, rate: float | None, end: str = "") -> LevelResult:
         ({1: 40.0, 8: 100.0}, "best output is 100.0 tokens/s, with 8 users. More than 8 were not"),
         ({1: 40.0, 8: 95.0, 32: 100.0}, "with 32 users; 8 give 90% of it. More than 32"),
         ({1: 40.0, 8: 100.0, 32: 60.0}, "with 8 users, and 32 get 60% of it."),
+        ({1: 40.0, 4: 20.0}, "with 1 user, and 4 get 50% of it."),
+        ({1: 95.0, 4: 100.0}, "with 4 users; 1 gives 90% of it."),
     ],
 )
 def test_saturation_is_where_more_users_bring_no_more(

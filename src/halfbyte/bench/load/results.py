@@ -287,10 +287,10 @@ def saturation(results: Sequence[LevelResult], profile: Profile) -> str:
         return ""
     best_users, best = max(rates, key=lambda pair: pair[1])
     enough = min(users for users, rate in rates if rate >= _SATURATED * best)
-    name = "agents" if profile == "agents" else "users"
+    name = ("agent" if profile == "agents" else "user") + "s" * (best_users != 1)
     text = f"The best output is {best:,.1f} tokens/s, with {best_users} {name}"
     if enough != best_users:
-        text += f"; {enough} give {_SATURATED:.0%} of it"
+        text += f"; {enough} {'gives' if enough == 1 else 'give'} {_SATURATED:.0%} of it"
     most_users, last = max(rates)
     if most_users == best_users:
         return text + f". More than {most_users} were not tried, so there may be more to have."

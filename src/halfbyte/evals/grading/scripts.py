@@ -214,12 +214,20 @@ def step_program(
     )
 
 
+# What the tests of a step import whatever the step is.
+_IMPORTED = ("numpy", "scipy", "h5py")
+_NEEDED = "It needs NumPy below 2, SciPy 1.10 to 1.13, sympy, matplotlib and h5py"
+
+
 def check_interpreter(python: Interpreter) -> None:
     """Run one small step as attempts are run, so that what is missing is said before any is asked.
 
-    Raises UnsupportedError with the interpreter's own words.
+    Raises UnsupportedError with what it lacks, or with the last of its own words.
     """
-    # The modules of the tests are imported whatever the step: NumPy, SciPy and h5py.
+    if absent := [name for name in _IMPORTED if name not in python.versions]:
+        raise UnsupportedError(
+            f"{python.path} cannot run SciCode's tests: it lacks {', '.join(absent)}. {_NEEDED}"
+        )
     test = "assert np.allclose(check(1.0), 2.0)"
     step = {"step_number": "0.1", "function_header": "def check(x):", "test_cases": [test]}
     problem = {"required_dependencies": "import numpy as np", "sub_steps": [step]}
@@ -227,10 +235,10 @@ def check_interpreter(python: Interpreter) -> None:
     program = step_program(problem, 0, [code], "", "held")
     outcome = run_program(python, program, limits=SandboxLimits(wall_s=120))
     if grade_step(code, outcome, "held").value != 1.0:
+        last = (outcome.stderr.strip().splitlines() or ["it said nothing"])[-1][-300:]
         raise UnsupportedError(
             f"{python.path} cannot run SciCode's tests: {outcome.ending} with exit code "
-            f"{outcome.exit_code}: {outcome.stderr.strip()[-600:]}\nIt needs NumPy below 2, SciPy "
-            "1.10 to 1.13, sympy, matplotlib and h5py"
+            f"{outcome.exit_code}: {last}. {_NEEDED}"
         )
 
 

@@ -320,8 +320,12 @@ def format_plan(
     *,
     with_prompts: bool = False,
     losses: Sequence[float] = LOSSES,
+    price_per_hour: float | None = None,
 ) -> str:
-    """The plan as a table, points and hours per arm; `with_prompts`: hours count those too."""
+    """The plan as a table, points and hours per arm; `with_prompts`: hours count those too.
+
+    price_per_hour  of all that makes the throughput, in any currency
+    """
     head = [
         "benchmark", "items", "repeats", "SE of D", "loss shown", "after Holm", "NO-GO from",
         "margin", "GO if equal", "repeats for GO", "prompt Mtok", "output Mtok", "hours", "values",
@@ -351,6 +355,13 @@ def format_plan(
             table(rows),
             f"all: {output:.1f} M output tokens and {hours:.2f} hours per arm; "
             f"SE of the macro difference {percent(macro)} points",
+            *(
+                []
+                if price_per_hour is None
+                else [
+                    f"cost: {hours * price_per_hour:,.2f} per arm at {price_per_hour:,.2f} an hour"
+                ]
+            ),
             "",
             "the verdict of the whole comparison:",
             table(chances),

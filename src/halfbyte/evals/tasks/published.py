@@ -17,6 +17,9 @@ from halfbyte.evals.tasks.data import Provenance
 
 _DIGITS = 12
 
+# Of items of which no hashes are known: their number alone would let any others pass for them.
+NOT_COMPARED = "not compared by content with the published items"
+
 
 class Published(NamedTuple):
     """What is known of a set: how many items it has, and hashes of some or all of them."""
@@ -66,7 +69,7 @@ def _found(known: Published | None, hashes: Sequence[str], full: int) -> tuple[s
     read, count = set(hashes), len(hashes)
     if known is None:
         if count == full:
-            return "", ""
+            return NOT_COMPARED, ""
         return f"{count} items, not the published {full}, and not compared with them", ""
     same = len(read & known.items)
     if len(known.items) == known.of:  # all are known, so that each item can be told
