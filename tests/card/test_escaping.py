@@ -24,7 +24,7 @@ from halfbyte.card.markdown import code, link, md, one_line, row
 from halfbyte.card.render import render_card, write_card
 from halfbyte.card.report import render_report
 from halfbyte.errors import UsageError
-from halfbyte.evals.judging.compare import Comparison
+from halfbyte.evals.judging.comparison import Comparison
 
 markdown_it = pytest.importorskip("markdown_it", reason="extra 'eval' brings a Markdown reader")
 

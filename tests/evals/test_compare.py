@@ -12,7 +12,8 @@ import pytest
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.bounds import p_beyond, pair
-from halfbyte.evals.judging.compare import compare_runs, write_comparison
+from halfbyte.evals.judging.compare import compare_runs
+from halfbyte.evals.judging.comparison import write_comparison
 from halfbyte.evals.judging.guards import blockers
 from halfbyte.evals.judging.render import format_comparison, what_would_decide
 from halfbyte.evals.judging.summary import summarise

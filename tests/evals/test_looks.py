@@ -16,7 +16,8 @@ from halfbyte.evals.config import (
     differing_judges,
     seed_for,
 )
-from halfbyte.evals.judging.compare import compare_runs, write_comparison
+from halfbyte.evals.judging.compare import compare_runs
+from halfbyte.evals.judging.comparison import write_comparison
 from halfbyte.evals.judging.looks import (
     Margin,
     margin_of,

@@ -20,7 +20,8 @@ from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.checkpoint.metadata import Quantization, read_config, unquantized
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError, UsageError
-from halfbyte.evals.judging.compare import Comparison, compare_runs
+from halfbyte.evals.judging.compare import compare_runs
+from halfbyte.evals.judging.comparison import Comparison
 from halfbyte.evals.records import BenchmarkResult, RunRecord, newest, read_records, read_run
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES
 from halfbyte.figures import CARD_TOPICS, Figure, Record, parse_record

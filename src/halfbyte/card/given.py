@@ -14,7 +14,7 @@ from halfbyte.card.facts import (
     speed_figures,
 )
 from halfbyte.card.markdown import Markdown, hub_link
-from halfbyte.evals.judging.compare import Comparison
+from halfbyte.evals.judging.comparison import Comparison
 from halfbyte.figures import Figure, Record
 
 RECORDS = "evaluation"

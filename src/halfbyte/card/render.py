@@ -59,7 +59,7 @@ from halfbyte.card.markdown import Markdown, join, link, md, one_line, row, rule
 from halfbyte.card.measured import fidelity_section, speed_section
 from halfbyte.card.published import published_figures, published_run, scrubbed
 from halfbyte.errors import UsageError
-from halfbyte.evals.judging.compare import Comparison, write_comparison
+from halfbyte.evals.judging.comparison import Comparison, write_comparison
 from halfbyte.evals.judging.render import (
     level_text,
     margin_text,

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from halfbyte.card.facts import PRIVATE, Arm, UseFacts, columns, title_of
 from halfbyte.card.plots import LabelledInterval, intervals, shares
-from halfbyte.evals.judging.compare import BenchmarkComparison, Comparison, Flip
+from halfbyte.evals.judging.comparison import BenchmarkComparison, Comparison, Flip
 from halfbyte.evals.judging.render import (
     a_a,
     format_look,

@@ -51,7 +51,8 @@ def verdict_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.evals.judging.compare import compare_runs, write_comparison
+    from halfbyte.evals.judging.compare import compare_runs
+    from halfbyte.evals.judging.comparison import write_comparison
     from halfbyte.evals.judging.render import format_comparison
 
     comparison = compare_runs(args.baseline, args.candidate, **verdict_options(args))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from halfbyte.evals.judging.compare import BenchmarkComparison, Comparison
+from halfbyte.evals.judging.comparison import BenchmarkComparison, Comparison
 from halfbyte.evals.records import BenchmarkResult, RunRecord
 
 
