@@ -33,6 +33,15 @@ def test_the_line_says_how_far_how_well_how_fast_and_how_long_yet() -> None:
     assert "items/s" not in progress.line(0.0)
 
 
+def test_the_line_says_how_long_the_benchmarks_that_follow_take() -> None:
+    progress = RunProgress("Pocket", 2, io.StringIO(), later=58)
+    progress.add(record("a", 1.0))
+    # One attempt in two seconds; one is left here, 59 in all.
+    assert progress.line(2.0).endswith("ETA 0:00:02  whole run about 0:01:58")
+    progress.add(record("b", 1.0))
+    assert progress.line(4.0).endswith("4 tokens  whole run about 0:01:56")
+
+
 def test_repeats_of_an_item_count_as_one_mean_and_troubles_are_named() -> None:
     progress = RunProgress("Pocket", 5, io.StringIO())
     for repeat, score in enumerate((1.0, 0.0)):

@@ -92,7 +92,7 @@ def evaluate(
               if b.name in loaded}  # fmt: skip
     results: dict[str, BenchmarkResult] = {**to_ask, **run.benchmarks}
     write_run(config.out / "run.json", replace(run, benchmarks=results))
-    for benchmark in config.benchmarks:
+    for number, benchmark in enumerate(config.benchmarks):
         if benchmark.name in absent:
             results[benchmark.name] = _not_measured(benchmark, config, absent[benchmark.name])
             continue
@@ -111,6 +111,11 @@ def evaluate(
             prompts_sha256=prompts,
             repeats=repeats,
             code=_code_runner(benchmark, config),
+            later=sum(
+                len(loaded[one.name].samples) * (config.repeats or one.repeats)
+                for one in config.benchmarks[number + 1 :]
+                if one.name in loaded
+            ),
         )
         results[benchmark.name] = summarise(
             _identity(benchmark, config, data, prompt_id, prompts),

@@ -12,10 +12,16 @@ from halfbyte.progress import ProgressLine, clock
 class RunProgress:
     """Counts of one benchmark; prints to a stream no more often than `every_s`."""
 
-    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
-        """`stream` is stderr unless another is given."""
+    def __init__(
+        self, title: str, total: int, stream: TextIO | None = None, *, later: int = 0
+    ) -> None:
+        """`stream` is stderr unless another is given.
+
+        later  attempts of the benchmarks that follow, for the time that the whole run still takes
+        """
         self._title = title
         self._total = total
+        self._later = later
         self._line = ProgressLine(stream)
         self._started = time.monotonic()
         self._shown_done = -1
@@ -68,8 +74,12 @@ class RunProgress:
             rate = fresh / elapsed_s
             parts.append(f"{_speed(rate)}  {self._tokens / elapsed_s:,.0f} tokens/s")
             parts.append(f"{self._tokens:,} tokens")
-            if self._done < self._total:
-                parts.append(f"ETA {clock((self._total - self._done) / rate)}")
+            left = self._total - self._done
+            if left:
+                parts.append(f"ETA {clock(left / rate)}")
+            if self._later:
+                # At this benchmark's rate: others have longer or shorter answers.
+                parts.append(f"whole run about {clock((left + self._later) / rate)}")
         if self._troubles:
             parts.append(", ".join(f"{n} {cause}" for cause, n in sorted(self._troubles.items())))
         return "  ".join(parts)

@@ -91,8 +91,11 @@ def run_benchmark(
     prompts_sha256: str,
     repeats: int,
     code: CodeRunner | None,
+    later: int = 0,
 ) -> list[Record]:
     """Ask and grade everything that is not yet in the run's folder; returns all records.
+
+    later  attempts of the benchmarks that follow
 
     The records come without their texts, which stay in the folder.
 
@@ -110,7 +113,7 @@ def run_benchmark(
         max_tokens=config.sampling.max_tokens,
         attempts=AttemptJournal(folder / "attempts.jsonl"),
         samples=AttemptJournal(folder / "samples.jsonl"),
-        progress=RunProgress(benchmark.title, total),
+        progress=RunProgress(benchmark.title, total, later=later),
         graders=Graders(None, code),
     )
     if config.judge is not None:
