@@ -258,13 +258,17 @@ def test_conversations_are_renamed_exported_imported_and_deleted(
     ask(browser, "Two")
     done(browser, 1)
     browser.until("document.querySelectorAll('#conversations li').length === 2")
-    # The list may be drawn once more behind the answer, which closes what was opened.
     browser.until("""(() => {
-      const open = () => document.querySelector('#conversations input');
-      if (!open()) document.querySelector('#conversations li button:nth-of-type(2)').click();
-      if (open()) open().value = 'Renamed';
-      return open() !== null;
+      const button = document.querySelector('#conversations li button:nth-of-type(2)');
+      button?.click();
+      return button !== null;
     })()""")
+    browser.run("document.querySelector('#conversations input').value = 'Renamed'")
+    # An answer that ends draws the list again: what is typed stays.
+    ask(browser, "Three")
+    done(browser, 2)
+    browser.run("new Promise((resolve) => setTimeout(resolve, 200))")
+    assert browser.run("document.querySelector('#conversations input').value") == "Renamed"
     browser.run("document.querySelector('#conversations form').requestSubmit()")
     browser.until("document.querySelector('#conversations').textContent.includes('Renamed')")
     text = browser.run("""(async () => {

@@ -88,8 +88,13 @@ async function keep() {
 }
 
 async function showList() {
-  const items = (await store.list()).map(({ id, title }) => {
+  const found = await store.list();
+  // An answer that ends while a name is typed draws the list again: the field stays.
+  const typed = $("conversations").querySelector("form")?.closest("li");
+  const items = found.map(({ id, title }) => {
+    if (typed?.dataset.id === id) return typed;
     const item = element("li");
+    item.dataset.id = id;
     const open = button(title, "Open this conversation", () => openConversation(id), "open");
     open.dir = "auto";
     if (id === conversation.id) open.setAttribute("aria-current", "true");
@@ -121,6 +126,7 @@ function renameIn(item, id, title) {
     kept.title = input.value.trim() || title;
     await store.save(kept);
     if (id === conversation.id) conversation.title = kept.title;
+    form.remove();
     await showList();
   };
   item.replaceChildren(form);
