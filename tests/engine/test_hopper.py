@@ -29,6 +29,7 @@ from halfbyte.engine.graphs import (
 from halfbyte.engine.hopper import HopperDevice, prefill_batch
 from halfbyte.engine.load import check_limits
 from halfbyte.engine.pinned import PinnedRing
+from halfbyte.engine.plan.pacing import FreePacer
 from halfbyte.engine.plan.sequence import Sequence, Work
 from halfbyte.engine.plan.step import PageTable, lay_out
 from halfbyte.engine.request import (
@@ -240,6 +241,22 @@ def test_the_next_step_is_launched_before_the_last_is_read(hopper: Path) -> None
         seen.append(len(launches_of(engine)))
     # After the first call two steps are launched; nothing is launched for what cannot be wanted.
     assert seen == [*range(2, 13), 12] and events == 13
+
+
+def test_what_answers_read_of_their_contexts_is_not_put_down_to_prompts(hopper: Path) -> None:
+    engine = twin_engine(hopper, target_gap_ms="none")
+    seen: list[tuple[int, int, float]] = []
+
+    class Noted(FreePacer):
+        def observe(
+            self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
+        ) -> None:
+            seen.append((num_decodes, num_prompt_tokens, row_tokens))
+
+    engine._pacer = Noted()
+    run(engine, [request(str(i), prompt_of(40, i), PLAIN) for i in range(2)])
+    assert [row_tokens for _, prompt, row_tokens in seen if prompt] == [2 * 40 * 20.0]
+    assert len(seen) > 2 and not any(row_tokens for _, prompt, row_tokens in seen if not prompt)
 
 
 def test_a_stop_leaves_one_wasted_row_and_free_blocks(hopper: Path) -> None:

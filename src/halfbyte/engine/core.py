@@ -30,7 +30,6 @@ from halfbyte.engine.plan.pacing import (
     GapPacer,
     LinePacer,
     SlicePacer,
-    StepCosts,
 )
 from halfbyte.engine.plan.scheduler import Scheduler
 from halfbyte.engine.plan.sequence import Sequence, Work
@@ -122,8 +121,10 @@ class Engine:
             prefix_cache=config.prefix_cache,
             num_ahead=0 if self._drafter is None else 1,
         )
-        gap_s = None if isinstance(config.target_gap_ms, str) else config.target_gap_ms / 1e3
-        is_free = config.target_gap_ms == "none"
+        gap_ms = config.target_gap_ms
+        # Where a number was asked for.
+        self._gap_s = gap_s = None if isinstance(gap_ms, str) else gap_ms / 1e3
+        is_free = gap_ms == "none"
         self._pacer: GapPacer | LinePacer | FreePacer = FreePacer() if is_free else LinePacer(gap_s)
         # How long chunks of prompts may take beside running answers, where they can be sliced.
         self._slice_pacer: SlicePacer | None = None
@@ -171,12 +172,8 @@ class Engine:
         """
         if self._runner.step_sizes and self.config.target_gap_ms != "none":
             assert not self._answers.request_ids
-            self._pace(measure_costs(self._runner, self.config))
-
-    def _pace(self, costs: StepCosts) -> None:
-        gap_ms = self.config.target_gap_ms
-        gap_s = BALANCED_GAP_S if isinstance(gap_ms, str) else gap_ms / 1e3
-        self._pacer = GapPacer(gap_s, costs)
+            costs = measure_costs(self._runner, self.config)
+            self._pacer = GapPacer(self._gap_s or BALANCED_GAP_S, costs)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raise RequestError if the request can never run here. Safe from any thread."""
@@ -381,9 +378,10 @@ class Engine:
 
     def _observe(self, works: SequenceOf[Work], num_decodes: int, seconds: float) -> None:
         if self._slice_pacer is None:
-            prompts = [work for work in works if work.count > 1 or not _is_single(work)]
             num_tokens = sum(work.count for work in works)
-            row_tokens = sum(work.count * (work.start + work.count / 2) for work in prompts)
+            # What the answers' own contexts cost is learnt apart.
+            chunks = (work for work in works if work.count > 1)
+            row_tokens = sum(work.count * (work.start + work.count / 2) for work in chunks)
             self._pacer.observe(seconds, num_decodes, num_tokens - num_decodes, row_tokens)
         self._num_steps += 1
         self._step_s += seconds
