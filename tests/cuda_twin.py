@@ -23,7 +23,7 @@ from halfbyte.engine.load import PlainPart, fit_to_graphs, load_part
 from halfbyte.engine.runner import Runner
 from halfbyte.engine.sampler import LogitsHook
 from halfbyte.kernels import dispatch
-from halfbyte.model.cuda.prefill import PrefillBatch
+from halfbyte.model.cuda.prefill_batch import PrefillBatch
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_vision

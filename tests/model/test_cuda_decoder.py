@@ -233,7 +233,8 @@ def test_graph_equals_eager_and_two_runs_are_identical(mode: str) -> None:
 @pytest.mark.parametrize("formats", [None, (), ("nvfp4", "nvfp4_fast")])
 def test_prefill_then_decode_continues_the_prompt(mode: str, formats) -> None:
     from halfbyte.kernels.cuda.ops import stream_product
-    from halfbyte.model.cuda.prefill import Chunk, Prefill, PrefillBatch
+    from halfbyte.model.cuda.prefill import Prefill
+    from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
 
     library, weights, cache, rotary, make = _setup(1, mode=mode)
     prompt = (torch.arange(300, device="cuda") * 37) % 2048

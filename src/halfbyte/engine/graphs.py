@@ -38,7 +38,8 @@ from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.log import logger
 from halfbyte.model.cuda.decode import DecodeStep
 from halfbyte.model.cuda.launches import SharedBuffers
-from halfbyte.model.cuda.prefill import GRAPH_SIZES, Chunk, Prefill, PrefillBatch
+from halfbyte.model.cuda.prefill import GRAPH_SIZES, Prefill
+from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
 from halfbyte.model.cuda.weights import ACTIVATION_KIND, CudaWeights, KvCache
 from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable

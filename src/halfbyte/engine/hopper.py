@@ -30,7 +30,7 @@ from halfbyte.engine.graphs import (
 from halfbyte.engine.pinned import PendingTokens, PinnedRing
 from halfbyte.engine.plan.step import PlannedStep, TableChanges
 from halfbyte.kernels.cuda.library import NARROW_PREFILL_COLUMNS
-from halfbyte.model.cuda.prefill import Chunk, PrefillBatch, Singles
+from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch, Singles
 from halfbyte.model.cuda.weights import KvCache
 from halfbyte.model.parallel import Communicator
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.config import TextConfig
-from halfbyte.kernels.cuda.driver import Argument, Kernel
+from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch
 from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, OutKind
 from halfbyte.kernels.repack import padded
 from halfbyte.model.cuda.weights import CudaLinear
@@ -134,3 +134,15 @@ def joined_input(fuse: CudaLinear, embedded_TD: Tensor, hidden_TD: Tensor) -> Te
     if fuse.weight.format == "bf16":
         return x_TI
     return (x_TI.float() / fuse.input_scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def launch(
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    num_threads: int,
+    *arguments: Argument,
+    overlaps: bool = True,
+) -> None:
+    """Enqueue a kernel on torch's current stream; with `overlaps` it waits for the one ahead."""
+    stream = torch.cuda.current_stream().cuda_stream
+    Launch(kernel, grid, num_threads, arguments, overlaps=overlaps).run(stream)

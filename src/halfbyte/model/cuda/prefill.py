@@ -5,19 +5,16 @@ sequence, Z slots in a page, N query heads, K key/value heads, H head size, R ro
 """
 
 import ctypes
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import UnsupportedError
-from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch, LinearResult
+from halfbyte.kernels.cuda.driver import Argument, LinearResult
 from halfbyte.kernels.cuda.library import (
     KernelLibrary,
-    attention_warps,
     make_prefill_room,
     prefill_tiles,
 )
@@ -30,20 +27,16 @@ from halfbyte.kernels.repack import (
     tile_activations,
 )
 from halfbyte.model.cuda.launches import (
-    CHUNK_KEYS,
-    CHUNK_ROWS,
     AllReduce,
     RotaryFunction,
     SharedBuffers,
-    attention_splits,
-    chunk_splits,
-    chunk_tiles,
-    context_bytes,
     elementwise_kernels,
-    heads_of,
     joined_input,
     kernel_scale,
+    launch,
 )
+from halfbyte.model.cuda.prefill_attention import PrefillAttention
+from halfbyte.model.cuda.prefill_batch import Angles, PrefillBatch, Rows
 from halfbyte.model.cuda.weights import (
     ACTIVATION_KIND,
     CudaLayer,
@@ -61,79 +54,6 @@ GRAPH_STEP = 128
 GRAPH_SIZES = tuple(range(GRAPH_STEP, TILED_FP8_TOKENS + 1, GRAPH_STEP))
 # Rows of a prefill that are normed at once.
 _NORM_ROWS = 1024
-
-
-# Cosines and sines (T, H / 2), and what queries are scaled by or None.
-Angles = tuple[Tensor, Tensor, Tensor | None]
-
-
-class Chunk(NamedTuple):
-    """Consecutive tokens of one sequence among a prefill's rows.
-
-    start       tokens of the sequence that are stored already
-    pages_P     int32, the sequence's pages as far as this chunk reaches
-    """
-
-    first_row: int
-    num_rows: int
-    start: int
-    pages_P: Tensor
-
-
-class Singles(NamedTuple):
-    """The leading rows of a prefill that are one token each of a sequence.
-
-    block_table_SP, context_lengths_S  int32, as for a decode step
-    """
-
-    block_table_SP: Tensor
-    context_lengths_S: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillBatch:
-    """A ragged batch: first single tokens of sequences, then chunks of prompts.
-
-    image_rows_I   rows whose embedding is replaced by `image_vectors_ID`, which rank 0 alone has
-    hidden_TD      what a draft model reads beside the embeddings
-    """
-
-    token_ids_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
-    chunks: tuple[Chunk, ...]
-    singles: Singles | None = None
-    image_rows_I: Tensor | None = None
-    image_vectors_ID: Tensor | None = None
-    hidden_TD: Tensor | None = None
-
-
-class _Rows(NamedTuple):
-    """Where a step's rows are between the kernels.
-
-    slots_T  of the cache; -1 stores nothing
-    out_TNH  attention's output, without v_scale
-    """
-
-    residual_TD: Tensor
-    slots_T: Tensor
-    cos_TH2: Tensor
-    sin_TH2: Tensor
-    query_scale_T: Tensor | None
-    q_TNH: Tensor
-    out_TNH: Tensor
-
-    def first(self, size: int) -> "_Rows":
-        """The first rows, in the same memory."""
-        return _Rows(*(None if part is None else part[:size] for part in self))  # type: ignore[arg-type]
-
-    def put(self, residual_TD: Tensor, slots_T: Tensor, angles: Angles) -> None:
-        """Fill in a step; rows behind it store nothing, and nobody reads what they give."""
-        count = len(residual_TD)
-        self.slots_T[count:] = -1
-        for target, source in zip(self[:5], (residual_TD, slots_T, *angles), strict=True):
-            if target is not None and source is not None:
-                target[:count].copy_(source)
 
 
 class Prefill:
@@ -179,8 +99,6 @@ class Prefill:
         self._layout = library.layout()
         self._one = torch.ones((), device=device)
         self._epsilon = config.norm_eps
-        self._workspace = torch.zeros(0, device=device)
-        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
         element = {"fp8": 1, "nvfp4": 2, "nvfp4_fast": 1, "bf16": 2}
         products = [linear for linear in weights.linears if linear is not weights.head]
         sizes = [
@@ -193,13 +111,14 @@ class Prefill:
             if not self._is_decoded(li)
         ]
         self._scratch = shared.take("decoded", max(sizes, default=0), torch.uint8, device)
-        num_context = context_bytes(max_context_tokens, config)
-        self._context = shared.take("context", num_context, torch.uint8, device)
+        self._attention = PrefillAttention(
+            library, config, cache, shared, max_context_tokens=max_context_tokens
+        )
         self._room = make_prefill_room(library.num_multiprocessors, device)
         self._token_scale_T = torch.ones(max(max_tokens, *GRAPH_SIZES), device=device)
         # By size, a graph for what precedes each layer's attention, and one for the rest.
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
-        self._static: _Rows | None = None
+        self._static: Rows | None = None
         self._last: Tensor | None = None
         # Row scales with the activations' scale folded in, made once: a product a forward is slow.
         self._row_scales = {id(linear): self._row_scale(linear) for linear in products}
@@ -222,18 +141,6 @@ class Prefill:
         few = self._num_tokens <= DECODED_TOKENS
         return format_ == "nvfp4" or (format_ == "nvfp4_fast" and few)
 
-    def _launch(
-        self,
-        kernel: Kernel,
-        grid: tuple[int, int, int],
-        num_threads: int,
-        *arguments: Argument,
-        overlaps: bool = True,
-    ) -> None:
-        """Enqueue a kernel; with `overlaps` it waits for the one ahead itself."""
-        stream = torch.cuda.current_stream().cuda_stream
-        Launch(kernel, grid, num_threads, arguments, overlaps=overlaps).run(stream)
-
     def _decoded(self, linear: CudaLinear) -> Tensor:
         """The weight as the library wants it, in the scratch buffer: (O, I) e4m3 or bf16."""
         weight = linear.weight
@@ -247,7 +154,7 @@ class Prefill:
             name = "decode_nvfp4_e4m3"
         arguments = (weight.data, self._scratch, k_blocks, ctypes.c_int64(row_bytes), *gain)
         grid = (k_blocks, row_tiles, 1)
-        self._launch(self._layout[name], grid, 128, *arguments, overlaps=False)
+        launch(self._layout[name], grid, 128, *arguments, overlaps=False)
         rows = self._scratch[: row_tiles * 64 * row_bytes].view(row_tiles * 64, row_bytes)
         return rows.view(torch.bfloat16 if is_bf16 else torch.float8_e4m3fn)
 
@@ -283,10 +190,10 @@ class Prefill:
         y_TO = torch.empty(num_tokens, features, dtype=torch.bfloat16, device=device)
         stream = torch.cuda.current_stream().cuda_stream
         row_scale_O = self._row_scales[id(linear)]
-        for launch in prefill_launches(
+        for product in prefill_launches(
             self._library, linear.weight, x_chunks, row_scale_O, y_TO, self._room, overlaps=True
         ):
-            launch.run(stream)
+            product.run(stream)
         self._last = y_TO
         is_fast = linear.weight.format == "nvfp4_fast"
         return LinearResult(
@@ -335,7 +242,7 @@ class Prefill:
         num_tokens = residual_TD.shape[0]
         x_TI = self._input(linear, num_tokens)
         name = f"{'norm' if result is None else 'add_norm'}_{self._kind(linear)}"
-        self._launch(
+        launch(
             self._kernels[name],
             (1, num_tokens, 1),
             512,
@@ -348,95 +255,14 @@ class Prefill:
         )
         return x_TI
 
-    def _attend(self, index: int, layer: CudaLayer, rows: "_Rows", batch: PrefillBatch) -> None:
+    def _attend(self, index: int, layer: CudaLayer, rows: Rows, batch: PrefillBatch) -> None:
         """Attention of every row, without v_scale, to where the output product reads it."""
+        q_TNH, out_TNH = rows.q_TNH, rows.out_TNH
         if batch.singles is not None:
-            self._attend_singles(index, layer, rows.q_TNH, rows.out_TNH, batch.singles)
+            self._attention.attend_singles(index, layer, q_TNH, out_TNH, batch.singles)
         for chunk in batch.chunks:
             part = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
-            self._attend_chunk(index, layer, rows.q_TNH[part], rows.out_TNH[part], chunk)
-
-    def _attend_chunk(
-        self, index: int, layer: CudaLayer, q_TNH: Tensor, out_TNH: Tensor, chunk: Chunk
-    ) -> None:
-        """Attention of a chunk over its sequence's pages, without v_scale."""
-        config, library = self._weights.config, self._library
-        size, kv_heads = config.head_dim, config.num_kv_heads
-        num_keys = chunk.start + chunk.num_rows
-        num_tiles = chunk_tiles(chunk.num_rows, config.num_heads // kv_heads)
-        pairs = num_tiles * kv_heads
-        num_splits = chunk_splits(pairs, num_keys, library.num_multiprocessors)
-        self._make_room(pairs * num_splits * CHUNK_ROWS * (size + 2), pairs)
-        context = self._context
-        if context.numel() < context_bytes(num_keys, config):
-            context = torch.empty(
-                context_bytes(num_keys, config), dtype=torch.uint8, device=library.device
-            )
-        kernels = library.chunk_attention(heads_of(config), self._cache.page_slots)
-        self._launch(
-            kernels["lay_out_context"],
-            (-(-num_keys // CHUNK_KEYS), kv_heads, 2),
-            128,
-            self._cache.keys[index],
-            self._cache.values[index],
-            chunk.pages_P,
-            num_keys,
-            context,
-        )
-        self._launch(
-            kernels["chunk_attention"],
-            (num_tiles, kv_heads, num_splits),
-            384,
-            q_TNH,
-            context,
-            chunk.start,
-            chunk.num_rows,
-            layer.k_scale * math.log2(math.e) / math.sqrt(size),
-            self._workspace,
-            self._counters,
-            out_TNH,
-        )
-
-    def _make_room(self, num_workspace: int, num_counters: int) -> None:
-        """Memory where blocks that share a context merge; the counters are zero between kernels."""
-        device = self._library.device
-        if self._workspace.numel() < num_workspace:
-            self._workspace = torch.zeros(num_workspace, device=device)
-        if self._counters.numel() < num_counters:
-            self._counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
-
-    def _attend_singles(
-        self, index: int, layer: CudaLayer, q: Tensor, out: Tensor, singles: Singles
-    ) -> None:
-        config, library = self._weights.config, self._library
-        size, kv_heads = config.head_dim, config.num_kv_heads
-        num_sequences = singles.context_lengths_S.shape[0]
-        pairs = num_sequences * kv_heads
-        num_splits = attention_splits(pairs, library.num_multiprocessors)
-        group = config.num_heads // kv_heads
-        num_workspace = pairs * num_splits * group * (size + 2)
-        self._make_room(num_workspace, pairs)
-        num_warps = attention_warps(pairs, library.num_multiprocessors)
-        heads = heads_of(config)
-        self._launch(
-            library.attention(heads, self._cache.page_slots, "bf16", num_warps),
-            (num_splits, kv_heads, num_sequences),
-            num_warps * 32,
-            q,
-            self._cache.keys[index],
-            self._cache.values[index],
-            singles.block_table_SP,
-            singles.block_table_SP.stride(0),
-            singles.context_lengths_S,
-            layer.k_scale * math.log2(math.e) / math.sqrt(size),
-            1.0,  # v_scale comes with what the other rows' attention gives
-            self._workspace,
-            self._counters,
-            out,
-            ctypes.c_int64(16),
-            ctypes.c_int64(config.num_heads * size * 2),
-            1.0,
-        )
+            self._attention.attend_chunk(index, layer, q_TNH[part], out_TNH[part], chunk)
 
     def _attention_output(self, layer: CudaLayer, out_TO: Tensor) -> Tensor:
         """Attention's output times v_scale, as the output product reads it."""
@@ -451,9 +277,7 @@ class Prefill:
             raise UnsupportedError("prefill in mode fast needs o projections in FP8 or bf16")
         grid = (-(-width // (8 * 256)), num_tokens, 1)
         strides = self._strides(x_TI, layer.o)
-        self._launch(
-            self._kernels["quantize_e4m3"], grid, 256, out_TO, width, layer.v_scale, *strides
-        )
+        launch(self._kernels["quantize_e4m3"], grid, 256, out_TO, width, layer.v_scale, *strides)
         return x_TI
 
     def _tiled(self, x_TI: Tensor, linear: CudaLinear, room: Tensor) -> Tensor:
@@ -480,11 +304,11 @@ class Prefill:
         kind = self._kind(linear)
         if kind in ("e4m3_token", "e4m3_paired"):
             arguments = (gate_up, width, *strides, self._token_scale_T)
-            self._launch(self._kernels[f"silu_mul_{kind}"], (1, num_tokens, 1), 512, *arguments)
+            launch(self._kernels[f"silu_mul_{kind}"], (1, num_tokens, 1), 512, *arguments)
         else:
             grid = (-(-width // 256), -(-num_tokens // 8), 1)
             by_rows = (gate_up, width, *strides, num_tokens)
-            self._launch(self._kernels[f"silu_mul_{kind}"], grid, 256, *by_rows)
+            launch(self._kernels[f"silu_mul_{kind}"], grid, 256, *by_rows)
         return x_TI
 
     def forward(self, batch: PrefillBatch) -> Tensor:
@@ -515,7 +339,7 @@ class Prefill:
         self._graphs[size][-1].replay()
         return rows.residual_TD[:num_tokens]
 
-    def _run_eagerly(self, batch: PrefillBatch, rows: "_Rows") -> Tensor:
+    def _run_eagerly(self, batch: PrefillBatch, rows: Rows) -> Tensor:
         weights = self._weights
         num_tokens = self._num_tokens = len(rows.residual_TD)
         result: LinearResult | None = None
@@ -572,7 +396,7 @@ class Prefill:
         """Forget the graphs."""
         self._graphs.clear()
 
-    def _segment(self, index: int, rows: "_Rows") -> None:
+    def _segment(self, index: int, rows: Rows) -> None:
         """What lies between the attention of the layer before and that of layer `index`."""
         result = None if index == 0 else self._leave(index - 1, rows)
         if index < len(self._weights.layers):
@@ -581,20 +405,20 @@ class Prefill:
             rows.residual_TD.copy_(self._conclude(result, rows))
         self._last = None
 
-    def _new_rows(self, residual_TD: Tensor, slots_T: Tensor, angles: Angles) -> "_Rows":
+    def _new_rows(self, residual_TD: Tensor, slots_T: Tensor, angles: Angles) -> Rows:
         config = self._weights.config
         shape = (len(residual_TD), config.num_heads, config.head_dim)
         q_TNH = torch.empty(shape, dtype=torch.bfloat16, device=residual_TD.device)
-        return _Rows(residual_TD, slots_T, *angles, q_TNH, torch.empty_like(q_TNH))
+        return Rows(residual_TD, slots_T, *angles, q_TNH, torch.empty_like(q_TNH))
 
-    def _enter(self, index: int, result: LinearResult | None, rows: "_Rows") -> None:
+    def _enter(self, index: int, result: LinearResult | None, rows: Rows) -> None:
         """A layer up to its attention: queries into `rows`, keys and values into the cache."""
         config, layer = self._weights.config, self._weights.layers[index]
         num_tokens, size = len(rows.residual_TD), config.head_dim
         x = self._norm(result, rows.residual_TD, layer.attention_norm_D, layer.qkv)
         qkv = self._product(layer.qkv, x, num_tokens)
         num_heads = config.num_heads + 2 * config.num_kv_heads
-        self._launch(
+        launch(
             self._kernels["rotate_and_store"],
             (num_tokens, -(-num_heads // (256 // (size // 16))), 1),
             256,
@@ -610,7 +434,7 @@ class Prefill:
             layer.v_scale,
         )
 
-    def _leave(self, index: int, rows: "_Rows") -> LinearResult:
+    def _leave(self, index: int, rows: Rows) -> LinearResult:
         """The rest of a layer: what is still to be added to the residual stream."""
         layer, num_tokens = self._weights.layers[index], len(rows.residual_TD)
         x = self._attention_output(layer, rows.out_TNH.reshape(num_tokens, -1))
@@ -620,7 +444,7 @@ class Prefill:
         x = self._silu(gate_up, layer.down, num_tokens)
         return self._reduced(layer.down, self._product(layer.down, x, num_tokens))
 
-    def _conclude(self, result: LinearResult | None, rows: "_Rows") -> Tensor:
+    def _conclude(self, result: LinearResult | None, rows: Rows) -> Tensor:
         assert result is not None
         return rows.residual_TD + self._scaled(self._weights.layers[-1].down, result)
 
