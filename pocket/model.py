@@ -157,7 +157,8 @@ def attend_one_by_one(
     return torch.cat([*pieces, tail])
 
 
-def _rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The vectors of `x` over the root of their mean square, times a weight, in x's dtype."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D).to(x.dtype)
 
@@ -184,14 +185,14 @@ def block(
     """One layer of the decoder or of the tower; `weights` in the order of `BLOCK`."""
     norm1, q, k, v, o, norm2, gate, up, down = weights
     dtype = x_TD.dtype
-    normed = _rms_norm(x_TD, norm1, eps)
+    normed = rms_norm(x_TD, norm1, eps)
     heads = [F.linear(normed, w.to(dtype)).view(len(normed), -1, 64) for w in (q, k, v)]
     q_TNH, k_TKH = (_rotate(x, cos_TH2, sin_TH2) for x in heads[:2])
     if scale_T is not None:
         q_TNH = (q_TNH * scale_T[:, None, None]).to(dtype)
     attended = attend(q_TNH, k_TKH, heads[2], bounds, longest, causal)
     x_TD = x_TD + F.linear(attended.flatten(1), o.to(dtype))
-    normed = _rms_norm(x_TD, norm2, eps)
+    normed = rms_norm(x_TD, norm2, eps)
     hidden = F.silu(F.linear(normed, gate.to(dtype))) * F.linear(normed, up.to(dtype))
     return x_TD + F.linear(hidden, down.to(dtype))
 
@@ -234,13 +235,21 @@ class Model:
 
     def hidden(self, weights: Weights, inputs: Inputs) -> Tensor:
         """The decoder's last hidden states, normed: (T, D)."""
+        x_TD = self.embed(weights, inputs)
+        return self.decode(weights, x_TD, inputs, num_layers=self.config.text.num_layers)
+
+    def embed(self, weights: Weights, inputs: Inputs) -> Tensor:
+        """What the decoder reads, of tokens and of pictures: (T, D)."""
         x_TD = F.embedding(inputs.tokens_T, weights["embedding.weight"]).to(self.dtype)
         vectors_MD = self.see(weights, inputs)
         is_image = (inputs.image_index_T >= 0)[:, None]
         index_T = inputs.image_index_T.clamp(min=0)
-        x_TD = torch.where(is_image, vectors_MD[index_T].to(self.dtype), x_TD)
+        return torch.where(is_image, vectors_MD[index_T].to(self.dtype), x_TD)
+
+    def decode(self, weights: Weights, x_TD: Tensor, inputs: Inputs, *, num_layers: int) -> Tensor:
+        """Layers and norm over a residual stream: (T, D). A draft model's weights serve, too."""
         rotation = self._rotary.at(inputs.positions_T)
-        for layer in range(self.config.text.num_layers):
+        for layer in range(num_layers):
             own = tuple(weights[f"decoder.{layer}.{name}.weight"] for name in BLOCK)
             x_TD = self._text(
                 x_TD,
@@ -251,7 +260,7 @@ class Model:
                 inputs.token_bounds,
                 inputs.longest_document,
             )
-        return _rms_norm(x_TD, weights["norm.weight"], self.config.text.norm_eps)
+        return rms_norm(x_TD, weights["norm.weight"], self.config.text.norm_eps)
 
     def see(self, weights: Weights, inputs: Inputs) -> Tensor:
         """A vector for every merged patch: (M, D)."""
@@ -259,7 +268,7 @@ class Model:
         pixels = (inputs.patches_PC.float() / 255.0 - self._mean_C) / self._std_C
         patch = weights["encoder.patch.weight"].flatten(1)
         x_PD = F.linear(pixels.to(self.dtype), patch.to(self.dtype))
-        x_PD = _rms_norm(x_PD, weights["encoder.norm.weight"], vision.norm_eps)
+        x_PD = rms_norm(x_PD, weights["encoder.norm.weight"], vision.norm_eps)
         pair = torch.arange(vision.head_dim // 2, device=x_PD.device, dtype=torch.float32)
         frequencies = vision.rope_theta ** (-2.0 * pair / vision.head_dim)
         place = inputs.grid_P2.float()
@@ -270,7 +279,7 @@ class Model:
         for layer in range(vision.num_layers):
             own = tuple(weights[f"encoder.{layer}.{name}.weight"] for name in BLOCK)
             x_PD = self._tower(x_PD, own, cos, sin, None, inputs.patch_bounds, inputs.longest_image)
-        x_PD = _rms_norm(x_PD, weights["projector.norm.weight"], self.config.text.norm_eps)
+        x_PD = rms_norm(x_PD, weights["projector.norm.weight"], self.config.text.norm_eps)
         # Channel by channel, the four patches of a square side by side.
         merged = x_PD.view(-1, 4, vision.width).transpose(1, 2).reshape(-1, 4 * vision.width)
         merged = F.linear(merged, weights["projector.merge.weight"].to(self.dtype))

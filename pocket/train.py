@@ -396,13 +396,13 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _shapes(args: argparse.Namespace) -> tuple[packs.Shape, packs.Shape]:
-    """Short and long batches, smaller ones where the command says so."""
-    if not args.tokens:
+def shapes(tokens: int | None) -> tuple[packs.Shape, packs.Shape]:
+    """Short and long batches, of fewer tokens where the command says so."""
+    if not tokens:
         return packs.SHORT, packs.LONG
-    patches = max(packs.IMAGE_PATCHES, args.tokens // 8)
+    patches = max(packs.IMAGE_PATCHES, tokens // 8)
     short, long = (
-        replace(shape, tokens=args.tokens, patches=patches) for shape in (packs.SHORT, packs.LONG)
+        replace(shape, tokens=tokens, patches=patches) for shape in (packs.SHORT, packs.LONG)
     )
     return short, long
 
@@ -441,7 +441,7 @@ def run(args: argparse.Namespace) -> None:
     state_file = args.out / "state.pt"
     state = torch.load(state_file, map_location=args.device) if state_file.exists() else None
     start = state["step"] if state else args.first_batch
-    short, long = _shapes(args)
+    short, long = shapes(args.tokens)
     vocabulary = Vocabulary(args.tekken)
     encoder = Encoder(vocabulary)
 

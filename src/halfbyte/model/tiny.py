@@ -128,7 +128,7 @@ def write_tiny_eagle(
     config = ModelConfig(replace(target.text, num_layers=layers, tied_head=False), None)
     generator = torch.Generator().manual_seed(seed)
     files: dict[str, Tensor] = {}
-    for name, expected in expected_eagle_tensors(config, _bf16_eagle(config)).items():
+    for name, expected in expected_eagle_tensors(config, bf16_eagle(config)).items():
         values = (replaced or {}).get(name, _random(name, expected, generator))
         heads = rotary_heads(name, config)
         if heads is not None:
@@ -152,7 +152,8 @@ def write_tiny_eagle(
     return config
 
 
-def _bf16_eagle(config: ModelConfig) -> Quantization:
+def bf16_eagle(config: ModelConfig) -> Quantization:
+    """How a draft model of this config is stored in bf16, the product that joins included."""
     plain = unquantized(config)
     return replace(plain, formats={**plain.formats, eagle_fuse(config).name: "bf16"})
 
