@@ -39,6 +39,10 @@ from pocket.vocabulary import Vocabulary
 
 # Calibration items of each kind; their numbers lie beyond those of training and of the tests.
 ITEMS_A_KIND, FIRST_NUMBER = 12, 10**9
+# What servers do where a request does not say. The skills are measured greedily; at temperature 1,
+# the API's default, so small a model wanders off after a few words.
+RECOMMENDED_SAMPLING = {"do_sample": False, "temperature": 0.0}
+HASHES = "SHA256.json"
 IMAGE_ID = 10
 
 
@@ -53,7 +57,7 @@ def write_bf16(
             writer.add(foreign_name(name, "hf", "none"), tensor)
         writer.write_json("config.json", hub_config(config))
         eos = list(config.text.eos_token_ids)
-        writer.write_json("generation_config.json", {"eos_token_id": eos})
+        writer.write_json("generation_config.json", {"eos_token_id": eos, **RECOMMENDED_SAMPLING})
         writer.copy_file(tekken)
         writer.finish()
 
@@ -139,8 +143,14 @@ def export(
             shutil.copytree(plain, also_bf16)
     if record is not None:
         shutil.copy(record, target / "training.json")
-    hashes = {path.name: sha256(path) for path in sorted(target.iterdir()) if path.is_file()}
-    (target / "SHA256.json").write_text(json.dumps(hashes, indent=1) + "\n")
+    write_hashes(target)
+
+
+def write_hashes(directory: Path) -> None:
+    """Write SHA256.json: a hash of every other file."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != HASHES)
+    hashes = {path.name: sha256(path) for path in files}
+    (directory / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
 
 
 def main() -> None:
