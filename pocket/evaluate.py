@@ -95,7 +95,7 @@ def evaluate(
     engine: Engine, chat: MistralFormat, kind: str, numbers: Sequence[int]
 ) -> dict[str, Any]:
     """Answers and judgements of held-out items of one kind."""
-    started = time.perf_counter()
+    started, before = time.perf_counter(), engine.stats()
     items = {str(number): item(kind, number, "test") for number in numbers}
     params = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
 
@@ -122,12 +122,16 @@ def evaluate(
                     "wanted_thought": found.turns[-1].thought,
                 }
             )
+    after = engine.stats()
     return {
         "n": len(items),
         "right": sum(map(sum, judged.values())),
         "by_effort": {e: {"n": len(j), "right": sum(j)} for e, j in sorted(judged.items())},
         "answer_tokens": sum(len(one.token_ids) for one in answers.values()),
         "seconds": round(time.perf_counter() - started, 1),
+        "steps": after.steps - before.steps,
+        "proposed_tokens": after.proposed_tokens - before.proposed_tokens,
+        "accepted_tokens": after.accepted_tokens - before.accepted_tokens,
         "wrong": wrong,
     }
 
@@ -142,6 +146,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=[*GRADED, *AT_LENGTH])
     parser.add_argument("--batch", type=int, default=32, help="sequences at once (%(default)s)")
     parser.add_argument("--mode", default="auto", choices=("auto", "weight_only", "declared"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--products", default="exact", choices=("exact", "fast"))
+    parser.add_argument("--speculative", help="ngram, or the folder of an EAGLE head")
     args = parser.parse_args()
     chat = load_mistral_format(args.checkpoint / "tekken.json")
     config = EngineConfig(
@@ -149,10 +156,20 @@ def main() -> None:
         max_sequences=args.batch,
         kv_cache_tokens=131072,
         mode=args.mode,
+        device=args.device,
+        products=args.products,
+        speculative=args.speculative,
         target_gap_ms="none",
     )
     engine = Engine.load(args.checkpoint, config)
-    record: dict[str, Any] = {"checkpoint": args.checkpoint.name, "mode": args.mode, "kinds": {}}
+    record: dict[str, Any] = {
+        "checkpoint": args.checkpoint.name,
+        "mode": engine.config.mode,
+        "device": args.device,
+        "products": args.products,
+        "speculative": args.speculative and Path(args.speculative).name,
+        "kinds": {},
+    }
     for kind in args.kinds:
         count = args.items if kind not in AT_LENGTH else max(1, args.items // 5)
         found = evaluate(engine, chat, kind, range(args.first, args.first + count))

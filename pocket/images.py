@@ -295,15 +295,24 @@ def images(rng: Random, split: Split, name: str | None = None) -> Item:
     if name is None and rng.random() < 0.15:
         return _inside(rng, split)
     name, pictures, asked = _scene(rng, split, name)
-    question, answer, values = rng.choice([found for found in asked if found[2]])
-    options = options_with(rng, answer, values, min(len(values), rng.randint(4, 10)))
-    letter = LETTERS[options.index(answer)]
+    choices = [found for found in asked if found[2]]
+    chosen = [rng.choice(choices)]
+    if split == "train":
+        # Several questions a picture: seeing it is what a batch spends its time on.
+        chosen = rng.sample(choices, rng.randint(1, min(3, len(choices))))
+    posed = []
+    for question, answer, values in chosen:
+        options = options_with(rng, answer, values, min(len(values), rng.randint(4, 10)))
+        posed.append((choice_prompt(question, options), answer, options))
     effort = effort_of(rng, 0.6)
-    thought = f"I see {answer}. That is {letter}." if effort == "high" else None
-    turns = (ask(choice_prompt(question, options), *pictures), say(f"Answer: {letter}", thought))
-    return Item(
-        "images", turns, effort, gold={"letter": letter, "options": len(options), "scene": name}
-    )
+    turns = []
+    for index, (prompt, answer, options) in enumerate(posed):
+        letter = LETTERS[options.index(answer)]
+        thought = f"I see {answer}. That is {letter}." if effort == "high" else None
+        shown = pictures if index == 0 else []
+        turns += [ask(prompt, *shown), say(f"Answer: {letter}", thought)]
+    gold = {"letter": letter, "options": len(options), "scene": name}
+    return Item("images", tuple(turns), effort, gold=gold)
 
 
 def look(rng: Random, split: Split) -> Item:

@@ -98,7 +98,7 @@ def recall(
     if num_tokens is None:
         num_tokens = int(150 * 13 ** rng.random())
     if num_questions is None:
-        num_questions = rng.randint(2, 6) if split == "train" else 1
+        num_questions = rng.randint(3, 12) if split == "train" else 1
     while True:
         hidden, questions = _needles(rng, max(1, min(10, num_tokens // 120)))
         if split_of(hidden[0]) == split:
@@ -121,4 +121,4 @@ def recall(
 def long_recall(rng: Random, split: Split) -> Item:
     """The same over 2,000 to 14,000 tokens, many questions a document."""
     num_tokens = int(2000 * 7.0 ** rng.random())
-    return recall(rng, split, num_tokens, rng.randint(6, 16) if split == "train" else 1)
+    return recall(rng, split, num_tokens, rng.randint(8, 28) if split == "train" else 1)

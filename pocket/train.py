@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from halfbyte.checkpoint.inventory import expected_tensors
+from halfbyte.checkpoint.metadata import unquantized
+from halfbyte.checkpoint.reader import Checkpoint
 from pocket import packs
 from pocket.encode import ANSWER, Encoder
 from pocket.mixture import AT_LENGTH, GRADED, SHARES
@@ -375,7 +378,18 @@ def save_checkpoint(weights: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """What `save_checkpoint` wrote."""
+    """Weights by canonical name: what `save_checkpoint` wrote, or an exported checkpoint's."""
+    if (folder / "config.json").exists():
+        exported = Checkpoint.open(folder)
+        names = expected_tensors(exported.config, unquantized(exported.config))
+        formats = exported.quantization.formats
+        return {
+            name: exported.decoded(linear, torch.float32)
+            if linear in formats
+            else exported.tensor(name)
+            for name in names
+            for linear in [name.removesuffix(".weight")]
+        }
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("weights-*.safetensors")):
         found |= load_file(path)
