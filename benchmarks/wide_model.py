@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from halfbyte.checkpoint.inventory import expected_tensors
-from halfbyte.checkpoint.metadata import unquantized
+from halfbyte.checkpoint.inventory import expected_tensors, shapes_to_write
+from halfbyte.checkpoint.metadata import Quantization, unquantized
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.checkpoint.written_metadata import hub_config, mistral_fp8_config
@@ -93,7 +93,13 @@ def write_source(
     codes = encode_e4m3(values * (448.0 / LARGEST_SIGMA))
     values = values.to(torch.bfloat16)
     linears = {linear.name for linear in decoder_linears(config)}
-    with ShardWriter(directory) as writer:
+    formats = dict.fromkeys(linears, "bf16" if dialect == "none" else "fp8")
+    quantization = Quantization(dialect, formats, "bf16")
+    shapes = {
+        name: (shape, torch.bfloat16 if shape == () else dtype)
+        for name, (shape, dtype) in shapes_to_write(config, quantization, "hf-text").items()
+    }
+    with ShardWriter(directory, shapes) as writer:
 
         def add(name: str, tensor: Tensor) -> None:
             writer.add(foreign_name(name, "hf-text", dialect), tensor)

@@ -18,7 +18,7 @@ from torch import Tensor
 from halfbyte.calibrate.observers import AmaxObserver
 from halfbyte.calibrate.stream import READERS
 from halfbyte.checkpoint.fp8_source import write_fp8_source
-from halfbyte.checkpoint.inventory import expected_tensors
+from halfbyte.checkpoint.inventory import expected_tensors, shapes_to_write
 from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
@@ -50,7 +50,7 @@ def write_bf16(
     weights: Mapping[str, Tensor], config: ModelConfig, tekken: Path, target: Path
 ) -> None:
     """A bf16 checkpoint in the hub's layout."""
-    with ShardWriter(target) as writer:
+    with ShardWriter(target, shapes_to_write(config, unquantized(config), "hf")) as writer:
         for name, expected in expected_tensors(config, unquantized(config)).items():
             tensor = weights[name].detach().to(torch.bfloat16).cpu().contiguous()
             assert tuple(tensor.shape) == tuple(expected.shape), name

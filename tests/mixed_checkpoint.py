@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.inventory import shapes_to_write
+from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import ShardWriter
@@ -28,7 +30,8 @@ def write_mixed(directory: Path, config: ModelConfig) -> None:
     formats: dict[str, WeightFormat] = {
         one.name: "nvfp4" if one.group == "mlp" else "fp8" for one in decoder_linears(config)
     }
-    with ShardWriter(directory) as writer:
+    quantization = Quantization("modelopt", formats, "fp8")
+    with ShardWriter(directory, shapes_to_write(config, quantization, "hf-text")) as writer:
 
         def add(name: str, tensor: Tensor) -> None:
             writer.add(foreign_name(name, "hf-text", "modelopt"), tensor)

@@ -237,7 +237,8 @@ def test_siblings_read_one_input(tiny: Checkpoint) -> None:
 def test_broken_weights_are_named_by_their_layer(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "whole", layers=2)
     whole = Checkpoint.open(tmp_path / "whole")
-    with ShardWriter(tmp_path / "broken") as writer:
+    shapes = {whole.foreign(name): (whole.shape(name), whole.dtype(name)) for name in whole.names()}
+    with ShardWriter(tmp_path / "broken", shapes) as writer:
         for name in whole.names():
             tensor = whole.tensor(name)
             if name == "decoder.1.attention.o.weight":

@@ -37,8 +37,10 @@ def pristine(make: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make.checkpoint(root / "export", "modelopt")
     for name in ("source", "export"):
         (root / name / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 63}}}')
-    with ShardWriter(root / "signed") as writer:
-        for name, tensor in load_file(root / "export/model.safetensors").items():
+    tensors = load_file(root / "export/model.safetensors")
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with ShardWriter(root / "signed", shapes) as writer:
+        for name, tensor in tensors.items():
             writer.add(name, tensor)
         for name in ("config.json", "hf_quant_config.json", "tokenizer.json"):
             writer.copy_file(root / "export" / name)

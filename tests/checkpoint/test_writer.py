@@ -5,8 +5,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 import torch
@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from halfbyte.checkpoint import manifest as manifest_module
-from halfbyte.checkpoint import writer as writer_module
-from halfbyte.checkpoint.manifest import (
-    MANIFEST_NAME,
-    HashingWriter,
-    hash_file,
-    hash_stored,
-    read_manifest,
-)
+from halfbyte.checkpoint.manifest import MANIFEST_NAME, hash_file, hash_stored, read_manifest
+from halfbyte.checkpoint.shard_plan import Shapes
 from halfbyte.checkpoint.shards import INDEX_NAME, read_header, read_whole, scan
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.errors import CapacityError, CheckpointError, FormatError, UsageError
@@ -36,8 +29,15 @@ def some_tensors(count: int = 12) -> dict[str, torch.Tensor]:
     return {**tensors, "scalar": torch.tensor(0.25), "packed": torch.arange(5, dtype=torch.uint8)}
 
 
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+ONE = {"a": ((1,), torch.float32)}
+
+
 def write(directory: Path, tensors: dict[str, torch.Tensor], limit: int = 10**10) -> Path:
-    with ShardWriter(directory, limit) as writer:
+    with ShardWriter(directory, shapes_of(tensors), limit) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         return writer.finish()
@@ -86,29 +86,6 @@ def test_shards_and_index_for_any_limit(
         assert sum(t.num_bytes for t in stored) <= limit or len(stored) == 1
 
 
-def test_big_shards_keep_room_for_their_header(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writer_module, "_SMALL_BYTES", 0)
-    tensors = some_tensors()
-    write(tmp_path / "out", tensors)
-    path = tmp_path / "out/model.safetensors"
-    payload = sum(t.nbytes for t in tensors.values())
-    assert path.stat().st_size == writer_module._RESERVED_BYTES + payload
-    assert load_file(path)["scalar"].item() == 0.25
-
-
-def test_a_header_that_outgrows_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(writer_module, "_RESERVED_BYTES", 64)
-    monkeypatch.setattr(writer_module, "_CHUNK_BYTES", 100)
-    monkeypatch.setattr(manifest_module, "_CHUNK_BYTES", 100)
-    tensors = some_tensors()
-    write(tmp_path / "out", tensors)
-    back = load_file(tmp_path / "out/model.safetensors")
-    assert all(back[name].float().equal(t.float()) for name, t in tensors.items())
-
-
 def test_views_and_strides_are_written_as_their_values(tmp_path: Path) -> None:
     base = torch.arange(24.0).view(4, 6)
     write(tmp_path / "out", {"t": base.T, "part": base[1:3, 2:4], "half": base[::2]})
@@ -129,11 +106,11 @@ def test_an_output_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
     out.mkdir()
     (out / "precious").write_text("x")
     with pytest.raises(UsageError, match="out exists; choose another name"):
-        ShardWriter(out)
+        ShardWriter(out, ONE)
     assert leftovers(tmp_path) == ["out"] and leftovers(out) == ["precious"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file exists"):
-        ShardWriter(tmp_path / "file")
+        ShardWriter(tmp_path / "file", ONE)
 
 
 def test_an_empty_output_directory_may_be_used(tmp_path: Path) -> None:
@@ -144,7 +121,7 @@ def test_an_empty_output_directory_may_be_used(tmp_path: Path) -> None:
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with ShardWriter(out) as writer:
+    with ShardWriter(out, ONE) as writer:
         writer.add("a", torch.zeros(1))
         out.mkdir()
         (out / "other").write_text("x")
@@ -155,7 +132,7 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     def run() -> None:
-        with ShardWriter(tmp_path / "out", 40) as writer:
+        with ShardWriter(tmp_path / "out", shapes_of(some_tensors()), 40) as writer:
             for name, tensor in some_tensors().items():
                 writer.add(name, tensor)
             raise RuntimeError("the caller's")
@@ -166,13 +143,13 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_leaving_without_finish_publishes_nothing(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "out") as writer:
+    with ShardWriter(tmp_path / "out", ONE) as writer:
         writer.add("a", torch.zeros(1))
     assert leftovers(tmp_path) == []
 
 
 def test_nothing_is_visible_before_finish(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "out", 40) as writer:
+    with ShardWriter(tmp_path / "out", shapes_of(some_tensors()), 40) as writer:
         for name, tensor in some_tensors().items():
             writer.add(name, tensor)
         writer.write_json("config.json", {"a": 1})
@@ -183,26 +160,39 @@ def test_nothing_is_visible_before_finish(tmp_path: Path) -> None:
 
 
 def test_tensors_without_data_or_with_odd_types_are_refused(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "out") as writer:
-        with pytest.raises(FormatError, match="w: a tensor on the meta device"):
-            writer.add("w", torch.empty(3, device="meta"))
-        with pytest.raises(FormatError, match=r"w: torch\.complex64 cannot be stored"):
-            writer.add("w", torch.zeros(3, dtype=torch.complex64))
+    with (
+        ShardWriter(tmp_path / "out", {"w": ((3,), torch.float32)}) as writer,
+        pytest.raises(FormatError, match="w: a tensor on the meta device"),
+    ):
+        writer.add("w", torch.empty(3, device="meta"))
+    with pytest.raises(FormatError, match=r"w: torch\.complex64 cannot be stored"):
+        ShardWriter(tmp_path / "out", {"w": ((3,), torch.complex64)})
+    assert leftovers(tmp_path) == []
+
+
+def test_a_tensor_that_was_promised_and_never_came_is_our_mistake(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    with ShardWriter(tmp_path / "out", shapes_of(tensors)) as writer:
+        for name in tensors.keys() - {"scalar"}:
+            writer.add(name, tensors[name])
+        with pytest.raises(AssertionError, match=r"never added: \['scalar'\]"):
+            writer.finish()
+    assert leftovers(tmp_path) == []
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = HashingWriter.write
+    real = os.pwrite
     calls = 0
 
-    def fill_up(self: HashingWriter, file: BinaryIO, tensor: torch.Tensor) -> str:
+    def fill_up(handle: int, data: bytes, offset: int) -> int:
         nonlocal calls
         calls += 1
-        if calls == 5:
+        if calls == 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(self, file, tensor)
+        return real(handle, data, offset)
 
-    monkeypatch.setattr(HashingWriter, "write", fill_up)
-    with pytest.raises(CapacityError, match=r"disk full after .* nothing was left behind"):
+    monkeypatch.setattr(os, "pwrite", fill_up)
+    with pytest.raises(CapacityError, match=r"disk full while .* nothing was left behind"):
         write(tmp_path / "out", some_tensors(), 100)
     assert leftovers(tmp_path) == []
 
@@ -215,7 +205,8 @@ from halfbyte.errors import CapacityError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
-    with ShardWriter(sys.argv[1]) as writer:
+    shapes = {f"t{number}": ((1 << 18,), torch.float32) for number in range(4)}
+    with ShardWriter(sys.argv[1], shapes) as writer:
         for number in range(4):
             writer.add(f"t{number}", torch.zeros(1 << 18, dtype=torch.float32))
         writer.finish()
@@ -234,7 +225,7 @@ def test_a_write_the_kernel_refuses_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_manifest_holds_origin_and_hashes(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "out", 300) as writer:
+    with ShardWriter(tmp_path / "out", shapes_of(some_tensors()), 300) as writer:
         for name, tensor in some_tensors().items():
             writer.add(name, tensor)
         writer.write_file("note.txt", b"abc")
@@ -272,21 +263,15 @@ def test_the_target_is_returned_and_an_earlier_attempt_leaves_nothing_in_it(
     assert leftovers(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("room", [None, 64], ids=["small", "large"])
-def test_data_begins_at_a_multiple_of_eight_whatever_the_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int | None
-) -> None:
+def test_data_begins_at_a_multiple_of_eight_whatever_the_names(tmp_path: Path) -> None:
     """Readers map files into memory and look at wide values in place."""
-    if room is not None:
-        monkeypatch.setattr(writer_module, "_SMALL_BYTES", room)
     for length in range(1, 10):
         made = write(tmp_path / f"out{length}", {"n" * length: torch.ones(40)})
         (file,) = made.glob("*.safetensors")
         header = int.from_bytes(file.read_bytes()[:8], "little")
         assert header % 8 == 0, length
-        if room is None:  # what is small is packed: no more blanks than that takes
-            text = file.read_bytes()[8 : 8 + header]
-            assert len(text) - len(text.rstrip()) < 8
+        text = file.read_bytes()[8 : 8 + header]
+        assert len(text) - len(text.rstrip()) < 8  # no more blanks than that takes
         assert file.stat().st_size == 8 + header + 160
         assert load_file(file)["n" * length].equal(torch.ones(40))
 

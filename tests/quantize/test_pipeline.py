@@ -20,7 +20,7 @@ from halfbyte.calibrate.stream import TAPS
 from halfbyte.checkpoint.manifest import MANIFEST_NAME
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import verify
-from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.writer import OutputInProgress, ShardWriter
 from halfbyte.errors import CapacityError, FormatError, HalfbyteError, UsageError
 from halfbyte.log import logger
 from halfbyte.model.load import load_layer
@@ -31,7 +31,7 @@ from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.methods import JUDGED
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.scales import METHODS
-from halfbyte.quantize.staging import OutputInProgress, work_directory
+from halfbyte.quantize.staging import work_directory
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 
@@ -312,7 +312,8 @@ def test_broken_weights_leave_nothing(
 ) -> None:
     write_tiny_checkpoint(tmp_path / "whole", layers=LAYERS)
     whole = Checkpoint.open(tmp_path / "whole")
-    with ShardWriter(tmp_path / "broken") as writer:
+    shapes = {whole.foreign(name): (whole.shape(name), whole.dtype(name)) for name in whole.names()}
+    with ShardWriter(tmp_path / "broken", shapes) as writer:
         for name in whole.names():
             tensor = whole.tensor(name)
             if name == "decoder.4.mlp.up.weight":

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.checkpoint.shards import StoredTensor, scan
+from halfbyte.checkpoint.writer import OutputInProgress
 from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
 from halfbyte.model.tiny import write_tiny_checkpoint
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
-from halfbyte.quantize.staging import OutputInProgress, work_directory
+from halfbyte.quantize.staging import work_directory
 from halfbyte.recipe.schema import load_recipe
 
 RECIPE = load_recipe("medium-3.5")

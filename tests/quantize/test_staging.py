@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from halfbyte.checkpoint.fields import model_config
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import Quantization
-from halfbyte.checkpoint.writer import ShardWriter
+from halfbyte.checkpoint.shard_plan import plan_shards
+from halfbyte.checkpoint.writer import OutputInProgress, ShardWriter
 from halfbyte.errors import CapacityError, UsageError
 from halfbyte.quantize.export import export_name
-from halfbyte.quantize.staging import OutputInProgress, locked, plan_shards, work_directory
+from halfbyte.quantize.staging import locked, work_directory
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 
@@ -133,14 +134,15 @@ def header_bytes(path: Path) -> int:
 def test_data_begins_at_a_multiple_of_eight(tmp_path: Path, length: int) -> None:
     """Whoever maps the file reads numbers of eight bytes; both of our writers see to it."""
     tensors = {"n" * length: torch.arange(3.0), "m": torch.arange(5.0)}
-    plan = plan_shards({name: ((t.numel(),), t.dtype) for name, t in tensors.items()}, 10**9)
+    shapes = {name: ((t.numel(),), t.dtype) for name, t in tensors.items()}
+    plan = plan_shards(shapes, 10**9)
     assert len(plan.headers[0]) % 8 == 0
     assert int.from_bytes(plan.headers[0][:8], "little") + 8 == len(plan.headers[0])
     # As short as that allows: no more padding than needed.
     assert (
         plan.headers[0].endswith(b"}") or len(plan.headers[0].rstrip()) > len(plan.headers[0]) - 8
     )
-    with ShardWriter(tmp_path / "out") as writer:
+    with ShardWriter(tmp_path / "out", shapes) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         writer.finish()

@@ -40,7 +40,14 @@ def convert_to_bf16(source: Path, target: Path) -> ModelConfig:
             f"{source} is a checkpoint already and nothing in it is wider than bf16; "
             "--to mistral-fp8 makes an FP8 one of a bf16 one"
         )
-    with ShardWriter(target) as writer:
+    shapes = {
+        checkpoint.foreign(name): (
+            checkpoint.shape(name),
+            torch.bfloat16 if name in wide else checkpoint.dtype(name),
+        )
+        for name in checkpoint.names()
+    }
+    with ShardWriter(target, shapes) as writer:
         for name in checkpoint.names():
             tensor = checkpoint.tensor(name)
             if name in wide:

@@ -60,14 +60,26 @@ def write_fp8_source(
     missing = sorted(quantized - set(input_amax))
     if missing:
         raise UsageError(f"no input maximum for {missing[0]} ({len(missing)} missing)")
-    with ShardWriter(target) as writer:
+
+    def spelt(linear: str, role: str) -> str:
+        return foreign_name(f"{linear}.{role}", source.layout, "mistral-fp8")
+
+    shapes = {}
+    for name in source.names():
+        linear, shape = name.removesuffix(".weight"), source.shape(name)
+        if linear in quantized:
+            shapes[spelt(linear, "weight")] = shape, torch.float8_e4m3fn
+            shapes[spelt(linear, "weight_scale")] = (), torch.bfloat16
+            shapes[spelt(linear, "input_scale")] = (), torch.bfloat16
+        else:
+            shapes[source.foreign(name)] = shape, source.dtype(name)
+    with ShardWriter(target, shapes) as writer:
         for name in source.names():
             linear = name.removesuffix(".weight")
             if linear in quantized:
                 for role, tensor in _encoded(linear, source.tensor(name), input_amax[linear]):
-                    spelt = foreign_name(f"{linear}.{role}", source.layout, "mistral-fp8")
-                    require_sound(f"{linear}.{role}", spelt, tensor)
-                    writer.add(spelt, tensor)
+                    require_sound(f"{linear}.{role}", spelt(linear, role), tensor)
+                    writer.add(spelt(linear, role), tensor)
             else:
                 tensor = source.tensor(name)
                 require_sound(name, source.foreign(name), tensor)

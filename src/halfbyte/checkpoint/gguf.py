@@ -23,7 +23,7 @@ from torch import Tensor
 from halfbyte.checkpoint.fields import MAX_NORM_EPS, MIN_NORM_EPS, check_text
 from halfbyte.checkpoint.gguf_header import check_header
 from halfbyte.checkpoint.gguf_tokenizer import tokenizer_files
-from halfbyte.checkpoint.inventory import expected_tensors
+from halfbyte.checkpoint.inventory import expected_tensors, shapes_to_write
 from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name, native_to_hub_rows, rotary_heads
 from halfbyte.checkpoint.soundness import require_sound
@@ -135,15 +135,15 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None) ->
     tensors = {tensor.name: tensor for tensor in file.tensors}
     config = _config(fields, tensors)
     names = {_canonical(name): name for name in tensors}
-    expected = _expected(config)
+    expected = expected_tensors(config, unquantized(config))
     _compare(source.name, set(names), set(expected))
     if tokenizer is None:
         files = _tokenizer_files(fields, config, source.name)
     else:
         files = _copied_tokenizer(tokenizer)
-    with ShardWriter(target) as writer:
-        for name in expected:
-            weight = _weight(tensors[names[name]], name, expected[name], config)
+    with ShardWriter(target, shapes_to_write(config, unquantized(config), "hf-text")) as writer:
+        for name, want in expected.items():
+            weight = _weight(tensors[names[name]], name, want.shape, config)
             writer.add(foreign_name(name, "hf-text", "none"), weight)
         writer.write_json("config.json", hub_config(config))
         digest = hash_regular(source)
@@ -297,11 +297,6 @@ def _canonical(name: str) -> str:
     if match is None or match[2] not in _LAYER:
         raise CheckpointError(f"{name}: a llama model of ours has no such tensor")
     return f"decoder.{match[1]}.{_LAYER[match[2]]}.weight"
-
-
-def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    from_reader = expected_tensors(config, unquantized(config))
-    return {name: expected.shape for name, expected in from_reader.items()}
 
 
 def _compare(where: str, found: set[str], expected: set[str]) -> None:

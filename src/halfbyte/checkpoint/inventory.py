@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.checkpoint.metadata import Quantization
+from halfbyte.checkpoint.names import Layout, foreign_name
+from halfbyte.checkpoint.shard_plan import Shapes
 from halfbyte.config import ModelConfig
 from halfbyte.modules import Linear, decoder_linears, eagle_fuse, encoder_linears
 
@@ -25,6 +27,11 @@ class Expected:
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
 
+    @property
+    def stored(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype as we write it: the first of those that may be."""
+        return self.shape, self.dtypes[0]
+
 
 def expected_tensors(config: ModelConfig, quantization: Quantization) -> dict[str, Expected]:
     """Canonical name -> what must be stored under it, in model order.
@@ -32,6 +39,14 @@ def expected_tensors(config: ModelConfig, quantization: Quantization) -> dict[st
     The head of a tied model is absent.
     """
     return dict(_expected(config, quantization))
+
+
+def shapes_to_write(config: ModelConfig, quantization: Quantization, layout: Layout) -> Shapes:
+    """Foreign name -> shape and dtype of what `expected_tensors` lists, as a layout spells it."""
+    return {
+        foreign_name(name, layout, quantization.dialect): expected.stored
+        for name, expected in expected_tensors(config, quantization).items()
+    }
 
 
 def expected_eagle_tensors(config: ModelConfig, quantization: Quantization) -> dict[str, Expected]:

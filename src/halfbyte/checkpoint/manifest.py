@@ -7,19 +7,11 @@ it a flipped byte in a checkpoint is visible only beside its source.
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from torch import Tensor
-
-from halfbyte.checkpoint.shards import (
-    StoredTensor,
-    bytes_of,
-    parse_json,
-    read_bytes,
-)
+from halfbyte.checkpoint.shards import StoredTensor, parse_json, read_bytes
 from halfbyte.errors import CheckpointError
 from halfbyte.files import hash_regular, read_bounded
 
@@ -82,29 +74,3 @@ def hash_file(path: Path) -> str:
         return hash_regular(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-class HashingWriter:
-    """Appends tensors to files and hashes them on the way, one core writing, one hashing."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "halfbyte-hash")
-
-    def write(self, file: BinaryIO, tensor: Tensor) -> str:
-        """Append the bytes of `tensor` (any device, any strides); returns their sha256."""
-        digest = hashlib.sha256()
-        flat = tensor.detach().reshape(-1)
-        step = max(1, _CHUNK_BYTES // tensor.dtype.itemsize)
-        for start in range(0, flat.numel(), step):
-            # Both release the interpreter's lock, so they run side by side.
-            piece = bytes_of(flat[start : start + step].to("cpu"))
-            hashing = self._pool.submit(digest.update, piece)
-            try:
-                file.write(piece)
-            finally:
-                hashing.result()
-        return digest.hexdigest()
-
-    def close(self) -> None:
-        """End the hashing thread."""
-        self._pool.shutdown()

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from halfbyte.checkpoint.fp8_source import COMPANION_FILES, NOTE_FILE, check_source
-from halfbyte.checkpoint.inventory import Expected, expected_tensors
+from halfbyte.checkpoint.inventory import Expected, expected_tensors, shapes_to_write
 from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
@@ -54,7 +54,7 @@ def add_untrained_tower(source: Path, target: Path, *, seed: int = 0) -> ModelCo
     config = ModelConfig(replace(text, vocab_size=num_rows), _tower(ids[0]))
     generator = torch.Generator().manual_seed(seed)
     scale = checkpoint.tensor("embedding.weight").float().square().mean().sqrt().item()
-    with ShardWriter(target) as writer:
+    with ShardWriter(target, shapes_to_write(config, unquantized(config), "hf")) as writer:
         for name, expected in expected_tensors(config, unquantized(config)).items():
             if name in checkpoint:
                 tensor = _lengthened(checkpoint.tensor(name), expected)

@@ -1,8 +1,9 @@
-"""Streams tensors into shards and publishes a whole directory at once.
+"""Writes checkpoint directories: shards of known layout, published whole in one step.
 
-Everything is written to a hidden directory beside the target, synced, and renamed to the target's
-name in one step; a run that fails or is killed leaves no target. Tensors are written as they come,
-so memory holds one of them; a shard's header is put into space left at its start.
+Every tensor has its place before the first is computed (`shard_plan`): files are allocated at once
+(a disk that is too small says so now), tensors come in any order, memory holds one of them, and the
+bytes depend on nothing that happened in between. Everything is made in a hidden directory beside
+the target and renamed to its name at the end.
 """
 
 import errno
@@ -10,62 +11,204 @@ import hashlib
 import json
 import os
 import shutil
-import struct
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from torch import Tensor
 
-from halfbyte.checkpoint.manifest import MANIFEST_NAME, HashingWriter, manifest_file
-from halfbyte.checkpoint.names import is_scale
-from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME
+from halfbyte.checkpoint.manifest import MANIFEST_NAME, hash_stored, manifest_file
+from halfbyte.checkpoint.shard_plan import Shapes, ShardPlan, Slot, plan_shards
+from halfbyte.checkpoint.shards import INDEX_NAME, StoredTensor, bytes_of
 from halfbyte.errors import CapacityError, FormatError, UsageError
 from halfbyte.files import format_bytes, make_directory, read_bounded, sync_directory
 
 MAX_SHARD_BYTES = 10_000_000_000  # decimal, the reference's default
 # Small files that we copy are at most this large; a tokenizer has tens of MB.
 MAX_COPIED_BYTES = 256 << 20
+_PIECE_BYTES = 16 << 20
+# What the system says when a disk, a quota or a file size limit is reached.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# A big shard keeps this much room for its header (about 1,500 tensors) and pads what is left, as
-# the format allows; a small one is moved up to its header afterwards, which costs nothing.
-_RESERVED_BYTES = 256 << 10
-_SMALL_BYTES = 64 << 20
-_CHUNK_BYTES = 64 << 20
+
+class OutputInProgress:
+    """A work directory beside the target: `checkpoint/` becomes the target when it is whole.
+
+    A run that can go on where it was killed uses it as it is and keeps its journal and activations
+    in `directory` too; `ShardWriter` is for those that start anew.
+    """
+
+    def __init__(self, directory: Path, target: Path, plan: ShardPlan) -> None:
+        self.directory = directory
+        self._target = target
+        self._plan = plan
+        self._output = directory / "checkpoint"
+        self._files: list[BinaryIO] = []
+        self._touched: set[int] = set()
+        self._hashing = ThreadPoolExecutor(1, "halfbyte-hash")
+
+    def exists(self) -> bool:
+        """Whether an earlier run has made files here and not published them."""
+        return self._output.is_dir()
+
+    def create(self) -> None:
+        """Make the files, with headers, at their full size. Raises CapacityError if the disk is
+        too small, and leaves nothing then.
+        """
+        self._output.mkdir()
+        with self._disk_full("allocating the output"):
+            for shard, header in enumerate(self._plan.headers):
+                size = len(header) + self._plan.data_bytes[shard]
+                file = (self._output / self._plan.file_name(shard)).open("wb+")
+                self._files.append(file)
+                os.posix_fallocate(file.fileno(), 0, size)
+                os.pwrite(file.fileno(), header, 0)
+                self._touched.add(shard)
+
+    def reopen(self) -> None:
+        """Go on with files that an earlier run allocated. Raises UsageError if they are not."""
+        for shard, header in enumerate(self._plan.headers):
+            path = self._output / self._plan.file_name(shard)
+            size = len(header) + self._plan.data_bytes[shard]
+            if not path.is_file() or path.stat().st_size != size:
+                raise UsageError(f"{path} is not as the last run left it; use --restart")
+            file = path.open("rb+")
+            self._files.append(file)
+            if file.read(len(header)) != header:
+                raise UsageError(
+                    f"{path}: its header is not as the last run left it; use --restart"
+                )
+
+    def prove(self, hashes: Mapping[str, str]) -> None:
+        """Raise UsageError unless these tensors lie in their slots as an earlier run wrote them.
+
+        hashes   foreign name -> what `write` returned
+        """
+        for name, wanted in hashes.items():
+            slot, offset = self._place(name)
+            path = self._output / self._plan.file_name(slot.shard)
+            stored = StoredTensor(name, path, slot.dtype, slot.shape, offset, slot.num_bytes)
+            if hash_stored(stored) != wanted:
+                raise UsageError(
+                    f"{path}: {name} is not as the last run left it (sha256 differs); drop that "
+                    "run with --restart"
+                )
+
+    def _place(self, name: str) -> tuple[Slot, int]:
+        """The slot of a tensor and the byte of its file at which it begins."""
+        slot = self._plan.slots[name]
+        return slot, len(self._plan.headers[slot.shard]) + slot.offset
+
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Put a tensor into its slot; returns the SHA-256 of its bytes, in hexadecimal."""
+        slot, offset = self._place(name)
+        assert tuple(tensor.shape) == slot.shape and tensor.dtype == slot.dtype, (
+            f"{name}: {tensor.dtype} {list(tensor.shape)}, planned {slot.dtype} {list(slot.shape)}"
+        )
+        digest = hashlib.sha256()
+        content = bytes_of(tensor.detach().to("cpu").contiguous())
+        handle = self._files[slot.shard].fileno()
+        self._touched.add(slot.shard)
+        with self._disk_full(f"writing {name}"):
+            for start in range(0, len(content), _PIECE_BYTES):
+                piece = content[start : start + _PIECE_BYTES]
+                # Both release the interpreter's lock: one core hashes, one writes.
+                hashing = self._hashing.submit(digest.update, piece)
+                try:
+                    written = 0
+                    while written < len(piece):
+                        written += os.pwrite(handle, piece[written:], offset + start + written)
+                finally:
+                    hashing.result()
+        return digest.hexdigest()
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file of the checkpoint, durably."""
+        assert name == Path(name).name, f"{name} is no plain file name"
+        with self._disk_full(f"writing {name}"), (self._output / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        with self._disk_full("writing"):
+            for shard in sorted(self._touched):
+                os.fsync(self._files[shard].fileno())
+        self._touched.clear()
+
+    def publish(self) -> None:
+        """Turn the finished output into the target in one step, and drop the work directory."""
+        index = self._plan.index_file()
+        if index is not None:
+            self.write_file(INDEX_NAME, index)
+        self.sync()
+        self.close()
+        sync_directory(self._output)
+        check_target(self._target)
+        os.rename(self._output, self._target)
+        sync_directory(self._target.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the work directory and everything in it."""
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the files of the output; what is written stays."""
+        for file in self._files:
+            file.close()
+        self._files.clear()
+        self._hashing.shutdown()
+
+    @contextmanager
+    def _disk_full(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            needed = format_bytes(self._plan.total_bytes)
+            raise CapacityError(
+                f"{self._target}: disk full while {doing}; the output takes {needed}"
+            ) from error
 
 
 class ShardWriter:
-    """Writes one checkpoint directory; use it in a `with` block and call `finish` at its end.
+    """Writes one checkpoint directory in one go; use it in a `with` block, `finish` at its end.
 
     directory        the target; must not exist, or be empty
-    max_shard_bytes  a shard is closed before a tensor would take it past this
+    tensors          what will be added: foreign name -> shape and dtype, in the order of the files
+    max_shard_bytes  a shard ends before a tensor would take it past this
 
     Leaving the block without `finish`, by an error or not, removes everything that was written.
     Raises UsageError if the target exists, CapacityError if the disk is full, FormatError for a
     tensor that holds no data.
     """
 
-    def __init__(self, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self, directory: str | Path, tensors: Shapes, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
         self.directory = Path(directory)
-        self._max_shard_bytes = max_shard_bytes
         check_target(self.directory)
-        make_directory(self.directory.parent)
         self._partial = self.directory.parent / f".{self.directory.name}.partial-{os.getpid()}"
-        shutil.rmtree(self._partial, ignore_errors=True)
-        make_directory(self._partial)
-        self._shards: list[dict[str, dict[str, Any]]] = []
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._file: BinaryIO | None = None
-        self._data_bytes = 0
-        self._total_bytes = 0
+        self._plan = plan_shards(tensors, max_shard_bytes)
+        self._output = OutputInProgress(self._partial, self.directory, self._plan)
         self._hashes: dict[str, str] = {}
         self._file_hashes: dict[str, str] = {}
-        self._hashing = HashingWriter()
-        self._is_published = False
 
     def __enter__(self) -> Self:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        make_directory(self._partial)
+        try:
+            self._output.create()
+        except BaseException as error:
+            self._leave(error)
+            raise
         return self
 
     def __exit__(
@@ -74,38 +217,19 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._is_published:
-            self.discard()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise CapacityError(
-                f"{self.directory}: disk full after {format_bytes(self._total_bytes)} of tensors; "
-                "nothing was left behind"
-            ) from error
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        self._output.discard()
+        if isinstance(error, CapacityError):
+            raise CapacityError(f"{error}; nothing was left behind") from error
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor under its foreign `name`.
-
-        The tensor is not modified and not kept. Names must be unique.
-        """
+        """Write one tensor under its foreign `name`, once. It is not modified and not kept."""
         if tensor.is_meta:
             raise FormatError(f"{name}: a tensor on the meta device has no data to write")
-        if tensor.dtype not in DTYPE_NAMES:
-            raise FormatError(f"{name}: {tensor.dtype} cannot be stored")
         assert name not in self._hashes, f"{name} was added twice"
-        num_bytes = tensor.numel() * tensor.dtype.itemsize
-        if self._file is not None and self._data_bytes + num_bytes > self._max_shard_bytes:
-            self._close_shard()
-        if self._file is None:
-            self._file = self._shard_path(len(self._shards)).open("wb+")
-            self._file.seek(_RESERVED_BYTES)
-        self._hashes[name] = self._hashing.write(self._file, tensor)
-        self._entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._data_bytes, self._data_bytes + num_bytes],
-        }
-        self._data_bytes += num_bytes
-        self._total_bytes += num_bytes
+        self._hashes[name] = self._output.write(name, tensor)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file into the directory, in the reference's spelling (4 spaces)."""
@@ -115,9 +239,7 @@ class ShardWriter:
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file into the directory."""
-        with self._inside(name).open("wb") as file:
-            file.write(content)
-            _sync(file)
+        self._output.write_file(name, content)
         self._file_hashes[name] = hashlib.sha256(content).hexdigest()
 
     def copy_file(self, source: Path, name: str | None = None) -> None:
@@ -125,101 +247,19 @@ class ShardWriter:
         self.write_file(name or source.name, read_bounded(source, MAX_COPIED_BYTES))
 
     def finish(self, made_of: Mapping[str, Any] | None = None) -> Path:
-        """Close the last shard, write index and manifest, publish; returns the target.
+        """Write index and manifest and publish; returns the target.
 
         made_of   facts for the manifest: what the checkpoint was made of, and how
         """
-        if self._file is not None:
-            self._close_shard()
-        count = len(self._shards)
-        if count == 1:
-            os.rename(self._shard_path(0), self._partial / "model.safetensors")
-        else:
-            self._write_index(count)
+        missing = self._plan.slots.keys() - self._hashes.keys()
+        assert not missing, f"never added: {sorted(missing)[:3]}"
+        index = self._plan.index_file()
+        if index is not None:
+            self._file_hashes[INDEX_NAME] = hashlib.sha256(index).hexdigest()
         manifest = manifest_file(made_of or {}, self._hashes, self._file_hashes)
         self.write_file(MANIFEST_NAME, manifest)
-        sync_directory(self._partial)
-        check_target(self.directory)
-        os.rename(self._partial, self.directory)
-        self._is_published = True
-        self._hashing.close()
-        sync_directory(self.directory.parent)
+        self._output.publish()
         return self.directory
-
-    def discard(self) -> None:
-        """Remove everything that was written."""
-        self._hashing.close()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _inside(self, name: str) -> Path:
-        assert name == Path(name).name, f"{name} is no plain file name"
-        return self._partial / name
-
-    def _shard_path(self, number: int) -> Path:
-        return self._partial / f"shard-{number + 1:05d}.safetensors"
-
-    def _close_shard(self) -> None:
-        assert self._file is not None
-        header = shard_header(self._entries)
-        if self._data_bytes <= _SMALL_BYTES or len(header) > _RESERVED_BYTES:
-            _move_data(self._file, _RESERVED_BYTES, len(header), self._data_bytes)
-        else:
-            header = shard_header(self._entries, _RESERVED_BYTES)
-        self._file.seek(0)
-        self._file.write(header)
-        _sync(self._file)
-        self._file.close()
-        self._file = None
-        self._shards.append(self._entries)
-        self._entries, self._data_bytes = {}, 0
-
-    def _write_index(self, count: int) -> None:
-        tensors: dict[str, tuple[str, Sequence[int], int]] = {}
-        for number, entries in enumerate(self._shards):
-            shard = shard_name(number, count)
-            os.rename(self._shard_path(number), self._partial / shard)
-            for name, entry in entries.items():
-                start, end = entry["data_offsets"]
-                tensors[name] = shard, entry["shape"], end - start
-        self.write_file(INDEX_NAME, json.dumps(index_json(tensors), indent=2).encode() + b"\n")
-
-
-def shard_name(number: int, count: int) -> str:
-    """File name of a shard, counted from 0, among `count`."""
-    if count == 1:
-        return "model.safetensors"
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def shard_header(entries: Mapping[str, Any], num_bytes: int = 0) -> bytes:
-    """What a shard begins with: its length, its tensors, blanks to a multiple of 8.
-
-    entries    foreign name -> dtype, shape, data_offsets
-    num_bytes  pad with blanks to this many bytes in all, as the format allows
-    """
-    header = {"__metadata__": {"format": "pt"}, **entries}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * max(-len(text) % 8, num_bytes - 8 - len(text))
-    return struct.pack("<Q", len(text)) + text
-
-
-def index_json(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> dict[str, Any]:
-    """The content of the index of a checkpoint in several shards.
-
-    tensors  foreign name -> its shard's file name, its shape, its bytes
-    """
-    # Scales are no parameters to Model Optimizer; a packed byte is one.
-    counted = [shape for name, (_, shape, _) in tensors.items() if not is_scale(name)]
-    return {
-        "metadata": {
-            "total_parameters": sum(map(prod, counted)),
-            "total_size": sum(num_bytes for _, _, num_bytes in tensors.values()),
-        },
-        "weight_map": {name: tensors[name][0] for name in sorted(tensors)},
-    }
 
 
 def check_target(directory: Path) -> None:
@@ -228,19 +268,3 @@ def check_target(directory: Path) -> None:
         return
     if directory.exists() or directory.is_symlink():
         raise UsageError(f"{directory} exists; choose another name, or remove it first")
-
-
-def _move_data(file: BinaryIO, source: int, target: int, num_bytes: int) -> None:
-    """Move the data section of an open file and cut the file behind it."""
-    backwards = range(0, num_bytes, _CHUNK_BYTES)
-    for start in backwards if target <= source else reversed(backwards):
-        file.seek(source + start)
-        piece = file.read(min(_CHUNK_BYTES, num_bytes - start))
-        file.seek(target + start)
-        file.write(piece)
-    file.truncate(target + num_bytes)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -18,7 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.checkpoint.fp8_source import write_fp8_source
-from halfbyte.checkpoint.inventory import Expected, expected_eagle_tensors, expected_tensors
+from halfbyte.checkpoint.inventory import (
+    Expected,
+    expected_eagle_tensors,
+    expected_tensors,
+    shapes_to_write,
+)
 from halfbyte.checkpoint.metadata import Quantization, unquantized
 from halfbyte.checkpoint.names import Layout, foreign_name, hub_to_native_rows, rotary_heads
 from halfbyte.checkpoint.reader import Checkpoint
@@ -195,7 +200,7 @@ def native_params(text: TextConfig, dialect: Literal["none", "mistral-fp8"]) -> 
 def _write_bf16(directory: Path, config: ModelConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     layout: Layout = "hf" if config.vision is not None else "hf-text"
-    with ShardWriter(directory) as writer:
+    with ShardWriter(directory, shapes_to_write(config, unquantized(config), layout)) as writer:
         for name, expected in expected_tensors(config, unquantized(config)).items():
             writer.add(foreign_name(name, layout, "none"), _random(name, expected, generator))
         writer.write_json("config.json", hub_config(config))

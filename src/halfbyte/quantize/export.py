@@ -1,6 +1,6 @@
 """What the finished checkpoint holds, in Model Optimizer's layout: tensors, configs, other files.
 
-Shapes and names only; `staging` keeps the bytes and `pipeline` computes them.
+Shapes and names only; `checkpoint.writer` keeps the bytes and `pipeline` computes them.
 """
 
 import hashlib
@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from halfbyte.chat.processor import processor_files
 from halfbyte.chat.tekken_export import hub_tokenizer, needs_hub_tokenizer
 from halfbyte.checkpoint.inventory import expected_tensors
@@ -18,6 +16,7 @@ from halfbyte.checkpoint.manifest import MANIFEST_NAME
 from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.checkpoint.names import Layout, foreign_name
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.shard_plan import Shapes
 from halfbyte.checkpoint.shards import read_header
 from halfbyte.checkpoint.writer import MAX_COPIED_BYTES
 from halfbyte.checkpoint.written_metadata import modelopt_configs
@@ -63,13 +62,11 @@ def export_name(name: str, layout: Layout) -> str:
     return foreign_name(name, layout, "modelopt")
 
 
-def export_tensors(
-    checkpoint: Checkpoint, plan: Plan
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def export_tensors(checkpoint: Checkpoint, plan: Plan) -> Shapes:
     """Canonical name -> shape and dtype of every tensor of the export, in model order."""
     quantization = Quantization("modelopt", plan.formats, plan.kv_cache)
     expected = expected_tensors(checkpoint.config, quantization)
-    return {name: (want.shape, want.dtypes[0]) for name, want in expected.items()}
+    return {name: want.stored for name, want in expected.items()}
 
 
 def passed_through(checkpoint: Checkpoint) -> list[str]:

@@ -21,6 +21,7 @@ from halfbyte.calibrate.sources import DataAccess
 from halfbyte.calibrate.tokens import Rows, as_rows, check_rows, read_token_rows
 from halfbyte.checkpoint.metadata import read_json
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.checkpoint.shard_plan import ShardPlan, plan_shards
 from halfbyte.checkpoint.verify import require_tokens_in_vocabulary, require_trusted
 from halfbyte.checkpoint.writer import MAX_SHARD_BYTES
 from halfbyte.errors import CapacityError, UsageError
@@ -28,7 +29,6 @@ from halfbyte.formats.fp8 import Profile
 from halfbyte.quantize import export
 from halfbyte.quantize.layer import widths_of_products
 from halfbyte.quantize.memory import MemoryPlan, plan_memory, sums_of
-from halfbyte.quantize.staging import ShardPlan, plan_shards
 from halfbyte.recipe.plan import Plan, make_plan
 from halfbyte.recipe.schema import Recipe
 

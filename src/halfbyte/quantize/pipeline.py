@@ -25,7 +25,7 @@ from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal
 from halfbyte.calibrate.stream import LayerStatistics, stream_layers
 from halfbyte.checkpoint.manifest import MANIFEST_NAME, manifest_file
 from halfbyte.checkpoint.soundness import require_sound
-from halfbyte.checkpoint.writer import check_target
+from halfbyte.checkpoint.writer import FULL, OutputInProgress, check_target
 from halfbyte.errors import CapacityError, FormatError
 from halfbyte.files import format_bytes, format_gib
 from halfbyte.kernels.dispatch import largest_fp8_code
@@ -46,7 +46,7 @@ from halfbyte.quantize.methods import output_errors
 from halfbyte.quantize.record import peak_memory_bytes, run_record
 from halfbyte.quantize.report import LinearRecord, linear_record
 from halfbyte.quantize.source_proof import Reading, require_unchanged
-from halfbyte.quantize.staging import FULL, OutputInProgress, locked, work_directory
+from halfbyte.quantize.staging import locked, work_directory
 
 _FIRST_STEP = "outside the layers"
 
