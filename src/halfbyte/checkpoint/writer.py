@@ -23,7 +23,13 @@ from halfbyte.checkpoint.manifest import MANIFEST_NAME, HashingWriter, manifest_
 from halfbyte.checkpoint.names import is_scale
 from halfbyte.checkpoint.shards import DTYPE_NAMES, INDEX_NAME
 from halfbyte.errors import CapacityError, FormatError, UsageError
-from halfbyte.files import format_bytes, make_directory, read_bounded, sync_directory
+from halfbyte.files import (
+    check_place,
+    format_bytes,
+    make_directory,
+    read_bounded,
+    sync_directory,
+)
 
 MAX_SHARD_BYTES = 10_000_000_000  # decimal, the reference's default
 # Small files that we copy are at most this large; a tokenizer has tens of MB.
@@ -223,7 +229,8 @@ def index_json(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> dict[st
 
 
 def check_target(directory: Path) -> None:
-    """Raise UsageError if something is there already; an empty directory may be."""
+    """Raise UsageError if something is there already or nothing can be; an empty directory may."""
+    check_place(directory)
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists() or directory.is_symlink():
