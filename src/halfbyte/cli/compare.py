@@ -119,7 +119,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("say `compare BASE CANDIDATE --text FILE`")
     if args.window_tokens < 2:
         raise UsageError(f"--window-tokens {args.window_tokens} must be at least 2")
-    for name in ("json", "save_baseline"):
-        path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path.parent} is not a directory")
+    for flag, most in (("--tokens", args.tokens), ("--limit", args.limit)):
+        if most is not None and most < 1:
+            raise UsageError(f"{flag} {most} must be at least 1")
