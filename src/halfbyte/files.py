@@ -130,3 +130,18 @@ def format_gib(num_bytes: int) -> str:
     if num_bytes >= 1 << 20:
         return f"{num_bytes / 2**20:.1f} MiB"
     return f"{num_bytes / 2**10:.1f} KiB" if num_bytes >= 1024 else f"{num_bytes} bytes"
+
+
+def check_place(path: str | Path) -> None:
+    """Raise UsageError if nothing can be written at `path`, before work that would end there.
+
+    Folders that are missing on the way count as ones that can be made.
+    """
+    for parent in Path(path).absolute().parents:
+        if not (parent.exists() or parent.is_symlink()):
+            continue
+        if not parent.is_dir():
+            raise UsageError(f"{path}: {parent} is no folder")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"{path}: nothing may be written in {parent}")
+        return

@@ -31,6 +31,7 @@ from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import FORMAT, AttemptJournal, Record, RunRecord, record_row, write_run
+from halfbyte.evals.tasks.published import NOT_COMPARED
 from halfbyte.fidelity.comparison import Comparison, Interval, PairRow, Row
 from halfbyte.figures import CARD_TOPICS, read_record
 from halfbyte.model.tiny import write_tiny_checkpoint
@@ -196,6 +197,14 @@ def test_a_part_of_a_set_or_made_up_items_are_no_result_of_the_set(tmp_path: Pat
             "math-ai/aime25, test: the published items",
         ),
         ({"source": "x", "revision": None, "note": ""}, "**a local copy, not compared with"),
+        (
+            {"source": "x", "revision": None, "note": "", "checked": "29 of 30"},
+            "the published items, compared by content (29 of 30)",
+        ),
+        (
+            {"source": "x", "revision": None, "note": NOT_COMPARED, "checked": ""},
+            f"**{NOT_COMPARED}**",
+        ),
         ({"source": "x", "revision": "r9", "note": "made-up items"}, "**made-up items**"),
         ({}, "**a local copy, not compared with"),
     ],

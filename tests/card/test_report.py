@@ -221,6 +221,19 @@ def test_every_note_says_whose_it_is(tmp_path: Path) -> None:
     assert report._score_notes(arms[:1]) == ["IFBench, fp8: common", "IFBench, fp8: reason of fp8"]
 
 
+def test_items_are_told_by_revision_content_or_file(tmp_path: Path) -> None:
+    arm = read_arm(write_arm(tmp_path, "fp8", 12))
+    result = arm.run.benchmarks["ifbench"]
+    for known, said in (
+        ({"revision": "r9"}, "r9"),
+        ({"revision": None, "checked": "all 300"}, "by content (all 300)"),
+        ({"revision": None, "checked": ""}, "none; by hash of the files"),
+    ):
+        told = replace(result, provenance=known)
+        arm.run.benchmarks["ifbench"] = told  # type: ignore[index]
+        assert said in report._asked(arm).rows[0]
+
+
 def test_plots_show_their_numbers_to_whoever_points_at_them(page: str) -> None:
     dots = re.findall(r"<circle[^>]*>(<title>[^<]+</title>)?", page)
     assert dots and all(dots)

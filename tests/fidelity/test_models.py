@@ -282,7 +282,7 @@ def test_commands(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["a", "--baseline", "f", "--text", "t"], "leave out --text"),
         (["a", "--baseline", "f", "--save-baseline", "g"], "exclude each other"),
         (["a", "b", "--text", "t", "--window-tokens", "1"], "at least 2"),
-        (["a", "b", "--text", "t", "--json", "/nowhere/x.json"], "/nowhere is not a directory"),
+        (["a", "b", "--text", "t", "--tokens", "0"], "--tokens 0 must be at least 1"),
     ],
 )
 def test_contradictory_arguments_are_refused(

@@ -247,7 +247,9 @@ class _Member:
         kept = 0
         digest = hashlib.sha256()
         is_first = self._blend.select == "first"
-        where = f"blend {self._blend.name}, {self.source.label}, {split.name}"
+        # A file of one's own is blend, source and split under one name.
+        names = dict.fromkeys((self._blend.name, self.source.label, split.name))
+        where = f"blend {', '.join(names)}"
         for index, (file, line) in enumerate(split.lines()):
             if index >= self._blend.window or (is_first and kept >= quota):
                 break

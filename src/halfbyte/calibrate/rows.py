@@ -125,7 +125,7 @@ def _document(block: list[Line]) -> Line:
     try:
         text = b"".join(line.data for line in block).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return Line(number, b"", f"not UTF-8 ({error.reason})")
+        return Line(number, b"", f"not UTF-8 ({error.reason}); save the file as UTF-8")
     return Line(number, json.dumps({"text": text.strip()}).encode())
 
 

@@ -72,7 +72,7 @@ class LayerStatistics:
         return next(tap for tap, readers in READERS.items() if short in readers)
 
 
-Progress = Callable[[int, int], None]  # rows done, rows in all, of the layer at work
+Progress = Callable[[int, int], None]  # done and in all: rows of the layer at work, or layers
 # Layer -> tap point of an input -> what sums are wanted of it.
 Wants = Callable[[int], Mapping[str, Want]]
 
@@ -311,19 +311,30 @@ class _Runner:
 
 
 def input_maxima(
-    checkpoint: Checkpoint, rows: Sequence[Tensor], *, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    rows: Sequence[Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    on_layer: Progress | None = None,
 ) -> dict[str, float]:
     """Largest input magnitude of every decoder linear (canonical name) over these rows.
+
+    on_layer  called with layers done and layers in all
 
     What an FP8 source needs for its activation scales; a linear whose input is all zero gives the
     largest e4m3 value, as the reference writes it, and is named in a warning.
     """
     names = [linear.name for linear in decoder_linears(checkpoint.config)]
     maxima: dict[str, float] = {}
+    layers = checkpoint.config.text.num_layers
+    if on_layer is not None:
+        on_layer(0, layers)
     for statistics in stream_layers(checkpoint, rows, device=device):
         for name in names:
             if name.startswith(f"decoder.{statistics.layer}."):
                 maxima[name] = float(statistics.input_of(name))
+        if on_layer is not None:
+            on_layer(statistics.layer + 1, layers)
     for name, magnitude in maxima.items():
         if magnitude == 0:
             say_once(f"{name}: its calibration inputs are all zero; assuming 448")

@@ -70,9 +70,8 @@ def evaluation_data_section(given: CardInput) -> Markdown:
             lines.append(row([*said, NOT_MEASURED, Markdown("-")]))
             continue
         revision = r.provenance.get("revision") or "by hash, see the record"
-        which = which_items(r)
         part = "" if r.items == r.full_items else "a part of the set; "
-        shown = which if which == PUBLISHED else md("**{}**", which)
+        shown = md("{}" if are_published(r) else "**{}**", which_items(r))
         read = md("{}: {}{}", r.source, part, shown)
         scored = link(f"{r.items} of {r.full_items}", record_path(given, arm))
         lines.append(row([r.title, read, r.licence, scored, revision]))
@@ -86,15 +85,25 @@ PUBLISHED = "the published items"
 _BY_CONTENT = ("ifbench", "scicode", "pocket")
 
 
+def are_published(result: BenchmarkResult) -> bool:
+    """Whether nothing says that the items are others than those that the set's authors published.
+
+    A revision or version says which they are; otherwise they were compared by content.
+    """
+    p = result.provenance
+    known = p.get("revision") is not None or p.get("checked") or result.name in _BY_CONTENT
+    return bool(known) and not p.get("note")
+
+
 def which_items(result: BenchmarkResult) -> str:
-    """Whether the items are those that the set's authors published, in half a sentence."""
-    note = result.provenance.get("note")
-    if note:
-        return str(note)
-    pinned = result.provenance.get("revision") is not None or result.provenance.get("checked")
-    if pinned or result.name in _BY_CONTENT:
-        return PUBLISHED
-    return "a local copy, not compared with the published items"
+    """Whose the items are, in half a sentence."""
+    p = result.provenance
+    if p.get("note"):
+        return str(p["note"])
+    if not are_published(result):
+        return "a local copy, not compared with the published items"
+    checked = p.get("checked")
+    return f"the published items, compared by content ({checked})" if checked else PUBLISHED
 
 
 def quantization_section(c: CheckpointFacts) -> Markdown:

@@ -48,12 +48,11 @@ from halfbyte.card.given import (
     record_path,
 )
 from halfbyte.card.making import (
-    PUBLISHED,
+    are_published,
     calibration_section,
     evaluation_data_section,
     quantization_section,
     usage_section,
-    which_items,
 )
 from halfbyte.card.markdown import Markdown, join, link, md, one_line, row, rule
 from halfbyte.card.measured import fidelity_section, speed_section
@@ -220,7 +219,7 @@ def _model_index(given: CardInput, arm: Arm) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, result in arm.run.benchmarks.items():
         # A part of a set, or items that are not the set's, are no result of that set.
-        is_whole = result.items == result.full_items and which_items(result) == PUBLISHED
+        is_whole = result.items == result.full_items and are_published(result)
         if result.score is None or result.status != "complete" or not is_whole:
             continue
         known = BENCHMARKS.get(name)

@@ -338,13 +338,19 @@ def _provenance(arm: Arm) -> dict[str, str]:
 def _asked(arm: Arm) -> Table:
     rows: list[list[str | Cell]] = [
         [r.title, r.source, r.licence, r.prompt_id, Cell(r.prompts_sha256[:16], kind="code"),
-         r.scorer, str(r.provenance.get("revision") or "by hash"),
+         r.scorer, str(r.provenance.get("revision") or _compared(r)),
          Cell(_hashes(r), kind="wrap code")]
         for r in arm.run.benchmarks.values()
     ]  # fmt: skip
     head = ["benchmark", "set", "licence", "prompt", "requests sha256", "scored by", "revision",
             "files"]  # fmt: skip
     return Table(head, rows, "What was asked and how it was scored.")
+
+
+def _compared(result: BenchmarkResult) -> str:
+    """Which items they are, where no revision says it."""
+    checked = result.provenance.get("checked")
+    return f"by content ({checked})" if checked else "none; by hash of the files"
 
 
 def _hashes(result: BenchmarkResult) -> str:

@@ -24,7 +24,13 @@ from halfbyte.checkpoint.manifest import MANIFEST_NAME, hash_stored, manifest_fi
 from halfbyte.checkpoint.shard_plan import Shapes, ShardPlan, Slot, plan_shards
 from halfbyte.checkpoint.shards import INDEX_NAME, StoredTensor, bytes_of
 from halfbyte.errors import CapacityError, FormatError, UsageError
-from halfbyte.files import format_bytes, make_directory, read_bounded, sync_directory
+from halfbyte.files import (
+    check_place,
+    format_bytes,
+    make_directory,
+    read_bounded,
+    sync_directory,
+)
 
 MAX_SHARD_BYTES = 10_000_000_000  # decimal, the reference's default
 # Small files that we copy are at most this large; a tokenizer has tens of MB.
@@ -263,7 +269,8 @@ class ShardWriter:
 
 
 def check_target(directory: Path) -> None:
-    """Raise UsageError if something is there already; an empty directory may be."""
+    """Raise UsageError if something is there already or nothing can be; an empty directory may."""
+    check_place(directory)
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists() or directory.is_symlink():

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from halfbyte.cli.outputs import output_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="the checkpoint to measure")
@@ -17,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", default=Path("benchmarks/records/cpu_decode.json")
+        "--record",
+        type=output_file,
+        metavar="FILE",
+        default=Path("benchmarks/records/cpu_decode.json"),
     )
 
 

@@ -1,8 +1,8 @@
 """`halfbyte bench engine`: the whole decoder on one GPU, synthetic weights, one record."""
 
 import argparse
-from pathlib import Path
 
+from halfbyte.cli.outputs import output_file
 from halfbyte.errors import UsageError
 
 EXAMPLE = "  halfbyte bench engine --geometry medium-3.5 --layers 88 --weights synthetic"
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--geometry", choices=["medium-3.5"], default="medium-3.5")
     parser.add_argument("--layers", type=int, default=88, help="decoder layers to build")
     parser.add_argument("--weights", choices=["synthetic"], default="synthetic")
-    parser.add_argument("--record", type=Path, help="JSON file to write")
+    parser.add_argument("--record", type=output_file, help="JSON file to write")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,14 +1,15 @@
 """`halfbyte bench kernels`: each product of a decoder layer on one GPU, one record."""
 
 import argparse
-from pathlib import Path
+
+from halfbyte.cli.outputs import output_file
 
 EXAMPLE = "  halfbyte bench kernels --record benchmarks/records/kernels-h200.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="also time other block shapes")
-    parser.add_argument("--record", type=Path, help="JSON file to write")
+    parser.add_argument("--record", type=output_file, help="JSON file to write")
 
 
 def run(args: argparse.Namespace) -> int:

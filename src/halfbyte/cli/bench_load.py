@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.cli.outputs import output_file
 from halfbyte.cli.plan import parse_count
 from halfbyte.errors import UsageError
 
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument("--seed", type=int, default=1, help="of the traffic (%(default)s)")
     traffic.add_argument("--trace", type=Path, metavar="FILE", help="send the traffic of this file")
     traffic.add_argument(
-        "--write-trace", type=Path, metavar="FILE", help="write the traffic that is sent"
+        "--write-trace", type=output_file, metavar="FILE", help="write the traffic that is sent"
     )
     traffic.add_argument(
         "--max-seconds",
@@ -131,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results = parser.add_argument_group("what is written")
     results.add_argument(
         "--record",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="the record; its page lies beside it as .html (load-MODEL-TIME.json)",
     )

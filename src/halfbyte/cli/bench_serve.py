@@ -4,6 +4,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from halfbyte.cli.outputs import output_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="the checkpoint to serve")
@@ -14,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", default=Path("benchmarks/records/serving.json")
+        "--record",
+        type=output_file,
+        metavar="FILE",
+        default=Path("benchmarks/records/serving.json"),
     )
 
 

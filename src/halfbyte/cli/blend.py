@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.cli.outputs import output_file
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("blend", help="a blend of the library (nemotron-v3, builtin, …) or a .yaml")
     parser.add_argument("--model", type=Path, help="draw rows with this checkpoint's tokenizer")
     parser.add_argument(
-        "--out", type=Path, help="write them here (.safetensors), the record beside"
+        "--out", type=output_file, help="write them here (.safetensors), the record beside"
     )
     parser.add_argument("--data", type=Path, help="folder with data sets, laid out as on the hub")
     parser.add_argument("--hub", action="store_true", help="fetch what the folder lacks")

@@ -5,6 +5,7 @@ import json
 import shlex
 from pathlib import Path
 
+from halfbyte.cli.outputs import output_file
 from halfbyte.errors import UsageError
 from halfbyte.progress import TimeLeft, say_next
 
@@ -31,12 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the candidate's quantized linears compute: declared also rounds activations",
     )
     parser.add_argument(
-        "--save-baseline", type=Path, metavar="FILE", help="keep BASE's distributions for later"
+        "--save-baseline",
+        type=output_file,
+        metavar="FILE",
+        help="keep BASE's distributions for later",
     )
     parser.add_argument(
         "--baseline", type=Path, metavar="FILE", help="compare with a kept base instead of BASE"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="also write the figures here"
+    )
     parser.add_argument("--tokens", type=int, help="use only so many tokens of the text")
     parser.add_argument(
         "--window-tokens", type=int, default=512, help="tokens scored in one go (%(default)s)"
@@ -88,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         # So that a card knows whose figures they are.
         (candidate_row,) = told["candidates"]
         candidate_row["checkpoint"] = checkpoint_identity(args.models[-1])
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     say_next(
         f"halfbyte serve {shlex.quote(str(args.models[-1]))}",
@@ -112,7 +119,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("say `compare BASE CANDIDATE --text FILE`")
     if args.window_tokens < 2:
         raise UsageError(f"--window-tokens {args.window_tokens} must be at least 2")
-    for name in ("json", "save_baseline"):
-        path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path.parent} is not a directory")
+    for flag, most in (("--tokens", args.tokens), ("--limit", args.limit)):
+        if most is not None and most < 1:
+            raise UsageError(f"{flag} {most} must be at least 1")

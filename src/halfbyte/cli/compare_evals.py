@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from halfbyte.cli.outputs import output_file
+
 EXAMPLE = """\
   halfbyte compare-evals evals/fp8 evals/mixed --out evals/fp8-mixed.json
   halfbyte compare-evals evals/fp8 evals/mixed --margins margins.yaml
@@ -16,7 +18,7 @@ _EXIT = {"GO": 0, "NO-GO": 1, "INCONCLUSIVE": 3}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("baseline", type=Path, help="run folder of the baseline, such as FP8")
     parser.add_argument("candidate", type=Path, help="run folder of the candidate")
-    parser.add_argument("--out", type=Path, help="write the comparison as JSON")
+    parser.add_argument("--out", type=output_file, help="write the comparison as JSON")
     add_verdict_arguments(parser)
 
 

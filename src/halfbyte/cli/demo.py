@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from halfbyte.cli.outputs import output_file
+
 EXAMPLE = "  halfbyte demo --out build/demo"
 
 
@@ -11,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("build/demo"), help="where everything goes (%(default)s)"
     )
     parser.add_argument(
-        "--record", type=Path, help="also write the run as a benchmark record to this file"
+        "--record", type=output_file, help="also write the run as a benchmark record to this file"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (all cores, 2 at least)")
 

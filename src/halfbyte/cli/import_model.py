@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from halfbyte.errors import UsageError
+from halfbyte.progress import TimeLeft
 
 EXAMPLE = """  halfbyte import smollm2 build/demo/bf16
   halfbyte import build/demo/bf16 build/demo/fp8 --to mistral-fp8
@@ -95,6 +96,11 @@ def _to_fp8(args: argparse.Namespace) -> int:
         raise UsageError("--tokenizer belongs to GGUF files; the source's own files are copied")
     from halfbyte.quantize.fp8_source import make_fp8_source
 
-    make_fp8_source(Path(args.source), args.out, calibration_tokens=args.calibration_tokens)
+    make_fp8_source(
+        Path(args.source),
+        args.out,
+        calibration_tokens=args.calibration_tokens,
+        on_layer=TimeLeft("layers measured"),
+    )
     print(f"{args.out}: Mistral FP8, from {args.source}")
     return 0

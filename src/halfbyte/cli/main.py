@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from types import ModuleType
+from typing import NoReturn
 
 import halfbyte
 from halfbyte import log
@@ -68,9 +69,16 @@ def overview() -> str:
     )
 
 
+class Parser(argparse.ArgumentParser):
+    """A command's flags. A mistake in them is one line, as every other mistake is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help says what there is\n")
+
+
 def build_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
     """The parser of one command, its example as the epilog."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"halfbyte {name}",
         description=COMMANDS[name][1],
         epilog=f"example:\n{module.EXAMPLE}",

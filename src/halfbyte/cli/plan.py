@@ -88,12 +88,14 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.machine import age_s, available_bytes
     from halfbyte.quantize.capacity import Text, estimate, measure
     from halfbyte.quantize.hosting import GPUS, host, host_here, quantizing_time
+    from halfbyte.quantize.job import refuse_export
     from halfbyte.quantize.plan_text import format_estimate, format_hosting, format_quantizing
     from halfbyte.quantize.survey import survey
     from halfbyte.recipe.plan import make_plan
     from halfbyte.recipe.schema import load_recipe
 
     source, recipe = survey(args.source), by_method(load_recipe(args.recipe), args.method)
+    refuse_export(args.source, source.quantization)
     plan = make_plan(recipe, source.config)
     hosted = host(
         plan,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.engine_flags import add_accept
+from halfbyte.cli.outputs import output_file
 from halfbyte.errors import UsageError
 from halfbyte.progress import TimeLeft, say_next
 
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--report",
-        type=Path,
+        type=output_file,
         metavar="FILE.html",
         help="write a page of errors, ranges, times and memory; beside it the same as .json",
     )

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from halfbyte.cli.compare_evals import add_verdict_arguments, verdict_options
+from halfbyte.cli.outputs import output_file
 
 EXAMPLE = """\
   halfbyte report evals/mixed
@@ -14,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="one run, or baseline and candidate"
     )
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="(%(default)s)")
+    parser.add_argument(
+        "--out", type=output_file, default=Path("report.html"), help="(%(default)s)"
+    )
     add_verdict_arguments(parser)
 
 

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from halfbyte.progress import say_next
+from halfbyte.progress import TimeLeft, say_next
 
 EXAMPLE = "  halfbyte verify build/demo/mixed --against build/demo/fp8"
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint.verify import format_report, verify
 
-    report = verify(args.checkpoint, args.against)
+    report = verify(args.checkpoint, args.against, progress=TimeLeft("tensors"))
     print(format_report(report))
     if not report.is_sound:
         return 1

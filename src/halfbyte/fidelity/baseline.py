@@ -158,6 +158,7 @@ def save_baseline(path: Path, baseline: Baseline) -> None:
             "answers": torch.tensor(baseline.answers, dtype=torch.int32),
         }
     facts = {name: getattr(baseline, name) for name in _FACTS}
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         # safetensors makes a file of the owner's alone; who may read is for umask to say.

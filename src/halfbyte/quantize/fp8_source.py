@@ -6,7 +6,7 @@ The real job starts from such a source; this makes one of any bf16 checkpoint. M
 
 from pathlib import Path
 
-from halfbyte.calibrate.stream import input_maxima
+from halfbyte.calibrate.stream import Progress, input_maxima
 from halfbyte.calibrate.tokens import builtin_rows, check_rows, read_token_rows
 from halfbyte.checkpoint.fp8_source import check_source, write_fp8_source
 from halfbyte.checkpoint.reader import Checkpoint
@@ -23,11 +23,13 @@ def make_fp8_source(
     *,
     calibration_tokens: Path | None = None,
     device: str = "cpu",
+    on_layer: Progress | None = None,
 ) -> Path:
     """Write the FP8 dialect of the bf16 checkpoint `source` to `target`.
 
     calibration_tokens   safetensors with `batch{i}.input_ids`; None means 4,096 tokens at most of
                          the text in the package, in the checkpoint's own tokenizer
+    on_layer             called with layers measured and layers in all
 
     Raises UsageError if the target exists, the source is quantized already or the tokens do not
     fit it; CheckpointError, FormatError for a damaged source.
@@ -42,4 +44,5 @@ def make_fp8_source(
     else:
         rows = read_token_rows(calibration_tokens)
     check_rows(rows, checkpoint.config.text, str(calibration_tokens or "the builtin text"))
-    return write_fp8_source(checkpoint, input_maxima(checkpoint, rows, device=device), target)
+    maxima = input_maxima(checkpoint, rows, device=device, on_layer=on_layer)
+    return write_fp8_source(checkpoint, maxima, target)

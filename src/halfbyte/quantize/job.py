@@ -19,7 +19,7 @@ from halfbyte.calibrate.blend import Blend, load_blend
 from halfbyte.calibrate.draw import draw
 from halfbyte.calibrate.sources import DataAccess
 from halfbyte.calibrate.tokens import Rows, as_rows, check_rows, read_token_rows
-from halfbyte.checkpoint.metadata import read_json
+from halfbyte.checkpoint.metadata import Quantization, read_json
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shard_plan import ShardPlan, plan_shards
 from halfbyte.checkpoint.verify import require_tokens_in_vocabulary, require_trusted
@@ -83,13 +83,18 @@ class Job:
     fingerprint: Mapping[str, Any]
 
 
+def refuse_export(source: Path, quantization: Quantization) -> None:
+    """Raise UsageError for a checkpoint that was quantized already."""
+    if quantization.dialect == "modelopt":
+        raise UsageError(
+            f"{source} is already a Model Optimizer export; quantize its source instead"
+        )
+
+
 def validate(config: QuantizeConfig) -> Job:
     """Raises UsageError, CheckpointError, FormatError or CapacityError saying why not."""
     checkpoint = Checkpoint.open(config.source)
-    if checkpoint.quantization.dialect == "modelopt":
-        raise UsageError(
-            f"{config.source} is already a Model Optimizer export; quantize its source instead"
-        )
+    refuse_export(config.source, checkpoint.quantization)
     require_trusted(checkpoint.config, config.accept)
     require_tokens_in_vocabulary(checkpoint)
     plan = make_plan(config.recipe, checkpoint.config)

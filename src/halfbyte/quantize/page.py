@@ -47,6 +47,7 @@ _Part = _Words | _Facts | _Rows | Table | Markup
 def write_report(record: Record, path: Path) -> tuple[Path, Path]:
     """Write the page to `path` as .html, and the record it shows beside it as .json."""
     page, data = path.with_suffix(".html"), path.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render(record), encoding="utf-8")
     data.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return page, data

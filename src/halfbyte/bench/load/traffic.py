@@ -327,6 +327,7 @@ def fitted(trace: Trace, context_tokens: int | None) -> Trace:
 def write_trace(trace: Trace, path: Path) -> None:
     """Write a trace; `read_trace` gives the same back."""
     told = {"format": _FORMAT, **asdict(trace)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(told, separators=(",", ":")) + "\n", encoding="utf-8")
 
 

@@ -52,7 +52,7 @@ def load(options: Options) -> LoadedItems:
     # Grouped, so that a server with prefix caching reads each set once.
     order = sorted(samples, key=lambda sample: int(sample.group.removeprefix("set-")))
     hashes = [content(row) for row in rows.rows]
-    return LoadedItems(tuple(order), compared(rows.provenance, BENCHMARK.name, hashes, full=100))
+    return LoadedItems(tuple(order), compared(rows.provenance, BENCHMARK.name, hashes))
 
 
 def content(row: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ def load(options: Options) -> LoadedItems:
     chosen = spread(len(rows.rows), options.limit)
     samples = tuple(_sample(i, rows.rows[i]) for i in chosen)
     hashes = [content(row) for row in rows.rows]
-    return LoadedItems(samples, compared(rows.provenance, BENCHMARK.name, hashes, full=30))
+    return LoadedItems(samples, compared(rows.provenance, BENCHMARK.name, hashes))
 
 
 def content(row: Mapping[str, Any]) -> str:

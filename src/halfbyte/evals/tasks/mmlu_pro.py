@@ -40,7 +40,7 @@ def load(options: Options) -> LoadedItems:
         for row in chosen
     )
     hashes = [content(row) for row in rows.rows]
-    return LoadedItems(samples, compared(rows.provenance, BENCHMARK.name, hashes, full=12_032))
+    return LoadedItems(samples, compared(rows.provenance, BENCHMARK.name, hashes))
 
 
 def content(row: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ def load(options: Options) -> LoadedItems:
         samples += _samples(rows.rows[index], given, targets)
     digest = file_sha256(targets)
     hashes = [content(row) for row in rows.rows]
-    p = compared(rows.provenance, BENCHMARK.name, hashes, full=80)
+    p = compared(rows.provenance, BENCHMARK.name, hashes)
     own = "" if digest == TARGETS_SHA256 else "expected values are not the authors' test_data.h5"
     note = "; ".join(filter(None, (p.note, own)))
     files = {**p.sha256, targets.name: digest}
