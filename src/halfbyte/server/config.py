@@ -109,7 +109,7 @@ class ImageFetch:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """One server.
+    """How one server behaves: what it serves, to whom, and within which limits.
 
     model_names     names that requests may use; responses carry the first
     max_model_len   most tokens of a prompt and its answer together
