@@ -123,5 +123,5 @@ def _template_file(directory: Path) -> Path | None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal; the file must be a regular one."""
     return hash_regular(path)

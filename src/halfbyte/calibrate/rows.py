@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row understood: messages and tools in the form that `chat` encodes.
+    """What a row says: messages and tools in the form that `chat` encodes.
 
     messages  role and content (a string); `reasoning_content` where there is some; `tool_calls`
               with string arguments; `tool_call_id` on tool messages
@@ -63,7 +63,7 @@ class Conversation:
         return any("reasoning_content" in message for message in self.messages)
 
     def strings(self) -> Iterator[str]:
-        """Everything a person or model wrote in it, for comparison with other texts."""
+        """Every text that a person or model wrote in the conversation."""
         if self.text:
             yield self.text
         for message in self.messages:
@@ -164,12 +164,13 @@ def parse_line(line: Line) -> dict[str, Any]:
 
 
 def parse_row(raw: Mapping[str, Any]) -> Conversation:
-    """Understand a row with `messages`, with `text` for a plain document, or with one exchange
-    (`prompt` and `response`, `instruction` and `output` and their like).
+    """Understand a row that holds a conversation, a plain document or one exchange.
 
-    Survived: messages, tool_calls and tools as JSON strings; null content; calls whose arguments
-    are an object or a string; calls and results without ids; tools not wrapped in a `function`;
-    empty system turns (dropped: they say nothing); columns we have no use for. Raises BadRowError.
+    That is `messages`, `text`, or `prompt` and `response`, `instruction` and `output` and the
+    like. Survived: messages, tool_calls and tools as JSON strings; null content; calls whose
+    arguments are an object or a string; calls and results without ids; tools not wrapped in a
+    `function`; empty system turns (dropped: they say nothing); columns we have no use for. Raises
+    BadRowError.
     """
     uuid = raw.get("uuid")
     uuid = uuid if isinstance(uuid, str) else None

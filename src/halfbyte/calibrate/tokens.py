@@ -76,8 +76,9 @@ def as_rows(data: CalibrationData) -> Rows:
 
 
 def check_rows(rows: Sequence[Tensor], config: TextConfig, where: str) -> None:
-    """Raise UsageError if there is nothing to run, an id is outside the vocabulary or a row is
-    longer than the model's context.
+    """Raise UsageError for rows that this model cannot run.
+
+    There must be some; ids lie in the vocabulary, and no row is longer than the context.
     """
     if not rows:
         raise UsageError(f"{where}: no calibration tokens")

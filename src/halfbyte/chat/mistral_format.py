@@ -84,7 +84,7 @@ class MistralFormat:
         json_schema: Mapping[str, Any] | None = None,
         continue_final: bool = False,
     ) -> EncodedPrompt:
-        """Token ids of a conversation.
+        """Token ids of a conversation, with its images as pixels.
 
         messages          OpenAI-style; image parts are {"type": "image", "image": PIL image or
                           pixels as `images.decode_pixels` gives them}

@@ -483,7 +483,7 @@ def _nodes(schema: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[
 
 
 def short_list(notes: Sequence[str], most: int = 8) -> tuple[str, ...]:
-    """The first notes, and how many more there are."""
+    """The first of some notes, and how many more there are."""
     if len(notes) <= most:
         return tuple(notes)
     return (*notes[:most], f"and {len(notes) - most} more")

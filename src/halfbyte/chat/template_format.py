@@ -70,7 +70,7 @@ class TemplateFormat:
         json_schema: Mapping[str, Any] | None = None,
         continue_final: bool = False,
     ) -> EncodedPrompt:
-        """Token ids of a conversation; see `MistralFormat.encode`.
+        """Token ids of a conversation by its template; see `MistralFormat.encode`.
 
         Raises RequestError for images where the model takes none or its template drops one, for an
         effort other than "none", with the template's own words where it refuses the conversation,

@@ -30,7 +30,7 @@ _WORD = re.compile(r"\w")
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """One entry of `added_tokens` in a tokenizer.json.
+    """A token that `added_tokens` of a tokenizer.json adds to the vocabulary.
 
     lstrip, rstrip  white space before and after it in a text belongs to it
     single_word     it is none where a letter or digit stands next to it

@@ -206,7 +206,7 @@ def _rope(fields: Reader, where: str) -> RopeConfig:
 
 
 def rope_config(parameters: object, where: str) -> RopeConfig:
-    """Read one object of `rope_parameters`.
+    """Read one object of `rope_parameters` into the rotary configuration of the decoder.
 
     A missing `llama_4_scaling_beta` means 0. For yarn, mscale and mscale_all_dim count only if
     both are non-zero (as in the library that published them); otherwise the attention factor is

@@ -35,7 +35,7 @@ def expected_tensors(config: ModelConfig, quantization: Quantization) -> dict[st
 
 
 def expected_eagle_tensors(config: ModelConfig, quantization: Quantization) -> dict[str, Expected]:
-    """As `expected_tensors`, for a draft model, which uses its target's embedding and head."""
+    """What must be stored of a draft model, which uses its target's embedding and head."""
     layers = {
         name: expected
         for name, expected in _expected(config, quantization)

@@ -29,7 +29,7 @@ _CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the file says. It holds no times and no paths: equal runs give equal bytes.
+    """What a manifest says; it holds no times or paths, so that equal runs give equal bytes.
 
     made_of   free facts about what the checkpoint was made of (source, recipe, calibration)
     tensors   foreign name -> sha256 of the tensor's bytes
@@ -106,5 +106,5 @@ class HashingWriter:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """End the hashing thread."""
+        """End the hashing thread once its queue is done."""
         self._pool.shutdown()

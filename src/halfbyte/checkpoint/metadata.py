@@ -79,7 +79,7 @@ def read_config(directory: Path) -> tuple[ModelConfig, Quantization, Fields]:
 def describe(
     directory: Path, layout: Layout, *, has_head: bool | None
 ) -> tuple[ModelConfig, Quantization, Fields]:
-    """As `read_config`, for a directory whose tensors are known to be spelt in `layout`."""
+    """What `read_config` gives, for a directory whose tensors are known to be spelt in `layout`."""
     if layout == "mistral":
         raw = read_json(directory / "params.json")
         config = native_config(raw, has_head=has_head)

@@ -187,7 +187,7 @@ def foreign_module(name: str, layout: Layout) -> str:
 
 
 def foreign_name(name: str, layout: Layout, dialect: Dialect) -> str:
-    """The foreign spelling of canonical tensor `name`.
+    """The spelling of canonical tensor `name` in a foreign layout and dialect.
 
     `decoder.4.mlp.up.tensor_scale` -> `model.language_model.layers.4.mlp.up_proj.weight_scale_2`
     (hf, modelopt). Raises CheckpointError for a name or role that the dialect does not have.
@@ -305,7 +305,7 @@ def native_to_hub_rows(weight: Tensor, num_heads: int) -> Tensor:
 
 
 def hub_to_native_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `native_to_hub_rows`; a copy."""
+    """Undo `native_to_hub_rows`: rows of q or k from two halves to interleaved pairs; a copy."""
     rows = weight.shape[0]
     head_dim = rows // num_heads
     return (

@@ -155,11 +155,11 @@ class Checkpoint:
         return self._find(name).name
 
     def shard(self, name: str) -> Path:
-        """The file that holds `name`."""
+        """Path of the file that holds canonical tensor `name`."""
         return self._find(name).path
 
     def stored(self, name: str) -> StoredTensor:
-        """Where `name` lies, for those who need its bytes as they are."""
+        """Where the bytes of `name` lie, for callers that read them as they are."""
         return self._find(name)
 
     def tensor(self, name: str) -> Tensor:

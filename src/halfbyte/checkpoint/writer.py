@@ -83,7 +83,7 @@ class ShardWriter:
             ) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor under its foreign `name`.
+        """Append one tensor under its foreign `name`; a full shard is closed first.
 
         The tensor is not modified and not kept. Names must be unique.
         """
@@ -114,7 +114,7 @@ class ShardWriter:
         )
 
     def write_file(self, name: str, content: bytes) -> None:
-        """Write a small file into the directory."""
+        """Write a small file into the directory, durably, and remember its hash."""
         with self._inside(name).open("wb") as file:
             file.write(content)
             _sync(file)
@@ -147,7 +147,7 @@ class ShardWriter:
         return self.directory
 
     def discard(self) -> None:
-        """Remove everything that was written."""
+        """Remove the unfinished directory with everything that was written."""
         self._hashing.close()
         if self._file is not None:
             self._file.close()

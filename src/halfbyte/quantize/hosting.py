@@ -129,7 +129,7 @@ def host(
     gpus: Sequence[str] | None = None,
     widths: Sequence[int] | None = None,
 ) -> list[Hosting]:
-    """Each GPU at each width. Without `widths`: the fewest GPUs that serve all the requests.
+    """What each GPU type serves at each width; without `widths`, the fewest GPUs that suffice.
 
     Raises UsageError for an unknown GPU and a context beyond the model's positions.
     """

@@ -84,7 +84,7 @@ class Job:
 
 
 def validate(config: QuantizeConfig) -> Job:
-    """Raises UsageError, CheckpointError, FormatError or CapacityError saying why not."""
+    """Make the job, or raise UsageError, CheckpointError, FormatError or CapacityError."""
     checkpoint = Checkpoint.open(config.source)
     if checkpoint.quantization.dialect == "modelopt":
         raise UsageError(

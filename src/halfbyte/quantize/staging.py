@@ -58,7 +58,7 @@ class ShardPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all shard files."""
+        """Bytes of all shard files together, headers included."""
         return sum(map(len, self.headers)) + sum(self.data_bytes)
 
     def file_name(self, shard: int) -> str:
@@ -121,8 +121,9 @@ class OutputInProgress:
         return self._output.is_dir()
 
     def create(self) -> None:
-        """Make the files, with headers, at their full size. Raises CapacityError if the disk is
-        too small, and leaves nothing then.
+        """Make the files, with headers, at their full size.
+
+        Raises CapacityError if the disk is too small, and then leaves nothing.
         """
         self._output.mkdir()
         with self._disk_full("allocating the output"):
@@ -199,7 +200,7 @@ class OutputInProgress:
             os.fsync(file.fileno())
 
     def sync(self) -> None:
-        """Make everything written so far durable."""
+        """Make everything written so far durable on the disk."""
         with self._disk_full("writing"):
             for shard in sorted(self._touched):
                 os.fsync(self._files[shard].fileno())
@@ -250,7 +251,7 @@ def work_directory(target: Path) -> Path:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Make `directory` if need be and hold it.
+    """Hold `directory` for this process while the body runs; make it first if need be.
 
     Raises UsageError if another process works in it, or it cannot be made.
     """
