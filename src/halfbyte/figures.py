@@ -45,7 +45,7 @@ class Against:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured number.
+    """One measured number with its unit, conditions and comparisons.
 
     name         what was measured, without its conditions: "decode step"
     conditions   name -> value, what it was measured under: {"batch": 16, "context": 128}
@@ -62,7 +62,7 @@ class Figure:
 
     @property
     def value_text(self) -> str:
-        """The number with its unit: "21.6 ms"."""
+        """The number with its unit, as a page shows it: "21.6 ms"."""
         return with_unit(self.value, self.unit)
 
     @property
@@ -128,7 +128,7 @@ class Record:
 
     @property
     def headlines(self) -> list[Figure]:
-        """The figures that README shows."""
+        """The record's figures that README shows, in their order."""
         return [figure for figure in self.figures if figure.is_headline]
 
 

@@ -144,7 +144,7 @@ def columns(arms: Sequence[Arm]) -> list[str]:
 
 
 def title_of(name: str) -> str:
-    """A benchmark's printed name."""
+    """The name under which a benchmark is printed, as "GPQA Diamond"."""
     return BENCHMARKS[name].title if name in BENCHMARKS else name
 
 

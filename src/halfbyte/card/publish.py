@@ -92,7 +92,7 @@ def send(
     endpoint: str | None = None,
     say: Callable[[str], None],
 ) -> str:
-    """Send every file and check what arrived; the address of the repository.
+    """Send every file and check what arrived; returns the address of the repository.
 
     public    make it public when everything has arrived; a new one is private until then
     endpoint  another hub than the public one

@@ -16,7 +16,7 @@ _NOT_IN_FILES = frozenset({"config", "help"})
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the flag `--config` to a command."""
+    """Add the flag `--config FILE.yaml` to a command's parser."""
     parser.add_argument(
         "--config",
         type=Path,

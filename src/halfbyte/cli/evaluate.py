@@ -198,7 +198,7 @@ def _config(
 
 
 def kept(args: argparse.Namespace) -> str:
-    """What Ctrl-C leaves."""
+    """A sentence about what an evaluation leaves when Ctrl-C ends it."""
     from halfbyte.evals.running.evaluate import default_arm
 
     if args.plan or args.target in (None, "plan"):

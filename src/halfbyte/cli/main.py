@@ -52,7 +52,7 @@ _NOTHING_KEPT = "nothing is kept of this command; give it again to start over"
 
 
 def overview() -> str:
-    """The text of `halfbyte --help`."""
+    """The text of `halfbyte --help`: every command in a line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(

@@ -74,7 +74,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_price(text: str) -> float:
-    """A number above 0."""
+    """Read a price above 0 from the command line."""
     try:
         price = float(text)
     except ValueError:

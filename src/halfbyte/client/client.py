@@ -13,7 +13,7 @@ from halfbyte.errors import UsageError
 
 @dataclass(slots=True)
 class Answer:
-    """What one request has given so far."""
+    """What the chunks of one answer have said so far."""
 
     content: str = ""
     reasoning: str = ""

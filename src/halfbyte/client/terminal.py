@@ -35,7 +35,7 @@ class Terminal:
     turns: list[dict[str, Any]] = field(default_factory=list)
 
     def loop(self, read_line: Any = input) -> None:
-        """Read questions until the end of input."""
+        """Read questions and answer them until the end of input."""
         self._say(f"{self.model}. /help lists the commands.\n")
         while True:
             try:

@@ -176,7 +176,7 @@ class AttemptJournal:
             written += os.write(self._file, data[written:])
 
     def close(self) -> None:
-        """Flush to the disk and close."""
+        """Flush the journal to the disk and close its file."""
         os.fsync(self._file)
         os.close(self._file)
 
@@ -273,7 +273,7 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 
 def latest(records: Iterator[Record]) -> dict[tuple[str, int], Record]:
-    """By (item, repeat); a resumed attempt replaces the failed one before it."""
+    """Keep the last attempt of each (item, repeat): a resumed one replaces the failed one."""
     return {(record.item_id, record.repeat): record for record in records}
 
 
@@ -305,7 +305,7 @@ def without_texts(record: Record) -> Record:
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """Turn a record into a JSON object."""
+    """Turn a record into a JSON object, for `samples.jsonl`."""
     return asdict(record)
 
 
@@ -360,5 +360,5 @@ def newest(folder: Path, stem: str, suffix: str) -> Path | None:
 def with_results(
     run: RunRecord, results: Mapping[str, BenchmarkResult], finished: str
 ) -> RunRecord:
-    """Return the same run with other results."""
+    """Return the same run with other results and another end."""
     return replace(run, benchmarks=dict(results), finished=finished)

@@ -82,7 +82,7 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A compact baseline and what it is of.
+    """A compact baseline, and the model and texts that it is of.
 
     windows  token ids of each window
     origins  which text each window is of; empty for a single text
@@ -101,7 +101,7 @@ class Baseline:
     origins: tuple[int, ...] = ()
 
     def of_window(self, index: int) -> Compact:
-        """The positions of one window."""
+        """The kept distributions at the positions of one window."""
         start = sum(len(window) - 1 for window in self.windows[:index])
         stop = start + len(self.windows[index]) - 1
         return Compact(*(tensor[start:stop] for tensor in self.positions))

@@ -77,7 +77,7 @@ def encode_fp8(w: Tensor, scale: Tensor, profile: Profile = "ieee") -> Tensor:
 
 
 def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`fp32(code) * scale`, rounded once to `dtype`.
+    """Decode e4m3 codes: code times `scale` in f32, rounded once to `dtype`.
 
     This is how Mistral's FP8 checkpoints and Model-Optimizer's exports are decoded alike. `scale`
     may be bf16 or f32, shape () or (1,).

@@ -40,7 +40,7 @@ _MOST_SEED = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request of a session.
+    """One request of a session, and the new text that it brings.
 
     wait_s         seconds between the answer before it and this request
     tokens, seed   the new text of the history: how long, and which words
@@ -104,7 +104,7 @@ class Level:
 
     @property
     def sessions(self) -> Iterator[Session]:
-        """All sessions of all levels."""
+        """The sessions of all users, and of what runs beside them."""
         for user in self.users:
             yield from user
         if self.beside is not None:

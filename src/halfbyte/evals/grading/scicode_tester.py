@@ -28,7 +28,7 @@ class Remote:
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *arguments, **named):
-        """Call it, in its own process."""
+        """Call the object in its own process; returns what it gave."""
         return self._side.call(self._number, arguments, named)
 
     def __getattr__(self, name):
@@ -138,7 +138,7 @@ def run(step, read_fd, write_fd):
 
 
 def main(step, read_fd, write_fd):
-    """Exit status: 0 if every test held."""
+    """Run the tests of a step; the exit status is 0 if every test held."""
     scicode_runtime.harden()
     for name in ("scicode", "scicode.compare", "scicode.compare.cmp"):
         sys.modules[name] = scicode_runtime

@@ -19,7 +19,7 @@ from halfbyte.evals.tasks.data import file_sha256
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Address and key of an OpenAI-compatible server.
+    """Address and key of an OpenAI-compatible server, and what it says of itself.
 
     url            base address that ends in /v1
     model          name to send in requests
@@ -115,9 +115,9 @@ def _health(root: str, headers: Mapping[str, str]) -> Any:
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """What identifies a checkpoint folder: `identity` (`checkpoint.identity`), the hashes of its
-    configuration and index, its formats.
+    """Facts that identify a checkpoint folder, by name.
 
+    `identity` (`checkpoint.identity`), the hashes of its configuration and index, its formats.
     `note` is what its NOTE.txt says (`checkpoint.fp8_source` copies it from arm to arm), which
     belongs beside every figure.
     """

@@ -77,7 +77,7 @@ def load_rows(
     columns: Sequence[str] = (),
     how: str = "",
 ) -> Rows:
-    """Load the rows of one benchmark.
+    """Load the rows of one benchmark from a folder, a package or the hub.
 
     data      folder of the user's, or None
     patterns  globs below `data`, tried in order; all files of the first that matches are read
@@ -222,7 +222,7 @@ def _from_hub(hub: HubSet) -> Rows | None:
 
 
 def file_sha256(file: Path) -> str:
-    """Hash of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal; links are followed."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
