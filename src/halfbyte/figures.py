@@ -155,9 +155,9 @@ def read_record(path: Path) -> Record:
     try:
         found = json.loads(read_bounded(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no benchmark record: {error}") from error
+        raise CheckpointError(f"{path} is not a benchmark record: {error}") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: no benchmark record: it is not a JSON object")
+        raise CheckpointError(f"{path} is not a benchmark record: it is not a JSON object")
     missing = {"name", "command", "date", "machine", "results"} - set(found)
     if missing:
         raise CheckpointError(f"{path}: a record lacks {', '.join(sorted(missing))}")

@@ -145,7 +145,7 @@ def draw_rows(
     _redistribute(members, blend.samples * unit)
     rows = _rows(members, blend)
     if not rows:
-        raise UsageError(f"blend {blend.name}: gave no row of text")
+        raise UsageError(f"blend {blend.name} gave no row of text")
     if len(rows) < blend.samples:
         logger.warning(
             "blend %s: %d rows instead of %d; the sources hold no more within the first %d rows",

@@ -138,7 +138,7 @@ def data_url_bytes(url: str, path: str, limits: ImageLimits) -> bytes:
     longer than the limit.
     """
     if url[:5].lower() != "data:":
-        raise RequestError(f"{path}: not a data: URL", param=path, code="invalid_image_url")
+        raise RequestError(f"{path} is not a data: URL", param=path, code="invalid_image_url")
     comma = url.find(",")
     if comma < 0:
         message = f"{path}: the data: URL has no comma before its data"

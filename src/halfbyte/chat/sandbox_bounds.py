@@ -235,7 +235,7 @@ def _check_filtered(name: str, given: tuple[Any, ...], options: Mapping[str, Any
     elif name == "do_sum":
         # Lists would be copied as often as there are of them.
         if any(isinstance(one, Collection) for one in (*given[2:], options.get("start"))):
-            raise BoundError("it adds up what is no number")
+            raise BoundError("it adds up something that is not a number")
     elif name in ("do_list", "do_reverse") and isinstance(value, (str, range)):
         check_items(len(value))
     elif name == "do_indent" and isinstance(value, str):

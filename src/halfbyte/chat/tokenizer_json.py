@@ -148,7 +148,7 @@ def _tokenizer(description: Mapping[str, Any], path: Path) -> tokenizers.Tokeniz
         raise
     # The library raises bare Exceptions, and panics that are not even those.
     except BaseException as error:
-        raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
 
 
 def _check_kind(description: Mapping[str, Any], path: Path) -> None:

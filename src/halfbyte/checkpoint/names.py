@@ -183,7 +183,7 @@ def foreign_module(name: str, layout: Layout) -> str:
             prefix = f"{_TOWER_PREFIX[layout]}transformer.layers."
         if rest in table:
             return f"{prefix}{layer}.{table[rest]}"
-    raise CheckpointError(f"{name}: not a canonical module name")
+    raise CheckpointError(f"{name} is not a canonical module name")
 
 
 def foreign_name(name: str, layout: Layout, dialect: Dialect) -> str:
@@ -263,7 +263,9 @@ def detect_layout(foreign_names: Iterable[str]) -> Layout:
         if foreign_name("embedding.weight", layout, "none") in names:
             return layout
     some = ", ".join(sorted(names)[:3])
-    raise CheckpointError(f"no known layout: no embedding among {len(names)} tensors ({some}, …)")
+    raise CheckpointError(
+        f"the layout is not known: none of {len(names)} tensors is an embedding ({some}, …)"
+    )
 
 
 def rotary_heads(name: str, config: ModelConfig) -> int | None:

@@ -114,7 +114,10 @@ def _run(argv: list[str] | None) -> int:
         return 0
     name = arguments.pop(0)
     if name not in COMMANDS:
-        print(f"error: no command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: there is no command {name!r}; there are: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     if name in _SERVING or (name == "bench" and arguments[:1] == ["serve"]):
         let_threads_sleep()

@@ -103,7 +103,7 @@ def parse_bytes(text: str) -> int:
     try:
         value = float(lowered.removesuffix(unit)) * units.get(unit, 1)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 12GiB or 10GB") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 12GiB or 10GB") from None
     if not unit:
         number = text.strip()
         raise argparse.ArgumentTypeError(f"{text!r} has no unit; write {number}GiB or {number}GB")

@@ -84,7 +84,7 @@ class ChatClient:
         try:
             yield
         except httpx.HTTPError as error:
-            raise UsageError(f"no answer from {self._http.base_url}: {error}") from error
+            raise UsageError(f"{self._http.base_url} does not answer: {error}") from error
 
 
 def _check(response: httpx.Response) -> None:

@@ -107,7 +107,7 @@ class Terminal:
             except ValueError as error:
                 raise UsageError(f"{value!r} is not a number") from error
         else:
-            raise UsageError(f"no command {name}; /help lists them")
+            raise UsageError(f"there is no command {name}; /help lists them")
 
     def _again(self) -> None:
         while self.turns and self.turns[-1]["role"] != "user":

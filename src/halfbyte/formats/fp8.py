@@ -32,7 +32,8 @@ def scale_from_amax(amax: Tensor, largest: float, profile: Profile) -> Tensor:
     wide = amax.to(torch.float32)
     if not bool((torch.isfinite(wide) & (wide > 0)).all()):
         raise FormatError(
-            f"largest magnitude {wide.flatten().tolist()}: a scale needs a positive, finite one"
+            f"a largest magnitude of {wide.flatten().tolist()} gives no scale; it must be "
+            "positive and finite"
         )
     if profile == "cuda":
         return wide * torch.tensor(1.0 / largest, dtype=torch.float32, device=wide.device)
@@ -59,7 +60,7 @@ def encode_fp8(w: Tensor, scale: Tensor, profile: Profile = "ieee") -> Tensor:
     weights; `cuda` also rounds the divisor. Raises FormatError if w holds NaN or infinity.
     """
     if not bool(torch.isfinite(largest_magnitude(w))):
-        raise FormatError("weight holds NaN or infinity; nothing can encode it")
+        raise FormatError("the weight holds NaN or infinity, which cannot be encoded")
     divisor = scale.to(torch.float32)
     if profile == "cuda":
         divisor = divisor.to(torch.bfloat16).to(torch.float32)

@@ -110,7 +110,7 @@ def _reason_against(name: str, device_type: str) -> str | None:
 def _chosen(device_type: str) -> str:
     wanted = os.environ.get("HALFBYTE_KERNELS")
     if wanted is not None and wanted not in _MODULES:
-        raise UsageError(f"HALFBYTE_KERNELS={wanted}: expected one of {', '.join(_MODULES)}")
+        raise UsageError(f"HALFBYTE_KERNELS={wanted} must be one of {', '.join(_MODULES)}")
     candidates = _CANDIDATES.get(device_type, ("reference",)) if wanted is None else (wanted,)
     for name in candidates:
         reason = _reason_against(name, device_type)

@@ -480,5 +480,5 @@ def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> Encod
     )
     code = int(largest.amax())
     if code == _NAN_CODE or not bool(torch.isfinite(table.decoded_M[code])):
-        raise FormatError("weight holds NaN or infinity; NVFP4 has neither")
+        raise FormatError("the weight holds NaN or infinity; NVFP4 has neither")
     return EncodedNVFP4(codes_OI2, scale_OB, tensor_scale)

@@ -90,7 +90,7 @@ def read_limits(settings: Iterable[str], base: Limits) -> Limits:
             kind = "whole number" if kinds[name] is int else "number"
             raise UsageError(f"--limit {setting}: {text!r} is not a {kind}") from None
         if not 0 <= value < float("inf"):
-            raise UsageError(f"--limit {setting}: must be 0 or more, and finite")
+            raise UsageError(f"--limit {setting}: the limit must be 0 or more, and finite")
         changed[name] = value
     return replace(base, **changed)
 

@@ -162,7 +162,9 @@ def read_run(path: Path) -> RunRecord:
     except CheckpointError as error:
         raise UsageError(str(error)) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: no whole record of halfbyte bench load: {error!r}") from error
+        raise UsageError(
+            f"{path} is not a whole record of halfbyte bench load: {error!r}"
+        ) from error
 
 
 def _level(found: Mapping[str, Any]) -> LevelResult:

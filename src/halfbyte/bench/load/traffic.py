@@ -335,10 +335,10 @@ def read_trace(path: Path) -> Trace:
     try:
         found = json.loads(read_bounded(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: no trace: {error}") from error
+        raise UsageError(f"{path} is not a trace: {error}") from error
     if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
         raise UsageError(
-            f"{path}: no trace: its format is "
+            f"{path} is not a trace: its format is "
             f"{shown(found.get('format') if isinstance(found, Mapping) else None)}, not {_FORMAT!r}"
         )
     try:

@@ -206,7 +206,7 @@ class Luck:
 
 def refer_nothing(value):
     """For `encode`, where all must be plain data."""
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def resolve_nothing(kind, body):

@@ -92,7 +92,7 @@ def _joined(url: str, redirect: str, path: str) -> str:
     try:
         return urljoin(url, redirect)
     except ValueError as error:
-        raise _refused(path, "redirected to what is no valid URL") from error
+        raise _refused(path, "it redirects to an invalid URL") from error
 
 
 async def _pinned(url: str, path: str, policy: ImageFetch) -> tuple[str, httpx.URL, dict[str, str]]:
