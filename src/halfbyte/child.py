@@ -34,7 +34,7 @@ _ASK_AND_RUN = (
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A server that answers.
+    """A server in a process of its own, which answers by now.
 
     url  its address, without a path
     """

@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding of the decoder.
+    """Rotary embedding of the decoder: frequencies, YaRN, and the query scale.
 
     `factor`, `beta_*` and `mscale*` mean something for kind "yarn" only. The attention factor of
     YaRN is 1 + 0.1 ln(factor) scaled by `mscale` over the same with `mscale_all_dim` (a zero

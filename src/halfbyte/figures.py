@@ -45,7 +45,7 @@ class Against:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured number.
+    """One measured number with its unit, conditions and comparisons.
 
     name         what was measured, without its conditions: "decode step"
     conditions   name -> value, what it was measured under: {"batch": 16, "context": 128}
@@ -62,7 +62,7 @@ class Figure:
 
     @property
     def value_text(self) -> str:
-        """The number with its unit: "21.6 ms"."""
+        """The number with its unit, as a page shows it: "21.6 ms"."""
         return with_unit(self.value, self.unit)
 
     @property
@@ -128,7 +128,7 @@ class Record:
 
     @property
     def headlines(self) -> list[Figure]:
-        """The figures that README shows."""
+        """The record's figures that README shows, in their order."""
         return [figure for figure in self.figures if figure.is_headline]
 
 
@@ -155,9 +155,9 @@ def read_record(path: Path) -> Record:
     try:
         found = json.loads(read_bounded(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no benchmark record: {error}") from error
+        raise CheckpointError(f"{path} is not a benchmark record: {error}") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: no benchmark record: it is not a JSON object")
+        raise CheckpointError(f"{path} is not a benchmark record: it is not a JSON object")
     missing = {"name", "command", "date", "machine", "results"} - set(found)
     if missing:
         raise CheckpointError(f"{path}: a record lacks {', '.join(sorted(missing))}")

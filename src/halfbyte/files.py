@@ -89,7 +89,7 @@ def refuse_pointer(content: bytes, path: str | Path) -> None:
 
 
 def hash_regular(path: str | Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal."""
+    """SHA-256 of a regular file's bytes, in hexadecimal; OddFileError for another kind."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while piece := file.read(_PIECE_BYTES):
@@ -106,7 +106,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the names in a directory durable, after files were made or renamed."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

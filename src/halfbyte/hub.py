@@ -14,7 +14,7 @@ _BEGINNING = re.compile(r"[0-9a-f]{4,39}")
 
 
 class Hub(NamedTuple):
-    """The hub's client.
+    """The hub's client, and the errors that it raises.
 
     package    the module huggingface_hub
     api        its HfApi for the wanted endpoint

@@ -39,7 +39,7 @@ AnswerPiece: TypeAlias = Content | Reasoning
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One finished answer.
+    """One finished answer: its text, its tokens and how it ended.
 
     text           what the model said, without its thought
     reasoning      its thought, if it marked one
@@ -130,7 +130,7 @@ class Engine:
     def __init__(
         self, directory: str | Path, config: EngineConfig | None = None, **options: Any
     ) -> None:
-        """Load a checkpoint.
+        """Load a checkpoint and make its KV cache, on a GPU if there is one.
 
         directory  of a checkpoint that `halfbyte quantize` or `halfbyte import` wrote, or any other
                    that `halfbyte inspect` reads
@@ -176,7 +176,7 @@ class Engine:
 
     @property
     def config(self) -> EngineConfig:
-        """The configuration with every open value decided."""
+        """The engine's configuration with every open value decided."""
         return self.tokens.config
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:

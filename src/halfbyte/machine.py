@@ -21,7 +21,7 @@ _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 class Held(NamedTuple):
-    """Memory of this process, in bytes.
+    """Memory that this process holds, in bytes, by kind.
 
     resident   pages in memory now, those of files it has mapped (libraries) included
     peak       the most that was ever resident

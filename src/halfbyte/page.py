@@ -49,7 +49,7 @@ class Table(NamedTuple):
 def render_page(
     room: str, template: str, style: str, *, style_room: str | None = None, **values: Any
 ) -> str:
-    """The text of a page.
+    """The text of an HTML page: a template, a style sheet and values.
 
     room        package that holds the template and the style sheet, as "halfbyte.card"
     template    extends "page.html", the frame of every page

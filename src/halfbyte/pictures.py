@@ -65,7 +65,7 @@ def normalized(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A file whose header has been read.
+    """A picture file of which the header has been read.
 
     width, height  pixels as it is to be shown, before any scaling
     orientation    1 to 8, as EXIF counts

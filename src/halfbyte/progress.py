@@ -79,7 +79,7 @@ def say_next(*commands: str) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 0:02:05."""
+    """A time as hours, minutes and seconds, such as 0:02:05."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -40,7 +40,7 @@ def test_the_seven_members_stand_in_the_order_of_the_reference() -> None:
     ("text", "message"),
     [
         ("", "mapping"),
-        ("a: [", "no YAML"),
+        ("a: [", "is not valid YAML"),
         ("name: a\nname: b\nsources: [{builtin: true}]", "'name' occurs twice"),
         ("name: a\nsources: []", "at least 1"),
         ("name: a\nsources: [{builtin: true}]\nsampels: 3", "sampels"),

@@ -189,7 +189,7 @@ def test_broken_rows_are_counted_and_named_up_to_one_percent(tmp_path: Path, tek
     data = draw(_blend(tmp_path, "a.jsonl"), tekken)
     broken = data.provenance["members"][0]["splits"][0]["broken"]
     assert broken["rows"] == 1
-    assert broken["first"][0].startswith("a.jsonl:8: not JSON")
+    assert broken["first"][0].startswith("a.jsonl:8: it is not JSON")
     _write(tmp_path / "a.jsonl", [*good, *['{"text": '] * 3])
     with pytest.raises(CheckpointError, match=r"3 of 203 rows are broken.*a\.jsonl:201"):
         draw(_blend(tmp_path, "a.jsonl"), tekken)

@@ -92,7 +92,7 @@ def test_a_path_may_be_a_file_a_folder_or_a_pattern(tmp_path: Path) -> None:
     for source in (whole, pattern):
         names = [split.name for split in open_source(source, blend, DataAccess()).splits]
         assert names == ["a__x", "a__y"]
-    with pytest.raises(UsageError, match=r"b\.csv is none of"):
+    with pytest.raises(UsageError, match=r"b\.csv is not one of"):
         open_source(wrong, blend, DataAccess())
     with pytest.raises(UsageError, match="no such file"):
         open_source(Source(path="missing"), blend, DataAccess())

@@ -166,7 +166,7 @@ def test_older_releases_keep_the_sizes_in_a_file_of_their_own(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        ({"image_token": "<image>"}, "'<image>' is no control token"),
+        ({"image_token": "<image>"}, "'<image>' is not a control token"),
         ({"image_processor": {"image_mean": [0.5, 0.5, 0.5]}}, "image_mean"),
         ({"image_processor": {"resample": 2}}, "resample"),
         ({"image_processor": {"do_normalize": False}}, "do_normalize"),

@@ -314,7 +314,7 @@ def test_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tekken.json"):
         load_chat(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer.json: not readable"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read"):
         load_chat(tmp_path)
     (tmp_path / "tekken.json").write_text(json.dumps({"vocab": []}))
     with pytest.raises(CheckpointError, match=r"tekken.json"):

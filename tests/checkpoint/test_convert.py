@@ -105,6 +105,6 @@ def test_what_is_bf16_is_not_copied_for_nothing(make: Any, tmp_path: Path, diale
 
 def test_a_native_layout_is_refused(make: Any, tmp_path: Path) -> None:
     make.checkpoint(tmp_path / "native", "none", "mistral")
-    with pytest.raises(UsageError, match="native layout; a hub layout is needed"):
+    with pytest.raises(UsageError, match="is in the native layout; a hub layout is needed"):
         convert_to_bf16(tmp_path / "native", tmp_path / "out")
     assert not (tmp_path / "out").exists()

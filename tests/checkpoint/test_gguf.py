@@ -155,7 +155,7 @@ def test_a_missing_tensor_and_nan_are_named(make: Any, small: ModelConfig, tmp_p
     weights = make.weights(small)
     short = {n: t for n, t in weights.items() if n != "decoder.1.mlp.up.weight"}
     write_gguf(tmp_path / "short.gguf", small, short)
-    with pytest.raises(CheckpointError, match=r"short\.gguf: lacks decoder\.1\.mlp\.up\.weight"):
+    with pytest.raises(CheckpointError, match=r"short\.gguf lacks decoder\.1\.mlp\.up\.weight"):
         import_gguf(tmp_path / "short.gguf", tmp_path / "out")
     weights["norm.weight"] = torch.full((small.text.width,), torch.nan)
     write_gguf(tmp_path / "nan.gguf", small, weights)
@@ -182,12 +182,12 @@ def test_files_that_are_no_gguf(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     (tmp_path / "m.gguf").write_bytes(b"something else, long enough to be a header" * 4)
-    with pytest.raises(CheckpointError, match="no GGUF file"):
+    with pytest.raises(CheckpointError, match="a GGUF file"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
 def test_a_packaged_file_with_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="llama3: no GGUF file and no packaged model"):
+    with pytest.raises(UsageError, match="llama3 is neither a GGUF file nor a packaged model"):
         packaged_file("llama3")
     missing = replace(PACKAGED["smollm2"], package="surely_not_installed")
     monkeypatch.setitem(gguf_module.PACKAGED, "smollm2", missing)

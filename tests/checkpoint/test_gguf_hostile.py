@@ -41,7 +41,7 @@ LLAMA = key(b"general.architecture", STRING, text(b"llama"))
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "ends within its header"),
-    "no magic": (b"GGML" + bytes(100), "no GGUF file"),
+    "no magic": (b"GGML" + bytes(100), "is not a GGUF file"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "keys without end": (header(keys=2**63), "announces 9223372036854775808 keys"),
     "tensors without end": (header(LLAMA, tensors=2**40), "announces 1 keys and 10995"),
@@ -60,8 +60,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "no architecture": (header(), "lacks general.architecture"),
     "no text": (header(key(b"general.architecture", STRING, text(b"\xff\xfe"))), "cannot be read"),
-    "a key that is no text": (header(key(b"\xff", UINT32, bytes(4))), "no GGUF file that can"),
-    "a key twice": (header(LLAMA, LLAMA), "no GGUF file that can"),
+    "a key that is no text": (header(key(b"\xff", UINT32, bytes(4))), "cannot be read as a GGUF"),
+    "a key twice": (header(LLAMA, LLAMA), "cannot be read as a GGUF"),
     "a number for a text": (header(key(b"general.architecture", UINT32, bytes(4))), "only llama"),
     "no sizes": (header(LLAMA), "lacks embedding_length"),
 }

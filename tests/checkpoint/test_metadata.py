@@ -176,7 +176,7 @@ LAYER = "model.language_model.layers.4.mlp.up_proj"
                     "language_model.model.layers.0.mlp.up_proj": {"quant_algo": "FP8"}
                 }
             ),
-            "no decoder linear of this model in the spelling",
+            "not a decoder linear of this model in the spelling",
         ),
         (stated_edit(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
         (stated_edit(quant_method="awq"), "quant_method = 'awq' is not implemented"),

@@ -113,7 +113,7 @@ def test_the_layout_is_told_from_the_names(make: Any, layout: Layout) -> None:
 
 
 def test_names_of_another_architecture_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="no known layout"):
+    with pytest.raises(CheckpointError, match="the layout is not known"):
         detect_layout(["transformer.h.0.attn.c_attn.weight"])
 
 

@@ -43,7 +43,7 @@ def test_inspect_plan_prints_the_table(
     [
         (["plan"], "say `inspect DIR`"),
         (["a", "b"], "say `inspect DIR`"),
-        (["plan", "{dir}"], "which recipe?"),
+        (["plan", "{dir}"], "no recipe is given"),
         (["{dir}", "--recipe", "fp8"], "belong to `inspect plan`"),
         (["plan", "{dir}", "--recipe", "other"], "no recipe 'other'"),
     ],
@@ -64,7 +64,7 @@ def test_inspect_explains_misuse(
     ("arguments", "message"),
     [
         (["{dir}", "{out}"], "is a checkpoint already"),
-        (["nothing", "{out}"], "no GGUF file and no packaged model"),
+        (["nothing", "{out}"], "is neither a GGUF file nor a packaged model"),
         (["nothing.gguf", "{out}"], "no such file"),
         (["x.gguf", "{out}", "--calibration-tokens", "f"], "belongs to --to mistral-fp8"),
         (["{dir}", "{out}", "--to", "mistral-fp8", "--tokenizer", "t"], "--tokenizer belongs to"),

@@ -141,8 +141,8 @@ def test_bad_header_is_refused_by_name(
         (b"1234567", "7 bytes, too short"),
         (struct.pack("<Q", 1 << 63) + b"{}", "truncated, or no safetensors"),
         (struct.pack("<Q", 3) + b"{}", "truncated, or no safetensors"),
-        (struct.pack("<Q", 2) + b"{\xff", "not JSON"),
-        (struct.pack("<Q", 6) + b"[" * 6, "not JSON"),
+        (struct.pack("<Q", 2) + b"{\xff", "is not JSON"),
+        (struct.pack("<Q", 6) + b"[" * 6, "is not JSON"),
         (b"\x80\x02]q\x00(K\x01K\x02e." + b"\x00" * 40, "truncated, or no safetensors"),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_tensor_named_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_deeply_nested_json_is_an_error_not_a_crash() -> None:
-    with pytest.raises(CheckpointError, match=r"x\.json: not JSON"):
+    with pytest.raises(CheckpointError, match=r"x\.json is not JSON"):
         parse_json(b"[" * 200_000, "x.json")
 
 
@@ -249,7 +249,7 @@ def test_a_shard_the_index_does_not_list(tmp_path: Path) -> None:
 def test_an_index_cannot_point_elsewhere(tmp_path: Path, shard: object) -> None:
     two_shards(tmp_path)
     write_index(tmp_path, {"a": shard})
-    with pytest.raises(CheckpointError, match="is no shard beside it"):
+    with pytest.raises(CheckpointError, match="is not a shard beside it"):
         scan(tmp_path)
 
 

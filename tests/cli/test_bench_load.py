@@ -31,13 +31,13 @@ def test_help_has_examples_and_defaults(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["nowhere/"], "nowhere/ is no folder and no address of a server"),
+        (["nowhere/"], "nowhere/ is neither a folder nor the address of a server"),
         (["http://127.0.0.1:9"], "no server answers there"),
         (["http://127.0.0.1:9", "--serve-flags=--kv-cache fp8"], "flags of halfbyte serve are for"),
-        (["http://127.0.0.1:9", "--against", "no.json"], "no.json: no benchmark record"),
+        (["http://127.0.0.1:9", "--against", "no.json"], "no.json is not a benchmark record"),
         (["http://127.0.0.1:9", "--record", "no/where/r.json"], "there is no folder no/where"),
         (["http://127.0.0.1:9", "--api-key-env", "NO_SUCH_KEY"], "no such variable"),
-        (["ftp://x"], "is no address of a server"),
+        (["ftp://x"], "is not the address of a server"),
     ],
 )
 def test_a_mistake_is_a_sentence(

@@ -61,11 +61,11 @@ def test_the_command_line_wins_and_adds(tmp_path: Path) -> None:
         ("port: many", "cannot be read"),
         ("port: true", "takes a number"),
         ("ray: 1", "true or false"),
-        ("dialect: french", "none of auto"),
+        ("dialect: french", "is not one of auto"),
         ("- port", "each as NAME: VALUE"),
         ("port: 1\nport: 2", "occurs twice"),
-        ("port: {", "no YAML"),
-        ("? [a]\n: 1", "no YAML"),
+        ("port: {", "is not valid YAML"),
+        ("? [a]\n: 1", "is not valid YAML"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_sentence(

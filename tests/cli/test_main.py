@@ -69,7 +69,7 @@ def test_an_evaluation_of_nothing_is_refused(
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "plan", f"{flag}={value}"])
     assert stop.value.code == 2
-    assert f"{value!r} is no whole number of at least 1" in capsys.readouterr().err
+    assert f"{value!r} is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_a_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

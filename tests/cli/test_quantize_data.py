@@ -67,8 +67,8 @@ def test_a_broken_row_is_named_by_file_and_line(
     assert main([*map(str, words)]) == 2
     error = capsys.readouterr().err
     assert "2 of 10 rows are broken" in error
-    assert "own.jsonl:5: neither messages nor text, nor a prompt with a response" in error
-    assert "it has prompt, reply" in error
+    assert "own.jsonl:5: it has neither messages nor text, nor a prompt with a response" in error
+    assert "but prompt, reply" in error
     assert not (tmp_path / "out").exists()
 
 

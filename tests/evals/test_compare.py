@@ -353,7 +353,7 @@ def test_a_run_whose_answers_are_gone_is_refused_by_its_file(tmp_path: Path) -> 
     scores = grid(3, 1, lambda i, r: 1.0)
     b, c = write_arm(tmp_path, "b", scores), write_arm(tmp_path, "c", scores)
     (c / "gpqa_diamond" / "samples.jsonl").unlink()
-    with pytest.raises(UsageError, match=r"c/gpqa_diamond: no samples\.jsonl"):
+    with pytest.raises(UsageError, match=r"c/gpqa_diamond has no samples\.jsonl"):
         compare_runs(b, c)
 
 

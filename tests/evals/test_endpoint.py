@@ -102,7 +102,7 @@ def test_an_address_is_the_one_that_was_meant(given: str, address: str) -> None:
 
 @pytest.mark.parametrize("given", ["ftp://host/v1", "file:///etc", "http://", "https:///v1", "://"])
 def test_what_is_no_http_address_is_refused(given: str) -> None:
-    with pytest.raises(UsageError, match="no address of a server"):
+    with pytest.raises(UsageError, match="not the address of a server"):
         base_address(given)
 
 
@@ -164,7 +164,7 @@ def test_the_model_is_named_where_there_are_several(
         with pytest.raises(UsageError, match="serves nothing"):
             connect(listing, None, "none", take_first=take_first)
     monkeypatch.setattr(Listing, "models", None)
-    with pytest.raises(UsageError, match="no OpenAI-compatible server"):
+    with pytest.raises(UsageError, match="as an OpenAI-compatible server"):
         connect(f"{listing}/other", None, "none")
 
 
@@ -197,7 +197,7 @@ def test_a_server_that_does_not_come_up_is_told_with_its_log(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "status, said",
-    [(500, "no OpenAI-compatible server"), (404, "no OpenAI-compatible server"),
+    [(500, "as an OpenAI-compatible server"), (404, "as an OpenAI-compatible server"),
      (401, "asks for an API key"), (403, "asks for an API key")],
 )  # fmt: skip
 def test_a_list_under_an_error_is_no_list(

@@ -328,5 +328,5 @@ def test_what_is_no_interpreter_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="no Python"):
+    with pytest.raises(UsageError, match="not a Python"):
         interpreter(path)

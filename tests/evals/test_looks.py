@@ -138,7 +138,7 @@ def test_a_look_after_a_verdict_or_with_another_margin_is_refused(tmp_path: Path
         compare_runs(*arms(tmp_path, 100, shift=1), {"gpqa_diamond": 0.05}, after=open_)
     for text in ("", "{", "no"):
         (tmp_path / "no.json").write_text(text)
-        with pytest.raises(UsageError, match="no comparison can be read"):
+        with pytest.raises(UsageError, match="cannot be read as a comparison"):
             compare_runs(*arms(tmp_path, 100, shift=1), after=tmp_path / "no.json")
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(UsageError, match="not what"):
@@ -202,7 +202,7 @@ def test_one_file_is_no_comparison_if_any_part_is_missing(tmp_path: Path) -> Non
     file.write_text("[]")
     with pytest.raises(UsageError, match="not what"):
         read_comparison(file)
-    with pytest.raises(UsageError, match="no comparison can be read"):
+    with pytest.raises(UsageError, match="cannot be read as a comparison"):
         read_comparison(tmp_path / "none.json")
 
 

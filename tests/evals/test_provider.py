@@ -119,7 +119,7 @@ def test_a_version_is_added_to_a_bare_host_only(given: str, base: str) -> None:
 
 @pytest.mark.parametrize("given", ["ftp://h", "http://", "file:///x", "http://h:port", ""])
 def test_what_is_no_address_is_said(given: str) -> None:
-    with pytest.raises(UsageError, match="no address"):
+    with pytest.raises(UsageError, match="not the address"):
         base_address(given)
 
 

@@ -138,7 +138,7 @@ def test_a_name_is_never_a_path(
     run = {field.name: None for field in dataclasses.fields(RunRecord)}
     row = {**run, "format": 1, "benchmarks": {name: result}}
     (tmp_path / "run.json").write_text(json.dumps(row))
-    with pytest.raises(UsageError, match="is no path"):
+    with pytest.raises(UsageError, match="not a path"):
         read_run(tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_attempts_are_read_as_they_were_written(tmp_path: Path) -> None:
     journal.close()
     rows = read_attempts(tmp_path / "attempts.jsonl")
     assert next(rows) == attempt
-    with pytest.raises(UsageError, match="line 2 is damaged: it is no Attempt"):
+    with pytest.raises(UsageError, match="line 2 is damaged: it does not read as Attempt"):
         next(rows)
 
 

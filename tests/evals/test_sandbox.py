@@ -312,7 +312,7 @@ def _children_of(parent: int) -> list[tuple[int, str]]:
 def test_what_is_no_interpreter_is_refused_with_its_words(tmp_path: Path) -> None:
     for text, said in (
         ("#!/bin/sh\necho no such thing >&2\nexit 3\n", "does not run: no such thing"),
-        ("#!/bin/sh\necho hello\n", "is no Python for generated code"),
+        ("#!/bin/sh\necho hello\n", "is not a Python for generated code"),
     ):
         program = tmp_path / f"python-{len(text)}"
         program.write_text(text)

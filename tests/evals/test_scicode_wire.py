@@ -106,7 +106,7 @@ def test_what_is_no_plain_data_becomes_a_stand_in() -> None:
     assert [type(one) for one in made] == [type(one) for one in things]
     assert wire.decode(told, lambda kind, body: (kind, body)) == [("ref", i) for i in range(4)]
     for thing in things:
-        with pytest.raises(TypeError, match="is no plain data"):
+        with pytest.raises(TypeError, match="is not plain data"):
             wire.encode(thing, wire.refer_nothing)
     with pytest.raises(ValueError, match="a stand-in 'ref'"):
         wire.decode({"ref": 0}, wire.resolve_nothing)

@@ -193,7 +193,7 @@ def test_seed_depends_on_item_and_repeat_only() -> None:
     "name, content, complaint",
     [
         ("mmlu_pro", '{"question_id": 1, "question": "q"}', r"item 1 of .* has no options, answer"),
-        ("mmlu_pro", '{"question_id": 1,', r"items\.jsonl, line 1: not JSON"),
+        ("mmlu_pro", '{"question_id": 1,', r"items\.jsonl, line 1 is not JSON"),
         ("mmlu_pro", '["a"]', "an item is an object"),
         ("mmlu_pro", "", "holds no items"),
         ("ifbench", '{"key": "1", "prompt": "p", "instruction_id_list": []}', "has no kwargs"),

@@ -95,10 +95,10 @@ def test_file_gives_back_what_was_kept(tmp_path: Path) -> None:
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    with pytest.raises(CheckpointError, match="no readable baseline"):
+    with pytest.raises(CheckpointError, match="cannot be read as a baseline"):
         load_baseline(path)
     path.write_bytes(b"not a file of tensors")
-    with pytest.raises(CheckpointError, match="no readable baseline"):
+    with pytest.raises(CheckpointError, match="cannot be read as a baseline"):
         load_baseline(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a baseline"):
@@ -106,7 +106,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     truncated = tmp_path / "t.safetensors"
     save_baseline(truncated, baseline())
     truncated.write_bytes(truncated.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="no readable baseline"):
+    with pytest.raises(CheckpointError, match="cannot be read as a baseline"):
         load_baseline(truncated)
 
 

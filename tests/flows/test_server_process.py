@@ -248,7 +248,7 @@ def test_chat_once_with_a_directory(directory: Path) -> None:
         (("serve", "DIR", "--access-log", "/nowhere/x"), "cannot write the access log"),
         (("serve", "DIR", "--api-key-file", "/nowhere", "--port", 0), "cannot read keys"),
         (("chat", "/nowhere"), "neither a directory nor"),
-        (("chat", "http://127.0.0.1:9", "--once", "x"), "no answer from"),
+        (("chat", "http://127.0.0.1:9", "--once", "x"), "does not answer"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -87,7 +87,7 @@ def test_direct_is_the_most_accurate_profile() -> None:
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_scale_of_nothing_is_refused(bad: float) -> None:
-    with pytest.raises(FormatError, match="positive, finite"):
+    with pytest.raises(FormatError, match="positive and finite"):
         fp8_scale(torch.tensor(bad))
 
 

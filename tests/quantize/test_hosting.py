@@ -104,7 +104,7 @@ def test_nvfp4_blocks_must_stay_whole(plan: Plan) -> None:
     odd = ModelConfig(replace(TEXT, mlp_width=304), None)
     small = make_plan(load_recipe("medium-3.5"), odd)
     (rank,) = host(small, odd, context=1000, requests=1, gpus=["h200"], widths=[2])
-    assert rank.problem is not None and "no multiple of 16" in rank.problem
+    assert rank.problem is not None and "not a multiple of 16" in rank.problem
 
 
 def test_more_memory_never_serves_less(plan: Plan) -> None:

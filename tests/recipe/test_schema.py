@@ -84,7 +84,7 @@ def test_ways_to_write_layers(written: Any, ranges: list[tuple[int, int]]) -> No
 
 @pytest.mark.parametrize("written", ["a", "1-", "-1-3", "1...3", 1.5, True, None, "0-3,5", [[1]]])
 def test_layers_that_mean_nothing_are_explained(written: Any) -> None:
-    with pytest.raises(UsageError, match=r"recipe x\.yaml, rule 1: .* is no layer; write 3, -1"):
+    with pytest.raises(UsageError, match=r"recipe x\.yaml, rule 1: .* is not a layer; write 3, -1"):
         layers_of(written)
 
 
@@ -92,14 +92,14 @@ def test_layers_that_mean_nothing_are_explained(written: Any) -> None:
     ("text", "message"),
     [
         (raw(extra=1), r"recipe x\.yaml: unknown key extra; there are name"),
-        (raw(keep=...), r"recipe x\.yaml: lacks keep"),
+        (raw(keep=...), r"recipe x\.yaml lacks keep"),
         (raw(rules=[]), "rules must be a list"),
         (raw(rules={"a": 1}), "rules must be a list"),
         (raw(name=""), "name must be a word"),
         (raw(keep=["decoder"]), "keep: 'decoder' is not one of embedding"),
         (raw(keep="head"), "keep must be a list"),
         (raw(kv_cache="int8"), "kv_cache: 'int8' is not one of bf16, fp8"),
-        (raw(scales={"weights": "amax"}), "scales: lacks activations"),
+        (raw(scales={"weights": "amax"}), "scales lacks activations"),
         (raw(scales={"weights": "guess", "activations": "amax"}), "'guess' is not one of amax"),
         (
             raw(scales={"weights": "amax", "activations": "amax", "cache": "two"}),
@@ -114,15 +114,15 @@ def test_layers_that_mean_nothing_are_explained(written: Any) -> None:
         (with_rule(part="encoder"), "rule 1: part 'encoder': only the decoder is quantized"),
         (with_rule(group="moe"), "rule 1, group: 'moe' is not one of attention, mlp"),
         (with_rule(format="int4"), "rule 1, format: 'int4' is not one of bf16, fp8, nvfp4"),
-        (with_rule(format=...), "rule 1: lacks format"),
+        (with_rule(format=...), "rule 1 lacks format"),
         (with_rule(when="always"), "rule 1: unknown key when"),
         (with_rule(layers=[]), "rule 1: layers is empty"),
         (with_rule(linears=["q"]), "rule 1: mlp has no linear 'q', only gate, up, down"),
         (with_rule(linears=[]), "linears must be a list"),
         ("- a\n- b\n", "a mapping with name, rules"),
-        ("name: [", "no YAML"),
-        ("name: a\nname: b\n", "no YAML .*'name' occurs twice"),
-        ("!!python/object/apply:os.system ['true']", "no YAML"),
+        ("name: [", "is not valid YAML"),
+        ("name: a\nname: b\n", "is not valid YAML: .*'name' occurs twice"),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
         (raw(rules=["fp8"]), "rule 1: a mapping with part"),
     ],
 )  # fmt: skip
@@ -220,7 +220,9 @@ def test_a_recipe_is_a_small_regular_file(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_yaml_is_found_by_its_line(text: str, line: int) -> None:
-    with pytest.raises(UsageError, match=rf"^recipe x.yaml: no YAML \(line {line}, column \d+: "):
+    with pytest.raises(
+        UsageError, match=r"^recipe x.yaml is not valid YAML: line " rf"{line}, column \d+: "
+    ):
         parse_yaml(text, "recipe x.yaml")
 
 
@@ -248,11 +250,11 @@ def test_options_of_gptq_and_smoothing_have_defaults() -> None:
         ("{weights: gptq, activations: none}", "weights: gptq needs calibration data"),
         ("{weights: weighted, activations: none}", "weights: weighted needs calibration data"),
         ("{weights: amax, activations: none, smoothing: 0.4}", "smoothing needs calibration data"),
-        ("{weights: amax, activations: amax, smoothing: 2}", "2 is no number from 0 to 1"),
-        ("{weights: amax, activations: amax, smoothing: yes}", "is no number"),
-        ("{weights: gptq, activations: amax, gptq: {block: 24}}", "24 is no multiple of 16"),
-        ("{weights: gptq, activations: amax, gptq: {sweeps: -1}}", "no whole number from 0"),
-        ("{weights: gptq, activations: amax, gptq: {damping: .nan}}", "is no number from 0"),
+        ("{weights: amax, activations: amax, smoothing: 2}", "2 is not a number from 0 to 1"),
+        ("{weights: amax, activations: amax, smoothing: yes}", "is not a number"),
+        ("{weights: gptq, activations: amax, gptq: {block: 24}}", "24 is not a multiple of 16"),
+        ("{weights: gptq, activations: amax, gptq: {sweeps: -1}}", "not a whole number from 0"),
+        ("{weights: gptq, activations: amax, gptq: {damping: .nan}}", "is not a number from 0"),
         ("{weights: gptq, activations: amax, gptq: {order: size}}", "columns, energy"),
         ("{weights: gptq, activations: amax, gptq: {seed: 1}}", "unknown key seed"),
         ("{weights: gptq, activations: amax, gptq: 3}", "a mapping with"),

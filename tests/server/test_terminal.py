@@ -108,7 +108,7 @@ def test_leaving_the_iterator_ends_the_request(bench: Bench, terminal: Terminal)
 
 def test_a_server_that_is_not_there() -> None:
     client = ChatClient("http://127.0.0.1:9")
-    with pytest.raises(UsageError, match="no answer"):
+    with pytest.raises(UsageError, match="does not answer"):
         client.first_model()
     client.close()
 

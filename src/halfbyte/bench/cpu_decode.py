@@ -76,7 +76,7 @@ class Ours:
         self.engine = Engine.load(directory, config)
 
     def answer(self, prompt: Prompt, new_tokens: int) -> Timing:
-        """Generate one answer with nothing else running."""
+        """Generate one answer with nothing else running; returns its times."""
         start = time.perf_counter()
         self.engine.add(_request("0", prompt, new_tokens))
         first = 0.0
@@ -117,7 +117,7 @@ class Transformers:
 
     @torch.inference_mode()
     def answer(self, prompt: Prompt, new_tokens: int) -> Timing:
-        """One answer; a token is read back each step, as generation has to."""
+        """Generate one answer; a token is read back each step, as generation has to."""
         start = time.perf_counter()
         found = self._model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
         token = found.logits[:, -1].argmax(-1, keepdim=True)
@@ -146,7 +146,7 @@ class LlamaCpp:
         )
 
     def answer(self, prompt: Prompt, new_tokens: int) -> Timing:
-        """One answer through the low-level calls, so that the prompt is timed apart."""
+        """Generate one answer by low-level calls, so that the prompt is timed apart."""
         self._model.reset()
         start = time.perf_counter()
         self._model.eval(list(prompt))
@@ -235,7 +235,7 @@ def measure(
 
 
 def write_record(report: CpuMeasurement, path: Path, command: str, checkpoint: Path) -> None:
-    """Write the report as a benchmark record."""
+    """Write what was measured to `path`, as a benchmark record."""
     records.write(
         path,
         name="cpu_decode",

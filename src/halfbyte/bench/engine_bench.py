@@ -148,7 +148,7 @@ def step_ms(
 
 
 def tensor_ms(weights: CudaWeights, num_tokens: int, sm_mhz: float, *, with_head: bool) -> float:
-    """Time of the tensor cores alone at a clock, if nothing ever waited; attention not counted."""
+    """Milliseconds of the tensor cores alone at a clock, without waits and attention."""
     num_sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     linears = [li for la in weights.layers for li in layer_linears(la)]
     cycles = 0.0
@@ -172,7 +172,7 @@ def _board_facts(
 
 
 def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> float:
-    """Time of the bytes at the copy rate, or of the products at their rates if that is longer."""
+    """Milliseconds of a step's bytes at the copy rate, or of its products if that is longer."""
     config = weights.config
     kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     num_bytes = weights.num_step_bytes + point.batch * point.context * kv
@@ -199,7 +199,7 @@ def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> f
 def run_decode(
     served: Served, point: Point, ceilings: Ceilings, *, steps: int = _STEPS
 ) -> dict[str, Any]:
-    """One row: milliseconds a served step, its share of the floor, and the graph alone."""
+    """Measure one row: milliseconds a served step, its share of the floor, the graph alone."""
     runner, device, weights = served
     sequences = sequences_of(point, weights.config.vocab_size, device.cache.num_pages)
     step_ms(runner, sequences, _WARMUPS)
@@ -233,7 +233,7 @@ def run_decode(
 
 
 def prefill_floor_ms(weights: CudaWeights, num_tokens: int, ceilings: Ceilings) -> float:
-    """Products at their rates; attention and the unpacking not counted."""
+    """Milliseconds of a prompt's products at their rates, without attention and unpacking."""
     total = 0.0
     for layer in weights.layers:
         for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
@@ -247,7 +247,7 @@ def prefill_floor_ms(weights: CudaWeights, num_tokens: int, ceilings: Ceilings) 
 def run_prefill(
     served: Served, num_tokens: int, ceilings: Ceilings, *, repeats: int = 3
 ) -> dict[str, Any]:
-    """One row: tokens a second of one prompt from an empty cache to its last token's logits."""
+    """Measure one row: tokens a second of a prompt, from an empty cache to its last logits."""
     runner, device, weights = served
     (sequence,) = sequences_of(
         Point(1, num_tokens - 1), weights.config.vocab_size, device.cache.num_pages

@@ -25,7 +25,7 @@ class MachineUse:
 
     @property
     def is_quiet(self) -> bool:
-        """Little enough was taken for timings to count."""
+        """Whether so little was taken that timings count."""
         return self.foreign + self.steal <= FOREIGN_LIMIT
 
 

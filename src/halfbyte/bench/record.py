@@ -66,8 +66,9 @@ def write(
 
 
 def own_command() -> str:
-    """The `halfbyte` command that runs, to be repeated elsewhere: paths inside the working
-    directory are relative to it.
+    """The `halfbyte` command that runs, so that it can be repeated elsewhere.
+
+    Paths inside the working directory are relative to it.
     """
     here = f"{Path.cwd()}{os.sep}"
     return shlex.join(["halfbyte", *(word.replace(here, "") for word in sys.argv[1:])])
@@ -120,7 +121,7 @@ def processor() -> str:
 
 
 def installed(package: str) -> str | None:
-    """Version of an installed package, or None."""
+    """Version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -78,7 +78,7 @@ class Sizes:
 
     @property
     def short_tokens(self) -> int:
-        """Of the shorter answers: by then all streams have long been generating."""
+        """Tokens of the shorter answers, by which all streams have long been generating."""
         return self.stream_tokens // 4
 
 
@@ -90,7 +90,7 @@ class ServingMeasurement:
     usage: MachineUse = field(default_factory=lambda: MachineUse(0.0, 0.0))
 
     def note(self, name: str, values: Sequence[float]) -> None:
-        """Add more samples under a name."""
+        """Add more samples under a name that ends with their unit."""
         self.samples.setdefault(name, []).extend(values)
 
     def figures(self) -> dict[str, float]:
@@ -198,7 +198,7 @@ def measure(
 
 
 def write_record(report: ServingMeasurement, path: Path, command: str, checkpoint: Path) -> None:
-    """Write the report as a benchmark record."""
+    """Write what was measured to `path`, as a benchmark record."""
     found = report.figures()
     records.write(
         path,
@@ -282,7 +282,7 @@ class Stream:
 
 
 async def open_stream(url: str, path: str, body: dict[str, Any]) -> Stream:
-    """Send the request of a stream."""
+    """Send a request and return its stream, of which nothing is read yet."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     content = json.dumps({**body, "model": "bench", "stream": True, "temperature": 0}).encode()

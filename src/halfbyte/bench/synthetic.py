@@ -36,7 +36,7 @@ _LARGEST_SIGMA = 5.8
 
 
 def medium_geometry(num_layers: int = 88) -> TextConfig:
-    """Mistral Medium 3.5's decoder, cut to `num_layers`."""
+    """The sizes of Mistral Medium 3.5's decoder, cut to `num_layers` layers."""
     return TextConfig(
         num_layers=num_layers,
         width=12288,

@@ -96,14 +96,16 @@ class Activations:
         ready: Callable[[], object],
         done: Callable[[], object],
     ) -> None:
-        """As `write`, for a buffer that will be used again: `ready()` returns when it is filled,
-        `done()` says that it is free. Both are called on another thread.
+        """Keep the layer's output for one row from a buffer that will be used again.
+
+        `ready()` returns when the buffer is filled, `done()` says that it is free. Another thread
+        calls both.
         """
         self._check(row, x_TD)
         self._submit(row, x_TD, ready, done)
 
     def advance(self, layer: int) -> None:
-        """All rows are written: they are the inputs of `layer` from now on, durable in a while."""
+        """Note that all rows are written: they are the inputs of `layer` from now on."""
         self._wait_for_rows(0)
         if self._directory is None:
             return

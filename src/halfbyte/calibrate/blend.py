@@ -119,7 +119,8 @@ def load_blend(name_or_path: str | Path) -> Blend:
     if path.suffix not in (".yaml", ".yml"):
         known, kinds = ", ".join(library_blends()), ", ".join((*SUFFIXES, *TEXT_SUFFIXES))
         raise UsageError(
-            f"no blend {name!r}; there are {known}; or give a .yaml file, or your rows ({kinds})"
+            f"there is no blend {name!r}; there are {known}; or give a .yaml file, or "
+            f"your rows ({kinds})"
         )
     return parse_blend(read_yaml_text(path, "blend"), path.name, folder=path.parent)
 
@@ -183,7 +184,9 @@ def resolve_dataset(source: Source, where: str) -> Dataset:
                     f"{where}: split {split} is left out on purpose: {base.skipped[split]}"
                 )
             if split not in base.splits:
-                raise UsageError(f"{where}: no split {split}; there are {', '.join(base.splits)}")
+                raise UsageError(
+                    f"{where}: there is no split {split}; there are {', '.join(base.splits)}"
+                )
         return Dataset(
             id=base.id,
             splits=source.splits or base.splits,

@@ -109,7 +109,7 @@ def load_chat_text(directory: Path, mode: ReasoningMode) -> ChatText:
     # tekken.json holds the template's facts itself; mistral-common writes it out.
     template = None if tokenizer.name == "tekken.json" else _template_file(directory)
     if mode != "plain" and tokenizer.name != "tekken.json" and template is None:
-        raise CheckpointError(f"{directory}: has no chat template; only mode plain can do without")
+        raise CheckpointError(f"{directory} has no chat template; only mode plain can do without")
     return ChatText(chat, mode, file_sha256(tokenizer), file_sha256(template or tokenizer))
 
 
@@ -123,5 +123,5 @@ def _template_file(directory: Path) -> Path | None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal; the file must be a regular one."""
     return hash_regular(path)

@@ -111,7 +111,7 @@ def draw(
     access: DataAccess | None = None,
     evaluation_prompts: Iterable[str] = (),
 ) -> CalibrationData:
-    """Rows of `blend` in the tokens of the checkpoint directory.
+    """Draw the rows of `blend` in the tokens of a checkpoint directory.
 
     evaluation_prompts  rows that share 13 words in a row with any of them are left out
 
@@ -131,7 +131,7 @@ def draw_rows(
     access: DataAccess | None = None,
     evaluation_prompts: Iterable[str] = (),
 ) -> CalibrationData:
-    """As `draw`, with a chat format that is already loaded for the blend's mode."""
+    """Draw rows as `draw` does, with a chat format that is already loaded."""
     overlap = OverlapIndex(evaluation_prompts)
     members = [
         _Member(source, open_source(source, blend, access or DataAccess()), blend, text, overlap)
@@ -145,7 +145,7 @@ def draw_rows(
     _redistribute(members, blend.samples * unit)
     rows = _rows(members, blend)
     if not rows:
-        raise UsageError(f"blend {blend.name}: gave no row of text")
+        raise UsageError(f"blend {blend.name} gave no row of text")
     if len(rows) < blend.samples:
         logger.warning(
             "blend %s: %d rows instead of %d; the sources hold no more within the first %d rows",

@@ -15,13 +15,13 @@ from halfbyte.calibrate.activations import MOST_PENDING, Activations
 
 
 class Lane(Protocol):
-    """The way of a row to its layer and back; not a seam, both ways are in this file."""
+    """The way of a row to its layer and back: two classes of this file have it."""
 
     def fetch(self, row: int) -> Tensor:
         """Start bringing in a row; returns at once with a tensor that `arrive` makes usable."""
 
     def arrive(self, x_TD: Tensor) -> Tensor:
-        """The fetched row, for use by what the device is asked to do from now on."""
+        """Make a fetched row usable: work enqueued from here on waits for its copy."""
 
     def store(self, row: int, x_TD: Tensor) -> None:
         """Start keeping the layer's output for a row."""
@@ -41,20 +41,20 @@ class HostLane:
         self._activations = activations
 
     def fetch(self, row: int) -> Tensor:
-        """See Lane."""
+        """Read the row where it lies: in memory or on the disk."""
         return self._activations.read(row)
 
     def arrive(self, x_TD: Tensor) -> Tensor:
-        """See Lane."""
+        """Return the row as it is: nothing had to be copied."""
         return x_TD
 
     def store(self, row: int, x_TD: Tensor) -> None:
-        """See Lane."""
+        """Keep the layer's output for a row where rows wait."""
         self._activations.write(row, x_TD)
 
 
 class CudaLane:
-    """Copies beside the computation. Buffers for as many rows as may wait to be stored, and two."""
+    """Copies rows beside the computation, through pinned buffers for all rows on the way."""
 
     def __init__(self, device: torch.device, activations: Activations) -> None:
         self._device = device
@@ -67,20 +67,20 @@ class CudaLane:
             self._free.put(torch.empty(shape, dtype=torch.bfloat16, pin_memory=True))
 
     def fetch(self, row: int) -> Tensor:
-        """See Lane. A copy from pageable memory returns when its source may be dropped."""
+        """Start to copy a row to the device; from pageable memory, return once it is copied."""
         host_TD = self._activations.read(row)
         with torch.cuda.stream(self._inward):
             return host_TD.to(self._device, non_blocking=True)
 
     def arrive(self, x_TD: Tensor) -> Tensor:
-        """See Lane."""
+        """Make the current stream wait for the copy of this row."""
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._inward)
         x_TD.record_stream(computing)
         return x_TD
 
     def store(self, row: int, x_TD: Tensor) -> None:
-        """See Lane. Waits if all buffers are on their way to the disk."""
+        """Start to copy a row to the host; waits if all buffers are on their way to the disk."""
         buffer = self._free.get()
         lent_TD = buffer[: x_TD.shape[0]]
         self._outward.wait_stream(torch.cuda.current_stream(self._device))

@@ -32,7 +32,7 @@ class InputSums:
             self.products_II = torch.zeros((width, width), device=device)
 
     def update(self, x_TI: Tensor) -> None:
-        """Take in some tokens; `x_TI` is not modified and not kept."""
+        """Add the sums over some tokens; `x_TI` is not modified and not kept."""
         wide_TI = x_TI.to(torch.float32)
         torch.maximum(self.maxima_I, wide_TI.abs().amax(0), out=self.maxima_I)
         self.squares_I += wide_TI.square().sum(0, dtype=torch.float64)

@@ -21,10 +21,10 @@ class Observer(Protocol):
     """
 
     def update(self, x: Tensor) -> None:
-        """Take in every element of `x`, which is not modified and not kept."""
+        """Observe every element of `x`, which is not modified and not kept."""
 
     def merge(self, other: Self) -> None:
-        """Take in everything that `other` has seen; `other` is not modified."""
+        """Add everything that `other` has observed; `other` is not modified."""
 
     def result(self) -> Tensor:
         """The magnitude that the format's largest value should stand for; 0 before any update."""
@@ -40,19 +40,19 @@ class AmaxObserver:
         self._largest: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """See Observer."""
+        """Observe every element of `x`; a NaN makes the result NaN."""
         largest = largest_magnitude(x)
         if self._largest is not None:
             largest = torch.maximum(self._largest, largest)
         self._largest = largest
 
     def merge(self, other: Self) -> None:
-        """See Observer."""
+        """Take the larger of both maxima; `other` is not modified."""
         if other._largest is not None:
             self.update(other._largest)
 
     def result(self) -> Tensor:
-        """See Observer."""
+        """The largest magnitude observed, 0-d on the CPU; 0 before any update."""
         return (
             torch.zeros((), dtype=torch.bfloat16) if self._largest is None else self._largest.cpu()
         )
@@ -76,17 +76,17 @@ class PercentileObserver:
         self._counts = torch.zeros(_NUM_MAGNITUDES, dtype=torch.int64)
 
     def update(self, x: Tensor) -> None:
-        """See Observer; `x` must be bf16."""
+        """Count the magnitudes of `x`, which must be bf16."""
         assert x.dtype == torch.bfloat16, f"{x.dtype}: only bf16 is counted exactly"
         bits = x.reshape(-1).view(torch.int16).bitwise_and(0x7FFF).to(torch.int32)
         self._counts += torch.bincount(bits, minlength=_NUM_MAGNITUDES).cpu()
 
     def merge(self, other: Self) -> None:
-        """See Observer."""
+        """Add the counts of `other`, which is not modified."""
         self._counts += other._counts
 
     def result(self) -> Tensor:
-        """See Observer."""
+        """The percentile of the magnitudes observed, bf16 0-d; 0 before any update."""
         total = int(self._counts.sum())
         if total == 0:
             return torch.zeros((), dtype=torch.bfloat16)

@@ -72,7 +72,7 @@ def read_prompts(path: Path) -> Iterator[str]:
         try:
             yield from _strings(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}:{number}: not JSON ({error})") from error
+            raise UsageError(f"{path}:{number} is not JSON ({error})") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -41,7 +41,7 @@ def recombined_rows(
         for place, text in _texts(shape):
             pool.setdefault(place, []).extend(_SENTENCE.findall(text))
     if not shapes:
-        raise UsageError("recombine: there is no usable row to take pieces from")
+        raise UsageError("there is no usable row to take pieces from")
     for number in range(count):
         random = Random(f"{seed}:{number}")
         row = _remade(random.choice(shapes), pool, random)

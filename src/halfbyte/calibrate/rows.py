@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row understood: messages and tools in the form that `chat` encodes.
+    """What a row says: messages and tools in the form that `chat` encodes.
 
     messages  role and content (a string); `reasoning_content` where there is some; `tool_calls`
               with string arguments; `tool_call_id` on tool messages
@@ -63,7 +63,7 @@ class Conversation:
         return any("reasoning_content" in message for message in self.messages)
 
     def strings(self) -> Iterator[str]:
-        """Everything a person or model wrote in it, for comparison with other texts."""
+        """Every text that a person or model wrote in the conversation."""
         if self.text:
             yield self.text
         for message in self.messages:
@@ -99,7 +99,7 @@ def _text_lines(file: BinaryIO | gzip.GzipFile) -> Iterator[Line]:
         if not data:
             return
         if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
-            yield Line(number, b"", f"no end of line within {MAX_LINE_BYTES >> 20} MiB")
+            yield Line(number, b"", f"the line does not end within {MAX_LINE_BYTES >> 20} MiB")
             return
         if data.strip():
             yield Line(number, data)
@@ -157,19 +157,20 @@ def parse_line(line: Line) -> dict[str, Any]:
     try:
         value = json.loads(line.data)
     except (ValueError, RecursionError) as error:
-        raise BadRowError(f"not JSON ({_first_line(error)})") from error
+        raise BadRowError(f"it is not JSON ({_first_line(error)})") from error
     if not isinstance(value, dict):
         raise BadRowError(f"a JSON object was expected, not {type(value).__name__}")
     return value
 
 
 def parse_row(raw: Mapping[str, Any]) -> Conversation:
-    """Understand a row with `messages`, with `text` for a plain document, or with one exchange
-    (`prompt` and `response`, `instruction` and `output` and their like).
+    """Understand a row that holds a conversation, a plain document or one exchange.
 
-    Survived: messages, tool_calls and tools as JSON strings; null content; calls whose arguments
-    are an object or a string; calls and results without ids; tools not wrapped in a `function`;
-    empty system turns (dropped: they say nothing); columns we have no use for. Raises BadRowError.
+    That is `messages`, `text`, or `prompt` and `response`, `instruction` and `output` and the
+    like. Survived: messages, tool_calls and tools as JSON strings; null content; calls whose
+    arguments are an object or a string; calls and results without ids; tools not wrapped in a
+    `function`; empty system turns (dropped: they say nothing); columns we have no use for. Raises
+    BadRowError.
     """
     uuid = raw.get("uuid")
     uuid = uuid if isinstance(uuid, str) else None
@@ -203,7 +204,9 @@ def _exchange(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
             {"role": "assistant", "content": raw[answered]},
         )
     fields = ", ".join(sorted(map(str, raw))[:8])[:100] or "none"
-    raise BadRowError(f"neither messages nor text, nor a prompt with a response; it has {fields}")
+    raise BadRowError(
+        f"it has neither messages nor text, nor a prompt with a response, but {fields}"
+    )
 
 
 def _unstringed(value: Any, where: str) -> Any:
@@ -293,7 +296,7 @@ def _function(value: Any, where: str) -> Mapping[str, Any]:
     inner = outer.get("function", outer) if isinstance(outer, Mapping) else None
     function = _unstringed(inner, where)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRowError(f"{where}: no function name")
+        raise BadRowError(f"{where}: the call has no function name")
     return function
 
 
@@ -303,7 +306,7 @@ def _arguments(value: Any, where: str) -> str:
     if parsed is None:
         return "{}"
     if not isinstance(parsed, Mapping):
-        raise BadRowError(f"{where}: arguments are no object")
+        raise BadRowError(f"{where}: the arguments are not a JSON object")
     return json.dumps(parsed, ensure_ascii=False)
 
 

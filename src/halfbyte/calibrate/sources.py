@@ -133,12 +133,12 @@ def _local_splits(path: Path, where: str) -> tuple[Split, ...]:
     else:
         paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     if not paths:
-        raise UsageError(f"{where}: {path}: no such file, and no file in it or like it")
+        raise UsageError(f"{where}: {path}: there is no such file, and no file in it or like it")
     # Texts are read where they are named; those of a folder are its README and licence.
     known = (*SUFFIXES, *TEXT_SUFFIXES)
     wrong = [p for p in paths if not p.name.endswith(known)]
     if wrong:
-        raise UsageError(f"{where}: {wrong[0]} is none of {', '.join(known)}")
+        raise UsageError(f"{where}: {wrong[0]} is not one of {', '.join(known)}")
     return tuple(Split(_stem(p.name), (_local_file(p, p.name),)) for p in paths)
 
 
@@ -167,7 +167,7 @@ def _folder_of(dataset: Dataset, folder: Path) -> tuple[Path, str | None] | None
     wanted = [r for r in revisions if dataset.revision is None or r.startswith(dataset.revision)]
     if not wanted:
         raise UsageError(
-            f"{snapshots}: holds {', '.join(revisions)}, but the blend is pinned to revision "
+            f"{snapshots} holds {', '.join(revisions)}, but the blend is pinned to revision "
             f"{dataset.revision}"
         )
     main = snapshots.parent / "refs" / "main"
@@ -201,7 +201,9 @@ def _choose(dataset: Dataset, names: Sequence[str], where: str) -> Iterator[tupl
         kinds = [[name for name in fitting if name.endswith(suffix)] for suffix in SUFFIXES]
         chosen = next((kind for kind in kinds if kind), None)
         if chosen is None:
-            raise UsageError(f"{where}: no {split}.jsonl (or .jsonl.gz, .parquet) for this split")
+            raise UsageError(
+                f"{where}: there is no {split}.jsonl (or .jsonl.gz, .parquet) for this split"
+            )
         yield split, chosen
 
 

@@ -59,7 +59,7 @@ class LayerStatistics:
     sums: Mapping[str, InputSums] = field(default_factory=dict)
 
     def input_of(self, linear: str) -> Tensor:
-        """The magnitude of the input of canonical `linear`."""
+        """The observed magnitude of the input of canonical `linear`, 0-d."""
         return self.observed[self.tap_of(linear)]
 
     def sample_of(self, linear: str) -> Tensor | None:
@@ -67,7 +67,7 @@ class LayerStatistics:
         return self.samples.get(self.tap_of(linear))
 
     def tap_of(self, linear: str) -> str:
-        """The tap point of the input of canonical `linear`."""
+        """The tap point at which the input of canonical `linear` is observed."""
         short = linear.removeprefix(f"decoder.{self.layer}.")
         return next(tap for tap, readers in READERS.items() if short in readers)
 

@@ -76,11 +76,12 @@ def as_rows(data: CalibrationData) -> Rows:
 
 
 def check_rows(rows: Sequence[Tensor], config: TextConfig, where: str) -> None:
-    """Raise UsageError if there is nothing to run, an id is outside the vocabulary or a row is
-    longer than the model's context.
+    """Raise UsageError for rows that this model cannot run.
+
+    There must be some; ids lie in the vocabulary, and no row is longer than the context.
     """
     if not rows:
-        raise UsageError(f"{where}: no calibration tokens")
+        raise UsageError(f"{where}: there are no calibration tokens in it")
     for number, row in enumerate(rows):
         if int(row.min()) < 0 or int(row.max()) >= config.vocab_size:
             raise UsageError(

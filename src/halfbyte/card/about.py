@@ -21,7 +21,7 @@ from halfbyte.figures import Machine
 
 
 def model_in_short(c: CheckpointFacts) -> Markdown:
-    """The model in one paragraph."""
+    """One paragraph on what the model is, reads and can do."""
     reads = "text and images" if c.config.vision else "text"
     able = [] if c.chat is None else [
         *(["calls tools"] if c.chat.has_tools else []),
@@ -87,7 +87,7 @@ def licence_section(given: CardInput) -> Markdown:
 
 
 def use_case_section(c: CheckpointFacts) -> Markdown:
-    """What the model is for."""
+    """A section on what the model is meant for."""
     uses = ["chat assistants", "code", "other text generation that the base model is made for"]
     if c.config.vision:
         uses.insert(1, "questions about images")
@@ -103,7 +103,7 @@ def use_case_section(c: CheckpointFacts) -> Markdown:
 
 
 def languages_section(given: CardInput) -> Markdown:
-    """Which languages the model speaks."""
+    """A section on the languages that the model speaks."""
     if not given.languages:
         return Markdown("Those of the base model; its own card names them.")
     return md(
@@ -114,7 +114,7 @@ def languages_section(given: CardInput) -> Markdown:
 
 
 def output_section(c: CheckpointFacts) -> Markdown:
-    """What the model writes."""
+    """A section on what the model writes: types, format, parameters."""
     other = "none" if c.chat is None else " and ".join(
         [*(["reasoning"] if c.chat.has_thinking else []),
          *(["tool calls"] if c.chat.has_tools else [])]
@@ -127,7 +127,7 @@ def output_section(c: CheckpointFacts) -> Markdown:
 
 
 def software_section(given: CardInput) -> Markdown:
-    """Where it ran, from the records: nothing else is known to work."""
+    """A section on where the checkpoint ran, from the records: nothing else is known to work."""
     made = given.checkpoint.made_of.get("versions", {})
     lines = [
         md("- **Written by:** {}", _versions(made) or "a version that was not recorded"),
@@ -174,7 +174,7 @@ def hardware_section(machine: Machine) -> str:
 
 
 def contact_section(given: CardInput) -> Markdown:
-    """Whom to write to."""
+    """A section on whom to write to with questions."""
     if given.contact:
         return md(
             "Questions, concerns and security problems of this quantization: {}.", given.contact
@@ -183,7 +183,7 @@ def contact_section(given: CardInput) -> Markdown:
 
 
 def architecture_section(c: CheckpointFacts) -> Markdown:
-    """The model's architecture in a list."""
+    """A section with the model's architecture as a list."""
     t = c.config.text
     lines = [
         Markdown("- **Type:** transformer, decoder-only"),
@@ -208,7 +208,7 @@ def architecture_section(c: CheckpointFacts) -> Markdown:
 
 
 def input_section(c: CheckpointFacts) -> Markdown:
-    """What the model reads."""
+    """A section on what the model reads: types, format, limits."""
     kinds = "Text and images" if c.config.vision else "Text"
     shape = "one-dimensional text, two-dimensional RGB images" if c.config.vision else "text (1D)"
     return md(
@@ -222,7 +222,7 @@ def input_section(c: CheckpointFacts) -> Markdown:
 
 
 def version_section(given: CardInput, title: str) -> Markdown:
-    """The version of the checkpoint."""
+    """A section with the version: title, recipe and scale rules."""
     made = given.checkpoint.made_of
     recipe = made.get("recipe", {}).get("name", "unknown recipe")
     rules = made.get("profile", "not recorded")

@@ -144,7 +144,7 @@ def columns(arms: Sequence[Arm]) -> list[str]:
 
 
 def title_of(name: str) -> str:
-    """A benchmark's printed name."""
+    """The name under which a benchmark is printed, as "GPQA Diamond"."""
     return BENCHMARKS[name].title if name in BENCHMARKS else name
 
 
@@ -220,10 +220,10 @@ def read_figures(files: Sequence[Path]) -> dict[str, Any]:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as failure:
-            raise UsageError(f"{file}: no record: {failure}") from failure
+            raise UsageError(f"{file} is not a record: {failure}") from failure
         if not isinstance(record, dict) or not ("results" in record or is_fidelity(record)):
             raise UsageError(
-                f"{file}: neither a benchmark record (with 'results') nor what "
+                f"{file} is neither a benchmark record (with 'results') nor what "
                 "`halfbyte compare --json` writes (with 'base' and 'candidates')"
             )
         found[file.name] = record
@@ -260,7 +260,7 @@ def require_own_records(
         if not speed_figures(name, record)[1]:
             topics = ", ".join(CARD_TOPICS)
             raise UsageError(
-                f"record {name}: holds no speed of a model, only figures of its own question; a "
+                f"record {name} holds no speed of a model, only figures of its own question; a "
                 f"card takes records with figures of {topics}, as halfbyte bench cpu writes"
             )
 

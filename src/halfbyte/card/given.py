@@ -28,7 +28,7 @@ UNMEASURED = Markdown(NOT_MEASURED.capitalize())
 
 @dataclass(frozen=True, slots=True)
 class CardInput:
-    """All a card is made of.
+    """Everything that a card is made of, as its sections read it.
 
     base        the base model and what speaks for it
     licence_name, licence_link  for the licence "other"

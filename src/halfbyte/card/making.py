@@ -28,7 +28,7 @@ from halfbyte.evals.tasks.suite import BENCHMARKS
 
 
 def calibration_section(c: CheckpointFacts) -> Markdown:
-    """On which text the checkpoint was calibrated."""
+    """A section on the text on which the checkpoint was calibrated."""
     found = c.made_of.get("calibration")
     if not found:
         return Markdown("Not recorded in the checkpoint's manifest.")
@@ -57,7 +57,7 @@ def calibration_section(c: CheckpointFacts) -> Markdown:
 
 
 def evaluation_data_section(given: CardInput) -> Markdown:
-    """On which items the checkpoint was evaluated."""
+    """A section on the items on which the checkpoint was evaluated."""
     arm = candidate_of(given)
     if arm is None:
         return md("{}.", UNMEASURED)

@@ -82,7 +82,7 @@ def hub_link(name: str, kind: str = "") -> Markdown:
 
 
 def row(cells: Sequence[object]) -> Markdown:
-    """Write one row of a Markdown table."""
+    """Write one row of a Markdown table, its cells escaped."""
     return Markdown("| " + " | ".join(escape(cell) for cell in cells) + " |")
 
 

@@ -24,7 +24,7 @@ from halfbyte.evals.judging.render import (
 
 
 def fidelity_section(given: CardInput) -> Markdown:
-    """Tables of `halfbyte compare --json`."""
+    """A section with the tables of `halfbyte compare --json`."""
     parts = [
         _fidelity_table(name, record, given.checkpoint.identity)
         for name, record in given.figures.items()

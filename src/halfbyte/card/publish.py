@@ -54,7 +54,7 @@ def pack(folder: Path, card: Path | None = None) -> Parcel:
         if path.is_symlink() and not path.resolve().is_file():
             left_out[name] = "a link to nothing that is a file"
         elif not any(fnmatchcase(name, kind) for kind in _KINDS) or name.count("/") > 1:
-            left_out[name] = "no file of a checkpoint or card"
+            left_out[name] = "not a file of a checkpoint or card"
         elif name.startswith("evaluation/") and card is not None:
             left_out[name] = "not of the card that was made now"
         else:
@@ -64,7 +64,7 @@ def pack(folder: Path, card: Path | None = None) -> Parcel:
         left_out = {name: why for name, why in left_out.items() if name not in written}
         found |= written
     if "README.md" not in found:
-        raise UsageError(f"{folder}: has no README.md, and none was made")
+        raise UsageError(f"{folder} has no README.md, and none was made")
     ordered = sorted(found, key=lambda name: (not name.endswith(".safetensors"), name))
     files = {name: found[name] for name in ordered}
     private = {
@@ -92,7 +92,7 @@ def send(
     endpoint: str | None = None,
     say: Callable[[str], None],
 ) -> str:
-    """Send every file and check what arrived; the address of the repository.
+    """Send every file and check what arrived; returns the address of the repository.
 
     public    make it public when everything has arrived; a new one is private until then
     endpoint  another hub than the public one

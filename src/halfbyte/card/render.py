@@ -76,7 +76,7 @@ _COMPARISON = "comparison.json"
 
 
 def for_the_public(given: CardInput) -> CardInput:
-    """The same without hosts, paths, keys and answers in its records.
+    """The same input without hosts, paths, keys and answers in its records.
 
     Raises UsageError for a record of another checkpoint.
     """

@@ -73,11 +73,11 @@ class GrammarCompiler:
         self.threads = ThreadPoolExecutor(64, thread_name_prefix="grammars")
 
     def start(self) -> None:
-        """Make ready what the first grammar would wait for."""
+        """Make ready what the first grammar would otherwise wait for."""
         self._trials.start()
 
     def wait(self) -> None:
-        """Wait until that is done; RequestError (503) if it takes too long."""
+        """Wait until `start` is done; RequestError (503) if it takes too long."""
         self._trials.wait()
 
     def compile(
@@ -166,12 +166,12 @@ class GrammarCompiler:
         return GrammarMask(grammar, self._vocabulary, banned_token_ids, self)
 
     def used_bytes(self) -> int:
-        """What all compiled grammars take that are in use or kept."""
+        """Bytes of all compiled grammars that are in use or kept."""
         with self._lock:
             return sum(grammar.num_bytes for grammar in self._live)
 
     def memory_bytes(self) -> int:
-        """The process's memory; what a grammar grows by is seen there."""
+        """Bytes of the process's memory, which shows by how much a grammar grows."""
         return self._memory.resident_bytes()
 
     def has_grown(self, grammar: CompiledGrammar, matcher: Any, num_bytes: int) -> None:
@@ -345,8 +345,10 @@ class GrammarMask:
         self._problem: str | None = None
 
     def allows(self, token_id: int) -> bool:
-        """Whether the grammar goes on with this token; also with one that `fill` leaves out, as it
-        sets but one token where only one text may follow.
+        """Whether the grammar permits that this token comes next.
+
+        True also for one that `fill` leaves out, as it sets but one token where only one text may
+        follow.
         """
         if self._is_stuck or not self._is_usable() or token_id >= self._vocab_size:
             return False
@@ -372,14 +374,14 @@ class GrammarMask:
             words |= token_bits(self._eos_token_ids, self._num_words)
 
     def accept(self, token_id: int) -> None:
-        """Move on. A token against the grammar ends it: only an end of answer may follow."""
+        """Accept a token; after one against the grammar only an end of answer may follow."""
         if not self._is_stuck and self._is_usable():
             before = self._owner.memory_bytes()
             self._matcher.consume_token(token_id)
             self._count_growth(before)
 
     def begin(self, token_ids: Sequence[int]) -> int:
-        """Move on past the beginning of an answer; how many of its tokens fit the grammar."""
+        """Accept the beginning of an answer; returns how many of its tokens fit the grammar."""
         # In pieces: llguidance keeps everybody else waiting meanwhile.
         for start in range(0, len(token_ids), 64):
             piece = list(token_ids[start : start + 64])
@@ -394,7 +396,7 @@ class GrammarMask:
         return len(token_ids)
 
     def is_finished(self) -> bool:
-        """Nothing but an end of answer may follow."""
+        """Whether nothing but an end of answer may follow."""
         return self._is_stuck or not self._is_usable() or bool(self._matcher.is_stopped())
 
     @property

@@ -43,13 +43,13 @@ class Mask(Protocol):
         """Whether this token may come next; False also where only `fill` can tell."""
 
     def fill(self, bitmask: Bitmask) -> None:
-        """Write which tokens may come next: bit 1 is allowed."""
+        """Write a bit for each token: 1 where it may come next."""
 
     def accept(self, token_id: int) -> None:
-        """The next token has been chosen."""
+        """Note that this token was chosen to come next."""
 
     def is_finished(self) -> bool:
-        """Nothing but an end of answer may follow."""
+        """Whether nothing but an end of answer may follow."""
 
     @property
     def problem(self) -> str | None:
@@ -95,7 +95,7 @@ class ThoughtMask:
         self._state = "after" if has_begun else "start"
 
     def allows(self, token_id: int) -> bool:
-        """Whether this token may come next."""
+        """Whether this token may come next, in the thought or behind it."""
         if self._state != "thought":
             if self._state == "start" and token_id == self._think:
                 return True
@@ -107,7 +107,7 @@ class ThoughtMask:
         return is_text and not self._is_spent()
 
     def fill(self, bitmask: Bitmask) -> None:
-        """Write which tokens may come next."""
+        """Write a bit for each token: 1 where it may come next."""
         words = bitmask[: self._num_words]
         if self._state != "thought":
             if self._inner is None:
@@ -121,7 +121,7 @@ class ThoughtMask:
         words[:] = self._end if self._is_spent() else ~self._control | self._end
 
     def accept(self, token_id: int) -> None:
-        """The next token has been chosen."""
+        """Note that this token was chosen, in the thought or behind it."""
         if self._state == "thought":
             self._accept_thought(token_id)
         elif self._state == "start" and token_id == self._think:
@@ -132,7 +132,7 @@ class ThoughtMask:
                 self._inner.accept(token_id)
 
     def is_finished(self) -> bool:
-        """Nothing but an end of answer may follow."""
+        """Whether nothing but an end of answer may follow."""
         return self._state != "thought" and self._inner is not None and self._inner.is_finished()
 
     @property

@@ -24,12 +24,12 @@ def json_schema_grammar(schema: Mapping[str, Any], *, lenient: bool) -> str:
 
 
 def regex_grammar(regex: str) -> str:
-    """A text that matches the whole of a regex (Rust syntax, ASCII digits)."""
+    """Write a grammar for a text that matches the whole of a regex (Rust syntax, ASCII digits)."""
     return f"start: /{llguidance.regex_to_lark(regex, use_ascii='d')}/\n"
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    """One of some texts. As one terminal, for which llguidance shares beginnings."""
+    """Write a grammar for one of some texts, as one terminal, which shares their beginnings."""
     return "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, choices)) + "\n"
 
 
@@ -46,7 +46,7 @@ def tools_grammar(
     parallel: bool,
     answer: str | None = None,
 ) -> str:
-    """Text and tool calls, the arguments of every call held to their schema.
+    """Write a grammar for text and tool calls, each call's arguments held to their schema.
 
     choice     "auto": text, calls, or text and then calls; "required": calls only; any other
                value is the name of the one function to call, once

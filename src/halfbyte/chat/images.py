@@ -58,7 +58,7 @@ class ImageLayout:
     whole_side: Callable[[float], int] = round
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """(columns, rows) of merged patches of an image of this many pixels."""
+        """Columns and rows of merged patches for an image of this many pixels."""
         ratio = max(width, height) / self.max_side_pixels
         if ratio > 1:
             width = max(self.whole_side(width / ratio), 1)
@@ -66,12 +66,12 @@ class ImageLayout:
         return -(-width // self.patch_pixels), -(-height // self.patch_pixels)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) in whole patches that an image of this many pixels is scaled to."""
+        """Width and height in whole patches to which an image of this many pixels is scaled."""
         columns, rows = self.grid(width, height)
         return columns * self.patch_pixels, rows * self.patch_pixels
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Tokens of an image already resized to whole patches."""
+        """Number of tokens of an image already resized to whole patches."""
         return (height // self.patch_pixels) * (width // self.patch_pixels + 1)
 
     def tokens(self, columns: int, rows: int) -> list[int]:
@@ -105,7 +105,7 @@ class DecodedImages:
         return self._layout.image_token_id
 
     def __call__(self, chunk: Any) -> ImageTokens:
-        """Tokens and pixels of one image chunk."""
+        """Token ids and pixels of one image chunk of mistral-common's."""
         return encode_image(self._layout, chunk.image)
 
 
@@ -138,7 +138,7 @@ def data_url_bytes(url: str, path: str, limits: ImageLimits) -> bytes:
     longer than the limit.
     """
     if url[:5].lower() != "data:":
-        raise RequestError(f"{path}: not a data: URL", param=path, code="invalid_image_url")
+        raise RequestError(f"{path} is not a data: URL", param=path, code="invalid_image_url")
     comma = url.find(",")
     if comma < 0:
         message = f"{path}: the data: URL has no comma before its data"
@@ -190,7 +190,7 @@ def _forgiving_base64(text: bytes, path: str) -> bytes:
 
 
 def open_image(data: bytes, path: str, limits: ImageLimits) -> Picture:
-    """A picture of which only the header is read.
+    """Open a picture and read nothing but its header.
 
     Raises RequestError naming `path` for formats other than PNG, JPEG, WebP and GIF, for images
     over the limits and for broken headers.

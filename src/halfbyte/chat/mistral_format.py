@@ -84,7 +84,7 @@ class MistralFormat:
         json_schema: Mapping[str, Any] | None = None,
         continue_final: bool = False,
     ) -> EncodedPrompt:
-        """Token ids of a conversation.
+        """Token ids of a conversation, with its images as pixels.
 
         messages          OpenAI-style; image parts are {"type": "image", "image": PIL image or
                           pixels as `images.decode_pixels` gives them}
@@ -161,7 +161,7 @@ def load_mistral_format(path: Path) -> MistralFormat:
         raise CheckpointError(f"{path}: {_plain_message(error)}") from error
     tekken = tokenizer.instruct_tokenizer.tokenizer
     if not is_tekkenizer(tekken):
-        raise CheckpointError(f"{path}: not a tekken vocabulary")
+        raise CheckpointError(f"{path} is not a tekken vocabulary")
     _check_pattern(tekken, path)
     layout = _image_layout(tekken)
     if layout is not None:
@@ -185,7 +185,7 @@ def _check_tekken(value: Mapping[str, Any], path: Path) -> None:
     """Refuse numbers that mistral-common would allocate by, and ranks that it would believe."""
     config = value.get("config")
     if not isinstance(config, Mapping):
-        raise CheckpointError(f"{path}: has no config")
+        raise CheckpointError(f"{path} has no config")
     for name, limit in (
         ("default_num_special_tokens", MAX_SPECIAL),
         ("default_vocab_size", MAX_TOKENS),

@@ -67,7 +67,7 @@ def processor_layout(directory: Path, control: Mapping[str, int]) -> ImageLayout
     names = {key: str(processor.get(key, default)) for key, default in _TOKENS.items()}
     for key, name in names.items():
         if name not in control:
-            raise CheckpointError(f"{path}: {key} {name!r} is no control token of the tokenizer")
+            raise CheckpointError(f"{path}: {key} {name!r} is not a control token of the tokenizer")
     size = images.get("size", {})
     side = size.get("longest_edge", 1024) if isinstance(size, Mapping) else size
     numbers = (processor.get("patch_size", 16), processor.get("spatial_merge_size", 1), side)

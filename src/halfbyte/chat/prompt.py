@@ -26,12 +26,12 @@ class ControlTokens:
 
     @property
     def has_thinking(self) -> bool:
-        """Whether the model can mark a thought."""
+        """Whether the model has tokens that begin and end a thought."""
         return self.think is not None and self.end_think is not None
 
     @property
     def has_tools(self) -> bool:
-        """Whether the model can mark a tool call."""
+        """Whether the model has a token that begins a tool call."""
         return self.tool_calls is not None and self.args is not None
 
 

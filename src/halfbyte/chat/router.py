@@ -32,7 +32,7 @@ from halfbyte.chat.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A piece of the text of an answer."""
+    """A piece of the text that the user is shown."""
 
     text: str
 
@@ -55,7 +55,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A piece of the arguments of call `index`."""
+    """A piece of the arguments of call number `index`, in JSON."""
 
     index: int
     text: str
@@ -119,7 +119,7 @@ class Router:
         return token_id in (c.think, c.end_think, c.tool_calls, c.args)
 
     def feed(self, token_id: int) -> list[Delta]:
-        """What became certain with this token. After `stopped_by` is set, feed nothing more."""
+        """Pieces that became certain with this token; feed nothing once `stopped_by` is set."""
         assert self.stopped_by is None, "fed after a stop string"
         if self._state is _State.THOUGHT or token_id == self._control.think:
             self.num_reasoning_tokens += 1
@@ -128,7 +128,7 @@ class Router:
         return self._text(self._stream.feed(token_id))
 
     def finish(self) -> list[Delta]:
-        """The answer has ended: what was held back."""
+        """Pieces that were held back, now that the answer has ended."""
         if self.stopped_by is not None:
             return []
         deltas = self._leave()

@@ -58,7 +58,7 @@ class ChatTemplate:
     """A chat template, compiled once and rendered within bounds."""
 
     def __init__(self, source: str, where: str) -> None:
-        """Raises CheckpointError naming `where` if it does not compile."""
+        """Compile the template; CheckpointError naming `where` if that fails."""
         if len(source) > MAX_SOURCE:
             raise CheckpointError(
                 f"{where}: a chat template of {len(source):,} characters; "
@@ -72,7 +72,7 @@ class ChatTemplate:
             raise CheckpointError(message) from error
 
     def render(self, values: Mapping[str, Any]) -> Written:
-        """The rendered text. RequestError in the template's words where it refuses or fails."""
+        """Render a conversation; RequestError in the template's words where it refuses or fails."""
         running_bounds.ends = time.thread_time() + sandbox_bounds.MAX_SECONDS
         running_bounds.made, running_bounds.known = 0, {}
         try:

@@ -48,7 +48,7 @@ _LONG_NUMBER = re.compile(r"\d{5}")
 
 
 class BoundError(Exception):
-    """The template asks for more than a template may."""
+    """Raised where a template asks for more than it may have."""
 
 
 class _Bounds(threading.local):
@@ -139,7 +139,7 @@ class _Known(dict[int, int]):
 
 
 def kept_value(value: Any) -> Any:
-    """A value that an expression has made, if a template may have it."""
+    """Return a value that an expression has made, if a template may have it."""
     if isinstance(value, (str, bytes, bytearray)):
         check_chars(len(value))
         num_bytes = len(value) if not isinstance(value, str) or value.isascii() else 4 * len(value)
@@ -155,7 +155,7 @@ def kept_value(value: Any) -> Any:
 
 
 def check_form(form: str) -> None:
-    """Widths in a format, "{:>9999999}" or "%9999999d", make text out of nothing."""
+    """Refuse wide fields: "{:>9999999}" or "%9999999d" make text out of nothing."""
     if _LONG_NUMBER.search(form):
         raise BoundError(f"it formats with a width as in {form[:40]!r}")
 
@@ -207,7 +207,7 @@ def _replaced_length(text: Any, old: Any, new: Any) -> int:
 
 
 def bounded_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, looking at the time, at its arguments, and at what it makes."""
+    """Call a filter, with an eye on the time, on its arguments and on its result."""
     takes_first = hasattr(function, "jinja_pass_arg")
 
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ def _check_filtered(name: str, given: tuple[Any, ...], options: Mapping[str, Any
     elif name == "do_sum":
         # Lists would be copied as often as there are of them.
         if any(isinstance(one, Collection) for one in (*given[2:], options.get("start"))):
-            raise BoundError("it adds up what is no number")
+            raise BoundError("it adds up something that is not a number")
     elif name in ("do_list", "do_reverse") and isinstance(value, (str, range)):
         check_items(len(value))
     elif name == "do_indent" and isinstance(value, str):
@@ -254,7 +254,7 @@ def asked_width(value: Any) -> int:
 
 
 def ticking(items: Iterator[Any]) -> Iterator[Any]:
-    """Pass items on, looking at the time before each."""
+    """Pass items on, with a look at the time before each."""
     for item in items:
         check_time()
         yield item

@@ -224,7 +224,7 @@ class _Tidy:
         unknown = [word for word, kind in zip(words, kinds, strict=True) if kind not in _TYPES]
         if unknown or not kinds:
             shown = json.dumps(unknown[0] if unknown else value, ensure_ascii=False)[:100]
-            self._expect(False, place, f"{shown} is no type of JSON schema")
+            self._expect(False, place, f"{shown} is not a type of JSON schema")
             return None
         return list(dict.fromkeys(kinds)) if isinstance(value, list) else kinds[0]
 
@@ -483,7 +483,7 @@ def _nodes(schema: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[
 
 
 def short_list(notes: Sequence[str], most: int = 8) -> tuple[str, ...]:
-    """The first notes, and how many more there are."""
+    """The first of some notes, and how many more there are."""
     if len(notes) <= most:
         return tuple(notes)
     return (*notes[:most], f"and {len(notes) - most} more")

@@ -70,7 +70,7 @@ class TemplateFormat:
         json_schema: Mapping[str, Any] | None = None,
         continue_final: bool = False,
     ) -> EncodedPrompt:
-        """Token ids of a conversation; see `MistralFormat.encode`.
+        """Token ids of a conversation by its template; see `MistralFormat.encode`.
 
         Raises RequestError for images where the model takes none or its template drops one, for an
         effort other than "none", with the template's own words where it refuses the conversation,
@@ -152,7 +152,10 @@ class TemplateFormat:
     def _ids(self, text: Written) -> list[int]:
         """Ids of a rendered conversation; control tokens are what the template wrote."""
         if not text.isascii() and _HALF_PAIR.search(text):
-            raise RequestError("messages: half a surrogate pair is no text", param="messages")
+            raise RequestError(
+                "messages: half a surrogate pair is not text; send whole characters",
+                param="messages",
+            )
         ids: list[int] = []
         for piece in self.cutter.cut(text, text.own):
             ids += [piece] if isinstance(piece, int) else self.vocabulary.encode_text(piece)

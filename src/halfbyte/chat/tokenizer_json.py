@@ -30,7 +30,7 @@ _WORD = re.compile(r"\w")
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """One entry of `added_tokens` in a tokenizer.json.
+    """A token that `added_tokens` of a tokenizer.json adds to the vocabulary.
 
     lstrip, rstrip  white space before and after it in a text belongs to it
     single_word     it is none where a letter or digit stands next to it
@@ -148,7 +148,7 @@ def _tokenizer(description: Mapping[str, Any], path: Path) -> tokenizers.Tokeniz
         raise
     # The library raises bare Exceptions, and panics that are not even those.
     except BaseException as error:
-        raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
 
 
 def _check_kind(description: Mapping[str, Any], path: Path) -> None:

@@ -25,4 +25,6 @@ def load_chat(directory: Path | str) -> ChatFormat:
         return load_mistral_format(directory / "tekken.json")
     if (directory / "tokenizer.json").exists():
         return load_template_format(directory)
-    raise CheckpointError(f"{directory}: no tekken.json and no tokenizer.json; cannot encode text")
+    raise CheckpointError(
+        f"{directory} has no tekken.json and no tokenizer.json, so it cannot encode text"
+    )

@@ -32,7 +32,7 @@ def new_call_id() -> str:
 
 
 def is_call_id(text: str) -> bool:
-    """Whether a text is an id of that kind."""
+    """Whether a text has the form of a model's call id: nine letters and digits."""
     return _OUR_KIND.match(text) is not None
 
 
@@ -139,7 +139,7 @@ def read_arguments(arguments: str, path: str) -> dict[str, Any]:
 
 
 def checked_arguments(arguments: str, path: str) -> str:
-    """The same as text, as the client wrote it unless it was cut off."""
+    """Arguments of an earlier call as text, as the client wrote it unless it was cut off."""
     value = read_arguments(arguments, path)
     try:
         json.loads(arguments)
@@ -217,7 +217,7 @@ def with_results(
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:

@@ -108,7 +108,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as text: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as text: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,9 +117,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise CheckpointError(f"{path}: not readable as JSON: nested too deeply") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: it is nested too deeply") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+        raise CheckpointError(f"{path} must hold a JSON object")
     return value

@@ -32,7 +32,7 @@ class Written(str):
     own: bytes
 
     def __new__(cls, text: str = "", own: bytes | None = None) -> "Written":
-        """`own` None means that nothing of it is the template's."""
+        """Mark the characters of a string; `own` None means that the template wrote none."""
         made = super().__new__(cls, text)
         made.own = bytes(len(text)) if own is None else own
         assert len(made.own) == len(text)
@@ -76,7 +76,7 @@ class Written(str):
         return joined(pieces)
 
     def __mod__(self, values: Any) -> "Written":
-        """Formatting with %: what stands for %s keeps its flags."""
+        """Format with %: what stands for %s keeps its flags."""
         whole = str.__mod__(self, values)
         given: Iterator[Any] = iter(values if isinstance(values, tuple) else (values,))
         pieces: list[str] = []
@@ -189,7 +189,7 @@ def own(text: str) -> Written:
 
 
 def joined(parts: Iterable[Any]) -> Written:
-    """Parts after one another, those that are no strings as Python writes them."""
+    """Join parts to one text; those that are no strings are written as Python does."""
     pieces = [part if isinstance(part, str) else str(part) for part in parts]
     flags = [piece.own if isinstance(piece, Written) else bytes(len(piece)) for piece in pieces]
     return Written("".join(pieces), b"".join(flags))

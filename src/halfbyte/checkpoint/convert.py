@@ -31,9 +31,11 @@ def convert_to_bf16(source: Path, target: Path) -> ModelConfig:
     check_target(target)
     checkpoint = Checkpoint.open(source, any_float=True)
     if checkpoint.layout == "mistral":
-        raise UsageError(f"{source}: native layout; a hub layout is needed")
+        raise UsageError(f"{source} is in the native layout; a hub layout is needed")
     if checkpoint.quantization.dialect == "modelopt":
-        raise UsageError(f"{source}: is a Model Optimizer export; convert what it was made of")
+        raise UsageError(
+            f"{source} is a Model Optimizer export; convert the checkpoint that it was made of"
+        )
     wide = {name for name in checkpoint.names() if _is_wide(checkpoint, name)}
     if not wide:
         raise UsageError(

@@ -75,7 +75,7 @@ def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     fields.optional("model_type")
     text, vision = fields.optional("text_config"), fields.optional("vision_config")
     if not isinstance(text, dict):
-        raise CheckpointError("config.json: lacks text_config")
+        raise CheckpointError("config.json lacks text_config")
     said = {
         "config.json": fields.optional("tie_word_embeddings"),
         "text_config": text.get("tie_word_embeddings"),
@@ -154,7 +154,7 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
     check_text(config, where)
     if kind == "mistral" and "sliding_window" not in raw and config.max_positions > _DEFAULT_WINDOW:
         raise CheckpointError(
-            f"{where}: says nothing of sliding_window, which means {_DEFAULT_WINDOW} for "
+            f"{where} says nothing of sliding_window, which means {_DEFAULT_WINDOW} for "
             f"model_type mistral and is not implemented for {config.max_positions} positions. If "
             'the model was trained to attend to all of them, say "sliding_window": null'
         )
@@ -192,7 +192,7 @@ def _rope(fields: Reader, where: str) -> RopeConfig:
     parameters = fields.optional("rope_parameters")
     if parameters is None:
         if theta is None:
-            raise CheckpointError(f"{where}: lacks rope_parameters (or rope_theta)")
+            raise CheckpointError(f"{where} lacks rope_parameters (or rope_theta)")
         if not isinstance(scaling, dict | None):
             raise CheckpointError(f"{where}.rope_scaling: an object was expected")
         parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
@@ -206,7 +206,7 @@ def _rope(fields: Reader, where: str) -> RopeConfig:
 
 
 def rope_config(parameters: object, where: str) -> RopeConfig:
-    """Read one object of `rope_parameters`.
+    """Read one object of `rope_parameters` into the rotary configuration of the decoder.
 
     A missing `llama_4_scaling_beta` means 0. For yarn, mscale and mscale_all_dim count only if
     both are non-zero (as in the library that published them); otherwise the attention factor is

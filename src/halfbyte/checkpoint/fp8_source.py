@@ -59,7 +59,9 @@ def write_fp8_source(
     quantized = {linear.name for linear in decoder_linears(source.config)}
     missing = sorted(quantized - set(input_amax))
     if missing:
-        raise UsageError(f"no input maximum for {missing[0]} ({len(missing)} missing)")
+        raise UsageError(
+            f"there is no input maximum for {missing[0]} ({len(missing)} linears lack one)"
+        )
 
     def spelt(linear: str, role: str) -> str:
         return foreign_name(f"{linear}.{role}", source.layout, "mistral-fp8")
@@ -92,9 +94,9 @@ def write_fp8_source(
 def check_source(source: Checkpoint) -> None:
     """Raise UsageError unless `source` is bf16 in a hub layout."""
     if source.quantization.dialect != "none":
-        raise UsageError(f"{source.directory}: is {source.quantization.dialect}; bf16 is needed")
+        raise UsageError(f"{source.directory} is {source.quantization.dialect}; bf16 is needed")
     if source.layout == "mistral":
-        raise UsageError(f"{source.directory}: native layout; a hub layout is needed")
+        raise UsageError(f"{source.directory} is in the native layout; a hub layout is needed")
 
 
 def copy_companions(directory: Path, writer: ShardWriter) -> None:

@@ -103,7 +103,9 @@ def packaged_file(name: str) -> Path:
     """
     model = PACKAGED.get(name)
     if model is None:
-        raise UsageError(f"{name}: no GGUF file and no packaged model ({', '.join(PACKAGED)})")
+        raise UsageError(
+            f"{name} is neither a GGUF file nor a packaged model ({', '.join(PACKAGED)})"
+        )
     spec = importlib.util.find_spec(model.package)
     if spec is None or spec.origin is None:
         raise UnsupportedError(
@@ -186,7 +188,7 @@ def _copied_tokenizer(directory: Path) -> dict[str, bytes]:
     except OSError as error:
         raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
     if not found:
-        raise UsageError(f"{directory}: holds none of {', '.join(TOKENIZER_FILES)}")
+        raise UsageError(f"{directory} holds none of {', '.join(TOKENIZER_FILES)}")
     return found
 
 
@@ -207,7 +209,7 @@ def _open(source: Path) -> Any:
             return gguf.GGUFReader(source)
     except _LIBRARY_ERRORS as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{source}: no GGUF file that can be read ({said[:200]})") from error
+        raise CheckpointError(f"{source} cannot be read as a GGUF file ({said[:200]})") from error
 
 
 # What the library raises over damaged files; it has no family of its own.
@@ -248,7 +250,7 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfi
     special = Reader(named, "tokenizer.ggml")
     ids = {name: special.integer(name) if name in named else None for name in _SPECIAL}
     if "token_embd.weight" not in tensors:
-        raise CheckpointError("lacks token_embd.weight, the embedding")
+        raise CheckpointError("the file lacks token_embd.weight, the embedding")
     text = TextConfig(
         num_layers=reader.positive("block_count"),
         width=width,
@@ -303,7 +305,7 @@ def _compare(where: str, found: set[str], expected: set[str]) -> None:
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which has no place"
-        raise CheckpointError(f"{where}: {what} ({len(missing)} missing, {len(extra)} too many)")
+        raise CheckpointError(f"{where} {what} ({len(missing)} missing, {len(extra)} too many)")
 
 
 def _weight(stored: Any, name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:

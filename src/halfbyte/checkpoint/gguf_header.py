@@ -54,7 +54,7 @@ class _Walk:
         start = self._file.peek(64)[:64] if hasattr(self._file, "peek") else b""
         refuse_pointer(start, self._where)
         if self._take(4) != _MAGIC:
-            raise CheckpointError(f"{self._where}: no GGUF file (it begins otherwise)")
+            raise CheckpointError(f"{self._where} is not a GGUF file (it begins otherwise)")
         version = self._take(4)
         # A file of the other byte order has its low bytes last.
         self._order = "<" if struct.unpack("<I", version)[0] & 0xFFFF else ">"
@@ -122,4 +122,6 @@ class _Walk:
             raise self._refuse("ends within its header")
 
     def _refuse(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self._where}: {what}; damaged, or no file of a llama model")
+        return CheckpointError(
+            f"{self._where}: {what}; it is damaged, or not a file of a llama model"
+        )

@@ -35,7 +35,7 @@ _PRE_TOKENIZERS = {"smollm": _digits_then_bytes, "gpt-2": _bytes_only}
 
 
 def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, bytes]:
-    """File name -> content: tokenizer.json, tokenizer_config.json, chat_template.jinja.
+    """Content of tokenizer.json, tokenizer_config.json and chat_template.jinja by file name.
 
     metadata     all key-value pairs of the GGUF file
     vocab_size   rows of the embedding

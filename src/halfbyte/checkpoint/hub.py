@@ -106,7 +106,7 @@ def choose_files(names: Sequence[str], where: str) -> list[str]:
         None,
     )
     if weights is None:
-        raise CheckpointError(f"{where}: holds no {_HUB_WEIGHTS} and no {_NATIVE_WEIGHTS}")
+        raise CheckpointError(f"{where} holds no {_HUB_WEIGHTS} and no {_NATIVE_WEIGHTS}")
     small = [name for name in here if any(fnmatchcase(name, pattern) for pattern in _SMALL)]
     return sorted({*weights, *small})
 

@@ -38,7 +38,7 @@ def checkpoint_identity(directory: Path) -> str:
             digest.update(_sample(path))
         return f"sampled:{digest.hexdigest()}"
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: has no identity: {error}") from error
+        raise CheckpointError(f"{directory} has no identity: {error}") from error
 
 
 def _sample(path: Path) -> bytes:

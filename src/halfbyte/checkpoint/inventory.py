@@ -50,7 +50,7 @@ def shapes_to_write(config: ModelConfig, quantization: Quantization, layout: Lay
 
 
 def expected_eagle_tensors(config: ModelConfig, quantization: Quantization) -> dict[str, Expected]:
-    """As `expected_tensors`, for a draft model, which uses its target's embedding and head."""
+    """What must be stored of a draft model, which uses its target's embedding and head."""
     layers = {
         name: expected
         for name, expected in _expected(config, quantization)

@@ -21,7 +21,7 @@ _CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the file says. It holds no times and no paths: equal runs give equal bytes.
+    """What a manifest says; it holds no times or paths, so that equal runs give equal bytes.
 
     made_of   free facts about what the checkpoint was made of (source, recipe, calibration)
     tensors   foreign name -> sha256 of the tensor's bytes

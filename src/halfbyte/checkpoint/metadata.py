@@ -79,7 +79,7 @@ def read_config(directory: Path) -> tuple[ModelConfig, Quantization, Fields]:
 def describe(
     directory: Path, layout: Layout, *, has_head: bool | None
 ) -> tuple[ModelConfig, Quantization, Fields]:
-    """As `read_config`, for a directory whose tensors are known to be spelt in `layout`."""
+    """What `read_config` gives, for a directory whose tensors are known to be spelt in `layout`."""
     if layout == "mistral":
         raw = read_json(directory / "params.json")
         config = native_config(raw, has_head=has_head)
@@ -96,7 +96,7 @@ def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Fields:
     try:
         return parse_json(read_bounded(path, max_bytes), path.name)
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -272,7 +272,7 @@ def _mixed(layers: Any, config: ModelConfig, layout: Layout, where: str) -> dict
         name = canonical_module(foreign, layout)
         if name not in formats:
             raise CheckpointError(
-                f"{where}: quantized_layers names {foreign[:99]}, which is no decoder linear of "
+                f"{where}: quantized_layers names {foreign[:99]}, which is not a decoder linear of "
                 f"this model in the spelling of its tensors ({layout})"
             )
         fields = Reader(entry, f"{where}.quantized_layers[{foreign}]")

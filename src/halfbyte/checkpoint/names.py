@@ -183,11 +183,11 @@ def foreign_module(name: str, layout: Layout) -> str:
             prefix = f"{_TOWER_PREFIX[layout]}transformer.layers."
         if rest in table:
             return f"{prefix}{layer}.{table[rest]}"
-    raise CheckpointError(f"{name}: not a canonical module name")
+    raise CheckpointError(f"{name} is not a canonical module name")
 
 
 def foreign_name(name: str, layout: Layout, dialect: Dialect) -> str:
-    """The foreign spelling of canonical tensor `name`.
+    """The spelling of canonical tensor `name` in a foreign layout and dialect.
 
     `decoder.4.mlp.up.tensor_scale` -> `model.language_model.layers.4.mlp.up_proj.weight_scale_2`
     (hf, modelopt). Raises CheckpointError for a name or role that the dialect does not have.
@@ -263,7 +263,9 @@ def detect_layout(foreign_names: Iterable[str]) -> Layout:
         if foreign_name("embedding.weight", layout, "none") in names:
             return layout
     some = ", ".join(sorted(names)[:3])
-    raise CheckpointError(f"no known layout: no embedding among {len(names)} tensors ({some}, …)")
+    raise CheckpointError(
+        f"the layout is not known: none of {len(names)} tensors is an embedding ({some}, …)"
+    )
 
 
 def rotary_heads(name: str, config: ModelConfig) -> int | None:
@@ -305,7 +307,7 @@ def native_to_hub_rows(weight: Tensor, num_heads: int) -> Tensor:
 
 
 def hub_to_native_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `native_to_hub_rows`; a copy."""
+    """Undo `native_to_hub_rows`: rows of q or k from two halves to interleaved pairs; a copy."""
     rows = weight.shape[0]
     head_dim = rows // num_heads
     return (

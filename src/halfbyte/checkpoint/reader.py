@@ -109,7 +109,7 @@ class Checkpoint:
         directory = Path(path)
         if not (directory / "params.json").is_file():
             raise CheckpointError(
-                f"{directory}: no params.json, so no EAGLE head in Mistral's layout"
+                f"{directory} has no params.json, so it is not an EAGLE head in Mistral's layout"
             )
         files = scan(directory, native=True)
         fuse = foreign_name("eagle.fuse.weight", "mistral", "none")
@@ -155,11 +155,11 @@ class Checkpoint:
         return self._find(name).name
 
     def shard(self, name: str) -> Path:
-        """The file that holds `name`."""
+        """Path of the file that holds canonical tensor `name`."""
         return self._find(name).path
 
     def stored(self, name: str) -> StoredTensor:
-        """Where `name` lies, for those who need its bytes as they are."""
+        """Where the bytes of `name` lie, for callers that read them as they are."""
         return self._find(name)
 
     def tensor(self, name: str) -> Tensor:
@@ -201,7 +201,7 @@ class Checkpoint:
         """Read the value of a tensor without dimensions."""
         tensor = self.tensor(name)
         if tensor.numel() != 1:
-            raise CheckpointError(f"{name}: a scalar was expected, its shape is {self.shape(name)}")
+            raise CheckpointError(f"{name} must be a scalar; its shape is {self.shape(name)}")
         return float(tensor.item())
 
     def scale(self, name: str) -> float:
@@ -253,7 +253,7 @@ class Checkpoint:
     def _find(self, name: str) -> StoredTensor:
         stored = self._stored.get(name)
         if stored is None:
-            raise CheckpointError(f"{self.directory}: holds no tensor {name}")
+            raise CheckpointError(f"{self.directory} holds no tensor {name}")
         return stored
 
     @staticmethod

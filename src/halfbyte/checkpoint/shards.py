@@ -117,7 +117,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not JSON ({error})") from error
+        raise CheckpointError(f"{where} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object was expected, not {type(value).__name__}")
     return value
@@ -185,14 +185,16 @@ def scan(directory: Path, *, native: bool = False) -> dict[str, StoredTensor]:
     index_path = directory / f"{stem}.safetensors.index.json"
     if not index_path.exists():
         if not files:
-            raise CheckpointError(f"{directory}: no {stem}*.safetensors")
+            raise CheckpointError(f"{directory} has no {stem}*.safetensors")
         if len(files) > 1:
             raise CheckpointError(f"{directory}: {len(files)} shards but no {index_path.name}")
         return read_header(directory / files[0])[0]
     weight_map = read_weight_map(index_path)
     unlisted = sorted(set(files) - set(weight_map.values()))
     if unlisted:
-        raise CheckpointError(f"{index_path.name}: does not list {', '.join(unlisted)}; stale?")
+        raise CheckpointError(
+            f"{index_path.name} does not list {', '.join(unlisted)}; is it stale?"
+        )
     return _join(directory, weight_map, index_path.name)
 
 
@@ -204,12 +206,12 @@ def read_weight_map(index_path: Path) -> dict[str, str]:
         raise CheckpointError(f"{index_path}: cannot be read ({error.strerror})") from error
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path.name}: no weight_map")
+        raise CheckpointError(f"{index_path.name} has no weight_map")
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard == Path(shard).name and shard.strip(".") != ""
         if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index_path.name}: {name}: {shown(shard)} is no shard beside it"
+                f"{index_path.name}: {name}: {shown(shard)} is not a shard beside it"
             )
     return weight_map
 
@@ -228,7 +230,7 @@ def _join(directory: Path, weight_map: dict[str, str], where: str) -> dict[str, 
                 raise CheckpointError(f"{name}: stored in both {found[name].path.name} and {shard}")
             if weight_map.get(name) != shard:
                 home = weight_map.get(name, "nowhere")
-                raise CheckpointError(f"{shard}: holds {name}, which {where} puts {home}")
+                raise CheckpointError(f"{shard} holds {name}, which {where} puts {home}")
             found[name] = tensor
     lost = [name for name in weight_map if name not in found]
     if lost:

@@ -123,7 +123,7 @@ class Closeness(NamedTuple):
 
     @property
     def is_far(self) -> bool:
-        """Whether codes or scales must be wrong."""
+        """Whether the distance from the source means that codes or scales are wrong."""
         return self.sqnr_db < self.floor_db
 
 

@@ -172,5 +172,5 @@ class Reader:
         if value is None:
             value = default
         if value is None:
-            raise CheckpointError(f"{self._where}: lacks {name}")
+            raise CheckpointError(f"{self._where} lacks {name}")
         return value

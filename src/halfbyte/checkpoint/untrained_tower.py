@@ -45,7 +45,7 @@ def add_untrained_tower(source: Path, target: Path, *, seed: int = 0) -> ModelCo
     checkpoint = Checkpoint.open(source)
     check_source(checkpoint)
     if checkpoint.config.vision is not None:
-        raise UsageError(f"{source}: has a vision tower already")
+        raise UsageError(f"{source} has a vision tower already")
     if not (source / "tokenizer.json").is_file() or (source / "tekken.json").exists():
         raise UsageError(f"{source}: image tokens can be added to a tokenizer.json only")
     tokenizer, ids = _with_image_tokens(source / "tokenizer.json")
@@ -77,7 +77,7 @@ def _with_image_tokens(path: Path) -> tuple[bytes, list[int]]:
     try:
         tokenizer = Tokenizer.from_buffer(read_bounded(path, MAX_TOKENIZER_BYTES))
     except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path}: no tokenizer that can be read ({error})") from error
+        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error})") from error
     tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in IMAGE_TOKENS]
     )

@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What `verify` found wrong or worth knowing.
+    """What `verify` has counted, and the problems it has found.
 
     sqnr_db   canonical linear -> SQNR against the source in dB (inf if equal); empty without one
     """
@@ -142,7 +142,7 @@ def _is_by_gptq(manifest: Manifest) -> bool:
 
 
 def check_files(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Index sums, and files that would make an engine read something else."""
+    """Problems of index sums, and of files that would make an engine read something else."""
     directory = checkpoint.directory
     total = sum(map(checkpoint.num_bytes, checkpoint.names()))
     index = directory / INDEX_NAME
@@ -165,7 +165,7 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def check_metadata(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """The two JSON files of an export against what the tensors say, written anew."""
+    """Problems of an export's two JSON files, against what the tensors say, written anew."""
     directory, quantization = checkpoint.directory, checkpoint.quantization
     raw = checkpoint.raw_config
     if checkpoint.config.vision is not None and "tie_word_embeddings" not in raw:
@@ -209,7 +209,7 @@ _MEDIUM_35 = (88, 12288, 96, 8, 128, 28672)
 
 
 def check_rope(config: ModelConfig) -> Iterator[Problem]:
-    """Rotary settings that are known to ruin a model.
+    """Problems of rotary settings that are known to ruin a model.
 
     Medium 3.5 was first published with `mscale_all_dim` 1, which switches YaRN's attention factor
     off; within days it became 0. Other models of the class rightly carry 1, so only its geometry
@@ -267,7 +267,7 @@ def require_trusted(config: ModelConfig, accepted: Collection[str] = ()) -> None
 
 
 def check_scales(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Fused groups of one format, with the scales they must share."""
+    """Problems of fused groups: one format each, with the scales they must share."""
     for linear in decoder_linears(checkpoint.config):
         partners = fused_partners(linear.name)
         if partners[0] == linear.name and len(partners) > 1:
@@ -300,7 +300,7 @@ def _check_group(checkpoint: Checkpoint, partners: tuple[str, ...]) -> Iterator[
 
 
 def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterator[Problem]:
-    """Token ids within the vocabulary; the same tokenizer files as the source's."""
+    """Problems of token ids beyond the vocabulary, or of tokenizer files unlike the source's."""
     directory, text = checkpoint.directory, checkpoint.config.text
     if not any((directory / name).exists() for name in ("tokenizer.json", "tekken.json")):
         yield Problem("warning", str(directory), "no tokenizer.json and no tekken.json")

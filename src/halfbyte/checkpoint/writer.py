@@ -244,7 +244,7 @@ class ShardWriter:
         )
 
     def write_file(self, name: str, content: bytes) -> None:
-        """Write a small file into the directory."""
+        """Write a small file into the directory, durably, and remember its hash."""
         self._output.write_file(name, content)
         self._file_hashes[name] = hashlib.sha256(content).hexdigest()
 

@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if not folder.is_dir() and not _is_address(args.target):
         raise UsageError(
-            f"{args.target} is no folder and no address of a server (http://HOST:PORT)"
+            f"{args.target} is neither a folder nor the address of a server (http://HOST:PORT)"
         )
     with _server(args, folder) as (endpoint, asked):
         return asyncio.run(_measure(args, endpoint, asked))

@@ -109,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.baseline is not None and len(args.models) != 1:
         raise UsageError("with --baseline name the candidate alone")
     if args.baseline is None and args.text is None:
-        raise UsageError("which text? --text FILE")
+        raise UsageError("no text is given; say which by --text FILE")
     if args.baseline is not None and args.choices is not None:
         raise UsageError("--baseline holds its own items; leave out --choices")
     if args.baseline is not None and args.text is not None:

@@ -44,7 +44,7 @@ def add_verdict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verdict_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as `compare_runs` takes them."""
+    """The flags of a verdict as arguments that `compare_runs` takes."""
     # The hall is imported when the command runs, so that --help is quick.
     from halfbyte.evals.judging.looks import parse_margins
 

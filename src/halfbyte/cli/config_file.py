@@ -16,7 +16,7 @@ _NOT_IN_FILES = frozenset({"config", "help"})
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the flag `--config` to a command."""
+    """Add the flag `--config FILE.yaml` to a command's parser."""
     parser.add_argument(
         "--config",
         type=Path,
@@ -42,7 +42,7 @@ def apply_config(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
         return
     told = parse_yaml(read_yaml_text(path, "config"), str(path))
     if not isinstance(told, dict):
-        raise UsageError(f"{path}: must hold flags, each as NAME: VALUE")
+        raise UsageError(f"{path} must hold flags, each as NAME: VALUE")
     defaults: dict[str, Any] = {}
     for key, value in told.items():
         name = str(key).replace("_", "-")
@@ -59,7 +59,7 @@ def _read(action: argparse.Action, value: Any, where: str) -> Any:
     is_switch = action.nargs == 0
     if is_switch:
         if not isinstance(value, bool):
-            raise UsageError(f"{where}: is true or false, not {shown(value)}")
+            raise UsageError(f"{where}: it is true or false, not {shown(value)}")
         return value
     takes_list = isinstance(action, argparse._AppendAction) or action.nargs in ("+", "*")
     if takes_list:
@@ -70,7 +70,7 @@ def _read(action: argparse.Action, value: Any, where: str) -> Any:
 
 def _one(action: argparse.Action, value: Any, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UsageError(f"{where}: takes a number or a text, not {shown(value)}")
+        raise UsageError(f"{where}: it takes a number or a text, not {shown(value)}")
     read = action.type if callable(action.type) else str
     try:
         made = read(str(value))
@@ -78,5 +78,5 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
         raise UsageError(f"{where}: {shown(value)} cannot be read: {error}") from error
     if action.choices is not None and made not in action.choices:
         known = ", ".join(map(str, action.choices))
-        raise UsageError(f"{where}: {shown(value)} is none of {known}")
+        raise UsageError(f"{where}: {shown(value)} is not one of {known}")
     return made

@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def kept(args: argparse.Namespace) -> str:
-    """What Ctrl-C leaves."""
+    """A sentence about what a demo leaves when Ctrl-C ends it."""
     return f"{args.out} holds an unfinished demo; the same command replaces it"

@@ -210,7 +210,7 @@ def make_checkpoints(out: Path, narrator: Narrator) -> None:
 
 
 def size_of(directory: Path) -> str:
-    """Bytes of a checkpoint's weights, as text."""
+    """Size of a checkpoint's weights as text, in decimal megabytes."""
     return f"{weight_bytes(directory) / 1e6:.0f} MB"
 
 

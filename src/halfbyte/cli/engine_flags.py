@@ -36,7 +36,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_accept(parser: argparse._ActionsContainer) -> None:
-    """`--accept NAME`, shared with `halfbyte quantize`."""
+    """Add `--accept NAME`, which `halfbyte quantize` has as well."""
     option = options()["accept"]
     parser.add_argument(
         option.flag, action="append", default=[], choices=_ACCEPTABLE, help=option.help

@@ -132,7 +132,9 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     if args.target is None:
-        raise UsageError("evaluate what? give an endpoint or a checkpoint folder (or --plan)")
+        raise UsageError(
+            "there is nothing to evaluate; give an endpoint or a checkpoint folder (or --plan)"
+        )
     require_extra()
     named_by = args.out.resolve().name if args.out else default_arm(args.target)
     arm = named_by if args.arm is None else args.arm
@@ -198,7 +200,7 @@ def _config(
 
 
 def kept(args: argparse.Namespace) -> str:
-    """What Ctrl-C leaves."""
+    """A sentence about what an evaluation leaves when Ctrl-C ends it."""
     from halfbyte.evals.running.evaluate import default_arm
 
     if args.plan or args.target in (None, "plan"):

@@ -47,5 +47,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def kept(args: argparse.Namespace) -> str:
-    """What Ctrl-C leaves."""
+    """A sentence about what grading leaves when Ctrl-C ends it."""
     return f"the answers in {args.run} are as they were; give the same command to grade them again"

@@ -37,7 +37,9 @@ def _plan(source: Path, recipe: str | None, every_layer: bool) -> int:
     from halfbyte.recipe.schema import library_recipes, load_recipe
 
     if recipe is None:
-        raise UsageError(f"which recipe? --recipe {' | '.join(library_recipes())} | FILE.yaml")
+        raise UsageError(
+            f"no recipe is given; say which by --recipe {' | '.join(library_recipes())} | FILE.yaml"
+        )
     config, _, _ = read_config(source)
     plan = make_plan(load_recipe(recipe), config)
     print(format_plan(plan, config, every_layer=every_layer))

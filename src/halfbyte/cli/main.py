@@ -53,7 +53,7 @@ _NOTHING_KEPT = "nothing is kept of this command; give it again to start over"
 
 
 def overview() -> str:
-    """The text of `halfbyte --help`."""
+    """The text of `halfbyte --help`: every command in a line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
@@ -122,7 +122,10 @@ def _run(argv: list[str] | None) -> int:
         return 0
     name = arguments.pop(0)
     if name not in COMMANDS:
-        print(f"error: no command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: there is no command {name!r}; there are: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     if name in _SERVING or (name == "bench" and arguments[:1] == ["serve"]):
         let_threads_sleep()

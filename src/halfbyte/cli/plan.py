@@ -69,18 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_count(text: str) -> int:
     """Read a whole number of at least 1 from the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def parse_price(text: str) -> float:
-    """A number above 0."""
+    """Read a price above 0 from the command line."""
     try:
         price = float(text)
     except ValueError:
         price = 0.0
     if not 0 < price < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no price; write a number, as 4.50")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a price; write a number above 0, such as 4.50"
+        )
     return price
 
 

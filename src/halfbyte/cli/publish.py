@@ -88,7 +88,7 @@ def _warnings(args: argparse.Namespace, has_no_base: bool) -> list[str]:
 
 
 def kept(args: argparse.Namespace) -> str:
-    """What Ctrl-C leaves."""
+    """A sentence about what publishing leaves when Ctrl-C ends it."""
     if not args.upload:
         return "nothing was sent; give the same command again"
     return f"files that arrived stay in {args.repository}; the same command goes on with the others"

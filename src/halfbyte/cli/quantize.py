@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """What text to calibrate on; shared with `halfbyte plan`."""
+    """Add the flags that choose the calibration text; `halfbyte plan` has them as well."""
     parser.add_argument(
         "--calibration-tokens",
         type=Path,
@@ -86,7 +86,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """`--recipe`, which lists what there is; shared with `halfbyte plan`."""
+    """Add `--recipe`, which lists what there is; `halfbyte plan` has it as well."""
     from halfbyte.recipe.schema import library_recipes
 
     known = ", ".join(library_recipes())
@@ -96,7 +96,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """`12GiB`, `10GB`, `1.5TB`, `4096B`; a number without a unit is refused: few mean bytes."""
+    """Read `12GiB`, `10GB`, `1.5TB` or `4096B`; without a unit it is refused: few mean bytes."""
     binary = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
     units = {**binary, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "b": 1}
     lowered = text.strip().lower()
@@ -104,7 +104,7 @@ def parse_bytes(text: str) -> int:
     try:
         value = float(lowered.removesuffix(unit)) * units.get(unit, 1)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 12GiB or 10GB") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 12GiB or 10GB") from None
     if not unit:
         number = text.strip()
         raise argparse.ArgumentTypeError(f"{text!r} has no unit; write {number}GiB or {number}GB")
@@ -186,7 +186,7 @@ def chosen_blend(args: argparse.Namespace) -> str | None:
 
 
 def kept(args: argparse.Namespace) -> str:
-    """What Ctrl-C leaves."""
+    """A sentence about what a quantization leaves when Ctrl-C ends it."""
     from halfbyte.quantize.staging import work_directory
 
     work = work_directory(args.output)

@@ -286,5 +286,5 @@ def _print_vllm(args: argparse.Namespace, name: str, max_images: int) -> int:
 
 
 def kept(args: argparse.Namespace) -> str:
-    """What Ctrl-C leaves before there is a server; later the server ends its answers itself."""
+    """A sentence for a Ctrl-C before there is a server; later the server ends its answers."""
     return f"{args.directory} was still being loaded; give the same command again to serve it"

@@ -13,7 +13,7 @@ from halfbyte.errors import UsageError
 
 @dataclass(slots=True)
 class Answer:
-    """What one request has given so far."""
+    """What the chunks of one answer have said so far."""
 
     content: str = ""
     reasoning: str = ""
@@ -84,7 +84,7 @@ class ChatClient:
         try:
             yield
         except httpx.HTTPError as error:
-            raise UsageError(f"no answer from {self._http.base_url}: {error}") from error
+            raise UsageError(f"{self._http.base_url} does not answer: {error}") from error
 
 
 def _check(response: httpx.Response) -> None:

@@ -35,7 +35,7 @@ class Terminal:
     turns: list[dict[str, Any]] = field(default_factory=list)
 
     def loop(self, read_line: Any = input) -> None:
-        """Read questions until the end of input."""
+        """Read questions and answer them until the end of input."""
         self._say(f"{self.model}. /help lists the commands.\n")
         while True:
             try:
@@ -107,7 +107,7 @@ class Terminal:
             except ValueError as error:
                 raise UsageError(f"{value!r} is not a number") from error
         else:
-            raise UsageError(f"no command {name}; /help lists them")
+            raise UsageError(f"there is no command {name}; /help lists them")
 
     def _again(self) -> None:
         while self.turns and self.turns[-1]["role"] != "user":

@@ -30,7 +30,7 @@ DTYPES: dict[CacheFormat, torch.dtype] = {"fp8": torch.float8_e4m3fn, "bf16": to
 
 
 def bytes_per_token(config: TextConfig, format: CacheFormat) -> int:
-    """Bytes of K and V of one position in all layers."""
+    """Bytes that K and V of one position take in all layers together."""
     values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return values * DTYPES[format].itemsize
 
@@ -126,7 +126,7 @@ class PagedAttend:
         rotation: Rotation,
         rows: slice,
     ) -> Tensor:
-        """Rotate and remember some of the step's rows, which the arguments are; rotated q_TNH."""
+        """Rotate some of the step's rows and write K and V to pages; returns rotated q_TNH."""
         k_cache_PZKH, v_cache_PZKH = self.cache.layers[layer]
         k_scale, v_scale = self.cache.scales[layer]
         q_TNH, k_TKH = dispatch.rotate(q_TNH, k_TKH, rotation)
@@ -135,7 +135,7 @@ class PagedAttend:
         return q_TNH
 
     def attend_spans(self, layer: int, q_TNH: Tensor, spans: range, totals: Tensor) -> Tensor:
-        """A part of attention once all rows are stored (`dispatch.attend_spans`)."""
+        """Compute a part of attention once all rows are stored; see `dispatch.attend_spans`."""
         return dispatch.attend_spans(*self._arguments(layer, q_TNH), spans, totals)
 
     def _arguments(

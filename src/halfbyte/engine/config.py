@@ -83,7 +83,7 @@ def resolve(
 
 
 def free_cache_bytes(config: EngineConfig) -> int:
-    """Memory that the KV cache may take now, the weights being loaded; of one rank."""
+    """Bytes that one rank's KV cache may take now that its weights are loaded."""
     device = torch.device(config.device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -130,7 +130,7 @@ def _validate(config: EngineConfig, text: TextConfig) -> None:
 
 
 def draft_directory(config: EngineConfig) -> str | None:
-    """Where the draft model lies, if one is wanted."""
+    """The folder of the draft model; None if the configuration names none."""
     return None if config.speculative == NGRAM else config.speculative
 
 

@@ -101,8 +101,10 @@ class Engine:
         logits_hook: LogitsHook | None = None,
         guesser: Guesser | None = None,
     ) -> None:
-        """`config` is resolved; use `Engine.load`. For tests: `logits_hook` makes a model say
-        certain things, `guesser` replaces the one that `config.speculative` names.
+        """Take a loaded runner and a resolved configuration; programs use `Engine.load`.
+
+        For tests: `logits_hook` makes a model say certain things, `guesser` replaces the one that
+        `config.speculative` names.
         """
         assert config.kv_cache_tokens is not None and config.max_model_len is not None
         text, draft = runner.device.config, runner.device.draft
@@ -167,8 +169,9 @@ class Engine:
         return engine
 
     def measure_steps(self) -> None:
-        """Time steps of every size, where those are known and prompts are to leave answers their
-        gaps. Before the first request: what is stored is overwritten.
+        """Time steps of every size, where the device has sizes and answers' gaps are to be kept.
+
+        Call it before the first request: what the cache holds is overwritten.
         """
         if self._runner.step_sizes and self.config.target_gap_ms != "none":
             assert not self._answers.request_ids
@@ -387,7 +390,7 @@ class Engine:
         self._step_s += seconds
 
     def facts(self) -> dict[str, object]:
-        """What runs the model and what that holds, for people."""
+        """What runs the model and what memory it takes: facts by name, for people."""
         step_ms = {str(n): round(s * 1e3, 2) for n, s in self._pacer.table().items()}
         return {**self._runner.facts(), **({"step_ms": step_ms} if step_ms else {})}
 
@@ -455,11 +458,11 @@ class Engine:
 
     @property
     def failure(self) -> str | None:
-        """What another tensor-parallel rank died of: no step can run any more. From any thread."""
+        """Why no step can run any more: what another rank died of. Safe from any thread."""
         return self._runner.failure
 
     def close(self) -> None:
-        """End threads and the processes of other tensor-parallel ranks; no step can run then."""
+        """End the engine's threads and the processes of other ranks; no step can run then."""
         self._sampler.close()
         self._runner.close()
 

@@ -22,7 +22,7 @@ from halfbyte.model.parallel import Communicator
 
 
 class Results(NamedTuple):
-    """What a step gives, the caller's to change.
+    """What a step gives: logits and hidden states, which the caller may change.
 
     logits_RV  f32, of the step's wanted rows
     hidden_TD  of every row, behind the final norm, if it was wanted
@@ -47,10 +47,10 @@ class Slices(Protocol):
     """A step that is computed in parts, each of which may wait as long as it likes."""
 
     def encode(self, deadline: float) -> bool:
-        """As `advance`, but no further than the images; whether they are all there."""
+        """Encode images until about then, and no layers yet; True once all are there."""
 
     def advance(self, deadline: float) -> Results | None:
-        """Compute until about then, a little in any case; the results once all is computed.
+        """Compute until about then, one unit at least; the results once the whole step is computed.
 
         deadline  by `time.perf_counter`
         """
@@ -60,14 +60,16 @@ class Slicer(Protocol):
     """The ability of a device to stop in the middle of a step and go on later."""
 
     def begin(self, step: PlannedStep, placing: Placing | None) -> Slices:
-        """Begin a step whose images come from `placing`; other steps may run in between. Its
-        sequences keep their blocks until it is over. The results include hidden states.
+        """Begin a step whose images come from `placing`; other steps may run in between.
+
+        The step's sequences keep their blocks until it is over. The results include hidden states.
         """
 
 
 class Ahead(Protocol):
-    """The ability to choose tokens on the device, so that the next step can be launched before
-    they are read.
+    """The ability to choose tokens on the device.
+
+    The next step can then be launched before the tokens are read.
     """
 
     def launch(
@@ -90,14 +92,14 @@ class DraftDevice(Protocol):
     def cache(self) -> PagedCache: ...
 
     def advance(self, step: PlannedStep, hidden_TD: Tensor, vectors_ID: Tensor | None) -> Guessed:
-        """Compute entries and remember their K and V.
+        """Compute entries of the draft model and write their K and V to its cache.
 
         step       a row of entry p holds the token at p + 1, position p and its slot
         hidden_TD  the target's at the entries, or what this gave for it
         """
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """The target's head: f32 (R, V), the caller's to change."""
+        """Logits by the target's head, f32 (R, V); the caller may change them."""
 
 
 class Device(Protocol):
@@ -115,7 +117,7 @@ class Device(Protocol):
 
     @property
     def num_weight_bytes(self) -> int:
-        """Bytes of its weights, a draft model's included."""
+        """Bytes of the device's weights, those of a draft model included."""
 
     @property
     def draft(self) -> DraftDevice | None: ...
@@ -133,7 +135,7 @@ class Device(Protocol):
     def run(
         self, step: PlannedStep, vectors_ID: Tensor | None, *, wants_hidden: bool = False
     ) -> Results:
-        """Compute a step; on ranks above 0 there are no logits.
+        """Compute a step on this rank; ranks above 0 get no logits.
 
         vectors_ID  of images, in the order of the step's image rows; rank 0 alone has them
         """
@@ -142,4 +144,4 @@ class Device(Protocol):
         """Compute this rank's part of a step that rank 0 runs or launches."""
 
     def facts(self) -> dict[str, object]:
-        """What computes the model and what it holds, for people."""
+        """What computes the model and what memory it takes: facts by name, for people."""

@@ -30,7 +30,7 @@ from halfbyte.engine.sampler import Sampler
 
 
 class Drafter:
-    """Guesses by a draft model. Its figures are guesses, too: no answer depends on them."""
+    """Proposes tokens by a draft model. No answer's tokens depend on what it proposes."""
 
     def __init__(self, model: DraftDevice, runner: Runner, sampler: Sampler) -> None:
         """`model` is the draft model of the runner's device."""
@@ -80,11 +80,11 @@ class Drafter:
         self._last = self._advance(shifted, token_ids, hidden_TD, table_rows, last_rows)
 
     def confidence(self, sequence: Sequence) -> int | None:
-        """One class; no guess for a sequence that was not in the last step."""
+        """Class 0 for a sequence of the last step, None for any other: there is one class."""
         return 0 if sequence.arrival in self._row_of else None
 
     def guess(self, wanted: SequenceOf[tuple[Sequence, int]]) -> list[list[int]]:
-        """Token after token for all sequences together, each as far as it wants."""
+        """Propose tokens for all sequences together, one by one, up to each one's number."""
         assert self._last is not None
         guesses: list[list[int]] = [[] for _ in wanted]
         active = list(range(len(wanted)))
@@ -112,7 +112,7 @@ class Drafter:
             )
 
     def forget(self, sequence: Sequence) -> None:
-        """Nothing is kept by sequence but what the next `follow` replaces."""
+        """Do nothing: the next `follow` replaces all that is kept of a sequence."""
 
     def _extend(
         self,

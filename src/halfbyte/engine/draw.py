@@ -33,8 +33,9 @@ _MAX_BAN_LISTS = 64
 
 
 def uniform(seed: int, index: int, attempt: int = 0) -> float:
-    """A number in [0, 1) that depends on nothing but the seed, the token's index, and which draw
-    of the token it is.
+    """A number in [0, 1) that depends on the seed, the token's index and the attempt alone.
+
+    `attempt` counts the draws of one token.
     """
     digest = hashlib.blake2b(
         (seed % 2**64).to_bytes(8, "little") + index.to_bytes(8, "little"),
@@ -63,12 +64,12 @@ class DrawPlan:
 
     @property
     def draws(self) -> bool:
-        """Whether any row draws."""
+        """Whether the token of any row is drawn at random."""
         return bool(len(self.open_rows) or len(self.filtered_rows))
 
     @property
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """What `choose_tokens` needs beside the logits, if anything is drawn."""
+        """Arrays that `choose_tokens` needs beside the logits; none if no row draws."""
         return self.numbers_5R, self.open_rows, self.filtered_rows
 
 
@@ -134,8 +135,9 @@ def choose_tokens(
 
 
 def best(logits_RV: Tensor) -> Tensor:
-    """The most likely token of each row, int64 (R,), or IMPOSSIBLE: a row of -inf has no token, an
-    infinite one no distribution, nor has one with NaN.
+    """The most likely token of each row, int64 (R,), or IMPOSSIBLE where there is none.
+
+    A row of -inf has no token; a row with an infinite value or NaN has no distribution.
     """
     if logits_RV.device.type == "cpu":
         # Ten times as fast as torch's, which also wakes its threads for it.

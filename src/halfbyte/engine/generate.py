@@ -12,7 +12,7 @@ from halfbyte.engine.request import Event, FinishEvent, GenerationRequest, Token
 
 @dataclass(slots=True)
 class Generated:
-    """Everything that the engine said about one request.
+    """Everything that the engine said about one request: tokens, log-probs, counts, its end.
 
     token_ids        tokens of the answer, without the one that ended it
     logprobs         one for each token, if the request asked for them

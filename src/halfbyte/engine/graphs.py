@@ -65,7 +65,7 @@ def size_for(num_rows: int, sizes: Sequence[int]) -> int | None:
 
 
 class RowInputs(NamedTuple):
-    """What a step's rows are, where every graph reads it.
+    """Tensors on the device from which every graph reads what a step's rows are.
 
     packed_5T    int64: token id; row of `last_tokens` to take it from instead, or -1; position;
                  slot of the cache, -1 stores nothing; row of `table`
@@ -93,7 +93,7 @@ def make_inputs(
 
 
 class Rows(NamedTuple):
-    """Inputs of one step, unpacked."""
+    """Inputs of one step, unpacked into a tensor for each quantity."""
 
     token_ids_T: Tensor
     positions_T: Tensor
@@ -121,14 +121,14 @@ def look_up(token_ids_T: Tensor, sources_T: Tensor, last_tokens: Tensor) -> Tens
 
 
 class RowExecutor(Protocol):
-    """Computes steps of rows, of a model or of a draft model beside it."""
+    """Computes steps of rows for a model, or for a draft model beside it."""
 
     @property
     def config(self) -> TextConfig: ...
 
     @property
     def num_weight_bytes(self) -> int:
-        """Of its own weights."""
+        """Bytes of its own weights on this rank, without what a draft model borrows."""
 
     @property
     def sizes(self) -> tuple[int, ...]: ...
@@ -138,33 +138,36 @@ class RowExecutor(Protocol):
 
     @property
     def spare_VD(self) -> Tensor:
-        """Rows behind the vocabulary's embeddings, where vectors of images are put: row i is read
-        as token id `vocab_size` + i. Rank 0 of several has them.
+        """Rows behind the vocabulary's embeddings, where vectors of images are put.
+
+        Row i is read as token id `vocab_size` + i. Rank 0 of several has them.
         """
 
     def replay(self, size: int) -> Tensor:
-        """Run a step of the first `size` rows of `inputs`: logits f32 (size, V), overwritten by
-        the next step.
+        """Run a step of the first `size` rows of `inputs`; returns logits f32 (size, V).
+
+        The next step overwrites the logits.
         """
 
     def hidden(self, size: int) -> Tensor:
         """What the head read in the last `replay` of this size: (size, D), the caller's."""
 
     def prefill(self, batch: PrefillBatch) -> Tensor:
-        """The residual stream after the last layer, (T, D)."""
+        """Run a batch through all layers; returns the residual stream after the last, (T, D)."""
 
     def normed(self, residual_RD: Tensor) -> Tensor:
-        """Rows of `prefill`'s result behind the final norm, (R, D)."""
+        """Apply the final norm to rows of `prefill`'s result: (R, D)."""
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """The head: f32 (R, V) of rows behind the final norm."""
+        """Apply the head to rows behind the final norm: f32 (R, V)."""
 
     def facts(self) -> dict[str, object]: ...
 
 
 class Executor(RowExecutor, Protocol):
-    """Computes the model's steps; `HopperExecutor` with kernels, a twin in plain torch in tests
-    (0038).
+    """Computes the model's steps: `HopperExecutor` with kernels, a twin in plain torch in tests.
+
+    Decision 0038 says why there is a twin.
     """
 
     @property
@@ -173,9 +176,10 @@ class Executor(RowExecutor, Protocol):
 
 
 class DraftExecutor(RowExecutor, Protocol):
-    """Computes entries of a draft model (`drafter`), with the rows of an `Executor`'s inputs: a row
-    of entry p holds the token at p + 1, position p and its slot. A `prefill`'s batch has hidden
-    states; norm and head are those that give guesses.
+    """Computes entries of a draft model (`drafter`), in the rows of an `Executor`'s inputs.
+
+    A row of entry p holds the token at p + 1, position p and its slot. A `prefill`'s batch has
+    hidden states; norm and head are those that give guesses.
     """
 
     @property
@@ -226,7 +230,7 @@ class HopperExecutor:
         shared: SharedBuffers,
         communicator: Communicator | None = None,
     ) -> None:
-        """Nothing is captured yet (`capture`)."""
+        """Lay out buffers and prefill; graphs are recorded by `capture`, after the cache."""
         self._communicator = communicator or Solo()
         num_ranks, vocab_size = self._communicator.size, weights.config.vocab_size
         all_reduce = None if num_ranks == 1 else self._communicator.all_reduce
@@ -330,7 +334,7 @@ class HopperExecutor:
         )
 
     def allocate(self) -> None:
-        """Take the memory that the steps share; before the cache is sized."""
+        """Take the memory that all steps share; call it before the cache is sized."""
         self._make_step(self._sizes[-1])
 
     @torch.inference_mode()
@@ -355,7 +359,7 @@ class HopperExecutor:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record a graph of every size."""
+        """Record a CUDA graph for steps of every size, and for short prefills."""
         start = time.perf_counter()
         torch.cuda.empty_cache()  # capturing does it too, which would hide what graphs take
         free_before, _ = torch.cuda.mem_get_info()
@@ -390,7 +394,7 @@ class HopperExecutor:
         return self._whole(self._logits_TV[:size])
 
     def run_eagerly(self, size: int) -> Tensor:
-        """As `replay` without the graph; for tests."""
+        """Compute what `replay` computes without the graph; for tests."""
         self._steps[size].run()
         return self._whole(self._logits_TV[:size])
 

@@ -44,7 +44,7 @@ _READ_AGAIN = 1.4
 
 
 class HopperDevice:
-    """An `Executor` over a paged cache."""
+    """A device on CUDA kernels: an `Executor` over a paged cache."""
 
     # A graph runs to its end.
     slicer = None
@@ -52,7 +52,7 @@ class HopperDevice:
     def __init__(
         self, executor: Executor, cache: PagedCache, draft: "HopperDraft | None" = None
     ) -> None:
-        """Without `draft` there is no draft model."""
+        """Take an executor and its cache; without `draft` there is no draft model."""
         self.executor = executor
         self.cache = cache
         self.draft = draft
@@ -89,12 +89,12 @@ class HopperDevice:
 
     @property
     def num_replays(self) -> int:
-        """Steps that went through a graph."""
+        """Number of steps that went through a graph."""
         return self._num_replays
 
     @property
     def num_prefills(self) -> int:
-        """Steps that went through the products for many rows."""
+        """Number of steps that went through the products for many rows."""
         return self._num_prefills
 
     def facts(self) -> dict[str, object]:
@@ -226,8 +226,9 @@ class HopperDevice:
 
 
 class HopperDraft:
-    """A draft model on the CUDA kernels: its entries are rows of a graph, or of a prefill, as the
-    target's tokens are, over the same page table.
+    """A draft model on the CUDA kernels, over the target's page table.
+
+    Its entries are rows of a graph, or of a prefill, as the target's tokens are.
     """
 
     def __init__(self, executor: DraftExecutor, cache: PagedCache) -> None:
@@ -261,9 +262,10 @@ def fill_inputs(
     vectors_ID: Tensor | None,
     ring: PinnedRing,
 ) -> None:
-    """Put a step's rows where the graph of `size` rows reads them, padded with rows that store
-    nothing and read one slot; vectors of images become rows behind the vocabulary's embeddings,
-    and their numbers the rows' token ids, which every rank must know.
+    """Put a step's rows where the graph of `size` rows reads them, and pad them.
+
+    Padding rows store nothing and read one slot. Vectors of images become rows behind the
+    vocabulary's embeddings, and their numbers the rows' token ids, which every rank must know.
     """
     apply_changes(step.changes, executor.inputs.table, ring)
     packed_5T = np.zeros((5, size), dtype=np.int64)
@@ -292,8 +294,9 @@ def prefill_batch(
     vectors_ID: Tensor | None,
     hidden_TD: Tensor | None = None,
 ) -> PrefillBatch:
-    """A step's rows as a prefill takes them, on their device: the leading spans of one row each
-    attend as singles, the others as chunks.
+    """Lay out a step's rows on their device as a prefill takes them.
+
+    The leading spans of one row each attend as singles, the others as chunks.
     """
     apply_changes(step.changes, inputs.table, ring)
     token_ids_T, sources_T, positions_T, slots_T, tables_T = ring.send(step.packed_5T)[0]

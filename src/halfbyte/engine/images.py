@@ -33,7 +33,7 @@ KEPT_CPU_BYTES = 64 * 2**20
 
 
 class Placement(NamedTuple):
-    """Which rows of a step's embeddings are replaced (int64), and by what."""
+    """Which rows of a step's embeddings are replaced (int64 indices), and by which vectors."""
 
     rows_I: NDArray[np.int64]
     vectors_ID: Tensor
@@ -54,10 +54,10 @@ class _Begun(NamedTuple):
 
 
 class ImageEncoder:
-    """The vision model and the vectors of recent images."""
+    """The vision model, and the vectors of the images it encoded last."""
 
     def __init__(self, vision: VisionModel, *, kept_bytes: int | None = None) -> None:
-        """`kept_bytes`: None is what suits the device."""
+        """Keep up to `kept_bytes` of vectors; None is what suits the device."""
         self._vision = vision
         self._image_token_id = vision.config.image_token_id
         if kept_bytes is None:
@@ -104,7 +104,7 @@ class ImageEncoder:
         return placing.placement()
 
     def begin(self, works: SequenceOf[Work], *, num_ahead: int = 0) -> "Placing":
-        """As `place`, in as many calls as it takes.
+        """Begin what `place` does, to be done in as many calls as it takes.
 
         num_ahead  tokens behind each work whose images are encoded with it, as the next who asks
                    for them could not wait
@@ -119,7 +119,7 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def vectors_of(self, image: ImageInput, deadline: float) -> Tensor | None:
-        """Vectors (M, D) of an image; None if they are not encoded by then, as far as is known.
+        """Vectors (M, D) of an image; None if they cannot be encoded by then.
 
         deadline  by `time.perf_counter`; a little is done in any case
         """
@@ -136,7 +136,7 @@ class ImageEncoder:
         return vectors_MD
 
     def release(self, waiting: Iterable[GenerationRequest]) -> None:
-        """Let go of an image that was begun, if it is none of these requests'."""
+        """Drop an image that is encoded in part, if none of these requests shows it."""
         begun = self._begun
         if begun is not None and not any(
             image.digest == begun.digest for request in waiting for image in request.images
@@ -144,7 +144,7 @@ class ImageEncoder:
             self._begun = None
 
     def has(self, image: ImageInput) -> bool:
-        """Whether the vectors of an image are there."""
+        """Whether the vectors of this image are kept now."""
         return image.digest in self._vectors
 
     @property
@@ -186,7 +186,7 @@ class ImageEncoder:
 
 
 class Placing:
-    """The images of a step on their way to its rows."""
+    """The images of a step, encoded in parts before its rows are computed."""
 
     def __init__(self, encoder: ImageEncoder, shown: SequenceOf[_Shown]) -> None:
         self._encoder = encoder
@@ -194,7 +194,7 @@ class Placing:
         self._vectors: list[Tensor] = []
 
     def advance(self, deadline: float) -> bool:
-        """Go on about until then, a little in any case; whether all vectors are there.
+        """Encode until about then, one unit at least; True once all vectors are there.
 
         deadline  by `time.perf_counter`
         """
@@ -208,11 +208,11 @@ class Placing:
 
     @property
     def has_missing(self) -> bool:
-        """Whether vectors are still to be computed, by anybody."""
+        """Whether vectors that the step needs are still to be computed."""
         return any(not self._encoder.has(one.image) for one in self._shown)
 
     def placement(self) -> Placement | None:
-        """What goes where, once `advance` has come to its end; None without image tokens."""
+        """Rows and their vectors once `advance` returned True; None without image tokens."""
         rows = [row for one in self._shown for row in one.rows]
         if not rows:
             return None

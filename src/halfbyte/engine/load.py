@@ -70,7 +70,7 @@ class PlainPart:
         return self.decoder.num_weight_bytes + draft
 
     def build(self, settle: Settle) -> tuple[PlainDevice, EngineConfig]:
-        """The device, and the configuration that `settle` gave for it."""
+        """Make the device; returns it and the configuration that `settle` gave for it."""
         draft_bytes = 0 if self.eagle is None else bytes_per_token(self.eagle.config, "bf16")
         free_bytes = free_cache_bytes(self.config)
         resolved = settle(self.decoder.config, free_bytes, draft_bytes)
@@ -96,9 +96,10 @@ class HopperPart:
         return self.weights.num_bytes + draft
 
     def build(self, settle: Settle) -> tuple[HopperDevice, EngineConfig]:
-        """The device, and the configuration that `settle` gave for it. The cache is sized by what
-        is left beside the memory that steps need, which is taken first. Every rank builds at the
-        same time, as steps are tried and captured.
+        """Make the device; returns it and the configuration that `settle` gave for it.
+
+        The memory that steps need is taken first; the cache is sized by what is left. Every rank
+        builds at the same time, as steps are tried and captured.
         """
         config, weights, draft = self.config, self.weights, self.draft
         text, device = weights.config, self.library.device
@@ -207,7 +208,7 @@ def load_part(
     *,
     uses_kernels: bool,
 ) -> PlainPart | HopperPart:
-    """A rank's weights on its device, those of a draft model included."""
+    """Load a rank's weights on its device, those of a draft model included."""
     if uses_kernels:
         return _load_hopper(checkpoint, config, communicator or Solo())
     assert config.mode != "auto"

@@ -35,7 +35,7 @@ class _Fill:
 
 
 class MaskFiller:
-    """Fills masks ahead of their use; used by one thread, the engine's."""
+    """Fills token masks ahead of their use; only the engine's thread calls it."""
 
     def __init__(self, vocab_size: int) -> None:
         self._num_words = -(-vocab_size // 32)
@@ -45,8 +45,9 @@ class MaskFiller:
         self._begun: dict[int, _Fill] = {}
 
     def begin(self, requests: Iterable[GenerationRequest]) -> None:
-        """Start filling the masks of those that have one and are not begun; each is good for one
-        token. Only the requests of the last call are remembered.
+        """Start filling the masks of these requests, where one is there and not begun.
+
+        Each is good for one token. Only the requests of the last call are remembered.
         """
         masks = [(id(request), request.mask) for request in requests if request.mask is not None]
         if all(key in self._begun and self._begun[key].mask is mask for key, mask in masks):
@@ -79,8 +80,9 @@ class MaskFiller:
         return allowed
 
     def words(self, request: GenerationRequest) -> Tensor:
-        """What the mask of this request allows next, int32 (ceil(V / 32),), good until the next
-        call of `begin` or `words`. Raises what the mask raised.
+        """What this request's mask allows next: int32 (ceil(V / 32),), a bit per token.
+
+        Good until the next call of `begin` or `words`. Raises what the mask raised.
         """
         assert request.mask is not None
         fill = self._begun.pop(id(request), None)
@@ -94,7 +96,7 @@ class MaskFiller:
         return torch.from_numpy(fill.bitmask.view(np.int32))
 
     def close(self) -> None:
-        """End the thread that fills masks."""
+        """End the thread that fills masks; begun masks are finished first."""
         self._settle()
         if self._thread is not None:
             self._thread.shutdown()

@@ -151,13 +151,13 @@ class EngineConfig:
 
     @property
     def max_pages(self) -> int:
-        """Blocks that one sequence has at most; only of a resolved configuration."""
+        """Most blocks that one sequence can have; only of a resolved configuration."""
         assert self.max_model_len is not None
         return -(-self.max_model_len // self.block_tokens)
 
     @property
     def num_pages(self) -> int:
-        """Blocks of the KV cache; only of a resolved configuration."""
+        """Number of blocks of the KV cache; only of a resolved configuration."""
         assert self.kv_cache_tokens is not None
         return self.kv_cache_tokens // self.block_tokens
 

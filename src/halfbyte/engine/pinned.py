@@ -30,8 +30,9 @@ class PendingTokens(NamedTuple):
 
 
 class PinnedRing:
-    """A ring of pinned buffers (plain memory without a GPU); one is used again only when the copy
-    that last used it is done.
+    """A ring of pinned host buffers (plain memory without a GPU).
+
+    A buffer is used again only when the copy that last used it is done.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -59,7 +60,7 @@ class PinnedRing:
         return event
 
     def send(self, *arrays: NDArray[Any]) -> list[Tensor]:
-        """Copies of 8-byte arrays on the device, in one transfer."""
+        """Copy arrays of 8-byte values to the device, all in one transfer."""
         total = sum(array.size for array in arrays)
         buffer = self._take(max(total, 1))
         host = buffer.numpy()

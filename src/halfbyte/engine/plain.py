@@ -36,7 +36,7 @@ class PlainDevice:
     def __init__(
         self, decoder: Decoder, config: EngineConfig, eagle: EagleHead | None = None
     ) -> None:
-        """`config` is resolved; without `eagle` there is no draft model."""
+        """Take a resolved `config`; without `eagle` there is no draft model."""
         assert config.kv_cache != "auto"
         self.decoder = decoder
         self.cache = PagedCache(
@@ -68,7 +68,9 @@ class PlainDevice:
 
     @property
     def slicer(self) -> "PlainDevice | None":
-        """All ranks would have to stop at the same places, and on a GPU the clock says nothing
+        """The device itself where steps can be cut: on a CPU and one rank alone; else None.
+
+        Several ranks would have to stop at the same places, and on a GPU the clock says nothing
         about what has been computed.
         """
         return self if self._is_cpu and self.communicator.size == 1 else None
@@ -100,7 +102,7 @@ class PlainDevice:
         return {"decoder": "ops, one by one"}
 
     def attend_of(self, step: PlannedStep, cache: PagedCache) -> PagedAttend:
-        """A step's attention over a cache of these pages, which are brought up to date."""
+        """Attention of a step over the paged cache, whose page table is brought up to date."""
         self._table.apply(step.changes)
         return PagedAttend(
             cache,

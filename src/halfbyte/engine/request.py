@@ -27,7 +27,7 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of one answer are chosen.
+    """How the tokens of one answer are chosen, and when it ends.
 
     max_tokens           most tokens to generate; None = what the context leaves
     temperature          0, or less than MIN_TEMPERATURE, takes the most likely token (greedy)
@@ -126,7 +126,7 @@ class TokenMask(Protocol):
     """
 
     def allows(self, token_id: int) -> bool:
-        """Whether this one may come next; False also where only `fill` can tell.
+        """Whether this token may come next; False also where only `fill` can tell.
 
         Everything that `fill` sets is right, but it may leave out tokens that this allows: where a
         grammar leaves one text to say, all but one way to cut it into tokens.
@@ -145,7 +145,7 @@ class TokenMask(Protocol):
         ...
 
     def is_finished(self) -> bool:
-        """Nothing may follow: the answer ends with reason "stop"."""
+        """Whether nothing may follow: the answer then ends with reason "stop"."""
         ...
 
 

@@ -36,14 +36,14 @@ class Computed(NamedTuple):
 
 
 class SlicedPrompt(NamedTuple):
-    """Prompts that are computed in slices, between other steps."""
+    """Prompts that are computed in slices, between the steps of running answers."""
 
     works: SequenceOf[Work]
     step: PlannedStep
     slices: Slices
 
     def advance(self, deadline: float) -> Computed | None:
-        """Compute until about then, by `time.perf_counter`; what came of it once all is done."""
+        """Compute until about then, by `time.perf_counter`; the results once all is done."""
         results = self.slices.advance(deadline)
         return None if results is None else Computed(self.works, self.step, *results)
 
@@ -58,7 +58,7 @@ class Runner:
         images: ImageEncoder | None = None,
         workers: Workers | None = None,
     ) -> None:
-        """`config` is resolved; without `images` requests have none."""
+        """Take a resolved `config`; without `images` requests can show none."""
         self.device = device
         self.images = images
         self.table = PageTable(config.max_sequences, config.max_pages, config.block_tokens)
@@ -98,11 +98,11 @@ class Runner:
         return None if self._workers is None else self._workers.failure
 
     def facts(self) -> dict[str, object]:
-        """What runs the model and what it holds, for people."""
+        """What runs the model and what memory it takes: facts by name, for people."""
         return {**self.device.facts(), **self._facts}
 
     def add_facts(self, facts: Mapping[str, object]) -> None:
-        """Add facts for people that the loader alone knows."""
+        """Add facts by name that the loader alone knows, for people."""
         self._facts.update(facts)
 
     def run(self, works: SequenceOf[Work]) -> Computed:
@@ -122,15 +122,16 @@ class Runner:
 
     @torch.inference_mode()
     def run_alone(self, work: Work) -> Tensor:
-        """Logits f32 (R, V) of a sequence that has blocks but no slot: it is not scheduled."""
+        """Logits f32 (R, V) of a sequence that has blocks but no slot, as it is not scheduled."""
         step, vectors_ID = self._plan([work])
         with self._all_ranks(step):
             return self.device.run(step, vectors_ID).logits_RV
 
     def launch(self, works: SequenceOf[Work]) -> PendingTokens:
-        """Start a step and the choice of its tokens: one for each work that reaches the last known
-        token, in order. Only where `can_run_ahead`, if every such sequence is choosable
-        (`sampler.is_choosable`).
+        """Start a step and the choice of its tokens, without waiting for either.
+
+        A token is chosen for each work that reaches the last known token, in order. Only where
+        `can_run_ahead`, if every such sequence is choosable (`sampler.is_choosable`).
         """
         ahead = self.device.ahead
         assert ahead is not None
@@ -159,11 +160,11 @@ class Runner:
         return SlicedPrompt(works, step, slicer.begin(step, placing))
 
     def lacks_images(self, works: SequenceOf[Work]) -> bool:
-        """Whether images that these works show are still to be encoded."""
+        """Whether any image that these works show is still to be encoded."""
         return self.images is not None and self.images.begin(works).has_missing
 
     def close(self) -> None:
-        """End the other ranks, if there are any."""
+        """End the processes of the other ranks, if there are any."""
         if self._workers is not None:
             self._workers.close()
 

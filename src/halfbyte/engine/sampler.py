@@ -42,7 +42,7 @@ _FEW = 4096
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The token chosen for one sequence, or IMPOSSIBLE."""
+    """The token chosen for one sequence, or IMPOSSIBLE, with its log-probs."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -79,13 +79,13 @@ class Sampler:
         self._bans = BanLists(device)
 
     def prepare(self, sequences: Iterable[Sequence]) -> None:
-        """Before the model runs: start on what needs no logits, if other hands compute those."""
+        """Start filling masks before the model runs, where another thread can do it."""
         self._masks.forget()
         if torch.device(self._device).type != "cpu":
             self._masks.begin(sequence.request for sequence in sequences)
 
     def close(self) -> None:
-        """End the thread that fills masks."""
+        """End the thread that fills masks; begun masks are finished first."""
         self._masks.close()
 
     def choose(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[Choice]:

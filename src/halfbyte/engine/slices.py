@@ -44,7 +44,7 @@ class Slices:
         placing: Placing | None,
         costs: Costs,
     ) -> None:
-        """`step_of` gives the step that attends by `attend`, once its images are there."""
+        """Take `step_of`, which gives the step that attends by `attend` once images are there."""
         self._placing = placing
         # It knows nothing of the walk, so that both go with the step that is dropped.
         self._passage = _Passage(decoder, step_of, attend, placing)

@@ -43,7 +43,7 @@ class Walk:
         self._num_done = 0
 
     def advance(self, deadline: float) -> bool:
-        """Go on about until then, a little in any case; whether all is computed.
+        """Compute until about then, one unit at least; True once all is computed.
 
         deadline  by `time.perf_counter`
         """

@@ -176,7 +176,7 @@ class AttemptJournal:
             written += os.write(self._file, data[written:])
 
     def close(self) -> None:
-        """Flush to the disk and close."""
+        """Flush the journal to the disk and close its file."""
         os.fsync(self._file)
         os.close(self._file)
 
@@ -215,7 +215,7 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except (ValueError, RecursionError) as failure:
                 raise _damaged(path, number, f"it is not JSON ({failure})") from failure
             if not isinstance(row, dict):
-                raise _damaged(path, number, f"it is no object but {line[:40]!r}")
+                raise _damaged(path, number, f"it is not an object but {line[:40]!r}")
             yield number, row
 
 
@@ -231,7 +231,9 @@ def _typed(path: Path, kind: type[_Row]) -> Iterator[_Row]:
         try:
             yield kind(**row)
         except TypeError as failure:  # a field too many or too few
-            raise _damaged(path, number, f"it is no {kind.__name__} ({failure})") from failure
+            raise _damaged(
+                path, number, f"it does not read as {kind.__name__} ({failure})"
+            ) from failure
 
 
 def read_attempts(path: Path) -> Iterator[Attempt]:
@@ -273,7 +275,7 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 
 def latest(records: Iterator[Record]) -> dict[tuple[str, int], Record]:
-    """By (item, repeat); a resumed attempt replaces the failed one before it."""
+    """Keep the last attempt of each (item, repeat): a resumed one replaces the failed one."""
     return {(record.item_id, record.repeat): record for record in records}
 
 
@@ -305,7 +307,7 @@ def without_texts(record: Record) -> Record:
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """Turn a record into a JSON object."""
+    """Turn a record into a JSON object, for `samples.jsonl`."""
     return asdict(record)
 
 
@@ -323,22 +325,24 @@ def read_run(path: Path) -> RunRecord:
     """
     file = newest(path, "run", "json") if path.is_dir() else path
     if file is None or not file.exists():
-        raise UsageError(f"{path}: no run.json; a run folder is what `halfbyte evaluate` writes")
+        raise UsageError(f"{path} has no run.json; a run folder is what `halfbyte evaluate` writes")
     try:
         row = json.loads(file.read_bytes())
         found = row.get("format")
     except (ValueError, RecursionError, AttributeError) as failure:
-        raise UsageError(f"{file} is no run record: {failure}") from failure
+        raise UsageError(f"{file} is not a run record: {failure}") from failure
     if found != FORMAT:
         raise UsageError(f"{file}: format {found!r}, this version reads {FORMAT}")
     try:
         results = {k: BenchmarkResult(**v) for k, v in row.pop("benchmarks").items()}
         for name in results:
             if not is_name(name):
-                raise UsageError(f"{file}: benchmark {name!r}: a folder of the run is no path")
+                raise UsageError(
+                    f"{file}: benchmark {name!r} must name a folder of the run, not a path"
+                )
         return RunRecord(**row, benchmarks=results)
     except (TypeError, KeyError, AttributeError) as failure:
-        raise UsageError(f"{file} is no run record of this version: {failure}") from failure
+        raise UsageError(f"{file} is not a run record of this version: {failure}") from failure
 
 
 def is_name(text: str) -> bool:
@@ -360,5 +364,5 @@ def newest(folder: Path, stem: str, suffix: str) -> Path | None:
 def with_results(
     run: RunRecord, results: Mapping[str, BenchmarkResult], finished: str
 ) -> RunRecord:
-    """Return the same run with other results."""
+    """Return the same run with other results and another end."""
     return replace(run, benchmarks=dict(results), finished=finished)

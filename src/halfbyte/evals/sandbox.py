@@ -113,7 +113,9 @@ def isolation() -> tuple[str, ...]:
     try:
         outcome = run_program(interpreter(sys.executable), "pass", limits=SandboxLimits(wall_s=20))
     except OSError as failure:
-        raise UnsupportedError(f"no sandbox for generated code: {failure}") from failure
+        raise UnsupportedError(
+            f"there is no sandbox for generated code here: {failure}"
+        ) from failure
     missing = [name for name in REQUIRED if name not in outcome.isolation]
     if missing or outcome.exit_code != 0:
         raise UnsupportedError(
@@ -155,7 +157,7 @@ def _interpreter(path: str) -> Interpreter:
     except subprocess.CalledProcessError as failure:
         raise UsageError(f"{path} does not run: {failure.stderr.strip()[-300:]}") from failure
     except (OSError, ValueError, subprocess.TimeoutExpired) as failure:
-        raise UsageError(f"{path} is no Python for generated code: {failure}") from failure
+        raise UsageError(f"{path} is not a Python for generated code: {failure}") from failure
     real = [os.path.realpath(path), *places]
     folders = {p for p in real if p and os.path.exists(p)}
     return Interpreter(path, tuple(sorted(folders)), versions)

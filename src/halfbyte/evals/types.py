@@ -91,7 +91,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a grader says of one answer.
+    """What a grader says of one answer: its value and why.
 
     value      in [0, 1]; None when the attempt is missing (ungraded, error), never 0 for that
     extracted  the answer found in the text, None when none was

@@ -82,7 +82,7 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A compact baseline and what it is of.
+    """A compact baseline, and the model and texts that it is of.
 
     windows  token ids of each window
     origins  which text each window is of; empty for a single text
@@ -101,7 +101,7 @@ class Baseline:
     origins: tuple[int, ...] = ()
 
     def of_window(self, index: int) -> Compact:
-        """The positions of one window."""
+        """The kept distributions at the positions of one window."""
         start = sum(len(window) - 1 for window in self.windows[:index])
         stop = start + len(self.windows[index]) - 1
         return Compact(*(tensor[start:stop] for tensor in self.positions))
@@ -189,7 +189,7 @@ def load_baseline(path: Path) -> Baseline:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: not a baseline of format {FORMAT}")
+                raise CheckpointError(f"{path} is not a baseline of format {FORMAT}")
             facts = json.loads(metadata["facts"])
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
             has_choices = "choice_ids" in file.keys()  # noqa: SIM118  (no mapping)
@@ -197,7 +197,7 @@ def load_baseline(path: Path) -> Baseline:
             has_origins = "origins" in file.keys()  # noqa: SIM118
             origins = tuple(file.get_tensor("origins").tolist()) if has_origins else ()
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable baseline: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as a baseline: {error}") from error
     windows = _unpadded(tensors.pop("token_ids"))
     num_positions = sum(len(window) - 1 for window in windows)
     if any(tensor.shape[0] != num_positions for tensor in tensors.values()):

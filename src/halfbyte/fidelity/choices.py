@@ -28,7 +28,7 @@ BENCHMARK_NAMES = ("pocket", "mmlu_pro", "gpqa_diamond")
 
 @dataclass(frozen=True, slots=True)
 class EncodedItem:
-    """One multiple-choice item as tokens.
+    """One multiple-choice item as tokens: its prompt and its options' letters.
 
     token_ids   the prompt up to and with "Answer:"
     letter_ids  the token that each option's letter would be, in order

@@ -84,7 +84,7 @@ class Comparison:
         return (self.base, *self.candidates)
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison as plain values for JSON."""
+        """The comparison as plain values, which JSON can hold."""
         return asdict(self)
 
     def table(self) -> str:

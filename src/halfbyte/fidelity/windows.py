@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
 
 
 def read_texts(paths: Path | Sequence[Path]) -> list[str]:
-    """Read one text file, or several."""
+    """Read one text file or several; returns their texts in order."""
     return [read_text(path) for path in ([paths] if isinstance(paths, Path) else paths)]
 
 

@@ -32,7 +32,8 @@ def scale_from_amax(amax: Tensor, largest: float, profile: Profile) -> Tensor:
     wide = amax.to(torch.float32)
     if not bool((torch.isfinite(wide) & (wide > 0)).all()):
         raise FormatError(
-            f"largest magnitude {wide.flatten().tolist()}: a scale needs a positive, finite one"
+            f"a largest magnitude of {wide.flatten().tolist()} gives no scale; it must be "
+            "positive and finite"
         )
     if profile == "cuda":
         return wide * torch.tensor(1.0 / largest, dtype=torch.float32, device=wide.device)
@@ -59,7 +60,7 @@ def encode_fp8(w: Tensor, scale: Tensor, profile: Profile = "ieee") -> Tensor:
     weights; `cuda` also rounds the divisor. Raises FormatError if w holds NaN or infinity.
     """
     if not bool(torch.isfinite(largest_magnitude(w))):
-        raise FormatError("weight holds NaN or infinity; nothing can encode it")
+        raise FormatError("the weight holds NaN or infinity, which cannot be encoded")
     divisor = scale.to(torch.float32)
     if profile == "cuda":
         divisor = divisor.to(torch.bfloat16).to(torch.float32)
@@ -77,7 +78,7 @@ def encode_fp8(w: Tensor, scale: Tensor, profile: Profile = "ieee") -> Tensor:
 
 
 def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`fp32(code) * scale`, rounded once to `dtype`.
+    """Decode e4m3 codes: code times `scale` in f32, rounded once to `dtype`.
 
     This is how Mistral's FP8 checkpoints and Model-Optimizer's exports are decoded alike. `scale`
     may be bf16 or f32, shape () or (1,).

@@ -50,7 +50,7 @@ class E2M1Buffers(NamedTuple):
     coarser: Tensor
 
     def first(self, num_values: int) -> "E2M1Buffers":
-        """The same memory, cut to `num_values`."""
+        """The same memory, cut to its first `num_values` values."""
         return E2M1Buffers(*(buffer[:num_values] for buffer in self))
 
 

@@ -86,7 +86,9 @@ def block_maxima(w_OI: Tensor) -> Tensor:
     """
     rows, columns = w_OI.shape
     if columns % BLOCK or columns == 0:
-        raise FormatError(f"{columns} input features; NVFP4 needs a multiple of {BLOCK}")
+        raise FormatError(
+            f"the weight has {columns} input features; NVFP4 needs a multiple of {BLOCK}"
+        )
     if w_OI.dtype == torch.bfloat16:
         # Magnitudes of bf16 order like their bits, and integers reduce faster than floats.
         bits = w_OI.reshape(-1, BLOCK).view(torch.int16)
@@ -99,7 +101,7 @@ def block_maxima(w_OI: Tensor) -> Tensor:
     else:
         largest = w_OI.to(torch.float32).reshape(-1, BLOCK).abs().amax(dim=1)
     if not bool(torch.isfinite(largest).all()):
-        raise FormatError("weight holds NaN or infinity; NVFP4 has neither")
+        raise FormatError("the weight holds NaN or infinity; NVFP4 has neither")
     return largest.view(rows, columns // BLOCK)
 
 
@@ -107,7 +109,7 @@ def block_scales(blockmax_OB: Tensor, tensor_scale: Tensor) -> Tensor:
     """e4m3 block scales that map each block's maximum to 6, the largest e2m1."""
     scale = tensor_scale.to(torch.float32)
     if not bool(torch.isfinite(scale) & (scale > 0)):
-        raise FormatError(f"tensor scale {float(scale)}; it must be positive and finite")
+        raise FormatError(f"the tensor scale is {float(scale)}; it must be positive and finite")
     wanted = blockmax_OB / (E2M1_MAX * scale)
     wanted.masked_fill_(wanted == 0, 1.0)
     return wanted.clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -55,7 +55,9 @@ def prepare_weight(codes_OI2: Tensor, scale_OB: Tensor, tensor_scale: Tensor) ->
     """
     in_features = codes_OI2.shape[1] * 2
     if in_features % _ALIGNMENT:
-        raise FormatError(f"{in_features} input features; FP4 products need a multiple of 32")
+        raise FormatError(
+            f"the weight has {in_features} input features; FP4 products need a multiple of 32"
+        )
     return Fp4Operand(codes_OI2.contiguous(), swizzle_128x4(scale_OB), tensor_scale.float())
 
 

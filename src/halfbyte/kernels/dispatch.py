@@ -70,7 +70,7 @@ class Rotation(NamedTuple):
     query_scale_T: Tensor | None
 
     def rows(self, rows: slice) -> "Rotation":
-        """The rotation of some neighbouring tokens."""
+        """The rotation of neighbouring tokens alone: views of the same tables."""
         scale_T = None if self.query_scale_T is None else self.query_scale_T[rows]
         return Rotation(self.cos_TH2[rows], self.sin_TH2[rows], scale_T)
 
@@ -80,7 +80,7 @@ class PreparedWeight(Protocol):
 
     @property
     def implementation(self) -> str:
-        """Name of the implementation that made it and alone can read it."""
+        """Name of the one implementation that made the weight and can read it."""
 
     @property
     def out_features(self) -> int:
@@ -92,7 +92,7 @@ class PreparedWeight(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the weight holds in memory."""
+        """Bytes that the weight's codes and scales hold in memory."""
 
 
 @cache
@@ -110,7 +110,7 @@ def _reason_against(name: str, device_type: str) -> str | None:
 def _chosen(device_type: str) -> str:
     wanted = os.environ.get("HALFBYTE_KERNELS")
     if wanted is not None and wanted not in _MODULES:
-        raise UsageError(f"HALFBYTE_KERNELS={wanted}: expected one of {', '.join(_MODULES)}")
+        raise UsageError(f"HALFBYTE_KERNELS={wanted} must be one of {', '.join(_MODULES)}")
     candidates = _CANDIDATES.get(device_type, ("reference",)) if wanted is None else (wanted,)
     for name in candidates:
         reason = _reason_against(name, device_type)
@@ -122,7 +122,7 @@ def _chosen(device_type: str) -> str:
 
 
 def chosen(device: torch.device) -> str:
-    """Name of the implementation that serves `device`.
+    """Name of the implementation that serves the ops of `device`: reference or native.
 
     Decided once per process and device, logged with the reason where a faster one is passed over.
     The environment variable HALFBYTE_KERNELS (an implementation's name) overrides the choice.

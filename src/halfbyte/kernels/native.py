@@ -48,7 +48,7 @@ class PanelWeight:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the weight holds in memory."""
+        """Bytes that the weight's codes and scales hold in memory."""
         held = (self.codes, self.scales, self.row_scale)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
@@ -181,7 +181,7 @@ def _all_bf16(*tensors: Tensor) -> bool:
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """See `dispatch.rms_norm`."""
+    """`dispatch.rms_norm` in C for bf16 rows; other dtypes go to torch."""
     if not _all_bf16(x_TD, weight_D):
         return reference.rms_norm(x_TD, weight_D, eps)
     x_TD = x_TD.contiguous()
@@ -202,7 +202,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See `dispatch.add_rms_norm`."""
+    """`dispatch.add_rms_norm` in C for bf16 rows; other dtypes go to torch."""
     if not _all_bf16(x_TD, residual_TD, weight_D):
         return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
     x_TD, residual_TD = x_TD.contiguous(), residual_TD.contiguous()
@@ -221,7 +221,7 @@ def add_rms_norm(
 
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
-    """See `dispatch.silu_mul`."""
+    """`dispatch.silu_mul` in C for bf16 rows; other dtypes go to torch."""
     if gate_up_T2F.dtype != torch.bfloat16:
         return reference.silu_mul(gate_up_T2F)
     gate_up_T2F = gate_up_T2F.contiguous()
@@ -240,7 +240,7 @@ def _dense_heads(x_TNH: Tensor) -> Tensor:
 
 
 def rotate(q_TNH: Tensor, k_TKH: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
-    """See `dispatch.rotate`; `rotation` is a `dispatch.Rotation`."""
+    """`dispatch.rotate` in C for bf16 heads; `rotation` is a `dispatch.Rotation`."""
     if not _all_bf16(q_TNH, k_TKH):
         return reference.rotate(q_TNH, k_TKH, rotation)
     q_TNH, k_TKH = _dense_heads(q_TNH), _dense_heads(k_TKH)
@@ -285,7 +285,7 @@ def store_kv(
     k_scale: float,
     v_scale: float,
 ) -> None:
-    """See `dispatch.store_kv`."""
+    """`dispatch.store_kv` in C for bf16 rows and readable caches; others go to torch."""
     if not (_all_bf16(k_TKH, v_TKH) and _is_cache_readable(k_cache_PZKH, v_cache_PZKH)):
         reference.store_kv(k_TKH, v_TKH, k_cache_PZKH, v_cache_PZKH, slots_T, k_scale, v_scale)
         return
@@ -366,7 +366,7 @@ def attend_spans(
     spans: range,
     totals: Tensor,
 ) -> Tensor:
-    """See `dispatch.attend_spans`; the same bits as `paged_attention`."""
+    """`dispatch.attend_spans` in C; the result has the bits of `paged_attention`."""
     attend = _attend if _can_attend(q_TNH, k_cache_PZKH, v_cache_PZKH) else reference.attend_spans
     return attend(
         *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
@@ -426,14 +426,15 @@ def _attend(
 
 
 def allow_tiles(allowed: bool) -> bool:
-    """Whether later calls of `paged_attention` may use the matrix unit of the processor, where it
-    has one (AMX); for tests and comparisons. Returns what held before.
+    """Allow or forbid the processor's matrix unit (AMX) in later calls of `paged_attention`.
+
+    For tests and comparisons. Returns what held before.
     """
     return bool(native_library().hb_allow_tiles(allowed))
 
 
 def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
-    """See `dispatch.mask_logits`."""
+    """`dispatch.mask_logits` in C; logits with gaps between them go to torch."""
     if not logits_V.is_contiguous():
         reference.mask_logits(logits_V, allowed_W)
         return
@@ -445,7 +446,7 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
 
 
 def largest_fp8_code(codes: Tensor) -> Tensor:
-    """See `dispatch.largest_fp8_code`."""
+    """`dispatch.largest_fp8_code` in C over any shape; 0 for no codes."""
     codes = codes.contiguous()
     # One more, so that no code at all is a zero.
     largest = torch.zeros(-(-codes.numel() // _ITEM_CODES) + 1, dtype=torch.uint8)
@@ -479,5 +480,5 @@ def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> Encod
     )
     code = int(largest.amax())
     if code == _NAN_CODE or not bool(torch.isfinite(table.decoded_M[code])):
-        raise FormatError("weight holds NaN or infinity; NVFP4 has neither")
+        raise FormatError("the weight holds NaN or infinity; NVFP4 has neither")
     return EncodedNVFP4(codes_OI2, scale_OB, tensor_scale)

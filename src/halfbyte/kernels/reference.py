@@ -48,7 +48,7 @@ class DecodedWeight:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the weight holds in memory."""
+        """Bytes that the decoded weight holds in memory."""
         return self.w_OI.numel() * self.w_OI.element_size()
 
 
@@ -59,7 +59,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """See `dispatch.rms_norm`."""
+    """The definition of `dispatch.rms_norm`: f32 inside, rounded once to x's dtype."""
     wide_TD = x_TD.float()
     inverse_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
     return (wide_TD * inverse_T1 * weight_D.float()).to(x_TD.dtype)
@@ -68,13 +68,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See `dispatch.add_rms_norm`."""
+    """The definition of `dispatch.add_rms_norm`: (normalised sum, sum), each (T, D)."""
     sum_TD = x_TD + residual_TD
     return rms_norm(sum_TD, weight_D, eps), sum_TD
 
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
-    """See `dispatch.silu_mul`."""
+    """The definition of `dispatch.silu_mul`: f32 inside, rounded once to the input's dtype."""
     gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=-1)
     return (F.silu(gate_TF) * up_TF).to(gate_up_T2F.dtype)
 
@@ -85,13 +85,13 @@ def prepare_bf16(w_OI: Tensor) -> DecodedWeight:
 
 
 def prepare_fp8(codes_OI: Tensor, scale_O: Tensor) -> DecodedWeight:
-    """See `dispatch.prepare_fp8`."""
+    """`dispatch.prepare_fp8` by decoding: code times scale in f32, rounded once to bf16."""
     wide_OI = decode_e4m3(codes_OI, torch.float32)
     return DecodedWeight((wide_OI * scale_O.float()[:, None]).to(torch.bfloat16))
 
 
 def prepare_nvfp4(codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor) -> DecodedWeight:
-    """See `dispatch.prepare_nvfp4`."""
+    """`dispatch.prepare_nvfp4` by decoding: code times both scales in f32, rounded to bf16."""
     values_OI = decode_e2m1(unpack_nibbles(codes_OI2))
     scale_OB = decode_e4m3(scale_OB, torch.float32) * tensor_scale_O.float()[:, None]
     wide_OI = values_OI * scale_OB.repeat_interleave(BLOCK, dim=1)
@@ -115,19 +115,19 @@ def _linear(x_TI: Tensor, weight: DecodedWeight, out_dtype: torch.dtype | None) 
 def linear_bf16(
     x_TI: Tensor, weight: DecodedWeight, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """See `dispatch.linear_bf16`."""
+    """The definition of `dispatch.linear_bf16`: a torch product, (T, O)."""
     return _linear(x_TI, weight, out_dtype)
 
 
 def linear_fp8(x_TI: Tensor, weight: DecodedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-    """See `dispatch.linear_fp8`."""
+    """The definition of `dispatch.linear_fp8`, over the weight as bf16 values."""
     return _linear(x_TI, weight, out_dtype)
 
 
 def linear_nvfp4(
     x_TI: Tensor, weight: DecodedWeight, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """See `dispatch.linear_nvfp4`."""
+    """The definition of `dispatch.linear_nvfp4`, over the weight as bf16 values."""
     return _linear(x_TI, weight, out_dtype)
 
 
@@ -138,7 +138,7 @@ def _rotate_halves(x_TNH: Tensor, cos_TH2: Tensor, sin_TH2: Tensor) -> Tensor:
 
 
 def rotate(q_TNH: Tensor, k_TKH: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
-    """See `dispatch.rotate`; `rotation` is a `dispatch.Rotation`."""
+    """The definition of `dispatch.rotate`, in f32; `rotation` is a `dispatch.Rotation`."""
     cos_TH2, sin_TH2, query_scale_T = rotation
     q_wide = _rotate_halves(q_TNH, cos_TH2, sin_TH2)
     if query_scale_T is not None:
@@ -164,7 +164,7 @@ def store_kv(
     k_scale: float,
     v_scale: float,
 ) -> None:
-    """See `dispatch.store_kv`."""
+    """The definition of `dispatch.store_kv`; a slot of -1 is not written."""
     kept = slots_T >= 0
     for x_TKH, cache_PZKH, scale in (
         (k_TKH, k_cache_PZKH, k_scale),
@@ -199,7 +199,7 @@ def paged_attention(
     query_starts_S1: Tensor,
     softmax_scale: float,
 ) -> Tensor:
-    """See `dispatch.paged_attention`."""
+    """The definition of `dispatch.paged_attention`: f32 inside, one sequence at a time."""
     page_tokens, num_kv_heads = k_cache_PZKH.shape[1:3]
     out_TNH = torch.empty_like(q_TNH)
     starts, lengths = query_starts_S1.tolist(), context_lengths_S.tolist()
@@ -243,7 +243,7 @@ def attend_spans(
 
 
 def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
-    """See `dispatch.mask_logits`."""
+    """The definition of `dispatch.mask_logits`, on the device of the logits."""
     # V / 8 bytes travel to a device, not V.
     octets = allowed_W.view(torch.uint8).to(logits_V.device)
     bits_O8 = octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
@@ -251,7 +251,7 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
 
 
 def largest_fp8_code(codes: Tensor) -> Tensor:
-    """See `dispatch.largest_fp8_code`."""
+    """The definition of `dispatch.largest_fp8_code`, over any shape; 0 for no codes."""
     flat, chunk = codes.reshape(-1).view(torch.uint8), chunk_values(codes.device)
     parts = [
         flat[start : start + chunk].bitwise_and(0x7F).amax()
@@ -261,5 +261,5 @@ def largest_fp8_code(codes: Tensor) -> Tensor:
 
 
 def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> EncodedNVFP4:
-    """See `dispatch.fp8_to_nvfp4`."""
+    """The definition of `dispatch.fp8_to_nvfp4`: decode to f32, then encode."""
     return encode_nvfp4(decode_fp8(codes_OI, scale), tensor_scale)

@@ -74,12 +74,12 @@ class TiledWeight:
 
     @property
     def num_k_blocks(self) -> int:
-        """K blocks a row tile has."""
+        """Number of K blocks that a row tile has."""
         return self.data.shape[1]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes the product streams."""
+        """Bytes that the product reads: the tiles and an f32 scale a row."""
         return self.data.numel() + self.row_scale_O.numel() * 4
 
 
@@ -157,7 +157,7 @@ def encode_scales(scale_OB: Tensor) -> Tensor:
 
 
 def decode_scales(bytes_OB: Tensor) -> Tensor:
-    """Undo `encode_scales`, to f32."""
+    """Undo `encode_scales`: bytes (O, B) -> f32 scales (O, B). Exact."""
     half = (bytes_OB.to(torch.int16) << 7).view(torch.float16)
     return half.to(torch.float32) / 64.0
 
@@ -360,8 +360,9 @@ def pair_activations(x_TI: Tensor) -> Tensor:
 
 
 def fast_values(weight: TiledWeight) -> Tensor:
-    """Code times block scale of "nvfp4_fast", rounded to e4m3, (O, I): what the product multiplies;
-    what padding rows hold means nothing.
+    """Values that the fast product multiplies: code times block scale, rounded to e4m3, (O, I).
+
+    What padding rows hold means nothing.
     """
     codes, scales = untile_nvfp4(weight)
     values = decode_e2m1(codes) * scales.repeat_interleave(16, dim=1)

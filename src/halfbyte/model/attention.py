@@ -25,7 +25,7 @@ class Attend(Protocol):
     def __call__(
         self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rotation: Rotation
     ) -> Tensor:
-        """Rotate q and k, remember k and v, attend causally: out_TNH.
+        """Rotate q and k, remember k and v, attend causally; returns out_TNH.
 
         q, k and v may be strided views of one product (last dimension dense) and are not
         modified. q and k come before rotation, so that a kernel may rotate while it stores.

@@ -80,7 +80,7 @@ class DecoderLayer(nn.Module):
         rotation: Rotation,
         tap: Tap | None = None,
     ) -> Tensor:
-        """The layer's output, residual included: x_TD; the input is not modified.
+        """Compute the layer's output, residual included: x_TD; the input is not modified.
 
         `tap` sees "attention.input" (of q, k, v), "attention.k" (rotated), "attention.v",
         "attention.o.input", "mlp.input" (of gate, up) and "mlp.down.input" as they pass.
@@ -97,7 +97,7 @@ class DecoderLayer(nn.Module):
         rotation: Rotation,
         tap: Tap | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with the last addition left to whoever normalises next.
+        """Compute `forward` but for the last addition, which whoever normalises next makes.
 
         delta_TD  what the layer before left to be added to the residual; None for nothing
         returns   (delta_TD, residual_TD), whose sum is the layer's output
@@ -112,7 +112,7 @@ class DecoderLayer(nn.Module):
     def project(
         self, delta_TD: Tensor | None, residual_TD: Tensor, tap: Tap | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The part of `advance` before attention: q_TNH, k_TKH, v_TKH and the residual stream.
+        """Compute `advance` up to attention: q_TNH, k_TKH, v_TKH and the residual stream.
 
         Row by row, as `transform`: a caller may compute some rows now and others later.
         """
@@ -131,7 +131,7 @@ class DecoderLayer(nn.Module):
     def transform(
         self, out_TNH: Tensor, residual_TD: Tensor, tap: Tap | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The part of `advance` behind attention, whose result `out_TNH` is."""
+        """Compute the rest of `advance` from attention's result, `out_TNH`."""
         out_TD = out_TNH.flatten(1)
         if tap is not None:
             tap("attention.o.input", out_TD)
@@ -180,12 +180,12 @@ class Decoder(nn.Module):
 
     @property
     def num_weight_bytes(self) -> int:
-        """Bytes of all weights as held in memory."""
+        """Bytes of all weights as the decoder holds them in memory."""
         layers = sum(layer.num_weight_bytes for layer in self.decoder_layers())
         return layers + self.embedding_VD.nbytes + self.norm_D.nbytes + self.head.num_bytes
 
     def decoder_layers(self) -> list[DecoderLayer]:
-        """The layers in order, for who walks them itself."""
+        """The layers in order, for callers that run them one by one."""
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     @torch.inference_mode()
@@ -198,14 +198,14 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward_with_hidden(self, step: Step) -> tuple[Tensor, Tensor]:
-        """As `forward`, and what the head reads, of every row: (logits_RV, hidden_TD)."""
+        """Logits as of `forward`, and what the head reads of every row: (logits_RV, hidden_TD)."""
         return self.concluded(None, self._residual(step), step.logit_rows_R)
 
     @torch.inference_mode()
     def concluded(
         self, delta_TD: Tensor | None, residual_TD: Tensor, logit_rows_R: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(logits_RV, hidden_TD) of what the last layer left."""
+        """Apply final norm and head to the last layer's result: (logits_RV, hidden_TD)."""
         if delta_TD is not None:
             residual_TD = residual_TD + delta_TD
         hidden_TD = self._normed(residual_TD)
@@ -214,7 +214,7 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """The head: f32 (R, V) of hidden states behind the final norm."""
+        """Apply the head to hidden states behind the final norm: f32 (R, V)."""
         return self.communicator.gather(self.head(hidden_RD, torch.float32), self._vocab_widths)
 
     def _normed(self, residual_TD: Tensor) -> Tensor:

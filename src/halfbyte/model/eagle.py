@@ -45,7 +45,7 @@ class EagleHead(nn.Module):
 
     @property
     def num_weight_bytes(self) -> int:
-        """Bytes of all weights as held in memory."""
+        """Bytes of all weights as the draft model holds them in memory."""
         layers = sum(layer.num_weight_bytes for layer in self._layers)
         return self._fuse.num_bytes + layers + self.norm_D.nbytes
 

@@ -50,12 +50,12 @@ class StoredLinear:
 
 
 class Linear(Protocol):
-    """What the decoder calls: rows in, rows out."""
+    """A product as the decoder calls it: rows in, rows out."""
 
     num_bytes: int
 
     def __call__(self, x_TI: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """y_TO in `out_dtype`, x's dtype if None; members of a fused group side by side."""
+        """Multiply rows: y_TO in `out_dtype` (None: x's), members of a fused group side by side."""
 
 
 class FusedLinear:

@@ -227,7 +227,7 @@ def load_layer(
     device: torch.device | str = "cpu",
     before: BeforeTaking | None = None,
 ) -> DecoderLayer:
-    """One decoder layer with its weights decoded to bf16, whatever the dialect; for calibration.
+    """Load one decoder layer with its weights decoded to bf16, whatever the dialect.
 
     before  told of every large piece of host memory before it is taken, in bytes; what it raises
             ends the load

@@ -32,26 +32,26 @@ class Communicator(Protocol):
 
     @property
     def rank(self) -> int:
-        """This process's place, 0 to size - 1."""
+        """This process's place among the ranks, 0 to size - 1."""
 
     @property
     def size(self) -> int:
-        """Number of ranks that share the model."""
+        """Number of ranks that share the model, this one included."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of every rank's `x`, the same bits on all; `x` (dense) is overwritten with it."""
+        """Sum every rank's `x` into it, the same bits on all ranks; `x` must be dense."""
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's `x`, which overwrites the others'."""
+        """Overwrite every rank's `x` with that of rank 0, and return it."""
 
     def gather(self, x_RO: Tensor, widths: tuple[int, ...]) -> Tensor:
-        """The ranks' columns side by side, on rank 0 alone; the others get no rows.
+        """Put the ranks' columns side by side on rank 0; the others get no rows.
 
         widths  columns of each rank; `x_RO` has this rank's
         """
 
     def before_close(self, release: Callable[[], None]) -> None:
-        """Have `release` called when the ranks part: it lets go of what refers to their group."""
+        """Have `release` called when the ranks part, to let go of what refers to their group."""
 
 
 class Solo:
@@ -342,6 +342,6 @@ class SummedLinear:
         self.num_bytes = linear.num_bytes
 
     def __call__(self, x_TI: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """As `Linear`: rounded once, after the sum, like the product of one process."""
+        """Multiply as `Linear` does, rounded once after the sum, like one process's product."""
         partial_TO = self._linear(x_TI, torch.float32)
         return self._communicator.all_reduce(partial_TO).to(out_dtype or x_TI.dtype)

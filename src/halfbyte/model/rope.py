@@ -26,7 +26,7 @@ def _dimension_of(rotations: float, rope: RopeConfig, head_dim: int) -> float:
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Angle per position of each rotated pair, float64 (H2,).
+    """Angle per position of each rotated pair, in radians, float64 (H2,).
 
     YaRN keeps the fast half as it is, divides the slow ones by `factor`, and blends linearly
     between the dimensions that turn `beta_fast` and `beta_slow` times in the original context.

@@ -80,7 +80,7 @@ _INPUT_AMAX = 8.0
 
 
 def tiny_config(*, layers: int = 8, vision: bool = False, tied_head: bool = False) -> ModelConfig:
-    """The architecture that `write_tiny_checkpoint` writes."""
+    """The architecture that `write_tiny_checkpoint` writes unless told another."""
     text = replace(_TEXT, num_layers=layers, tied_head=tied_head)
     return ModelConfig(text, _VISION if vision else None)
 
@@ -164,7 +164,7 @@ def bf16_eagle(config: ModelConfig) -> Quantization:
 
 
 def native_params(text: TextConfig, dialect: Literal["none", "mistral-fp8"]) -> dict[str, object]:
-    """The `params.json` of a text model."""
+    """The content of `params.json` for a text model, in Mistral's names."""
     rope = text.rope
     params: dict[str, object] = {
         "dim": text.width,

@@ -159,11 +159,11 @@ class VisionModel(nn.Module):
 
     @torch.inference_mode()
     def begin(self, height: int, width: int, rows: PixelRows) -> "Encoding":
-        """An image of this many pixels, to be encoded in parts; see `forward`."""
+        """Begin to encode an image of this many pixels in parts; see `forward`."""
         return Encoding(self, height, width, rows)
 
     def num_vectors(self, height: int, width: int) -> int:
-        """Merged patches of an image of this many pixels."""
+        """Number of vectors, a merged patch each, of an image of this many pixels."""
         side = self.config.patch_size * self.config.spatial_merge_size
         return (height // side) * (width // side)
 
@@ -187,7 +187,7 @@ class VisionModel(nn.Module):
 
 
 class Encoding:
-    """One image on its way through the encoder.
+    """One image on its way through the encoder, part by part.
 
     vectors_MD  means something when all of `parts` are computed
     """
@@ -295,7 +295,7 @@ def _rows_of(pixels: Tensor, top: int, stop: int) -> Tensor:
 
 
 def merge_patches(x_TD: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """Squares of side x side patches as one row each: (M, D * side * side), channel by channel.
+    """Join squares of side x side patches to rows: (M, D * side * side), channel by channel.
 
     Worked example, D=2, side 2, patches a b / c d of one square with channels a0 a1 ...: the row is
     a0 b0 c0 d0 a1 b1 c1 d1. Rows and columns beyond whole squares are dropped.
@@ -307,7 +307,7 @@ def merge_patches(x_TD: Tensor, rows: int, columns: int, side: int) -> Tensor:
 
 
 def num_layers_used(config: VisionConfig) -> int:
-    """Layers up to the feature layer: -1 is the last one's output, 0 the embedded patches."""
+    """Number of layers up to the feature layer: -1 is the last one's output, 0 the embedding."""
     if config.feature_layer >= 0:
         return config.feature_layer
     return config.num_layers + 1 + config.feature_layer

@@ -72,7 +72,7 @@ class SourceWeight:
         return largest_fp8_code(self.stored)
 
     def decoded(self) -> Tensor:
-        """The weight as bf16."""
+        """The weight's values in bf16, (out_features, in_features), decoded anew."""
         return self.stored if self.scale is None else decode_fp8(self.stored, self.scale)
 
     def times(self, factors_I: Tensor) -> "SourceWeight":
@@ -125,7 +125,7 @@ class Inputs:
         return cls(sums.maxima_I.amax().to(torch.bfloat16), sums, smoothing[norm])
 
     def metric(self, options: GptqOptions) -> Metric:
-        """The metric of the products, which are given up for it: both are large."""
+        """Factor the products of the inputs for GPTQ and drop them, as both are large."""
         if self._metric is None:
             assert self.sums is not None and self.sums.products_II is not None
             products_II, self.sums.products_II = self.sums.products_II, None
@@ -278,7 +278,7 @@ def scale_of_inputs(
     profile: Profile,
     rule: ActivationScales,
 ) -> Tensor:
-    """Scale of the activations that enter a linear, f32 scalar: measured, or as declared."""
+    """Scale of the activations that enter a linear, f32 0-d: measured, or as declared."""
     if observed is not None:
         return input_scale(name, chosen, observed, profile, rule)
     return pinned_input_scale(chosen, declared, profile)

@@ -129,9 +129,9 @@ def _with_sampling(checkpoint: Checkpoint, there: bytes | None) -> bytes | None:
         try:
             told = json.loads(there.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{_GENERATION}: no JSON: {error}") from error
+            raise CheckpointError(f"{_GENERATION} is not JSON: {error}") from error
         if not isinstance(told, dict):
-            raise CheckpointError(f"{_GENERATION}: must hold a JSON object")
+            raise CheckpointError(f"{_GENERATION} must hold a JSON object")
     if any(told.get(name) is not None for name in _SAMPLING_FIELDS):
         return None
     return _json({**told, **recommended})

@@ -82,7 +82,7 @@ def make_metric(products_II: Tensor, options: GptqOptions) -> Metric:
 
 
 def damped_more(metric: Metric, damping: float) -> Metric:
-    """The same with more damping, in the memory of `metric`, which is of no use afterwards."""
+    """The metric with more damping, in the memory of `metric`, which is of no use afterwards."""
     return _factored(metric.order_I, metric.moments_II, metric.options, damping, metric.damping)
 
 
@@ -150,8 +150,9 @@ def _encode_rows(w_IO: Tensor, metric: Metric, tensor_scale: Tensor) -> "_Rounde
 
 
 def gptq_bytes(width: int) -> int:
-    """Memory that encoding takes beside the products of the inputs and the weight: another matrix
-    of theirs, and what is held of the rows at work.
+    """Bytes that encoding takes beside the weight and the products of its inputs.
+
+    Another matrix as large as the products, and what is held of the rows at work.
     """
     return 4 * width * (width + 8 * _ROWS)
 

@@ -129,7 +129,7 @@ def host(
     gpus: Sequence[str] | None = None,
     widths: Sequence[int] | None = None,
 ) -> list[Hosting]:
-    """Each GPU at each width. Without `widths`: the fewest GPUs that serve all the requests.
+    """What each GPU type serves at each width; without `widths`, the fewest GPUs that suffice.
 
     Raises UsageError for an unknown GPU and a context beyond the model's positions.
     """
@@ -329,6 +329,7 @@ def _split_problem(plan: Plan, config: ModelConfig, tp: int) -> str | None:
         is_split = linear.name.endswith((".o", ".down"))
         if is_split and plan.formats[linear.name] == "nvfp4" and linear.in_features // tp % _BLOCK:
             return (
-                f"{linear.name}: {linear.in_features} inputs over {tp} GPUs are no multiple of 16"
+                f"{linear.name}: {linear.in_features} inputs over {tp} GPUs are not a "
+                "multiple of 16"
             )
     return None

@@ -92,7 +92,7 @@ def refuse_export(source: Path, quantization: Quantization) -> None:
 
 
 def validate(config: QuantizeConfig) -> Job:
-    """Raises UsageError, CheckpointError, FormatError or CapacityError saying why not."""
+    """Make the job, or raise UsageError, CheckpointError, FormatError or CapacityError."""
     checkpoint = Checkpoint.open(config.source)
     refuse_export(config.source, checkpoint.quantization)
     require_trusted(checkpoint.config, config.accept)

@@ -32,7 +32,7 @@ class Journal:
         self.append(fingerprint)
 
     def resume(self, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Entries of the earlier run, oldest first; appending goes on after them.
+        """Entries of the earlier run, oldest first; new ones are appended behind them.
 
         Raises UsageError naming what differs if that run was made of something else, and if a line
         is not as it was written.
@@ -76,7 +76,7 @@ class Journal:
         )
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the journal's file; what was appended stays."""
         if self._file is not None:
             self._file.close()
             self._file = None

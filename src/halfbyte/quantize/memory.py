@@ -62,7 +62,7 @@ class Sums:
 
 
 def sums_of(widths: Sequence[int]) -> Sums:
-    """What products of inputs take; their widths in the order in which groups are encoded."""
+    """Bytes that products of inputs take; widths are in the order in which groups are encoded."""
     held = [4 * width * width for width in widths]
     beside = [sum(held[i:]) + gptq_bytes(width) for i, width in enumerate(widths)]
     return Sums(sum(held), max(beside, default=0))
@@ -88,7 +88,7 @@ def layer_peak_bytes(text: TextConfig, longest_row_tokens: int, sums: Sums = Sum
 def gpu_layer_bytes(
     text: TextConfig, longest_row_tokens: int, sums: Sums = Sums()
 ) -> tuple[int, int]:
-    """Memory on a GPU: of one layer at work, and of what comes beside it to prefetch another.
+    """Bytes on a GPU: of one layer at work, and of what prefetching another takes besides.
 
     At work is the larger of running rows through the layer and encoding its largest group with no
     layer loaded. Loading takes the layer, one decoded member and the group it is stacked into.
@@ -199,8 +199,9 @@ def _plan_gpu(
 
 
 def limit_gpu(device: torch.device, budget_bytes: int) -> None:
-    """Let this process allocate no more than the budget on a GPU: beyond it torch's own
-    OutOfMemoryError is raised, whatever room the card has.
+    """Let this process allocate no more than the budget on a GPU.
+
+    Beyond it torch's own OutOfMemoryError is raised, whatever room the card has.
     """
     # The limit wants an index, which "cuda" has not.
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -54,7 +54,7 @@ def write_report(record: Record, path: Path) -> tuple[Path, Path]:
 
 
 def render(record: Record) -> str:
-    """The page."""
+    """The report of one quantization as the text of an HTML page."""
     output, source = record["output"], record["source"]
     sections = (
         ("Sizes", _sizes(record)),

@@ -53,7 +53,7 @@ _FIRST_STEP = "outside the layers"
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What came of it. `linears` holds one record a linear (see `report`), in model order.
+    """What a quantization gives; `linears` holds one record a linear (see `report`).
 
     record  everything that the report shows (see `record`), as JSON values
     """

@@ -120,7 +120,7 @@ def shared_out(time: Time) -> dict[str, str]:
 
 
 def format_hosting(hosted: Sequence[Hosting], price_per_hour: float | None = None) -> str:
-    """A table for people, and what its columns rest on."""
+    """A table of GPUs and what they serve, and what its columns rest on."""
     first = hosted[0]
     priced = price_per_hour is not None
     header = ("GPUs", "weights", "KV/token", "KV tokens", "at once", "tokens/s")

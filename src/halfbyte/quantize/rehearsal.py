@@ -70,7 +70,7 @@ def kinds_of(plan: Plan, num_layers: int) -> list[Kind]:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Weights of one layer's linears."""
+    """Number of weights in the linears of one decoder layer."""
     linears = (linear for linear in decoder_linears(config) if linear.layer == 0)
     return sum(linear.out_features * linear.in_features for linear in linears)
 
@@ -143,7 +143,7 @@ def rehearse(
 
 
 def median_and_range(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Median, least and most; zeros of nothing.
+    """Median, least and greatest of some samples; zeros where there are none.
 
     The median, not the mean: one layer that other programs delay would be taken for all of them.
     """

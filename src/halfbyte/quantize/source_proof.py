@@ -38,7 +38,7 @@ class Reading:
         self._sums[name] = _checksum(tensor)
 
     def entry(self) -> dict[str, Any]:
-        """For the journal: checksums by canonical name, the state of the files, as JSON values.
+        """The journal's entry of this step: checksums by canonical name, state of the files.
 
         What nobody noted is read for it: the scales of the layer, which are single numbers.
         """

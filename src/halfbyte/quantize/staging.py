@@ -17,7 +17,7 @@ def work_directory(target: Path) -> Path:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Make `directory` if need be and hold it.
+    """Hold `directory` for this process while the body runs; make it first if need be.
 
     Raises UsageError if another process works in it, or it cannot be made.
     """

@@ -22,7 +22,7 @@ from halfbyte.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A source as far as it is there.
+    """What is known of a source, which may lack its tensors or more.
 
     checkpoint     None if the weights are not (all) there
     num_bytes      of all tensors: as stated if that fits the config's shapes, else by those

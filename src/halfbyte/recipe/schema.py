@@ -154,7 +154,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         known = ", ".join(library_recipes())
-        raise UsageError(f"no recipe {name!r}; there are {known}, or give a .yaml file")
+        raise UsageError(f"there is no recipe {name!r}; there are {known}, or give a .yaml file")
     return parse_recipe(read_yaml_text(path, "recipe"), path.name)
 
 
@@ -198,7 +198,7 @@ def _fields(
         raise UsageError(f"{where}: unknown key {', '.join(unknown[:4])}; there are {known}")
     missing = [key for key in required if key not in raw]
     if missing:
-        raise UsageError(f"{where}: lacks {', '.join(missing)}")
+        raise UsageError(f"{where} lacks {', '.join(missing)}")
     return raw
 
 
@@ -256,8 +256,8 @@ def _layer_range(item: Any, where: str) -> LayerRange:
     match = _RANGE.fullmatch(str(item)) if is_short else None
     if match is None:
         raise UsageError(
-            f"{where}: {shown(item)} is no layer; write 3, -1 (the last), 0-3, or 4..-2 (from the "
-            "fifth to the last but one)"
+            f"{where}: {shown(item)} is not a layer; write 3, -1 (the last), 0-3, "
+            "or 4..-2 (from the fifth to the last but one)"
         )
     first, last = [int(text) for text in match.groups() if text is not None] * (
         2 if match[5] is not None else 1
@@ -299,7 +299,7 @@ def _gptq(raw: Any, where: str) -> GptqOptions:
     fields = _fields(raw, where, (), ("damping", "order", "block", "sweeps"))
     block = _whole(fields.get("block", default.block), 16, 1 << 16, f"{where}, block")
     if block % 16:
-        raise UsageError(f"{where}, block: {block} is no multiple of 16, the columns of a scale")
+        raise UsageError(f"{where}, block: {block} is not a multiple of 16, the columns of a scale")
     return GptqOptions(
         _number(fields.get("damping", default.damping), 0.0, 100.0, f"{where}, damping"),
         cast(
@@ -312,13 +312,13 @@ def _gptq(raw: Any, where: str) -> GptqOptions:
 
 def _number(value: Any, least: float, most: float, where: str) -> float:
     if type(value) not in (int, float) or not least <= value <= most:
-        raise UsageError(f"{where}: {shown(value)} is no number from {least:g} to {most:g}")
+        raise UsageError(f"{where}: {shown(value)} is not a number from {least:g} to {most:g}")
     return float(value)
 
 
 def _whole(value: Any, least: int, most: int, where: str) -> int:
     if type(value) is not int or not least <= value <= most:
-        raise UsageError(f"{where}: {shown(value)} is no whole number from {least} to {most}")
+        raise UsageError(f"{where}: {shown(value)} is not a whole number from {least} to {most}")
     return value
 
 

@@ -33,7 +33,7 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # ValueError: a date that is none, a number of more digits than Python reads.
-        raise UsageError(f"{where}: no YAML ({_said(error)})") from error
+        raise UsageError(f"{where} is not valid YAML: {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:
@@ -57,7 +57,7 @@ class _UniqueKeys(yaml.SafeLoader):
                 is_new = key not in seen
                 seen.add(key)
             except TypeError:
-                said = "a mapping or a list is no key"
+                said = "a mapping or a list cannot be a key"
                 raise yaml.constructor.ConstructorError(
                     None, None, said, key_node.start_mark
                 ) from None

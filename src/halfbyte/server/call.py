@@ -13,7 +13,7 @@ _MAX_WARNING_CHARS = 500
 
 @dataclass(slots=True)
 class Call:
-    """Made by the gate, handed down to whoever answers.
+    """What the server knows of one HTTP call; the gate makes it and hands it to the route.
 
     key         short name of the API key, for limits and the log
     headers     of the response; filled before its first byte

@@ -90,7 +90,7 @@ def read_limits(settings: Iterable[str], base: Limits) -> Limits:
             kind = "whole number" if kinds[name] is int else "number"
             raise UsageError(f"--limit {setting}: {text!r} is not a {kind}") from None
         if not 0 <= value < float("inf"):
-            raise UsageError(f"--limit {setting}: must be 0 or more, and finite")
+            raise UsageError(f"--limit {setting}: the limit must be 0 or more, and finite")
         changed[name] = value
     return replace(base, **changed)
 
@@ -109,7 +109,7 @@ class ImageFetch:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """One server.
+    """How one server behaves: what it serves, to whom, and within which limits.
 
     model_names     names that requests may use; responses carry the first
     max_model_len   most tokens of a prompt and its answer together

@@ -48,9 +48,9 @@ def read_sampling(directory: Path) -> SamplingDefaults:
     try:
         told = json.loads(read_bounded(path).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(told, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
+        raise CheckpointError(f"{path} must hold a JSON object")
     values: dict[str, float] = {}
     for one in fields(SamplingDefaults):
         value = told.get(one.name)

@@ -23,7 +23,7 @@ _BARE_AGENTS = ("python-httpx/",)
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Habits of an answer's form; no token depends on them.
+    """The form that answers take; no token of an answer depends on it.
 
     whole_calls     a streamed tool call comes in one delta: these clients ask for the name in
                     each delta, or take each for a call of its own
@@ -48,7 +48,7 @@ VIBE = Dialect(thought_parts=True)
 
 
 def dialect_of(setting: Setting, path: str, user_agent: str, body: Mapping[str, Any]) -> Dialect:
-    """The dialect of a request.
+    """The dialect in which a request is answered: the setting's, or the client's.
 
     path   as it was asked for, with `/mistral` if it began so
     body   as it was sent, before any name was translated

@@ -118,7 +118,7 @@ def address(listener: socket.socket) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. UsageError if it cannot be had."""
+    """Open a listening socket; port 0 takes a free one. UsageError if it cannot be had."""
     listener = Listener(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -155,7 +155,7 @@ def serve(
 
 @contextlib.contextmanager
 def serving(app: FastAPI, admin: Admin | None = None) -> Iterator[str]:
-    """Serve on a free local port from a thread while the body runs; gives the URL."""
+    """Serve on a free local port from a thread while the body runs; yields the URL."""
     listener = listen("127.0.0.1", 0)
     ready = threading.Event()
     server = _server(app, lambda url: ready.set(), admin)

@@ -138,7 +138,7 @@ class Client:
                 self._connections[user] = self._connect()
 
     async def aclose(self) -> None:
-        """Close all connections of the client."""
+        """Close all connections that the client's users have open."""
         while self._connections:
             await self._connections.popitem()[1].aclose()
 

@@ -83,7 +83,7 @@ class RunRecord:
         return "checkpoint not known" if said is None else f"checkpoint {said[:20]}..."
 
     def samples(self, level: LevelResult, name: str) -> Sequence[float]:
-        """Every sample of one level, by name."""
+        """Every sample of one level under a name that ends with its unit."""
         return self.record.samples.get(f"{level.title}: {name}", ())
 
 
@@ -162,7 +162,9 @@ def read_run(path: Path) -> RunRecord:
     except CheckpointError as error:
         raise UsageError(str(error)) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: no whole record of halfbyte bench load: {error!r}") from error
+        raise UsageError(
+            f"{path} is not a whole record of halfbyte bench load: {error!r}"
+        ) from error
 
 
 def _level(found: Mapping[str, Any]) -> LevelResult:
@@ -250,7 +252,7 @@ def format_run(run: RunRecord) -> str:
 
 
 def told(spread: Spread | None, *names: str) -> tuple[str, ...]:
-    """Some of a spread's numbers, or dashes."""
+    """Numbers of a spread by their names, as text; dashes where there is no spread."""
     if spread is None:
         return tuple("–" for _ in names)
     return tuple(number(getattr(spread, name)) for name in names)

@@ -42,7 +42,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread | None":
-        """None of no values."""
+        """The spread of some values; None where there are none."""
         if not values:
             return None
         return cls(percentile(values, 0.5), percentile(values, 0.99), max(values), len(values))
@@ -98,7 +98,7 @@ class LevelResult:
 
     @property
     def failed(self) -> int:
-        """Number of requests that failed."""
+        """Number of the level's requests that failed in any way."""
         return sum(failure.count for failure in self.failures)
 
     @property

@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Measured:
-    """What one level of traffic gave.
+    """What one level of traffic gave: every exchange and its circumstances.
 
     started, ended  seconds of `time.perf_counter`
     alone           when the streams ran alone: first and last moment

@@ -40,7 +40,7 @@ _MOST_SEED = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request of a session.
+    """One request of a session, and the new text that it brings.
 
     wait_s         seconds between the answer before it and this request
     tokens, seed   the new text of the history: how long, and which words
@@ -104,7 +104,7 @@ class Level:
 
     @property
     def sessions(self) -> Iterator[Session]:
-        """All sessions of all levels."""
+        """The sessions of all users, and of what runs beside them."""
         for user in self.users:
             yield from user
         if self.beside is not None:
@@ -336,10 +336,10 @@ def read_trace(path: Path) -> Trace:
     try:
         found = json.loads(read_bounded(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: no trace: {error}") from error
+        raise UsageError(f"{path} is not a trace: {error}") from error
     if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
         raise UsageError(
-            f"{path}: no trace: its format is "
+            f"{path} is not a trace: its format is "
             f"{shown(found.get('format') if isinstance(found, Mapping) else None)}, not {_FORMAT!r}"
         )
     try:

@@ -60,11 +60,11 @@ class BlockPool:
         return len(self._cached)
 
     def knows(self, digest: bytes) -> bool:
-        """Whether a block with this content can be found."""
+        """Whether a block with the content of this digest can be found."""
         return digest in self._block_of
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest known beginning; changes nothing."""
+        """Blocks of the longest cached prefix of these digests; changes nothing."""
         found = []
         for digest in digests:
             block = self._block_of.get(digest)
@@ -74,7 +74,7 @@ class BlockPool:
         return found
 
     def can_hold(self, found: Sequence[int], num_new: int) -> bool:
-        """Whether `hold(found)` and then `allocate(num_new)` would succeed."""
+        """Whether blocks suffice for `hold(found)` and then `allocate(num_new)`."""
         unheld = sum(1 for block in found if self._references[block] == 0)
         return unheld + num_new <= self.num_free
 
@@ -100,7 +100,7 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference of each; the end of a sequence is evicted before its beginning."""
+        """Drop one reference of each block; a sequence's end is evicted before its beginning."""
         for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} released but nobody holds it"
             self._references[block] -= 1
@@ -112,7 +112,7 @@ class BlockPool:
                 self._empty.append(block)
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Make a held, fully computed block findable; a second one of the same content is not."""
+        """Make a held, fully computed block findable, unless its content is known already."""
         assert self._references[block] > 0, f"block {block} published but nobody holds it"
         if digest in self._block_of or block in self._digest_of:
             return

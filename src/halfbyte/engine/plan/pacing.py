@@ -52,7 +52,7 @@ _BALANCED_SLOWDOWN = 2.0
 
 
 class Demand(NamedTuple):
-    """What a step could do.
+    """What a step could do, in answers and prompt tokens.
 
     num_decodes        answers that get a token
     num_prompt_tokens  prompt tokens that could be computed beside them
@@ -75,7 +75,7 @@ class StepCosts:
         measured_s: Mapping[int, float] | None = None,
         deep_s: Mapping[int, float] | None = None,
     ) -> None:
-        """`sizes` rows are padded to, ascending.
+        """Start from steps measured beforehand, if any; rows are padded to `sizes`, ascending.
 
         measured_s  seconds of steps of these sizes without context
         deep_s      of steps of up to so many rows: more for each pair of a chunk's row and a token
@@ -95,7 +95,7 @@ class StepCosts:
         return num_rows if index == len(self.sizes) else self.sizes[index]
 
     def seconds(self, num_rows: int, row_tokens: float = 0.0) -> float | None:
-        """Of a step of so many rows, or None as long as no step was measured.
+        """Seconds of a step of so many rows; None as long as no step was measured.
 
         row_tokens  pairs of a chunk's row and a token of its context
         """
@@ -126,7 +126,7 @@ class StepCosts:
             self._known_s[size] = max(base_s + _GAIN * off_s, 0.1 * seconds)
 
     def table(self) -> dict[int, float]:
-        """Seconds by size, as they are known now."""
+        """Seconds of a step by its number of rows, as known now."""
         return dict(sorted(self._known_s.items()))
 
     def _deep_of(self, size: int) -> float:
@@ -159,7 +159,7 @@ class GapPacer:
     """Fills steps that generate with as many prompt tokens as their answers' gaps allow."""
 
     def __init__(self, target_gap_s: float, costs: StepCosts) -> None:
-        """`target_gap_s` between an answer's tokens while prompts are read."""
+        """Keep `target_gap_s` seconds between an answer's tokens while prompts are read."""
         self._target_gap_s = target_gap_s
         self._costs = costs
 
@@ -201,7 +201,7 @@ class GapPacer:
             )
 
     def table(self) -> dict[int, float]:
-        """Seconds by size, as they are known now."""
+        """Seconds of a step by its number of rows, as known now."""
         return self._costs.table()
 
     def _choices(self, demand: Demand) -> list[int]:
@@ -217,12 +217,14 @@ class GapPacer:
 
 
 class LinePacer:
-    """The same where rows cost what they are: a step with n prompt tokens lasts about d + n * p, d
-    being a step that only generates. Both are learnt as they come.
+    """A pacer for devices where the cost of a step grows with its rows, without sizes.
+
+    A step with n prompt tokens lasts about d + n * p, d being a step that only generates. Both
+    are learnt from steps as they come.
     """
 
     def __init__(self, target_gap_s: float | None) -> None:
-        """`target_gap_s` between an answer's tokens; None: twice what is usual."""
+        """Keep `target_gap_s` between an answer's tokens; None: twice the usual step."""
         self._target_gap_s = target_gap_s
         self._decodes_s: deque[float] = deque(maxlen=_NUM_DECODES)
         self._token_s: float | None = None
@@ -259,24 +261,24 @@ class LinePacer:
             self._token_s = token_s if known_s is None else known_s + _GAIN * (token_s - known_s)
 
     def table(self) -> dict[int, float]:
-        """Nothing: there are no sizes."""
+        """An empty table: a device without sizes has no seconds by size."""
         return {}
 
 
 class FreePacer:
-    """Never limits."""
+    """A pacer that never limits how many prompt tokens a step carries."""
 
     def prompt_tokens(self, demand: Demand) -> int | None:
-        """As many as fit."""
+        """None, which stands for as many prompt tokens as fit."""
         return None
 
     def observe(
         self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
     ) -> None:
-        """Learn nothing."""
+        """Do nothing: a pacer that never limits has nothing to learn."""
 
     def table(self) -> dict[int, float]:
-        """Nothing is known."""
+        """An empty table: no seconds of steps are kept."""
         return {}
 
 
@@ -284,7 +286,7 @@ class SlicePacer:
     """How long a step may work on prompts beside running answers."""
 
     def __init__(self, target_gap_s: float | None = None) -> None:
-        """`target_gap_s` between an answer's tokens; None: twice what is usual."""
+        """Keep `target_gap_s` between an answer's tokens; None: twice the usual step."""
         self._target_gap_s = target_gap_s
         # By number of running answers: steps that did nothing else, as they were before a prompt.
         self._usual_s: dict[int, deque[float]] = {}

@@ -48,7 +48,9 @@ class Scheduler:
         prefix_cache: bool = True,
         num_ahead: int = 0,
     ) -> None:
-        """`num_ahead` tokens behind a block belong to its digest: what a draft model keeps of a
+        """Schedule over a pool of blocks, at most `max_sequences` at once.
+
+        `num_ahead` tokens behind a block belong to its digest: what a draft model keeps of a
         position depends on the token after it.
         """
         assert max_batch_tokens >= max_sequences, (
@@ -114,16 +116,18 @@ class Scheduler:
         return works
 
     def carry(self, works: SequenceOf[Work]) -> None:
-        """Note that these chunks, just planned, will be computed over several steps. Until they are
-        done (`advance` them then), or one of their sequences gives up its blocks, `plan` takes only
-        the generating; whether they still are to be done is seen at `carried`.
+        """Note that these chunks, just planned, will be computed over several steps.
+
+        Until they are done (call `advance` on each then), or one of their sequences gives up its
+        blocks, `plan` takes only the generating; `carried` is empty from then on.
         """
         assert not self.carried
         self.carried = works
 
     def can_run_ahead(self) -> bool:
-        """Whether a step can be planned before the last one's tokens are known: nobody would have
-        to give up its blocks.
+        """Whether a step can be planned before the last one's tokens are known.
+
+        True where no sequence would have to give up its blocks.
         """
         return self.pool.num_free >= len(self.running)
 
@@ -159,7 +163,7 @@ class Scheduler:
         self._promise(sequence, last)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks for up to `num_tokens` behind the known ones; for how many they suffice.
+        """Allocate blocks for `num_tokens` behind the known ones; returns how many got room.
 
         Call between `plan` and `trim`, for a sequence that `plan` chose.
         """

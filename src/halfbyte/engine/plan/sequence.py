@@ -96,7 +96,7 @@ class Sequence:
 
     @property
     def is_exhausted(self) -> bool:
-        """Ends with a token that is still to be read; nothing more is to be computed."""
+        """Whether the answer ends with a reserved token, so that nothing more is to be computed."""
         return self.num_pending > 0 and self.num_generated >= self.max_tokens
 
     @property
@@ -113,7 +113,7 @@ class Sequence:
         return self.request.params.prompt_logprobs is not None and not self.has_prompt_logprobs
 
     def append(self, token_id: int) -> None:
-        """Add one generated token whose id is known."""
+        """Add one generated token whose id is known to the sequence."""
         self.token_ids.append(token_id)
         if self.counts is not None:
             self.counts[token_id] += 1
@@ -174,5 +174,5 @@ class Work:
 
     @property
     def is_last(self) -> bool:
-        """The step reaches the last known token, so that a next one can be chosen."""
+        """Whether the step reaches the last known token, so that a next one can be chosen."""
         return self.start + self.count == len(self.sequence.token_ids)

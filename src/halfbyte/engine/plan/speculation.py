@@ -57,7 +57,7 @@ class Guesser(Protocol):
         """Up to so many next tokens for each sequence, all of which have blocks for them."""
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended."""
+        """Drop what is kept of a sequence that has ended."""
 
 
 class _Index:
@@ -115,7 +115,7 @@ class Lookup:
         return next((i for i, least in enumerate(_MATCH_LEVELS) if length >= least), None)
 
     def guess(self, wanted: SequenceOf[tuple[Sequence, int]]) -> list[list[int]]:
-        """What followed the match; past the end of the text, what the guess itself repeats."""
+        """Tokens that followed the match; past the end of the text, the guess itself repeated."""
         guesses = []
         for sequence, count in wanted:
             token_ids = sequence.token_ids
@@ -257,7 +257,7 @@ class Speculator:
         return works
 
     def settle(self, work: Work, num_accepted: int) -> None:
-        """Note how many of a work's proposals stood."""
+        """Learn how many of a work's proposed tokens were accepted."""
         if work.proposals:
             arrival = work.sequence.arrival
             self.num_proposed += len(work.proposals)
@@ -271,7 +271,7 @@ class Speculator:
             self._pace.observe(seconds, len(works), num_proposed)
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended."""
+        """Drop what is kept of a sequence that has ended."""
         self._guesser.forget(sequence)
         self._pace.forget(sequence.arrival)
 

@@ -31,8 +31,9 @@ NO_CHANGES = TableChanges(_NOTHING, _NOTHING)
 
 
 class PageTable:
-    """Pages of the running sequences, row by row: one row for each slot, and a last one for a
-    sequence without. Who plans steps has one, whose changes keep those of the devices alike.
+    """Pages of the running sequences: a row for each slot, and a last one for no slot.
+
+    Whoever plans steps keeps one, whose changes keep those of the devices alike.
     """
 
     def __init__(self, max_sequences: int, max_pages: int, block_tokens: int) -> None:
@@ -64,7 +65,7 @@ class PageTable:
         return rows, changes
 
     def apply(self, changes: TableChanges) -> None:
-        """Write what `update` of another table has found."""
+        """Write the changes that `update` of another table has found."""
         if changes.places_X.size:
             self.pages.reshape(-1)[changes.places_X] = changes.pages_X
 
@@ -101,7 +102,7 @@ class PlannedStep:
 
     @property
     def num_rows(self) -> int:
-        """Number of tokens that the step computes."""
+        """Number of tokens that the step computes, one a row."""
         return len(self.packed_5T[0])
 
 
@@ -157,7 +158,7 @@ def lay_out_rows(
 def lay_out(
     works: SequenceOf[Work], table: PageTable, image_rows_I: NDArray[np.int64] | None = None
 ) -> PlannedStep:
-    """Lay out the step that computes these works.
+    """Lay out the step that computes these works, in their order.
 
     Logits: of the last known token of each sequence that the step reaches and of the proposals
     behind it, and of every token of a sequence that wants prompt log-probs.

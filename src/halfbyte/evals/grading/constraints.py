@@ -102,7 +102,7 @@ def missing_resources(kinds: Sequence[str]) -> str | None:
 def _verifier(kind: str, given: Mapping[str, Any], prompt: str) -> Callable[[str], bool]:
     registry = _registry()
     if kind not in registry:
-        raise UnsupportedError(f"constraint {kind!r} is none of the {len(registry)} known kinds")
+        raise UnsupportedError(f"constraint {kind!r} is not one of the {len(registry)} known kinds")
     if kind == VERB_KIND and (reason := missing_resources([kind])):
         raise UnsupportedError(reason)
     checker = registry[kind](kind)

@@ -73,7 +73,7 @@ def grade_judged(official: str, candidate: str, verdict_text: str | None) -> Sco
     verdict = None if verdict_text is None else read_verdict(verdict_text)
     details = {"judgement": verdict_text, "exact_match": same_text(official, candidate)}
     if verdict is None:
-        reason = f"no verdict in the judge's reply {(verdict_text or '')[:200]!r}"
+        reason = f"there is no verdict in the judge's reply {(verdict_text or '')[:200]!r}"
         return Score(None, candidate[:200], "ungraded", {**details, "reason": reason})
     return right_or_wrong(verdict, candidate[:200], **details)
 

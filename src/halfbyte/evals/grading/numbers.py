@@ -238,7 +238,7 @@ def check_algebra() -> None:
 def grade_number(
     gold: int, text: str, equals: Callable[[int, str], bool] = equals_in_child
 ) -> Score:
-    """Score an answer against an integer gold."""
+    """Score an answer against an integer gold; symbols are evaluated in a child process."""
     expression = extract_number(text)
     if expression is None or not expression.strip():
         return unparsed()

@@ -100,7 +100,7 @@ def _close(one: Any, two: Any, atol: float = 1e-8, rtol: float = 1e-5) -> bool:
 
 
 def are_csc_matrix_close(matrix1: Any, matrix2: Any) -> bool:
-    """Compare two sparse matrices entry by entry."""
+    """Compare two sparse matrices entry by entry, with numpy's tolerances."""
     return bool(np.allclose(matrix1.toarray(), matrix2.toarray()))
 
 

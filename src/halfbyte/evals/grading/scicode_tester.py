@@ -28,7 +28,7 @@ class Remote:
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *arguments, **named):
-        """Call it, in its own process."""
+        """Call the object in its own process; returns what it gave."""
         return self._side.call(self._number, arguments, named)
 
     def __getattr__(self, name):
@@ -42,7 +42,9 @@ class Remote:
         side.ask({"do": "set", "of": self._number, "name": name, "value": data})
 
     def _refused(self, *_):
-        raise TypeError("what the code returned is no number, array or other plain data")
+        raise TypeError(
+            "the code returned something that is not a number, an array or other plain data"
+        )
 
     __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refused
     __hash__ = object.__hash__
@@ -96,7 +98,9 @@ class Side:
         if isinstance(value, Remote):
             return {"ref": value._number}
         if not callable(value):
-            raise TypeError(f"{type(value).__name__} cannot be given to the code: no plain data")
+            raise TypeError(
+                f"{type(value).__name__} cannot be given to the code: it is not plain data"
+            )
         self._functions.append(value)
         return {"function": len(self._functions) - 1}
 
@@ -138,7 +142,7 @@ def run(step, read_fd, write_fd):
 
 
 def main(step, read_fd, write_fd):
-    """Exit status: 0 if every test held."""
+    """Run the tests of a step; the exit status is 0 if every test held."""
     scicode_runtime.harden()
     for name in ("scicode", "scicode.compare", "scicode.compare.cmp"):
         sys.modules[name] = scicode_runtime

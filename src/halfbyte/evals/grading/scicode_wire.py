@@ -23,7 +23,7 @@ _DICTS = ("dict", "OrderedDict", "defaultdict", "Counter")
 
 
 class ClosedError(Exception):
-    """Raised when the other process has gone."""
+    """Raised when the process at the other end has gone."""
 
 
 class Channel:
@@ -196,7 +196,7 @@ class Luck:
         return found
 
     def take(self, changes):
-        """Set what the other side sent."""
+        """Set the random states that the other side has sent."""
         if "numpy" in changes:
             np.random.set_state(decode(changes["numpy"], resolve_nothing))
         if "python" in changes:
@@ -206,7 +206,7 @@ class Luck:
 
 def refer_nothing(value):
     """For `encode`, where all must be plain data."""
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def resolve_nothing(kind, body):

@@ -51,11 +51,11 @@ class PairedItems:
 
     @property
     def num_items(self) -> float:
-        """Number of items in all groups together."""
+        """Number of items in all groups together, as a float."""
         return float(self.sizes.sum())
 
     def swapped(self) -> "PairedItems":
-        """The same differences as baseline minus candidate."""
+        """The same differences with the arms swapped: baseline minus candidate."""
         return PairedItems(-self.sums, self.sizes, self.unit)
 
 

@@ -139,7 +139,7 @@ def _left_out(
 def _records(folder: Path, name: str) -> dict[tuple[str, int], Record]:
     file = newest(folder / name, "samples", "jsonl")
     if file is None:
-        raise UsageError(f"{folder / name}: no samples.jsonl")
+        raise UsageError(f"{folder / name} has no samples.jsonl")
     return latest(read_records(file))
 
 

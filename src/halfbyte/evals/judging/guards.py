@@ -56,7 +56,7 @@ def was_asked(b: BenchmarkResult | None, c: BenchmarkResult | None) -> bool:
 
 
 def blockers(b: BenchmarkResult, c: BenchmarkResult, pairs: Pairs, dropped: int) -> list[str]:
-    """Why no verdict may be read, empty if it may."""
+    """Reasons why no verdict may be read; none if it may."""
     found = []
     if dropped:
         found.append(f"{dropped} items are not in both arms with all repeats")

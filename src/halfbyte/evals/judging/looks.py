@@ -127,7 +127,7 @@ def next_look(
     """
     look = earlier["look"]
     if earlier["verdict"] != "INCONCLUSIVE":
-        raise UsageError(f"{file}: ended {earlier['verdict']}; there is nothing left to look for")
+        raise UsageError(f"{file} ended {earlier['verdict']}; there is nothing left to look for")
     changed = [
         f"{name}: {100 * was:g} and {100 * margins[name].value:g}"
         for name, was in earlier["margins"].items()
@@ -135,7 +135,7 @@ def next_look(
     ]
     if changed:
         raise UsageError(
-            f"{file}: has other margins ({'; '.join(changed)}); a margin is not changed between "
+            f"{file} has other margins ({'; '.join(changed)}); a margin is not changed between "
             "looks"
         )
     number, planned = int(look["number"]) + 1, int(look["planned"])
@@ -164,8 +164,8 @@ def read_comparison(file: Path) -> dict[str, Any]:
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
-        raise UsageError(f"{file}: no comparison can be read: {failure}") from failure
+        raise UsageError(f"{file} cannot be read as a comparison: {failure}") from failure
     needed = ("look", "verdict", "margins", "seed_shifts", "baseline_run", "candidate_run")
     if not isinstance(row, dict) or any(name not in row for name in needed):
-        raise UsageError(f"{file}: not what `halfbyte compare-evals --out` writes")
+        raise UsageError(f"{file} is not what `halfbyte compare-evals --out` writes")
     return row

@@ -106,7 +106,7 @@ def plan_run(
     pilot: Path | None,
     prompt_throughput: float | None = None,
 ) -> list[PlanLine]:
-    """Plan each benchmark of a run.
+    """Plan each benchmark of a run: what it would show and cost.
 
     throughput         output tokens per second, all requests together
     prompt_throughput  prompt tokens per second; None: prompts take no time

@@ -50,7 +50,7 @@ class Estimate:
 
 
 class Interval(NamedTuple):
-    """Lower and upper end of an interval."""
+    """Lower and upper end of an interval, in the estimate's unit."""
 
     low: float
     high: float
@@ -175,9 +175,10 @@ def paired_difference(
 def repeat_noise(
     baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]
 ) -> float | None:
-    """Standard error of the difference with the items taken as fixed: would they do it again?
+    """Standard error of the difference with the items taken as fixed.
 
-    One sequence of repeats per item and arm. None when any item has fewer than two repeats.
+    It says whether the same items would give this difference again. One sequence of repeats per
+    item and arm. None when any item has fewer than two repeats.
     """
     if any(len(r) < 2 for arm in (baseline, candidate) for r in arm):
         return None
@@ -217,7 +218,7 @@ def sign_flip(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment of several p values."""
+    """Adjust several p values by Holm's step-down rule; the result is by name, too."""
     adjusted: dict[str, float] = {}
     worst = 0.0
     ordered = sorted(p_values, key=lambda name: p_values[name])

@@ -19,7 +19,7 @@ from halfbyte.evals.tasks.data import file_sha256
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Address and key of an OpenAI-compatible server.
+    """Address and key of an OpenAI-compatible server, and what it says of itself.
 
     url            base address that ends in /v1
     model          name to send in requests
@@ -54,7 +54,9 @@ def connect(url: str, model: str | None, api_key: str, *, take_first: bool = Fal
             f"{base}: no server answers there ({failure}); is it up, and is this its address?"
         ) from failure
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as failure:
-        raise UsageError(f"{base}/models: no OpenAI-compatible server: {failure}") from failure
+        raise UsageError(
+            f"{base}/models does not answer as an OpenAI-compatible server: {failure}"
+        ) from failure
     if model is None:
         if not models or (len(models) > 1 and not take_first):
             raise UsageError(f"{base} serves {', '.join(models) or 'nothing'}; choose with --model")
@@ -97,9 +99,11 @@ def base_address(url: str) -> str:
     try:
         parts = httpx.URL(base)
     except httpx.InvalidURL as failure:
-        raise UsageError(f"{url!r} is no address of a server: {failure}") from failure
+        raise UsageError(f"{url!r} is not the address of a server: {failure}") from failure
     if parts.scheme not in ("http", "https") or not parts.host:
-        raise UsageError(f"{url!r} is no address of a server: give http://HOST:PORT or a folder")
+        raise UsageError(
+            f"{url!r} is not the address of a server; give http://HOST:PORT or a folder"
+        )
     path = parts.path.rstrip("/")
     for end in ("/chat/completions", "/completions", "/models"):
         path = path.removesuffix(end)
@@ -115,9 +119,9 @@ def _health(root: str, headers: Mapping[str, str]) -> Any:
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """What identifies a checkpoint folder: `identity` (`checkpoint.identity`), the hashes of its
-    configuration and index, its formats.
+    """Facts that identify a checkpoint folder, by name.
 
+    `identity` (`checkpoint.identity`), the hashes of its configuration and index, its formats.
     `note` is what its NOTE.txt says (`checkpoint.fp8_source` copies it from arm to arm), which
     belongs beside every figure.
     """

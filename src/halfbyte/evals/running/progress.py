@@ -15,7 +15,7 @@ class RunProgress:
     def __init__(
         self, title: str, total: int, stream: TextIO | None = None, *, later: int = 0
     ) -> None:
-        """`stream` is stderr unless another is given.
+        """Count `total` attempts and print to `stream`, stderr unless another is given.
 
         later  attempts of the benchmarks that follow, for the time that the whole run still takes
         """
@@ -39,7 +39,7 @@ class RunProgress:
         self._tokens = 0
 
     def add(self, record: Record) -> None:
-        """Count one more graded attempt."""
+        """Count one more graded attempt, and print the line if it is due."""
         self._count(record)
         self._tokens += record.prompt_tokens + record.completion_tokens
         if self._line.is_due():

@@ -56,7 +56,7 @@ def load(options: Options) -> LoadedItems:
 
 
 def content(row: Mapping[str, Any]) -> str:
-    """What makes an item the one that it is, its documents included."""
+    """A hash by which an item is recognised, its documents included."""
     return content_hash(row["question"], row["answer"], row["context"])
 
 

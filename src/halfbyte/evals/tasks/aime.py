@@ -48,7 +48,7 @@ def load(options: Options) -> LoadedItems:
 
 
 def content(row: Mapping[str, Any]) -> str:
-    """What makes an item the one that it is."""
+    """A hash by which an item is recognised, whoever published it."""
     problem, answer = _columns(row)
     return content_hash(problem, _gold("", answer))
 

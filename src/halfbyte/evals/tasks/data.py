@@ -77,7 +77,7 @@ def load_rows(
     columns: Sequence[str] = (),
     how: str = "",
 ) -> Rows:
-    """Load the rows of one benchmark.
+    """Load the rows of one benchmark from a folder, a package or the hub.
 
     data      folder of the user's, or None
     patterns  globs below `data`, tried in order; all files of the first that matches are read
@@ -98,7 +98,7 @@ def load_rows(
     if hub is not None and (found := _from_hub(hub)) is not None:
         return found
     looked = f"{data}/{patterns[0]}" if data is not None else "no --data folder given"
-    raise UsageError(f"{benchmark}: items not found ({looked}). {how}")
+    raise UsageError(f"{benchmark}: its items were not found ({looked}). {how}")
 
 
 def _check_columns(
@@ -169,7 +169,7 @@ def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as failure:
-            raise UsageError(f"{file}, line {number}: not JSON: {failure}") from failure
+            raise UsageError(f"{file}, line {number} is not JSON: {failure}") from failure
         if not isinstance(row, dict):
             raise UsageError(f"{file}, line {number}: an item is an object, not {line[:40]!r}")
         rows.append(row)
@@ -182,7 +182,7 @@ def _read_csv(file: Path) -> list[Mapping[str, Any]]:
     try:
         return list(reader)
     except csv.Error as failure:
-        raise UsageError(f"{file}, line {reader.line_num}: not CSV: {failure}") from failure
+        raise UsageError(f"{file}, line {reader.line_num} is not CSV: {failure}") from failure
     finally:
         csv.field_size_limit(previous)
 
@@ -194,7 +194,7 @@ def _read_parquet(file: Path) -> list[Mapping[str, Any]]:
     try:
         return list(parquet.read_table(file).to_pylist())
     except (OSError, ValueError) as failure:  # ArrowInvalid is a ValueError
-        raise UsageError(f"{file}: not Parquet: {str(failure)[:300]}") from failure
+        raise UsageError(f"{file} is not Parquet: {str(failure)[:300]}") from failure
 
 
 _READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
@@ -222,7 +222,7 @@ def _from_hub(hub: HubSet) -> Rows | None:
 
 
 def file_sha256(file: Path) -> str:
-    """Hash of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal; links are followed."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -53,7 +53,7 @@ def load(options: Options) -> LoadedItems:
 
 
 def content(row: Mapping[str, Any]) -> str:
-    """What makes an item the one that it is; its record id is a salt that no text betrays."""
+    """A hash by which an item is recognised; its record id is left out, as it is a salt."""
     texts = (_clean(row[name]) for name in ("Question", "Correct Answer", *_WRONG))
     return content_hash(row["Record ID"], *texts)
 

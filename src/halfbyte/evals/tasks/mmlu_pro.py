@@ -44,7 +44,7 @@ def load(options: Options) -> LoadedItems:
 
 
 def content(row: Mapping[str, Any]) -> str:
-    """What makes an item the one that it is."""
+    """A hash by which an item is recognised, whoever published it."""
     return content_hash(row["question"], *row["options"], row["answer"])
 
 

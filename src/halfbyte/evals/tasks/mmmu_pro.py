@@ -71,7 +71,7 @@ def load(setting: Setting, options: Options) -> LoadedItems:
 
 
 def content(row: Mapping[str, Any]) -> str:
-    """What makes an item the one that it is, in each setting; pictures are not looked at."""
+    """A hash by which an item is recognised in any setting; pictures are left out."""
     return content_hash(row.get("id", ""), *_options(row), row["answer"])
 
 

@@ -52,7 +52,7 @@ def load(options: Options) -> LoadedItems:
 
 
 def content(problem: Mapping[str, Any]) -> str:
-    """What makes a problem the one that it is: what is asked at each step, and its tests."""
+    """A hash by which a problem is recognised: what each step asks, and its tests."""
     steps = [
         (step["step_number"], step["step_description_prompt"], step["test_cases"])
         for step in problem["sub_steps"]

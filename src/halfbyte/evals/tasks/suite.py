@@ -52,7 +52,7 @@ def find_benchmarks(names: Sequence[str]) -> tuple[Benchmark, ...]:
         for member in SUITES.get(name, (name,)):
             if member not in BENCHMARKS:
                 known = ", ".join([*SUITES, *BENCHMARKS])
-                raise UsageError(f"no benchmark or suite {name!r}; there are: {known}")
+                raise UsageError(f"there is no benchmark or suite {name!r}; there are: {known}")
             repeats = REPEATS.get(name, {}).get(member, BENCHMARKS[member].repeats)
             found.setdefault(member, replace(BENCHMARKS[member], repeats=repeats))
     return tuple(found.values())

@@ -134,7 +134,7 @@ def _check(status: int, what: str) -> None:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept between runs."""
+    """The folder where compiled kernels are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME", "") or str(Path.home() / ".cache")
     return Path(base) / "halfbyte" / "kernels"
 

@@ -101,7 +101,7 @@ class Launch:
         )
 
     def run(self, stream: int) -> None:
-        """Enqueue on `stream` (torch's `Stream.cuda_stream`)."""
+        """Enqueue the kernel on `stream` (torch's `Stream.cuda_stream`) and return at once."""
         self._config.stream = stream
         self._kernel.enqueue(self._config, self._pointers)
 
@@ -163,6 +163,6 @@ class Kernel:
         self.shared_bytes = shared_bytes
 
     def enqueue(self, config: _Config, pointers: ctypes.Array[ctypes.c_void_p]) -> None:
-        """Launch with a prepared configuration."""
+        """Launch with a prepared configuration; UnsupportedError if the driver refuses."""
         status = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(status, f"launch {self.name}")

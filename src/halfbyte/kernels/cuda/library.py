@@ -153,7 +153,7 @@ def plan_prefill(
 
 
 class PrefillRoom(NamedTuple):
-    """Where clusters that share an item merge.
+    """Device memory in which clusters that share an item merge their sums.
 
     partial    f32, sums of each cluster's first and last item
     counters   int32, zero between kernels
@@ -175,7 +175,7 @@ def make_prefill_room(num_blocks: int, device: torch.device) -> PrefillRoom:
 
 
 def columns_for(num_tokens: int) -> int:
-    """The narrowest compiled width that holds `num_tokens`."""
+    """The narrowest compiled width that holds `num_tokens`; ValueError beyond the widest."""
     for columns in COLUMNS:
         if num_tokens <= columns:
             return columns
@@ -193,16 +193,16 @@ class StreamPlan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Blocks to launch."""
+        """Blocks to launch along x, y and z."""
         return self.num_blocks * self.config.cluster, 1, 1
 
     @property
     def num_units(self) -> int:
-        """Units of work: tiles times K blocks."""
+        """Units of work in the weight: row tiles times K blocks."""
         return self.out_features // self.config.tile_rows * self.k_blocks
 
     def owner(self, unit: int) -> int:
-        """Cluster that works on `unit`."""
+        """Index of the cluster that works on `unit`."""
         return ((unit + 1) * self.num_blocks - 1) // self.num_units
 
     @property
@@ -212,7 +212,7 @@ class StreamPlan:
 
     @property
     def slot_counts(self) -> list[int]:
-        """Clusters that share each tile."""
+        """Number of clusters that share each row tile, a count per tile."""
         firsts = range(0, self.num_units, self.k_blocks)
         return [self.owner(u + self.k_blocks - 1) - self.owner(u) + 1 for u in firsts]
 
@@ -370,7 +370,7 @@ class KernelLibrary:
         return kernels["prefill_linear"], config
 
     def layout(self) -> dict[str, Kernel]:
-        """Kernels of layout.cu by name."""
+        """Kernels of layout.cu by name, which write weights in another order."""
         names = ("untile_8bit", "decode_nvfp4_bf16", "decode_nvfp4_e4m3", "fill_random")
         code = lambda: compile_kernel("layout", {})
         return self._make(("layout",), code, dict.fromkeys(names, 0))

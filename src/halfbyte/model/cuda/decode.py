@@ -48,12 +48,12 @@ from halfbyte.model.cuda.weights import (
 
 
 def norm_blocks(columns: int) -> int:
-    """Blocks that share a token which is looked at as a whole: few tokens fill a device too."""
+    """Number of blocks that share a token in norms: few tokens fill a device too."""
     return 8 if columns <= 32 else 2
 
 
 def silu_blocks(columns: int) -> int:
-    """Blocks that share a token in SiLU kernels that round it by its own largest value."""
+    """Number of blocks that share a token in SiLU kernels with a scale per token."""
     return 8 if columns <= 32 else 2
 
 
@@ -80,7 +80,7 @@ class DecodeStep:
         all_reduce: AllReduce | None = None,
         overlaps: bool = True,
     ) -> None:
-        """Lay out the launches; nothing is captured yet.
+        """Lay out the launches of a step; nothing is captured yet.
 
         prepare     enqueued before everything else of a step; fills the step's inputs
         logits_TV   f32, where the logits go; as wide as the head's padded output
@@ -359,7 +359,7 @@ class DecodeStep:
             launch.run(stream)
 
     def capture(self, pool: Any = None) -> None:
-        """Record a step as a graph.
+        """Record the step as a CUDA graph, on a stream of its own.
 
         pool    torch's graph memory pool, shared by graphs that never run at the same time
         """
@@ -374,6 +374,6 @@ class DecodeStep:
         self._graph = graph
 
     def replay(self) -> None:
-        """Enqueue one step through the graph."""
+        """Enqueue one step on the current stream through the captured graph."""
         assert self._graph is not None, "capture first"
         self._graph.replay()

@@ -29,7 +29,7 @@ class SharedBuffers:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`count` elements under this name; what they hold is undefined."""
+        """Memory for `count` elements under this name; what it holds is undefined."""
         held = self._buffers.get(name)
         if held is None or held.numel() < count:
             # Zeros: whatever reads more than was written must find numbers.
@@ -86,8 +86,9 @@ def elementwise_kernels(
 
 
 def attention_splits(num_pairs: int, num_multiprocessors: int) -> int:
-    """Blocks that share the context of one pair of a sequence and a KV head: enough of them to give
-    each multiprocessor two.
+    """Number of blocks that share the context of one pair of a sequence and a KV head.
+
+    Enough of them to give each multiprocessor two blocks.
     """
     return min(32, max(1, -(-2 * num_multiprocessors // num_pairs)))
 
@@ -106,13 +107,14 @@ def context_bytes(num_keys: int, config: TextConfig) -> int:
 
 
 def chunk_tiles(num_tokens: int, group: int) -> int:
-    """Blocks of rows of a chunk: each token has `group` query heads for a KV head."""
+    """Number of blocks of rows of a chunk, in which a KV head has `group` query heads a token."""
     return -(-num_tokens * group // CHUNK_ROWS)
 
 
 def chunk_splits(num_pairs: int, num_keys: int, num_multiprocessors: int) -> int:
-    """Blocks that share the context of one pair of a block of rows and a KV head: so many that the
-    last wave of blocks leaves few multiprocessors idle.
+    """Number of blocks that share the context of one pair of a block of rows and a KV head.
+
+    So many that the last wave of blocks leaves few multiprocessors idle.
     """
     num_tiles = -(-num_keys // CHUNK_KEYS)
 

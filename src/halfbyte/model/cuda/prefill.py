@@ -57,7 +57,7 @@ _NORM_ROWS = 1024
 
 
 class Prefill:
-    """Many tokens at once through every layer.
+    """Runs many tokens at once through every layer of a decoder.
 
     NVFP4 layers multiply in fp16, where every value is exact, or in FP8 (`CudaWeights.mode`), as a
     decode step does. Keys and values are read as stored. NVFP4 is decoded in registers (prefill.cu)
@@ -80,7 +80,7 @@ class Prefill:
         shared: SharedBuffers | None = None,
         max_context_tokens: int = 0,
     ) -> None:
-        """`shared` holds what is only needed within a forward.
+        """Take buffers from `shared` for what is only needed within a forward.
 
         max_context_tokens  of a sequence: memory for its attention is taken here, not when needed
         """
@@ -312,9 +312,9 @@ class Prefill:
         return x_TI
 
     def forward(self, batch: PrefillBatch) -> Tensor:
-        """The residual stream after the last layer, (T, D) bf16; keys and values are stored.
+        """Run a batch; returns the residual stream after the last layer, (T, D) bf16.
 
-        What is no attention comes from graphs where there are some of the size (`capture`).
+        All but attention comes from graphs where some of this size are captured (`capture`).
         """
         weights = self._weights
         residual_TD = weights.embedding_VD[batch.token_ids_T]
@@ -358,11 +358,12 @@ class Prefill:
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int], pool: Any) -> None:
-        """Record steps of so many rows as graphs, one from each layer's attention to the next's;
-        sizes that no step needs are left out.
+        """Record steps of so many rows as graphs, one from each layer's attention to the next's.
+
+        Sizes that no step needs are left out. Launched one by one, a step's thousand kernels would
+        wait for a busy host.
 
         pool  torch's graph memory pool, shared by graphs that never run at the same time
-        Launched one by one, a step's thousand kernels would wait for a busy host.
         """
         device, config = self._library.device, self._weights.config
         sizes = [size for size in sizes if size - GRAPH_STEP < self._max_tokens]
@@ -393,7 +394,7 @@ class Prefill:
         torch.cuda.current_stream().wait_stream(stream)
 
     def release(self) -> None:
-        """Forget the graphs."""
+        """Drop the captured graphs and the memory that they hold."""
         self._graphs.clear()
 
     def _segment(self, index: int, rows: Rows) -> None:

@@ -22,7 +22,7 @@ _PIECE_BYTES = 32 << 20
 
 
 class Arrived(NamedTuple):
-    """A piece's bytes are read; on a GPU their copy is enqueued before `event`."""
+    """A piece of a tensor whose bytes are read; on a GPU their copy is enqueued before `event`."""
 
     event: torch.cuda.Event | None
 
@@ -199,7 +199,7 @@ def cut(stored: StoredTensor, axis: int, part: range) -> tuple[StoredTensor, ran
 
 
 def shape_of(stored: StoredTensor, column_bytes: range | None) -> tuple[int, ...]:
-    """Rows and columns of what `cut` names."""
+    """Shape of the part of a tensor that `cut` names: (rows, columns), or the tensor's own."""
     if column_bytes is None:
         return stored.shape
     return stored.shape[0], len(column_bytes) // stored.dtype.itemsize

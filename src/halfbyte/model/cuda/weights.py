@@ -41,7 +41,7 @@ class CudaLinear:
 
 @dataclass(frozen=True, slots=True)
 class CudaLayer:
-    """One decoder layer on the device."""
+    """One decoder layer on the device: norms, four products, scales of K and V."""
 
     attention_norm_D: Tensor
     qkv: CudaLinear
@@ -79,7 +79,7 @@ class CudaWeights:
 
     @property
     def num_logits(self) -> int:
-        """Tokens whose logits the head gives."""
+        """Number of tokens whose logits this rank's head gives."""
         return self.config.vocab_size if self.vocab is None else len(self.vocab)
 
     @property
@@ -99,7 +99,7 @@ class CudaWeights:
 
     @property
     def linears(self) -> tuple[CudaLinear, ...]:
-        """Every product of a step."""
+        """Every product of a step: a draft model's first, the head, then the layers'."""
         ends = (self.head,) if self.fuse is None else (self.fuse, self.head)
         return (*ends, *(li for la in self.layers for li in layer_linears(la)))
 
@@ -110,7 +110,7 @@ class CudaWeights:
 
 
 def layer_linears(layer: CudaLayer) -> tuple[CudaLinear, ...]:
-    """The four products of a layer, in order."""
+    """The four products of a layer, in the order in which a step runs them."""
     return layer.qkv, layer.o, layer.gate_up, layer.down
 
 
@@ -122,14 +122,14 @@ class KvCache(NamedTuple):
 
     @property
     def page_slots(self) -> int:
-        """Tokens a page holds."""
+        """Number of tokens that a page of the cache holds."""
         return self.keys[0].shape[1]
 
 
 def make_cache(
     config: TextConfig, num_pages: int, page_slots: int, device: torch.device
 ) -> KvCache:
-    """An empty cache."""
+    """Allocate an empty cache: two (P, Z, K, H) tensors of bytes for each layer."""
     shape = (num_pages, page_slots, config.num_kv_heads, config.head_dim)
 
     def tensors() -> tuple[Tensor, ...]:

@@ -73,10 +73,10 @@ class Upstream(Protocol):
     def chat(
         self, request: wire.ChatRequest, messages: list[dict[str, Any]], job: Any
     ) -> AsyncGenerator[list[Piece], None]:
-        """Pieces of a conversation's answer."""
+        """Pieces of the answer to a conversation; each list is one event of the stream."""
 
     def text(self, request: wire.CompletionRequest, job: Any) -> AsyncGenerator[list[Piece], None]:
-        """Pieces of plain continuations."""
+        """Pieces of the continuations of plain prompts; each list is one event of the stream."""
 
 
 class Backend:
@@ -118,7 +118,7 @@ class Backend:
 
     @contextlib.contextmanager
     def token_request(self) -> Iterator[None]:
-        """Hold one place of /tokenize and /detokenize; 429 if there is none."""
+        """Hold one place of /tokenize and /detokenize; RequestError (429) if none is free."""
         limit = self.config.limits.token_requests
         if self._num_token_requests >= limit:
             message = f"{limit} requests for tokens are in work, as many as may be; try again later"
@@ -130,15 +130,15 @@ class Backend:
             self._num_token_requests -= 1
 
     def banned_in_chat(self, *, thinking: bool, tools: bool) -> tuple[int, ...]:
-        """Ids that an answer of a conversation may not contain."""
+        """Token ids that an answer of a conversation may not contain."""
         return self._banned[thinking, tools]
 
     def banned_in_text(self) -> tuple[int, ...]:
-        """Ids that a plain continuation may not contain."""
+        """Token ids that a plain continuation may not contain."""
         return self._banned_in_text
 
     def check_model(self, name: str | None) -> None:
-        """404 for a model that is not served here."""
+        """Raise RequestError (404) for a model that this server does not serve."""
         if name is not None and name not in self.config.model_names:
             known = ", ".join(self.config.model_names)
             raise RequestError(
@@ -150,11 +150,11 @@ class Backend:
 
     @property
     def is_ready(self) -> bool:
-        """Whether new requests are welcome."""
+        """Whether new requests are taken: the engine runs and the server is not ending."""
         return self.service.is_ready and not self.admission.is_draining
 
     def metrics_text(self) -> str:
-        """Prometheus text of everything."""
+        """The page of /metrics in Prometheus text: server, process and engine."""
         engine = {**self.engine_figures(), "alive": int(self.service.is_ready)}
         return self.metrics.text(
             engine,
@@ -164,7 +164,7 @@ class Backend:
         )
 
     def engine_figures(self) -> dict[str, float]:
-        """Numbers of the engine's stats, by name."""
+        """The engine's numeric figures by name; empty while there is no engine."""
         stats = self.service.stats()
         if not dataclasses.is_dataclass(stats):
             return {}

@@ -27,7 +27,7 @@ from halfbyte.server.call import Call
 
 @dataclass(slots=True)
 class Choice:
-    """One answer on its way: its router, and what its tokens were.
+    """One answer in the making: its router, and the tokens that it has so far.
 
     has_own_prompt   the first answer to its prompt, whose cached tokens count; further ones of the
                      same request find what that one computed
@@ -62,7 +62,7 @@ class Choice:
         return self.finish.completion_tokens
 
     def feed(self, event: TokensEvent) -> list[Piece]:
-        """Pieces of new tokens; nothing after a stop string."""
+        """Pieces that new tokens make of this answer; none after a stop string."""
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
         deltas: list[Delta] = []
@@ -129,7 +129,7 @@ class Choice:
 
 @dataclass(slots=True)
 class Job:
-    """A validated request, ready to run: its choices and what its answer will be called.
+    """A validated request, ready to run: its choices and the id of its answer.
 
     source      where its pieces come from, if not from this process's engine
     tool_names  of tools that the model knows by other names: its names, and the client's
@@ -149,7 +149,7 @@ class Job:
         return tuple(choice.request.request_id for choice in self.choices)
 
     def facts(self) -> dict[str, Any]:
-        """What the access log says of this request."""
+        """Facts by name that the access log says of this request."""
         started = [choice.first_token_s for choice in self.choices if choice.first_token_s]
         return {
             "answer_id": self.answer_id,
@@ -176,7 +176,7 @@ def _tracked(backend: Backend, job: Job, call: Call) -> Iterator[None]:
 
 
 async def run(backend: Backend, job: Job, call: Call) -> AsyncGenerator[list[Piece], None]:
-    """Pieces of all choices as they come. Closing it aborts what still runs."""
+    """Pieces of all choices as they come; closing the generator aborts what still runs."""
     pieces = job.source() if job.source is not None else _run_choices(backend, job)
     with _tracked(backend, job, call):
         async with contextlib.aclosing(pieces):
@@ -329,7 +329,7 @@ def _joined(deltas: Sequence[Delta]) -> list[Delta]:
 
 @dataclass(slots=True)
 class Message:
-    """The pieces of one answer put together."""
+    """One whole answer, put together from its pieces."""
 
     content: str = ""
     reasoning: str = ""
@@ -339,7 +339,7 @@ class Message:
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
-        """Add one more piece to the message."""
+        """Append what one more piece says to the message."""
         delta = piece.delta
         self.entries += piece.entries
         self.token_ids += piece.token_ids
@@ -357,7 +357,7 @@ class Message:
 
 
 async def collect(backend: Backend, job: Job, call: Call) -> list[Message]:
-    """Run a job to its end: one message a choice."""
+    """Run a job to its end; returns one message for each choice."""
     messages = [Message() for _ in job.choices]
     async with contextlib.aclosing(run(backend, job, call)) as pieces:
         async for batch in pieces:
@@ -367,5 +367,5 @@ async def collect(backend: Backend, job: Job, call: Call) -> list[Message]:
 
 
 def token_text(vocabulary: Vocabulary, token_id: int) -> str:
-    """A token as `logprobs` shows it."""
+    """A token's text as `logprobs` shows it; `<ID>` beyond the vocabulary."""
     return vocabulary.piece(token_id) if token_id < vocabulary.size else f"<{token_id}>"

@@ -45,7 +45,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 async def fetch_image(url: str, path: str, policy: ImageFetch, max_bytes: int) -> bytes:
-    """The bytes behind an image URL. RequestError for all that the policy forbids or that fails."""
+    """Fetch the bytes behind an image URL; RequestError if that is forbidden or fails."""
     if url.partition(":")[0].lower() not in ("http", "https"):
         raise _refused(path, "image URLs must begin with data:, http: or https:")
     if len(url) > _MAX_URL_CHARS:
@@ -92,7 +92,7 @@ def _joined(url: str, redirect: str, path: str) -> str:
     try:
         return urljoin(url, redirect)
     except ValueError as error:
-        raise _refused(path, "redirected to what is no valid URL") from error
+        raise _refused(path, "it redirects to an invalid URL") from error
 
 
 async def _pinned(url: str, path: str, policy: ImageFetch) -> tuple[str, httpx.URL, dict[str, str]]:

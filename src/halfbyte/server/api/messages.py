@@ -87,7 +87,7 @@ async def messages_frames(
 
 
 async def count_tokens(backend: Backend, request: CountRequest) -> dict[str, Any]:
-    """How long the prompt of a request would be."""
+    """Number of tokens that the prompt of a request would have."""
     chat, _ = request.chat_request(backend.chat.reasoning_efforts)
     backend.check_model(chat.model)
     try:

@@ -87,7 +87,7 @@ class ToolUseBlock(Block):
 
 
 class HostedBlock(Wire):
-    """A block that is left out, whatever is in it."""
+    """A block that is left out of the prompt, whatever it holds."""
 
     model_config = ConfigDict(extra="ignore")
     type: str

@@ -90,7 +90,7 @@ class OutputConfig(Wire):
 
 
 class CountRequest(Wire):
-    """POST /v1/messages/count_tokens: what of a request becomes the prompt."""
+    """Body of POST /v1/messages/count_tokens: the parts of a request that become the prompt."""
 
     # Where and how it is run and billed, and edits that only save tokens of long conversations.
     IGNORED = frozenset(
@@ -123,11 +123,11 @@ class CountRequest(Wire):
 
     @property
     def may_think(self) -> bool:
-        """Whether thoughts were asked for; that wire's default is none."""
+        """Whether thoughts were asked for; without a word Anthropic's clients expect none."""
         return self.thinking is not None and self.thinking.type != "disabled"
 
     def chat_request(self, efforts: tuple[str, ...]) -> tuple[wire.ChatRequest, tuple[str, ...]]:
-        """The same request in the form of /v1/chat/completions, and what was left out of it.
+        """The request in the form of /v1/chat/completions, and what of it was left out.
 
         efforts   the reasoning efforts that the model knows
 
@@ -178,7 +178,7 @@ class CountRequest(Wire):
 
 
 class MessagesRequest(CountRequest):
-    """POST /v1/messages."""
+    """Body of POST /v1/messages: a conversation and how to answer it."""
 
     max_tokens: int = Field(ge=1)
     stop_sequences: list[Annotated[str, Field(min_length=1)]] = Field(
@@ -217,7 +217,7 @@ _NAMES = {
 
 
 def paths_of(request: CountRequest) -> Paths:
-    """The places of a request, as its client knows them."""
+    """Where the parts of the chat request stand in the client's own request."""
     tools = [
         f"tools[{number}]"
         for number, tool in enumerate(request.tools)

@@ -52,7 +52,7 @@ class Paths:
     names: Mapping[str, str]
 
     def text(self, text: str) -> str:
-        """A sentence in the client's words; it may begin with a name of the request's."""
+        """Reword a sentence for the client: its own places, and its name for the first word."""
         return self._renamed(_PLACE.sub(self._place, text))
 
     def error(self, error: RequestError) -> RequestError:

@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of a request; the same whether streamed or not."""
+    """Numbers of tokens of a request, the same whether streamed or not."""
 
     prompt_tokens: int
     image_tokens: int = 0
@@ -40,7 +40,7 @@ class Usage:
     reasoning_tokens: int = 0
 
     def chat_body(self) -> dict[str, Any]:
-        """OpenAI's `usage` object."""
+        """The `usage` object of OpenAI's chat and text answers."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

@@ -38,7 +38,7 @@ Number = TypeVar("Number", int, float)
 async def chat_job(
     backend: Backend, request: wire.ChatRequest, *, clamp_max_tokens: bool = False
 ) -> Job:
-    """A job from a chat request that has passed `check_sampling`.
+    """Make a job of a chat request that has passed `check_sampling`.
 
     clamp_max_tokens   give the answer what the context leaves where less is left than was asked for
 
@@ -117,7 +117,7 @@ async def chat_job(
 
 
 async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
-    """A job from a plain completion request: `n` choices of each prompt, in order."""
+    """Make a job of a plain completion request: `n` choices of each prompt, in order."""
     prompts = request.prompts
     rules = await format_rules(backend, request.response_format)
     banned = backend.banned_in_text()
@@ -182,7 +182,7 @@ def scored_alternatives(request: wire.CompletionRequest) -> int | None:
 
 
 def check_sampling(backend: Backend, request: wire.Sampling) -> None:
-    """Model name and the limits of what every completion has; cheap, done before admission."""
+    """Check the model's name and the limits that every completion has, before admission."""
     backend.check_model(request.model)
     limits = backend.config.limits
     check_count(request.n, limits.choices, "n", what="choices")
@@ -211,7 +211,7 @@ def _interrupted(backend: Backend, messages: Sequence[Mapping[str, Any]]) -> tup
 
 
 def resolve_max_tokens(backend: Backend, num_prompt_tokens: int, asked: int | None) -> int:
-    """Tokens that an answer may have; 400 if prompt and answer do not fit the context."""
+    """Most tokens of an answer; RequestError (400) if prompt and answer exceed the context."""
     context = backend.config.max_model_len
     if num_prompt_tokens + (asked or 1) > context:
         answer = f" and {asked} for the answer" if asked else " and room for an answer"
@@ -234,7 +234,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """Parameters of one choice; choices of one seed get consecutive seeds."""
+    """Sampling parameters of one choice; choices of one seed get consecutive seeds."""
     defaults = backend.config.sampling
     ends = () if request.ignore_eos else backend.chat.vocabulary.eos_token_ids
     params = SamplingParams(

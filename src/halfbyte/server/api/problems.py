@@ -33,7 +33,7 @@ _CLOSING_CODES = ("invalid_http",)
 def error_body(
     message: str, status: int, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The one error object of every route, streams included."""
+    """The error object that every route answers with, streams included."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     if len(message) > _MOST_CHARS:
         half = _MOST_CHARS // 2
@@ -56,7 +56,7 @@ def status_and_body(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 def messages_error_body(status: int, body: dict[str, Any]) -> dict[str, Any]:
-    """The same error in the form of /v1/messages (Anthropic's wire)."""
+    """An error in the form of /v1/messages (Anthropic's wire)."""
     kind = {413: "request_too_large", 503: "overloaded_error"}.get(status)
     if kind is None:
         kind = "api_error" if status >= 500 and status != 504 else body["error"]["type"]
@@ -69,7 +69,7 @@ def body_for(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def response_of(error: BaseException, retry_after_s: int = 2, *, path: str = "") -> JSONResponse:
-    """An error response; 429 and 503 say when to come back, 401 how to identify."""
+    """An error as a response; 429 and 503 say when to come back, 401 how to identify."""
     status, body = status_and_body(error)
     headers = {}
     if status in (429, 503):

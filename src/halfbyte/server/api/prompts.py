@@ -182,7 +182,7 @@ def image_inputs(prompt: EncodedPrompt) -> tuple[ImageInput, ...]:
 
 
 async def encode_plain(backend: Backend, text: str, *, with_start: bool = True) -> tuple[int, ...]:
-    """Token ids of a plain prompt, with what the model's prompts begin with or without."""
+    """Token ids of a plain prompt, with or without those that begin the model's prompts."""
 
     return await backend.aside.do(len(text), backend.reader.encode_plain, text, with_start)
 

@@ -24,7 +24,7 @@ Asked = TypeVar("Asked", bound=reading.Wire)
 
 @dataclass(frozen=True, slots=True)
 class Read(Generic[Asked]):
-    """A body as it was understood; `notes` are what to warn the client of."""
+    """A body as it was understood; `notes` are warnings for the client."""
 
     asked: Asked
     dialect: Dialect
@@ -41,7 +41,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a prompt is made of; see `MistralFormat.encode`. Pictures are shapes."""
+    """What a conversation's prompt is made of, pictures as shapes; see `MistralFormat.encode`."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
@@ -50,13 +50,13 @@ class Conversation:
     continue_final: bool
 
     def texts(self, chat: ChatFormat) -> tuple[str, ...]:
-        """What its prompt is sure to hold."""
+        """The texts that this conversation's prompt is sure to hold."""
         # Tools that the model's format has no place for are in no prompt.
         return tuple(prompt_texts(self.messages, self.tools if chat.control.has_tools else ()))
 
 
 class Reader:
-    """One model's texts. Safe to use from several threads."""
+    """Reads and encodes the texts of one model; several threads may use it."""
 
     def __init__(self, chat: ChatFormat, config: ServerConfig) -> None:
         self._chat = chat
@@ -105,14 +105,14 @@ class Reader:
         return EncodedPrompt(prompt.token_ids, images)
 
     def encode_plain(self, text: str, with_start: bool) -> tuple[int, ...]:
-        """Token ids of a plain prompt, with what the model's prompts begin with or without."""
+        """Token ids of a plain prompt, with or without those that begin the model's prompts."""
         self.texts.check_tokens((text,), "prompt")
         if not with_start:
             return tuple(self._chat.vocabulary.encode_text(text))
         return self._chat.encode_prompt(text).token_ids
 
     def tokens_body(self, token_ids: Sequence[int], with_strs: bool) -> bytes:
-        """What /tokenize answers."""
+        """The body of an answer of /tokenize, as JSON bytes."""
         piece = self._chat.vocabulary.piece
         return _json(
             {
@@ -124,7 +124,7 @@ class Reader:
         )
 
     def text_body(self, token_ids: list[int]) -> bytes:
-        """What /detokenize answers. RequestError for ids that are none."""
+        """The body of an answer of /detokenize; RequestError for ids that are no tokens."""
         check_token_ids(self._chat, token_ids, "tokens")
         return _json({"prompt": self._chat.vocabulary.decode(token_ids, keep_control=True)})
 
@@ -134,7 +134,7 @@ class Reader:
 
 
 def check_token_ids(chat: ChatFormat, token_ids: Sequence[int], param: str) -> None:
-    """400 for ids that are no tokens; image tokens without an image included."""
+    """Raise RequestError (400) for ids that are no tokens, or image tokens without an image."""
     size, layout = chat.vocabulary.size, chat.image_layout
     for token_id in token_ids:
         if not 0 <= token_id < size:

@@ -57,7 +57,7 @@ class Wire(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """In the document, too: what may be absent may be null, what is ignored may be sent."""
+        """Describe the fields: what may be absent may be null, what is ignored may be sent."""
         schema = handler(core_schema)
         found = handler.resolve_ref_schema(schema)
         required = found.get("required", ())
@@ -97,13 +97,13 @@ _ASCII = bytes(range(128))
 
 
 class Structure:
-    """Counts of a body as it arrives; more than the limits of anything is refused unread.
+    """Counts of a body as it arrives; a body beyond a limit is refused before it is parsed.
 
     Brackets are counted everywhere, which costs nothing, the rest outside texts only.
     """
 
     def __init__(self, limits: Limits, most_text: int | None = None) -> None:
-        """`most_text`: bytes of text that any request may have; None for no limit."""
+        """Allow `most_text` bytes of text at most in one request; None for no limit."""
         # Written with escapes or beyond ASCII, text takes long to read, and no picture is written
         # so. A byte of text may take two escapes at most, and much may stand in ignored fields.
         most_odd = 2**63 if most_text is None else 2 * most_text + _ODD_BYTES
@@ -122,7 +122,7 @@ class Structure:
         self._open = b""
 
     def add(self, chunk: bytes) -> None:
-        """Count one more piece. RequestError beyond a limit."""
+        """Count one more piece of the body; RequestError beyond a limit."""
         num_brackets = _num(b"[", chunk) + _num(b"{", chunk)
         num_odd = _num(b"\\", chunk)
         if not chunk.isascii():
@@ -175,7 +175,7 @@ def _ends_in_escape(text: bytes) -> bool:
 
 
 def parse_json(body: bytes | bytearray) -> Any:
-    """JSON of a body. RequestError for what is not: NaN, lone surrogates, endless nesting."""
+    """Parse a body; RequestError for NaN, lone surrogates, endless nesting and other non-JSON."""
     try:
         # Values are kept once each only for names: looking texts up costs more than it saves.
         return pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="keys")
@@ -264,7 +264,7 @@ def _num_parts(item: Any) -> int:
 
 
 def check_count(count: int, limit: int, param: str, *, what: str | None = None) -> None:
-    """400 for more of something than the limit."""
+    """Raise RequestError (400) for more of something than its limit."""
     if count > limit:
         raise RequestError(
             f"{param}: {count} {what or 'entries'}; the limit is {limit}",

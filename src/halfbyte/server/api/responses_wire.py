@@ -99,7 +99,7 @@ class ReasoningItem(Wire):
 
 
 class HostedItem(Wire):
-    """An item that is left out, whatever is in it."""
+    """An item that is left out of the prompt, whatever it holds."""
 
     model_config = ConfigDict(extra="ignore")
     type: str
@@ -203,7 +203,7 @@ ToolChoice = Annotated[
 
 
 def joined_name(namespace: str | None, name: str) -> str:
-    """One name for a function within a namespace.
+    """The one name under which the model sees a function of a namespace.
 
     "mcp__files__" and "read" are "mcp__files__read"; "files" and "read" are "files__read".
     """
@@ -235,7 +235,7 @@ class ReasoningSettings(Wire):
 
 
 class ResponsesRequest(Wire):
-    """POST /v1/responses."""
+    """Body of POST /v1/responses: input items, instructions, and how to answer."""
 
     IGNORED = frozenset(
         {
@@ -271,7 +271,7 @@ class ResponsesRequest(Wire):
     stream_options: wire.StreamOptions | None = None
 
     def chat_request(self) -> wire.ChatRequest:
-        """The same request in the form of /v1/chat/completions."""
+        """The request in the form of /v1/chat/completions, without what is left out."""
         body: dict[str, Any] = {
             "model": self.model,
             "messages": _converted(self)[0],
@@ -327,14 +327,14 @@ class ResponsesRequest(Wire):
         return found
 
     def called(self, name: str) -> dict[str, str]:
-        """What a call of the model names, as the client knows it: `name`, and its `namespace`."""
+        """The client's name of what the model called: its `name`, and its `namespace` if any."""
         for _, namespace, tool in self.functions():
             if namespace is not None and joined_name(namespace, tool.name) == name:
                 return {"name": tool.name, "namespace": namespace}
         return {"name": name}
 
     def left_out(self) -> tuple[str, ...]:
-        """Sentences about what the model does not see."""
+        """Sentences about what of the request the model does not see."""
         tools = {
             one.type
             for tool in self.tools
@@ -371,7 +371,7 @@ _NAMES = {
 
 
 def paths_of(request: ResponsesRequest) -> Paths:
-    """The places of a request, as its client knows them."""
+    """Where the parts of the chat request stand in the client's own request."""
     tools = [place for place, _, _ in request.functions()]
     return Paths(_converted(request)[1], tools, _FIELDS, _NAMES)
 

@@ -29,7 +29,7 @@ class Rules:
 
 
 def settle_effort(backend: Backend, asked: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """The reasoning effort that stands for the one asked for, and what to warn of.
+    """The reasoning effort that is used for the one asked for, and warnings about it.
 
     The nearest that the model knows, of two as near the higher. A model without efforts does what
     it always does. Raises RequestError for a name that is no effort, and with `strict_effort` for

@@ -40,7 +40,7 @@ _SLOWEST_BYTES_S = 50_000
 
 
 def frame(value: Any, event: str | None = None) -> bytes:
-    """Frame one JSON text as a server-sent event."""
+    """Frame one JSON text as a server-sent event, in bytes."""
     name = f"event: {event}\n" if event else ""
     return (
         f"{name}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
@@ -48,7 +48,7 @@ def frame(value: Any, event: str | None = None) -> bytes:
 
 
 def deadline_error(seconds: float) -> RequestError:
-    """What a request over the wall-clock limit gets."""
+    """The error (504) that a request over the wall-clock limit gets."""
     return RequestError(f"the answer took longer than {seconds:g} s", code="timeout", status=504)
 
 
@@ -211,7 +211,7 @@ class BodyRoom:
 
     @contextlib.asynccontextmanager
     async def hold(self, num_bytes: int, patience_s: float) -> AsyncIterator[None]:
-        """Keep room for so many while the body runs; RequestError (503) if none is free in time."""
+        """Keep room for so many bytes while the body runs; RequestError (503) if none is free."""
         num_bytes = min(num_bytes, self._size)
         try:
             async with asyncio.timeout(patience_s), self._turn:
@@ -230,7 +230,7 @@ class BodyRoom:
             self.trim_soon()
 
     def trim_soon(self) -> None:
-        """What was read and let go goes back to the system: the C library would keep it."""
+        """Give freed memory back to the system soon; the C library would keep it."""
         if self._trim is None:
             self._trim = asyncio.get_running_loop().call_later(_TRIM_S, self._give_back)
 
@@ -240,7 +240,7 @@ class BodyRoom:
 
 
 class Body:
-    """A request's body as it comes: in memory while it is short, then in a file that has no name.
+    """A request's body as it comes: in memory while short, then in a nameless file.
 
     A long one is read by another process. Here it would be copied as it grows, and what it leaves
     would be given back under a lock that the engine's allocations wait for.
@@ -253,11 +253,11 @@ class Body:
 
     @property
     def descriptor(self) -> int | None:
-        """Of the file that holds all of it; None while `data` does."""
+        """Descriptor of the file that holds the whole body; None while `data` holds it."""
         return None if self._file is None else self._file.fileno()
 
     def add(self, chunk: bytes) -> None:
-        """Take one more piece."""
+        """Append the next bytes of the body, to memory or to the file."""
         self.size += len(chunk)
         if self._file is None and self.size <= SHORT_BODY:
             self.data += chunk
@@ -269,7 +269,7 @@ class Body:
         self._file.write(chunk)
 
     def close(self) -> None:
-        """Forget it."""
+        """Close the nameless file, which removes it from the disk."""
         if self._file is not None:
             self._file.close()
 

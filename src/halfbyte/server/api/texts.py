@@ -27,7 +27,7 @@ _THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
 
 
 class Texts:
-    """The sizes that one model's context allows."""
+    """How much text one model's context allows, in bytes and tokens."""
 
     def __init__(self, vocabulary: Vocabulary, context: int) -> None:
         self._encode = vocabulary.encode_text
@@ -36,11 +36,11 @@ class Texts:
 
     @property
     def most_bytes(self) -> int:
-        """Bytes of text that no prompt can exceed."""
+        """Bytes of text that no prompt of this context can exceed."""
         return self._context * self._longest
 
     def check_request(self, request: reading.Wire) -> None:
-        """400 for text, or token ids, that no context of this size holds; nothing is encoded."""
+        """Refuse text, or token ids, that no context of this size holds; nothing is encoded."""
         if isinstance(request, wire.CompletionRequest):
             # Each prompt has the context to itself.
             for prompt in request.prompts:
@@ -62,7 +62,7 @@ class Texts:
             self._check_bytes(_strings((request.messages, request.tools)), "messages")
 
     def check_tokens(self, texts: Iterable[str], param: str) -> None:
-        """400 for texts of clearly more tokens than the context. Takes a while for long ones."""
+        """Refuse texts of clearly more tokens than the context; long ones take a while."""
         texts = tuple(texts)
         # No text has more tokens than bytes.
         if sum(map(_num_bytes, texts)) <= 2 * self._context:

@@ -23,7 +23,7 @@ Named = TypeVar("Named", wire.ChatRequest, wire.TokenizeRequest)
 
 
 def model_name(name: str) -> str:
-    """A tool's name as the model sees it.
+    """The name under which the model sees a tool.
 
     "get_weather" stays as it is; "files.read" becomes "files_read_" and eight hexadecimal digits.
     """
@@ -35,13 +35,13 @@ def model_name(name: str) -> str:
 
 
 def client_names(tools: Iterable[wire.Tool]) -> dict[str, str]:
-    """Of each tool whose name the model does not see: what it sees, and the client's name."""
+    """The client's name by the model's, for tools whose names differ."""
     names = [tool.function.name for tool in tools]
     return {model_name(name): name for name in names if model_name(name) != name}
 
 
 def for_model(request: Named) -> Named:
-    """The same request with the model's names in tools, earlier calls and the choice of a tool.
+    """The request with the model's names in tools, earlier calls and the choice of a tool.
 
     A choice that names no tool keeps its name, which the refusal then tells.
     """

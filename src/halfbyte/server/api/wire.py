@@ -311,7 +311,7 @@ def _continues(flag: bool, messages: list[Message] | None) -> bool:
 
 
 class Sampling(Wire):
-    """Fields that chat and plain completions share."""
+    """Fields that chat and plain completions share: the model, sampling, ends, streaming."""
 
     model: str
     n: int = Field(default=1, ge=1)
@@ -339,7 +339,7 @@ class Sampling(Wire):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Stop strings, however they were sent."""
+        """Stop strings as a tuple, whether one or a list was sent."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -378,7 +378,7 @@ _REQUEST_IGNORED = frozenset(
 
 
 class ChatRequest(Sampling):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions: a conversation and how to answer it."""
 
     IGNORED = _REQUEST_IGNORED
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
@@ -431,7 +431,7 @@ Prompt = Annotated[
 
 
 class CompletionRequest(Sampling):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions: prompts and how to continue them."""
 
     IGNORED = _REQUEST_IGNORED
     prompt: Prompt
@@ -451,14 +451,14 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, however they were sent."""
+        """The prompts as a list, whether one or several were sent."""
         if isinstance(self.prompt, str) or _prompt_form(self.prompt) == "tokens":
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
 
 
 class TokenizeRequest(Wire):
-    """POST /tokenize: a plain prompt, or a conversation as the model would see it."""
+    """Body of POST /tokenize: a plain prompt, or a conversation as the model sees it."""
 
     IGNORED = frozenset({"add_generation_prompt"})
     model: str | None = None
@@ -483,14 +483,14 @@ class TokenizeRequest(Wire):
 
 
 class DetokenizeRequest(Wire):
-    """POST /detokenize."""
+    """Body of POST /detokenize: token ids to turn into text."""
 
     model: str | None = None
     tokens: list[int] = Field(max_length=MOST_IDS)
 
 
 class RenderRequest(Wire):
-    """POST /web/render: a block of Markdown that the page shows."""
+    """Body of POST /web/render: a block of Markdown that the page shows."""
 
     text: str
 

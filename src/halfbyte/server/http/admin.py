@@ -20,7 +20,7 @@ from halfbyte.server.ops import process_figures as process
 
 
 def create_admin(backend: Backend, *, access_log: AccessLog | None = log_access) -> FastAPI:
-    """Make the application of the admin listener."""
+    """Make the application of the admin listener, with the routes for operators."""
     app = FastAPI(
         title="halfbyte admin", version=halfbyte.__version__, docs_url=None, redoc_url=None
     )

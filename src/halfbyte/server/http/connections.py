@@ -71,7 +71,7 @@ class Listener(socket.socket):
             raise BlockingIOError(errno.EAGAIN, "out of descriptors") from error
 
     def listen(self, backlog: int = _QUEUE, /) -> None:
-        """Listen, with room for a crowd; asyncio names what it wants to take in one go."""
+        """Listen with a long queue; asyncio takes as many connections in one go as it names."""
         super().listen(max(backlog, _QUEUE))
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class Bounds:
 
     @classmethod
     def of(cls, limits: Limits, *, share: float = 1.0) -> "Bounds":
-        """Within the limits and the descriptors that are left; `share` of both."""
+        """A share of the limits, within the file descriptors that are left."""
         open_now = len(os.listdir("/proc/self/fd"))
         free = int((raise_file_limit() - open_now) * share)
         # Few files allowed: keep a quarter of what there is for other uses.
@@ -145,7 +145,7 @@ class Bounds:
 
 
 def bounded(bounds: Bounds) -> type[H11Protocol]:
-    """A protocol class for uvicorn that keeps to the bounds."""
+    """A protocol class for uvicorn that refuses what exceeds the bounds."""
     say, turns = _Seldom(), _Turns()
 
     class Connection(_Connection):

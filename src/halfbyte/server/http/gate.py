@@ -29,7 +29,7 @@ OPEN_PATHS = frozenset({"/health", "/health/ready"})
 
 
 def is_open(method: str, path: str) -> bool:
-    """Whether no key is asked for: liveness, and the page's own files, which hold no secret."""
+    """Whether a path asks for no key: liveness and the page's own files hold no secret."""
     return path in OPEN_PATHS or (method == "GET" and (path == "/" or path.startswith("/web/")))
 
 
@@ -50,7 +50,7 @@ class Keys:
 
     @property
     def is_open(self) -> bool:
-        """Whether the server asks for no key."""
+        """Whether the server asks for no key at all."""
         return not self._digests
 
     def name_of(self, authorization: str) -> str:
@@ -87,7 +87,7 @@ def _presented_key(authorization: str) -> str:
 
 
 class Gate:
-    """ASGI middleware; see the file's first line."""
+    """ASGI middleware around all routes: origins, keys, request ids, log, counters."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ def _line(scope: Scope, call: Call, status: int, seconds: float) -> str:
 
 
 def log_access(line: str) -> None:
-    """The access log among the other log lines."""
+    """Write one access log entry among the other log lines."""
     logger.info("access %s", line)
 
 

@@ -84,7 +84,7 @@ def returns_text(media_type: str) -> dict[int | str, dict[str, Any]]:
 
 
 def describe(app: FastAPI, *, asks_for_key: bool, open_paths: Collection[str]) -> dict[str, Any]:
-    """The document, made once: routes, the bodies they take, the one error they give."""
+    """The OpenAPI document, made once: routes, the bodies they take, the error they give."""
     if app.openapi_schema:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)

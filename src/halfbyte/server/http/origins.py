@@ -28,7 +28,7 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 def read_origins(given: Iterable[str]) -> tuple[str, ...]:
-    """Origins of the command line, as browsers write them; UsageError for what is none."""
+    """Origins of the command line, as browsers write them; UsageError for a word that is none."""
     origins = []
     for value in given:
         origin = value.strip().lower().removesuffix("/")
@@ -42,7 +42,7 @@ def read_origins(given: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_hosts(given: Iterable[str]) -> tuple[str, ...]:
-    """Host names of the command line; UsageError for what is none."""
+    """Host names of the command line; UsageError for a word that is none."""
     hosts = []
     for value in given:
         host = value.strip().lower()
@@ -68,7 +68,7 @@ class Origins:
     allowed: tuple[str, ...] = ()
 
     def check(self, method: str, headers: Headers) -> None:
-        """RequestError (403, 415) for what no page may send, or none of this origin."""
+        """Refuse (403, 415) what no page may send, and pages of origins that are not let in."""
         self._check_host(headers)
         origin = headers.get(b"origin")
         # No page can make this up; it holds behind a proxy that changes Host, too.
@@ -83,11 +83,11 @@ class Origins:
             _check_content_type(method, headers)
 
     def allows(self, origin: str) -> bool:
-        """Whether pages of an origin may use this server by name."""
+        """Whether pages of this origin were named as ones that may use the server."""
         return "*" in self.allowed or _without_default_port(origin.lower()) in self.allowed
 
     def preflight(self, method: str, headers: Headers) -> list[tuple[bytes, bytes]] | None:
-        """The headers that answer a preflight, or None if this is none that is allowed."""
+        """Headers that answer an allowed preflight request; None for any other request."""
         origin = headers.get(b"origin")
         if method != "OPTIONS" or origin is None or not self.allows(_text(origin)):
             return None

@@ -29,7 +29,7 @@ _BLIND = (
 
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
-    """What the user chose; the rest follows from the checkpoint.
+    """What the user chose of vLLM's options; the rest follows from the checkpoint.
 
     pipeline_parallel   above 1 the layers are spread over machines, and Ray starts the workers
     max_images          of one request, from our limits
@@ -73,7 +73,7 @@ class VllmPlan:
         return words
 
     def shell(self) -> str:
-        """The command for a shell, a flag a line."""
+        """The command as a shell takes it, one flag a line."""
         words = [shlex.quote(word) for word in self.command()]
         lines = [" ".join(words[:3])]
         for word in words[3:]:
@@ -84,7 +84,7 @@ class VllmPlan:
         return " \\\n".join(lines)
 
     def config(self) -> str:
-        """The same as a file for `vllm serve --config FILE`."""
+        """The flags as a file for `vllm serve --config FILE`."""
         return yaml.safe_dump({"model": str(self.directory), **self.flags}, sort_keys=False)
 
 

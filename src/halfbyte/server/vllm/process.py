@@ -20,10 +20,10 @@ _STOP_S = 20.0
 
 
 class VllmProcess:
-    """vLLM, started and watched; what `supervise` takes for an engine."""
+    """The process of vLLM, started and watched; `supervise` takes it for an engine."""
 
     def __init__(self, plan: VllmPlan, key: str, *, max_wait_s: float = 1800.0) -> None:
-        """`key` is what it will ask for. Raises UnsupportedError if vLLM is not installed."""
+        """Take the `key` that vLLM will ask for; UnsupportedError if vLLM is not installed."""
         if shutil.which("vllm") is None:
             raise UnsupportedError(
                 "vLLM is not installed here (no `vllm` on the PATH); --print shows the command"
@@ -40,7 +40,7 @@ class VllmProcess:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Start it and wait until it answers. Raises UnsupportedError if it ends instead."""
+        """Start vLLM and wait until it answers; UnsupportedError if it ends instead."""
         self._process = await asyncio.create_subprocess_exec(
             *self._plan.command(),
             # Not in the command, where every user of the machine could read it.
@@ -70,7 +70,7 @@ class VllmProcess:
                 await asyncio.sleep(_POLL_S)
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """End it and its workers. Running answers have been waited for by the server before."""
+        """End vLLM and its workers; the server has waited for running answers before."""
         process = self._process
         if process is None:
             return
@@ -84,12 +84,12 @@ class VllmProcess:
         await process.wait()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Not how vLLM is asked: `VllmUpstream` is."""
+        """Raise CapacityError: vLLM is asked for whole conversations, by `VllmUpstream`."""
         raise CapacityError("vLLM takes whole conversations, not tokens")
         yield
 
     def abort(self, request_id: str) -> None:
-        """Closing the connection is what ends an answer of vLLM."""
+        """Do nothing: closing the connection is what ends an answer of vLLM."""
 
     def clear_prefix_cache(self) -> None:
         raise RequestError(
@@ -97,7 +97,7 @@ class VllmProcess:
         )
 
     def stats(self) -> None:
-        """vLLM's figures are at its own /metrics."""
+        """None, as vLLM serves its figures at its own /metrics."""
 
 
 def _signal(group: int, number: int) -> None:

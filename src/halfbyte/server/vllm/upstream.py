@@ -47,7 +47,7 @@ class VllmUpstream:
     async def chat(
         self, request: wire.ChatRequest, messages: list[dict[str, Any]], job: Job
     ) -> AsyncGenerator[list[Piece], None]:
-        """A conversation. `messages` are the request's, with decoded images."""
+        """Pieces of the answer to a conversation; `messages` are the request's, images decoded."""
         body = {
             **_sampling(request, job),
             "model": self._model,
@@ -76,7 +76,7 @@ class VllmUpstream:
     async def text(
         self, request: wire.CompletionRequest, job: Job
     ) -> AsyncGenerator[list[Piece], None]:
-        """Plain prompts, as token ids."""
+        """Pieces of the continuations of plain prompts, sent as token ids."""
         prompts = [choice.request.prompt_token_ids for choice in job.choices[:: request.n]]
         body = {
             **_sampling(request, job),
