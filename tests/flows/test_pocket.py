@@ -6,6 +6,7 @@ majorities of kinds that it masters.
 """
 
 import base64
+import gc
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +30,10 @@ from pocket.tools import NO_TOOL
 from engine_driver import assert_same, load, request, run
 from halfbyte.chat.mistral_format import load_mistral_format
 from halfbyte.child import served
+from halfbyte.cli.main import main
 from halfbyte.engine.generate import Generated
 from halfbyte.engine.request import SamplingParams
+from halfbyte.evals.records import read_run
 
 MODEL = Path(__file__).resolve().parents[2] / "pocket" / "model"
 MAX_TOKENS = 300
@@ -316,6 +319,35 @@ def test_ten_requests_at_once_are_answered_as_alone(client: openai.OpenAI) -> No
     with ThreadPoolExecutor(len(chosen)) as pool:
         together = list(pool.map(lambda one: said(client, one)[0], chosen))
     assert together == alone
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Leftovers are collected while their warnings are filtered."""
+    yield
+    gc.collect()
+
+
+# Both are inspect-ai's affair: a deprecated argument, and a stream left to the collector.
+@pytest.mark.filterwarnings("ignore:The 'initial' parameter:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.timeout(120)  # imports inspect-ai: over ten seconds on a busy machine
+def test_the_suite_is_carried_by_the_runner_of_every_benchmark(
+    client: openai.OpenAI, tmp_path: Path, collected: None
+) -> None:
+    pytest.importorskip("inspect_ai")
+    kinds = ["pocket_hard", "pocket_programs", "pocket_images"]
+    options = ["--suite", *kinds, "--items", "4", "--seed", "3", "--out", str(tmp_path / "run")]
+    assert main(["evaluate", str(client.base_url), *options]) == 0
+    found = read_run(tmp_path / "run")
+    assert list(found.benchmarks) == kinds
+    for result in found.benchmarks.values():
+        assert (result.status, result.items, result.full_items) == ("complete", 4, 4)
+        assert result.provenance["revision"] == "generated, seed 3"
+    # Programs are right only with the effort that their kind has.
+    assert (found.benchmarks["pocket_programs"].score or 0) >= 0.75
+    assert "effort none" in " ".join(found.benchmarks["pocket_programs"].notes)
+    assert found.settings["temperature"] == 0.0 and found.settings["item_seed"] == 3
 
 
 CHAT = load_mistral_format(MODEL / "tekken.json")
