@@ -109,7 +109,7 @@ def test_without_extras_a_command_runs_or_says_which_it_needs(
     at = "owner/name@0123456789012345678901234567890123456789"
     lacking = [
         ("eval", ["evaluate", "http://127.0.0.1:9", "--suite", "seed", "--out", "run"]),
-        ("eval", ["evaluate", "fp8", "--suite", "pocket", "--out", "run"]),
+        ("eval", ["evaluate", "fp8", "--suite", "quick", "--out", "run"]),
         ("hub", ["quantize", at, "out", "--recipe", "medium-3.5", "--hub"]),
         ("demo", ["demo", "--out", "demo"]),
         ("otel", ["serve", "fp8", "--port", "0", "--otlp-endpoint", "http://127.0.0.1:9"]),

@@ -132,8 +132,8 @@ def test_what_was_to_be_asked_is_on_record_before_it_is(
 ) -> None:
     """Two arms that ended early, both before the same benchmark, have not both passed it."""
     runner = pytest.importorskip("halfbyte.evals.running.run")
-    names = ("pocket", "aime2025", "ifbench")
-    loaded = {"pocket": BENCHMARKS["pocket"].load(Options())}
+    names = ("quick", "aime2025", "ifbench")
+    loaded = {"quick": BENCHMARKS["quick"].load(Options())}
     samples = tuple(Sample(str(n), str(n), "s", "1", {"problem": "?"}) for n in range(30))
     loaded["aime2025"] = LoadedItems(samples, Provenance(source="x", revision="r", sha256={}))
     prepared = Prepared(loaded, {"ifbench": "no file"})
@@ -143,13 +143,13 @@ def test_what_was_to_be_asked_is_on_record_before_it_is(
             raise KeyboardInterrupt
         return [
             record(f"g-{sample.item_id}", sample.item_id, repeat)
-            for sample in loaded["pocket"].samples
+            for sample in loaded["quick"].samples
             for repeat in range(given["repeats"])
         ]
 
     def record(group: str, item: str, repeat: int) -> Record:
         return Record(
-            "r", "a", "pocket", "p", "h", item, group, "s", repeat, 1, f"text {repeat}", "", "stop",
+            "r", "a", "quick", "p", "h", item, group, "s", repeat, 1, f"text {repeat}", "", "stop",
             5, 7, 0, 0.5, "A", "A", 1.0, "ok", {}, None, 0,
         )  # fmt: skip
 
@@ -159,23 +159,23 @@ def test_what_was_to_be_asked_is_on_record_before_it_is(
         asked = replace(config(tmp_path, *names, repeats=8), out=tmp_path / arm, arm=arm)
         with pytest.raises(KeyboardInterrupt):
             evaluate(asked, SERVED, CHECKPOINT, "c", prepared)
-        journal = AttemptJournal(asked.out / "pocket" / "samples.jsonl")
-        for row in run_benchmark(BENCHMARKS["pocket"], repeats=8):
+        journal = AttemptJournal(asked.out / "quick" / "samples.jsonl")
+        for row in run_benchmark(BENCHMARKS["quick"], repeats=8):
             journal.append(record_row(row))
         journal.close()
         arms.append(asked.out)
     run = read_run(arms[0])
     assert {name: one.status for name, one in run.benchmarks.items()} == {
-        "pocket": "complete",
+        "quick": "complete",
         "aime2025": "incomplete",
     }
     left = run.benchmarks["aime2025"]
     assert (left.items, left.repeats, left.score, left.causes) == (30, 8, None, {})
     comparison = compare_runs(arms[0], arms[1])
-    assert comparison.benchmarks["pocket"].verdict == "GO"
+    assert comparison.benchmarks["quick"].verdict == "GO"
     assert "the run ended before it did" in comparison.left_out["aime2025"]
     assert (comparison.verdict, comparison.reason) == ("INCONCLUSIVE", "blocked")
     # A run that goes on keeps what is done.
     with pytest.raises(KeyboardInterrupt):
         evaluate(replace(asked, benchmarks=asked.benchmarks[1:]), SERVED, CHECKPOINT, "c", prepared)
-    assert read_run(arms[1]).benchmarks["pocket"].status == "complete"
+    assert read_run(arms[1]).benchmarks["quick"].status == "complete"

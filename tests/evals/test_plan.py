@@ -142,7 +142,7 @@ def test_a_limit_is_kept_exactly_and_groups_never_outnumber_items() -> None:
 @pytest.mark.parametrize("rates", [(0.0, None), (-1.0, None), (8000.0, 0.0)])
 def test_a_rate_that_is_not_positive_plans_nothing(rates: tuple[float, float | None]) -> None:
     with pytest.raises(UsageError, match="give a positive one"):
-        plan_run(find_benchmarks(["pocket"]), None, None, rates[0], None, rates[1])
+        plan_run(find_benchmarks(["quick"]), None, None, rates[0], None, rates[1])
 
 
 def test_a_pilot_measures_how_groups_share_luck(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_the_command_prints_chances_for_given_losses(capsys: pytest.CaptureFixtu
 
 
 def test_the_command_prints_what_an_arm_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["evaluate", "plan", "--suite", "pocket", "--throughput", "1"]
+    command = ["evaluate", "plan", "--suite", "quick", "--throughput", "1"]
     assert main([*command, "--price-per-hour", "4.5"]) == 0
     printed = capsys.readouterr().out
     hours = float(printed.split(" tokens and ")[1].split(" hours per arm")[0])

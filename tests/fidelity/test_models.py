@@ -106,7 +106,7 @@ def test_answers_of_a_stored_baseline_flip_like_those_of_the_model(
     models: Path, tmp_path: Path
 ) -> None:
     text, fp8 = models / "text.txt", ("fp8d", models / "fp8", "declared")
-    choices = encode_choices(models / "bf16", "pocket", None, None)
+    choices = encode_choices(models / "bf16", "quick", None, None)
     assert len(choices) == 20
     prompts = {choice.token_ids for choice in choices}
     assert len(prompts) == 20 and all(len(c.letter_ids) == 4 for c in choices)
@@ -133,7 +133,7 @@ def test_flips_count_right_answers_lost_and_won_and_others() -> None:
 
 
 def test_sets_without_options_have_no_choices(models: Path) -> None:
-    with pytest.raises(UsageError, match="there are pocket, mmlu_pro"):
+    with pytest.raises(UsageError, match="there are quick, mmlu_pro"):
         encode_choices(models / "bf16", "ifbench", None, None)
 
 
@@ -257,7 +257,7 @@ def test_commands(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     base, fp8 = str(models / "bf16"), str(models / "fp8")
     text = ["--text", str(models / "text.txt"), "--window-tokens", str(WINDOW), "--tokens", "200"]
     kept, figures = tmp_path / "b.safetensors", tmp_path / "figures.json"
-    more = ["--choices", "pocket", "--limit", "8", "--json", str(figures)]
+    more = ["--choices", "quick", "--limit", "8", "--json", str(figures)]
     assert main(["compare", base, fp8, *text, *more]) == 0
     shown = capsys.readouterr().out
     assert "top-1 same" in shown and "answers differ from bf16" in shown

@@ -41,7 +41,7 @@ def runs(tmp_path: Path) -> list[str]:
     for arm, answer in (("fp8", "Answer: A \\boxed{42}"), ("mixed", "Answer: B \\boxed{42}")):
         folder = str(tmp_path / arm)
         with serving(lambda request, text=answer: completion(text)) as stub:  # type: ignore[misc]
-            assert main(["evaluate", stub.url, "--suite", "pocket", "--out", folder]) == 0
+            assert main(["evaluate", stub.url, "--suite", "quick", "--out", folder]) == 0
         folders.append(folder)
     return folders
 
@@ -51,7 +51,7 @@ def test_two_runs_become_a_comparison_and_a_page(tmp_path: Path, runs: list[str]
     page = tmp_path / "report.html"
     assert main(["report", *runs, "--out", str(page)]) == 0
     text = page.read_text()
-    assert "INCONCLUSIVE" in text and "Pocket" in text
+    assert "INCONCLUSIVE" in text and "Quick" in text
     assert not re.search(r"(src|href)\s*=", text)
     colours = draw(tmp_path, page)
     # Text, lines, and the colours of the plots: more than a blank or unstyled page has.
@@ -72,7 +72,7 @@ def test_card_becomes_the_checkpoints_readme_and_verify_accepts_it(
     assert main([*command, *runs]) == 2  # nobody said what answered at the address
     own = str(tmp_path / "own")
     with serving(lambda request: completion("Answer: B \\boxed{42}")) as stub:
-        asked = ["evaluate", stub.url, "--suite", "pocket", "--out", own]
+        asked = ["evaluate", stub.url, "--suite", "quick", "--out", own]
         assert main([*asked, "--checkpoint", str(mixed)]) == 0
     assert main([*command, runs[0], own]) == 0
     assert main(["verify", str(mixed)]) == 0

@@ -47,10 +47,10 @@ def _collect_while_its_warnings_are_filtered() -> Iterator[None]:
     gc.collect()
 
 
-def pocket_answers() -> dict[str, str]:
+def quick_answers() -> dict[str, str]:
     """Question text -> the right answer's text, so that the stub can know everything."""
     from halfbyte.evals.tasks.benchmark import Options
-    from halfbyte.evals.tasks.pocket import load
+    from halfbyte.evals.tasks.quick import load
 
     return {
         s.fields["question"]: (
@@ -60,7 +60,7 @@ def pocket_answers() -> dict[str, str]:
     }
 
 
-ANSWERS = pocket_answers()
+ANSWERS = quick_answers()
 
 
 def question_of(request: dict[str, Any]) -> str:
@@ -73,7 +73,7 @@ def all_right(request: dict[str, Any]) -> Reply:
 
 
 def evaluate(url: str, out: Path, *more: str) -> int:
-    return main(["evaluate", url, "--suite", "pocket", "--out", str(out), *more])
+    return main(["evaluate", url, "--suite", "quick", "--out", str(out), *more])
 
 
 def test_every_attempt_has_its_own_seed_and_both_arms_the_same(tmp_path: Path) -> None:
@@ -109,14 +109,14 @@ def test_record_holds_what_was_run_and_the_log_holds_the_same_records(tmp_path: 
     with serving(all_right) as stub:
         assert evaluate(stub.url, tmp_path, "--limit", "10") == 0
     run = read_run(tmp_path)
-    result = run.benchmarks["pocket"]
+    result = run.benchmarks["quick"]
     assert (result.status, result.score, result.items) == ("complete", 1.0, 10)
     assert result.low is not None and result.low < 0.8  # ten right answers prove little
     assert run.settings["temperature"] == 0.7
     assert run.packages["inspect-ai"]
-    records = list(read_records(tmp_path / "pocket" / "samples.jsonl"))
+    records = list(read_records(tmp_path / "quick" / "samples.jsonl"))
     assert {r.reasoning for r in records} == {"of course"}
-    (log,) = (tmp_path / "pocket" / "inspect").glob("*.eval")
+    (log,) = (tmp_path / "quick" / "inspect").glob("*.eval")
     by_key = {(r.item_id, r.repeat): r for r in records_of_log(log)}
     assert by_key == {(r.item_id, r.repeat): r for r in records}
 
@@ -215,7 +215,7 @@ def test_causes_are_told_apart_and_only_faults_are_missing(tmp_path: Path) -> No
 
     with serving(script) as stub:
         assert evaluate(stub.url, tmp_path) == 0
-    result = read_run(tmp_path).benchmarks["pocket"]
+    result = read_run(tmp_path).benchmarks["quick"]
     counted = Counter(result.causes)
     assert sum(counted.values()) == 40
     assert (counted["ok"], counted["length"], counted["refused"]) == (5, 5, 5)
@@ -239,19 +239,19 @@ def test_faults_of_the_server_are_retried_then_listed_and_never_scored(tmp_path:
 
     with serving(script) as stub:
         assert evaluate(stub.url, tmp_path, "--retries", "1") == 1
-        result = read_run(tmp_path).benchmarks["pocket"]
+        result = read_run(tmp_path).benchmarks["quick"]
         assert (result.status, result.score) == ("incomplete", None)
         assert asked[failing] == asked[flaky] == 2
-        assert [row[:2] for row in result.missing] == [["pocket-01", 0]]
+        assert [row[:2] for row in result.missing] == [["quick-01", 0]]
         assert result.metrics["retried_attempts"] == 2
         # Asked for in so many words, the score is that of what is there.
         assert evaluate(stub.url, tmp_path, "--retries", "0", "--partial") == 0
-        assert read_run(tmp_path).benchmarks["pocket"].score == 1.0
+        assert read_run(tmp_path).benchmarks["quick"].score == 1.0
     # The server recovers: the missing attempt alone is asked again.
     with serving(all_right) as stub:
         assert evaluate(stub.url, tmp_path) == 0
         assert len(stub.requests) == 1
-    assert read_run(tmp_path).benchmarks["pocket"].status == "complete"
+    assert read_run(tmp_path).benchmarks["quick"].status == "complete"
 
 
 def test_a_wrong_key_stops_the_run_at_once(
@@ -267,7 +267,7 @@ def test_output_limit_leaves_room_for_the_prompt(tmp_path: Path) -> None:
     with serving(all_right, context_tokens=2048) as stub:
         evaluate(stub.url, tmp_path, "--limit", "5")
     assert all(1500 < request["max_tokens"] < 2048 - 256 for request in stub.requests)
-    stored = {a.max_tokens for a in read_attempts(tmp_path / "pocket" / "attempts.jsonl")}
+    stored = {a.max_tokens for a in read_attempts(tmp_path / "quick" / "attempts.jsonl")}
     assert stored == {request["max_tokens"] for request in stub.requests}
 
 
@@ -291,10 +291,10 @@ def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(
 ) -> None:
     concurrency = 8
     command = [
-        sys.executable, "-m", "halfbyte", "evaluate", "URL", "--suite", "pocket", "--repeats", "3",
+        sys.executable, "-m", "halfbyte", "evaluate", "URL", "--suite", "quick", "--repeats", "3",
         "--concurrency", str(concurrency), "--out", str(tmp_path),
     ]  # fmt: skip
-    journal = tmp_path / "pocket" / "attempts.jsonl"
+    journal = tmp_path / "quick" / "attempts.jsonl"
     with serving(all_right, delay_s=0.05) as stub:
         command[4] = stub.url
         kills = 0
@@ -309,10 +309,10 @@ def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(
         assert kills == len(moments)
         # A torn line, as a crash of the machine would leave it.
         with journal.open("ab") as file:
-            file.write(b'{"item_id": "pocket-')
+            file.write(b'{"item_id": "quick-')
         done = subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
     assert done.returncode == 0
-    assert read_run(tmp_path).benchmarks["pocket"].causes == {"ok": 120}
+    assert read_run(tmp_path).benchmarks["quick"].causes == {"ok": 120}
     assert len(stub.requests) <= 120 + kills * concurrency
     attempts = Counter((a.item_id, a.repeat) for a in read_attempts(journal))
     assert set(attempts.values()) == {1}
@@ -323,16 +323,16 @@ def test_regrading_needs_no_server_and_keeps_the_old_grades(
 ) -> None:
     with serving(all_right) as stub:
         evaluate(stub.url, tmp_path)
-    before = (tmp_path / "pocket" / "samples.jsonl").read_bytes()
+    before = (tmp_path / "quick" / "samples.jsonl").read_bytes()
     assert main(["grade", str(tmp_path)]) == 0
     assert "0 grades changed" in capsys.readouterr().out
     # A rule changes: letters are no longer accepted.
     monkeypatch.setattr("halfbyte.evals.grading.letters.extract_letter", lambda *_: None)
     assert main(["grade", str(tmp_path)]) == 0
     assert "20 grades changed" in capsys.readouterr().out
-    assert (tmp_path / "pocket" / "samples.jsonl").read_bytes() == before
-    assert read_run(tmp_path).benchmarks["pocket"].score == 0.5
-    assert read_run(tmp_path / "run.json").benchmarks["pocket"].score == 1.0
+    assert (tmp_path / "quick" / "samples.jsonl").read_bytes() == before
+    assert read_run(tmp_path).benchmarks["quick"].score == 0.5
+    assert read_run(tmp_path / "run.json").benchmarks["quick"].score == 1.0
 
 
 def test_answers_of_a_judged_benchmark_are_judged_and_judgements_stored(tmp_path: Path) -> None:
@@ -495,8 +495,8 @@ MESSAGES = {
 def test_answers_are_read_in_every_form_of_message(tmp_path: Path, name: str) -> None:
     with serving(lambda request: MESSAGES[name](ANSWERS[question_of(request)])) as stub:
         assert evaluate(stub.url, tmp_path, "--limit", "4", "--retries", "0") == 0
-    assert read_run(tmp_path).benchmarks["pocket"].causes == {"ok": 4}
-    reasoning = {a.reasoning for a in read_attempts(tmp_path / "pocket" / "attempts.jsonl")}
+    assert read_run(tmp_path).benchmarks["quick"].causes == {"ok": 4}
+    reasoning = {a.reasoning for a in read_attempts(tmp_path / "quick" / "attempts.jsonl")}
     assert reasoning == ({""} if name == "split text" else {"of course"})
 
 
@@ -517,7 +517,7 @@ def test_an_error_with_status_200_is_a_fault_of_the_server_in_its_own_words(
     reply, words = FAULTS[name]
     with serving(lambda request: reply) as stub:
         assert evaluate(stub.url, tmp_path, "--limit", "2", "--retries", "0") == 1
-    result = read_run(tmp_path).benchmarks["pocket"]
+    result = read_run(tmp_path).benchmarks["quick"]
     assert result.causes == {"error": 2}
     assert words in result.missing[0][2]
     assert words in capsys.readouterr().out
@@ -527,7 +527,7 @@ def test_empty_contents_are_empty_answers(tmp_path: Path) -> None:
     replies = iter([as_parts(None), as_parts([]), as_parts(""), as_parts([THOUGHT])])
     with serving(lambda request: next(replies)) as stub:
         assert evaluate(stub.url, tmp_path, "--limit", "4", "--concurrency", "1") == 0
-    assert read_run(tmp_path).benchmarks["pocket"].causes == {"empty": 4}
+    assert read_run(tmp_path).benchmarks["quick"].causes == {"empty": 4}
 
 
 def test_a_second_run_in_the_same_folder_is_refused(
@@ -567,7 +567,7 @@ def test_a_damaged_line_in_the_middle_is_named(
 ) -> None:
     with serving(all_right) as stub:
         assert evaluate(stub.url, tmp_path, "--limit", "4") == 0
-        path = tmp_path / "pocket" / name
+        path = tmp_path / "quick" / name
         lines = path.read_bytes().splitlines(keepends=True)
         for damage in (b"\x00garbage\n", b"[1]\n", lines[0][:-9] + b"\n"):
             path.write_bytes(b"".join([lines[0], damage, *lines[1:]]))
@@ -631,10 +631,10 @@ def test_a_checkpoint_folder_is_served_evaluated_and_let_go(tmp_path: Path) -> N
     for file in (Path(__file__).parents[1] / "data" / "chat" / "chatml").iterdir():
         shutil.copy(file, folder)
     out = tmp_path / "run"
-    arguments = ["--suite", "pocket", "--limit", "2", "--max-tokens", "4", "--out", str(out)]
+    arguments = ["--suite", "quick", "--limit", "2", "--max-tokens", "4", "--out", str(out)]
     assert main(["evaluate", str(folder), *arguments, "--reasoning-effort", ""]) == 0
     run = read_run(out)
-    result = run.benchmarks["pocket"]
+    result = run.benchmarks["quick"]
     assert (result.status, result.items, sum(result.causes.values())) == ("complete", 2, 2)
     assert result.completion_tokens == 8
     assert len(run.checkpoint["headers sha256"]) == 64

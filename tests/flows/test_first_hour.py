@@ -194,14 +194,14 @@ def test_generated_code_has_an_interpreter_or_nothing_is_asked(terminal: Termina
 
 def test_from_two_arms_to_a_published_card(terminal: Terminal) -> None:
     terminal.run("halfbyte quantize fp8 mixed --recipe medium-3.5 --method none")
-    evaluate = f"halfbyte evaluate fp8 --suite pocket --out evals/fp8 {shlex.join(_SMALL)}"
-    begun = terminal.folder / "evals" / "fp8" / "pocket" / "sessions.jsonl"
+    evaluate = f"halfbyte evaluate fp8 --suite quick --out evals/fp8 {shlex.join(_SMALL)}"
+    begun = terminal.folder / "evals" / "fp8" / "quick" / "sessions.jsonl"
     assert "kept" in terminal.interrupt(evaluate, begun)
     terminal.run(evaluate)
-    terminal.run(f"halfbyte evaluate mixed --suite pocket --out evals/mixed {shlex.join(_SMALL)}")
+    terminal.run(f"halfbyte evaluate mixed --suite quick --out evals/mixed {shlex.join(_SMALL)}")
     for arm in ("fp8", "mixed"):
         run = json.loads((terminal.folder / "evals" / arm / "run.json").read_text())
-        (result,) = [r for r in run["benchmarks"].values() if r["name"] == "pocket"]
+        (result,) = [r for r in run["benchmarks"].values() if r["name"] == "quick"]
         assert result["items"] == 6 and not result["missing"], result
 
     out, err = terminal.run(

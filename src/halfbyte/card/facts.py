@@ -137,10 +137,14 @@ def compare_arms(arms: Sequence[Arm], **options: Any) -> Comparison | None:
 
 
 def columns(arms: Sequence[Arm]) -> list[str]:
-    """Benchmarks to show, in the published order first; the seven stay even if not run."""
-    names = list(SUITES["seed"])
-    names += [n for arm in arms for n in arm.run.benchmarks if n not in names]
-    return list(dict.fromkeys(names))
+    """Benchmarks to show, in the published order first; the seven stay even if not run.
+
+    Runs of Pocket's suite alone are shown by its own seven kinds, which stand for those.
+    """
+    ran = list(dict.fromkeys(name for arm in arms for name in arm.run.benchmarks))
+    is_pocket = bool(ran) and set(ran) <= set(SUITES["pocket"])
+    first = SUITES["pocket" if is_pocket else "seed"]
+    return list(dict.fromkeys([*first, *ran]))
 
 
 def title_of(name: str) -> str:

@@ -37,7 +37,7 @@ Check that the files are whole, and evaluate it again:
 
 ```sh
 halfbyte verify FOLDER
-halfbyte evaluate http://127.0.0.1:8000 --suite pocket
+halfbyte evaluate http://127.0.0.1:8000 --suite quick
 ```"""
 
 VERDICTS = (

@@ -12,7 +12,7 @@ from halfbyte.progress import TimeLeft, say_next
 EXAMPLE = """  halfbyte compare build/demo/bf16 build/demo/mixed --text held_out.txt
   halfbyte compare big-fp8/ --text held_out.txt --save-baseline fp8.safetensors
   halfbyte compare big-mixed/ --baseline fp8.safetensors
-  halfbyte compare fp8/ mixed/ --text held_out.txt --choices pocket"""
+  halfbyte compare fp8/ mixed/ --text held_out.txt --choices quick"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choices",
         metavar="NAME",
-        help="also compare the answers to a multiple-choice set: pocket, mmlu_pro, gpqa_diamond",
+        help="also compare the answers to a multiple-choice set: quick, mmlu_pro, gpqa_diamond",
     )
     parser.add_argument("--data", type=Path, help="folder with the items, as for evaluate")
     parser.add_argument("--limit", type=int, help="at most so many items, evenly spread")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:  # names only: the hall is imported when the command runs
     from halfbyte.evals.tasks.benchmark import Benchmark
 
 EXAMPLE = """\
-  halfbyte evaluate http://127.0.0.1:8000 --suite pocket
+  halfbyte evaluate http://127.0.0.1:8000 --suite quick
+  halfbyte evaluate pocket/model --suite pocket --items 1000 --seed 7
   halfbyte evaluate mixed/ --suite seed --data items/ --judge http://judge:8000 --judge-model qwen
   halfbyte evaluate plan --suite seed --throughput 8000"""
 
@@ -26,10 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--suite",
         nargs="+",
-        default=["pocket"],
+        default=["quick"],
         metavar="NAME",
-        help="'seed', 'decide' (the same, asked often enough to end GO), or benchmarks "
-        "(default: pocket)",
+        help="'seed', 'decide' (the same, asked often enough to end GO), 'pocket' (seven kinds of "
+        "generated items for the repository's own small model), or benchmarks (default: quick, 40 "
+        "small questions)",
     )
     add("--repeats", type=parse_count, help="answers per item (default: each benchmark's own)")
     add(
@@ -40,6 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw other seeds: for a baseline against itself, or fresh repeats (%(default)s)",
     )
     add("--limit", type=parse_count, help="at most so many items of each benchmark, evenly spread")
+    add(
+        "--items",
+        type=parse_count,
+        metavar="N",
+        help="items that are made of each generated benchmark (default: 200)",
+    )
+    add(
+        "--seed",
+        type=parse_seed,
+        default=0,
+        metavar="N",
+        help="from which generated items are made: another number, other items (%(default)s)",
+    )
     add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
     add("--arm", help="name of this side of a comparison (default: that of --out)")
     add(
@@ -51,14 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--model", help="model name, where the server has several")
     add("--data", type=Path, help="folder with benchmark items; see docs/evaluations.md")
-    add("--temperature", type=float, default=0.7, help="(%(default)s)")
-    add("--top-p", type=float, default=0.95, help="(%(default)s)")
+    add("--temperature", type=float, help="(default: 0.7; of the suite pocket 0)")
+    add("--top-p", type=float, help="(default: 0.95; of the suite pocket 1)")
     add("--reasoning-effort", default="high", help="(%(default)s); '' sends none")
     add(
         "--max-tokens",
         type=parse_count,
-        default=65_536,
-        help="output limit of one answer (%(default)s)",
+        help="output limit of one answer (default: 65536; of the suite pocket 512)",
     )
     add(
         "--concurrency", type=parse_count, help="requests in flight (default: each benchmark's own)"
@@ -97,6 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pilot", type=Path, help="a run whose measured variances and lengths --plan uses")
 
 
+def parse_seed(text: str) -> int:
+    """A whole number from 0 on; argparse shows the error."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 999999999")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
     from halfbyte.evals.judging.plan import LOSSES, format_plan, plan_run
@@ -112,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.evals.running.evaluate import default_arm, evaluate, prepare, require_extra
     from halfbyte.evals.tasks.suite import find_benchmarks
 
-    benchmarks = find_benchmarks(args.suite)
+    benchmarks = find_benchmarks(args.suite, args.items)
     # `evaluate plan` reads as what it does; a server of that name can be given as http://plan.
     if args.plan or args.target == "plan":
         plan = plan_run(
@@ -170,7 +192,7 @@ def _config(
     benchmarks: "tuple[Benchmark, ...]",
     key: str,
 ) -> "RunConfig":
-    from halfbyte.evals.config import JudgeConfig, RunConfig, RunSampling
+    from halfbyte.evals.config import JudgeConfig, RunConfig, sampling_of
     from halfbyte.evals.running.endpoint import connect
     from halfbyte.evals.sandbox import SandboxLimits
     from halfbyte.evals.tasks.benchmark import Options
@@ -179,13 +201,23 @@ def _config(
     if args.judge is not None:
         served = connect(args.judge, args.judge_model, key)
         judge = JudgeConfig(served.url, served.model, args.judge_revision, key)
-    effort = args.reasoning_effort or None
+    given = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_tokens": args.max_tokens,
+    }
+    named = {name: value for name, value in given.items() if value is not None}
+    sampling = replace(
+        sampling_of(benchmarks), reasoning_effort=args.reasoning_effort or None, **named
+    )
     return RunConfig(
         out=out,
         arm=arm,
         benchmarks=benchmarks,
-        sampling=RunSampling(args.temperature, args.top_p, effort, args.max_tokens),
-        options=Options(args.data, args.limit, args.skip_unscorable),
+        sampling=sampling,
+        options=Options(
+            args.data, args.limit, args.skip_unscorable, items=args.items, item_seed=args.seed
+        ),
         repeats=args.repeats,
         concurrency=args.concurrency,
         retries=args.retries,

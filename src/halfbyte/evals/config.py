@@ -1,14 +1,16 @@
 """What a run is asked to do, and what of it must not change in between."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from halfbyte.evals.grading.judge import JUDGE_PROMPT_SHA256
 from halfbyte.evals.sandbox import SandboxLimits
 from halfbyte.evals.tasks.benchmark import Benchmark, Options
+from halfbyte.evals.tasks.pocket import MAX_TOKENS
+from halfbyte.evals.tasks.suite import SUITES
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,17 @@ class RunSampling:
     top_p: float = 0.95
     reasoning_effort: str | None = "high"
     max_tokens: int = 65_536
+
+
+def sampling_of(benchmarks: Sequence[Benchmark]) -> RunSampling:
+    """How answers are drawn where the command does not say.
+
+    Pocket is measured greedily, as its checkpoint recommends, and its answers are short; anything
+    else, and any mixture, by the settings of the published table.
+    """
+    if benchmarks and all(benchmark.name in SUITES["pocket"] for benchmark in benchmarks):
+        return RunSampling(temperature=0.0, top_p=1.0, max_tokens=MAX_TOKENS)
+    return RunSampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +81,21 @@ class RunConfig:
     api_key: str = "none"
     seed_shift: int = 0
 
+    def sampling_for(self, benchmark: Benchmark) -> RunSampling:
+        """The sampling of one benchmark's requests, which may know one effort only."""
+        if benchmark.effort is None or self.sampling.reasoning_effort is None:
+            return self.sampling
+        return replace(self.sampling, reasoning_effort=benchmark.effort)
+
     def settings(self) -> dict[str, Any]:
         """What decides the requests and must be equal for resuming and for comparing."""
         options = asdict(self.options)
         # Where the data lies is no setting: its hashes are in each result.
         del options["data"]
+        # Runs from before items were generated have no such settings, and need none.
+        for name, unset in (("items", None), ("item_seed", 0)):
+            if options[name] == unset:
+                del options[name]
         settings = {**asdict(self.sampling), **options, "repeats": self.repeats}
         # Runs from before there was a shift have none in their settings, and none was theirs.
         return settings | ({"seed_shift": self.seed_shift} if self.seed_shift else {})
@@ -82,7 +105,7 @@ def seed_for(benchmark: str, item_id: str, repeat: int, shift: int = 0) -> int:
     """The seed of one attempt: different for every repeat, the same in both arms.
 
     shift  `RunConfig.seed_shift`: no seed of one shift is meant to occur with another
-    Example: ``seed_for("pocket", "pocket-01", 0)`` is the same number on every machine.
+    Example: ``seed_for("quick", "quick-01", 0)`` is the same number on every machine.
     """
     name = f"{benchmark}/{item_id}/{repeat}" + (f"/{shift}" if shift else "")
     digest = hashlib.sha256(name.encode()).digest()

@@ -20,10 +20,10 @@ from halfbyte.engine.core import Engine
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.evals.tasks.benchmark import Options
 from halfbyte.evals.tasks.choices import LETTERS
-from halfbyte.evals.tasks.suite import BENCHMARKS
+from halfbyte.evals.tasks.suite import BENCHMARKS, RENAMED
 from halfbyte.evals.types import Image
 
-BENCHMARK_NAMES = ("pocket", "mmlu_pro", "gpqa_diamond")
+BENCHMARK_NAMES = ("quick", "mmlu_pro", "gpqa_diamond")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ def encode_choices(
     Raises UsageError for a benchmark without options, CheckpointError if letters are no tokens.
     """
     if benchmark not in BENCHMARK_NAMES:
-        raise UsageError(f"--choices {benchmark}: there are {', '.join(BENCHMARK_NAMES)}")
+        was = f"; {RENAMED[benchmark]}" if benchmark in RENAMED else ""
+        raise UsageError(f"--choices {benchmark}: there are {', '.join(BENCHMARK_NAMES)}{was}")
     chat, known, options = load_chat(directory), BENCHMARKS[benchmark], Options(data, limit)
     found = []
     for sample in known.load(options).samples:

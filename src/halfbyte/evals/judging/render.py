@@ -5,6 +5,7 @@ from pathlib import Path
 
 from halfbyte.evals.judging.comparison import BenchmarkComparison, Comparison
 from halfbyte.evals.records import BenchmarkResult, RunRecord
+from halfbyte.evals.tasks.suite import BENCHMARKS
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -84,6 +85,9 @@ def what_would_decide(row: BenchmarkComparison) -> str:
         ways.append(f"{row.repeats_to_decide:,} fresh repeats")
     if ways:
         return f"{why}; {' or '.join(ways)} would decide"
+    known = BENCHMARKS.get(row.name)
+    if known is not None and known.is_generated:
+        return f"{why}; no number of repeats or items would decide"
     return f"{why}; no number of repeats, nor of the set's {row.full_items:,} items, would decide"
 
 

@@ -108,7 +108,7 @@ async def ask_until_answered(
     """One request with its retries; whatever happens becomes an attempt."""
     prompt = room.benchmark.prompt(sample, earlier, room.config.options)
     seed = seed_for(room.benchmark.name, sample.item_id, repeat, room.config.seed_shift)
-    sampling = room.config.sampling
+    sampling = room.config.sampling_for(room.benchmark)
     settings = GenerateConfig(
         temperature=sampling.temperature,
         top_p=sampling.top_p,

@@ -287,6 +287,9 @@ def _identity(
     notes = list(benchmark.notes)
     if data is not None and data.provenance.note:
         notes.append(data.provenance.note)
+    effort = config.sampling_for(benchmark).reasoning_effort
+    if effort != config.sampling.reasoning_effort:
+        notes.append(f"asked with reasoning effort {effort}, the only one of its items")
     if data is not None and len(data.samples) < benchmark.full_items:
         notes.append(f"{len(data.samples)} of {benchmark.full_items} items")
     return {

@@ -24,7 +24,7 @@ from halfbyte.evals.records import (
 )
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options
-from halfbyte.evals.tasks.suite import BENCHMARKS
+from halfbyte.evals.tasks.suite import BENCHMARKS, RENAMED
 from halfbyte.evals.types import Attempt
 
 
@@ -50,6 +50,9 @@ def regrade(
         if not (folder / name / "attempts.jsonl").exists():
             results[name] = result
             continue
+        if name not in BENCHMARKS:
+            why = RENAMED.get(name, f"there are {', '.join(BENCHMARKS)}")
+            raise UsageError(f"{folder}: no benchmark is called {name!r} ({why}); measure it again")
         benchmark = BENCHMARKS[name]
         loaded = benchmark.load(options)
         graders = Graders(judge, code)

@@ -224,7 +224,7 @@ def _write_first_request(room: Room, units: dict[str, list[Sample]], folder: Pat
         "prompt_id": room.prompt_id,
         "prompt_sha256": prompt_sha256(prompt),
         "messages": [{"role": "user", "content": [asdict(part) for part in prompt]}],
-        "sampling": asdict(room.config.sampling),
+        "sampling": asdict(room.config.sampling_for(room.benchmark)),
         "seed": seed_for(room.benchmark.name, sample.item_id, 0, room.config.seed_shift),
     }
     (folder / "request.json").write_text(json.dumps(request, indent=1, ensure_ascii=False) + "\n")

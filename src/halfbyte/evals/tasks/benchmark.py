@@ -17,6 +17,8 @@ class Options:
     """Choices of a run that change prompts or items; all are part of the record.
 
     limit   at most so many items (problems, where a problem is a trajectory), spread evenly
+    items, item_seed  of generated benchmarks: how many items are made (None: the benchmark's own
+                      number) and from which seed
     """
 
     data: Path | None = None
@@ -26,6 +28,8 @@ class Options:
     gpqa_seed: int = 42
     mmlu_prompt: Literal["aa", "aa-boxed"] = "aa-boxed"
     image_placement: Literal["inline", "append"] = "inline"
+    items: int | None = None
+    item_seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class Benchmark:
     grade     a sample and the final answer -> score; for `answer` kinds
     repeats   by default; `margin` the largest loss still called no regression, in scores (0.01)
     needs_algebra  whether some answers can only be compared by math-verify
+    effort  the one reasoning effort at which its items make sense; None: the run's
+    is_generated  whether items are made from a seed, as many as one likes
     plan_*    planning values: variance is the mean p(1-p) of an item's answers for a strong
               reasoning model; of groups their number, and the factor by which shared luck widens
               the standard error (simulated, to be replaced by a pilot's)
@@ -75,6 +81,8 @@ class Benchmark:
     concurrency: int = 64
     notes: Sequence[str] = ()
     needs_algebra: bool = False
+    effort: str | None = None
+    is_generated: bool = False
 
 
 def spread(count: int, limit: int | None) -> list[int]:
