@@ -67,7 +67,7 @@ def quantization_page() -> str:
         "name": "decoder.0.mlp.up", "format": HOSTILE, "sqnr_db": 1.0, "measured": 1.0,
         "clipped": 0.1, "zeroed": 0.1, "output_db": {HOSTILE: 3.0},
     }  # fmt: skip
-    return render(
+    record: Any = (
         {
             "output": {"name": HOSTILE, "bytes": 2, "parts": {HOSTILE: 2}},
             "source": {
@@ -81,6 +81,7 @@ def quantization_page() -> str:
             "calibration": {"rows": 1, "tokens": 1, "longest": 1, "sha256": HOSTILE},
         }
     )  # fmt: skip
+    return render(record)
 
 
 def test_no_script_of_a_record_runs_in_the_report(browser: Browser, tmp_path: Path) -> None:

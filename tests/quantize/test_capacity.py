@@ -34,6 +34,7 @@ from halfbyte.quantize.layer import widths_of_products
 from halfbyte.quantize.memory import sums_of
 from halfbyte.quantize.pipeline import QuantizeResult, quantize
 from halfbyte.quantize.plan_text import duration, format_estimate, shared_out
+from halfbyte.quantize.record import LayerFacts
 from halfbyte.quantize.rehearsal import Rehearsal, kinds_of, rehearse
 from halfbyte.quantize.scales import METHODS
 from halfbyte.quantize.survey import Survey, survey
@@ -166,7 +167,7 @@ def test_ten_times_the_text_runs_about_ten_times_as_long(
 def _quantize_of_one_second(config: QuantizeConfig) -> QuantizeResult:
     """The real run, its clock replaced."""
     result = quantize(config)
-    layers = [
+    layers: list[LayerFacts] = [
         {**layer, "seconds": {"calibrating": 1.0, "encoding": 1.0, "syncing": 1.0}}
         for layer in result.record["layers"]
     ]

@@ -6,9 +6,9 @@ Shows what `record` holds and computes nothing that is not in it but sums and me
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
@@ -16,8 +16,8 @@ from halfbyte.modules import ATTENTION_LINEARS, MLP_LINEARS
 from halfbyte.page import Cell, Table, render_page
 from halfbyte.quantize import charts
 from halfbyte.quantize.charts import heatmap, lines, stacked
-
-Record = Mapping[str, Any]
+from halfbyte.quantize.record import QuantizationRecord
+from halfbyte.quantize.report import LinearRecord
 
 _PROJECTIONS = (*ATTENTION_LINEARS, *MLP_LINEARS)
 
@@ -44,7 +44,7 @@ class _Rows(NamedTuple):
 _Part = _Words | _Facts | _Rows | Table | Markup
 
 
-def write_report(record: Record, path: Path) -> tuple[Path, Path]:
+def write_report(record: QuantizationRecord, path: Path) -> tuple[Path, Path]:
     """Write the page to `path` as .html, and the record it shows beside it as .json."""
     page, data = path.with_suffix(".html"), path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_report(record: Record, path: Path) -> tuple[Path, Path]:
     return page, data
 
 
-def render(record: Record) -> str:
+def render(record: QuantizationRecord) -> str:
     """The report of one quantization as the text of an HTML page."""
     output, source = record["output"], record["source"]
     sections = (
@@ -81,7 +81,7 @@ def render(record: Record) -> str:
     )
 
 
-def _facts(record: Record) -> list[tuple[str, str]]:
+def _facts(record: QuantizationRecord) -> list[tuple[str, str]]:
     output, source = record["output"]["bytes"], record["source"]["bytes"]
     seconds = sum(sum(layer["seconds"].values()) for layer in record["layers"])
     calibration = record["calibration"]
@@ -96,7 +96,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     ]
 
 
-def _sizes(record: Record) -> list[_Part]:
+def _sizes(record: QuantizationRecord) -> list[_Part]:
     total = record["output"]["bytes"]
     rows = [[part, _size(size), f"{size / total:.1%}"] for part, size in
             record["output"]["parts"].items()]  # fmt: skip
@@ -104,12 +104,14 @@ def _sizes(record: Record) -> list[_Part]:
     return [Table(["part", "bytes", "share"], rows)]
 
 
-def _errors(record: Record) -> list[_Part]:
+def _errors(record: QuantizationRecord) -> list[_Part]:
     linears = record["linears"]
     if not linears:
         return [_Words("Errors were not measured in this run.", is_soft=True)]
     measured = min(linear["measured"] for linear in linears)
-    by_format = _means(linears, "sqnr_db")
+    by_format: dict[str, list[float | None]] = {}
+    for linear in sorted(linears, key=lambda linear: linear["format"]):
+        by_format.setdefault(linear["format"], []).append(linear["sqnr_db"])
     table = Table(
         ["format", "linears", "least dB", "mean dB", "most dB"],
         [[name, str(len(v)), *_spread(v)] for name, v in by_format.items()],
@@ -136,13 +138,13 @@ def _errors(record: Record) -> list[_Part]:
     ]
 
 
-def _error_note(linear: Record) -> str:
+def _error_note(linear: LinearRecord) -> str:
     value = linear["sqnr_db"]
     said = "nothing lost" if value is None else f"{value:.2f} dB"
     return f"{linear['name']}: {linear['format']}, {said}"
 
 
-def _methods(record: Record) -> list[_Part]:
+def _methods(record: QuantizationRecord) -> list[_Part]:
     linears = [linear for linear in record["linears"] if linear.get("output_db")]
     if not linears:
         return [_Words("No data was run, so there are no outputs to compare.", is_soft=True)]
@@ -179,22 +181,10 @@ def _methods(record: Record) -> list[_Part]:
     ]
 
 
-def _clipped(record: Record) -> list[_Part]:
+def _clipped(record: QuantizationRecord) -> list[_Part]:
     linears = record["linears"]
     if not linears:
         return [_Words("Not measured in this run.", is_soft=True)]
-    drawn = [
-        heatmap(
-            _grid(
-                linears,
-                lambda x, key=key: 100 * x[key] if x[key] else None,
-                lambda x, key=key: f"{x['name']}: {100 * x[key]:.3f} % {key}",
-            ),
-            title=f"share of weights {key}",
-            unit=f"% {key}",
-        )
-        for key in ("clipped", "zeroed")
-    ]
     return [
         _Words(
             "Clipped: weights beyond the largest value that their block or tensor holds under its "
@@ -203,11 +193,21 @@ def _clipped(record: Record) -> list[_Part]:
             "largest weight of the block loses at most 1/17 of itself. That is rounding like any "
             "other, and the error above counts it. Zeroed: weights that became zero."
         ),
-        *drawn,
+        _shares(linears, "clipped"),
+        _shares(linears, "zeroed"),
     ]
 
 
-def _ranges(record: Record) -> list[_Part]:
+def _shares(linears: Sequence[LinearRecord], key: Literal["clipped", "zeroed"]) -> Markup:
+    cells = _grid(
+        linears,
+        lambda linear: 100 * linear[key] or None,
+        lambda linear: f"{linear['name']}: {100 * linear[key]:.3f} % {key}",
+    )
+    return heatmap(cells, title=f"share of weights {key}", unit=f"% {key}")
+
+
+def _ranges(record: QuantizationRecord) -> list[_Part]:
     layers = record["layers"]
     taps = list(layers[0]["observed"]) if layers else []
     if not taps:
@@ -220,7 +220,7 @@ def _ranges(record: Record) -> list[_Part]:
     ]
 
 
-def _time(record: Record) -> list[_Part]:
+def _time(record: QuantizationRecord) -> list[_Part]:
     layers = record["layers"]
     kinds = list(dict.fromkeys(kind for layer in layers for kind in layer["seconds"]))
     series = {kind: [float(x["seconds"].get(kind, 0.0)) for x in layers] for kind in kinds}
@@ -229,7 +229,7 @@ def _time(record: Record) -> list[_Part]:
     return [chart, Table(["work", "in all", "a layer"], rows)]
 
 
-def _memory(record: Record) -> list[_Part]:
+def _memory(record: QuantizationRecord) -> list[_Part]:
     planned = record["planned_memory_bytes"]
     series = {
         place: [p / 2**30 for p in _peaks(record, place)]
@@ -252,7 +252,7 @@ def _memory(record: Record) -> list[_Part]:
     ]
 
 
-def _calibration(record: Record) -> list[_Part]:
+def _calibration(record: QuantizationRecord) -> list[_Part]:
     calibration = record["calibration"]
     if calibration is None:
         return [_Words("None: data-free, input scales are the source's own or pinned.")]
@@ -282,7 +282,7 @@ def _calibration(record: Record) -> list[_Part]:
     return [_Facts(facts), table, _rows_taken(made.get("members", ()))]
 
 
-def _rows_taken(members: Iterable[Record]) -> _Rows:
+def _rows_taken(members: Iterable[Mapping[str, Any]]) -> _Rows:
     return _Rows(
         [
             {
@@ -297,8 +297,8 @@ def _rows_taken(members: Iterable[Record]) -> _Rows:
     )
 
 
-def _made_of(record: Record) -> list[_Part]:
-    rows = [
+def _made_of(record: QuantizationRecord) -> list[_Part]:
+    rows: list[list[str | Cell]] = [
         [name, f"{facts['bytes']:,}", Cell(facts["sha256"], kind="code")]
         for name, facts in record["source"]["files"].items()
     ]
@@ -308,20 +308,17 @@ def _made_of(record: Record) -> list[_Part]:
 # --- pieces
 
 
-def _grid(linears: Sequence[Record], value: Any, note: Any) -> dict[str, list[charts.Cell]]:
+def _grid(
+    linears: Sequence[LinearRecord],
+    value: Callable[[LinearRecord], float | None],
+    note: Callable[[LinearRecord], str],
+) -> dict[str, list[charts.Cell]]:
     """Projection -> a cell for every layer."""
     rows: dict[str, list[charts.Cell]] = {}
     for projection in _PROJECTIONS:
         some = [x for x in linears if x["name"].rpartition(".")[2] == projection]
         rows[projection] = [charts.Cell(value(x), note(x)) for x in some]
     return {name: cells for name, cells in rows.items() if cells}
-
-
-def _means(linears: Sequence[Record], key: str) -> dict[str, list[float | None]]:
-    by_format: dict[str, list[float | None]] = {}
-    for linear in linears:
-        by_format.setdefault(linear["format"], []).append(linear[key])
-    return dict(sorted(by_format.items()))
 
 
 def _spread(values: Sequence[float | None]) -> list[str]:
@@ -336,14 +333,16 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(finite) / len(finite) if finite else None
 
 
-def _layer_means(linears: Sequence[Record], method: str, num_layers: int) -> list[float | None]:
+def _layer_means(
+    linears: Sequence[LinearRecord], method: str, num_layers: int
+) -> list[float | None]:
     layers: list[list[float | None]] = [[] for _ in range(num_layers)]
     for linear in linears:
         layers[int(linear["name"].split(".")[1])].append(linear["output_db"].get(method))
     return [_mean(values) for values in layers]
 
 
-def _peaks(record: Record, place: str) -> list[int]:
+def _peaks(record: QuantizationRecord, place: str) -> list[int]:
     peaks = [layer["peak_memory_bytes"].get(place) for layer in record["layers"]]
     return [peak for peak in peaks if peak is not None]
 

@@ -43,7 +43,7 @@ from halfbyte.quantize.layer import (
 )
 from halfbyte.quantize.memory import limit_gpu
 from halfbyte.quantize.methods import output_errors
-from halfbyte.quantize.record import peak_memory_bytes, run_record
+from halfbyte.quantize.record import QuantizationRecord, peak_memory_bytes, run_record
 from halfbyte.quantize.report import LinearRecord, linear_record
 from halfbyte.quantize.source_proof import Reading, require_unchanged
 from halfbyte.quantize.staging import locked, work_directory
@@ -64,7 +64,7 @@ class QuantizeResult:
     num_calibration_tokens: int
     seconds: float
     linears: tuple[LinearRecord, ...]
-    record: LinearRecord
+    record: QuantizationRecord
 
 
 def quantize(

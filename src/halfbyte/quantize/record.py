@@ -6,15 +6,83 @@ Holds no paths. Times and memory are those of the steps, whichever run took them
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from halfbyte.machine import held
 from halfbyte.quantize.job import Job
+from halfbyte.quantize.report import LinearRecord
 from halfbyte.recipe.plan import plan_sizes
 
 VERSION = 1
+
+
+class FileFacts(TypedDict):
+    """A file of the source; the hash of a shard is that of its header and samples."""
+
+    bytes: int
+    sha256: str
+
+
+class SourceFacts(TypedDict):
+    """The checkpoint that was quantized."""
+
+    name: str
+    dialect: str
+    bytes: int
+    files: Mapping[str, FileFacts]
+
+
+class OutputFacts(TypedDict):
+    """The checkpoint that was written, its bytes by part."""
+
+    name: str
+    bytes: int
+    parts: Mapping[str, int]
+
+
+class RecipeFacts(TypedDict):
+    """By which recipe, and the rules of its scales by what they scale."""
+
+    name: str
+    scales: Mapping[str, str]
+    kv_cache: str
+
+
+class CalibrationFacts(TypedDict):
+    """The rows that were run; `provenance` is what `calibrate.draw` says of them."""
+
+    rows: int
+    tokens: int
+    longest: int
+    sha256: str
+    provenance: Mapping[str, Any] | None
+
+
+class LayerFacts(TypedDict):
+    """One decoder layer: seconds by kind of work, peaks by place, largest magnitude by tap."""
+
+    layer: int
+    seconds: Mapping[str, float]
+    peak_memory_bytes: Mapping[str, int]
+    observed: Mapping[str, float]
+
+
+class QuantizationRecord(TypedDict):
+    """The whole record; JSON values throughout, since a resumed run reads its part from a file."""
+
+    halfbyte_quantization_record: int
+    source: SourceFacts
+    output: OutputFacts
+    recipe: RecipeFacts
+    profile: str
+    device: str
+    versions: Mapping[str, str]
+    calibration: CalibrationFacts | None
+    planned_memory_bytes: Mapping[str, int]
+    layers: Sequence[LayerFacts]
+    linears: Sequence[LinearRecord]
 
 
 def peak_memory_bytes(device: torch.device) -> dict[str, int]:
@@ -34,8 +102,8 @@ def _host_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Build the record of a finished run as JSON values.
+def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> QuantizationRecord:
+    """Build the record of a finished run.
 
     entries  the journal's, one a step; those of the layers hold `linears`, `observed` (tap point ->
              largest magnitude), `seconds` and `peak_memory_bytes`

@@ -1,7 +1,8 @@
 """What quantization did to every linear, as records: error against the source, scales, coverage."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,23 +11,44 @@ from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.measure import chunk_values, clip_rate, relative_error, zero_rate
 from halfbyte.formats.minifloat import E2M1_MAX, E4M3_MAX, decode_e4m3
 from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, decode_nvfp4
+from halfbyte.modules import WeightFormat
 from halfbyte.quantize.encode import SourceWeight
 from halfbyte.quantize.layer import QuantizedLinear
 
-LinearRecord = dict[str, Any]
+
+class LinearRecord(TypedDict):
+    """What a run's record says of one linear, as JSON values.
+
+    measured   share of the weight's rows that were looked at
+    sqnr_db    None if nothing was lost
+    clipped    share of weights beyond the largest value that the format holds under their scale
+    zeroed     share of weights that became zero
+    *_scale    the scalars of the linear, each if there is one
+    output_db  what each method would have lost on sampled inputs, if data was run
+    """
+
+    name: str
+    format: WeightFormat
+    measured: float
+    sqnr_db: float | None
+    zeroed: float
+    clipped: float
+    weight_scale: NotRequired[float]
+    tensor_scale: NotRequired[float]
+    input_scale: NotRequired[float]
+    output_db: NotRequired[Mapping[str, float | None]]
+
 
 # Errors of larger weights are measured on evenly spaced rows that hold about this many: 4 M weights
 # tell the error to 0.01 dB, and measuring all of a full-width layer would double the run.
 SAMPLED_WEIGHTS = 1 << 22
+_SCALARS: tuple[Literal["weight_scale", "tensor_scale", "input_scale"], ...] = (
+    "weight_scale", "tensor_scale", "input_scale",
+)  # fmt: skip
 
 
 def linear_record(linear: QuantizedLinear) -> LinearRecord:
-    """Error of one encoded linear against its source, decoded: the decoded weight is compared.
-
-    name, format, measured (share of the rows looked at), sqnr_db (None if nothing changed), zeroed
-    (share of weights that became zero), clipped (share beyond the format's largest value under
-    their scale), and the scalars of the linear under their role.
-    """
+    """Error of one encoded linear against its source, decoded: the decoded weight is compared."""
     name, tensors = linear.name, linear.tensors
     step = max(1, math.ceil(linear.source.stored.numel() / SAMPLED_WEIGHTS))
     stored = linear.source.stored[::step]
@@ -53,9 +75,10 @@ def linear_record(linear: QuantizedLinear) -> LinearRecord:
         "zeroed": round(zero_rate(source, decoded), 6),
         "clipped": round(clipped, 6),
     }
-    for tensor_name, tensor in tensors.items():
-        if tensor.numel() == 1:
-            record[tensor_name.rpartition(".")[2]] = float(tensor)
+    for role in _SCALARS:
+        tensor = tensors.get(f"{name}.{role}")
+        if tensor is not None and tensor.numel() == 1:
+            record[role] = float(tensor)
     return record
 
 
