@@ -27,6 +27,11 @@ DATA = Path(__file__).parent.parent / "data" / "chat"
 CALLS, ARGS, EOS = 9, 32, 2
 
 
+@pytest.fixture(autouse=True, scope="module")
+def kept() -> None:
+    """Nothing is: the processes themselves are looked at."""
+
+
 @pytest.fixture(scope="module")
 def chat() -> MistralFormat:
     chat = load_chat(DATA / "tekken")

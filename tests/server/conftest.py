@@ -1,6 +1,6 @@
 """An app over a scripted engine, and the official client talking to it in process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+import kept_processes
 from halfbyte.chat.mistral_format import MistralFormat
 from halfbyte.chat.template_format import TemplateFormat
 from halfbyte.chat.tokens import ChatFormat, load_chat
@@ -19,6 +20,12 @@ from halfbyte.server.ops.supervise import Supervisor
 from server.scripted import ScriptedService
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept() -> Iterator[None]:
+    with kept_processes.kept_processes():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,11 @@ from halfbyte.server.config import ServerConfig
 CONFIG = ServerConfig(("m",), 200_000, 800, api_keys=("secret",))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def kept() -> None:
+    """Nothing is: the processes themselves are looked at."""
+
+
 def children_of(pid: int) -> list[int]:
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(word) for word in path.read_text().split()] if path.exists() else []
