@@ -368,7 +368,11 @@ def mixed_items() -> dict[str, Item]:
 
 def answers_of(*left_out: str, **options: Any) -> dict[str, Generated]:
     """The items' answers by an engine with these settings, all at once."""
-    limits = {"max_model_len": 4096, "kv_cache_tokens": 16384, "max_sequences": 16}
+    limits: dict[str, Any] = {
+        "max_model_len": 4096,
+        "kv_cache_tokens": 16384,
+        "max_sequences": 16,
+    }
     with closing(load(MODEL, **limits, **options)) as engine:
         chosen = {name: one for name, one in mixed_items().items() if name not in left_out}
         prompts = {name: prompt_of(one, CHAT) for name, one in chosen.items()}
