@@ -112,15 +112,21 @@ def free_port() -> int:
 
 def _wait_until_ready(child: Child, log: Path, limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        if child.process.poll() is not None:
-            tail = log.read_text(errors="replace")[-_LOG_TAIL:]
-            raise UnsupportedError(f"`halfbyte serve` did not start; its log ({log}) ends:\n{tail}")
-        try:
-            # With an admin listener the route is there, and 404 here says that the server listens.
-            if httpx.get(f"{child.url}/health/ready", timeout=5).status_code != _NOT_READY:
-                return
-        except httpx.HTTPError:
-            pass  # not listening yet
-        time.sleep(0.05)
+    # Making a client reads all certificates: asking with a new one each time took half a core from
+    # the server that starts.
+    with httpx.Client(timeout=5) as client:
+        while time.monotonic() < deadline:
+            if child.process.poll() is not None:
+                tail = log.read_text(errors="replace")[-_LOG_TAIL:]
+                raise UnsupportedError(
+                    f"`halfbyte serve` did not start; its log ({log}) ends:\n{tail}"
+                )
+            try:
+                # With an admin listener the route is there, and 404 here says that the server
+                # listens.
+                if client.get(f"{child.url}/health/ready").status_code != _NOT_READY:
+                    return
+            except httpx.HTTPError:
+                pass  # not listening yet
+            time.sleep(0.05)
     raise CapacityError(f"`halfbyte serve` was not ready after {limit_s:.0f} s; its log is {log}")

@@ -40,6 +40,12 @@ def url(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield address
 
 
+@pytest.fixture(autouse=True)
+def _brief_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long they run alone says how sure a median is, which nobody asks here."""
+    monkeypatch.setattr("halfbyte.bench.load.run._ALONE_S", 0.5)
+
+
 SMALL = (
     "--users", "1", "3", "--requests", "2", "--prompt-tokens", "60", "--answer-tokens", "8",
     "--agents", "2", "--turns", "2", "--streams", "2", "--long-tokens", "500",

@@ -80,10 +80,11 @@ def test_every_attempt_has_its_own_seed_and_both_arms_the_same(tmp_path: Path) -
     seeds = []
     for arm in ("fp8", "mixed"):
         with serving(all_right) as stub:
-            assert evaluate(stub.url, tmp_path / arm, "--arm", arm, "--repeats", "2") == 0
+            flags = ("--arm", arm, "--repeats", "2", "--limit", "12")
+            assert evaluate(stub.url, tmp_path / arm, *flags) == 0
         sent = {(question_of(r), r["seed"]) for r in stub.requests}
-        assert len(stub.requests) == 80
-        assert len({seed for _, seed in sent}) == 80
+        assert len(stub.requests) == 24
+        assert len({seed for _, seed in sent}) == 24
         seeds.append(sent)
         request = stub.requests[0]
         assert (request["temperature"], request["top_p"]) == (0.7, 0.95)
@@ -283,16 +284,16 @@ def test_a_long_prompt_keeps_a_useful_output_limit() -> None:
 
 @pytest.mark.timeout(180)  # each start imports inspect-ai: over ten seconds on a busy machine
 @pytest.mark.parametrize(
-    "moments",
-    [(40,), pytest.param((3, 20, 60), marks=pytest.mark.slow)],
+    ("moments", "items"),
+    [((15,), 14), pytest.param((3, 20, 60), 40, marks=pytest.mark.slow)],
 )
 def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(
-    tmp_path: Path, moments: tuple[int, ...]
+    tmp_path: Path, moments: tuple[int, ...], items: int
 ) -> None:
     concurrency = 8
     command = [
         sys.executable, "-m", "halfbyte", "evaluate", "URL", "--suite", "quick", "--repeats", "3",
-        "--concurrency", str(concurrency), "--out", str(tmp_path),
+        "--limit", str(items), "--concurrency", str(concurrency), "--out", str(tmp_path),
     ]  # fmt: skip
     journal = tmp_path / "quick" / "attempts.jsonl"
     with serving(all_right, delay_s=0.05) as stub:
@@ -312,8 +313,8 @@ def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(
             file.write(b'{"item_id": "quick-')
         done = subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
     assert done.returncode == 0
-    assert read_run(tmp_path).benchmarks["quick"].causes == {"ok": 120}
-    assert len(stub.requests) <= 120 + kills * concurrency
+    assert read_run(tmp_path).benchmarks["quick"].causes == {"ok": 3 * items}
+    assert len(stub.requests) <= 3 * items + kills * concurrency
     attempts = Counter((a.item_id, a.repeat) for a in read_attempts(journal))
     assert set(attempts.values()) == {1}
 

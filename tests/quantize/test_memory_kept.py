@@ -5,6 +5,7 @@ Runs are processes of their own on a model whose layers are large beside what el
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,7 +73,11 @@ def started(folder: Path, output: str, plan: str, budget_bytes: int = 0) -> Call
     """A run that has begun; calling what comes back waits for its end."""
     arguments = [folder, output, plan, budget_bytes]
     process = subprocess.Popen(
-        [sys.executable, "-c", _RUN, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _RUN, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        # Runs go beside each other; threads that wait for a core take it from the others.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
     def outcome() -> Outcome:
