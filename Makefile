@@ -2,7 +2,8 @@
 #   make demo    the whole story on a small real model, with a table, a plot and a served answer
 #   make check   formatting, lint, types, import layers, the site, tests
 # One more draws the documentation as a site, in build/site: make docs
-# Two more take long, for who changes the code:
+# Three more take longer, for who changes the code:
+#   make coverage make check, and which lines no test runs
 #   make mutants which small faults in the source would the tests not notice? (hours; SAMPLE=5 FILES=src/halfbyte/...)
 #   make clients clients that others wrote, each against the server (an hour, 12 GB); writes docs/clients.md
 PYTHON ?= python3
@@ -13,13 +14,16 @@ SOURCES := pyproject.toml $(wildcard requirements/*.txt)
 docs: setup-check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-.PHONY: docs demo check clients mutants setup-demo setup-check clean
+.PHONY: docs demo check coverage clients mutants setup-demo setup-check clean
 
 demo: setup-demo
 	$(BIN)/halfbyte demo --out build/demo
 
 check: setup-check
 	./check
+
+coverage: setup-check
+	./check --cov --cov-report=term:skip-covered
 
 SAMPLE ?= 20
 JOBS ?= 2
