@@ -295,7 +295,9 @@ def test_a_comparison_of_distributions_becomes_a_table(tmp_path: Path) -> None:
         "kl_median": 0.01, "flips": {"items": 20, "base_right": 9, "right": 8, "lost": 2, "won": 1,
                                      "changed_wrong": 1},
     }  # fmt: skip
-    record = {"base": {"name": "fp8", "perplexity": 12.0}, "candidates": [row], "num_tokens": 4096}
+    base = {"name": "fp8", "mode": "weight_only", "bytes": 9, "perplexity": 12.0}
+    told = {"text_sha256": "0", "num_windows": 8, "window_tokens": 512, "method": "full"}
+    record = {**told, "base": base, "candidates": [row], "num_tokens": 4096}
     file = tmp_path / "fidelity.json"
     file.write_text(json.dumps(record))
     card = render_card(given(tmp_path, figures=read_figures([file])))
@@ -307,6 +309,9 @@ def test_a_comparison_of_distributions_becomes_a_table(tmp_path: Path) -> None:
     assert "second minus first" not in section
     assert "4 of 20: 2 lost, 1 won" in section
     assert "no verdict above rests on them" in section
+    file.write_text(json.dumps({**record, "base": {"name": "fp8"}}))
+    with pytest.raises(UsageError, match=r"fidelity\.json: no comparison as"):
+        render_card(given(tmp_path, figures=read_figures([file])))
     file.write_text('{"something": "else"}')
     with pytest.raises(UsageError, match="neither a benchmark record"):
         read_figures([file])

@@ -24,6 +24,7 @@ from halfbyte.evals.judging.compare import compare_runs
 from halfbyte.evals.judging.comparison import Comparison
 from halfbyte.evals.records import BenchmarkResult, RunRecord, newest, read_records, read_run
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES
+from halfbyte.fidelity.comparison import comparison_of
 from halfbyte.figures import CARD_TOPICS, Figure, Record, parse_record
 from halfbyte.modules import decoder_linears
 from halfbyte.server.defaults import SamplingDefaults, read_sampling
@@ -259,6 +260,7 @@ def require_own_records(
             own = [row.get("checkpoint") for row in rows]
             said = c.identity if c.identity in own else next(iter(own), None)
             _require_own(c, f"record {name}", said, "run halfbyte compare --json again")
+            comparison_of(record, name)
             continue
         _require_own(c, f"record {name}", record.get("checkpoint"), "measure this checkpoint")
         if not speed_figures(name, record)[1]:

@@ -1,6 +1,7 @@
 """Small SVG plots for the report: intervals on a common axis, stacked shares."""
 
 from collections.abc import Callable, Sequence
+from math import floor, isfinite, log10
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -27,7 +28,7 @@ def intervals(
     """One line per estimate with its interval; vertical lines at `marks`."""
     if not rows:
         return Markup("")
-    values = [v for r in rows for v in (r.low, r.mid, r.high) if v == v] + list(marks)
+    values = [v for r in rows for v in (r.low, r.mid, r.high) if isfinite(v)] + list(marks)
     low, high = min(values), max(values)
     pad = 0.05 * (high - low) or 1.0
     low, high = low - pad, high + pad
@@ -58,10 +59,10 @@ def _estimate(row: LabelledInterval, x: Callable[[float], float], y: float) -> l
     """One line of a plot: its name, its interval, its point and its note; no number, no mark."""
     label = row.label if len(row.label) <= 28 else row.label[:27] + "…"
     marks = [text_mark(_LEFT - 10, y + 4, label, anchor="end")]
-    if row.low == row.low and row.high == row.high:
+    if isfinite(row.low) and isfinite(row.high):
         ends = {"x1": x(row.low), "x2": x(row.high), "y1": y, "y2": y}
         marks.append(Mark("line", {"class": f"bar {row.kind}", **ends}))
-    if row.mid == row.mid:
+    if isfinite(row.mid):
         marks.append(
             Mark(
                 "circle",
@@ -80,10 +81,12 @@ def _hover(row: LabelledInterval) -> str:
 
 def _ticks(low: float, high: float) -> list[float]:
     span = high - low
-    step = next(s * 10**p for p in range(-4, 6) for s in (1, 2, 5) if span / (s * 10**p) <= 6)
+    power = floor(log10(span / 6))
+    steps = (s * 10.0**p for p in (power, power + 1) for s in (1, 2, 5))
+    step = next(s for s in steps if span / s <= 6)
     first = -(-low // step)
     count = int((high - first * step) / step) + 1
-    return [round((first + i) * step, 10) for i in range(count)]
+    return [round((first + i) * step, 2 - power) for i in range(count)]
 
 
 def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, title: str) -> Markup:

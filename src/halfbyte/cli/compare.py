@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
         candidate_row["checkpoint"] = checkpoint_identity(args.models[-1])
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    page = [f"halfbyte report {shlex.quote(str(args.json))}"] if args.json is not None else []
     say_next(
+        *page,
         f"halfbyte serve {shlex.quote(str(args.models[-1]))}",
         "halfbyte evaluate plan --suite seed",
     )

@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "run benchmarks against a checkpoint or an endpoint"),
     "grade": ("grade", "grade recorded attempts again, without asking the model"),
     "compare-evals": ("compare_evals", "paired comparison of two evaluation runs"),
-    "report": ("report", "one HTML page from evaluation records"),
+    "report": ("report", "one HTML page from records of evaluations or of a comparison"),
     "card": ("card", "a model card from records"),
     "publish": ("publish", "send a checkpoint and its card to the hub, checked (a dry run first)"),
     "bench": ("bench", "measure speed and write a record"),

@@ -1,9 +1,10 @@
 """How close checkpoints came: intervals, rows, and the tables that a terminal shows."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from halfbyte.errors import UsageError
 from halfbyte.evals.judging.stats import Interval as Interval
 from halfbyte.fidelity.choices import Flips
 from halfbyte.fidelity.windows import FEWEST_UNITS
@@ -92,6 +93,47 @@ class Comparison:
         return format_table(self)
 
 
+def comparison_of(record: Mapping[str, Any], where: str = "record") -> Comparison:
+    """The comparison that `as_dict` was made of; a record may say more beside it.
+
+    where  names the record in an error
+    Raises UsageError for what is none.
+    """
+    try:
+        told = _known(Comparison, record)
+        told["base"] = _row(told["base"])
+        told["candidates"] = tuple(map(_row, told["candidates"]))
+        told["pairs"] = tuple(
+            PairRow(**{n: _interval(n, v) for n, v in _known(PairRow, pair).items()})
+            for pair in told.get("pairs", ())
+        )
+        found = Comparison(**told)
+        format_table(found)  # whatever it holds can be shown
+    except (TypeError, ValueError, KeyError, AttributeError) as failure:
+        raise UsageError(
+            f"{where}: no comparison as `halfbyte compare --json` writes it: {failure}"
+        ) from failure
+    return found
+
+
+def _row(record: Mapping[str, Any]) -> Row:
+    told = {name: _interval(name, value) for name, value in _known(Row, record).items()}
+    if told.get("flips") is not None:
+        told["flips"] = Flips(**_known(Flips, told["flips"]))
+    return Row(**told)
+
+
+def _known(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record that a data class has."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in dict(record).items() if name in names}
+
+
+def _interval(name: str, value: Any) -> Any:
+    """JSON has lists where intervals were."""
+    return Interval(*value) if name.endswith("interval") and value is not None else value
+
+
 def shown_name(row: Row) -> str:
     """The name of a row, with its arithmetic where that is not the usual one."""
     return f"{row.name} (declared)" if row.mode == "declared" else row.name
@@ -122,7 +164,7 @@ def format_table(comparison: Comparison) -> str:
         ).rstrip()
         for line in lines
     ]
-    lines_below = (_explanation(comparison), *_pair_lines(comparison), *_flip_lines(comparison))
+    lines_below = (explanation(comparison), *_pair_lines(comparison), *flip_lines(comparison))
     return "\n".join([*text, *lines_below])
 
 
@@ -149,7 +191,7 @@ def _between(interval: Interval | None, digits: int = 4) -> str:
     return f" ({interval.low:+.{digits}f} to {interval.high:+.{digits}f})"
 
 
-def _flip_lines(comparison: Comparison) -> list[str]:
+def flip_lines(comparison: Comparison) -> list[str]:
     """One line per candidate on its changed answers; none without choices."""
     return [
         f"{row.name}: {f.changed} of {f.items} answers differ from {comparison.base.name} "
@@ -160,7 +202,8 @@ def _flip_lines(comparison: Comparison) -> list[str]:
     ]
 
 
-def _explanation(comparison: Comparison) -> str:
+def explanation(comparison: Comparison) -> str:
+    """What the figures are, in one line: of how much text, with which intervals."""
     words = (
         f"{comparison.num_tokens:,} tokens in {comparison.num_windows} windows of "
         f"{comparison.window_tokens}; KL in nats per token, from {comparison.base.name}; "

@@ -118,8 +118,13 @@ def _against(run: RunRecord, other: RunRecord) -> list[_Part]:
     found = comparison(run, other)
     parts: list[_Part] = [_Words(line, "alarm") for line in found.warnings]
     if found.rows:
-        head = ("what", "under", "this run", "the other", "this over the other")
-        parts.append(Table(head, [row.cells for row in found.rows]))
+        # Conditions in a column of their own would leave the ratio no room on a telephone.
+        head = ("what", "this run", "the other", "this over the other")
+        cells = [
+            (f"{name} ({under})", *values)
+            for name, under, *values in (row.cells for row in found.rows)
+        ]
+        parts.append(Table(head, cells))
         parts.append(
             _Words(
                 "One run each: what differs by less than two runs of the same server do is noise. "

@@ -334,6 +334,8 @@ def format_comparison(run: RunRecord, other: RunRecord) -> str:
     found = comparison(run, other)
     lines = [f"against {other.title} ({other.checkpoint_text}):"]
     cells = [row.cells for row in found.rows]
+    if cells:
+        cells.insert(0, ("", "", "this run", "the other", "this over the other"))
     widths = [max((len(row[n]) for row in cells), default=0) for n in range(5)]
     for row in cells:
         lines.append(
