@@ -292,7 +292,8 @@ def _scene(
 
 def images(rng: Random, split: Split, name: str | None = None) -> Item:
     """A choice over what a picture shows; sometimes the question stands in the picture."""
-    if name is None and rng.random() < 0.15:
+    # Learnt last of all scenes, so training sees it more often than a test does.
+    if name is None and rng.random() < (0.15 if split == "test" else 0.35):
         return _inside(rng, split)
     name, pictures, asked = _scene(rng, split, name)
     choices = [found for found in asked if found[2]]
