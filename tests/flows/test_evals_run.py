@@ -282,6 +282,15 @@ def test_a_long_prompt_keeps_a_useful_output_limit() -> None:
     assert max_tokens_for((Text("short"),), 65_536, None) == 65_536
 
 
+# Where inspect-ai finds another provider's client, loading that takes most of a start.
+_RUN = """
+import sys
+sys.modules["anthropic"] = None
+from halfbyte.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.timeout(180)  # each start imports inspect-ai: over ten seconds on a busy machine
 @pytest.mark.parametrize(
     ("moments", "items"),
@@ -292,7 +301,7 @@ def test_kill_at_any_moment_repeats_at_most_the_attempts_in_flight(
 ) -> None:
     concurrency = 8
     command = [
-        sys.executable, "-m", "halfbyte", "evaluate", "URL", "--suite", "quick", "--repeats", "3",
+        sys.executable, "-c", _RUN, "evaluate", "URL", "--suite", "quick", "--repeats", "3",
         "--limit", str(items), "--concurrency", str(concurrency), "--out", str(tmp_path),
     ]  # fmt: skip
     journal = tmp_path / "quick" / "attempts.jsonl"
