@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from halfbyte.calibrate.rows import (
     BadRowError,
-    Conversation,
     Line,
+    ParsedRow,
     parse_line,
     parse_row,
     read_lines,
@@ -23,7 +23,7 @@ from halfbyte.calibrate.rows import (
 ROWS = Path(__file__).parent.parent / "data" / "calibrate"
 
 
-def _stand_in() -> Iterator[tuple[str, Conversation | None]]:
+def _stand_in() -> Iterator[tuple[str, ParsedRow | None]]:
     for path in sorted(ROWS.glob("*.jsonl")):
         with path.open("rb") as file:
             for line in read_lines(file, path.name):
@@ -50,7 +50,7 @@ def test_null_content_and_empty_system_turns_do_not_reach_the_template() -> None
 
 
 def test_arguments_as_object_or_string_become_the_same_call() -> None:
-    def call(arguments: Any) -> Conversation:
+    def call(arguments: Any) -> ParsedRow:
         calls = [{"id": "a", "function": {"name": "f", "arguments": arguments}}]
         return parse_row({"messages": [{"role": "assistant", "tool_calls": calls}]})
 

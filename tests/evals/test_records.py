@@ -13,7 +13,7 @@ from evals.test_compare import record as sample_record
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals import records as records_module
-from halfbyte.evals.judging.plan import format_plan, plan_run
+from halfbyte.evals.judging.plan import format_eval_plan, plan_run
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     AttemptJournal,
@@ -114,7 +114,7 @@ def test_plan_names_cost_and_what_can_be_seen() -> None:
     # SE 0.70 points; 1.97 + 0.84 of them show four times out of five, two-sided.
     assert line.standard_error == pytest.approx(0.0070, abs=1e-5)
     assert line.shown == pytest.approx(0.0208, abs=1e-4)
-    assert "planning" in format_plan(lines)
+    assert "planning" in format_eval_plan(lines)
     with_prompts = plan_run(
         find_benchmarks(["gpqa_diamond"]), 16, None, 5_000.0, None, prompt_throughput=10_000.0
     )

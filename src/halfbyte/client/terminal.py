@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from halfbyte.client.client import Answer, ChatClient
+from halfbyte.client.client import ChatClient, StreamedAnswer
 from halfbyte.errors import UsageError
 from halfbyte.printable import own, printable
 
@@ -54,7 +54,7 @@ class Terminal:
                 elif text:
                     self.ask(text)
 
-    def ask(self, question: str, *, with_speed: bool = True) -> Answer:
+    def ask(self, question: str, *, with_speed: bool = True) -> StreamedAnswer:
         """Ask, show the answer while it comes, and keep both; an error keeps neither."""
         self.turns.append({"role": "user", "content": question})
         try:
@@ -63,10 +63,10 @@ class Terminal:
             self.turns.pop()
             raise
 
-    def _answer(self, with_speed: bool) -> Answer:
+    def _answer(self, with_speed: bool) -> StreamedAnswer:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         body = {"model": self.model, "messages": [*messages, *self.turns], **self.settings}
-        answer = Answer()
+        answer = StreamedAnswer()
         started = time.perf_counter()
         first_s = 0.0
         kind = "content"
@@ -123,7 +123,7 @@ class Terminal:
                 self._write("\n")
         self._say(text)
 
-    def _show_speed(self, answer: Answer, first_s: float, total_s: float) -> None:
+    def _show_speed(self, answer: StreamedAnswer, first_s: float, total_s: float) -> None:
         count = answer.usage.get("completion_tokens", 0)
         if count < 2 or total_s <= first_s:
             return

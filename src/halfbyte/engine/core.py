@@ -41,7 +41,7 @@ from halfbyte.engine.request import (
     SamplingParams,
 )
 from halfbyte.engine.runner import Computed, Runner, SlicedPrompt
-from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, is_choosable
+from halfbyte.engine.sampler import ChosenToken, LogitsHook, Sampler, is_choosable
 from halfbyte.engine.slices import CHUNK_TOKENS
 from halfbyte.errors import CapacityError, RequestError
 
@@ -370,7 +370,7 @@ class Engine:
                 self._scheduler.publish(work)
         for sequence, token_id in zip(flight.chosen, token_ids, strict=True):
             if not sequence.is_finished:
-                self._answers.accept(sequence, Choice(token_id), events)
+                self._answers.accept(sequence, ChosenToken(token_id), events)
         now = time.perf_counter()
         chosen = {sequence.arrival for sequence in flight.chosen}
         num_decodes = sum(w.count == 1 and w.sequence.arrival in chosen for w in flight.works)

@@ -315,7 +315,7 @@ def suite_chances(lines: Sequence[PlanLine], loss: float) -> Chances:
     return Chances(float(go.mean()), float((~go & ~no_go).mean()), float(no_go.mean()))
 
 
-def format_plan(
+def format_eval_plan(
     lines: Sequence[PlanLine],
     *,
     with_prompts: bool = False,

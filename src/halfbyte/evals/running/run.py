@@ -36,7 +36,7 @@ from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     AttemptJournal,
-    Record,
+    GradedAttempt,
     latest,
     make_record,
     mark_session,
@@ -92,7 +92,7 @@ def run_benchmark(
     repeats: int,
     code: CodeRunner | None,
     later: int = 0,
-) -> list[Record]:
+) -> list[GradedAttempt]:
     """Ask and grade everything that is not yet in the run's folder; returns all records.
 
     later  attempts of the benchmarks that follow
@@ -315,7 +315,7 @@ def _scorer(room: Room, units: dict[str, list[Sample]]) -> Any:
 
 async def _grade(
     room: Room, sample: Sample, attempt: Attempt, earlier: Sequence[Attempt]
-) -> Record:
+) -> GradedAttempt:
     result = await score_attempt(room.benchmark, sample, attempt, earlier, room.graders)
     record = make_record(room.run_id, room.config.arm, room.prompt_id, sample, attempt, result)
     room.samples.append(record_row(record))
@@ -346,9 +346,9 @@ def _judge(judge: JudgeConfig, config: RunConfig, room: Room) -> Judge:
     return ask
 
 
-def records_of_log(log_file: Path) -> list[Record]:
+def records_of_log(log_file: Path) -> list[GradedAttempt]:
     """The records inside one of inspect-ai's logs; equal to what the journal holds."""
     found = []
     for sample in read_eval_log_samples(str(log_file), all_samples_required=False):
-        found += [Record(**row) for row in sample.store.get("records", ())]
+        found += [GradedAttempt(**row) for row in sample.store.get("records", ())]
     return found
