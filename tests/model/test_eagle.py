@@ -16,7 +16,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_eagle
-from halfbyte.model.rope import attention_factor, frequencies
+from halfbyte.model.rope import frequencies
 from halfbyte.model.tiny import tiny_config, write_tiny_eagle
 from tolerances import EAGLE_LAYERS
 
@@ -52,7 +52,7 @@ def in_float64(
     def rotated(x_TNH: Tensor) -> Tensor:
         """Native pairs lie side by side."""
         angles = torch.arange(count).double()[:, None] * frequencies(config.rope, size)
-        factor = attention_factor(config.rope)
+        factor = config.rope.attention_factor
         cos, sin = angles.cos()[:, None] * factor, angles.sin()[:, None] * factor
         first, second = x_TNH[..., 0::2], x_TNH[..., 1::2]
         pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -23,8 +23,8 @@ from halfbyte.quantize.capacity import (
     Time,
     disk_bytes,
     duration_of,
-    estimate,
-    measure,
+    estimate_run,
+    measure_speeds,
     output_bytes,
     run_memory,
 )
@@ -131,17 +131,17 @@ def _seconds(text: str) -> float:
 
 def test_a_budget_without_room_for_a_layer_is_refused(source: Survey, plan: Plan) -> None:
     with pytest.raises(CapacityError, match="one decoder layer"):
-        estimate(source, plan, CalibrationText(4, 64), memory_bytes=10 << 20)
+        estimate_run(source, plan, CalibrationText(4, 64), memory_bytes=10 << 20)
 
 
 def test_measuring_works_without_any_weights(source: Survey, plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((source.directory / "config.json").read_bytes())
     alone, text = survey(tmp_path), CalibrationText(4, 64)
-    speeds = measure(alone, plan, text)
+    speeds = measure_speeds(alone, plan, text)
     assert not speeds.is_read_measured and speeds.read_bytes == 2e9
-    assert measure(alone, plan, CalibrationText(0, 0), read_bytes=5e8).read_bytes == 5e8
+    assert measure_speeds(alone, plan, CalibrationText(0, 0), read_bytes=5e8).read_bytes == 5e8
     assert min(speeds.hash_bytes, speeds.wide_flops, speeds.gptq, *speeds.rehearsal.running) > 0
-    said = format_estimate(alone, estimate(alone, plan, text, speeds=speeds))
+    said = format_estimate(alone, estimate_run(alone, plan, text, speeds=speeds))
     assert "known from the config alone" in said
     assert "disk of 2 GB/s (assumed)" in said
 
@@ -181,7 +181,7 @@ def test_a_gpu_that_is_not_here_is_said(source: Survey, plan: Plan) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with pytest.raises(CapacityError, match=r"no GPU here.*--gpu"):
-        measure(source, plan, CalibrationText(0, 0), device="cuda")
+        measure_speeds(source, plan, CalibrationText(0, 0), device="cuda")
 
 
 def test_the_command_says_everything_and_writes_nothing(
@@ -221,7 +221,7 @@ def test_gptq_is_counted(source: Survey) -> None:
     }
     text = CalibrationText(64, 512)
     found = {
-        name: estimate(source, plan, text, memory_bytes=4 << 30, speeds=SPEEDS)
+        name: estimate_run(source, plan, text, memory_bytes=4 << 30, speeds=SPEEDS)
         for name, plan in plans.items()
     }
     fewer, more = found["max"].time, found["gptq"].time
@@ -282,7 +282,7 @@ def test_the_middle_of_five_runs_after_one_to_warm_up_counts(
 
 
 def test_a_busy_machine_and_a_full_disk_are_said(source: Survey, plan: Plan) -> None:
-    made = estimate(source, plan, CalibrationText(4, 64, 200), speeds=SPEEDS, busy=0.43)
+    made = estimate_run(source, plan, CalibrationText(4, 64, 200), speeds=SPEEDS, busy=0.43)
     said = format_estimate(source, made)
     assert "BUSY: other programs took 43 % of its processors" in said and "NOT ENOUGH" not in said
     said = format_estimate(source, replace(made, busy=0.01, disk_free=made.disk - 1))
@@ -303,7 +303,7 @@ def test_a_plan_is_within_half_as_much_again_of_the_run(tmp_path: Path) -> None:
     ratios = []
     for number in range(3):
         text = CalibrationText(8, 256, 8 * 256)
-        likely = duration_of(found, plan, text, measure(found, plan, text)).likely
+        likely = duration_of(found, plan, text, measure_speeds(found, plan, text)).likely
         result = quantize(
             QuantizeConfig(
                 source=tmp_path / "fp8",
@@ -319,8 +319,10 @@ def test_a_plan_is_within_half_as_much_again_of_the_run(tmp_path: Path) -> None:
 
 def test_the_text_of_a_run_is_told(source: Survey, plan: Plan) -> None:
     with_text = format_estimate(
-        source, estimate(source, plan, CalibrationText(4, 64), speeds=SPEEDS)
+        source, estimate_run(source, plan, CalibrationText(4, 64), speeds=SPEEDS)
     )
     assert "4 rows of up to 64, 256 tokens at most" in with_text
-    without = format_estimate(source, estimate(source, plan, CalibrationText(0, 0), speeds=SPEEDS))
+    without = format_estimate(
+        source, estimate_run(source, plan, CalibrationText(0, 0), speeds=SPEEDS)
+    )
     assert "none: data-free" in without

@@ -70,7 +70,7 @@ class ParsedRow:
             yield from (message[key] for key in ("content", "reasoning_content") if key in message)
 
 
-def read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
+def read_row_lines(file: BinaryIO, name: str) -> Iterator[Line]:
     """The rows of one open file by the suffix of its name; blank lines are no rows.
 
     A compressed file that ends too early gives its rows and then one with a problem. A row of a

@@ -267,7 +267,7 @@ def _yarn(fields: FieldReader, theta: float, beta: float, where: str) -> RopeCon
         mscale_all_dim=all_dim,
         llama_4_scaling_beta=beta,
     )
-    expected = attention_factor(rope)
+    expected = rope.attention_factor
     stated = fields.number("attention_factor", expected)
     if not math.isclose(stated, expected, rel_tol=1e-6):
         raise CheckpointError(
@@ -275,18 +275,6 @@ def _yarn(fields: FieldReader, theta: float, beta: float, where: str) -> RopeCon
             f"{expected:.6g}; only the latter is implemented"
         )
     return check_betas(rope, where)
-
-
-def attention_factor(rope: RopeConfig) -> float:
-    """YaRN's factor on cos and sin: 1 + 0.1 mscale ln(factor) over the same with mscale_all_dim.
-
-    It is 1 for other kinds and for factors up to 1. Source: YaRN (arXiv 2309.00071), section 3.4,
-    with the two mscale knobs of DeepSeek-V2.
-    """
-    if rope.kind != "yarn" or rope.factor <= 1:
-        return 1.0
-    log = 0.1 * math.log(rope.factor)
-    return (1 + rope.mscale * log) / (1 + rope.mscale_all_dim * log)
 
 
 def _vision(raw: object, model: FieldReader) -> VisionConfig:

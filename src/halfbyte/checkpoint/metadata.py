@@ -68,15 +68,15 @@ def read_config(directory: Path) -> tuple[ModelConfig, Quantization, Fields]:
     native = is_native(directory)
     if not native and not any(directory.glob("model*.safetensors*")):
         kind = read_json(directory / "config.json").get("model_type")
-        return describe(directory, "hf" if kind == "mistral3" else "hf-text", has_head=None)
+        return read_config_in(directory, "hf" if kind == "mistral3" else "hf-text", has_head=None)
     stored = scan(directory, native=native)
     layout = detect_layout(stored)
-    return describe(
+    return read_config_in(
         directory, layout, has_head=foreign_name("head.weight", layout, "none") in stored
     )
 
 
-def describe(
+def read_config_in(
     directory: Path, layout: Layout, *, has_head: bool | None
 ) -> tuple[ModelConfig, Quantization, Fields]:
     """What `read_config` gives, for a directory whose tensors are known to be spelt in `layout`."""

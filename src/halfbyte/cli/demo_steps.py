@@ -28,7 +28,7 @@ from halfbyte.fidelity.comparison import FidelityComparison
 from halfbyte.fidelity.models import compare_models
 from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
-from halfbyte.printable import own
+from halfbyte.printable import own_stream
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
@@ -74,7 +74,7 @@ class Narrator:
             if sys.stdout.isatty():
                 end = "\r" + " " * 40 + "\r" if done == total else ""
                 line = f"\r      {unit} {done} of {total}{end}"
-                print(line, end="", flush=True, file=own(sys.stdout))
+                print(line, end="", flush=True, file=own_stream(sys.stdout))
 
         return show
 

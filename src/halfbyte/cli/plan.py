@@ -88,7 +88,7 @@ def parse_price(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.machine import age_s, available_bytes
-    from halfbyte.quantize.capacity import CalibrationText, estimate, measure
+    from halfbyte.quantize.capacity import CalibrationText, estimate_run, measure_speeds
     from halfbyte.quantize.hosting import GPUS, host, host_here, quantizing_time
     from halfbyte.quantize.job import refuse_export
     from halfbyte.quantize.plan_text import format_estimate, format_hosting, format_quantizing
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     speeds, busy = None, None
     if not args.no_timing:
         watch = _watch()
-        speeds = measure(
+        speeds = measure_speeds(
             source,
             plan,
             text,
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             with_errors=args.report,
         )
         busy = None if watch is None else watch.usage().foreign
-    made = estimate(
+    made = estimate_run(
         source,
         plan,
         text,

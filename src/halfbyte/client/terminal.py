@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from halfbyte.client.client import ChatClient, StreamedAnswer
 from halfbyte.errors import UsageError
-from halfbyte.printable import own, printable
+from halfbyte.printable import own_stream, printable
 
 HELP = """\
   /new          forget the conversation       /again        answer the last question again
@@ -31,7 +31,7 @@ class Terminal:
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
-    out: TextIO = field(default_factory=lambda: own(sys.stdout))
+    out: TextIO = field(default_factory=lambda: own_stream(sys.stdout))
     turns: list[dict[str, Any]] = field(default_factory=list)
 
     def loop(self, read_line: Any = input) -> None:

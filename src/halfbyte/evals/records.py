@@ -195,7 +195,7 @@ def _cut_torn_line(file: int) -> None:
         os.ftruncate(file, 0)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a journal; a torn last line is left out.
 
     Raises UsageError with the line if another one is damaged.
@@ -291,9 +291,9 @@ def time_spent(folder: Path) -> float:
 
     Example: started at 0 and 100, answers at 10, 20 and 130: 20 + 30 = 50.
     """
-    starts = sorted(row["started"] for row in read_lines(folder / "sessions.jsonl"))
+    starts = sorted(row["started"] for row in read_journal(folder / "sessions.jsonl"))
     last = dict.fromkeys(starts, 0.0)
-    for row in read_lines(folder / "attempts.jsonl"):
+    for row in read_journal(folder / "attempts.jsonl"):
         began = bisect.bisect_right(starts, row.get("ended", 0.0))
         if began:
             start = starts[began - 1]

@@ -124,7 +124,7 @@ class CapacityEstimate:
     busy: float | None = None
 
 
-def estimate(
+def estimate_run(
     source: Survey,
     plan: Plan,
     text: CalibrationText,
@@ -140,7 +140,7 @@ def estimate(
 
     memory_bytes  the budget that the run would get; None as the pipeline decides; likewise
                   gpu_memory_bytes
-    speeds        from `measure`; None leaves the time out
+    speeds        from `measure_speeds`; None leaves the time out
     starting_s    of a command until its first step: libraries loaded, text drawn
     """
     return CapacityEstimate(
@@ -215,7 +215,7 @@ def _weights(linear: LinearSpec) -> int:
 # --- time
 
 
-def measure(
+def measure_speeds(
     source: Survey,
     plan: Plan,
     text: CalibrationText,

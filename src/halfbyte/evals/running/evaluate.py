@@ -25,7 +25,7 @@ from halfbyte.evals.records import (
     FORMAT,
     BenchmarkResult,
     RunRecord,
-    read_lines,
+    read_journal,
     read_run,
     time_spent,
     write_run,
@@ -269,7 +269,7 @@ def _sandbox_of(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _check_same_prompts(folder: Path, prompts: str) -> None:
-    for session in read_lines(folder / "sessions.jsonl"):
+    for session in read_journal(folder / "sessions.jsonl"):
         if session["prompts_sha256"] != prompts:
             raise UsageError(
                 f"{folder.name}: the rendered requests differ from those this folder's run began "
