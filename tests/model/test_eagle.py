@@ -170,7 +170,7 @@ def test_what_is_no_eagle_head_is_refused(
 
 
 def test_a_directory_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no params\.json, so no EAGLE head"):
+    with pytest.raises(CheckpointError, match=r"no params\.json, so it is not an EAGLE head"):
         Checkpoint.open_eagle(tmp_path)
     write_tiny_eagle(tmp_path / "eagle", TARGET)
     path = tmp_path / "eagle" / "params.json"

@@ -114,7 +114,9 @@ class Checkpoint:
         files = scan(directory, native=True)
         fuse = foreign_name("eagle.fuse.weight", "mistral", "none")
         if fuse not in files:
-            raise CheckpointError(f"{directory}: no {fuse} among {len(files)} tensors, so no EAGLE")
+            raise CheckpointError(
+                f"{directory} has no {fuse} among {len(files)} tensors, so it is not an EAGLE head"
+            )
         config, quantization, raw = read_config_in(directory, "mistral", has_head=True)
         config = replace(config, vision=None)
         formats = dict(quantization.formats)

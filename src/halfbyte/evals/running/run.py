@@ -142,7 +142,7 @@ def run_benchmark(
 
 
 def _take_up(room: Room, folder: Path) -> None:
-    """Read what an earlier run left: answers that need no asking, grades that need no grading."""
+    """Read what an earlier run left: items that were asked, answers that were graded."""
     done = {
         key: record
         for key, record in latest(
@@ -247,7 +247,7 @@ def _solver(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
                 try:
                     attempt = await ask_until_answered(room, sample, repeat, earlier, model)
                     room.attempts.append(asdict(attempt))
-                # inspect-ai keeps to itself what a solver raises; here it ends the run and is said.
+                # inspect-ai hides what a solver raises; here it ends the run and is reported.
                 except Exception as failure:
                     room.fault = _own_fault("asking", sample.item_id, failure)
                     break
