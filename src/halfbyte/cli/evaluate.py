@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_seed(text: str) -> int:
     """A whole number from 0 on; argparse shows the error."""
     if not text.isascii() or not text.isdigit() or int(text) >= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 999999999")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 999999999")
     return int(text)
 
 

@@ -232,7 +232,8 @@ def measure_speeds(
     """
     if device != "cpu" and not torch.cuda.is_available():
         raise CapacityError(
-            f"device {device}: no GPU here; plan with --device cpu, and see what one would take "
+            f"device {device}: there is no GPU here; plan with --device cpu, and see what "
+            "one would take "
             "with --gpu"
         )
     place = torch.device(device)

@@ -72,8 +72,8 @@ def _gold(item_id: str, answer: object) -> int:
     gold = read_integer(str(answer)) if is_written else None
     if gold is None:
         raise UsageError(
-            f"AIME 2025: the answer of item {item_id} is {str(answer)[:60]!r}, which is no "
-            "integer; every answer of the contest is one from 0 to 999"
+            f"AIME 2025: the answer of item {item_id} is {str(answer)[:60]!r}, which is "
+            "not an integer; every answer of the contest is one from 0 to 999"
         )
     return gold
 

@@ -48,7 +48,7 @@ def generator(beside: Path = Path(__file__).resolve().parents[4]) -> Any:
             raise
         raise UnsupportedError(
             "the suite 'pocket' makes its items with the folder pocket/ of halfbyte's repository, "
-            "which is no part of the installed package: run it from a checkout, with "
+            "which is not part of the installed package: run it from a checkout, with "
             "PYTHONPATH=CHECKOUT before the command. The 40 small questions that were once called "
             "'pocket' are '--suite quick'"
         ) from failure
