@@ -57,7 +57,7 @@ class TimeLeft:
         self._began: tuple[float, int] | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """So much is done; shown if it is time to."""
+        """Note how much is done, and show it if a line is due."""
         now = time.monotonic()
         if self._began is None:
             self._began = now, done

@@ -261,7 +261,7 @@ class Tally:
             self._unsure.append(base_best.logprobs < math.log(_SURE))
 
     def negative_logprobs(self) -> list[Floats]:
-        """Of the tokens that came, window by window."""
+        """Negative log-probabilities of the text's tokens, an array for each window."""
         return [part.numpy() for part in self._negative_logprobs]
 
     def divergences(self) -> list[Floats]:

@@ -94,7 +94,7 @@ def _survey(
 
 
 def _described(directory: Path) -> tuple[ModelConfig, Quantization]:
-    """As the config says it, without a single tensor name."""
+    """Read the architecture from the config alone, without a single tensor name."""
     if _is_native(directory):
         layout: Layout = "mistral"
     else:
@@ -105,7 +105,7 @@ def _described(directory: Path) -> tuple[ModelConfig, Quantization]:
 
 
 def _is_native(directory: Path) -> bool:
-    """As the reader decides it; a folder with both configs and no weights counts as the hub's."""
+    """Whether the layout is Mistral's; with both configs and no weights it counts as the hub's."""
     is_described = (directory / "config.json").exists()
     return is_native(directory) and not (is_described and not any(directory.glob("consolidated*")))
 

@@ -347,8 +347,9 @@ class _Progress:
         return "  ".join(parts)
 
     def _left_s(self, number: int, pieces: int, passed: float) -> float | None:
-        """Of the answers' tokens that are still to come, at the pace of now, each level at most as
-        long as a level may take.
+        """Seconds that the answers still to come will take at the pace of now, if that is known.
+
+        Each level counts at most as long as a level may take.
         """
         if not pieces:
             return None

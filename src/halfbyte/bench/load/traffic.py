@@ -70,7 +70,7 @@ class Session:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all requests together: each sends the history again."""
+        """Prompt tokens of all requests together, each of which sends the history again."""
         total, history = 0, self.system_tokens
         for turn in self.turns:
             history += turn.tokens
@@ -112,7 +112,7 @@ class Level:
 
     @property
     def num_requests(self) -> int:
-        """Of the users, and the long one if there is one."""
+        """Number of requests of all users, the long one included if there is one."""
         return sum(len(session.turns) for session in self.sessions)
 
     @property
