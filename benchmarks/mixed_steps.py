@@ -123,7 +123,7 @@ def run(num_layers: int, mode: str, repeats: int, profiled: list[Point]) -> list
     config = replace(engine_bench.CONFIG, max_model_len=65536 + 8192, kv_cache_tokens=2**17 + 2**14)
     with torch.inference_mode():
         weights = engine_bench.make_weights(library, num_layers, mode)  # type: ignore[arg-type]
-    served = engine_bench.serve(library, weights, config)
+    served = engine_bench.load_served(library, weights, config)
     rows = []
     for point in points():
         with watch_board(torch.device("cuda")) as board:

@@ -36,7 +36,7 @@ from halfbyte import log
 from halfbyte.bench import record
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.checkpoint.manifest import read_manifest
-from halfbyte.fidelity.comparison import PairRow, Row
+from halfbyte.fidelity.comparison import ModelRow, PairRow
 from halfbyte.fidelity.models import compare_models
 from halfbyte.figures import Against, Figure
 from halfbyte.quantize.fp8_source import make_fp8_source
@@ -185,7 +185,7 @@ def pair_facts(pair: PairRow) -> dict[str, Any]:
     }
 
 
-def row_facts(row: Row) -> dict[str, Any]:
+def row_facts(row: ModelRow) -> dict[str, Any]:
     assert row.kl_mean is not None and row.top1_agreement is not None
     return {
         "name": row.name,

@@ -1,5 +1,6 @@
 """The documentation as a product: short lines, everything listed, generated pages fresh."""
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -119,3 +120,23 @@ def test_aligned_parameters_become_a_list() -> None:
     )
     wanted = "Encode.\n\n- `w_OI`: a weight,\n  bf16\n- `returns`: codes\n\n"
     assert as_markdown(text) == wanted + "To 2\\*\\*-9 and **no** less."
+
+
+# A module that the site renders, and the members that it is limited to.
+_RENDERED = re.compile(r"^::: ([\w.]+)\n(?: +options: \{members: \[([\w, ]+)\]\})?", re.MULTILINE)
+
+
+def test_what_the_site_renders_of_modules_is_defined_in_them() -> None:
+    rendered = [
+        (module, name)
+        for path in DOCS.rglob("*.md")
+        for module, names in _RENDERED.findall(path.read_text(encoding="utf-8"))
+        for name in (names or "__doc__").split(", ")
+    ]
+    assert len(rendered) > 15
+    absent = []
+    for module, name in rendered:
+        found = getattr(importlib.import_module(module), name, None)
+        if found is None or getattr(found, "__module__", module) != module:
+            absent.append(f"{module}.{name}")
+    assert not absent, f"docs name what is defined elsewhere or nowhere: {absent}"

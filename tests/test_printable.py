@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from halfbyte import log
 from halfbyte.cli.main import main
-from halfbyte.printable import own, printable, printable_output
+from halfbyte.printable import own_stream, printable, printable_output
 
 # Title, clipboard, cursor, colour, device answers, both escapes of C1, backspace, overwriting.
 SEQUENCES = (
@@ -92,8 +92,8 @@ def test_our_own_control_sequences_reach_the_stream() -> None:
     try:
         sys.stdout = stream
         with printable_output():
-            own(sys.stdout).write("\x1b[2m")
-            assert not sys.stdout.isatty() and own(own(sys.stdout)) is stream
+            own_stream(sys.stdout).write("\x1b[2m")
+            assert not sys.stdout.isatty() and own_stream(own_stream(sys.stdout)) is stream
             with printable_output():  # a command within a command filters once
                 print("\x1b")
     finally:

@@ -3,6 +3,7 @@
 `checkpoint.metadata` fills them from config.json or params.json; everything else reads them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,18 @@ class RopeConfig:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
     llama_4_scaling_beta: float = 0.0
+
+    @property
+    def attention_factor(self) -> float:
+        """What YaRN multiplies cosines and sines by (so scores by its square); 1 without YaRN.
+
+        It is 1 for factors up to 1, too. Source: YaRN (arXiv 2309.00071), section 3.4, with the two
+        mscale knobs of DeepSeek-V2.
+        """
+        if self.kind != "yarn" or self.factor <= 1:
+            return 1.0
+        log = 0.1 * math.log(self.factor)
+        return (1 + self.mscale * log) / (1 + self.mscale_all_dim * log)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class Figure:
     @property
     def conditions_text(self) -> str:
         """The conditions in their order: "batch 16, context 128"."""
-        return ", ".join(f"{name} {plain(value)}" for name, value in self.conditions.items())
+        return ", ".join(f"{name} {plain_value(value)}" for name, value in self.conditions.items())
 
     @property
     def against_text(self) -> str:
@@ -132,7 +132,7 @@ class Record:
         return [figure for figure in self.figures if figure.is_headline]
 
 
-def plain(value: str | float) -> str:
+def plain_value(value: str | float) -> str:
     """A condition's value: text as it is, whole numbers whole, others to three digits."""
     return value if isinstance(value, str) else number(value)
 

@@ -141,7 +141,7 @@ def check_place(path: str | Path) -> None:
         if not (parent.exists() or parent.is_symlink()):
             continue
         if not parent.is_dir():
-            raise UsageError(f"{path}: {parent} is no folder")
+            raise UsageError(f"{path}: {parent} is not a folder")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise UsageError(f"{path}: nothing may be written in {parent}")
         return

@@ -61,7 +61,7 @@ class Answer:
 
 @dataclass(slots=True)
 class _Running:
-    """One answer on its way. Its engine request is gone as soon as `reason` is set."""
+    """One answer in the making; its request leaves the engine as soon as `reason` is set."""
 
     request_id: str
     prompt_tokens: int
@@ -90,11 +90,11 @@ class _Running:
         self.reason = reason
 
     def _say(self, deltas: Sequence[Delta]) -> None:
-        """Add pieces. There are no tools, so that a call reaches us as content."""
+        """Add pieces to the answer; without tools a call arrives as content."""
         self.said += [delta for delta in deltas if isinstance(delta, Content | Reasoning)]
 
     def new(self) -> list[AnswerPiece]:
-        """What was said since the last call."""
+        """Pieces that were added since the last call of this method."""
         found, self.num_shown = self.said[self.num_shown :], len(self.said)
         return found
 
@@ -206,7 +206,7 @@ class Engine:
                 checkpoint's generation_config.json recommends
         stop    texts that end an answer; they are not part of it
 
-        Raises RequestError for the first prompt that cannot be answered; none is then.
+        Raises RequestError for the first prompt that cannot be answered, and answers none then.
         """
         if isinstance(prompts, str):
             raise RequestError("give a list of prompts, not one text", param="prompts")
@@ -276,7 +276,7 @@ class Engine:
         return one
 
     def _step(self) -> None:
-        """Compute one step and hand its events to whom they are for."""
+        """Compute one step and give each event to the answer that it belongs to."""
         for event in self.tokens.step():
             one = self._running.get(event.request_id)
             if one is None or one.reason is not None:

@@ -39,7 +39,7 @@ MLP_LINEARS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearSpec:
     """One linear of the model: `name` is canonical, the weight is (out_features, in_features)."""
 
     name: str
@@ -50,7 +50,7 @@ class Linear:
     in_features: int
 
 
-def decoder_linears(config: ModelConfig) -> list[Linear]:
+def decoder_linears(config: ModelConfig) -> list[LinearSpec]:
     """Every linear of the decoder layers, in order q k v o gate up down, layer by layer."""
     text = config.text
     query, kv = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
@@ -64,13 +64,13 @@ def decoder_linears(config: ModelConfig) -> list[Linear]:
         ("mlp", "down", text.width, text.mlp_width),
     )
     return [
-        Linear(f"decoder.{layer}.{group}.{short}", "decoder", group, layer, out, in_)
+        LinearSpec(f"decoder.{layer}.{group}.{short}", "decoder", group, layer, out, in_)
         for layer in range(text.num_layers)
         for group, short, out, in_ in shapes
     ]
 
 
-def encoder_linears(config: ModelConfig) -> list[Linear]:
+def encoder_linears(config: ModelConfig) -> list[LinearSpec]:
     """Every linear of the vision encoder and the projector; empty for text-only models."""
     vision = config.vision
     if vision is None:
@@ -86,7 +86,7 @@ def encoder_linears(config: ModelConfig) -> list[Linear]:
         ("mlp", "down", vision.width, vision.mlp_width),
     )
     linears = [
-        Linear(f"encoder.{layer}.{group}.{short}", "encoder", group, layer, out, in_)
+        LinearSpec(f"encoder.{layer}.{group}.{short}", "encoder", group, layer, out, in_)
         for layer in range(vision.num_layers)
         for group, short, out, in_ in shapes
     ]
@@ -94,23 +94,23 @@ def encoder_linears(config: ModelConfig) -> list[Linear]:
     width = config.text.width
     return [
         *linears,
-        Linear("projector.merge", "projector", "", None, vision.width, merged),
-        Linear("projector.in", "projector", "", None, width, vision.width),
-        Linear("projector.out", "projector", "", None, width, width),
+        LinearSpec("projector.merge", "projector", "", None, vision.width, merged),
+        LinearSpec("projector.in", "projector", "", None, width, vision.width),
+        LinearSpec("projector.out", "projector", "", None, width, width),
     ]
 
 
-def linears(config: ModelConfig) -> list[Linear]:
+def linears(config: ModelConfig) -> list[LinearSpec]:
     """Every linear of the model: decoder, head, then encoder and projector."""
     text = config.text
-    head = Linear("head", "head", "", None, text.vocab_size, text.width)
+    head = LinearSpec("head", "head", "", None, text.vocab_size, text.width)
     return [*decoder_linears(config), head, *encoder_linears(config)]
 
 
-def eagle_fuse(config: ModelConfig) -> Linear:
+def eagle_fuse(config: ModelConfig) -> LinearSpec:
     """What joins a token's embedding and the hidden state before it, in a draft model."""
     width = config.text.width
-    return Linear("eagle.fuse", "eagle", "", None, width, 2 * width)
+    return LinearSpec("eagle.fuse", "eagle", "", None, width, 2 * width)
 
 
 def fused_partners(name: str) -> tuple[str, ...]:

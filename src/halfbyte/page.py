@@ -70,7 +70,7 @@ def render_page(
 def drawing(width: float, height: float, marks: Sequence[Mark], *, title: str) -> Markup:
     """An SVG drawing of marks, laid over each other in their order."""
     template = _environment("halfbyte").get_template("drawing.html")
-    size = f"{shown(width)} {shown(height)}"
+    size = f"{attribute(width)} {attribute(height)}"
     return Markup(template.render(size=size, marks=marks, title=title))
 
 
@@ -80,7 +80,7 @@ def text_mark(x: float, y: float, text: str, *, anchor: str = "start", kind: str
     return Mark("text", {**named, "x": x, "y": y, "text-anchor": anchor}, text)
 
 
-def shown(value: str | float) -> str:
+def attribute(value: str | float) -> str:
     """An attribute's value: numbers to a hundredth, without zeros that say nothing."""
     if isinstance(value, str):
         return value
@@ -97,5 +97,5 @@ def _environment(room: str) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = shown
+    environment.filters["shown"] = attribute
     return environment

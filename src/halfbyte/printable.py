@@ -59,12 +59,12 @@ class _PrintableStream:
 @contextlib.contextmanager
 def printable_output() -> Iterator[None]:
     """While it lasts, what is printed to stdout and stderr is `printable`."""
-    out = cast("TextIO", _PrintableStream(own(sys.stdout)))
-    err = cast("TextIO", _PrintableStream(own(sys.stderr)))
+    out = cast("TextIO", _PrintableStream(own_stream(sys.stdout)))
+    err = cast("TextIO", _PrintableStream(own_stream(sys.stderr)))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
 
 
-def own(stream: TextIO) -> TextIO:
+def own_stream(stream: TextIO) -> TextIO:
     """The stream itself, for control sequences of ours; what others say goes to `printable`."""
     return stream.stream if isinstance(stream, _PrintableStream) else stream

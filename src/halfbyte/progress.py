@@ -8,14 +8,14 @@ import sys
 import time
 from typing import TextIO
 
-from halfbyte.printable import own, printable
+from halfbyte.printable import own_stream, printable
 
 
 class ProgressLine:
     """A line on a stream, by default stderr."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = own(sys.stderr) if stream is None else stream
+        self._stream = own_stream(sys.stderr) if stream is None else stream
         self.is_terminal = self._stream.isatty()
         self._every_s = 0.5 if self.is_terminal else 10.0
         self._shown_at = time.monotonic()
@@ -57,7 +57,7 @@ class TimeLeft:
         self._began: tuple[float, int] | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """So much is done; shown if it is time to."""
+        """Note how much is done, and show it if a line is due."""
         now = time.monotonic()
         if self._began is None:
             self._began = now, done

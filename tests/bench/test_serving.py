@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.bench.idle import MachineUse
 from halfbyte.bench.record import percentile
-from halfbyte.bench.serving import ServingMeasurement, Sizes, measure, write_record
+from halfbyte.bench.serving import ServingMeasurement, ServingSizes, measure, write_record
 from halfbyte.errors import UnsupportedError
 from halfbyte.figures import read_record
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
@@ -56,7 +56,7 @@ def test_every_question_is_answered_on_a_small_model(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "tiny", config=dataclasses.replace(config, text=text))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DATA / "chatml" / name, tmp_path / "tiny")
-    sizes = Sizes(
+    sizes = ServingSizes(
         streams=4, stream_tokens=30, cached_tokens=300, stall_tokens=1500, stall_layers=1,
         usual_tokens=40, repeats=1,
     )  # fmt: skip

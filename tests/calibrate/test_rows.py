@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 
 from halfbyte.calibrate.rows import (
     BadRowError,
-    Conversation,
     Line,
+    ParsedRow,
     parse_line,
     parse_row,
-    read_lines,
+    read_row_lines,
 )
 
 ROWS = Path(__file__).parent.parent / "data" / "calibrate"
 
 
-def _stand_in() -> Iterator[tuple[str, Conversation | None]]:
+def _stand_in() -> Iterator[tuple[str, ParsedRow | None]]:
     for path in sorted(ROWS.glob("*.jsonl")):
         with path.open("rb") as file:
-            for line in read_lines(file, path.name):
+            for line in read_row_lines(file, path.name):
                 try:
                     yield f"{path.name}:{line.number}", parse_row(parse_line(line))
                 except BadRowError:
@@ -50,7 +50,7 @@ def test_null_content_and_empty_system_turns_do_not_reach_the_template() -> None
 
 
 def test_arguments_as_object_or_string_become_the_same_call() -> None:
-    def call(arguments: Any) -> Conversation:
+    def call(arguments: Any) -> ParsedRow:
         calls = [{"id": "a", "function": {"name": "f", "arguments": arguments}}]
         return parse_row({"messages": [{"role": "assistant", "tool_calls": calls}]})
 
@@ -124,16 +124,16 @@ def test_a_broken_line_is_named(data: bytes) -> None:
 
 
 def test_line_numbers_survive_blank_lines() -> None:
-    lines = list(read_lines(io.BytesIO(b'{"a": 1}\n\n{"b": 2}'), "x.jsonl"))
+    lines = list(read_row_lines(io.BytesIO(b'{"a": 1}\n\n{"b": 2}'), "x.jsonl"))
     assert [line.number for line in lines] == [1, 3]
 
 
 def test_a_cut_gzip_gives_its_rows_and_then_says_so() -> None:
     rows = [json.dumps({"text": f"{n} {n**9}"}) for n in range(2000)]
     data = gzip.compress("\n".join(rows).encode())
-    whole = list(read_lines(io.BytesIO(data), "x.jsonl.gz"))
+    whole = list(read_row_lines(io.BytesIO(data), "x.jsonl.gz"))
     assert len(whole) == 2000
-    cut = list(read_lines(io.BytesIO(data[: len(data) // 2]), "x.jsonl.gz"))
+    cut = list(read_row_lines(io.BytesIO(data[: len(data) // 2]), "x.jsonl.gz"))
     assert cut[:10] == whole[:10]
     with pytest.raises(BadRowError, match="damaged or cut off"):
         parse_line(cut[-1])
@@ -147,11 +147,11 @@ def test_parquet_rows_are_those_of_the_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     with path.open("rb") as file:
-        read = [parse_row(parse_line(line)) for line in read_lines(file, path.name)]
+        read = [parse_row(parse_line(line)) for line in read_row_lines(file, path.name)]
     assert read == [parse_row(row) for row in rows]
     path.write_bytes(path.read_bytes()[:-9])
     with path.open("rb") as file:
-        (line,) = read_lines(file, path.name)
+        (line,) = read_row_lines(file, path.name)
     assert line.problem is not None and "parquet" in line.problem
 
 
@@ -186,7 +186,7 @@ def test_a_row_of_neither_kind_says_what_it_has(row: dict[str, Any]) -> None:
 
 @given(st.text(alphabet="ab é\n\r\t", max_size=60))
 def test_paragraphs_are_the_text_without_its_blank_lines(text: str) -> None:
-    lines = list(read_lines(io.BytesIO(text.encode()), "a.txt"))
+    lines = list(read_row_lines(io.BytesIO(text.encode()), "a.txt"))
     found = [parse_row(parse_line(line)).text for line in lines]
     assert " ".join(found).split() == text.split()
     assert all(found)
@@ -197,7 +197,7 @@ def test_paragraphs_are_the_text_without_its_blank_lines(text: str) -> None:
 
 
 def test_a_text_that_is_not_utf8_is_a_bad_row_of_that_line() -> None:
-    lines = list(read_lines(io.BytesIO(b"good\n\n\xff\xfe bad\n\nmore"), "a.md"))
+    lines = list(read_row_lines(io.BytesIO(b"good\n\n\xff\xfe bad\n\nmore"), "a.md"))
     assert [line.number for line in lines] == [1, 3, 5]
     with pytest.raises(BadRowError, match="not UTF-8"):
         parse_line(lines[1])

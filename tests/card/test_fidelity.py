@@ -15,17 +15,23 @@ from halfbyte.card.fidelity import render_fidelity
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.fidelity.choices import Flips
-from halfbyte.fidelity.comparison import Comparison, Interval, PairRow, Row, comparison_of
+from halfbyte.fidelity.comparison import (
+    FidelityComparison,
+    Interval,
+    ModelRow,
+    PairRow,
+    comparison_of,
+)
 
-BASE = Row("bf16", "weight_only", 269_000_000, 24.98)
-FP8 = Row(
+BASE = ModelRow("bf16", "weight_only", 269_000_000, 24.98)
+FP8 = ModelRow(
     "fp8", "weight_only", 163_000_000, 25.31, kl_mean=0.01428, kl_interval=Interval(0.0133, 0.0153),
     kl_p99=0.06, top1_agreement=0.921, kl_median=0.004, top1_agreement_unsure=0.8,
     kl_by_position={"0-1k": 0.014, "1k-8k": 0.0151}, flips=Flips(100, 50, 49, 2, 1, 3),
     log_perplexity_change=0.0131, log_perplexity_change_interval=Interval(0.0032, 0.0230),
 )  # fmt: skip
 MIXED = replace(FP8, name="<mixed>", kl_mean=0.0933, kl_interval=None, kl_by_position=None)
-FOUND = Comparison(
+FOUND = FidelityComparison(
     BASE, (FP8, MIXED), "ab" * 32, 6, 2973, 512, "full",
     pairs=(PairRow("fp8", "<mixed>", 0.079, Interval(0.072, 0.086), 0.1, None),),
 )  # fmt: skip

@@ -30,9 +30,16 @@ from halfbyte.cli.main import COMMANDS, build_parser
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
-from halfbyte.evals.records import FORMAT, AttemptJournal, Record, RunRecord, record_row, write_run
+from halfbyte.evals.records import (
+    FORMAT,
+    AttemptJournal,
+    GradedAttempt,
+    RunRecord,
+    record_row,
+    write_run,
+)
 from halfbyte.evals.tasks.published import NOT_COMPARED
-from halfbyte.fidelity.comparison import Comparison, Interval, PairRow, Row
+from halfbyte.fidelity.comparison import FidelityComparison, Interval, ModelRow, PairRow
 from halfbyte.figures import CARD_TOPICS, read_record
 from halfbyte.model.tiny import write_tiny_checkpoint
 
@@ -75,7 +82,7 @@ def checkpoint() -> CheckpointFacts:
 
 def arm(folder: Path, name: str, right: int, items: int = 30, note: str = "") -> Any:
     records = [
-        Record(
+        GradedAttempt(
             name, name, "aime2025", "p", "h", f"i{i}", f"i{i}", "AIME I", 0, 1, f"secret {i}", "",
             "stop", 5, 7, 2, 0.5, "1", "2", float(i < right), "ok" if i < right else "wrong", {},
             None, 0,
@@ -352,13 +359,13 @@ def test_a_record_from_before_figures_were_typed_still_shows_its_rows(tmp_path: 
 def test_paired_intervals_of_a_comparison_reach_the_card(tmp_path: Path) -> None:
     """What `halfbyte compare` writes, not a record made up here; the other's own row stays out."""
 
-    def model(name: str, **more: Any) -> Row:
-        return Row(
+    def model(name: str, **more: Any) -> ModelRow:
+        return ModelRow(
             name=name, mode="declared" if name == "b" else "weight_only", bytes=1,
             perplexity=12.5, perplexity_interval=Interval(12.25, 12.75), **more,
         )  # fmt: skip
 
-    def candidate(name: str) -> Row:
+    def candidate(name: str) -> ModelRow:
         return model(
             name, kl_mean=0.03, kl_interval=Interval(0.02, 0.04), kl_p99=0.4, top1_agreement=0.9,
             log_perplexity_change=0.0125,
@@ -368,7 +375,7 @@ def test_paired_intervals_of_a_comparison_reach_the_card(tmp_path: Path) -> None
     def pair(first: str, second: str, interval: Interval | None) -> PairRow:
         return PairRow(first, second, -0.0125, interval, 0.0225, Interval(0.01, 0.035))
 
-    found = Comparison(
+    found = FidelityComparison(
         base=model("fp8"),
         candidates=tuple(map(candidate, "abcd")),
         text_sha256="0", num_windows=6, num_tokens=3000, window_tokens=512, method="full",

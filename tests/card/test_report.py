@@ -15,7 +15,14 @@ from halfbyte.card.plots import LabelledInterval, intervals, shares
 from halfbyte.card.report import render_report
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
-from halfbyte.evals.records import FORMAT, AttemptJournal, Record, RunRecord, record_row, write_run
+from halfbyte.evals.records import (
+    FORMAT,
+    AttemptJournal,
+    GradedAttempt,
+    RunRecord,
+    record_row,
+    write_run,
+)
 
 VOID = {"meta", "br"}
 
@@ -41,7 +48,7 @@ class Balance(HTMLParser):
 def write_arm(folder: Path, arm: str, right: int, name: str = "ifbench") -> Path:
     """Twenty answers, the first `right` of them right, one truncated."""
     records = [
-        Record(
+        GradedAttempt(
             f"{arm}-run", arm, name, "p", "h", f"i{i}", f"i{i}", "<b>&law" if i % 2 else "math",
             0, 1, f"<script>alert({i})</script> answer of {arm}", "", "stop", 5, 7, 2, 0.5, "A",
             "B", float(i < right), "ok" if i < right else ("length" if i == 19 else "wrong"), {},

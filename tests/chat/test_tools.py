@@ -13,7 +13,7 @@ from halfbyte.chat.tools import (
     new_call_id,
     read_arguments,
     shown_schema,
-    with_results,
+    with_missing_results,
 )
 from halfbyte.errors import RequestError
 
@@ -160,7 +160,7 @@ USER = {"role": "user", "content": "Hi"}
 def test_calls_without_a_result_get_one(
     messages: list[dict[str, Any]], roles: str, places: list[int]
 ) -> None:
-    settled = with_results(messages)
+    settled = with_missing_results(messages)
     assert "".join(message["role"][0] for _, message in settled) == roles
     assert [place for place, _ in settled] == places
 
@@ -179,4 +179,4 @@ def test_results_that_nothing_waits_for_are_refused_by_place(
     messages: list[dict[str, Any]], place: int
 ) -> None:
     with pytest.raises(RequestError, match=rf"messages\[{place}\].tool_call_id"):
-        with_results(messages)
+        with_missing_results(messages)

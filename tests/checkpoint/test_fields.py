@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.checkpoint.fields import attention_factor, model_config, rope_config
+from halfbyte.checkpoint.fields import model_config, rope_config
 from halfbyte.checkpoint.native_fields import native_config
 from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import RopeConfig
@@ -188,9 +188,9 @@ def test_attention_factor_follows_the_publishing_library(
         "mscale": mscale, "mscale_all_dim": all_dim,
     }  # fmt: skip
     rope = rope_config(parameters, "rope")
-    assert attention_factor(rope) == pytest.approx(factor, rel=1e-12)
+    assert rope.attention_factor == pytest.approx(factor, rel=1e-12)
     assert rope_config({**parameters, "attention_factor": factor}, "rope") == rope
-    assert attention_factor(replace(rope, factor=1.0)) == 1.0
+    assert replace(rope, factor=1.0).attention_factor == 1.0
 
 
 @pytest.mark.parametrize("positions", [4096, 4097])

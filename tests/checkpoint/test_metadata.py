@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halfbyte.checkpoint.fields import model_config
-from halfbyte.checkpoint.metadata import Quantization, describe, read_config
+from halfbyte.checkpoint.metadata import Quantization, read_config, read_config_in
 from halfbyte.checkpoint.names import Layout
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.written_metadata import (
@@ -264,4 +264,4 @@ def test_junk_about_quantization_is_a_clear_error(
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(older))
     with contextlib.suppress(CheckpointError):
-        describe(tmp_path, "hf-text", has_head=True)
+        read_config_in(tmp_path, "hf-text", has_head=True)

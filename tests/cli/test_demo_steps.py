@@ -11,26 +11,28 @@ import pytest
 from halfbyte.calibrate.sources import builtin_documents
 from halfbyte.cli import demo_steps as demo
 from halfbyte.errors import UnsupportedError, UsageError
-from halfbyte.fidelity.comparison import Comparison, Row
+from halfbyte.fidelity.comparison import FidelityComparison, ModelRow
 
 
-def comparison() -> Comparison:
+def comparison() -> FidelityComparison:
     rows = [
-        Row("fp8", "weight_only", 60, 10.5, 0.01, None, 0.1, 0.2, 0.9),
-        Row("mixed", "weight_only", 50, 11.0, 0.05, None, 0.3, 0.4, 0.8),
-        Row("mixed", "declared", 50, 12.0, 0.09, None, 0.5, 0.6, 0.7),
+        ModelRow("fp8", "weight_only", 60, 10.5, 0.01, None, 0.1, 0.2, 0.9),
+        ModelRow("mixed", "weight_only", 50, 11.0, 0.05, None, 0.3, 0.4, 0.8),
+        ModelRow("mixed", "declared", 50, 12.0, 0.09, None, 0.5, 0.6, 0.7),
     ]
-    return Comparison(Row("bf16", "weight_only", 100, 10.0), tuple(rows), "", 1, 10, 11, "full")
+    return FidelityComparison(
+        ModelRow("bf16", "weight_only", 100, 10.0), tuple(rows), "", 1, 10, 11, "full"
+    )
 
 
-def answers() -> list[demo.Answer]:
-    return [demo.Answer("?", "!", 5, 0.1, rate) for rate in (40.0, 0.0, 50.0, 60.0)]
+def answers() -> list[demo.TimedAnswer]:
+    return [demo.TimedAnswer("?", "!", 5, 0.1, rate) for rate in (40.0, 0.0, 50.0, 60.0)]
 
 
 def test_foreign_directory_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="no demo made"):
-        demo.prepare(tmp_path)
+        demo.empty_directory(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
@@ -38,14 +40,14 @@ def test_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text("x")
     with pytest.raises(UsageError):
-        demo.prepare(path)
+        demo.empty_directory(path)
 
 
 def test_a_demos_own_directory_is_emptied(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "demo"
-    demo.prepare(out)
+    demo.empty_directory(out)
     (out / "summary.json").write_text("{}")
-    demo.prepare(out)
+    demo.empty_directory(out)
     assert [path.name for path in out.iterdir()] == [demo.MARKER]
 
 

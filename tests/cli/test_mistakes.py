@@ -45,9 +45,9 @@ def test_what_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "file" / "out.json", tmp_path / "file" / "deep" / "out.json"):
-        with pytest.raises(UsageError, match="is no folder"):
+        with pytest.raises(UsageError, match="is not a folder"):
             check_place(wrong)
-        with pytest.raises(argparse.ArgumentTypeError, match="is no folder"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a folder"):
             output_file(str(wrong))
     with pytest.raises(argparse.ArgumentTypeError, match="is a folder; name a file"):
         output_file(str(tmp_path))
@@ -66,7 +66,9 @@ def test_what_cannot_be_written_is_refused_before_the_work(
     write_tiny_checkpoint(tmp_path / "bf16", layers=1)
     # Without tokenizer files nothing could be measured either: the place is looked at first.
     assert main(["import", str(tmp_path / "bf16"), str(target), "--to", "mistral-fp8"]) == 2
-    assert capsys.readouterr().err.strip() == f"error: {target}: {tmp_path / 'file'} is no folder"
+    assert (
+        capsys.readouterr().err.strip() == f"error: {target}: {tmp_path / 'file'} is not a folder"
+    )
 
 
 def test_what_was_quantized_already_is_not_planned_for(

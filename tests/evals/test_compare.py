@@ -21,7 +21,7 @@ from halfbyte.evals.records import (
     FORMAT,
     AttemptJournal,
     BenchmarkResult,
-    Record,
+    GradedAttempt,
     RunRecord,
     read_run,
     record_row,
@@ -31,9 +31,11 @@ from halfbyte.evals.records import (
 Scores = Mapping[tuple[str, int], float | None]
 
 
-def record(item: str, repeat: int, score: float | None, group: str, ending: str = "") -> Record:
+def record(
+    item: str, repeat: int, score: float | None, group: str, ending: str = ""
+) -> GradedAttempt:
     cause = ending or {None: "error", 1.0: "ok"}.get(score, "wrong")
-    return Record(
+    return GradedAttempt(
         "r", "a", "gpqa_diamond", "p", "h", item, group, "physics", repeat, 1, f"text {repeat}", "",
         "stop", 5, 7, 0, 0.5, "A", "B", score, cause, {}, "gone" if score is None else None, 0,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from halfbyte.errors import UsageError
 from halfbyte.evals.config import JudgeConfig, RunConfig, RunSampling
 from halfbyte.evals.judging.compare import compare_runs
-from halfbyte.evals.records import AttemptJournal, Record, mark_session, read_run, record_row
+from halfbyte.evals.records import AttemptJournal, GradedAttempt, mark_session, read_run, record_row
 from halfbyte.evals.running import evaluate as evaluate_module
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.evaluate import (
@@ -138,7 +138,7 @@ def test_what_was_to_be_asked_is_on_record_before_it_is(
     loaded["aime2025"] = LoadedItems(samples, Provenance(source="x", revision="r", sha256={}))
     prepared = Prepared(loaded, {"ifbench": "no file"})
 
-    def run_benchmark(benchmark: Benchmark, *_: Any, **given: Any) -> list[Record]:
+    def run_benchmark(benchmark: Benchmark, *_: Any, **given: Any) -> list[GradedAttempt]:
         if benchmark.name == "aime2025":
             raise KeyboardInterrupt
         return [
@@ -147,8 +147,8 @@ def test_what_was_to_be_asked_is_on_record_before_it_is(
             for repeat in range(given["repeats"])
         ]
 
-    def record(group: str, item: str, repeat: int) -> Record:
-        return Record(
+    def record(group: str, item: str, repeat: int) -> GradedAttempt:
+        return GradedAttempt(
             "r", "a", "quick", "p", "h", item, group, "s", repeat, 1, f"text {repeat}", "", "stop",
             5, 7, 0, 0.5, "A", "A", 1.0, "ok", {}, None, 0,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.evals.grading.letters import extract_letter, grade_letter, last_boxed
-from halfbyte.evals.grading.statements import plain
+from halfbyte.evals.grading.statements import without_marks
 
 DATA = Path(__file__).parents[1] / "data" / "evals"
 LETTERS = "ABCDEFGHIJ"
@@ -139,4 +139,4 @@ def test_a_correction_looks_behind_itself_only(text: str, letter: str | None) ->
     ],
 )  # fmt: skip
 def test_marks_and_badges_of_other_scripts_are_their_plain_ones(text: str, bare: str) -> None:
-    assert plain(f"x {text} x") == f"x {bare} x"
+    assert without_marks(f"x {text} x") == f"x {bare} x"

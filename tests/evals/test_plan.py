@@ -13,7 +13,7 @@ from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.bounds import p_beyond, pair, rules_out_loss
 from halfbyte.evals.judging.compare import compare_runs
-from halfbyte.evals.judging.plan import PlanLine, _size, format_plan, plan_run, suite_chances
+from halfbyte.evals.judging.plan import PlanLine, _size, format_eval_plan, plan_run, suite_chances
 from halfbyte.evals.judging.stats import mcnemar, sign_flip
 from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES, find_benchmarks
 
@@ -21,7 +21,7 @@ from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES, find_benchma
 def test_the_default_suite_says_that_it_cannot_end_go() -> None:
     lines = plan_run(find_benchmarks(["seed"]), None, None, 8000.0, None)
     assert suite_chances(lines, 0.0).go < 0.01
-    text = format_plan(lines)
+    text = format_eval_plan(lines)
     assert "equal arms are likely to end GO on MMLU Pro;" in text
     assert "IFBench, MMMU Pro will more often than one time in five end INCONCLUSIVE" in text
     assert "ends GO for equal arms in 0 % of runs" in text and "--suite decide can" in text
@@ -34,7 +34,7 @@ def test_the_suite_that_decides_ends_go_four_times_of_five_and_names_its_cost() 
     assert chances.go >= 0.8 and chances.no_go < 0.01
     assert suite_chances(lines, 0.01).go < 0.05  # one point is the margin of three of them
     assert suite_chances(lines, 0.03).no_go > 0.95
-    assert "likely to end GO on MMLU Pro, GPQA Diamond" in format_plan(lines)
+    assert "likely to end GO on MMLU Pro, GPQA Diamond" in format_eval_plan(lines)
     assert all(
         line.output_tokens == line.items * count * BENCHMARKS[name].plan_output_tokens
         for line, (name, count) in zip(lines, REPEATS["decide"].items(), strict=True)
@@ -103,7 +103,7 @@ def test_hours_are_tokens_by_their_rates() -> None:
 def test_a_loss_that_not_even_everything_lost_would_show_has_no_number() -> None:
     (line,) = plan_run(find_benchmarks(["mmlu_pro"]), 1, 4, 8000.0, None)
     assert math.isnan(line.shown) and math.isnan(line.shown_holm)
-    assert " - " in format_plan([line])
+    assert " - " in format_eval_plan([line])
 
 
 def test_few_groups_and_more_looks_ask_for_larger_losses() -> None:

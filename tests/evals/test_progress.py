@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from halfbyte.evals.judging.stats import accuracy_interval
-from halfbyte.evals.records import Record
+from halfbyte.evals.records import GradedAttempt
 from halfbyte.evals.running.progress import RunProgress
 
 
-def record(item: str, score: float | None, cause: Any = "ok", repeat: int = 0) -> Record:
-    return Record(
+def record(item: str, score: float | None, cause: Any = "ok", repeat: int = 0) -> GradedAttempt:
+    return GradedAttempt(
         "run", "arm", "pocket", "p", "0" * 8, item, item, "", repeat, 1, "answer", "", "stop",
         30, 12, 0, 0.5, None, "A", score, cause, {}, None, 0,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from evals.test_compare import record as sample_record
 from halfbyte.cli.main import main
 from halfbyte.errors import UsageError
 from halfbyte.evals import records as records_module
-from halfbyte.evals.judging.plan import format_plan, plan_run
+from halfbyte.evals.judging.plan import format_eval_plan, plan_run
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     AttemptJournal,
@@ -23,7 +23,7 @@ from halfbyte.evals.records import (
     lock_run,
     newest,
     read_attempts,
-    read_lines,
+    read_journal,
     read_records,
     read_run,
     record_row,
@@ -41,11 +41,11 @@ def test_torn_line_is_cut_off_and_writing_goes_on(tmp_path: Path, torn: bytes) -
     journal.close()
     with path.open("ab") as file:
         file.write(torn)
-    assert len(list(read_lines(path))) == 1
+    assert len(list(read_journal(path))) == 1
     journal = AttemptJournal(path)
     journal.append({"c": "\ud800"})  # a lone surrogate, as broken servers send
     journal.close()
-    assert [next(iter(row)) for row in read_lines(path)] == ["a", "c"]
+    assert [next(iter(row)) for row in read_journal(path)] == ["a", "c"]
 
 
 def test_a_file_without_any_whole_line_begins_anew(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_plan_names_cost_and_what_can_be_seen() -> None:
     # SE 0.70 points; 1.97 + 0.84 of them show four times out of five, two-sided.
     assert line.standard_error == pytest.approx(0.0070, abs=1e-5)
     assert line.shown == pytest.approx(0.0208, abs=1e-4)
-    assert "planning" in format_plan(lines)
+    assert "planning" in format_eval_plan(lines)
     with_prompts = plan_run(
         find_benchmarks(["gpqa_diamond"]), 16, None, 5_000.0, None, prompt_throughput=10_000.0
     )
@@ -196,7 +196,7 @@ def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> N
     file = tmp_path / "j.jsonl"
     file.write_bytes(b'{"a": 1}\n' + line + b'\n{"b": 1}\n')
     with pytest.raises(UsageError, match="line 2 is damaged"):
-        list(read_lines(file))
+        list(read_journal(file))
     # Of 200,000 bytes before a torn end the last whole line is kept.
     file.write_bytes(b'{"a": "' + b"x" * 200_000 + b'"}\n' + b"y" * 70_000)
     AttemptJournal(file).close()

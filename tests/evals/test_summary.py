@@ -10,18 +10,18 @@ import pytest
 
 from evals.test_compare import record
 from halfbyte.evals.judging.summary import summarise
-from halfbyte.evals.records import BenchmarkResult, Record
+from halfbyte.evals.records import BenchmarkResult, GradedAttempt
 
 
 def row(
     item: str, score: float | None, *, repeat: int = 0, group: str = "", name: str = "", **more: Any
-) -> Record:
+) -> GradedAttempt:
     made = record(item, repeat, score, group or item)
     return replace(made, benchmark=name or "gpqa_diamond", **more)
 
 
 def summary(
-    records: Sequence[Record],
+    records: Sequence[GradedAttempt],
     expected: Sequence[tuple[str, int]] | None = None,
     *,
     partial: bool = False,

@@ -10,7 +10,7 @@ import pytest
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.evals.config import seed_for
 from halfbyte.evals.tasks import aa_lcr, gpqa, ifbench, mmlu_pro, scicode
-from halfbyte.evals.tasks.benchmark import Benchmark, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, Options, spread_indices
 from halfbyte.evals.tasks.choices import choice_prompt
 from halfbyte.evals.tasks.data import load_rows, rows_sha256
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES, find_benchmarks
@@ -60,8 +60,8 @@ def test_mmlu_pro_items_keep_their_own_letters() -> None:
 def test_limit_is_spread_over_the_subjects() -> None:
     loaded = load(mmlu_pro.BENCHMARK, DATA, limit=7)
     assert len({sample.stratum for sample in loaded.samples}) == 7
-    assert spread(10, 3) == [0, 3, 6]
-    assert spread(3, 10) == [0, 1, 2]
+    assert spread_indices(10, 3) == [0, 3, 6]
+    assert spread_indices(3, 10) == [0, 1, 2]
 
 
 def test_gpqa_options_are_shuffled_the_same_way_in_every_arm() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.bench.load.report import read_run
+from halfbyte.bench.load.report import read_load
 from halfbyte.bench.load.traffic import Level, Session, Trace, Turn, write_trace
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.cli.main import main
@@ -61,7 +61,7 @@ def test_a_checkpoint_is_served_measured_and_its_card_shows_it(
     assert main(["bench", "load", str(directory), *map(str, flags)]) == 0
     printed = capsys.readouterr()
     assert "fixed lengths, 3 users" in printed.out
-    run = read_run(record)
+    run = read_load(record)
     assert [one.users for one in run.levels] == [1, 3]
     assert all(one.answered == one.planned and not one.failed for one in run.levels)
     assert all(one.answer_tokens == 8 for one in run.levels)
@@ -89,7 +89,7 @@ def test_a_trace_is_replayed_against_an_earlier_run(
     assert (
         main(["bench", "load", url, *SMALL, "--record", "a.json", "--write-trace", "t.json"]) == 0
     )
-    first = read_run(Path("a.json"))
+    first = read_load(Path("a.json"))
     assert [one.profile for one in first.levels] == ["fixed", "fixed", "agents", "beside"]
     assert not any(one.failed for one in first.levels)
     agents, beside = first.levels[2:]
@@ -108,7 +108,7 @@ def test_a_trace_is_replayed_against_an_earlier_run(
     printed = capsys.readouterr().out
     assert "against tiny" in printed
     assert "did not send the same traffic" not in printed
-    second = read_run(Path("b.json"))
+    second = read_load(Path("b.json"))
     assert second.trace == first.trace
     # What is found is the template's beginning, not the words of the first run: three blocks of 16.
     assert all(one.found_share is not None and one.found_share < 0.6 for one in second.levels[:2])

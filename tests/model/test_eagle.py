@@ -16,7 +16,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_eagle
-from halfbyte.model.rope import attention_factor, frequencies
+from halfbyte.model.rope import frequencies
 from halfbyte.model.tiny import tiny_config, write_tiny_eagle
 from tolerances import EAGLE_LAYERS
 
@@ -52,7 +52,7 @@ def in_float64(
     def rotated(x_TNH: Tensor) -> Tensor:
         """Native pairs lie side by side."""
         angles = torch.arange(count).double()[:, None] * frequencies(config.rope, size)
-        factor = attention_factor(config.rope)
+        factor = config.rope.attention_factor
         cos, sin = angles.cos()[:, None] * factor, angles.sin()[:, None] * factor
         first, second = x_TNH[..., 0::2], x_TNH[..., 1::2]
         pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -170,7 +170,7 @@ def test_what_is_no_eagle_head_is_refused(
 
 
 def test_a_directory_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no params\.json, so no EAGLE head"):
+    with pytest.raises(CheckpointError, match=r"no params\.json, so it is not an EAGLE head"):
         Checkpoint.open_eagle(tmp_path)
     write_tiny_eagle(tmp_path / "eagle", TARGET)
     path = tmp_path / "eagle" / "params.json"

@@ -90,7 +90,7 @@ def test_different_input_scales_matter_only_where_inputs_are_rounded() -> None:
 
 def test_missing_scales_are_named() -> None:
     stored, _ = member("fp8", 16, None)
-    with pytest.raises(CheckpointError, match=r"an\.fp8: no input_scale"):
+    with pytest.raises(CheckpointError, match=r"an\.fp8 has no input_scale"):
         make_linear([stored], "declared")
     bare = StoredLinear("an.nvfp4", "nvfp4", torch.zeros(16, 8, dtype=torch.uint8))
     with pytest.raises(CheckpointError, match=r"an\.nvfp4\.weight_scale is missing"):

@@ -8,7 +8,7 @@ import torch
 
 import tolerances
 from halfbyte.config import ModelConfig, RopeConfig
-from halfbyte.model.rope import RotaryTable, attention_factor, frequencies
+from halfbyte.model.rope import RotaryTable, frequencies
 from halfbyte.model.tiny import tiny_config
 
 HEAD = 128
@@ -53,7 +53,7 @@ def test_frequencies_follow_the_paper() -> None:
 def test_without_scaling_frequencies_are_plain() -> None:
     expected = [1e5 ** (-2 * pair / 64) for pair in range(32)]
     assert frequencies(RopeConfig(theta=1e5), 64).tolist() == pytest.approx(expected, rel=1e-13)
-    assert attention_factor(RopeConfig(theta=1e5)) == 1.0
+    assert RopeConfig(theta=1e5).attention_factor == 1.0
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_without_scaling_frequencies_are_plain() -> None:
 )
 def test_attention_factor(mscale: float, all_dim: float, expected: float) -> None:
     rope = replace(YARN, mscale=mscale, mscale_all_dim=all_dim)
-    assert attention_factor(rope) == pytest.approx(expected, rel=1e-15)
+    assert rope.attention_factor == pytest.approx(expected, rel=1e-15)
 
 
 def test_angles_at_far_positions_do_not_lose_their_digits() -> None:

@@ -18,13 +18,13 @@ from halfbyte.errors import CapacityError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.quantize import capacity, rehearsal
 from halfbyte.quantize.capacity import (
+    CalibrationText,
     Speeds,
-    Text,
     Time,
     disk_bytes,
     duration_of,
-    estimate,
-    measure,
+    estimate_run,
+    measure_speeds,
     output_bytes,
     run_memory,
 )
@@ -66,16 +66,19 @@ def plan(source: Survey) -> Plan:
 
 def test_disk_counts_the_output_and_two_layer_boundaries(source: Survey, plan: Plan) -> None:
     output = sum(output_bytes(plan, source.config).values())
-    assert disk_bytes(plan, source.config, Text(0, 512)) == output
+    assert disk_bytes(plan, source.config, CalibrationText(0, 512)) == output
     width = source.config.text.width
-    assert disk_bytes(plan, source.config, Text(10, 512)) == output + 2 * 10 * 512 * width * 2
+    assert (
+        disk_bytes(plan, source.config, CalibrationText(10, 512))
+        == output + 2 * 10 * 512 * width * 2
+    )
 
 
 def test_a_full_width_layer_fits_the_gpus_it_is_said_to_fit() -> None:
     text = replace(tiny_config(layers=88).text, width=12288, mlp_width=28672, num_heads=96)
     wide = replace(text, num_kv_heads=8, head_dim=128)
     layer = 2 * (2 * 12288 * 12288 + 2 * 1024 * 12288 + 3 * 12288 * 28672)
-    rows, gib = Text(128, 2048), 1 << 30
+    rows, gib = CalibrationText(128, 2048), 1 << 30
     free = run_memory(wide, rows, budget_bytes=64 * gib, device="cuda")
     assert free.prefetch and free.gpu_peak_bytes is not None
     assert 2 * layer < free.gpu_peak_bytes < 5 * layer
@@ -88,7 +91,7 @@ def test_a_full_width_layer_fits_the_gpus_it_is_said_to_fit() -> None:
 
 
 def test_parts_add_up_and_the_range_holds_the_time(source: Survey, plan: Plan) -> None:
-    for text in (Text(0, 0), Text(64, 512)):
+    for text in (CalibrationText(0, 0), CalibrationText(64, 512)):
         time_ = duration_of(source, plan, text, SPEEDS, starting_s=2.0)
         assert sum(time_.parts.values()) == pytest.approx(time_.likely)
         assert time_.least <= time_.likely / 1.25 and time_.most >= time_.likely * 1.25
@@ -101,7 +104,7 @@ def test_parts_add_up_and_the_range_holds_the_time(source: Survey, plan: Plan) -
 
 def test_a_slow_disk_is_waited_for_and_a_fast_one_is_not(source: Survey, plan: Plan) -> None:
     slow, fast = (
-        duration_of(source, plan, Text(64, 512), replace(SPEEDS, read_bytes=speed))
+        duration_of(source, plan, CalibrationText(64, 512), replace(SPEEDS, read_bytes=speed))
         for speed in (1e5, 1e12)
     )
     layers = source.config.text.num_layers
@@ -128,17 +131,17 @@ def _seconds(text: str) -> float:
 
 def test_a_budget_without_room_for_a_layer_is_refused(source: Survey, plan: Plan) -> None:
     with pytest.raises(CapacityError, match="one decoder layer"):
-        estimate(source, plan, Text(4, 64), memory_bytes=10 << 20)
+        estimate_run(source, plan, CalibrationText(4, 64), memory_bytes=10 << 20)
 
 
 def test_measuring_works_without_any_weights(source: Survey, plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((source.directory / "config.json").read_bytes())
-    alone, text = survey(tmp_path), Text(4, 64)
-    speeds = measure(alone, plan, text)
+    alone, text = survey(tmp_path), CalibrationText(4, 64)
+    speeds = measure_speeds(alone, plan, text)
     assert not speeds.is_read_measured and speeds.read_bytes == 2e9
-    assert measure(alone, plan, Text(0, 0), read_bytes=5e8).read_bytes == 5e8
+    assert measure_speeds(alone, plan, CalibrationText(0, 0), read_bytes=5e8).read_bytes == 5e8
     assert min(speeds.hash_bytes, speeds.wide_flops, speeds.gptq, *speeds.rehearsal.running) > 0
-    said = format_estimate(alone, estimate(alone, plan, text, speeds=speeds))
+    said = format_estimate(alone, estimate_run(alone, plan, text, speeds=speeds))
     assert "known from the config alone" in said
     assert "disk of 2 GB/s (assumed)" in said
 
@@ -178,7 +181,7 @@ def test_a_gpu_that_is_not_here_is_said(source: Survey, plan: Plan) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with pytest.raises(CapacityError, match=r"no GPU here.*--gpu"):
-        measure(source, plan, Text(0, 0), device="cuda")
+        measure_speeds(source, plan, CalibrationText(0, 0), device="cuda")
 
 
 def test_the_command_says_everything_and_writes_nothing(
@@ -216,9 +219,9 @@ def test_gptq_is_counted(source: Survey) -> None:
         name: make_plan(replace(recipe, scales=METHODS[name]), source.config)
         for name in ("max", "gptq")
     }
-    text = Text(64, 512)
+    text = CalibrationText(64, 512)
     found = {
-        name: estimate(source, plan, text, memory_bytes=4 << 30, speeds=SPEEDS)
+        name: estimate_run(source, plan, text, memory_bytes=4 << 30, speeds=SPEEDS)
         for name, plan in plans.items()
     }
     fewer, more = found["max"].time, found["gptq"].time
@@ -236,7 +239,7 @@ def test_every_sweep_of_gptq_costs_the_same(source: Survey) -> None:
         scales = METHODS["gptq"]
         scales = replace(scales, gptq=replace(scales.gptq, sweeps=sweeps))
         plan = make_plan(replace(recipe, scales=scales), source.config)
-        seconds.append(capacity._weighing(source, plan, Text(64, 512), SPEEDS)["GPTQ"])
+        seconds.append(capacity._weighing(source, plan, CalibrationText(64, 512), SPEEDS)["GPTQ"])
     # The first one factors once more.
     steps = [b - a for a, b in pairwise(seconds)]
     assert steps[0] > steps[1] > 0
@@ -250,7 +253,7 @@ def test_gptq_of_the_full_width_fits_in_twelve_gib() -> None:
     plan = make_plan(replace(load_recipe("medium-3.5"), scales=METHODS["gptq"]), config)
     sums = sums_of(widths_of_products(plan, config))
     assert sums.held_bytes == 4 * (12288**2 + 28672**2)
-    rows, gib = Text(128, 2048), 1 << 30
+    rows, gib = CalibrationText(128, 2048), 1 << 30
     made = run_memory(config.text, rows, sums=sums, budget_bytes=12 * gib)
     assert 10 * gib < made.peak_bytes <= 12 * gib and not made.prefetch
     with pytest.raises(CapacityError, match="one decoder layer"):
@@ -279,7 +282,7 @@ def test_the_middle_of_five_runs_after_one_to_warm_up_counts(
 
 
 def test_a_busy_machine_and_a_full_disk_are_said(source: Survey, plan: Plan) -> None:
-    made = estimate(source, plan, Text(4, 64, 200), speeds=SPEEDS, busy=0.43)
+    made = estimate_run(source, plan, CalibrationText(4, 64, 200), speeds=SPEEDS, busy=0.43)
     said = format_estimate(source, made)
     assert "BUSY: other programs took 43 % of its processors" in said and "NOT ENOUGH" not in said
     said = format_estimate(source, replace(made, busy=0.01, disk_free=made.disk - 1))
@@ -299,8 +302,8 @@ def test_a_plan_is_within_half_as_much_again_of_the_run(tmp_path: Path) -> None:
     save_file({"batch0.input_ids": torch.arange(8 * 256).view(8, 256) % 500}, tokens)
     ratios = []
     for number in range(3):
-        text = Text(8, 256, 8 * 256)
-        likely = duration_of(found, plan, text, measure(found, plan, text)).likely
+        text = CalibrationText(8, 256, 8 * 256)
+        likely = duration_of(found, plan, text, measure_speeds(found, plan, text)).likely
         result = quantize(
             QuantizeConfig(
                 source=tmp_path / "fp8",
@@ -315,7 +318,11 @@ def test_a_plan_is_within_half_as_much_again_of_the_run(tmp_path: Path) -> None:
 
 
 def test_the_text_of_a_run_is_told(source: Survey, plan: Plan) -> None:
-    with_text = format_estimate(source, estimate(source, plan, Text(4, 64), speeds=SPEEDS))
+    with_text = format_estimate(
+        source, estimate_run(source, plan, CalibrationText(4, 64), speeds=SPEEDS)
+    )
     assert "4 rows of up to 64, 256 tokens at most" in with_text
-    without = format_estimate(source, estimate(source, plan, Text(0, 0), speeds=SPEEDS))
+    without = format_estimate(
+        source, estimate_run(source, plan, CalibrationText(0, 0), speeds=SPEEDS)
+    )
     assert "none: data-free" in without

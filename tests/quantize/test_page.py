@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from halfbyte.cli.main import main
 from halfbyte.model.tiny import write_tiny_checkpoint
-from halfbyte.quantize.charts import Cell, colour, heatmap, lines, stacked
+from halfbyte.quantize.charts import HeatCell, colour, heatmap, lines, stacked
 from halfbyte.quantize.page import render
 from halfbyte.quantize.record import peak_memory_bytes
 
@@ -222,9 +222,9 @@ def test_a_run_without_data_or_errors_still_has_a_report(record: Any) -> None:
 
 
 def test_charts_survive_equal_missing_and_extreme_values() -> None:
-    cells = {"q": [Cell(None, "none"), Cell(3.0, "three")], "k": [Cell(3.0, "equal")]}
+    cells = {"q": [HeatCell(None, "none"), HeatCell(3.0, "three")], "k": [HeatCell(3.0, "equal")]}
     assert heatmap(cells, title="t", unit="dB").count("<rect class") == 3
-    assert "nothing was lost" in heatmap({"q": [Cell(None, "x")]}, title="t", unit="dB")
+    assert "nothing was lost" in heatmap({"q": [HeatCell(None, "x")]}, title="t", unit="dB")
     assert heatmap({}, title="t", unit="") == "" == lines({}, title="t", unit="", logarithmic=True)
     drawn = lines({"a": [1e-30, None, 1e30, 0.0], "b": [2.0]}, title="t", unit="", logarithmic=True)
     assert "nan" not in drawn and "inf" not in drawn and drawn.count("<circle") == 3

@@ -20,7 +20,7 @@ from halfbyte.engine.request import (
     TokensEvent,
 )
 from halfbyte.errors import RequestError
-from halfbyte.server.api.completion import Choice, Job, Message, _finish_reason, _run_choices
+from halfbyte.server.api.completion import AnswerMessage, Choice, Job, _finish_reason, _run_choices
 from halfbyte.server.api.pieces import Usage
 from halfbyte.server.ops.metrics import Metrics
 
@@ -34,7 +34,7 @@ def answer(mistral: MistralFormat, events: list[list[int]], stops: tuple[str, ..
         mistral.vocabulary, mistral.control, stops=stops, tool_names=frozenset({"f", "get"})
     )
     choice = Choice(0, REQUEST, router, want_entries=True)
-    message, kinds = Message(), []
+    message, kinds = AnswerMessage(), []
     num_tokens = sum(map(len, events))
     for token_ids in events:
         if not token_ids or router.stopped_by is not None:

@@ -90,7 +90,9 @@ class Served(NamedTuple):
     weights: CudaWeights
 
 
-def serve(library: KernelLibrary, weights: CudaWeights, config: EngineConfig = CONFIG) -> Served:
+def load_served(
+    library: KernelLibrary, weights: CudaWeights, config: EngineConfig = CONFIG
+) -> Served:
     """Compile, size the cache and capture the graphs, as when an engine is loaded."""
     device, resolved = HopperPart(config, library, weights).build(resolve_alone(config))
     for pages in (pages for layer in device.cache.layers for pages in layer):
@@ -317,7 +319,7 @@ def run_start(
     weights = make_weights(library, num_layers)
     torch.cuda.synchronize()
     weights_s = time.perf_counter() - start
-    served = serve(library, weights)
+    served = load_served(library, weights)
     ready_s = time.perf_counter() - start
     num_pages = served.device.cache.num_pages
     step_ms(served.runner, sequences_of(Point(1, 128), weights.config.vocab_size, num_pages), 1)
@@ -352,7 +354,7 @@ def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
     del served
     gc.collect()
     torch.cuda.empty_cache()
-    rows += _run_mode(serve(library, make_weights(library, num_layers, "fast")), ceilings)
+    rows += _run_mode(load_served(library, make_weights(library, num_layers, "fast")), ceilings)
     return ceilings, rows
 
 

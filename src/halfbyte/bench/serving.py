@@ -64,7 +64,7 @@ STALL_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ServingSizes:
     """How large the run is; tests make it small."""
 
     streams: int = STREAMS
@@ -148,7 +148,7 @@ def measure(
     directory: Path,
     scratch: Path,
     *,
-    sizes: Sizes = Sizes(),
+    sizes: ServingSizes = ServingSizes(),
     threads: int = 2,
     wait_s: float = 0.0,
     force: bool = False,
@@ -295,7 +295,7 @@ async def open_stream(url: str, path: str, body: dict[str, Any]) -> Stream:
 # --- first tokens ---------------------------------------------------------------------------
 
 
-async def _first_tokens(url: str, sizes: Sizes, report: ServingMeasurement) -> None:
+async def _first_tokens(url: str, sizes: ServingSizes, report: ServingMeasurement) -> None:
     async def first_token_ms(content: str) -> float:
         started = time.perf_counter()
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
@@ -332,7 +332,7 @@ def text_of(url: str, num_tokens: int, seed: int) -> str:
 # --- overhead -------------------------------------------------------------------------------
 
 
-def _prompts(sizes: Sizes) -> list[list[int]]:
+def _prompts(sizes: ServingSizes) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     shape = (sizes.streams, PROMPT_TOKENS)
     ids: list[list[int]] = torch.randint(100, 400, shape, generator=generator).tolist()
@@ -359,7 +359,7 @@ class _Timed:
 class _Solo:
     """The engine without a server, in this process."""
 
-    def __init__(self, directory: Path, sizes: Sizes) -> None:
+    def __init__(self, directory: Path, sizes: ServingSizes) -> None:
         longest = PROMPT_TOKENS + sizes.stream_tokens + 32
         config = EngineConfig(
             kv_cache_tokens=sizes.streams * longest,
@@ -393,7 +393,7 @@ class _Solo:
         return model[-count:], whole[-count:]
 
 
-async def _served_step(url: str, sizes: Sizes) -> float:
+async def _served_step(url: str, sizes: ServingSizes) -> float:
     """Milliseconds in which each of the streams gets a token, over HTTP.
 
     From what longer answers take longer: the beginning is the same in both, and nothing is read
@@ -404,7 +404,7 @@ async def _served_step(url: str, sizes: Sizes) -> float:
     return (long_s - short_s) / (sizes.stream_tokens - sizes.short_tokens) * 1000
 
 
-async def _served_s(url: str, sizes: Sizes, num_tokens: int) -> float:
+async def _served_s(url: str, sizes: ServingSizes, num_tokens: int) -> float:
     """Seconds until all streams have got so many tokens."""
     body = {"max_tokens": num_tokens, "ignore_eos": True}
     started = time.perf_counter()
@@ -422,7 +422,7 @@ async def _served_s(url: str, sizes: Sizes, num_tokens: int) -> float:
 # --- stall ----------------------------------------------------------------------------------
 
 
-def write_shallow(directory: Path, scratch: Path, sizes: Sizes) -> Path:
+def write_shallow(directory: Path, scratch: Path, sizes: ServingSizes) -> Path:
     """A model of the same widths and tokenizer, few layers, random weights, room for the prompt."""
     target = scratch / "shallow"
     config, _, _ = read_config(directory)
@@ -436,7 +436,7 @@ def write_shallow(directory: Path, scratch: Path, sizes: Sizes) -> Path:
     return target
 
 
-async def _gaps(url: str, sizes: Sizes, report: ServingMeasurement) -> None:
+async def _gaps(url: str, sizes: ServingSizes, report: ServingMeasurement) -> None:
     """Gaps of one stream alone, while a long prompt is taken in, and alone again behind it: by
     then its own context is longer, as it was beside the prompt.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.calibrate.blend import ReasoningMode
-from halfbyte.calibrate.rows import Conversation
+from halfbyte.calibrate.rows import ParsedRow
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.errors import CheckpointError, RequestError
 from halfbyte.files import hash_regular, read_bounded
@@ -31,7 +31,7 @@ class ChatText:
     tokenizer_sha256: str
     template_sha256: str
 
-    def encode(self, conversation: Conversation) -> list[int]:
+    def encode(self, conversation: ParsedRow) -> list[int]:
         """Ids of a whole row, not cut; empty if it has no text. Raises RefusedRowError."""
         if conversation.text or self.mode == "plain":
             return self._plain(conversation)
@@ -47,12 +47,12 @@ class ChatText:
         ends = self.chat.vocabulary.eos_token_ids
         return ids if ids and ids[-1] in ends else [*ids, ends[0]]
 
-    def _plain(self, conversation: Conversation) -> list[int]:
+    def _plain(self, conversation: ParsedRow) -> list[int]:
         contents = [str(message["content"]) for message in conversation.messages]
         text = conversation.text or "\n".join(contents)
         return list(self.chat.encode_prompt(text).token_ids) if text.strip() else []
 
-    def _template(self, conversation: Conversation) -> list[int]:
+    def _template(self, conversation: ParsedRow) -> list[int]:
         messages = list(conversation.messages)
         options: dict[str, Any] = {
             "tools": conversation.tools,
@@ -86,7 +86,7 @@ class ChatText:
         last_end = max((n for n in range(shared) if one[n] in ends), default=shared - 1)
         return list(one[: last_end + 1])
 
-    def _effort(self, conversation: Conversation) -> str | None:
+    def _effort(self, conversation: ParsedRow) -> str | None:
         """High when the row has a thought, none otherwise; None for a model without efforts."""
         wanted = "high" if conversation.has_reasoning else "none"
         return wanted if wanted in self.chat.reasoning_efforts else None

@@ -44,7 +44,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class ParsedRow:
     """What a row says: messages and tools in the form that `chat` encodes.
 
     messages  role and content (a string); `reasoning_content` where there is some; `tool_calls`
@@ -70,7 +70,7 @@ class Conversation:
             yield from (message[key] for key in ("content", "reasoning_content") if key in message)
 
 
-def read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
+def read_row_lines(file: BinaryIO, name: str) -> Iterator[Line]:
     """The rows of one open file by the suffix of its name; blank lines are no rows.
 
     A compressed file that ends too early gives its rows and then one with a problem. A row of a
@@ -163,7 +163,7 @@ def parse_line(line: Line) -> dict[str, Any]:
     return value
 
 
-def parse_row(raw: Mapping[str, Any]) -> Conversation:
+def parse_row(raw: Mapping[str, Any]) -> ParsedRow:
     """Understand a row that holds a conversation, a plain document or one exchange.
 
     That is `messages`, `text`, or `prompt` and `response`, `instruction` and `output` and the
@@ -178,14 +178,14 @@ def parse_row(raw: Mapping[str, Any]) -> Conversation:
     if messages is None:
         text = raw.get("text")
         if isinstance(text, str):
-            return Conversation((), text=text, uuid=uuid)
-        return Conversation(_exchange(raw), uuid=uuid)
+            return ParsedRow((), text=text, uuid=uuid)
+        return ParsedRow(_exchange(raw), uuid=uuid)
     if not isinstance(messages, list):
         raise BadRowError(f"messages: a list was expected, not {type(messages).__name__}")
     calls: list[str] = []
     parsed = [_message(item, f"messages[{n}]", calls) for n, item in enumerate(messages)]
     kept = tuple(m for m in parsed if m["role"] != "system" or m["content"].strip())
-    return Conversation(kept, _tools(raw.get("tools")), uuid=uuid)
+    return ParsedRow(kept, _tools(raw.get("tools")), uuid=uuid)
 
 
 def _exchange(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from halfbyte.calibrate.blend import Blend, Dataset, Source, resolve_dataset
-from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES, Line, read_lines
+from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES, Line, read_row_lines
 from halfbyte.errors import UsageError
 from halfbyte.files import open_regular
 from halfbyte.hub import open_hub, refuse, whole_commit
@@ -59,7 +59,7 @@ class Split:
         """Every row of every file, in order; files are opened when their turn comes."""
         for file in self.files:
             with file.open() as stream:
-                for line in read_lines(stream, file.name):
+                for line in read_row_lines(stream, file.name):
                     yield file, line
 
 

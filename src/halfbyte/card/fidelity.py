@@ -7,8 +7,8 @@ from markupsafe import Markup
 
 from halfbyte.card.plots import LabelledInterval, intervals
 from halfbyte.fidelity.comparison import (
-    Comparison,
-    Row,
+    FidelityComparison,
+    ModelRow,
     comparison_of,
     explanation,
     flip_lines,
@@ -37,7 +37,7 @@ def render_fidelity(record: Mapping[str, Any], where: str = "record") -> str:
     )
 
 
-def _rows(found: Comparison) -> Table:
+def _rows(found: FidelityComparison) -> Table:
     head = ["model", "bytes", "perplexity", "log perplexity minus the base's", "KL mean",
             "KL median", "KL p99", "same top token", "where the base is unsure"]  # fmt: skip
     rows = [
@@ -62,7 +62,7 @@ def _rows(found: Comparison) -> Table:
     )
 
 
-def _plots(found: Comparison) -> list[tuple[str, str, Markup]]:
+def _plots(found: FidelityComparison) -> list[tuple[str, str, Markup]]:
     kl = [_estimate(row, row.kl_mean, row.kl_interval, ".5f") for row in found.candidates]
     change = [
         _estimate(row, row.log_perplexity_change, row.log_perplexity_change_interval, "+.4f")
@@ -97,7 +97,7 @@ def _plots(found: Comparison) -> list[tuple[str, str, Markup]]:
 
 
 def _estimate(
-    row: Row, value: float | None, interval: Sequence[float] | None, digits: str
+    row: ModelRow, value: float | None, interval: Sequence[float] | None, digits: str
 ) -> LabelledInterval:
     low, high = interval or (_NAN, _NAN)
     mid = _NAN if value is None else value
@@ -105,7 +105,7 @@ def _estimate(
     return LabelledInterval(shown_name(row), low, mid, high, note)
 
 
-def _pairs(found: Comparison) -> Table | None:
+def _pairs(found: FidelityComparison) -> Table | None:
     if not found.pairs:
         return None
     rows = [
@@ -120,7 +120,7 @@ def _pairs(found: Comparison) -> Table | None:
     return Table(head, rows, "Token by token; an interval without 0 tells the two apart.")
 
 
-def _facts(found: Comparison, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(found: FidelityComparison, record: Mapping[str, Any]) -> list[tuple[str, str]]:
     checkpoints = [
         (f"checkpoint {shown_name(row)}", str(raw.get("checkpoint") or "not known"))
         for row, raw in zip(found.candidates, record["candidates"], strict=True)

@@ -83,7 +83,7 @@ def for_the_public(given: CardInput) -> CardInput:
     require_own_records(given.checkpoint, given.arms, given.figures)
     comparison = given.comparison
     if comparison is not None:
-        # The answers inside stay at home: they may repeat items that must not be published.
+        # The answers inside are not published: they may repeat items that must not be.
         comparison = scrubbed(_without_answers(comparison))
     return replace(
         given,
@@ -121,7 +121,7 @@ def write_card(out: Path, given: CardInput) -> Path:
 
 
 def _ensure_folder(folder: Path) -> None:
-    """Make it; one that is a link to elsewhere is refused."""
+    """Make the folder; UsageError if it is a link to elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link to {folder.resolve()}; the card writes beside itself")
@@ -133,7 +133,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _unlink(path: Path) -> None:
-    """A link at this place is replaced, not followed: what it points to belongs to others."""
+    """Remove a link at this place, so that a file is written here and not to the link's target."""
     if path.is_symlink():
         path.unlink()
 
@@ -261,7 +261,7 @@ def _intro(given: CardInput) -> Markdown:
 
 
 def _finding(comparison: Comparison) -> str:
-    """The comparison in half a sentence."""
+    """The verdict of the comparison in half a sentence."""
     rows = comparison.benchmarks.values()
     origins = {comparison.macro_margin_origin, *(row.margin_origin for row in rows)}
     margins = "margins given with the comparison" if "flag" in origins else (
@@ -368,7 +368,7 @@ def _shares(given: CardInput) -> Markdown:
 
 
 def _folded(title: str, text: Markdown) -> Markdown:
-    """Shown when it is clicked; the blank lines let the hub read Markdown inside."""
+    """Fold text away until it is clicked; blank lines let the hub read Markdown inside."""
     return md("<details>\n<summary>{}</summary>\n\n{}\n\n</details>", title, text)
 
 

@@ -216,7 +216,7 @@ def decode_opened(picture: Picture, path: str, layout: ImageLayout | None = None
 
 
 def decode_pixels(picture: Picture, path: str, layout: ImageLayout) -> NDArray[np.uint8]:
-    """As `decode_opened`, in the form that waits for the encoder: (3, height, width)."""
+    """Decode an opened picture to pixels as the encoder waits for them: (3, height, width)."""
     image = decode_opened(picture, path, layout)
     return to_pixels(image, image.size)
 

@@ -280,7 +280,7 @@ def _convert_messages(
     if all(message["role"] in ("system", "developer") for message in messages):
         raise RequestError("messages: a user message is missing", param="messages")
     converted: list[ChatMessage] = []
-    for index, message in tool_calls.with_results(messages):
+    for index, message in tool_calls.with_missing_results(messages):
         is_last = index == len(messages) - 1
         path = f"messages[{index}]"
         role = message["role"]

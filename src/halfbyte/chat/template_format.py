@@ -17,7 +17,7 @@ from halfbyte.chat.images import ImageLayout, ImageSource, encode_image
 from halfbyte.chat.processor import processor_layout
 from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
 from halfbyte.chat.sandbox import ChatTemplate
-from halfbyte.chat.tokenizer_json import ControlCutter, load_tokenizer_json, token_text
+from halfbyte.chat.tokenizer_json import ControlCutter, load_tokenizer_json, text_of_token
 from halfbyte.chat.vocabulary import Vocabulary, read_json, read_text
 from halfbyte.chat.written import Written, own, typed
 from halfbyte.errors import CheckpointError, RequestError
@@ -203,7 +203,7 @@ def load_template_format(directory: Path) -> TemplateFormat:
     names = {
         key: text
         for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if (text := token_text(config.get(key))) is not None
+        if (text := text_of_token(config.get(key))) is not None
     }
     templates = {
         name: ChatTemplate(source, where)

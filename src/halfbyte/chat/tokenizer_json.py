@@ -328,7 +328,7 @@ def _bos_token_id(directory: Path, control: Mapping[str, int]) -> int | None:
     config = read_json(path) if path.exists() else {}
     if not config.get("add_bos_token"):
         return None
-    name = token_text(config.get("bos_token"))
+    name = text_of_token(config.get("bos_token"))
     return control.get(name) if name else None
 
 
@@ -349,7 +349,7 @@ def _eos_token_ids(directory: Path, control: Mapping[str, int], num_tokens: int)
                 )
         found += values
     path = directory / "tokenizer_config.json"
-    name = token_text(read_json(path).get("eos_token")) if path.exists() else None
+    name = text_of_token(read_json(path).get("eos_token")) if path.exists() else None
     if name is not None and name in control:
         found.append(control[name])
     if not found:
@@ -357,7 +357,7 @@ def _eos_token_ids(directory: Path, control: Mapping[str, int], num_tokens: int)
     return tuple(dict.fromkeys(found))
 
 
-def token_text(value: object) -> str | None:
+def text_of_token(value: object) -> str | None:
     """A token of tokenizer_config.json, written as a string or as {"content": ...}."""
     if isinstance(value, dict):
         value = value.get("content")

@@ -183,7 +183,7 @@ class OpeningBrace:
 _NO_RESULT = "(The call was interrupted and has no result.)"
 
 
-def with_results(
+def with_missing_results(
     messages: Sequence[Mapping[str, Any]],
 ) -> list[tuple[int, Mapping[str, Any]]]:
     """Messages with their places, and a result for each call that the client left without one.

@@ -16,8 +16,8 @@ from halfbyte.checkpoint.strict_fields import (
     IGNORED_ANYWHERE,
     MAX_INTEGER,
     MAX_LAYERS,
+    FieldReader,
     Fields,
-    Reader,
 )
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from halfbyte.errors import CheckpointError, shown
@@ -71,7 +71,7 @@ def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     if kind != "mistral3":
         known = ", ".join(("mistral3", *_TEXT_TYPES))
         raise CheckpointError(f"config.json: model_type {shown(kind)} is not one of {known}")
-    fields = Reader(raw, "config.json")
+    fields = FieldReader(raw, "config.json")
     fields.optional("model_type")
     text, vision = fields.optional("text_config"), fields.optional("vision_config")
     if not isinstance(text, dict):
@@ -115,7 +115,7 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...]:
 
 
 def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextConfig:
-    fields = Reader(raw, where)
+    fields = FieldReader(raw, where)
     kind = fields.must_be("model_type", *_TEXT_TYPES)
     fields.must_be("hidden_act", "silu", default="silu")
     fields.must_be("attention_bias", False, default=False)
@@ -186,7 +186,7 @@ def check_text(text: TextConfig, where: str) -> None:
         )
 
 
-def _rope(fields: Reader, where: str) -> RopeConfig:
+def _rope(fields: FieldReader, where: str) -> RopeConfig:
     """Rotary settings from `rope_parameters`, or from the older `rope_theta` + `rope_scaling`."""
     theta, scaling = fields.optional("rope_theta"), fields.optional("rope_scaling")
     parameters = fields.optional("rope_parameters")
@@ -212,7 +212,7 @@ def rope_config(parameters: object, where: str) -> RopeConfig:
     both are non-zero (as in the library that published them); otherwise the attention factor is
     1 + 0.1 ln(factor), which is written here as mscale 1 over mscale_all_dim 0.
     """
-    fields = Reader(parameters, where)
+    fields = FieldReader(parameters, where)
     kind, older = fields.optional("rope_type"), fields.optional("type")
     if kind is not None and older is not None and kind != older:
         raise CheckpointError(f"{where}: rope_type {shown(kind)} and type {shown(older)} disagree")
@@ -235,7 +235,7 @@ def rope_config(parameters: object, where: str) -> RopeConfig:
     return rope
 
 
-def rope_theta(fields: Reader, default: float | None = None) -> float:
+def rope_theta(fields: FieldReader, default: float | None = None) -> float:
     """The base of the rotary frequencies: its powers with negative exponents must fall."""
     return fields.within("rope_theta", 1, default=default)
 
@@ -250,7 +250,7 @@ def check_betas(rope: RopeConfig, where: str) -> RopeConfig:
     return rope
 
 
-def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
+def _yarn(fields: FieldReader, theta: float, beta: float, where: str) -> RopeConfig:
     fields.must_be("truncate", True, default=True)
     mscale = fields.within("mscale", 0, default=0.0)
     all_dim = fields.within("mscale_all_dim", 0, default=0.0)
@@ -267,7 +267,7 @@ def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
         mscale_all_dim=all_dim,
         llama_4_scaling_beta=beta,
     )
-    expected = attention_factor(rope)
+    expected = rope.attention_factor
     stated = fields.number("attention_factor", expected)
     if not math.isclose(stated, expected, rel_tol=1e-6):
         raise CheckpointError(
@@ -277,20 +277,8 @@ def _yarn(fields: Reader, theta: float, beta: float, where: str) -> RopeConfig:
     return check_betas(rope, where)
 
 
-def attention_factor(rope: RopeConfig) -> float:
-    """YaRN's factor on cos and sin: 1 + 0.1 mscale ln(factor) over the same with mscale_all_dim.
-
-    It is 1 for other kinds and for factors up to 1. Source: YaRN (arXiv 2309.00071), section 3.4,
-    with the two mscale knobs of DeepSeek-V2.
-    """
-    if rope.kind != "yarn" or rope.factor <= 1:
-        return 1.0
-    log = 0.1 * math.log(rope.factor)
-    return (1 + rope.mscale * log) / (1 + rope.mscale_all_dim * log)
-
-
-def _vision(raw: object, model: Reader) -> VisionConfig:
-    fields = Reader(raw, "vision_config")
+def _vision(raw: object, model: FieldReader) -> VisionConfig:
+    fields = FieldReader(raw, "vision_config")
     fields.must_be("model_type", "pixtral")
     width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     head_dim = fields.positive("head_dim", width // num_heads)
@@ -318,19 +306,19 @@ def _vision(raw: object, model: Reader) -> VisionConfig:
     return config
 
 
-def _activation(fields: Reader, name: str) -> Literal["silu", "gelu"]:
+def _activation(fields: FieldReader, name: str) -> Literal["silu", "gelu"]:
     """An activation by name; absence means gelu, the default of both library classes."""
     value: Literal["silu", "gelu"] = fields.must_be(name, "silu", "gelu", default="gelu")
     return value
 
 
-def _vision_theta(fields: Reader) -> float:
+def _vision_theta(fields: FieldReader) -> float:
     """Theta of the 2-D rope: newer files nest it; the rope type is called default or axial."""
     theta, parameters = fields.optional("rope_theta"), fields.optional("rope_parameters")
     fields.must_be("rope_scaling", None)
     if parameters is None:
         parameters = {"rope_theta": 10000.0 if theta is None else theta}
-    rope = Reader(parameters, "vision_config.rope_parameters")
+    rope = FieldReader(parameters, "vision_config.rope_parameters")
     for name in ("rope_type", "type"):
         rope.must_be(name, "default", "axial", default="default")
     value = rope_theta(rope, theta)
@@ -338,13 +326,13 @@ def _vision_theta(fields: Reader) -> float:
     return value
 
 
-def _image_token(model: Reader) -> int:
+def _image_token(model: FieldReader) -> int:
     """The id that image patches replace; the field has two names, and 10 is the default."""
     alias = model.integer("image_token_id", 10)
     return model.integer("image_token_index", alias)
 
 
-def _feature_layer(model: Reader) -> int:
+def _feature_layer(model: FieldReader) -> int:
     value = model.optional("vision_feature_layer")
     if value is None:
         return -1

@@ -27,7 +27,7 @@ from halfbyte.checkpoint.inventory import expected_tensors, shapes_to_write
 from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.names import foreign_name, native_to_hub_rows, rotary_heads
 from halfbyte.checkpoint.soundness import require_sound
-from halfbyte.checkpoint.strict_fields import Reader
+from halfbyte.checkpoint.strict_fields import FieldReader
 from halfbyte.checkpoint.writer import MAX_COPIED_BYTES, ShardWriter
 from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
@@ -235,7 +235,7 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfi
     if architecture != "llama":
         raise CheckpointError(f"architecture {shown(architecture)}: only llama is implemented")
     own = {k.removeprefix("llama."): _value(fields, k) for k in fields if k.startswith("llama.")}
-    reader = Reader(own, "llama")
+    reader = FieldReader(own, "llama")
     width, num_heads = reader.positive("embedding_length"), reader.positive("attention.head_count")
     head_dim = reader.positive("attention.key_length", width // num_heads)
     reader.must_be("attention.value_length", head_dim, default=head_dim)
@@ -247,7 +247,7 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfi
         for name in ("bos", "eos", "padding")
         if (key := f"tokenizer.ggml.{name}_token_id") in fields
     }
-    special = Reader(named, "tokenizer.ggml")
+    special = FieldReader(named, "tokenizer.ggml")
     ids = {name: special.integer(name) if name in named else None for name in _SPECIAL}
     if "token_embd.weight" not in tensors:
         raise CheckpointError("the file lacks token_embd.weight, the embedding")
@@ -274,7 +274,7 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfi
     return ModelConfig(text, None)
 
 
-def _rope(reader: Reader, context: int) -> RopeConfig:
+def _rope(reader: FieldReader, context: int) -> RopeConfig:
     theta = _shortest(reader.within("rope.freq_base", 1, _MAX_F32, 10000.0))
     kind = reader.must_be("rope.scaling.type", "none", "yarn", default="none")
     if kind == "none":

@@ -12,7 +12,7 @@ from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.checkpoint.names import Layout, foreign_name
 from halfbyte.checkpoint.shard_plan import Shapes
 from halfbyte.config import ModelConfig
-from halfbyte.modules import Linear, decoder_linears, eagle_fuse, encoder_linears
+from halfbyte.modules import LinearSpec, decoder_linears, eagle_fuse, encoder_linears
 
 _BF16 = (torch.bfloat16,)
 _F32 = (torch.float32,)
@@ -64,7 +64,7 @@ def _expected(config: ModelConfig, quantization: Quantization) -> Iterator[tuple
     norm = Expected((text.width,), _BF16)
     table = Expected((text.vocab_size, text.width), _BF16)
     yield "embedding.weight", table
-    by_layer: dict[int, list[Linear]] = {}
+    by_layer: dict[int, list[LinearSpec]] = {}
     for linear in decoder_linears(config):
         assert linear.layer is not None
         by_layer.setdefault(linear.layer, []).append(linear)
@@ -82,7 +82,7 @@ def _expected(config: ModelConfig, quantization: Quantization) -> Iterator[tuple
     yield from _vision(config)
 
 
-def _linear(linear: Linear, quantization: Quantization) -> Iterator[tuple[str, Expected]]:
+def _linear(linear: LinearSpec, quantization: Quantization) -> Iterator[tuple[str, Expected]]:
     name, out, in_ = linear.name, linear.out_features, linear.in_features
     chosen = quantization.formats[name]
     if chosen == "bf16":

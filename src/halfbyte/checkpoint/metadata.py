@@ -24,7 +24,7 @@ from halfbyte.checkpoint.names import (
 )
 from halfbyte.checkpoint.native_fields import native_config
 from halfbyte.checkpoint.shards import parse_json, scan
-from halfbyte.checkpoint.strict_fields import Fields, Reader
+from halfbyte.checkpoint.strict_fields import FieldReader, Fields
 from halfbyte.checkpoint.written_metadata import FP8, NVFP4, hub_config
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError, shown
@@ -68,15 +68,15 @@ def read_config(directory: Path) -> tuple[ModelConfig, Quantization, Fields]:
     native = is_native(directory)
     if not native and not any(directory.glob("model*.safetensors*")):
         kind = read_json(directory / "config.json").get("model_type")
-        return describe(directory, "hf" if kind == "mistral3" else "hf-text", has_head=None)
+        return read_config_in(directory, "hf" if kind == "mistral3" else "hf-text", has_head=None)
     stored = scan(directory, native=native)
     layout = detect_layout(stored)
-    return describe(
+    return read_config_in(
         directory, layout, has_head=foreign_name("head.weight", layout, "none") in stored
     )
 
 
-def describe(
+def read_config_in(
     directory: Path, layout: Layout, *, has_head: bool | None
 ) -> tuple[ModelConfig, Quantization, Fields]:
     """What `read_config` gives, for a directory whose tensors are known to be spelt in `layout`."""
@@ -117,7 +117,7 @@ def _native_quantization(raw: Fields, config: ModelConfig) -> Quantization:
     stated = raw.get("quantization")
     if stated is None:
         return unquantized(config)
-    fields = Reader(stated, "params.json.quantization")
+    fields = FieldReader(stated, "params.json.quantization")
     fields.must_be("qformat_weight", "fp8_e4m3")
     fields.must_be("qscheme_act", "TENSOR")
     fields.finish({})
@@ -152,7 +152,7 @@ _IGNORED_FP8 = {"dequantize": "a wish about loading, not about what is stored"}
 
 
 def _mistral_fp8(stated: Fields, config: ModelConfig, layout: Layout) -> Quantization:
-    fields = Reader(stated, "quantization_config")
+    fields = FieldReader(stated, "quantization_config")
     fields.must_be("quant_method", "fp8")
     fields.must_be("activation_scheme", "static")
     fields.must_be("weight_block_size", None)
@@ -205,7 +205,7 @@ def _flat(stated: Any) -> _ModelOptFacts:
             "quantization_config: the nested form {'quantization': …} is refused by serving "
             "engines for mixed precision; it belongs in hf_quant_config.json"
         )
-    fields = Reader(stated, "quantization_config")
+    fields = FieldReader(stated, "quantization_config")
     fields.must_be("quant_method", "modelopt")
     scheme = fields.optional("kv_cache_scheme")
     if scheme not in (None, FP8):
@@ -231,8 +231,8 @@ def _flat(stated: Any) -> _ModelOptFacts:
 
 def _older(raw: Fields) -> _ModelOptFacts:
     """The facts in hf_quant_config.json."""
-    outer = Reader(raw, "hf_quant_config.json")
-    fields = Reader(outer.optional("quantization"), "hf_quant_config.json.quantization")
+    outer = FieldReader(raw, "hf_quant_config.json")
+    fields = FieldReader(outer.optional("quantization"), "hf_quant_config.json.quantization")
     outer.finish({"producer": "who wrote it"})
     cache = fields.must_be("kv_cache_quant_algo", None, "FP8")
     facts = _ModelOptFacts(
@@ -275,7 +275,7 @@ def _mixed(layers: Any, config: ModelConfig, layout: Layout, where: str) -> dict
                 f"{where}: quantized_layers names {foreign[:99]}, which is not a decoder linear of "
                 f"this model in the spelling of its tensors ({layout})"
             )
-        fields = Reader(entry, f"{where}.quantized_layers[{foreign}]")
+        fields = FieldReader(entry, f"{where}.quantized_layers[{foreign}]")
         algorithm = str(fields.optional("quant_algo")).upper()
         fields.must_be("group_size", None, 16)
         fields.finish({})

@@ -10,8 +10,8 @@ from halfbyte.checkpoint.fields import (
     rope_theta,
 )
 from halfbyte.checkpoint.strict_fields import (
+    FieldReader,
     Fields,
-    Reader,
 )
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from halfbyte.errors import CheckpointError
@@ -33,7 +33,7 @@ def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
 
     `has_head` as in `model_config`. Names: docs/reference/formats.md#names-and-layouts.
     """
-    fields = Reader(raw, "params.json")
+    fields = FieldReader(raw, "params.json")
     fields.must_be("sliding_window", None)
     for name in ("use_biases", "q_lora_rank", "moe"):
         fields.must_be(name, None, False)
@@ -63,18 +63,18 @@ def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     return ModelConfig(text, None if vision is None else _native_vision(vision))
 
 
-def _native_rope(fields: Reader) -> RopeConfig:
+def _native_rope(fields: FieldReader) -> RopeConfig:
     theta = rope_theta(fields)
     yarn, llama_4 = fields.optional("yarn"), fields.optional("llama_4_scaling")
     beta, original = 0.0, 0
     if llama_4 is not None:
-        scaling = Reader(llama_4, "params.json.llama_4_scaling")
+        scaling = FieldReader(llama_4, "params.json.llama_4_scaling")
         beta = scaling.within("beta", 0, default=0.0)
         original = scaling.integer("original_max_position_embeddings", 0)
         scaling.finish({})
     if yarn is None:
         return RopeConfig(theta, original_max_positions=original, llama_4_scaling_beta=beta)
-    knobs = Reader(yarn, "params.json.yarn")
+    knobs = FieldReader(yarn, "params.json.yarn")
     applies = knobs.must_be("apply_scale", True, False, default=False)
     rope = RopeConfig(
         theta,
@@ -107,7 +107,7 @@ _IGNORED_NATIVE_VISION = {
 
 
 def _native_vision(raw: object) -> VisionConfig:
-    fields = Reader(raw, "params.json.vision_encoder")
+    fields = FieldReader(raw, "params.json.vision_encoder")
     fields.must_be("mm_projector_id", None, "", "patch_merge")
     fields.must_be("add_pre_mm_projector_layer_norm", True, default=False)
     width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.inventory import Expected, expected_eagle_tensors, expected_tensors
-from halfbyte.checkpoint.metadata import Quantization, describe, is_native
+from halfbyte.checkpoint.metadata import Quantization, is_native, read_config_in
 from halfbyte.checkpoint.names import (
     Layout,
     canonical_name,
@@ -92,7 +92,7 @@ class Checkpoint:
         files = scan(directory, native=is_native(directory))
         layout = detect_layout(files)
         has_head = foreign_name("head.weight", layout, "none") in files
-        config, quantization, raw = describe(directory, layout, has_head=has_head)
+        config, quantization, raw = read_config_in(directory, layout, has_head=has_head)
         stored, ignored = _map_names(files, layout, quantization)
         expected = expected_tensors(config, quantization)
         if any_float:
@@ -114,8 +114,10 @@ class Checkpoint:
         files = scan(directory, native=True)
         fuse = foreign_name("eagle.fuse.weight", "mistral", "none")
         if fuse not in files:
-            raise CheckpointError(f"{directory}: no {fuse} among {len(files)} tensors, so no EAGLE")
-        config, quantization, raw = describe(directory, "mistral", has_head=True)
+            raise CheckpointError(
+                f"{directory} has no {fuse} among {len(files)} tensors, so it is not an EAGLE head"
+            )
+        config, quantization, raw = read_config_in(directory, "mistral", has_head=True)
         config = replace(config, vision=None)
         formats = dict(quantization.formats)
         if files[fuse].dtype == torch.float8_e4m3fn:

@@ -46,7 +46,7 @@ class ShardPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all shard files."""
+        """Bytes of all shard files together, headers included."""
         return sum(map(len, self.headers)) + sum(self.data_bytes)
 
     def file_name(self, shard: int) -> str:

@@ -88,7 +88,7 @@ MAX_LAYERS = 4096
 _MAX_NUMBER = 1e300
 
 
-class Reader:
+class FieldReader:
     """Takes fields out of one JSON object; `finish` proves that none was overlooked.
 
     Mutable on purpose and short-lived: one per object that is read.

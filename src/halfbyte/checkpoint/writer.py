@@ -61,8 +61,9 @@ class OutputInProgress:
         return self._output.is_dir()
 
     def create(self) -> None:
-        """Make the files, with headers, at their full size. Raises CapacityError if the disk is
-        too small, and leaves nothing then.
+        """Make the files, with headers, at their full size.
+
+        Raises CapacityError if the disk is too small, and then leaves nothing.
         """
         self._output.mkdir()
         with self._disk_full("allocating the output"):
@@ -140,7 +141,7 @@ class OutputInProgress:
             os.fsync(file.fileno())
 
     def sync(self) -> None:
-        """Make everything written so far durable."""
+        """Make everything written so far durable on the disk."""
         with self._disk_full("writing"):
             for shard in sorted(self._touched):
                 os.fsync(self._files[shard].fileno())

@@ -19,7 +19,7 @@ from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # imported when run, so that --help is quick
     from halfbyte.bench.load.report import Asked
-    from halfbyte.bench.load.traffic import Sizes, Trace
+    from halfbyte.bench.load.traffic import Trace, TrafficSizes
     from halfbyte.evals.running.endpoint import Endpoint
 
 EXAMPLE = """\
@@ -142,11 +142,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.bench.load.report import read_run
+    from halfbyte.bench.load.report import read_load
 
     # Before a server is started or a token spent.
     if args.against is not None:
-        read_run(args.against)
+        read_load(args.against)
     if args.target.endswith(".json") and Path(args.target).is_file():
         if args.serve_flags:
             raise UsageError(f"{args.target} is a record; nothing is served for it")
@@ -174,13 +174,13 @@ def _is_address(target: str) -> bool:
 
 def _show(record: Path, against: Path | None) -> int:
     from halfbyte.bench.load.page import write_page
-    from halfbyte.bench.load.report import format_comparison, format_run, read_run
+    from halfbyte.bench.load.report import format_load, format_load_comparison, read_load
 
-    found = read_run(record)
-    other = None if against is None else read_run(against)
-    print(format_run(found))
+    found = read_load(record)
+    other = None if against is None else read_load(against)
+    print(format_load(found))
     if other is not None:
-        print(f"\n{format_comparison(found, other)}")
+        print(f"\n{format_load_comparison(found, other)}")
     page = record.with_suffix(".html")
     write_page(found, page, other)
     print(f"page: {page}")
@@ -226,7 +226,12 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
 
     from halfbyte.bench.load.client import Client, greet
     from halfbyte.bench.load.page import write_page
-    from halfbyte.bench.load.report import format_comparison, format_run, read_run, write_run
+    from halfbyte.bench.load.report import (
+        format_load,
+        format_load_comparison,
+        read_load,
+        write_load,
+    )
     from halfbyte.bench.load.run import Measured, noting_tools, run_trace
     from halfbyte.bench.load.traffic import write_trace
     from halfbyte.bench.record import own_command
@@ -234,7 +239,7 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
 
     salt = secrets.token_hex(8)
     record = args.record or _default_record(asked.model)
-    other = None if args.against is None else read_run(args.against)
+    other = None if args.against is None else read_load(args.against)
     trace = _trace(args, asked.context)
     measured: list[Measured] = []
     key = read_key(args.api_key_env)
@@ -252,7 +257,7 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
     def keep(level: Measured) -> None:
         """After every level: what was measured lies on the disk, whatever comes."""
         measured.append(level)
-        write_run(record, measured, trace, asked, manner, command=own_command())
+        write_load(record, measured, trace, asked, manner, command=own_command())
 
     manner = noting_tools(await greet(connect, endpoint.url, endpoint.model, salt), trace)
     if args.write_trace is not None:
@@ -273,10 +278,10 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
         )
     finally:
         await client.aclose()
-    found = read_run(record)
-    print(format_run(found))
+    found = read_load(record)
+    print(format_load(found))
     if other is not None:
-        print(f"\n{format_comparison(found, other)}")
+        print(f"\n{format_load_comparison(found, other)}")
     page = record.with_suffix(".html")
     write_page(found, page, other)
     print(f"record: {record}\npage: {page}")
@@ -313,10 +318,10 @@ def _trace(args: argparse.Namespace, context: int | None) -> "Trace":
     return make_trace(args.seed, _sizes(args), context)
 
 
-def _sizes(args: argparse.Namespace) -> "Sizes":
+def _sizes(args: argparse.Namespace) -> "TrafficSizes":
     from dataclasses import replace
 
-    from halfbyte.bench.load.traffic import Sizes
+    from halfbyte.bench.load.traffic import TrafficSizes
 
     given = {
         "users": args.users and tuple(args.users),
@@ -329,7 +334,9 @@ def _sizes(args: argparse.Namespace) -> "Sizes":
         "streams": args.streams,
         "profiles": tuple(dict.fromkeys(args.profile)),
     }
-    return replace(Sizes(), **{name: value for name, value in given.items() if value is not None})
+    return replace(
+        TrafficSizes(), **{name: value for name, value in given.items() if value is not None}
+    )
 
 
 def _default_record(model: str) -> Path:

@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # Imported here so that --help needs no torch.
     from halfbyte.bench.record import own_command
-    from halfbyte.bench.serving import Sizes, measure, write_record
+    from halfbyte.bench.serving import ServingSizes, measure, write_record
 
     with tempfile.TemporaryDirectory() as scratch:
         report = measure(
             args.directory,
             Path(scratch),
-            sizes=Sizes(repeats=args.repeats),
+            sizes=ServingSizes(repeats=args.repeats),
             threads=args.threads,
             wait_s=args.wait,
             force=args.force,

@@ -24,11 +24,11 @@ from halfbyte.bench import record as records
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
 from halfbyte.child import served
 from halfbyte.errors import UnsupportedError, UsageError
-from halfbyte.fidelity.comparison import Comparison
+from halfbyte.fidelity.comparison import FidelityComparison
 from halfbyte.fidelity.models import compare_models
 from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
-from halfbyte.printable import own
+from halfbyte.printable import own_stream
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
@@ -74,7 +74,7 @@ class Narrator:
             if sys.stdout.isatty():
                 end = "\r" + " " * 40 + "\r" if done == total else ""
                 line = f"\r      {unit} {done} of {total}{end}"
-                print(line, end="", flush=True, file=own(sys.stdout))
+                print(line, end="", flush=True, file=own_stream(sys.stdout))
 
         return show
 
@@ -85,7 +85,7 @@ def run_demo(out: Path, *, record: Path | None = None, threads: int | None = Non
     Raises UsageError if `out` holds anything that no demo made.
     """
     set_threads(threads)
-    prepare(out)
+    empty_directory(out)
     # The story is told on stdout; details of each hall would interrupt it.
     logger.setLevel("ERROR")
     narrator = Narrator()
@@ -154,7 +154,7 @@ def set_threads(threads: int | None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def prepare(out: Path) -> None:
+def empty_directory(out: Path) -> None:
     """Make `out` empty, but only if it is new, empty or a demo's."""
     if out.exists():
         if not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists()):
@@ -167,7 +167,7 @@ def prepare(out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """One streamed answer of the server; `decode_tokens_per_s` counts tokens after the first."""
 
     question: str
@@ -219,7 +219,7 @@ def weight_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def compare(out: Path, narrator: Narrator) -> Comparison:
+def compare(out: Path, narrator: Narrator) -> FidelityComparison:
     """Step 4: all variants over the held-out text, through the engine's own path."""
     comparison = compare_models(
         out / "bf16",
@@ -236,7 +236,7 @@ def compare(out: Path, narrator: Narrator) -> Comparison:
     return comparison
 
 
-def summarize(comparison: Comparison, answers: list[Answer]) -> dict[str, Any]:
+def summarize(comparison: FidelityComparison, answers: list[TimedAnswer]) -> dict[str, Any]:
     """The content of summary.json: each figure by variant, where it applies."""
     rows = dict(zip(VARIANTS, comparison.rows, strict=True))
     against_base = {name: row for name, row in rows.items() if name != "bf16"}
@@ -255,7 +255,7 @@ def summarize(comparison: Comparison, answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def ask_questions(directory: Path, narrator: Narrator) -> list[Answer]:
+def ask_questions(directory: Path, narrator: Narrator) -> list[TimedAnswer]:
     """Serve `directory` on a free port, ask, print, and stop the server cleanly."""
     try:
         from openai import OpenAI  # optional: the extra `demo`
@@ -278,7 +278,7 @@ def ask_questions(directory: Path, narrator: Narrator) -> list[Answer]:
     return answers
 
 
-def ask(client: Any, model: str, question: str) -> Answer:
+def ask(client: Any, model: str, question: str) -> TimedAnswer:
     """Stream one greedy answer through the official client."""
     started = time.perf_counter()
     stream = client.chat.completions.create(
@@ -300,7 +300,9 @@ def ask(client: Any, model: str, question: str) -> Answer:
             first = last if not pieces else first
             pieces.append(chunk.choices[0].delta.content)
     rate = (num_tokens - 1) / (last - first) if num_tokens > 1 and last > first else 0.0
-    return Answer(question, " ".join("".join(pieces).split()), num_tokens, first - started, rate)
+    return TimedAnswer(
+        question, " ".join("".join(pieces).split()), num_tokens, first - started, rate
+    )
 
 
 @contextmanager

@@ -115,13 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_seed(text: str) -> int:
     """A whole number from 0 on; argparse shows the error."""
     if not text.isascii() or not text.isdigit() or int(text) >= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 999999999")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 999999999")
     return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
-    from halfbyte.evals.judging.plan import LOSSES, format_plan, plan_run
+    from halfbyte.evals.judging.plan import LOSSES, format_eval_plan, plan_run
     from halfbyte.evals.judging.render import format_run
     from halfbyte.evals.records import is_name, lock_run
     from halfbyte.evals.running.endpoint import (
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         losses = LOSSES if args.loss is None else [points / 100 for points in args.loss]
         with_prompts = args.prompt_throughput is not None
         print(
-            format_plan(
+            format_eval_plan(
                 plan, with_prompts=with_prompts, losses=losses, price_per_hour=args.price_per_hour
             )
         )

@@ -52,7 +52,7 @@ _EXTRAS = {
 _NOTHING_KEPT = "nothing is kept of this command; give it again to start over"
 
 
-def overview() -> str:
+def help_text() -> str:
     """The text of `halfbyte --help`: every command in a line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
+        print(help_text())
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         print(f"halfbyte {halfbyte.__version__}")

@@ -17,7 +17,7 @@ from halfbyte.cli.quantize import (
 )
 
 if TYPE_CHECKING:
-    from halfbyte.quantize.capacity import Text
+    from halfbyte.quantize.capacity import CalibrationText
     from halfbyte.quantize.survey import Survey
     from halfbyte.recipe.schema import Recipe
 
@@ -88,7 +88,7 @@ def parse_price(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.machine import age_s, available_bytes
-    from halfbyte.quantize.capacity import Text, estimate, measure
+    from halfbyte.quantize.capacity import CalibrationText, estimate_run, measure_speeds
     from halfbyte.quantize.hosting import GPUS, host, host_here, quantizing_time
     from halfbyte.quantize.job import refuse_export
     from halfbyte.quantize.plan_text import format_estimate, format_hosting, format_quantizing
@@ -117,13 +117,17 @@ def run(args: argparse.Namespace) -> int:
             requests=args.requests,
         )
         hosted.append(here)
-    text = Text(0, 0) if recipe.scales.activations == "none" else _text(args, source, recipe)
+    text = (
+        CalibrationText(0, 0)
+        if recipe.scales.activations == "none"
+        else _text(args, source, recipe)
+    )
     # What loading the libraries and drawing the text took until here a run takes as well.
     starting_s = age_s() or time.process_time()
     speeds, busy = None, None
     if not args.no_timing:
         watch = _watch()
-        speeds = measure(
+        speeds = measure_speeds(
             source,
             plan,
             text,
@@ -132,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             with_errors=args.report,
         )
         busy = None if watch is None else watch.usage().foreign
-    made = estimate(
+    made = estimate_run(
         source,
         plan,
         text,
@@ -188,7 +192,7 @@ def _watch() -> Any:
         return None
 
 
-def _text(args: argparse.Namespace, source: "Survey", recipe: "Recipe") -> "Text":
+def _text(args: argparse.Namespace, source: "Survey", recipe: "Recipe") -> "CalibrationText":
     """The rows that a run would draw, or how many they may be where they cannot be drawn here."""
     from dataclasses import replace
 
@@ -196,23 +200,23 @@ def _text(args: argparse.Namespace, source: "Survey", recipe: "Recipe") -> "Text
     from halfbyte.calibrate.sources import DataAccess
     from halfbyte.calibrate.tokens import read_token_rows
     from halfbyte.errors import CheckpointError
-    from halfbyte.quantize.capacity import Text
+    from halfbyte.quantize.capacity import CalibrationText
     from halfbyte.quantize.job import wanted_blend
 
     if args.calibration_tokens is not None:
         lengths = [row.numel() for row in read_token_rows(args.calibration_tokens)]
-        return Text(len(lengths), max(lengths, default=0), sum(lengths))
+        return CalibrationText(len(lengths), max(lengths, default=0), sum(lengths))
     blend = wanted_blend(recipe, chosen_blend(args))
     blend = replace(
         blend,
         samples=args.samples or blend.samples,
         tokens_per_sample=args.tokens_per_sample or blend.tokens_per_sample,
     )
-    most = Text(blend.samples, blend.tokens_per_sample)
+    most = CalibrationText(blend.samples, blend.tokens_per_sample)
     if args.data is None and any(x.dataset is not None for x in blend.sources):
         return replace(most, not_drawn=f"the data sets of blend {blend.name} are not here: --data")
     try:
         data = draw(blend, source.directory, access=DataAccess(folder=args.data))
     except CheckpointError as error:
         return replace(most, not_drawn=f"they cannot be drawn: {error}")
-    return Text(len(data.rows), max(map(len, data.rows)), data.num_tokens)
+    return CalibrationText(len(data.rows), max(map(len, data.rows)), data.num_tokens)

@@ -34,7 +34,7 @@ _UNNECESSARY = (
 
 
 class _Dashboard(argparse.Action):
-    """As `--help`: needs no directory, and nothing else is done."""
+    """An action like `--help`: it needs no directory, and nothing else is done."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)

@@ -12,7 +12,7 @@ from halfbyte.errors import UsageError
 
 
 @dataclass(slots=True)
-class Answer:
+class StreamedAnswer:
     """What the chunks of one answer have said so far."""
 
     content: str = ""

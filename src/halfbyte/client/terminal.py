@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from halfbyte.client.client import Answer, ChatClient
+from halfbyte.client.client import ChatClient, StreamedAnswer
 from halfbyte.errors import UsageError
-from halfbyte.printable import own, printable
+from halfbyte.printable import own_stream, printable
 
 HELP = """\
   /new          forget the conversation       /again        answer the last question again
@@ -31,7 +31,7 @@ class Terminal:
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
-    out: TextIO = field(default_factory=lambda: own(sys.stdout))
+    out: TextIO = field(default_factory=lambda: own_stream(sys.stdout))
     turns: list[dict[str, Any]] = field(default_factory=list)
 
     def loop(self, read_line: Any = input) -> None:
@@ -54,7 +54,7 @@ class Terminal:
                 elif text:
                     self.ask(text)
 
-    def ask(self, question: str, *, with_speed: bool = True) -> Answer:
+    def ask(self, question: str, *, with_speed: bool = True) -> StreamedAnswer:
         """Ask, show the answer while it comes, and keep both; an error keeps neither."""
         self.turns.append({"role": "user", "content": question})
         try:
@@ -63,10 +63,10 @@ class Terminal:
             self.turns.pop()
             raise
 
-    def _answer(self, with_speed: bool) -> Answer:
+    def _answer(self, with_speed: bool) -> StreamedAnswer:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         body = {"model": self.model, "messages": [*messages, *self.turns], **self.settings}
-        answer = Answer()
+        answer = StreamedAnswer()
         started = time.perf_counter()
         first_s = 0.0
         kind = "content"
@@ -123,7 +123,7 @@ class Terminal:
                 self._write("\n")
         self._say(text)
 
-    def _show_speed(self, answer: Answer, first_s: float, total_s: float) -> None:
+    def _show_speed(self, answer: StreamedAnswer, first_s: float, total_s: float) -> None:
         count = answer.usage.get("completion_tokens", 0)
         if count < 2 or total_s <= first_s:
             return

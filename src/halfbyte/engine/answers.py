@@ -23,7 +23,7 @@ from halfbyte.engine.request import (
     TokensEvent,
 )
 from halfbyte.engine.runner import Computed
-from halfbyte.engine.sampler import Choice, Sampler, logprobs_of
+from halfbyte.engine.sampler import ChosenToken, Sampler, logprobs_of
 from halfbyte.log import logger
 
 
@@ -106,7 +106,7 @@ class Answers:
                 self._speculator.settle(work, num_checked + is_right)
         return confirmed
 
-    def accept(self, sequence: Sequence, choice: Choice, events: list[Event]) -> bool:
+    def accept(self, sequence: Sequence, choice: ChosenToken, events: list[Event]) -> bool:
         """Append the chosen token, report it, and finish the sequence if it was the last.
 
         returns  whether the sequence goes on

@@ -41,7 +41,7 @@ from halfbyte.engine.request import (
     SamplingParams,
 )
 from halfbyte.engine.runner import Computed, Runner, SlicedPrompt
-from halfbyte.engine.sampler import Choice, LogitsHook, Sampler, is_choosable
+from halfbyte.engine.sampler import ChosenToken, LogitsHook, Sampler, is_choosable
 from halfbyte.engine.slices import CHUNK_TOKENS
 from halfbyte.errors import CapacityError, RequestError
 
@@ -124,7 +124,7 @@ class Engine:
             num_ahead=0 if self._drafter is None else 1,
         )
         gap_ms = config.target_gap_ms
-        # Where a number was asked for.
+        # The gap in seconds where the configuration names a number.
         self._gap_s = gap_s = None if isinstance(gap_ms, str) else gap_ms / 1e3
         is_free = gap_ms == "none"
         self._pacer: GapPacer | LinePacer | FreePacer = FreePacer() if is_free else LinePacer(gap_s)
@@ -141,7 +141,7 @@ class Engine:
         is_free = logits_hook is None and self._speculator is None
         self._runs_ahead = is_free and runner.can_run_ahead
         self._flight: _Flight | None = None
-        # Planned ahead of tokens that turned out to be needed first.
+        # Works that were planned before the last tokens were known, and were not launched.
         self._planned: list[Work] = []
         self._last_collected = 0.0
         # Block lists held by `score`.
@@ -262,7 +262,7 @@ class Engine:
         return self._collect(flight)
 
     def _next_works(self) -> list[Work]:
-        """What was planned but not launched, as far as it is still wanted; else a new plan."""
+        """Works that were planned but not launched, as far as still wanted; else a new plan."""
         planned, self._planned = self._planned, []
         works = [work for work in planned if work.sequence.slot is not None]
         if not works and self.has_work():
@@ -302,17 +302,17 @@ class Engine:
         if self._speculator is not None:
             self._speculator.observe(seconds - sliced_s, all_works)
         if self._slice_pacer is not None and works and num_decodes == len(works):
-            # Short chunks end in the step that begins them: without those, whatever slowed the
-            # steps ahead of a prompt would go on being the measure.
+            # Short chunks, which end in the step that begins them, count as well: without them
+            # the pacer would learn nothing after a slow step ahead of a prompt.
             self._slice_pacer.observe(num_decodes, seconds - sliced_s, sliced_s)
         self._observe(all_works, num_decodes, seconds)
         return events
 
     def _begin_chunk(self, works: SequenceOf[Work]) -> SequenceOf[Work]:
-        """Take the prompts out of a plan that also generates, or that waits for images, to be
-        computed in slices; the rest.
+        """Begin to compute the prompts of a plan in slices; returns the other works.
 
-        The chunk that was begun before is dropped if one of its sequences cannot go on.
+        For a plan that also generates, or that waits for images. The chunk that was begun before is
+        dropped if one of its sequences cannot go on.
         """
         self._let_go()
         singles = [work for work in works if _is_single(work)]
@@ -327,10 +327,12 @@ class Engine:
         return singles
 
     def _advance_chunk(self, num_decodes: int, started: float) -> Computed | None:
-        """Go on with a chunk for as long as running answers allow; to its end if there are none,
-        but its images in short steps: requests come and leave between these.
+        """Compute a part of the chunk, for as long as running answers allow.
 
-        started   of the step: beginning a chunk counts, too
+        Without running answers the chunk is computed to its end, but its images in short steps:
+        requests come and leave between these.
+
+        started  when the step began, so that beginning a chunk counts, too
         """
         if self._chunk is None:
             return None
@@ -370,7 +372,7 @@ class Engine:
                 self._scheduler.publish(work)
         for sequence, token_id in zip(flight.chosen, token_ids, strict=True):
             if not sequence.is_finished:
-                self._answers.accept(sequence, Choice(token_id), events)
+                self._answers.accept(sequence, ChosenToken(token_id), events)
         now = time.perf_counter()
         chosen = {sequence.arrival for sequence in flight.chosen}
         num_decodes = sum(w.count == 1 and w.sequence.arrival in chosen for w in flight.works)
@@ -482,7 +484,7 @@ class Engine:
 
 
 def _is_single(work: Work) -> bool:
-    """The work computes the last known token and no other: its sequence is generating."""
+    """Whether the work computes the last known token alone, as for a sequence that generates."""
     return work.count == 1 and work.is_last
 
 

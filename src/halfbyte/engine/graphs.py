@@ -92,7 +92,7 @@ def make_inputs(
     )
 
 
-class Rows(NamedTuple):
+class StepRows(NamedTuple):
     """Inputs of one step, unpacked into a tensor for each quantity."""
 
     token_ids_T: Tensor
@@ -102,10 +102,10 @@ class Rows(NamedTuple):
     block_table_TP: Tensor
 
 
-def unpack(inputs: RowInputs, num_rows: int) -> Rows:
+def unpack(inputs: RowInputs, num_rows: int) -> StepRows:
     """The first rows of the inputs; tokens of the step before are looked up."""
     token_ids_T, sources_T, positions_T, slots_T, tables_T = inputs.packed_5T[:, :num_rows]
-    return Rows(
+    return StepRows(
         look_up(token_ids_T, sources_T, inputs.last_tokens),
         positions_T,
         (positions_T + 1).int(),

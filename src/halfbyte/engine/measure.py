@@ -49,14 +49,14 @@ def measure_costs(runner: Runner, config: EngineConfig) -> StepCosts:
 
 
 def _most_tokens(config: EngineConfig) -> int:
-    """Of a sequence that fits the tables."""
+    """Most tokens of a sequence that fits the page table."""
     assert config.max_model_len is not None
     return config.max_model_len - 1
 
 
 @torch.inference_mode()
 def _seconds(runner: Runner, config: EngineConfig, depth: int, num_rows: int) -> float:
-    """Of a step of so many rows of a sequence of which `depth` tokens are computed."""
+    """Seconds of a step of so many rows of a sequence with `depth` tokens computed before."""
     tokens = (0,) * (depth + num_rows)
     request = GenerationRequest("measured", tokens, SamplingParams(max_tokens=1))
     sequence = Sequence(request, arrival=-1, seed=0, max_tokens=1)

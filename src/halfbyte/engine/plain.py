@@ -18,7 +18,7 @@ from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.device import Guessed, Results
 from halfbyte.engine.images import Placement, Placing
 from halfbyte.engine.plan.step import PageTable, PlannedStep
-from halfbyte.engine.slices import Slices
+from halfbyte.engine.slices import DecoderSlices
 from halfbyte.engine.walk import Costs
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.eagle import EagleHead
@@ -87,7 +87,7 @@ class PlainDevice:
         self.run(step, None)
 
     @torch.inference_mode()
-    def begin(self, step: PlannedStep, placing: Placing | None) -> Slices:
+    def begin(self, step: PlannedStep, placing: Placing | None) -> DecoderSlices:
         attend = self.attend_of(step, self.cache)
 
         def step_of(placement: Placement | None) -> Step:
@@ -96,7 +96,7 @@ class PlainDevice:
             shown = replace(step, image_rows_I=placement.rows_I)
             return self.step_of(shown, attend, placement.vectors_ID)
 
-        return Slices(self.decoder, step_of, attend, placing, self._costs)
+        return DecoderSlices(self.decoder, step_of, attend, placing, self._costs)
 
     def facts(self) -> dict[str, object]:
         return {"decoder": "ops, one by one"}

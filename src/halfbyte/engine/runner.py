@@ -154,7 +154,7 @@ class Runner:
         assert slicer is not None
         placing = None
         if self.images is not None:
-            # An entry of a draft model is made of the token behind its own.
+            # A draft model makes the entry of a position of the token behind it.
             placing = self.images.begin(works, num_ahead=0 if self.device.draft is None else 1)
         step = lay_out(works, self.table)
         return SlicedPrompt(works, step, slicer.begin(step, placing))
@@ -169,7 +169,7 @@ class Runner:
             self._workers.close()
 
     def _plan(self, works: SequenceOf[Work]) -> tuple[PlannedStep, Tensor | None]:
-        """The step of these works, and the vectors of its images."""
+        """Lay out the step of these works; returns it and the vectors of its images."""
         placement = None if self.images is None else self.images.place(works)
         if placement is None:
             return lay_out(works, self.table), None

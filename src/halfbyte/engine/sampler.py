@@ -41,7 +41,7 @@ _FEW = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenToken:
     """The token chosen for one sequence, or IMPOSSIBLE, with its log-probs."""
 
     token_id: int
@@ -88,7 +88,7 @@ class Sampler:
         """End the thread that fills masks; begun masks are finished first."""
         self._masks.close()
 
-    def choose(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[Choice]:
+    def choose(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> list[ChosenToken]:
         """Choose one token for each row; `logits_RV` (f32) is changed in place.
 
         A token is drawn as if there were no mask, and stands if the mask allows it; if not, one is
@@ -98,7 +98,7 @@ class Sampler:
         """
         if self._hook is None and all(map(_is_plain, sequences)):
             self._ban(logits_RV, sequences)
-            return [Choice(token_id) for token_id in best(logits_RV).tolist()]
+            return [ChosenToken(token_id) for token_id in best(logits_RV).tolist()]
         for row, sequence in enumerate(sequences):
             if self._hook is not None:
                 generated = sequence.token_ids[sequence.num_prompt :]
@@ -115,12 +115,12 @@ class Sampler:
                 self._mask(logits_RV[row], request)
                 # Row by row, as a view: torch would copy several with all of its threads (0028).
                 token_ids[row] = self._draw_again(logits_RV[row : row + 1], sequence)
-        choices = [Choice(token_id) for token_id in token_ids]
+        choices = [ChosenToken(token_id) for token_id in token_ids]
         if raw_RV is not None:
             num_top = [sequences[row].request.params.logprobs or 0 for row in reported]
             chosen = [max(token_ids[row], 0) for row in reported]
             for row, found in zip(reported, logprobs_of(raw_RV, chosen, num_top), strict=True):
-                choices[row] = Choice(token_ids[row], found)
+                choices[row] = ChosenToken(token_ids[row], found)
         return choices
 
     def guess(

@@ -33,7 +33,7 @@ CHUNK_TOKENS = 32
 _LEAST_ROWS = 8
 
 
-class Slices:
+class DecoderSlices:
     """A step of prompts on its way through a decoder, in one process on a CPU."""
 
     def __init__(

@@ -324,8 +324,9 @@ class Workers:
 
     @contextmanager
     def awaiting(self) -> Iterator[None]:
-        """Around a wait for the device, which may hang in a collective call for ever: after the
-        timeout the group is aborted. Raises WorkerError if a rank was lost meanwhile.
+        """Context manager around a wait for the device, which may hang in a collective call.
+
+        After the timeout the group is aborted. Raises WorkerError if a rank was lost meanwhile.
         """
         self._fate.waiting_since = time.monotonic()
         try:

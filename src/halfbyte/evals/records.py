@@ -31,7 +31,7 @@ _Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class GradedAttempt:
     """One graded attempt: a line of `samples.jsonl`. `score` is None when missing, never 0."""
 
     run_id: str
@@ -126,9 +126,9 @@ class RunRecord:
 
 def make_record(
     run_id: str, arm: str, prompt_id: str, sample: Sample, attempt: Attempt, score: Score
-) -> Record:
+) -> GradedAttempt:
     """Join a sample, its attempt and its score."""
-    return Record(
+    return GradedAttempt(
         run_id=run_id,
         arm=arm,
         benchmark=attempt.benchmark,
@@ -195,7 +195,7 @@ def _cut_torn_line(file: int) -> None:
         os.ftruncate(file, 0)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a journal; a torn last line is left out.
 
     Raises UsageError with the line if another one is damaged.
@@ -241,12 +241,12 @@ def read_attempts(path: Path) -> Iterator[Attempt]:
     return _typed(path, Attempt)
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path) -> Iterator[GradedAttempt]:
     """Graded samples of one benchmark, in the order in which they finished.
 
     Raises UsageError if a line is damaged.
     """
-    return _typed(path, Record)
+    return _typed(path, GradedAttempt)
 
 
 @contextlib.contextmanager
@@ -274,7 +274,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def latest(records: Iterator[Record]) -> dict[tuple[str, int], Record]:
+def latest(records: Iterator[GradedAttempt]) -> dict[tuple[str, int], GradedAttempt]:
     """Keep the last attempt of each (item, repeat): a resumed one replaces the failed one."""
     return {(record.item_id, record.repeat): record for record in records}
 
@@ -291,9 +291,9 @@ def time_spent(folder: Path) -> float:
 
     Example: started at 0 and 100, answers at 10, 20 and 130: 20 + 30 = 50.
     """
-    starts = sorted(row["started"] for row in read_lines(folder / "sessions.jsonl"))
+    starts = sorted(row["started"] for row in read_journal(folder / "sessions.jsonl"))
     last = dict.fromkeys(starts, 0.0)
-    for row in read_lines(folder / "attempts.jsonl"):
+    for row in read_journal(folder / "attempts.jsonl"):
         began = bisect.bisect_right(starts, row.get("ended", 0.0))
         if began:
             start = starts[began - 1]
@@ -301,12 +301,12 @@ def time_spent(folder: Path) -> float:
     return sum(last.values())
 
 
-def without_texts(record: Record) -> Record:
+def without_texts(record: GradedAttempt) -> GradedAttempt:
     """A record for counting only: a run's worth of answers need not be held at once."""
     return replace(record, answer="", reasoning="", extracted=None)
 
 
-def record_row(record: Record) -> dict[str, Any]:
+def record_row(record: GradedAttempt) -> dict[str, Any]:
     """Turn a record into a JSON object, for `samples.jsonl`."""
     return asdict(record)
 

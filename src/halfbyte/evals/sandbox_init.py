@@ -246,7 +246,7 @@ def filter_calls() -> bool:
 
 
 def run_as_program(config: dict[str, Any], report: int) -> None:
-    """In the child of init: stop being anyone, then become the program. Does not return."""
+    """Drop the user's identity in the child of init, then become the program; never returns."""
     os.setsid()
     if os.geteuid() == 0:
         os.setgroups([])

@@ -1,8 +1,8 @@
 """What evaluation passes around: samples, attempts, scores, and the lines that are stored.
 
 A `Sample` is an item of a benchmark, an `Attempt` one raw answer to it, a `Score` what a grader
-made of that answer. `Record` is the stored line that joins the three; a run is its `RunRecord`
-plus its records. Everything here is plain data; `records` reads and writes it.
+made of that answer. `GradedAttempt` is the stored line that joins the three; a run is its
+`RunRecord` plus its records. Everything here is plain data; `records` reads and writes it.
 """
 
 from collections.abc import Mapping

@@ -11,7 +11,7 @@ from halfbyte.fidelity.windows import FEWEST_UNITS
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ModelRow:
     """One model of a comparison. What compares it with the base is None for the base itself.
 
     bytes            of its safetensors files
@@ -62,15 +62,15 @@ class PairRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class FidelityComparison:
     """A base and what was compared with it, on one text or several.
 
     method  "full" (both over the whole vocabulary) or "compact" (a stored baseline)
     pairs   every two candidates
     """
 
-    base: Row
-    candidates: tuple[Row, ...]
+    base: ModelRow
+    candidates: tuple[ModelRow, ...]
     text_sha256: str
     num_windows: int
     num_tokens: int
@@ -80,7 +80,7 @@ class Comparison:
     pairs: tuple[PairRow, ...] = ()
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[ModelRow, ...]:
         """The row of the base, then those of the candidates."""
         return (self.base, *self.candidates)
 
@@ -93,21 +93,21 @@ class Comparison:
         return format_table(self)
 
 
-def comparison_of(record: Mapping[str, Any], where: str = "record") -> Comparison:
+def comparison_of(record: Mapping[str, Any], where: str = "record") -> FidelityComparison:
     """The comparison that `as_dict` was made of; a record may say more beside it.
 
     where  names the record in an error
     Raises UsageError for what is none.
     """
     try:
-        told = _known(Comparison, record)
+        told = _known(FidelityComparison, record)
         told["base"] = _row(told["base"])
         told["candidates"] = tuple(map(_row, told["candidates"]))
         told["pairs"] = tuple(
             PairRow(**{n: _interval(n, v) for n, v in _known(PairRow, pair).items()})
             for pair in told.get("pairs", ())
         )
-        found = Comparison(**told)
+        found = FidelityComparison(**told)
         format_table(found)  # whatever it holds can be shown
     except (TypeError, ValueError, KeyError, AttributeError) as failure:
         raise UsageError(
@@ -116,11 +116,11 @@ def comparison_of(record: Mapping[str, Any], where: str = "record") -> Compariso
     return found
 
 
-def _row(record: Mapping[str, Any]) -> Row:
-    told = {name: _interval(name, value) for name, value in _known(Row, record).items()}
+def _row(record: Mapping[str, Any]) -> ModelRow:
+    told = {name: _interval(name, value) for name, value in _known(ModelRow, record).items()}
     if told.get("flips") is not None:
         told["flips"] = Flips(**_known(Flips, told["flips"]))
-    return Row(**told)
+    return ModelRow(**told)
 
 
 def _known(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,12 +134,12 @@ def _interval(name: str, value: Any) -> Any:
     return Interval(*value) if name.endswith("interval") and value is not None else value
 
 
-def shown_name(row: Row) -> str:
+def shown_name(row: ModelRow) -> str:
     """The name of a row, with its arithmetic where that is not the usual one."""
     return f"{row.name} (declared)" if row.mode == "declared" else row.name
 
 
-def format_table(comparison: Comparison) -> str:
+def format_table(comparison: FidelityComparison) -> str:
     """Format the comparison as a table for a terminal."""
     head = ("model", "bytes", "perplexity", "KL mean", "95 % interval", "KL p99", "top-1 same")
     lines = [head]
@@ -168,7 +168,7 @@ def format_table(comparison: Comparison) -> str:
     return "\n".join([*text, *lines_below])
 
 
-def _pair_lines(comparison: Comparison) -> list[str]:
+def _pair_lines(comparison: FidelityComparison) -> list[str]:
     """Perplexity against the base, and every two candidates, each with its paired interval."""
     base = comparison.base.name
     said = [
@@ -191,7 +191,7 @@ def _between(interval: Interval | None, digits: int = 4) -> str:
     return f" ({interval.low:+.{digits}f} to {interval.high:+.{digits}f})"
 
 
-def flip_lines(comparison: Comparison) -> list[str]:
+def flip_lines(comparison: FidelityComparison) -> list[str]:
     """One line per candidate on its changed answers; none without choices."""
     return [
         f"{row.name}: {f.changed} of {f.items} answers differ from {comparison.base.name} "
@@ -202,7 +202,7 @@ def flip_lines(comparison: Comparison) -> list[str]:
     ]
 
 
-def explanation(comparison: Comparison) -> str:
+def explanation(comparison: FidelityComparison) -> str:
     """What the figures are, in one line: of how much text, with which intervals."""
     words = (
         f"{comparison.num_tokens:,} tokens in {comparison.num_windows} windows of "

@@ -34,7 +34,7 @@ from halfbyte.fidelity.baseline import (
     divergence,
 )
 from halfbyte.fidelity.choices import EncodedItem, answer, count_flips, longest
-from halfbyte.fidelity.comparison import Comparison, Interval, PairRow, Row, shown_name
+from halfbyte.fidelity.comparison import FidelityComparison, Interval, ModelRow, PairRow, shown_name
 from halfbyte.fidelity.windows import FEWEST_UNITS, WINDOW_TOKENS, Window, cut_texts, read_texts
 from halfbyte.model.linear import Mode
 
@@ -69,7 +69,7 @@ def compare_models(
     window_tokens: int = WINDOW_TOKENS,
     choices: Sequence[EncodedItem] = (),
     progress: Progress | None = None,
-) -> Comparison:
+) -> FidelityComparison:
     """Compare (name, directory, mode) with a base, all in memory at once.
 
     text_path   one text or several; no window reaches from one into the next
@@ -108,7 +108,7 @@ def compare_models(
             replace(row, flips=count_flips(choices, answers, answer(other.engine, choices)))
             for row, other in zip(rows, others, strict=True)
         ]
-    return Comparison(
+    return FidelityComparison(
         base=base_tally.row(base, units),
         candidates=tuple(rows),
         text_sha256=_sha256("".join(texts)),
@@ -123,7 +123,7 @@ def compare_models(
 
 def compare_with_baseline(
     baseline: Baseline, candidate: Candidate, *, progress: Progress | None = None
-) -> Comparison:
+) -> FidelityComparison:
     """Compare a model with a stored baseline, over the baseline's own tokens.
 
     Raises CheckpointError if the vocabularies differ in size.
@@ -148,12 +148,14 @@ def compare_with_baseline(
     ]
     mean = math.exp(_mean(kept_logprobs))
     interval = _exponential(interval_of_mean(kept_logprobs, units))
-    base = Row(baseline.name, baseline.mode, baseline.bytes, mean, perplexity_interval=interval)
+    base = ModelRow(
+        baseline.name, baseline.mode, baseline.bytes, mean, perplexity_interval=interval
+    )
     row = tally.row(model, units, kept_logprobs, is_estimate=True)
     if choices:
         found = count_flips(choices, baseline.answers, answer(model.engine, choices))
         row = replace(row, flips=found)
-    return Comparison(
+    return FidelityComparison(
         base,
         (row,),
         baseline.text_sha256,
@@ -259,7 +261,7 @@ class Tally:
             self._unsure.append(base_best.logprobs < math.log(_SURE))
 
     def negative_logprobs(self) -> list[Floats]:
-        """Of the tokens that came, window by window."""
+        """Negative log-probabilities of the text's tokens, an array for each window."""
         return [part.numpy() for part in self._negative_logprobs]
 
     def divergences(self) -> list[Floats]:
@@ -273,7 +275,7 @@ class Tally:
         base_logprobs: Sequence[Floats] = (),
         *,
         is_estimate: bool = False,
-    ) -> Row:
+    ) -> ModelRow:
         """Summary of all windows. Raises CheckpointError if any figure is NaN.
 
         units          what each window counts under in intervals (`interval_of_mean`)
@@ -285,7 +287,7 @@ class Tally:
             raise CheckpointError(f"{model.name}: its log-probs are not numbers")
         spread = _exponential(interval_of_mean(own, units))
         if not self._divergences:
-            return Row(
+            return ModelRow(
                 model.name, model.mode, model.num_bytes, perplexity, perplexity_interval=spread
             )
         kl = torch.cat([found.kl for found in self._divergences])
@@ -293,7 +295,7 @@ class Tally:
         variance = torch.cat([found.variance for found in self._divergences])
         agreements, unsure = torch.cat(self._agreements).double(), torch.cat(self._unsure)
         change = [one - other for one, other in zip(own, base_logprobs, strict=True)]
-        return Row(
+        return ModelRow(
             model.name,
             model.mode,
             model.num_bytes,
@@ -358,7 +360,7 @@ def _exponential(interval: Interval | None) -> Interval | None:
 
 
 def _pair_rows(
-    rows: Sequence[Row], tallies: Sequence["Tally"], units: Sequence[int]
+    rows: Sequence[ModelRow], tallies: Sequence["Tally"], units: Sequence[int]
 ) -> tuple[PairRow, ...]:
     """Every two candidates, position by position."""
     found = []

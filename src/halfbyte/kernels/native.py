@@ -234,7 +234,7 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
 
 
 def _dense_heads(x_TNH: Tensor) -> Tensor:
-    """As it is if a token's heads lie side by side (tokens may be strided), else a dense copy."""
+    """The tensor if a token's heads lie side by side (tokens may be strided), else a copy."""
     head_dim = x_TNH.shape[2]
     return x_TNH if x_TNH.stride()[1:] == (head_dim, 1) else x_TNH.contiguous()
 

@@ -35,7 +35,8 @@ def library_path() -> Path:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise UnsupportedError(
-            f"no C compiler on PATH (looked for {', '.join(_COMPILERS)}); without one weights are "
+            f"there is no C compiler on PATH (looked for {', '.join(_COMPILERS)}); "
+            "without one weights are "
             "decoded when loaded, answers take about twice as long, and near ties they may differ"
         )
     sources = sorted(_SOURCES.glob("*.c"))
@@ -52,7 +53,9 @@ def library_path() -> Path:
         try:
             return _compile(compiler, sources, directory / name)
         except OSError as second:
-            raise UnsupportedError(f"no room for the compiled kernels: {second}") from second
+            raise UnsupportedError(
+                f"there is no room for the compiled kernels: {second}"
+            ) from second
 
 
 def _cache_directory() -> Path:

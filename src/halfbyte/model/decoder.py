@@ -255,7 +255,7 @@ class Decoder(nn.Module):
 
 
 def _looked_up(table_VD: Tensor, ids_T: Tensor) -> Tensor:
-    """Rows of a table, a copy."""
+    """Copy rows out of a table."""
     if table_VD.device.type != "cpu":
         return table_VD[ids_T]
     # As bytes through numpy: torch asks its threads even for a few rows (see `RotaryTable.at`).

@@ -114,7 +114,7 @@ def _rounding(group: Sequence[StoredLinear], mode: Mode) -> Callable[[Tensor], T
     scales = []
     for linear in group:
         if linear.input_scale is None:
-            raise CheckpointError(f"{linear.name}: no input_scale, which mode {mode} needs")
+            raise CheckpointError(f"{linear.name} has no input_scale, which mode {mode} needs")
         scales.append(linear.input_scale)
     rounding = _ROUNDINGS[format]
     # They differ in fp8_declared only, where one product serves the group.

@@ -102,7 +102,7 @@ class _Source:
         return FusedLinear(dispatch.prepare_bf16(fused_OI), "bf16", None)
 
     def _will_make(self, group: list[StoredLinear], num_rows: int) -> None:
-        """So many decoded rows of a group are about to be made."""
+        """Announce the bytes of decoded rows that are about to be made of a group."""
         if self._before is not None and self.device.type == "cpu":
             weight = group[0].weight
             width = weight.shape[1] * (2 if group[0].format == "nvfp4" else 1)

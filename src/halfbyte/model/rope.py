@@ -43,24 +43,13 @@ def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     return plain / rope.factor * interpolated + plain * (1 - interpolated)
 
 
-def attention_factor(rope: RopeConfig) -> float:
-    """What YaRN multiplies cosines and sines by (so scores by its square); 1 without YaRN.
-
-    `RopeConfig` states the rule; the reader has already settled what absent fields mean.
-    """
-    if rope.kind == "default" or rope.factor <= 1:
-        return 1.0
-    log = 0.1 * math.log(rope.factor)
-    return (1 + rope.mscale * log) / (1 + rope.mscale_all_dim * log)
-
-
 class RotaryTable:
     """Angles of any position; stateless but for the frequencies, which live on one device."""
 
     def __init__(self, config: TextConfig, device: torch.device | str = "cpu") -> None:
         self._rope = config.rope
         self._frequencies_H2 = frequencies(config.rope, config.head_dim).to(device)
-        self._factor = attention_factor(config.rope)
+        self._factor = config.rope.attention_factor
 
     def at(self, positions_T: Tensor) -> Rotation:
         """The rotation of tokens at these positions (int64, on the table's device)."""

@@ -22,7 +22,7 @@ from halfbyte.errors import CapacityError
 from halfbyte.files import open_regular
 from halfbyte.formats.measure import largest_magnitude
 from halfbyte.formats.nvfp4 import BLOCK, nvfp4_tensor_scale
-from halfbyte.modules import Linear, decoder_linears
+from halfbyte.modules import LinearSpec, decoder_linears
 from halfbyte.quantize.gptq import encode_gptq, make_metric
 from halfbyte.quantize.layer import wanted_sums, widths_of_products
 from halfbyte.quantize.memory import MemoryPlan, Sums, plan_memory, sums_of
@@ -49,7 +49,7 @@ _LEAST_RANGE = 1.25
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class CalibrationText:
     """The calibration text to come: rows and the longest of them; no rows means data-free.
 
     tokens      in all, where the rows were drawn; None if every row may be full
@@ -101,7 +101,7 @@ class Time:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class CapacityEstimate:
     """What a quantization will need and give. Bytes unless the name says otherwise.
 
     output      by part
@@ -114,7 +114,7 @@ class Estimate:
 
     recipe_name: str
     device: str
-    text: Text
+    text: CalibrationText
     output: Mapping[str, int]
     disk: int
     disk_free: int
@@ -124,10 +124,10 @@ class Estimate:
     busy: float | None = None
 
 
-def estimate(
+def estimate_run(
     source: Survey,
     plan: Plan,
-    text: Text,
+    text: CalibrationText,
     *,
     device: str = "cpu",
     memory_bytes: int | None = None,
@@ -135,15 +135,15 @@ def estimate(
     speeds: Speeds | None = None,
     starting_s: float = 0.0,
     busy: float | None = None,
-) -> Estimate:
+) -> CapacityEstimate:
     """Everything but hosting (see `hosting.host_on`). Raises CapacityError if memory is too small.
 
     memory_bytes  the budget that the run would get; None as the pipeline decides; likewise
                   gpu_memory_bytes
-    speeds        from `measure`; None leaves the time out
+    speeds        from `measure_speeds`; None leaves the time out
     starting_s    of a command until its first step: libraries loaded, text drawn
     """
-    return Estimate(
+    return CapacityEstimate(
         recipe_name=plan.recipe_name,
         device=device,
         text=text,
@@ -170,12 +170,12 @@ def output_bytes(plan: Plan, config: ModelConfig) -> dict[str, int]:
     return {part: size.num_bytes for part, size in sizes.items() if size.num_tensors}
 
 
-def disk_bytes(plan: Plan, config: ModelConfig, text: Text) -> int:
+def disk_bytes(plan: Plan, config: ModelConfig, text: CalibrationText) -> int:
     """Free bytes that the run needs beside the source: the output, and activations twice."""
     return sum(output_bytes(plan, config).values()) + 2 * _activation_bytes(config.text, text)
 
 
-def _activation_bytes(config: TextConfig, text: Text) -> int:
+def _activation_bytes(config: TextConfig, text: CalibrationText) -> int:
     return text.num_tokens * config.width * 2
 
 
@@ -184,7 +184,7 @@ def _activation_bytes(config: TextConfig, text: Text) -> int:
 
 def run_memory(
     config: TextConfig,
-    text: Text,
+    text: CalibrationText,
     *,
     budget_bytes: int | None = None,
     device: str = "cpu",
@@ -208,17 +208,17 @@ def run_memory(
     )
 
 
-def _weights(linear: Linear) -> int:
+def _weights(linear: LinearSpec) -> int:
     return linear.out_features * linear.in_features
 
 
 # --- time
 
 
-def measure(
+def measure_speeds(
     source: Survey,
     plan: Plan,
-    text: Text,
+    text: CalibrationText,
     *,
     device: str = "cpu",
     read_bytes: float | None = None,
@@ -232,7 +232,8 @@ def measure(
     """
     if device != "cpu" and not torch.cuda.is_available():
         raise CapacityError(
-            f"device {device}: no GPU here; plan with --device cpu, and see what one would take "
+            f"device {device}: there is no GPU here; plan with --device cpu, and see what "
+            "one would take "
             "with --gpu"
         )
     place = torch.device(device)
@@ -277,7 +278,7 @@ def _median_seconds(work: Callable[[], object], place: torch.device) -> float:
     return statistics.median(times[1:])
 
 
-def _reading_speed(source: Survey, linear: Linear) -> float | None:
+def _reading_speed(source: Survey, linear: LinearSpec) -> float | None:
     """Bytes a second of the source's disk; None if there is too little to read.
 
     The pages are dropped from the system's cache first where it lets us, so that the disk is asked.
@@ -296,7 +297,7 @@ def _reading_speed(source: Survey, linear: Linear) -> float | None:
 
 
 def duration_of(
-    source: Survey, plan: Plan, text: Text, speeds: Speeds, starting_s: float = 0.0
+    source: Survey, plan: Plan, text: CalibrationText, speeds: Speeds, starting_s: float = 0.0
 ) -> Time:
     """Seconds of the whole run by kind of work, from the rehearsal of some layers.
 
@@ -354,7 +355,9 @@ def _decoder_bytes(source: Survey) -> int:
     return sum(_stored_bytes(source, linear) for linear in decoder_linears(source.config))
 
 
-def _weighing(source: Survey, plan: Plan, text: Text, speeds: Speeds) -> dict[str, float]:
+def _weighing(
+    source: Survey, plan: Plan, text: CalibrationText, speeds: Speeds
+) -> dict[str, float]:
     """Seconds of methods that weigh errors by inputs; nothing for those that do not."""
     linears = {linear.name: linear for linear in decoder_linears(source.config)}
     scales, products, solving, rounded = plan.scales, 0.0, 0.0, 0
@@ -375,5 +378,5 @@ def _weighing(source: Survey, plan: Plan, text: Text, speeds: Speeds) -> dict[st
     return {part: seconds for part, seconds in parts.items() if seconds}
 
 
-def _stored_bytes(source: Survey, linear: Linear) -> int:
+def _stored_bytes(source: Survey, linear: LinearSpec) -> int:
     return linear_size(linear, source.quantization.formats[linear.name]).num_bytes

@@ -15,7 +15,7 @@ from halfbyte.page import Mark, drawing, text_mark
 _LEFT, _TOP, _BOTTOM, _WIDTH, _HEIGHT = 92, 10, 34, 760, 190
 
 
-class Cell(NamedTuple):
+class HeatCell(NamedTuple):
     """One cell of a heatmap: `value` is None where there is nothing to show, `note` its title."""
 
     value: float | None
@@ -35,7 +35,7 @@ def colour(share: float) -> str:
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
-def heatmap(rows: Mapping[str, Sequence[Cell]], *, title: str, unit: str) -> Markup:
+def heatmap(rows: Mapping[str, Sequence[HeatCell]], *, title: str, unit: str) -> Markup:
     """Named rows of cells, a column a layer; the scale beside it runs from least to most."""
     values = [cell.value for cells in rows.values() for cell in cells if cell.value is not None]
     columns = max((len(cells) for cells in rows.values()), default=0)

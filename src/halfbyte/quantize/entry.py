@@ -16,7 +16,7 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize a checkpoint, as `halfbyte quantize` does, and write it to `output`.
 
-        halfbyte.quantize("fp8/", "mixed/", "mistral-medium-3.5-nvfp4")
+        halfbyte.quantize("fp8/", "mixed/", "medium-3.5")
 
     source   directory of the checkpoint
     output   directory to be made; it must not exist, or be empty

@@ -312,12 +312,12 @@ def _grid(
     linears: Sequence[LinearRecord],
     value: Callable[[LinearRecord], float | None],
     note: Callable[[LinearRecord], str],
-) -> dict[str, list[charts.Cell]]:
+) -> dict[str, list[charts.HeatCell]]:
     """Projection -> a cell for every layer."""
-    rows: dict[str, list[charts.Cell]] = {}
+    rows: dict[str, list[charts.HeatCell]] = {}
     for projection in _PROJECTIONS:
         some = [x for x in linears if x["name"].rpartition(".")[2] == projection]
-        rows[projection] = [charts.Cell(value(x), note(x)) for x in some]
+        rows[projection] = [charts.HeatCell(value(x), note(x)) for x in some]
     return {name: cells for name, cells in rows.items() if cells}
 
 

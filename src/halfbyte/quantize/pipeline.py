@@ -1,10 +1,9 @@
 """From a source checkpoint to a finished quantized one: validate, calibrate, quantize, publish.
 
 Everything that can be wrong is looked for before anything heavy begins (`job`). Then decoder
-layers go by one at a time: calibration runs the layer, its linears are encoded and put in their
-places on disk, the journal notes it. A run that is killed goes on after the last noted layer
-(decision 0017); so does one, once and by itself, that came to the end of its memory (decision
-0025).
+layers are done one at a time: calibration runs the layer, its linears are encoded and put in their
+places on disk, the journal notes it. A run that was killed continues after the last noted layer
+(decision 0017). A run that comes to the end of its memory does so by itself, once (decision 0025).
 """
 
 import gc
@@ -118,7 +117,7 @@ def quantize(
 def _run(
     job: Job, budget: MemoryBudget, on_layer: Callable[[int, int], None] | None
 ) -> list[dict[str, Any]]:
-    """The heavy part; keeps the work directory when going on from it makes sense.
+    """Run the heavy part; keep the work directory if a later run can continue from it.
 
     Returns the journal's entries, those of earlier runs included.
     """
@@ -169,7 +168,7 @@ def _finish(
     entries: list[dict[str, Any]],
     on_layer: Callable[[int, int], None] | None,
 ) -> None:
-    """All remaining steps; where memory ends once more with nothing held for speed.
+    """Run all remaining steps; if memory ends, run them once more with nothing held for speed.
 
     Raises OverBudgetError if it ends even so.
     """
@@ -180,7 +179,7 @@ def _finish(
         if not is_refusal(error):
             raise
         said = _said(error, budget)
-    # Out here, since the error held what its frames held.
+    # After the handler, since the error held all that its frames held.
     budget.give_up()
     gc.collect()
     trim_heap()
@@ -218,7 +217,7 @@ def _said(error: Exception, budget: MemoryBudget) -> str:
 
 
 def _warn_over(budget: MemoryBudget) -> None:
-    """Say so if the promise was broken all the same: that is a mistake of ours."""
+    """Warn if the run held more than `memory_bytes` all the same, which is a mistake of ours."""
     if budget.budget_bytes is not None and budget.peak_bytes > budget.budget_bytes:
         say_once(
             f"this process has held {budget.peak_bytes / 2**30:.2f} GiB, more than --memory "
@@ -311,7 +310,7 @@ class _Progress:
         self._staging.publish()
 
     def _layers(self, first: int) -> Iterator[tuple[int, LayerStatistics | None]]:
-        """The layers that are left, each with its statistics if the job has calibration rows."""
+        """Yield the layers that are left, with their statistics if there are calibration rows."""
         if first >= self._num_layers:
             return
         rows = self._job.rows
@@ -441,7 +440,7 @@ class _Progress:
     def _finish_step(
         self, step: str, hashes: Mapping[str, str], reading: Reading, **facts: Any
     ) -> None:
-        """Make the step durable, then say so."""
+        """Make the step durable, then note it in the journal."""
         self._make_durable()
         entry = {"step": step, "tensors": dict(hashes), "read": reading.entry(), **facts}
         self._journal.append(entry)

@@ -6,7 +6,7 @@ No number has more digits than it is good for.
 from collections.abc import Mapping, Sequence
 from math import floor, log10
 
-from halfbyte.quantize.capacity import Estimate, Speeds, Text, Time
+from halfbyte.quantize.capacity import CalibrationText, CapacityEstimate, Speeds, Time
 from halfbyte.quantize.hosting import HERE, Hosting, Quantizing
 from halfbyte.quantize.memory import MemoryPlan
 from halfbyte.quantize.survey import Survey
@@ -15,7 +15,9 @@ from halfbyte.quantize.survey import Survey
 BUSY = 0.1
 
 
-def format_estimate(source: Survey, made: Estimate, price_per_hour: float | None = None) -> str:
+def format_estimate(
+    source: Survey, made: CapacityEstimate, price_per_hour: float | None = None
+) -> str:
     """The estimate as a short text; with a machine's price, what the time costs on it."""
     rows = [
         ("source", f"{source.directory}: {gb(source.num_bytes)}, {source.num_tensors:,} tensors"),
@@ -51,7 +53,7 @@ def _disagreement(source: Survey) -> str:
     return f"; it states {source.stated_bytes:,} bytes, the config's shapes {source.num_bytes:,}"
 
 
-def _said_text(text: Text) -> str:
+def _said_text(text: CalibrationText) -> str:
     if not text.rows:
         return "none: data-free"
     if text.not_drawn is None and text.tokens is not None:
@@ -61,7 +63,7 @@ def _said_text(text: Text) -> str:
     return most + why
 
 
-def _said_disk(made: Estimate) -> str:
+def _said_disk(made: CapacityEstimate) -> str:
     said = f"{gb(made.disk)} needed beside the source, {gb(made.disk_free)} free there"
     return said if made.disk <= made.disk_free else f"{said}: NOT ENOUGH"
 

@@ -26,7 +26,7 @@ class FileFacts(TypedDict):
 
 
 class SourceFacts(TypedDict):
-    """The checkpoint that was quantized."""
+    """The checkpoint that was quantized: its name, size and files."""
 
     name: str
     dialect: str
@@ -103,7 +103,7 @@ def _host_peak_bytes() -> int:
 
 
 def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> QuantizationRecord:
-    """Build the record of a finished run.
+    """Build the record of a finished run as JSON values.
 
     entries  the journal's, one a step; those of the layers hold `linears`, `observed` (tap point ->
              largest magnitude), `seconds` and `peak_memory_bytes`

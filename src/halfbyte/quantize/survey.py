@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.inventory import expected_tensors
-from halfbyte.checkpoint.metadata import Quantization, describe, is_native, read_json
+from halfbyte.checkpoint.metadata import Quantization, is_native, read_config_in, read_json
 from halfbyte.checkpoint.names import Layout, canonical_name, detect_layout, foreign_name
 from halfbyte.checkpoint.reader import IGNORED_TENSORS, Checkpoint
 from halfbyte.checkpoint.shards import StoredTensor, read_header, read_weight_map
@@ -94,18 +94,18 @@ def _survey(
 
 
 def _described(directory: Path) -> tuple[ModelConfig, Quantization]:
-    """As the config says it, without a single tensor name."""
+    """Read the architecture from the config alone, without a single tensor name."""
     if _is_native(directory):
         layout: Layout = "mistral"
     else:
         kind = read_json(directory / "config.json").get("model_type")
         layout = "hf" if kind == "mistral3" else "hf-text"
-    config, quantization, _ = describe(directory, layout, has_head=None)
+    config, quantization, _ = read_config_in(directory, layout, has_head=None)
     return config, quantization
 
 
 def _is_native(directory: Path) -> bool:
-    """As the reader decides it; a folder with both configs and no weights counts as the hub's."""
+    """Whether the layout is Mistral's; with both configs and no weights it counts as the hub's."""
     is_described = (directory / "config.json").exists()
     return is_native(directory) and not (is_described and not any(directory.glob("consolidated*")))
 
@@ -158,7 +158,7 @@ def _headers(directory: Path) -> dict[str, int | None]:
 def _describe(directory: Path, names: Mapping[str, Any]) -> tuple[ModelConfig, Quantization]:
     layout = detect_layout(names)
     has_head = foreign_name("head.weight", layout, "none") in names
-    config, quantization, _ = describe(directory, layout, has_head=has_head)
+    config, quantization, _ = read_config_in(directory, layout, has_head=has_head)
     return config, quantization
 
 

@@ -12,7 +12,7 @@ from halfbyte.config import ModelConfig
 from halfbyte.errors import FormatError, UsageError
 from halfbyte.modules import (
     CacheFormat,
-    Linear,
+    LinearSpec,
     WeightFormat,
     decoder_linears,
     encoder_linears,
@@ -98,7 +98,7 @@ def _resolve(item: LayerRange, num_layers: int, where: str) -> range:
     return range(first, last + 1)
 
 
-def _matches(rule: Rule, layers: frozenset[int], linear: Linear) -> bool:
+def _matches(rule: Rule, layers: frozenset[int], linear: LinearSpec) -> bool:
     short = linear.name.rpartition(".")[2]
     return linear.group == rule.group and linear.layer in layers and short in rule.linears
 
@@ -126,7 +126,7 @@ def _check_partners(recipe: Recipe, formats: Mapping[str, WeightFormat]) -> None
                 )
 
 
-def _check_widths(linears: Iterable[Linear], formats: Mapping[str, WeightFormat]) -> None:
+def _check_widths(linears: Iterable[LinearSpec], formats: Mapping[str, WeightFormat]) -> None:
     for linear in linears:
         if formats[linear.name] == "nvfp4" and linear.in_features % _BLOCK:
             raise FormatError(
@@ -134,7 +134,7 @@ def _check_widths(linears: Iterable[Linear], formats: Mapping[str, WeightFormat]
             )
 
 
-def linear_size(linear: Linear, chosen: WeightFormat) -> Size:
+def linear_size(linear: LinearSpec, chosen: WeightFormat) -> Size:
     """Bytes and tensors of one linear: weight, its scales, and the input scale."""
     count = linear.out_features * linear.in_features
     match chosen:
@@ -224,11 +224,11 @@ def format_plan(plan: Plan, config: ModelConfig, *, every_layer: bool = False) -
 
 def _rows(
     plan: Plan, config: ModelConfig, every_layer: bool
-) -> Iterable[tuple[list[str], Linear, WeightFormat]]:
+) -> Iterable[tuple[list[str], LinearSpec, WeightFormat]]:
     linears = decoder_linears(config)
     if every_layer:
         return [([x.name], x, plan.formats[x.name]) for x in linears]
-    first: dict[tuple[str, str, WeightFormat], Linear] = {}
+    first: dict[tuple[str, str, WeightFormat], LinearSpec] = {}
     names: dict[tuple[str, str, WeightFormat], list[str]] = {}
     for linear in linears:
         short = linear.name.rpartition(".")[2]

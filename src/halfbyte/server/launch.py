@@ -92,7 +92,7 @@ class Front:
         )
 
     def announce(self, app: FastAPI, details: Sequence[str]) -> None:
-        """Give the application its greeting: `app.state.announce(url)`."""
+        """Give the application its greeting, which `app.state.announce(url)` prints."""
         key = "API key required" if self.keys else "no API key is asked for"
 
         def announce(url: str) -> None:

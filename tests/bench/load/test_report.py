@@ -18,15 +18,15 @@ from halfbyte.bench.load.client import Exchange, Manner
 from halfbyte.bench.load.page import render
 from halfbyte.bench.load.report import (
     Asked,
-    RunRecord,
+    LoadRecord,
     comparison,
-    format_comparison,
-    format_run,
-    read_run,
-    write_run,
+    format_load,
+    format_load_comparison,
+    read_load,
+    write_load,
 )
-from halfbyte.bench.load.results import summarise
-from halfbyte.bench.load.run import Measured, Sample
+from halfbyte.bench.load.results import summarise_level
+from halfbyte.bench.load.run import LevelExchange, Measured
 from halfbyte.bench.load.traffic import Profile, Trace
 from halfbyte.card.facts import read_figures
 from halfbyte.card.render import write_card
@@ -38,7 +38,9 @@ HEALTH = {"version": "0.1.0", "engine_device": "cuda", "host": "secret.internal"
 
 def users_level(profile: Profile, users: int, pace: float = 0.1) -> Measured:
     samples = [
-        Sample(user, 0, exchange(0.0, *(1 + pace * n for n in range(5)), prompt=100, cached=50))
+        LevelExchange(
+            user, 0, exchange(0.0, *(1 + pace * n for n in range(5)), prompt=100, cached=50)
+        )
         for user in range(users)
     ]
     return Measured(level(profile, users), 0.0, 3.0, samples, late_ms=[0.1, 0.3])
@@ -46,16 +48,17 @@ def users_level(profile: Profile, users: int, pace: float = 0.1) -> Measured:
 
 def beside_level() -> Measured:
     streams = [
-        Sample(n, 0, exchange(0.0, *(t / 10 for t in range(1, 100))), "stream") for n in (0, 1)
+        LevelExchange(n, 0, exchange(0.0, *(t / 10 for t in range(1, 100))), "stream")
+        for n in (0, 1)
     ]
-    long = Sample(2, 0, exchange(5.0, 7.0, 7.1, prompt=990, answer=2), "long")
+    long = LevelExchange(2, 0, exchange(5.0, 7.0, 7.1, prompt=990, answer=2), "long")
     return Measured(level("beside", 2), 0.0, 10.0, [*streams, long], alone=(1.0, 3.9))
 
 
 def some_levels(pace: float = 0.1) -> list[Measured]:
     failed = Exchange(0.0, 1.0, error="status 429", detail="queue full")
     crowd = users_level("fixed", 4, pace)
-    crowd.samples.append(Sample(3, 0, failed))
+    crowd.samples.append(LevelExchange(3, 0, failed))
     crowd.skip("the session had failed", 2)
     return [
         users_level("fixed", 1, pace), crowd, users_level("agents", 2, pace), beside_level()
@@ -66,9 +69,9 @@ def written(
     path: Path, measured: list[Measured] | None = None, *, model: str = "mixed",
     checkpoint: str | None = IDENTITY, cut: tuple[str, ...] = (), seed: int = 1,
     notes: tuple[str, ...] = (), machine: dict[str, Any] | None = MACHINE,
-) -> RunRecord:  # fmt: skip
+) -> LoadRecord:  # fmt: skip
     levels = some_levels() if measured is None else measured
-    return write_run(
+    return write_load(
         path, levels, Trace(seed, tuple(one.level for one in levels), cut),
         Asked(model, checkpoint, 8192, HEALTH, machine), Manner({}, notes=notes),
         command="halfbyte bench load http://gpu7.internal:8000",
@@ -78,7 +81,7 @@ def written(
 def test_a_record_gives_back_what_was_measured(tmp_path: Path) -> None:
     run = written(tmp_path / "r.json", notes=("it takes no tools",), cut=("agents: shorter",))
     for found, one in zip(run.levels, some_levels(), strict=True):
-        expected = summarise(one)
+        expected = summarise_level(one)
         assert found.title == expected.title
         assert found.failures == expected.failures
         assert found.output_rate == pytest.approx(expected.output_rate, abs=1e-5)
@@ -95,7 +98,7 @@ def test_a_record_gives_back_what_was_measured(tmp_path: Path) -> None:
 def test_a_terminal_is_told_all_of_it(tmp_path: Path) -> None:
     measured = some_levels()
     measured[2].end = "interrupted"
-    text = format_run(written(tmp_path / "r.json", measured, cut=("agents: shorter",)))
+    text = format_load(written(tmp_path / "r.json", measured, cut=("agents: shorter",)))
     assert re.search(r"fixed lengths, 1 user +1 of 1 +1,000 / 1,000 +100 / 100 / 100 ", text)
     assert "fixed lengths, 4 users: 1 failed, status 429: queue full" in text
     assert "fixed lengths, 4 users: 2 not asked, the session had failed" in text
@@ -108,8 +111,8 @@ def test_levels_that_were_not_begun_are_said(tmp_path: Path) -> None:
     levels = some_levels()
     trace = Trace(1, tuple(one.level for one in levels))
     asked = Asked("m", None, None, {}, None)
-    run = write_run(tmp_path / "r.json", levels[:1], trace, asked, Manner({}), command="c")
-    assert "3 of 4 levels were not begun" in format_run(run)
+    run = write_load(tmp_path / "r.json", levels[:1], trace, asked, Manner({}), command="c")
+    assert "3 of 4 levels were not begun" in format_load(run)
 
 
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert len(found.rows) == len(new.record.figures) > 10
     gap = next(row for row in found.rows if row.figure.name == "time between tokens, median")
     assert gap.cells[2:] == ("50.0 ms", "100 ms", "0.50x")
-    assert "0.50x" in format_comparison(new, old)
+    assert "0.50x" in format_load_comparison(new, old)
     assert "0.50x" in render(new, old)
     same = comparison(new, new)
     assert {row.cells[-1] for row in same.rows} <= {"1.00x", "–"}
@@ -162,7 +165,9 @@ def test_a_page_stands_alone_and_every_point_says_its_value(tmp_path: Path) -> N
     assert "longest gap of any stream" in titles
     assert page.tags.count("circle") > 20
     # As wide as a telephone's page, so that words keep their size there.
-    assert set(re.findall(r'viewBox="0 0 (\d+) ', render(read_run(tmp_path / "r.json")))) == {"360"}
+    assert set(re.findall(r'viewBox="0 0 (\d+) ', render(read_load(tmp_path / "r.json")))) == {
+        "360"
+    }
 
 
 @given(hostile=st.text(min_size=1, max_size=30) | st.sampled_from(["<script>alert(1)</script>",
@@ -173,7 +178,9 @@ def test_names_and_a_servers_words_never_become_markup(
 ) -> None:
     safe = hostile.encode("utf-8", "replace").decode()
     measured = [users_level("fixed", 1)]
-    measured[0].samples.append(Sample(0, 0, Exchange(0.0, 1.0, error="status 400", detail=safe)))
+    measured[0].samples.append(
+        LevelExchange(0, 0, Exchange(0.0, 1.0, error="status 400", detail=safe))
+    )
     path = tmp_path_factory.mktemp("r") / "r.json"
     page = _Page()
     page.feed(render(written(path, measured, model=safe, notes=(safe,))))
@@ -202,7 +209,7 @@ def test_a_damaged_record_is_refused_by_a_sentence(tmp_path: Path, change: Any) 
     change(record)
     path.write_text(json.dumps(record))
     with pytest.raises(UsageError, match=r"r\.json"):
-        read_run(path)
+        read_load(path)
 
 
 def test_a_card_shows_the_speed_of_its_own_checkpoint_with_units(tmp_path: Path) -> None:
@@ -236,7 +243,7 @@ def test_a_card_refuses_the_speed_of_another(
 
 def test_a_run_that_measured_nothing_stands_on_no_card(tmp_path: Path) -> None:
     failed = Exchange(0.0, 1.0, error="stalled")
-    written(tmp_path / "s.json", [Measured(level(), 0.0, 1.0, [Sample(0, 0, failed)])])
+    written(tmp_path / "s.json", [Measured(level(), 0.0, 1.0, [LevelExchange(0, 0, failed)])])
     with pytest.raises(UsageError, match="holds no speed of a model"):
         write_card(
             tmp_path / "card", card_of(tmp_path, figures=read_figures([tmp_path / "s.json"]))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.bench.load.client import Exchange
-from halfbyte.bench.load.results import LevelResult, figures, saturation, summarise
-from halfbyte.bench.load.run import Measured, Sample
+from halfbyte.bench.load.results import LevelResult, load_figures, saturation, summarise_level
+from halfbyte.bench.load.run import LevelExchange, Measured
 from halfbyte.bench.load.traffic import Level, Profile, Session, Turn
 
 
@@ -27,12 +27,12 @@ def exchange(started: float, *events: float, prompt: int | None = 10, answer: in
 
 
 def measured(*exchanges: Exchange, ended: float = 10.0, profile: Profile = "fixed") -> Measured:
-    samples = [Sample(0, 0, one) for one in exchanges]
+    samples = [LevelExchange(0, 0, one) for one in exchanges]
     return Measured(level(profile), 0.0, ended, samples)
 
 
 def test_a_worked_example() -> None:
-    found = summarise(
+    found = summarise_level(
         measured(
             exchange(0.0, 1.0, 1.1, 1.3, prompt=100, cached=80),
             exchange(2.0, 2.5, 2.6, 2.9, 3.0, prompt=300, cached=0),
@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_events(
         # Some tokens have no text of their own: the server counts more than came in pieces.
         exchanges.append(exchange(started, *events, prompt=prompt, answer=len(gaps) + textless))
     ended = max(one.ended for one in exchanges)
-    found = summarise(measured(*exchanges, ended=ended))
+    found = summarise_level(measured(*exchanges, ended=ended))
     waits = sorted(gaps[0] * 1000 for _, gaps, _, _ in answers)
     between = sorted(gap * 1000 for _, gaps, _, _ in answers for gap in gaps[1:])
     assert found.first_token is not None
@@ -111,25 +111,25 @@ def test_figures_are_those_of_the_events(
 
 
 def test_without_counts_there_are_times_and_no_rates() -> None:
-    found = summarise(measured(exchange(0.0, 1.0, 1.5, prompt=None)))
+    found = summarise_level(measured(exchange(0.0, 1.0, 1.5, prompt=None)))
     assert found.first_token is not None
     assert found.gaps is not None
     assert found.request_rate == pytest.approx(0.1)
     unknown = (found.output_rate, found.prompt_rate, found.per_token, found.found_share)
     assert unknown == (None, None, None, None)
-    assert {figure.unit for figure in figures([found])} == {"ms"}
+    assert {figure.unit for figure in load_figures([found])} == {"ms"}
 
 
 def test_one_answer_without_counts_takes_the_rates_of_all() -> None:
     # A sum over the others would be too small, and nobody would see it.
-    found = summarise(measured(exchange(0.0, 1.0), exchange(0.0, 1.0, prompt=None)))
+    found = summarise_level(measured(exchange(0.0, 1.0), exchange(0.0, 1.0, prompt=None)))
     assert found.output_rate is None
 
 
 def test_nobody_was_answered() -> None:
-    found = summarise(measured(exchange(0.0, prompt=None, error="stalled")))
+    found = summarise_level(measured(exchange(0.0, prompt=None, error="stalled")))
     assert (found.answered, found.first_token, found.output_rate) == (0, None, None)
-    assert figures([found]) == []
+    assert load_figures([found]) == []
 
 
 def test_gaps_beside_a_long_prompt_are_those_of_its_time() -> None:
@@ -137,10 +137,12 @@ def test_gaps_beside_a_long_prompt_are_those_of_its_time() -> None:
         [t / 10 for t in range(1, 100)],  # a token each 100 ms
         [*(t / 10 for t in range(1, 41)), 6.0, *(6 + t / 10 for t in range(1, 40))],
     ]
-    samples = [Sample(n, 0, exchange(0.0, *events), "stream") for n, events in enumerate(streams)]
-    long = Sample(2, 0, exchange(5.0, 7.0, 7.1, prompt=990, answer=2), "long")
+    samples = [
+        LevelExchange(n, 0, exchange(0.0, *events), "stream") for n, events in enumerate(streams)
+    ]
+    long = LevelExchange(2, 0, exchange(5.0, 7.0, 7.1, prompt=990, answer=2), "long")
     one = Measured(level("beside", 2), 0.0, 10.0, [*samples, long], alone=(1.0, 3.9))
-    found = summarise(one)
+    found = summarise_level(one)
     assert found.alone is not None
     assert found.beside is not None
     assert found.first_token is not None
@@ -150,7 +152,7 @@ def test_gaps_beside_a_long_prompt_are_those_of_its_time() -> None:
     assert found.first_token.p50 == pytest.approx(2000)
     assert found.prompt_rate == pytest.approx(495)
     assert any(gap == pytest.approx(2000) for _, gap in found.timeline)
-    named = {figure.name: figure for figure in figures([found])}
+    named = {figure.name: figure for figure in load_figures([found])}
     longest = named["time between tokens, longest"]
     assert longest.against[0].value == pytest.approx(100)
     assert longest.conditions_text == "streams 2, beside a prompt of 1,000 tokens"
@@ -159,9 +161,11 @@ def test_gaps_beside_a_long_prompt_are_those_of_its_time() -> None:
 def test_a_stream_that_says_nothing_any_more_counts_as_long_as_it_was_silent() -> None:
     silent = Exchange(0.0, 9.0, [1.0, 1.1, 1.2], is_stopped=True)
     going = exchange(0.0, *(t / 10 for t in range(1, 90)))
-    samples = [Sample(0, 0, silent, "stream"), Sample(1, 0, going, "stream")]
-    long = Sample(2, 0, exchange(2.0, 7.0, prompt=990), "long")
-    found = summarise(Measured(level("beside", 2), 0.0, 9.0, [*samples, long], alone=(0.5, 1.0)))
+    samples = [LevelExchange(0, 0, silent, "stream"), LevelExchange(1, 0, going, "stream")]
+    long = LevelExchange(2, 0, exchange(2.0, 7.0, prompt=990), "long")
+    found = summarise_level(
+        Measured(level("beside", 2), 0.0, 9.0, [*samples, long], alone=(0.5, 1.0))
+    )
     assert found.beside is not None
     assert found.beside.most == pytest.approx(7800)
 
@@ -193,26 +197,28 @@ def test_saturation_is_where_more_users_bring_no_more(
 def test_figures_of_a_run_differ_in_more_than_their_value() -> None:
     profiles: tuple[Profile, ...] = ("fixed", "agents")
     levels = [
-        summarise(
-            Measured(level(p, n), 0.0, 5.0, [Sample(0, 0, exchange(0.0, 1.0, 2.0, cached=1))])
+        summarise_level(
+            Measured(
+                level(p, n), 0.0, 5.0, [LevelExchange(0, 0, exchange(0.0, 1.0, 2.0, cached=1))]
+            )
         )
         for p, n in itertools.product(profiles, (1, 8))
     ]
-    found = figures(levels)
+    found = load_figures(levels)
     keys = {(one.name, one.unit, tuple(one.conditions.items())) for one in found}
     assert len(keys) == len(found) > 20
 
 
 def test_few_values_have_no_99th_percentile_on_a_card() -> None:
-    few = summarise(measured(*(exchange(0.0, 1.0, 1.1) for _ in range(3))))
-    many = summarise(measured(*(exchange(0.0, 1.0, 1.1) for _ in range(20))))
+    few = summarise_level(measured(*(exchange(0.0, 1.0, 1.1) for _ in range(3))))
+    many = summarise_level(measured(*(exchange(0.0, 1.0, 1.1) for _ in range(20))))
     name = "time to the first token, 99th percentile"
-    assert name not in {one.name for one in figures([few])}
-    assert name in {one.name for one in figures([many])}
+    assert name not in {one.name for one in load_figures([few])}
+    assert name in {one.name for one in load_figures([many])}
 
 
 def test_an_interrupted_level_gives_no_figures() -> None:
     one = measured(exchange(0.0, 1.0, 2.0))
     one.end = "interrupted"
-    assert summarise(one).first_token is not None
-    assert figures([summarise(one)]) == []
+    assert summarise_level(one).first_token is not None
+    assert load_figures([summarise_level(one)]) == []

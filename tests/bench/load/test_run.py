@@ -13,11 +13,11 @@ import pytest
 from bench.load.scripted import Server, chunk, refusal, stream
 from halfbyte.bench.load import run as run_module
 from halfbyte.bench.load.client import Client, Manner
-from halfbyte.bench.load.results import summarise
+from halfbyte.bench.load.results import summarise_level
 from halfbyte.bench.load.run import Measured, noting_tools, run_trace
-from halfbyte.bench.load.traffic import Sizes, Trace, make_trace
+from halfbyte.bench.load.traffic import Trace, TrafficSizes, make_trace
 
-SMALL = Sizes(
+SMALL = TrafficSizes(
     users=(1, 3), agents=(2,), requests=2, turns=3, streams=2, prompt_tokens=40, answer_tokens=5,
     wait_s=(0.001, 0.002), long_tokens=300,
 )  # fmt: skip
@@ -128,7 +128,7 @@ async def test_a_failed_session_goes_on_for_nobody_and_is_counted() -> None:
         return refusal(429, "full") if calls == 4 else None
 
     (level,) = await measure(Server(fails=fails), trace("agents", agents=(3,)))
-    found = summarise(level)
+    found = summarise_level(level)
     failures = {one.kind: (one.count, one.example) for one in found.failures}
     assert failures == {"error in the stream": (1, "lost"), "status 429": (1, "full")}
     asked, planned = len(level.samples), level.level.num_requests
@@ -140,7 +140,7 @@ async def test_a_server_that_answers_nobody_is_not_asked_for_more() -> None:
     server = Server(fails=lambda body: refusal(500, "broken"))
     levels = await measure(server, trace("fixed", "agents"))
     assert len(levels) == 1
-    assert summarise(levels[0]).failed == 2
+    assert summarise_level(levels[0]).failed == 2
 
 
 async def test_time_is_up_and_the_rest_is_counted() -> None:
@@ -150,8 +150,8 @@ async def test_time_is_up_and_the_rest_is_counted() -> None:
     asked = len(level.samples)
     assert 1 <= asked < 40
     assert level.skipped == {"time was up": 40 - asked}
-    assert summarise(level).answered == asked
-    assert summarise(level).is_sound
+    assert summarise_level(level).answered == asked
+    assert summarise_level(level).is_sound
 
 
 async def test_a_history_that_fills_the_context_ends_its_session() -> None:
@@ -169,7 +169,7 @@ async def test_ctrl_c_keeps_what_was_measured() -> None:
     last = levels[-1]
     assert last.end == "interrupted"
     assert sum(len(one.whole) for one in levels) >= 2
-    found = summarise(last)
+    found = summarise_level(last)
     assert not found.is_sound
     assert found.failed == 0
 
@@ -187,7 +187,7 @@ async def test_a_long_prompt_beside_streams() -> None:
     assert parts.count("long") == 1
     assert parts.count("stream") >= 2
     assert all(one.exchange.is_stopped for one in level.samples if one.part == "stream")
-    found = summarise(level)
+    found = summarise_level(level)
     assert found.answered == found.planned == 1
     assert found.alone is not None
     assert found.beside is not None
@@ -216,7 +216,7 @@ async def test_a_stream_that_fails_beside_is_said_and_measures_nothing() -> None
 
     server = Server(fails=fails, pause_s=0.01)
     (level,) = await measure(server, trace("beside", stream_tokens=40))
-    found = summarise(level)
+    found = summarise_level(level)
     assert (level.end, found.answered, found.failed) == ("failed", 0, 1)
     assert not found.is_sound
     assert found.skipped == {"not every stream ran beside it": 1}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from halfbyte.bench.load.traffic import (
     FULL_CONTEXT,
     LEAST_CONTEXT,
-    Sizes,
+    TrafficSizes,
     fitted,
     make_trace,
     read_trace,
@@ -21,7 +21,7 @@ from halfbyte.bench.load.traffic import (
 )
 from halfbyte.errors import CapacityError, UsageError
 
-SMALL = Sizes(users=(1, 2), agents=(1, 2), requests=2, turns=3, streams=2)
+SMALL = TrafficSizes(users=(1, 2), agents=(1, 2), requests=2, turns=3, streams=2)
 
 
 @given(seed=st.integers(0, 2**32), context=st.none() | st.integers(LEAST_CONTEXT, 300_000))
@@ -40,14 +40,14 @@ def test_a_seed_gives_one_trace_and_its_file_gives_it_back(
 
 def test_a_trace_is_the_same_on_every_machine() -> None:
     # A change of this value is a change of what earlier traces and records measured.
-    digest = make_trace(1, Sizes(), None).digest
+    digest = make_trace(1, TrafficSizes(), None).digest
     assert digest.startswith("4b20a888b4ecd8cc")
 
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=25)
 def test_agents_send_what_agents_send(seed: int) -> None:
-    trace = make_trace(seed, Sizes(profiles=("agents",)), FULL_CONTEXT * 2)
+    trace = make_trace(seed, TrafficSizes(profiles=("agents",)), FULL_CONTEXT * 2)
     assert not trace.cut
     assert [len(level.users) for level in trace.levels] == [1, 4, 16]
     for level in trace.levels:
@@ -86,11 +86,11 @@ def test_every_session_fits_and_what_was_cut_is_said(seed: int, context: int) ->
 
 def test_a_context_too_small_for_anything_is_refused() -> None:
     with pytest.raises(CapacityError, match=r"the context is 128 tokens.*256 at least"):
-        make_trace(1, Sizes(), 128)
+        make_trace(1, TrafficSizes(), 128)
 
 
 def test_a_trace_of_another_server_loses_turns_not_silently() -> None:
-    trace = make_trace(1, Sizes(agents=(2,), profiles=("agents",)), None)
+    trace = make_trace(1, TrafficSizes(agents=(2,), profiles=("agents",)), None)
     smaller = fitted(trace, 20_000)
     before, after = (t.levels[0].num_requests for t in (trace, smaller))
     assert after < before

@@ -96,7 +96,7 @@ def _scale(
 
 
 def _legend(names: Sequence[str], y: float) -> tuple[float, list[Mark]]:
-    """One line a series, below the chart; its height with the chart's."""
+    """Draw the legend below the chart, a line a series; returns its lower end and marks."""
     marks: list[Mark] = []
     for number, name in enumerate(names):
         y += 16

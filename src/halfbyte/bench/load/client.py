@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from halfbyte.bench.load.words import text_of
+from halfbyte.bench.load.words import words_of
 from halfbyte.errors import UnsupportedError, UsageError
 
 # What agents have in their system prompts.
@@ -296,7 +296,7 @@ async def _greeted(client: Client, url: str, model: str, salt: str) -> Manner:
     manner = client.manner = await _accepted(client, url, model, salt)
     counts = []
     for words in (_FEW, _MANY):
-        prompt = text_of(words, f"{salt}/greet/{words}")
+        prompt = words_of(words, f"{salt}/greet/{words}")
         exchange = await _asked(client, [{"role": "user", "content": prompt}])
         counts.append(exchange.prompt_tokens)
     few, many = counts
@@ -313,7 +313,7 @@ async def _greeted(client: Client, url: str, model: str, salt: str) -> Manner:
     probe = [
         {"role": "system", "content": "You work with tools."},
         {"role": "user", "content": "Begin."},
-        *tool_messages("", text_of(8, f"{salt}/tool"), 0, has_tools=True),
+        *tool_messages("", words_of(8, f"{salt}/tool"), 0, has_tools=True),
     ]
     plain = await _asked(client, _without_tools(probe))
     called = await _asked(client, probe, with_tools=True, may_fail=True)
@@ -361,7 +361,7 @@ async def _accepted(client: Client, url: str, model: str, salt: str) -> Manner:
     }  # fmt: skip
     limits = ["max_tokens", "max_completion_tokens"]
     refused: list[str] = []
-    prompt = [{"role": "user", "content": text_of(8, f"{salt}/first")}]
+    prompt = [{"role": "user", "content": words_of(8, f"{salt}/first")}]
     while True:
         client.manner = Manner(dict(fields), limits[0])
         exchange = Exchange(time.perf_counter())

@@ -10,7 +10,14 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from halfbyte.bench.load.charts import Points, chart
-from halfbyte.bench.load.report import SATURATING, RunRecord, comparison, failure_lines, notes, told
+from halfbyte.bench.load.report import (
+    SATURATING,
+    LoadRecord,
+    comparison,
+    failure_lines,
+    notes,
+    told,
+)
 from halfbyte.bench.load.results import saturation
 from halfbyte.bench.record import percentile
 from halfbyte.figures import number
@@ -35,12 +42,12 @@ class _Charts(NamedTuple):
 _Part = _Words | _Charts | Table
 
 
-def write_page(run: RunRecord, path: Path, against: RunRecord | None = None) -> None:
+def write_page(run: LoadRecord, path: Path, against: LoadRecord | None = None) -> None:
     """Write the page of a run, beside another if one is given."""
     path.write_text(render(run, against), encoding="utf-8")
 
 
-def render(run: RunRecord, against: RunRecord | None = None) -> str:
+def render(run: LoadRecord, against: LoadRecord | None = None) -> str:
     """Render the page of a run as HTML."""
     sections: list[tuple[str, list[_Part]]] = [
         ("In short", _in_short(run)),
@@ -67,7 +74,7 @@ def render(run: RunRecord, against: RunRecord | None = None) -> str:
     )
 
 
-def _facts(run: RunRecord) -> list[tuple[str, str]]:
+def _facts(run: LoadRecord) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     rates = [one for one in run.levels if one.output_rate is not None and one.profile == "fixed"]
     if rates:
@@ -82,7 +89,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     return found
 
 
-def _in_short(run: RunRecord) -> list[_Part]:
+def _in_short(run: LoadRecord) -> list[_Part]:
     parts: list[_Part] = []
     for profile, name in SATURATING:
         words = saturation(run.levels, profile)
@@ -93,7 +100,7 @@ def _in_short(run: RunRecord) -> list[_Part]:
     return parts
 
 
-def _levels(run: RunRecord) -> list[_Part]:
+def _levels(run: LoadRecord) -> list[_Part]:
     head = ("level", "answers", "first token p50, ms", "p99", "gap p50, ms", "p99", "longest",
             "per token, ms", "written, tokens/s", "taken in, tokens/s", "found, %",
             "failed")  # fmt: skip
@@ -114,7 +121,7 @@ def _levels(run: RunRecord) -> list[_Part]:
     return [Table(head, rows), _Words(words, "soft")]
 
 
-def _against(run: RunRecord, other: RunRecord) -> list[_Part]:
+def _against(run: LoadRecord, other: LoadRecord) -> list[_Part]:
     found = comparison(run, other)
     parts: list[_Part] = [_Words(line, "alarm") for line in found.warnings]
     if found.rows:
@@ -135,7 +142,7 @@ def _against(run: RunRecord, other: RunRecord) -> list[_Part]:
     return parts
 
 
-def _saturation(run: RunRecord) -> list[_Part]:
+def _saturation(run: LoadRecord) -> list[_Part]:
     charts: list[tuple[str, Markup]] = []
     for profile, unit in (("fixed", "users"), ("agents", "agents")):
         levels = [one for one in run.levels if one.profile == profile]
@@ -169,7 +176,7 @@ def _saturation(run: RunRecord) -> list[_Part]:
     return _charts(charts)
 
 
-def _gaps(run: RunRecord) -> list[_Part]:
+def _gaps(run: LoadRecord) -> list[_Part]:
     charts = []
     for profile, name in SATURATING:
         series: dict[str, Points] = {}
@@ -182,7 +189,7 @@ def _gaps(run: RunRecord) -> list[_Part]:
     return _charts(charts)
 
 
-def _agents(run: RunRecord) -> list[_Part]:
+def _agents(run: LoadRecord) -> list[_Part]:
     series: dict[str, Points] = {}
     for one in run.levels:
         waits = run.samples(one, "first token, ms")
@@ -211,7 +218,7 @@ def _agents(run: RunRecord) -> list[_Part]:
     return parts
 
 
-def _beside(run: RunRecord) -> list[_Part]:
+def _beside(run: LoadRecord) -> list[_Part]:
     parts: list[_Part] = []
     for one in run.levels:
         if one.profile != "beside" or one.beside is None or one.first_token is None:
@@ -234,7 +241,7 @@ def _beside(run: RunRecord) -> list[_Part]:
     return parts
 
 
-def _how(run: RunRecord) -> list[_Part]:
+def _how(run: LoadRecord) -> list[_Part]:
     rows = [(name, value) for name, value in run.facts]
     late = max((one.late_ms for one in run.levels), default=0.0)
     words = (

@@ -11,11 +11,11 @@ from halfbyte.bench.load.results import (
     Failure,
     LevelResult,
     Spread,
-    figures,
     first_tokens_ms,
     gaps_ms,
+    load_figures,
     saturation,
-    summarise,
+    summarise_level,
 )
 from halfbyte.bench.load.run import Measured
 from halfbyte.bench.load.traffic import PROFILES, Profile, Trace
@@ -59,7 +59,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class RunRecord:
+class LoadRecord:
     """A record of a load run as it is read back from its file."""
 
     record: Record
@@ -87,7 +87,7 @@ class RunRecord:
         return self.record.samples.get(f"{level.title}: {name}", ())
 
 
-def write_run(
+def write_load(
     path: Path,
     measured: Sequence[Measured],
     trace: Trace,
@@ -95,9 +95,9 @@ def write_run(
     manner: Manner,
     *,
     command: str,
-) -> RunRecord:
+) -> LoadRecord:
     """Write the record of a run, and read it."""
-    results = [summarise(one) for one in measured]
+    results = [summarise_level(one) for one in measured]
     samples: dict[str, list[float]] = {}
     for one in measured:
         ordinary = one.whole
@@ -114,7 +114,7 @@ def write_run(
         name=NAME,
         question=QUESTION,
         command=command,
-        figures=figures(results),
+        figures=load_figures(results),
         results={
             "model": asked.model,
             "levels": [_rounded(one.fields) for one in results],
@@ -130,7 +130,7 @@ def write_run(
         checkpoint=asked.checkpoint,
         measured_on=asked.machine or {},
     )
-    return read_run(path)
+    return read_load(path)
 
 
 def _rounded(value: Any) -> Any:
@@ -141,7 +141,7 @@ def _rounded(value: Any) -> Any:
     return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def read_run(path: Path) -> RunRecord:
+def read_load(path: Path) -> LoadRecord:
     """A record of `halfbyte bench load`; raises UsageError for any other file."""
     try:
         record = read_record(path)
@@ -149,7 +149,7 @@ def read_run(path: Path) -> RunRecord:
             raise UsageError(f"{path} is a record of {record.name!r}, not of halfbyte bench load")
         results = record.results
         trace = results["trace"]
-        return RunRecord(
+        return LoadRecord(
             record=record,
             levels=tuple(_level(one) for one in results["levels"]),
             model=str(results["model"]),
@@ -216,7 +216,7 @@ def _facts(record: Record) -> tuple[tuple[str, str], ...]:
 # --- in words -------------------------------------------------------------------------------
 
 
-def format_run(run: RunRecord) -> str:
+def format_load(run: LoadRecord) -> str:
     """The levels as a table, what they come to, what failed and what was cut."""
     head = ("", "answers", "first token p50/p99", "gap p50/p99/longest", "per token", "written",
             "taken in", "found", "failed")  # fmt: skip
@@ -268,7 +268,7 @@ def failure_lines(levels: Sequence[LevelResult]) -> list[str]:
     return lines
 
 
-def notes(run: RunRecord) -> list[str]:
+def notes(run: LoadRecord) -> list[str]:
     """What was cut, ended early or could not be had."""
     lines = [*run.notes, *(f"made smaller: {words}" for words in run.cut)]
     for one in run.levels:
@@ -284,7 +284,7 @@ def notes(run: RunRecord) -> list[str]:
 # --- beside another run ---------------------------------------------------------------------
 
 
-class Row(NamedTuple):
+class ComparedFigure(NamedTuple):
     """One figure of two runs side by side."""
 
     figure: Figure
@@ -298,21 +298,25 @@ class Row(NamedTuple):
         return mine.name, mine.conditions_text, mine.value_text, theirs.value_text, ratio
 
 
-class Comparison(NamedTuple):
+class LoadComparison(NamedTuple):
     """Figures that two runs both have, and what makes them less than comparable."""
 
-    rows: list[Row]
+    rows: list[ComparedFigure]
     warnings: list[str]
 
 
-def comparison(run: RunRecord, other: RunRecord) -> Comparison:
+def comparison(run: LoadRecord, other: LoadRecord) -> LoadComparison:
     """Set two runs side by side, figure by figure of the same name, conditions and unit."""
 
     def key(figure: Figure) -> tuple[Any, ...]:
         return figure.name, figure.unit, tuple(figure.conditions.items())
 
     theirs = {key(figure): figure for figure in other.record.figures}
-    rows = [Row(mine, theirs[key(mine)]) for mine in run.record.figures if key(mine) in theirs]
+    rows = [
+        ComparedFigure(mine, theirs[key(mine)])
+        for mine in run.record.figures
+        if key(mine) in theirs
+    ]
     warnings = []
     if run.trace != other.trace:
         warnings.append(
@@ -326,10 +330,10 @@ def comparison(run: RunRecord, other: RunRecord) -> Comparison:
         )
     if not rows:
         warnings.append("No figure was measured under the same conditions in both runs.")
-    return Comparison(rows, warnings)
+    return LoadComparison(rows, warnings)
 
 
-def format_comparison(run: RunRecord, other: RunRecord) -> str:
+def format_load_comparison(run: LoadRecord, other: LoadRecord) -> str:
     """Format the comparison of two runs for a terminal."""
     found = comparison(run, other)
     lines = [f"against {other.title} ({other.checkpoint_text}):"]

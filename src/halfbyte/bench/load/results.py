@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from halfbyte.bench.load.run import Measured, Sample, lateness
+from halfbyte.bench.load.run import LevelExchange, Measured, lateness
 from halfbyte.bench.load.traffic import Level, Profile
 from halfbyte.bench.record import percentile
 from halfbyte.figures import Against, Figure
@@ -112,7 +112,7 @@ class LevelResult:
         return asdict(self)
 
 
-def summarise(measured: Measured) -> LevelResult:
+def summarise_level(measured: Measured) -> LevelResult:
     """Sum up the exchanges of one level in figures."""
     level, whole = measured.level, measured.whole
     if level.beside is not None:
@@ -199,12 +199,12 @@ def _asked_prompts(sessions: Sequence[Any]) -> list[float]:
     return found
 
 
-def first_tokens_ms(samples: Sequence[Sample]) -> list[float]:
+def first_tokens_ms(samples: Sequence[LevelExchange]) -> list[float]:
     """From sending to the first piece of text."""
     return [(one.exchange.events[0] - one.exchange.started) * 1000 for one in samples]
 
 
-def gaps_ms(samples: Sequence[Sample]) -> list[float]:
+def gaps_ms(samples: Sequence[LevelExchange]) -> list[float]:
     """Between the pieces of text of an answer."""
     return [
         (later - earlier) * 1000
@@ -213,7 +213,7 @@ def gaps_ms(samples: Sequence[Sample]) -> list[float]:
     ]
 
 
-def _per_token_ms(samples: Sequence[Sample]) -> list[float]:
+def _per_token_ms(samples: Sequence[LevelExchange]) -> list[float]:
     return [
         (x.events[-1] - x.events[0]) * 1000 / (x.answer_tokens - 1)
         for x in (one.exchange for one in samples)
@@ -221,7 +221,7 @@ def _per_token_ms(samples: Sequence[Sample]) -> list[float]:
     ]
 
 
-def _found_share(samples: Sequence[Sample]) -> float | None:
+def _found_share(samples: Sequence[LevelExchange]) -> float | None:
     told = [
         (x.cached_tokens, x.prompt_tokens)
         for x in (one.exchange for one in samples)
@@ -232,7 +232,9 @@ def _found_share(samples: Sequence[Sample]) -> float | None:
     return sum(cached for cached, _ in told) / sum(prompt for _, prompt in told)
 
 
-def _gaps_within(samples: Sequence[Sample], begin: float, end: float) -> list[tuple[float, float]]:
+def _gaps_within(
+    samples: Sequence[LevelExchange], begin: float, end: float
+) -> list[tuple[float, float]]:
     """(when it ended, milliseconds) of the gaps that have a part between two moments.
 
     A stream that was stopped while it waited is in a gap too, of which so much is known.
@@ -250,7 +252,7 @@ def _gaps_within(samples: Sequence[Sample], begin: float, end: float) -> list[tu
 
 
 def _timeline(
-    samples: Sequence[Sample], begin: float, end: float
+    samples: Sequence[LevelExchange], begin: float, end: float
 ) -> tuple[tuple[float, float], ...]:
     """The longest gap in each of some equal stretches around the long prompt."""
     before = min(3.0, end - begin)
@@ -266,7 +268,7 @@ def _timeline(
     )
 
 
-def _failures(samples: Sequence[Sample]) -> tuple[Failure, ...]:
+def _failures(samples: Sequence[LevelExchange]) -> tuple[Failure, ...]:
     found: dict[str, Failure] = {}
     for one in samples:
         kind = one.exchange.error
@@ -297,7 +299,7 @@ def saturation(results: Sequence[LevelResult], profile: Profile) -> str:
     return text + f", and {most_users} get {last / best:.0%} of it."
 
 
-def figures(results: Sequence[LevelResult]) -> list[Figure]:
+def load_figures(results: Sequence[LevelResult]) -> list[Figure]:
     """What a card and README's table show, of the levels that nobody ended."""
     found: list[Figure] = []
     for one in results:

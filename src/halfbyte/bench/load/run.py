@@ -15,7 +15,7 @@ from typing import Any
 
 from halfbyte.bench.load.client import Client, Exchange, Manner, tool_messages
 from halfbyte.bench.load.traffic import Level, Session, Trace
-from halfbyte.bench.load.words import text_of
+from halfbyte.bench.load.words import words_of
 from halfbyte.progress import ProgressLine, clock
 
 # Text of each stream before the long prompt is sent, and how long they are then watched alone.
@@ -25,7 +25,7 @@ _TICK_S = 0.1
 
 
 @dataclass(slots=True)
-class Sample:
+class LevelExchange:
     """An exchange, whose it was, and what part it has in its level.
 
     part  "" an ordinary one; "long" the long prompt; "stream" what ran beside it
@@ -52,14 +52,14 @@ class Measured:
     level: Level
     started: float = 0.0
     ended: float = 0.0
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[LevelExchange] = field(default_factory=list)
     alone: tuple[float, float] | None = None
     end: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     late_ms: list[float] = field(default_factory=list)
 
     @property
-    def whole(self) -> list[Sample]:
+    def whole(self) -> list[LevelExchange]:
         """The ordinary answers that came to their end."""
         return [one for one in self.samples if one.exchange.is_whole and one.part != "stream"]
 
@@ -192,11 +192,11 @@ class _LevelRun:
         if session.system_tokens:
             length = manner.num_words(session.system_tokens - beside)
             seed = f"{self._shared}/{session.system_seed}"
-            self._system[session.system_seed] = text_of(length, seed)
+            self._system[session.system_seed] = words_of(length, seed)
             beside = 0
         for number, turn in enumerate(session.turns):
             length = manner.num_words(turn.tokens - (0 if number else beside))
-            self._texts[turn.seed, number] = text_of(length, f"{self._salt}/{turn.seed}")
+            self._texts[turn.seed, number] = words_of(length, f"{self._salt}/{turn.seed}")
 
     @property
     def _is_over(self) -> bool:
@@ -235,7 +235,7 @@ class _LevelRun:
                 await asyncio.sleep(turn.wait_s)
             words = self._texts[turn.seed, number]
             if again:
-                words = text_of(words.count(" ") + 1, f"{self._salt}/{turn.seed}/{again}")
+                words = words_of(words.count(" ") + 1, f"{self._salt}/{turn.seed}/{again}")
             if turn.role == "tool" and number:
                 messages += tool_messages(answer, words, number, has_tools=has_tools)
             else:
@@ -259,7 +259,7 @@ class _LevelRun:
         part: str,
     ) -> Exchange:
         exchange = Exchange(time.perf_counter())
-        self.measured.samples.append(Sample(user, turn, exchange, part))
+        self.measured.samples.append(LevelExchange(user, turn, exchange, part))
         await self._client.ask(
             exchange, list(messages), answer_tokens, user=user, with_tools=has_tools
         )
@@ -347,8 +347,9 @@ class _Progress:
         return "  ".join(parts)
 
     def _left_s(self, number: int, pieces: int, passed: float) -> float | None:
-        """Of the answers' tokens that are still to come, at the pace of now, each level at most as
-        long as a level may take.
+        """Seconds that the answers still to come will take at the pace of now, if that is known.
+
+        Each level counts at most as long as a level may take.
         """
         if not pieces:
             return None

@@ -70,7 +70,7 @@ class Session:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all requests together: each sends the history again."""
+        """Prompt tokens of all requests together, each of which sends the history again."""
         total, history = 0, self.system_tokens
         for turn in self.turns:
             history += turn.tokens
@@ -112,7 +112,7 @@ class Level:
 
     @property
     def num_requests(self) -> int:
-        """Of the users, and the long one if there is one."""
+        """Number of requests of all users, the long one included if there is one."""
         return sum(len(session.turns) for session in self.sessions)
 
     @property
@@ -142,7 +142,7 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class TrafficSizes:
     """How much of everything; ranges are drawn from so that each doubling is as likely.
 
     users, agents  levels of the profiles `fixed` and `agents`
@@ -172,7 +172,7 @@ class Sizes:
 _MARGIN = 0.05
 
 
-def make_trace(seed: int, sizes: Sizes, context_tokens: int | None) -> Trace:
+def make_trace(seed: int, sizes: TrafficSizes, context_tokens: int | None) -> Trace:
     """The traffic of these sizes, made to fit a context.
 
     context_tokens  most tokens of a prompt and its answer; None if the server does not say it, and
@@ -202,7 +202,7 @@ def make_trace(seed: int, sizes: Sizes, context_tokens: int | None) -> Trace:
     return Trace(seed, tuple(levels), tuple(cut))
 
 
-def _fixed(dice: random.Random, sizes: Sizes, room: int, cut: list[str]) -> list[Level]:
+def _fixed(dice: random.Random, sizes: TrafficSizes, room: int, cut: list[str]) -> list[Level]:
     asked, answer = sizes.prompt_tokens, sizes.answer_tokens
     if asked + answer > room:
         part = room / (asked + answer)
@@ -221,7 +221,7 @@ def _fixed(dice: random.Random, sizes: Sizes, room: int, cut: list[str]) -> list
     ]
 
 
-def _agents(dice: random.Random, sizes: Sizes, room: int, cut: list[str]) -> list[Level]:
+def _agents(dice: random.Random, sizes: TrafficSizes, room: int, cut: list[str]) -> list[Level]:
     part = min(1.0, room / (FULL_CONTEXT * (1 - _MARGIN) - 1024))
     if part < 1:
         cut.append(f"agents: system prompt, results and answers made {part:.2g} times as long")
@@ -257,7 +257,7 @@ def _agents(dice: random.Random, sizes: Sizes, room: int, cut: list[str]) -> lis
     return [Level("agents", tuple((session(),) for _ in range(agents))) for agents in sizes.agents]
 
 
-def _beside(dice: random.Random, sizes: Sizes, room: int, cut: list[str]) -> list[Level]:
+def _beside(dice: random.Random, sizes: TrafficSizes, room: int, cut: list[str]) -> list[Level]:
     answer = 16
     long = min(sizes.long_tokens, room - answer)
     if long < sizes.long_tokens:

@@ -35,7 +35,7 @@ wool word work worm wound writing year
 WORDS = tuple(_TEXT.split())
 
 
-def text_of(num_words: int, seed: str) -> str:
-    """So many words; the same for a seed, and for another seed others from the first word on."""
+def words_of(num_words: int, seed: str) -> str:
+    """A text of so many words; another seed gives other words from the first one on."""
     dice = random.Random(seed)
     return " ".join(dice.choices(WORDS, k=num_words))

@@ -1,7 +1,7 @@
 """Which tokens run next: admit, chunk, batch, preempt. No torch.
 
-`plan` asks, `advance` and `finish` tell what became of it; between the two the caller runs the
-model. The rules, in order:
+`plan` chooses tokens, the caller runs the model on them, `advance` and `remove` note what became
+of them. The rules, in order:
 
 1. Every sequence that is generating gets its next token. If no block is free for one, the last
    running sequence in turn gives all of its blocks back and is computed again later (preemption).
@@ -13,9 +13,9 @@ model. The rules, in order:
    overtakes a sequence that waits for blocks; one that waits for a prefix which another is just
    computing may be overtaken.
 
-Proposals (`speculate`) take nothing from anybody: `reserve` gives them what is left after `plan`,
-`trim` takes back what they did not earn, so between two steps a sequence holds blocks for its known
-tokens and no more.
+Proposals (`speculation`) take no blocks from any sequence: `reserve` gives them what `plan` left,
+`trim` takes back the blocks of those that were not accepted. So between two steps a sequence holds
+blocks for its known tokens and no more.
 """
 
 import heapq
@@ -28,7 +28,7 @@ from halfbyte.engine.plan.blocks import BlockPool
 from halfbyte.engine.plan.pacing import Demand
 from halfbyte.engine.plan.sequence import Sequence, Work
 
-# What is more urgent, then what came first.
+# The more urgent sequence first, then the one that came first.
 _TURN = attrgetter("turn")
 # Prompt tokens of a step beside answers; None = as many as fit.
 PromptLimit = Callable[[Demand], int | None]
@@ -64,7 +64,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        # Chunks that are being computed over several steps; none once one of them cannot go on.
+        # Chunks that are being computed over several steps; empty once one of them lost its blocks.
         self.carried: SequenceOf[Work] = ()
         self._free_slots = list(range(max_sequences))
         # Digest -> the running sequence that is about to compute it.
@@ -191,8 +191,9 @@ class Scheduler:
             self._leave(sequence)
 
     def _demand(self, decodes: SequenceOf[Work], budget: int) -> Demand:
-        """What prompts could have of the next step; waiting ones count as a whole, though some of
-        their blocks may be found.
+        """How many prompt tokens the next step could compute.
+
+        Waiting prompts count as a whole, though some of their blocks may be found.
         """
         generating = {work.sequence.arrival for work in decodes}
         reading = [
@@ -221,7 +222,7 @@ class Scheduler:
         return works
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give it the block that its last token needs; False if it had to give up its own."""
+        """Give a sequence the block of its last token; False if it lost its own blocks instead."""
         missing = self.num_blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
         while missing > self.pool.num_free:
             last = self.running[-1]
@@ -255,7 +256,7 @@ class Scheduler:
             yield sequence.digests[index]
 
     def _awaits_promise(self, sequence: Sequence) -> bool:
-        """Whether the next block it lacks is just being computed by another."""
+        """Whether another sequence is computing the next block that this one lacks."""
         if not self._promises:
             return False
         digests = self._reusable_digests(sequence)
@@ -263,7 +264,7 @@ class Scheduler:
         return lacking in self._promises
 
     def _promise(self, sequence: Sequence, first: int) -> None:
-        """Let others wait for the blocks from `first` on, which it is about to compute."""
+        """Let others wait for the blocks from `first` on, which this sequence will compute."""
         last = first + _PROMISED_BLOCKS
         sequence.extend_digests(self.pool.block_tokens, self.num_ahead, last)
         for digest in sequence.digests[first:last]:

@@ -9,7 +9,7 @@ import hashlib
 import re
 import unicodedata
 
-from halfbyte.evals.grading.statements import plain
+from halfbyte.evals.grading.statements import without_marks
 from halfbyte.evals.types import Score, right_or_wrong
 
 JUDGE_PROMPT = """\
@@ -54,7 +54,7 @@ def read_verdict(text: str) -> bool | None:
     of INCORRECT, so a search would turn every rejection into praise. A reply that has both words is
     no verdict, nor is one that takes its word back ("CORRECT? No").
     """
-    bare = plain(_TAG.sub(" ", text)).upper()
+    bare = without_marks(_TAG.sub(" ", text)).upper()
     words = _WORD.findall(bare)
     if not words or not _VERDICT.match(bare) or len(_BOTH.intersection(words)) > 1:
         return None
@@ -79,6 +79,6 @@ def grade_judged(official: str, candidate: str, verdict_text: str | None) -> Sco
 
 
 def _fold(text: str) -> str:
-    plain = unicodedata.normalize("NFKD", text).casefold()
-    kept = [c if c.isalnum() else " " for c in plain if not unicodedata.combining(c)]
+    bare = unicodedata.normalize("NFKD", text).casefold()
+    kept = [c if c.isalnum() else " " for c in bare if not unicodedata.combining(c)]
     return " ".join("".join(kept).split())

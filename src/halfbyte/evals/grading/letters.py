@@ -11,7 +11,7 @@ Rules: docs/reference/scoring.md#letters.
 import re
 from dataclasses import dataclass
 
-from halfbyte.evals.grading.statements import FORMAL, HEADING, KEYS, last_boxed, plain
+from halfbyte.evals.grading.statements import FORMAL, HEADING, KEYS, last_boxed, without_marks
 from halfbyte.evals.types import Score, right_or_wrong, unparsed
 
 __all__ = ["extract_letter", "grade_letter", "last_boxed"]
@@ -239,7 +239,7 @@ def extract_letter(text: str, letters: str) -> str | None:
     Example: ``extract_letter("**Answer:** (b)", "ABCD") == "B"``;
     ``extract_letter("Answer: B, D", "ABCD") is None``.
     """
-    bare = _ECHO.sub("", plain(text))
+    bare = _ECHO.sub("", without_marks(text))
     formal = _after(bare, letters, FORMAL) + _after(bare, letters, HEADING)
     phrases = _phrases(bare, letters)
     found = max(formal, key=_place, default=None)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from halfbyte.errors import UnsupportedError, how_to_get
-from halfbyte.evals.grading.statements import FORMAL, HEADING, last_boxed, plain
+from halfbyte.evals.grading.statements import FORMAL, HEADING, last_boxed, without_marks
 from halfbyte.evals.types import Score, right_or_wrong, unparsed
 
 TIME_LIMIT_S = 20
@@ -110,7 +110,7 @@ def extract_number(text: str) -> str | None:
     The text's dress is taken off (`statements.plain`), and what follows the number on its line:
     "70, as required" is 70, but "70, 80" stays what it is.
     """
-    bare = plain(text)
+    bare = without_marks(text)
     boxed = last_boxed(bare)
     if boxed is not None:
         joined = [
@@ -152,14 +152,14 @@ def read_integer(expression: str) -> int | None:
     """
     if len(expression) > _LONGEST:
         return None
-    bare = simplify(plain(expression))
+    bare = simplify(without_marks(expression))
     match = _INTEGER.fullmatch(bare)
     return int(match[1]) if match and len(match[1]) < 1000 else None
 
 
 def is_several(expression: str) -> bool:
     """Whether an answer names more than one number: "70 or 80", "70, 80"."""
-    bare = _SPACES.sub(" ", plain(expression).replace("{,}", ","))
+    bare = _SPACES.sub(" ", without_marks(expression).replace("{,}", ","))
     return bool(_BETWEEN.search(bare) or _LIST.search(_THOUSANDS.sub("0", bare)))
 
 

@@ -1,9 +1,9 @@
 """What the graders share: a final answer's text without its dress, and the words that state one.
 
 An answer may wear Markdown, LaTeX, HTML or JSON, full-width or Arabic-Indic digits, and may be in
-any of the eleven languages of the model's card. `plain` takes the dress off; `FORMAL` finds the
-places where an answer is given in the demanded form ("Answer: ..."). Which letter or number stands
-there is decided by `letters` and `numbers`.
+any of the eleven languages of the model's card. `without_marks` takes the dress off; `FORMAL` finds
+the places where an answer is given in the demanded form ("Answer: ..."). Which letter or number
+stands there is decided by `letters` and `numbers`.
 """
 
 import html
@@ -80,12 +80,14 @@ _BADGES = {
 }
 
 
-def plain(text: str) -> str:
+def without_marks(text: str) -> str:
     r"""The text without marks that do not change what it says.
 
     Bold, back-ticks, quotes, dollars, tags, LaTeX fonts and colours go; forms of one character
     become that character (full-width, bold mathematics, circled; decimal digits of every script).
-    Struck-out text is no longer said. Example: ``plain("**Answer**： “Ｃ”") == "Answer: C"``.
+    Struck-out text is no longer said.
+
+    Example: ``without_marks("**Answer**： “Ｃ”") == "Answer: C"``.
     """
     bare = _CONTROL_TOKEN.sub("", text)
     bare = _ENTITY.sub(lambda match: html.unescape(match[0]), bare).translate(_REMARK_BRACKETS)

@@ -48,7 +48,7 @@ from halfbyte.evals.judging.stats import (
 )
 from halfbyte.evals.records import (
     BenchmarkResult,
-    Record,
+    GradedAttempt,
     RunRecord,
     latest,
     newest,
@@ -136,7 +136,7 @@ def _left_out(
     return left_out, not_asked
 
 
-def _records(folder: Path, name: str) -> dict[tuple[str, int], Record]:
+def _records(folder: Path, name: str) -> dict[tuple[str, int], GradedAttempt]:
     file = newest(folder / name, "samples", "jsonl")
     if file is None:
         raise UsageError(f"{folder / name} has no samples.jsonl")
@@ -167,8 +167,8 @@ def _check_comparable(b: RunRecord, c: RunRecord) -> None:
 def _compare_benchmark(
     b: BenchmarkResult,
     c: BenchmarkResult,
-    b_records: Mapping[tuple[str, int], Record],
-    c_records: Mapping[tuple[str, int], Record],
+    b_records: Mapping[tuple[str, int], GradedAttempt],
+    c_records: Mapping[tuple[str, int], GradedAttempt],
     margin: Margin,
     look: Look,
     *,
@@ -250,12 +250,12 @@ def _compare_benchmark(
 
 
 def _pairs(
-    b: Mapping[tuple[str, int], Record], c: Mapping[tuple[str, int], Record]
-) -> tuple[dict[str, list[tuple[Record, Record]]], int]:
+    b: Mapping[tuple[str, int], GradedAttempt], c: Mapping[tuple[str, int], GradedAttempt]
+) -> tuple[dict[str, list[tuple[GradedAttempt, GradedAttempt]]], int]:
     """Items present in both arms with all their repeats scored; how many were left out."""
     repeats = sorted({repeat for _, repeat in b} & {repeat for _, repeat in c})
     names = {item for item, _ in (*b, *c)}
-    found: dict[str, list[tuple[Record, Record]]] = {}
+    found: dict[str, list[tuple[GradedAttempt, GradedAttempt]]] = {}
     for name in names:
         row = [(b.get((name, r)), c.get((name, r))) for r in repeats]
         whole = [(x, y) for x, y in row if x and y and x.score is not None and y.score is not None]
@@ -308,7 +308,7 @@ def _remarks(
     return remarks
 
 
-def _copied(pairs: Mapping[str, Sequence[tuple[Record, Record]]]) -> list[str]:
+def _copied(pairs: Mapping[str, Sequence[tuple[GradedAttempt, GradedAttempt]]]) -> list[str]:
     """The arms in which all repeats of each item have the same text."""
     if any(len(row) < 2 for row in pairs.values()):
         return []
@@ -413,7 +413,7 @@ def _whole_reason(
 
 
 def _strata(
-    first: Sequence[Record], changes: Sequence[float], groups: Sequence[str] | None
+    first: Sequence[GradedAttempt], changes: Sequence[float], groups: Sequence[str] | None
 ) -> dict[str, dict[str, float | None]]:
     """Differences by stratum; no interval where a stratum is a single group."""
     table: dict[str, list[int]] = {}
@@ -436,7 +436,7 @@ def _strata(
 
 def _flips(
     items: Sequence[str],
-    pairs: Mapping[str, Sequence[tuple[Record, Record]]],
+    pairs: Mapping[str, Sequence[tuple[GradedAttempt, GradedAttempt]]],
     changes: Sequence[float],
 ) -> list[Flip]:
     """The items that moved most, losses first; with the first repeat in which the arms differ."""

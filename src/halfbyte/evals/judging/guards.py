@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from scipy import stats as distributions
 
 from halfbyte.evals.judging.stats import estimate
-from halfbyte.evals.records import BenchmarkResult, Record, RunRecord
+from halfbyte.evals.records import BenchmarkResult, GradedAttempt, RunRecord
 from halfbyte.evals.tasks.suite import BENCHMARKS
 
-Pairs = Mapping[str, Sequence[tuple[Record, Record]]]
+Pairs = Mapping[str, Sequence[tuple[GradedAttempt, GradedAttempt]]]
 
 # How an answer may end besides being right or wrong, and what a reader calls it.
 ENDINGS = {

@@ -315,7 +315,7 @@ def suite_chances(lines: Sequence[PlanLine], loss: float) -> Chances:
     return Chances(float(go.mean()), float((~go & ~no_go).mean()), float(no_go.mean()))
 
 
-def format_plan(
+def format_eval_plan(
     lines: Sequence[PlanLine],
     *,
     with_prompts: bool = False,
@@ -383,7 +383,7 @@ def format_plan(
 
 
 def _can_decide(lines: Sequence[PlanLine]) -> list[str]:
-    """In words: what the plan can show and what it cannot."""
+    """Say in words what the plan can show and what it cannot."""
     can = [line.title for line in lines if line.go_if_equal >= 0.8]
     cannot = [line.title for line in lines if line.go_if_equal < 0.8]
     go = suite_chances(lines, 0.0).go

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from halfbyte.evals.judging.stats import accuracy_interval, item_variance
-from halfbyte.evals.records import BenchmarkResult, Record
+from halfbyte.evals.records import BenchmarkResult, GradedAttempt
 from halfbyte.evals.types import MISSING_CAUSES
 
 
-def scores_by_item(records: Iterable[Record]) -> dict[str, list[float]]:
+def scores_by_item(records: Iterable[GradedAttempt]) -> dict[str, list[float]]:
     """Scores of each item in order of repeats; missing attempts are left out."""
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for record in records:
@@ -21,7 +21,7 @@ def scores_by_item(records: Iterable[Record]) -> dict[str, list[float]]:
 
 def summarise(
     identity: Mapping[str, Any],
-    records: Sequence[Record],
+    records: Sequence[GradedAttempt],
     *,
     expected: Sequence[tuple[str, int]],
     partial: bool,
@@ -79,7 +79,7 @@ def summarise(
     )
 
 
-def _why(record: Record | None) -> str:
+def _why(record: GradedAttempt | None) -> str:
     if record is None:
         return "not asked"
     reason = record.details.get("reason")
@@ -95,7 +95,7 @@ def _missing_reason(missing: Sequence[tuple[str, int, str]], expected: int) -> s
 
 
 def _strata(
-    records: Sequence[Record], means: Mapping[str, float], groups: Mapping[str, str] | None
+    records: Sequence[GradedAttempt], means: Mapping[str, float], groups: Mapping[str, str] | None
 ) -> dict[str, dict[str, float]]:
     members: dict[str, set[str]] = defaultdict(set)
     for record in records:
@@ -112,7 +112,9 @@ def _strata(
     return table
 
 
-def _metrics(records: Sequence[Record], scored: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def _metrics(
+    records: Sequence[GradedAttempt], scored: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
     """Numbers beside the score: shares of what went wrong, and what some benchmarks report more."""
     count = len(records)
     if count == 0:
@@ -148,13 +150,13 @@ def _metrics(records: Sequence[Record], scored: Mapping[str, Sequence[float]]) -
     return metrics
 
 
-def _design_factor(records: Sequence[Record]) -> float | None:
+def _design_factor(records: Sequence[GradedAttempt]) -> float | None:
     """By how much luck shared within groups widens the standard error; None without repeats.
 
     Compares, over what a repeat deviates from its item's mean, the square of the groups' sums with
     the sum of squares: 1 where items of a group are independent.
     """
-    by_item: dict[str, list[Record]] = defaultdict(list)
+    by_item: dict[str, list[GradedAttempt]] = defaultdict(list)
     for record in records:
         if record.score is not None:
             by_item[record.item_id].append(record)

@@ -25,7 +25,7 @@ from halfbyte.evals.records import (
     FORMAT,
     BenchmarkResult,
     RunRecord,
-    read_lines,
+    read_journal,
     read_run,
     time_spent,
     write_run,
@@ -87,7 +87,7 @@ def evaluate(
 
     loaded, absent = prepared
     run = _begin(config, endpoint, checkpoint, command)
-    # What is to be asked stands in the record from the start: a run that ends early lacks none.
+    # The record names every benchmark from the start, so that a run that ends early lacks none.
     to_ask = {b.name: _unfinished(b, config, loaded[b.name]) for b in config.benchmarks
               if b.name in loaded}  # fmt: skip
     results: dict[str, BenchmarkResult] = {**to_ask, **run.benchmarks}
@@ -140,7 +140,7 @@ def _code_runner(benchmark: Benchmark, config: RunConfig) -> CodeRunner | None:
 
 
 def _load_all(config: RunConfig) -> tuple[dict[str, LoadedItems], dict[str, str]]:
-    """Every benchmark's samples, and why some have none; all complaints at once."""
+    """Load every benchmark's samples; reasons of those without are raised all at once."""
     loaded: dict[str, LoadedItems] = {}
     absent: dict[str, str] = {}
     for benchmark in config.benchmarks:
@@ -269,7 +269,7 @@ def _sandbox_of(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _check_same_prompts(folder: Path, prompts: str) -> None:
-    for session in read_lines(folder / "sessions.jsonl"):
+    for session in read_journal(folder / "sessions.jsonl"):
         if session["prompts_sha256"] != prompts:
             raise UsageError(
                 f"{folder.name}: the rendered requests differ from those this folder's run began "
@@ -309,7 +309,7 @@ def _identity(
 
 
 def _unfinished(benchmark: Benchmark, config: RunConfig, data: LoadedItems) -> BenchmarkResult:
-    """What stands for a benchmark until it is through."""
+    """The result that stands for a benchmark until all of it is asked and graded."""
     return replace(
         _not_measured(benchmark, config, "the run ended before it did; say the same command again"),
         status="incomplete",

@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import TextIO
 
 from halfbyte.evals.judging.stats import accuracy_interval
-from halfbyte.evals.records import Record
+from halfbyte.evals.records import GradedAttempt
 from halfbyte.progress import ProgressLine, clock
 
 
@@ -31,21 +31,21 @@ class RunProgress:
         self._troubles: dict[str, int] = defaultdict(int)
         self._sums: dict[str, tuple[float, int, str]] = {}
 
-    def resume(self, records: list[Record]) -> None:
+    def resume(self, records: list[GradedAttempt]) -> None:
         """Take in what an earlier run left; not counted as speed."""
         for record in records:
             self._count(record)
         self._resumed = self._done
         self._tokens = 0
 
-    def add(self, record: Record) -> None:
+    def add(self, record: GradedAttempt) -> None:
         """Count one more graded attempt, and print the line if it is due."""
         self._count(record)
         self._tokens += record.prompt_tokens + record.completion_tokens
         if self._line.is_due():
             self.show()
 
-    def _count(self, record: Record) -> None:
+    def _count(self, record: GradedAttempt) -> None:
         self._done += 1
         if record.cause not in ("ok", "wrong"):
             self._troubles[record.cause] += 1

@@ -11,7 +11,7 @@ from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
     AttemptJournal,
     BenchmarkResult,
-    Record,
+    GradedAttempt,
     RunRecord,
     latest,
     make_record,
@@ -93,7 +93,7 @@ async def _regrade(
     run: RunRecord,
     result: BenchmarkResult,
     graders: Graders,
-) -> list[Record]:
+) -> list[GradedAttempt]:
     attempts = {(a.item_id, a.repeat): a for a in read_attempts(folder / "attempts.jsonl")}
     stored = latest(read_records(folder / "samples.jsonl"))
     known = {sample.item_id for sample in loaded.samples}
@@ -122,7 +122,7 @@ async def _regrade(
     return records
 
 
-def _write(path: Path, records: list[Record]) -> None:
+def _write(path: Path, records: list[GradedAttempt]) -> None:
     journal = AttemptJournal(path)
     for record in records:
         journal.append(record_row(record))
@@ -140,5 +140,5 @@ def changed_grades(folder: Path, name: str, records: Path) -> list[str]:
     ]
 
 
-def _shown(record: Record | None) -> str:
+def _shown(record: GradedAttempt | None) -> str:
     return "none" if record is None else str(asdict(record)["cause"])

@@ -36,7 +36,7 @@ from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     AttemptJournal,
-    Record,
+    GradedAttempt,
     latest,
     make_record,
     mark_session,
@@ -92,7 +92,7 @@ def run_benchmark(
     repeats: int,
     code: CodeRunner | None,
     later: int = 0,
-) -> list[Record]:
+) -> list[GradedAttempt]:
     """Ask and grade everything that is not yet in the run's folder; returns all records.
 
     later  attempts of the benchmarks that follow
@@ -142,7 +142,7 @@ def run_benchmark(
 
 
 def _take_up(room: Room, folder: Path) -> None:
-    """Read what an earlier run left: answers that need no asking, grades that need no grading."""
+    """Read what an earlier run left: items that were asked, answers that were graded."""
     done = {
         key: record
         for key, record in latest(
@@ -247,7 +247,7 @@ def _solver(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:
                 try:
                     attempt = await ask_until_answered(room, sample, repeat, earlier, model)
                     room.attempts.append(asdict(attempt))
-                # inspect-ai keeps to itself what a solver raises; here it ends the run and is said.
+                # inspect-ai hides what a solver raises; here it ends the run and is reported.
                 except Exception as failure:
                     room.fault = _own_fault("asking", sample.item_id, failure)
                     break
@@ -315,7 +315,7 @@ def _scorer(room: Room, units: dict[str, list[Sample]]) -> Any:
 
 async def _grade(
     room: Room, sample: Sample, attempt: Attempt, earlier: Sequence[Attempt]
-) -> Record:
+) -> GradedAttempt:
     result = await score_attempt(room.benchmark, sample, attempt, earlier, room.graders)
     record = make_record(room.run_id, room.config.arm, room.prompt_id, sample, attempt, result)
     room.samples.append(record_row(record))
@@ -346,9 +346,9 @@ def _judge(judge: JudgeConfig, config: RunConfig, room: Room) -> Judge:
     return ask
 
 
-def records_of_log(log_file: Path) -> list[Record]:
+def records_of_log(log_file: Path) -> list[GradedAttempt]:
     """The records inside one of inspect-ai's logs; equal to what the journal holds."""
     found = []
     for sample in read_eval_log_samples(str(log_file), all_samples_required=False):
-        found += [Record(**row) for row in sample.store.get("records", ())]
+        found += [GradedAttempt(**row) for row in sample.store.get("records", ())]
     return found

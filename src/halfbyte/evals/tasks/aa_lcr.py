@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
 from halfbyte.evals.tasks.data import PackageFile, load_rows
 from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Prompt, Sample, Text
@@ -42,7 +42,7 @@ def load(options: Options) -> LoadedItems:
     )
     samples = []
     sets: dict[str, int] = {}
-    for index in spread(len(rows.rows), options.limit):
+    for index in spread_indices(len(rows.rows), options.limit):
         row = rows.rows[index]
         # Documents name their set: questions over the same text share its luck and its prefix.
         digest = hashlib.sha256(row["context"].encode()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.grading.numbers import grade_number, read_integer
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
 from halfbyte.evals.tasks.data import HubSet, load_rows
 from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Prompt, Sample, Score, Text
@@ -41,7 +41,7 @@ def load(options: Options) -> LoadedItems:
         for names in _NAMES:
             if not any(name in row for name in names):
                 raise UsageError(f"AIME 2025: item {number} has no {' or '.join(names)} column")
-    chosen = spread(len(rows.rows), options.limit)
+    chosen = spread_indices(len(rows.rows), options.limit)
     samples = tuple(_sample(i, rows.rows[i]) for i in chosen)
     hashes = [content(row) for row in rows.rows]
     return LoadedItems(samples, compared(rows.provenance, BENCHMARK.name, hashes))
@@ -72,8 +72,8 @@ def _gold(item_id: str, answer: object) -> int:
     gold = read_integer(str(answer)) if is_written else None
     if gold is None:
         raise UsageError(
-            f"AIME 2025: the answer of item {item_id} is {str(answer)[:60]!r}, which is no "
-            "integer; every answer of the contest is one from 0 to 999"
+            f"AIME 2025: the answer of item {item_id} is {str(answer)[:60]!r}, which is "
+            "not an integer; every answer of the contest is one from 0 to 999"
         )
     return gold
 

@@ -85,7 +85,7 @@ class Benchmark:
     is_generated: bool = False
 
 
-def spread(count: int, limit: int | None) -> list[int]:
+def spread_indices(count: int, limit: int | None) -> list[int]:
     """Indices of at most `limit` of `count` items, evenly spaced: files are sorted by subject."""
     if limit is None or limit >= count:
         return list(range(count))

@@ -41,7 +41,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class DataRows:
     """Rows of a data set, as it names its columns, and where they came from."""
 
     rows: tuple[Mapping[str, Any], ...]
@@ -76,7 +76,7 @@ def load_rows(
     hub: HubSet | None = None,
     columns: Sequence[str] = (),
     how: str = "",
-) -> Rows:
+) -> DataRows:
     """Load the rows of one benchmark from a folder, a package or the hub.
 
     data      folder of the user's, or None
@@ -126,13 +126,13 @@ def _package_files(wanted: Sequence[PackageFile]) -> list[Path]:
     return found if all(path.exists() for path in found) else []
 
 
-def _from_files(files: Sequence[Path], source: str, revision: str | None, folder: Path) -> Rows:
+def _from_files(files: Sequence[Path], source: str, revision: str | None, folder: Path) -> DataRows:
     rows: list[Mapping[str, Any]] = []
     for file in files:
         rows += _READERS[file.suffix](file)
     hashes = {file.name: file_sha256(file) for file in files}
     note = _note(folder)
-    return Rows(tuple(rows), Provenance(source, revision, hashes, note), folder)
+    return DataRows(tuple(rows), Provenance(source, revision, hashes, note), folder)
 
 
 def _note(folder: Path) -> str:
@@ -204,7 +204,7 @@ _READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
 }
 
 
-def _from_hub(hub: HubSet) -> Rows | None:
+def _from_hub(hub: HubSet) -> DataRows | None:
     try:
         # Optional dependency, extra `eval`; and a second to import.
         from datasets import load_dataset
@@ -218,7 +218,7 @@ def _from_hub(hub: HubSet) -> Rows | None:
     rows = tuple(table)
     name = "/".join(filter(None, (hub.path, hub.config, hub.split)))
     provenance = Provenance(name, hub.revision, {"rows": rows_sha256(rows)})
-    return Rows(rows, provenance, None)
+    return DataRows(rows, provenance, None)
 
 
 def file_sha256(file: Path) -> str:

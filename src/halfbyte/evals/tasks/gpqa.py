@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.evals.grading.letters import grade_letter
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
 from halfbyte.evals.tasks.choices import choice_prompt
 from halfbyte.evals.tasks.data import HubSet, load_rows
 from halfbyte.evals.tasks.published import compared, content_hash
@@ -44,7 +44,7 @@ def load(options: Options) -> LoadedItems:
         how="Gated set: accept the terms of Idavidrein/gpqa on the hub, log in with "
         "`huggingface-cli login`, or put your authorised gpqa_diamond.csv below --data.",
     )
-    chosen = [rows.rows[i] for i in spread(len(rows.rows), options.limit)]
+    chosen = [rows.rows[i] for i in spread_indices(len(rows.rows), options.limit)]
     samples = tuple(_sample(row, options.gpqa_seed) for row in chosen)
     # The authors ask that items stay private, and this project has no copy to hash: the file that
     # they publish is known by its own hash, any other is counted and said to be no more.

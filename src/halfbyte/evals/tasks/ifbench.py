@@ -11,7 +11,7 @@ from typing import Any
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.evals.grading.constraints import VERB_KIND, grade_constraints, missing_resources
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
 from halfbyte.evals.tasks.data import HubSet, load_rows, rows_sha256
 from halfbyte.evals.types import Prompt, Sample, Score, Text
 
@@ -39,7 +39,7 @@ def load(options: Options) -> LoadedItems:
         provenance = replace(provenance, note="; ".join(notes))
     else:
         provenance = replace(provenance, checked="all 300")
-    chosen = [_sample(everything[i]) for i in spread(len(rows.rows), options.limit)]
+    chosen = [_sample(everything[i]) for i in spread_indices(len(rows.rows), options.limit)]
     kinds = {kind for sample in chosen for kind in sample.fields["kinds"]}
     left_out: dict[str, str] = {}
     if reason := missing_resources(sorted(kinds)):

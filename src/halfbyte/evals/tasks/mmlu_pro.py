@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.evals.grading.letters import grade_letter
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
 from halfbyte.evals.tasks.choices import LETTERS, choice_prompt
 from halfbyte.evals.tasks.data import HubSet, load_rows
 from halfbyte.evals.tasks.published import compared, content_hash
@@ -28,7 +28,7 @@ def load(options: Options) -> LoadedItems:
         how="Open set: `pip install datasets` and a network, or save TIGER-Lab/MMLU-Pro's test "
         "split as mmlu_pro/test.jsonl below --data.",
     )
-    chosen = [rows.rows[i] for i in spread(len(rows.rows), options.limit)]
+    chosen = [rows.rows[i] for i in spread_indices(len(rows.rows), options.limit)]
     samples = tuple(
         Sample(
             item_id=str(row["question_id"]),

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from PIL import Image as Pixels
 
 from halfbyte.evals.grading.letters import grade_letter
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
 from halfbyte.evals.tasks.choices import LETTERS
-from halfbyte.evals.tasks.data import HubSet, Rows, load_rows
+from halfbyte.evals.tasks.data import DataRows, HubSet, load_rows
 from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Image, Prompt, Sample, Score, Text
 from halfbyte.pictures import on_white, open_picture
@@ -65,7 +65,9 @@ def load(setting: Setting, options: Options) -> LoadedItems:
     usable = [
         (i, row) for i, row in enumerate(rows.rows) if row.get(column) or row.get("vision_image")
     ]
-    samples = [_sample(setting, *usable[i], rows) for i in spread(len(usable), options.limit)]
+    samples = [
+        _sample(setting, *usable[i], rows) for i in spread_indices(len(usable), options.limit)
+    ]
     hashes = [content(row) for row in rows.rows]
     return LoadedItems(tuple(samples), compared(rows.provenance, "mmmu_pro", hashes))
 
@@ -80,7 +82,7 @@ def _options(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(ast.literal_eval(texts) if isinstance(texts, str) else texts)
 
 
-def _sample(setting: Setting, index: int, row: Mapping[str, Any], rows: Rows) -> Sample:
+def _sample(setting: Setting, index: int, row: Mapping[str, Any], rows: DataRows) -> Sample:
     texts = _options(row)
     numbered = tuple(f"image_{k}" for k in range(1, 8))
     names = numbered if setting == "standard" else ("image", "vision_image")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UnsupportedError
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
 from halfbyte.evals.tasks.data import Provenance, rows_sha256
 from halfbyte.evals.types import Prompt, Sample, Score
 
@@ -48,7 +48,7 @@ def generator(beside: Path = Path(__file__).resolve().parents[4]) -> Any:
             raise
         raise UnsupportedError(
             "the suite 'pocket' makes its items with the folder pocket/ of halfbyte's repository, "
-            "which is no part of the installed package: run it from a checkout, with "
+            "which is not part of the installed package: run it from a checkout, with "
             "PYTHONPATH=CHECKOUT before the command. The 40 small questions that were once called "
             "'pocket' are '--suite quick'"
         ) from failure
@@ -57,7 +57,7 @@ def generator(beside: Path = Path(__file__).resolve().parents[4]) -> Any:
 def load(kind: str, options: Options) -> LoadedItems:
     """Held-out items of one kind; the same for a seed on every machine."""
     made = generator().samples(kind, options.items or DEFAULT_ITEMS, options.item_seed)
-    samples = tuple(made[index] for index in spread(len(made), options.limit))
+    samples = tuple(made[index] for index in spread_indices(len(made), options.limit))
     rows = [{"id": s.item_id, "gold": s.gold, **s.fields["asked"]} for s in samples]
     source = f"generated, seed {options.item_seed}"
     return LoadedItems(samples, Provenance("halfbyte pocket", source, {"rows": rows_sha256(rows)}))

@@ -29,7 +29,7 @@ _PER_CORRECTION = 50
 
 
 class Published(NamedTuple):
-    """What is known of a set.
+    """What is known of a set: how many items it has, and hashes of them.
 
     of        how many items it has
     items     hashes of all of them; empty where the authors keep them private
@@ -58,7 +58,7 @@ def content_hash(*texts: object) -> str:
 
 @cache
 def published(benchmark: str) -> Published:
-    """What is known of a set.
+    """What is known of the set of a benchmark, as published with it.
 
     Raises KeyError for one of which nothing is.
     """

@@ -10,7 +10,7 @@ from importlib import resources
 
 from halfbyte.evals.grading.letters import grade_letter
 from halfbyte.evals.grading.numbers import grade_number
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
 from halfbyte.evals.tasks.choices import LETTERS, choice_prompt
 from halfbyte.evals.tasks.data import Provenance, rows_sha256
 from halfbyte.evals.types import Prompt, Sample, Score, Text
@@ -21,7 +21,7 @@ def load(options: Options) -> LoadedItems:
     rows = [json.loads(line) for line in text.splitlines()]
     samples = tuple(
         Sample(row["id"], row["id"], row["topic"], str(row["answer"]), row)
-        for row in (rows[i] for i in spread(len(rows), options.limit))
+        for row in (rows[i] for i in spread_indices(len(rows), options.limit))
     )
     return LoadedItems(samples, Provenance("halfbyte quick", "1", {"rows": rows_sha256(rows)}))
 

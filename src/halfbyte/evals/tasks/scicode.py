@@ -13,8 +13,8 @@ from typing import Any
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.grading import scripts
-from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread
-from halfbyte.evals.tasks.data import PackageFile, Rows, file_sha256, load_rows
+from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options, spread_indices
+from halfbyte.evals.tasks.data import DataRows, PackageFile, file_sha256, load_rows
 from halfbyte.evals.tasks.published import compared, content_hash
 from halfbyte.evals.types import Prompt, Sample, Text
 
@@ -40,7 +40,7 @@ def load(options: Options) -> LoadedItems:
     targets = _targets(options.data)
     given = _given_codes(rows)
     samples: list[Sample] = []
-    for index in spread(len(rows.rows), options.limit):
+    for index in spread_indices(len(rows.rows), options.limit):
         samples += _samples(rows.rows[index], given, targets)
     digest = file_sha256(targets)
     hashes = [content(row) for row in rows.rows]
@@ -70,7 +70,7 @@ def _targets(data: Path | None) -> Path:
     return found[0].resolve()
 
 
-def _given_codes(rows: Rows) -> Mapping[str, str]:
+def _given_codes(rows: DataRows) -> Mapping[str, str]:
     """Code of the given steps that lies beside the problems; needed only by their problems."""
     assert rows.folder is not None
     paths = {step: rows.folder / f"{step}.txt" for step in scripts.GIVEN_STEPS}

@@ -43,7 +43,7 @@ def load_nvrtc(candidates: list[str] | None = None) -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise UnsupportedError(f"no CUDA run-time compiler (NVRTC) found; tried {', '.join(tried)}")
+    raise UnsupportedError(f"there is no CUDA run-time compiler (NVRTC); tried {', '.join(tried)}")
 
 
 # Types and trailing immediates of the products whose operands both lie in shared memory.

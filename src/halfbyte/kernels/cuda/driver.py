@@ -59,7 +59,7 @@ def _driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise UnsupportedError("no CUDA driver on this machine (libcuda.so.1)") from error
+        raise UnsupportedError("there is no CUDA driver on this machine (libcuda.so.1)") from error
 
 
 def _check(status: int, what: str) -> None:

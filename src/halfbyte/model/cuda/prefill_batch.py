@@ -70,7 +70,7 @@ class Rows(NamedTuple):
     out_TNH: Tensor
 
     def first(self, size: int) -> "Rows":
-        """The first rows, in the same memory."""
+        """The first `size` rows of every buffer, in the same memory."""
         return Rows(*(None if part is None else part[:size] for part in self))  # type: ignore[arg-type]
 
     def put(self, residual_TD: Tensor, slots_T: Tensor, angles: Angles) -> None:

@@ -9,7 +9,7 @@ from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reaso
 from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
-from halfbyte.server.api.completion import Choice, Job, Message, collect, run, token_text
+from halfbyte.server.api.completion import AnswerMessage, Choice, Job, collect, run, token_text
 from halfbyte.server.api.pieces import Piece, TokenEntry
 from halfbyte.server.api.prepare import chat_job, check_sampling
 from halfbyte.server.api.stream import DONE, frame
@@ -86,7 +86,9 @@ def prompt_entries(backend: Backend, choice: Choice, num_top: int) -> list[Any]:
     return [None, *map(told, choice.prompt_logprobs)]
 
 
-def message_body(message: Message, request: wire.ChatRequest, dialect: Dialect) -> dict[str, Any]:
+def message_body(
+    message: AnswerMessage, request: wire.ChatRequest, dialect: Dialect
+) -> dict[str, Any]:
     """An assistant message; fields that have nothing to say are absent or null as OpenAI's are."""
     content: Any = message.content if message.content or not message.calls else None
     body: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}

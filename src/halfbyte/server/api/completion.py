@@ -328,7 +328,7 @@ def _joined(deltas: Sequence[Delta]) -> list[Delta]:
 
 
 @dataclass(slots=True)
-class Message:
+class AnswerMessage:
     """One whole answer, put together from its pieces."""
 
     content: str = ""
@@ -356,9 +356,9 @@ class Message:
             self.calls[delta.index]["function"]["arguments"] += delta.text
 
 
-async def collect(backend: Backend, job: Job, call: Call) -> list[Message]:
+async def collect(backend: Backend, job: Job, call: Call) -> list[AnswerMessage]:
     """Run a job to its end; returns one message for each choice."""
-    messages = [Message() for _ in job.choices]
+    messages = [AnswerMessage() for _ in job.choices]
     async with contextlib.aclosing(run(backend, job, call)) as pieces:
         async for batch in pieces:
             for piece in batch:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from halfbyte.chat.grammar_masks import Mask, ThoughtMask
 from halfbyte.chat.prompt import ControlTokens
 from halfbyte.chat.router import Router
-from halfbyte.chat.tools import with_results
+from halfbyte.chat.tools import with_missing_results
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.errors import RequestError
 from halfbyte.server.api import tool_names, wire
@@ -201,7 +201,7 @@ def _interrupted(backend: Backend, messages: Sequence[Mapping[str, Any]]) -> tup
     """What to warn of: calls that the client left without a result."""
     if not backend.chat.control.has_tools:
         return ()
-    settled = with_results(messages)
+    settled = with_missing_results(messages)
     if len(settled) == len(messages):
         return ()
     whole = {id(message) for message in messages}

@@ -275,7 +275,7 @@ class Body:
 
 
 def _nameless_file() -> BinaryIO:
-    """In memory where the system has such files, unbuffered; RequestError if it gives none."""
+    """Open an unbuffered file without a name, in memory if possible; RequestError if none."""
     try:
         if hasattr(os, "memfd_create"):
             return open(os.memfd_create("body"), "wb", buffering=0)

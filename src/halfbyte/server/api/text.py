@@ -10,7 +10,7 @@ from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.chat import prompt_entries, running_usage
-from halfbyte.server.api.completion import Choice, Job, Message, collect, run, token_text
+from halfbyte.server.api.completion import AnswerMessage, Choice, Job, collect, run, token_text
 from halfbyte.server.api.pieces import TokenEntry
 from halfbyte.server.api.prepare import check_sampling, text_job
 from halfbyte.server.api.stream import DONE, frame
@@ -50,7 +50,7 @@ async def text_frames(
             async for batch in batches:
                 frames = []
                 for piece in batch:
-                    message = Message()
+                    message = AnswerMessage()
                     message.add(piece)
                     part = _answer(backend, request, message, lengths.get(piece.index, 0))
                     told = _ids(request, message)
@@ -96,7 +96,7 @@ def _of_prompt(backend: Backend, request: wire.CompletionRequest, choice: Choice
     return told
 
 
-def _ids(request: wire.CompletionRequest, message: Message) -> dict[str, Any]:
+def _ids(request: wire.CompletionRequest, message: AnswerMessage) -> dict[str, Any]:
     if not request.return_token_ids:
         return {}
     return {"token_ids": [] if request.max_tokens == 0 else list(message.token_ids)}
@@ -111,7 +111,7 @@ def _usage(request: wire.CompletionRequest, job: Job) -> dict[str, Any]:
 
 
 def _answer(
-    backend: Backend, request: wire.CompletionRequest, message: Message, offset: int
+    backend: Backend, request: wire.CompletionRequest, message: AnswerMessage, offset: int
 ) -> dict[str, Any]:
     """Text and log-probs of generated tokens; nothing when only the prompt was to be scored."""
     hide = request.max_tokens == 0

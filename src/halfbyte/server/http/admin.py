@@ -42,7 +42,7 @@ def create_admin(backend: Backend, *, access_log: AccessLog | None = log_access)
 def _add_looking(app: FastAPI, backend: Backend) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Prometheus text."""
+        """Counters and histograms in Prometheus text."""
         return PlainTextResponse(backend.metrics_text(), media_type=METRICS_TYPE)
 
     @app.get("/requests")
@@ -89,7 +89,7 @@ def _add_acting(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/resume")
     async def resume() -> Response:
-        """Take requests again."""
+        """Take new requests again after a drain."""
         backend.admission.is_draining = False
         return JSONResponse({"draining": False})
 

@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, lifespan, error handlers. The work is in the other files."""
+"""The FastAPI application: routes, lifespan, error handlers. Other files do the work."""
 
 import asyncio
 import contextlib
@@ -37,11 +37,11 @@ from halfbyte.server.http.pages import add_pages
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.ops.tracing import Tracing
 
-# Markdown takes up to so many times as long.
+# Rendering Markdown takes up to so many times as long as encoding the same text.
 _TEXTS_OF_MARKDOWN = 64
-# A body is read so many times as fast as a text is encoded.
+# Reading a body is so many times as fast as encoding a text of its size.
 _BYTES_OF_WORK = 8
-# Values that come beside a context of ids.
+# Values that a body may hold beside a whole context of token ids.
 _FEW_VALUES = 1000
 
 Asked = TypeVar("Asked", bound=reading.Wire)
@@ -277,7 +277,7 @@ def _add_markdown(app: FastAPI, backend: Backend) -> None:
 
 
 def _is_anthropic(request: Request) -> bool:
-    """Whether a client of that API asks; it names its version in every request."""
+    """Whether a client of Anthropic's API asks: each request of one names a version."""
     return "anthropic-version" in request.headers
 
 
@@ -330,7 +330,7 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> Response:
-        """One of them."""
+        """One of the names this server answers to."""
         backend.check_model(name)
         return JSONResponse(model_card(name, request))
 
@@ -359,7 +359,7 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=returns_text(METRICS_TYPE))
     async def metrics() -> Response:
-        """Prometheus text."""
+        """Counters and histograms in Prometheus text."""
         return PlainTextResponse(backend.metrics_text(), media_type=METRICS_TYPE)
 
 
@@ -405,7 +405,7 @@ def add_error_handlers(app: FastAPI, backend: Backend) -> None:
         return response_of(error, backend.config.limits.retry_after_s, path=request.url.path)
 
     async def http(request: Request, error: Exception) -> Response:
-        """Starlette's own: no such path, no such method."""
+        """Answer errors that Starlette raises itself: an unknown path, an unknown method."""
         assert isinstance(error, HTTPException)
         path = request.url.path
         routes = {getattr(route, "path", "") for route in app.routes}
@@ -422,7 +422,7 @@ def add_error_handlers(app: FastAPI, backend: Backend) -> None:
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     async def left(request: Request, error: Exception) -> Response:
-        """The client left while its body was being read."""
+        """Count a client that left while its body was being read."""
         count_disconnect(backend)
         return Response(status_code=499)
 

@@ -39,7 +39,7 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
-        """Count one value in its bucket."""
+        """Count one value in the first bucket that holds it."""
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.total += value
 

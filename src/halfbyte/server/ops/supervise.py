@@ -23,10 +23,10 @@ class Engine(Protocol):
 
     @property
     def is_alive(self) -> bool:
-        """False once it has died."""
+        """Whether the engine takes requests; False once it has died."""
 
     async def start(self) -> None:
-        """Begin to run; called once."""
+        """Begin to run; the supervisor calls this once."""
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running answers finish for this long, then end them."""
@@ -38,10 +38,10 @@ class Engine(Protocol):
         """End an answer; its events go on to a FinishEvent with its counts."""
 
     def clear_prefix_cache(self) -> None:
-        """Forget cached prefixes, between two steps."""
+        """Forget all cached prefixes before the next step."""
 
     def stats(self) -> Any:
-        """A dataclass of figures."""
+        """The engine's figures, as a dataclass of numbers by name."""
 
 
 class Supervisor:
@@ -65,7 +65,7 @@ class Supervisor:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests can run now."""
+        """Whether requests can run now: an engine is there and alive."""
         return self._engine is not None and self._engine.is_alive
 
     @property
@@ -79,13 +79,13 @@ class Supervisor:
         return len(self._deaths)
 
     async def start(self) -> None:
-        """Start the engine and watch it."""
+        """Start the engine, and watch it from a task of its own."""
         assert self._engine is not None
         await self._engine.start()
         self._watch = asyncio.create_task(self._keep_running(), name="engine supervisor")
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Stop watching, then stop the engine."""
+        """Stop watching, then let answers finish for `drain_s` seconds and stop the engine."""
         if self._watch is not None:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -103,7 +103,7 @@ class Supervisor:
             self._engine.abort(request_id)
 
     def clear_prefix_cache(self) -> None:
-        """Forget cached prefixes, between two steps."""
+        """Forget all cached prefixes before the engine's next step."""
         if self._engine is not None:
             self._engine.clear_prefix_cache()
 

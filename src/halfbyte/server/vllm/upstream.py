@@ -19,7 +19,7 @@ import httpx
 from PIL import Image
 
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning
-from halfbyte.chat.tools import OpeningBrace, with_results
+from halfbyte.chat.tools import OpeningBrace, with_missing_results
 from halfbyte.engine.request import TokenLogprobs
 from halfbyte.errors import CapacityError, RequestError
 from halfbyte.server.api import wire
@@ -192,7 +192,7 @@ def _chat_options(request: wire.ChatRequest) -> dict[str, Any]:
 
 def _settled(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages with a result for each call, as our own formats have them."""
-    return [dict(message) for _, message in with_results(messages)]
+    return [dict(message) for _, message in with_missing_results(messages)]
 
 
 def _with_data_urls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
