@@ -346,6 +346,23 @@ def test_an_unanswered_call_does_not_break_the_conversation(
     assert prompt.endswith("[TOOL_RESULTS][/TOOL_RESULTS][INST]Never mind[/INST]")
 
 
+def test_a_schema_in_the_settings_holds_the_answer(
+    browser: Browser, say: Say, service: ScriptedService
+) -> None:
+    schema = '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}'
+    browser.run(f"document.getElementById('schema').value = `{schema}`")
+    say('{"n": 4}', EOS)
+    ask(browser, "How many?")
+    done(browser, 1)
+    assert service.requests[-1].mask is not None
+    browser.run("document.getElementById('schema').value = '{'")
+    ask(browser, "Again")
+    browser.until("document.querySelector('[role=alert]') !== null")
+    said = browser.run("document.querySelector('[role=alert]').textContent")
+    assert "schema is not valid JSON" in said
+    browser.run("document.getElementById('schema').value = ''")
+
+
 def test_a_refused_message_goes_back_to_where_it_can_be_changed(
     browser: Browser, say: Say, service: ScriptedService
 ) -> None:

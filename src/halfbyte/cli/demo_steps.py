@@ -1,19 +1,18 @@
 """The newcomer's demo: one real model through every room, in plain sentences.
 
 Import SmolLM2-135M-Instruct, make the FP8 source, quantize it to the mixed recipe, compare the
-four, serve the result and ask it three questions through the official client. Called by
-`halfbyte demo`; the single steps are the single commands.
+four, serve the result and ask it three questions through the official client. In a checkout a
+second half follows, on a model that sees and thinks (`demo_pocket`). Called by `halfbyte demo`; the
+single steps are the single commands.
 """
 
 import json
 import os
 import shutil
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,29 @@ import torch
 
 from halfbyte.bench import record as records
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
-from halfbyte.child import served
+from halfbyte.cli.demo_pocket import (
+    Pocket,
+    ask_pocket,
+    compare_arms,
+    find_pocket,
+    pocket_summary,
+    quantize_arms,
+)
+from halfbyte.cli.demo_tools import (
+    CALIBRATION,
+    Narrator,
+    quantized,
+    serving,
+    size_of,
+)
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.fidelity.comparison import FidelityComparison
 from halfbyte.fidelity.models import compare_models
 from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
-from halfbyte.printable import own_stream
 from halfbyte.quantize.fp8_source import make_fp8_source
-from halfbyte.quantize.job import QuantizeConfig
-from halfbyte.quantize.pipeline import quantize
-from halfbyte.recipe.schema import load_recipe
 
 MARKER = ".halfbyte-demo"
-# 4,096 tokens at most: enough for maxima of a small model, and quick.
-CALIBRATION_ROWS = 16
-CALIBRATION_ROW_TOKENS = 256
 HELD_OUT = Path(str(resources.files("halfbyte.fidelity"))) / "data" / "held_out.txt"
 QUESTIONS = (
     "What is the capital of France?",
@@ -48,39 +54,8 @@ QUESTIONS = (
 VARIANTS = ("bf16", "fp8", "mixed", "mixed_declared")
 
 
-@dataclass
-class Narrator:
-    """Says what happens on stdout and keeps it, so that the README can show a real run."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def say(self, text: str = "") -> None:
-        """Print a line and keep it for the record."""
-        print(text, flush=True)
-        self.lines.extend(text.splitlines() or [""])
-
-    @contextmanager
-    def step(self, number: int, what: str) -> Iterator[None]:
-        """Announce a step, and say afterwards how long it took."""
-        self.say(f"\n[{number}/5] {what}")
-        started = time.perf_counter()
-        yield
-        self.say(f"      done in {time.perf_counter() - started:.1f} s")
-
-    def progress(self, unit: str) -> Callable[[int, int], None]:
-        """A callback that counts on one line of a terminal and is silent elsewhere."""
-
-        def show(done: int, total: int) -> None:
-            if sys.stdout.isatty():
-                end = "\r" + " " * 40 + "\r" if done == total else ""
-                line = f"\r      {unit} {done} of {total}{end}"
-                print(line, end="", flush=True, file=own_stream(sys.stdout))
-
-        return show
-
-
 def run_demo(out: Path, *, record: Path | None = None, threads: int | None = None) -> None:
-    """Run the five steps; leaves checkpoints, `summary.json` and `comparison.png` under `out`.
+    """Run the steps; leaves checkpoints, `summary.json` and `comparison.png` under `out`.
 
     Raises UsageError if `out` holds anything that no demo made.
     """
@@ -88,7 +63,8 @@ def run_demo(out: Path, *, record: Path | None = None, threads: int | None = Non
     empty_directory(out)
     # The story is told on stdout; details of each hall would interrupt it.
     logger.setLevel("ERROR")
-    narrator = Narrator()
+    pocket = find_pocket()
+    narrator = Narrator(num_steps=5 if pocket is None else 8)
     started = time.perf_counter()
     narrator.say("halfbyte demo: a real model from its weights to served answers, on this CPU.")
     make_checkpoints(out, narrator)
@@ -97,6 +73,13 @@ def run_demo(out: Path, *, record: Path | None = None, threads: int | None = Non
     with narrator.step(5, "Serving the mixed model and asking three questions."):
         answers = ask_questions(out / "mixed", narrator)
     summary = summarize(comparison, answers)
+    if pocket is None:
+        narrator.say(
+            "\nThe second half shows pictures, thoughts and tools on a model of halfbyte's "
+            "repository, in its folder pocket/; it is left out here, outside a checkout."
+        )
+    else:
+        summary["pocket"] = second_half(pocket, out / "pocket", narrator)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     plot(summary, out / "comparison.png")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -105,6 +88,8 @@ def run_demo(out: Path, *, record: Path | None = None, threads: int | None = Non
         f"plot: {out / 'comparison.png'}"
     )
     narrator.say(f"Talk to it: halfbyte chat {out / 'mixed'}")
+    if pocket is not None:
+        narrator.say(f"Show it a picture: halfbyte serve {out / 'pocket' / 'mixed'}")
     if record is not None:
         records.write(
             record,
@@ -114,6 +99,18 @@ def run_demo(out: Path, *, record: Path | None = None, threads: int | None = Non
             figures=demo_figures(summary),
             results={"summary": summary, "transcript": narrator.lines},
         )
+
+
+def second_half(pocket: Pocket, out: Path, narrator: Narrator) -> dict[str, Any]:
+    """Steps 6 to 8, on Pocket; leaves its arms and a picture under `out`."""
+    out.mkdir()
+    with narrator.step(6, "Quantizing Pocket, a small model that sees, thinks and calls tools."):
+        arms = quantize_arms(pocket, out, narrator)
+    with narrator.step(7, "Comparing its arms on answers that it has learnt, pictures included."):
+        divergence = compare_arms(pocket, arms, narrator)
+    with narrator.step(8, "Serving the mixed one: a picture, a thought, a tool, a schema."):
+        answers = ask_pocket(pocket, arms["mixed"], out, narrator)
+    return pocket_summary(arms, divergence, answers)
 
 
 def demo_figures(summary: Mapping[str, Any]) -> list[Figure]:
@@ -190,33 +187,11 @@ def make_checkpoints(out: Path, narrator: Narrator) -> None:
         make_fp8_source(out / "bf16", out / "fp8")
         narrator.say(f"      per-tensor static FP8, {size_of(out / 'fp8')}")
     with narrator.step(3, "Quantizing FP8 to the mixed recipe, one layer in memory at a time."):
-        recipe = load_recipe("medium-3.5")
-        calibration = replace(
-            recipe.calibration, samples=CALIBRATION_ROWS, tokens_per_sample=CALIBRATION_ROW_TOKENS
-        )
-        result = quantize(
-            QuantizeConfig(
-                source=out / "fp8",
-                output=out / "mixed",
-                recipe=replace(recipe, calibration=calibration),
-                with_errors=False,
-            ),
-            on_layer=narrator.progress("layer"),
-        )
+        tokens = quantized(out / "fp8", out / "mixed", "medium-3.5", CALIBRATION, narrator)
         narrator.say(
             f"      interior MLPs NVFP4, the rest FP8, max calibration on "
-            f"{result.num_calibration_tokens:,} tokens: {size_of(out / 'mixed')}"
+            f"{tokens:,} tokens: {size_of(out / 'mixed')}"
         )
-
-
-def size_of(directory: Path) -> str:
-    """Size of a checkpoint's weights as text, in decimal megabytes."""
-    return f"{weight_bytes(directory) / 1e6:.0f} MB"
-
-
-def weight_bytes(directory: Path) -> int:
-    """Bytes of the safetensors files of a checkpoint."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def compare(out: Path, narrator: Narrator) -> FidelityComparison:
@@ -303,20 +278,6 @@ def ask(client: Any, model: str, question: str) -> TimedAnswer:
     return TimedAnswer(
         question, " ".join("".join(pieces).split()), num_tokens, first - started, rate
     )
-
-
-@contextmanager
-def serving(directory: Path, narrator: Narrator) -> Iterator[str]:
-    """`halfbyte serve directory` on a free port, as a user would start it; yields its address."""
-    log = directory.parent / "server.log"
-    started = time.perf_counter()
-    with served(directory, log=log, start_limit_s=60.0) as server:
-        narrator.say(f"      server ready after {time.perf_counter() - started:.1f} s")
-        yield server.url
-        status = server.end()
-    if status != 0:
-        raise UnsupportedError(f"the server ended with status {status}; its log is {log}")
-    narrator.say("      server stopped cleanly")
 
 
 LABELS = {

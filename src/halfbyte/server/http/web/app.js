@@ -13,7 +13,7 @@ let imagesTaken = false;
 
 // --- setup ------------------------------------------------------------------------------------
 
-const KEPT = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed", "tools", "effort", "model"];
+const KEPT = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed", "tools", "schema", "effort", "model"];
 
 async function start() {
   const told = await health();
@@ -190,14 +190,20 @@ function settings() {
     if ($(id).value !== "") body[id] = Number($(id).value);
   }
   if (!$("effort-label").hidden) body.reasoning_effort = $("effort").value;
-  if (!$("tools-label").hidden && $("tools").value.trim()) {
-    try {
-      body.tools = JSON.parse($("tools").value);
-    } catch (error) {
-      throw new Error(`The tools are not valid JSON: ${error.message}`);
-    }
+  if (!$("tools-label").hidden && $("tools").value.trim()) body.tools = typed("tools", "The tools are");
+  if ($("schema").value.trim()) {
+    const schema = { name: "answer", schema: typed("schema", "The schema is"), strict: true };
+    body.response_format = { type: "json_schema", json_schema: schema };
   }
   return body;
+}
+
+function typed(id, what) {
+  try {
+    return JSON.parse($(id).value);
+  } catch (error) {
+    throw new Error(`${what} not valid JSON: ${error.message}`);
+  }
 }
 
 // Turns as the API wants them. A call that nobody gave a result gets an empty one.
