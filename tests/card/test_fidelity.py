@@ -80,13 +80,13 @@ def test_a_damaged_record_ends_in_one_sentence(name: str, junk: Any, is_row: boo
         told["candidates"][0][sorted(told["candidates"][0])[len(name) % 18]] = junk
     else:
         told[name] = junk
-    page, said = "", "no comparison as `halfbyte compare --json` writes it"
+    page, said = "", "is not a comparison as `halfbyte compare --json` writes it"
     try:
         page = render_fidelity(told)
     except UsageError as failure:
         said = str(failure)
-    assert "no comparison as `halfbyte compare --json` writes it" in said
-    assert "</html>" in page or said.startswith("record: ")
+    assert "is not a comparison as `halfbyte compare --json` writes it" in said
+    assert "</html>" in page or said.startswith("record is not")
 
 
 @given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12))

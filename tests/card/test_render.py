@@ -317,7 +317,7 @@ def test_a_comparison_of_distributions_becomes_a_table(tmp_path: Path) -> None:
     assert "4 of 20: 2 lost, 1 won" in section
     assert "no verdict above rests on them" in section
     file.write_text(json.dumps({**record, "base": {"name": "fp8"}}))
-    with pytest.raises(UsageError, match=r"fidelity\.json: no comparison as"):
+    with pytest.raises(UsageError, match=r"fidelity\.json is not a comparison as"):
         render_card(given(tmp_path, figures=read_figures([file])))
     file.write_text('{"something": "else"}')
     with pytest.raises(UsageError, match="neither a benchmark record"):

@@ -111,7 +111,7 @@ def comparison_of(record: Mapping[str, Any], where: str = "record") -> FidelityC
         format_table(found)  # whatever it holds can be shown
     except (TypeError, ValueError, KeyError, AttributeError) as failure:
         raise UsageError(
-            f"{where}: no comparison as `halfbyte compare --json` writes it: {failure}"
+            f"{where} is not a comparison as `halfbyte compare --json` writes it: {failure}"
         ) from failure
     return found
 
