@@ -31,11 +31,11 @@ class Pocket:
 
     @property
     def model(self) -> Path:
-        """The FP8 checkpoint."""
+        """The folder of the FP8 checkpoint, which the demo quantizes."""
         return self.folder / "model"
 
     def module(self, name: str) -> Any:
-        """A module of the generator's package."""
+        """Import a module of the generator's package by its name."""
         return importlib.import_module(f"pocket.{name}")
 
 
@@ -110,7 +110,7 @@ def ask_pocket(pocket: Pocket, served: Path, out: Path, narrator: Narrator) -> l
 
 @dataclass(frozen=True)
 class Asker:
-    """Asks greedily and says what comes back."""
+    """Asks the served model greedily and prints what comes back."""
 
     client: Any
     model: str
@@ -202,6 +202,6 @@ def _by_a_schema(asker: Asker) -> dict[str, Any]:
 def pocket_summary(
     arms: Mapping[str, Path], divergence: Mapping[str, Any], answers: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What summary.json says of the second half."""
+    """The part of summary.json on Pocket: bytes by arm, divergence, answers."""
     sizes = {arm: weight_bytes(folder) for arm, folder in arms.items()}
     return {"bytes": sizes, "against fp8": dict(divergence), "answers": answers}
