@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.formats import measure
 from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.layout import unpack_nibbles
-from halfbyte.formats.measure import chunk_values
 from halfbyte.formats.minifloat import E4M3_MAX, decode_e2m1, decode_e4m3
 from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, encode_nvfp4
 
@@ -252,12 +252,7 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
 
 def largest_fp8_code(codes: Tensor) -> Tensor:
     """The definition of `dispatch.largest_fp8_code`, over any shape; 0 for no codes."""
-    flat, chunk = codes.reshape(-1).view(torch.uint8), chunk_values(codes.device)
-    parts = [
-        flat[start : start + chunk].bitwise_and(0x7F).amax()
-        for start in range(0, flat.numel(), chunk)
-    ]
-    return torch.stack([flat.new_zeros(()), *parts]).amax().view(torch.float8_e4m3fn)
+    return measure.largest_fp8_code(codes)
 
 
 def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> EncodedNVFP4:
