@@ -12,6 +12,7 @@ from torch import Tensor
 from bounded import assert_bounded
 from halfbyte.kernels import native, reference
 from halfbyte.kernels.dispatch import SPAN_TOKENS, implementations
+from halfbyte.kernels.paged import PagedContext
 
 NATIVE = pytest.mark.skipif(
     native.unavailable("cpu") is not None, reason="no C compiler on this machine"
@@ -42,10 +43,11 @@ class Batch:
     softmax_scale: float
 
     def run(self, attention) -> Tensor:  # type: ignore[no-untyped-def]
-        return attention(  # type: ignore[no-any-return]
-            *(self.q_TNH, self.k_cache, self.v_cache, *self.scales),
+        context = PagedContext(
+            *(self.k_cache, self.v_cache, *self.scales),
             *(self.table, self.lengths, self.starts, self.softmax_scale),
         )
+        return attention(self.q_TNH, context)  # type: ignore[no-any-return]
 
     def alone(self, sequence: int, num_queries: int) -> "Batch":
         """The last queries of one sequence, as a batch of their own."""
@@ -185,10 +187,11 @@ def test_nan_reaches_the_queries_that_see_it_and_no_other(poison: str) -> None:
     else:
         q[13] = float("nan")
         expected = torch.arange(30) == 13
-    out = native.paged_attention(
-        *(q, k_cache, v_cache, 1.0, 1.0, torch.arange(40, dtype=torch.int32)[None]),
+    context = PagedContext(
+        *(k_cache, v_cache, 1.0, 1.0, torch.arange(40, dtype=torch.int32)[None]),
         *(torch.tensor([630]).int(), torch.tensor([0, 30]).int(), 0.125),
     )
+    out = native.paged_attention(q, context)
     assert torch.equal(out.isnan().any(-1).any(-1), expected)
 
 
@@ -199,10 +202,11 @@ def test_scores_far_apart_do_not_overflow() -> None:
     k_cache[37, 3] = 200.0  # one token takes all the weight, in the third split
     q = torch.full((1, 1, 64), 200.0).bfloat16()
     table = torch.arange(40, dtype=torch.int32)[None]
-    out = native.paged_attention(
-        *(q, k_cache, v_cache, 1.0, 1.0, table),
+    context = PagedContext(
+        *(k_cache, v_cache, 1.0, 1.0, table),
         *(torch.tensor([640]).int(), torch.tensor([0, 1]).int(), 1.0),
     )
+    out = native.paged_attention(q, context)
     assert torch.equal(out[0, 0], v_cache[37, 3, 0])
 
 
@@ -213,5 +217,6 @@ def test_wide_heads_and_wide_groups_go_to_torch() -> None:
         cache = torch.randn(1, 16, 1, head_dim).bfloat16()
         rest = (1.0, 1.0, torch.zeros(1, 1).int(), torch.tensor([9]).int())
         starts = torch.tensor([0, 2]).int()
-        out = native.paged_attention(q, cache, cache, *rest, starts, 0.1)
-        assert torch.equal(out, reference.paged_attention(q, cache, cache, *rest, starts, 0.1))
+        context = PagedContext(cache, cache, *rest, starts, 0.1)
+        out = native.paged_attention(q, context)
+        assert torch.equal(out, reference.paged_attention(q, context))

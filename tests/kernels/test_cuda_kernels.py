@@ -12,6 +12,7 @@ from halfbyte.kernels import repack
 from halfbyte.kernels.cuda.driver import Launch, LinearResult
 from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, choose_config, columns_for
 from halfbyte.kernels.cuda.ops import prefill_product, stream_product
+from halfbyte.kernels.paged import PagedContext
 from halfbyte.model.cuda.launches import CHUNK_KEYS, CHUNK_ROWS, chunk_splits, chunk_tiles
 
 # Untyped: fixtures and cases come from parameters; needs a device to run at all.
@@ -342,9 +343,9 @@ def test_decode_attention(
             for position in range(length, min(length + 40, pages * 16)):
                 flat[table[s, position // 16], position % 16] = 0x7F
     q = torch.randn(sequences, heads, head_dim, generator=generator).bfloat16()
-    expected = reference.paged_attention(
-        q, k, v, 0.5, 0.25, table, lengths, torch.arange(sequences + 1, dtype=torch.int32), 0.09
-    )
+    starts = torch.arange(sequences + 1, dtype=torch.int32)
+    context = PagedContext(k, v, 0.5, 0.25, table, lengths, starts, 0.09)
+    expected = reference.paged_attention(q, context)
     kernel = library.attention(HeadShape(head_dim, heads, kv_heads), 16, "bf16", warps)
     group = heads // kv_heads
     workspace = torch.full(

@@ -109,6 +109,7 @@ PORTABLE = """
 import sys, torch
 from halfbyte.kernels import native, native_build, reference
 from halfbyte.kernels.dispatch import Rotation
+from halfbyte.kernels.paged import PagedContext
 native_build._FLAGS = ("-O0", "-march=x86-64", *native_build._FLAGS[2:])
 sys.path.insert(0, {tests!r})
 from bounded import assert_bounded
@@ -136,8 +137,9 @@ assert torch.equal(cache.view(torch.uint8), twin.view(torch.uint8))
 rest = (cache, cache, 0.01, 0.01, torch.arange(20).int()[None], torch.tensor([300]).int())
 q = torch.randn(5, 6, 32).to(bf16)
 starts = torch.tensor([0, 5]).int()
-exact = reference.paged_attention(q.float(), *rest, starts, 0.2)
-assert_bounded(native.paged_attention(q, *rest, starts, 0.2), exact.to(bf16), exact)
+context = PagedContext(*rest, starts, 0.2)
+exact = reference.paged_attention(q.float(), context)
+assert_bounded(native.paged_attention(q, context), exact.to(bf16), exact)
 gate_up = torch.randn(3, 48).to(bf16)
 exact = reference.silu_mul(gate_up.float())
 assert_bounded(native.silu_mul(gate_up), exact.to(bf16), exact)

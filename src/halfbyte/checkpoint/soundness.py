@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfbyte.errors import FormatError
 from halfbyte.formats.fp8 import decode_fp8, encode_fp8, fp8_scale
-from halfbyte.formats.measure import chunk_values, largest_magnitude, sqnr_db
+from halfbyte.formats.measure import chunk_values, largest_fp8_code, largest_magnitude, sqnr_db
 from halfbyte.formats.nvfp4 import decode_nvfp4, encode_nvfp4, nvfp4_tensor_scale
 from halfbyte.log import logger
 
@@ -39,7 +39,9 @@ class Fault(NamedTuple):
     what: str
 
 
-def faults(name: str, tensor: Tensor, largest_code: LargestCode | None = None) -> Iterator[Fault]:
+def faults(
+    name: str, tensor: Tensor, largest_code: LargestCode = largest_fp8_code
+) -> Iterator[Fault]:
     """What is wrong with the values of one tensor, judged without any other tensor.
 
     name          canonical tensor name
@@ -52,7 +54,7 @@ def faults(name: str, tensor: Tensor, largest_code: LargestCode | None = None) -
         if not (math.isfinite(value) and value > 0):
             yield Fault("error", f"is {value:g}; a scale is above 0")
     elif tensor.dtype == torch.float8_e4m3fn:
-        yield from _code_faults(name, tensor, largest_code or _largest_code)
+        yield from _code_faults(name, tensor, largest_code)
     elif tensor.dtype == torch.uint8:
         if not _any_nonzero(tensor):
             yield Fault("error", "is all zero")
@@ -82,16 +84,6 @@ def _code_faults(name: str, codes: Tensor, largest_code: LargestCode) -> Iterato
         yield Fault("error", "is all zero")
 
 
-def _largest_code(codes: Tensor) -> Tensor:
-    """The largest magnitude among e4m3 codes, as a code without sign; NaN's is above all others."""
-    bits, chunk = codes.reshape(-1).view(torch.uint8), chunk_values(codes.device)
-    parts = [
-        bits[start : start + chunk].bitwise_and(_NAN_CODE).amax()
-        for start in range(0, bits.numel(), chunk)
-    ]
-    return torch.stack(parts).amax().view(torch.float8_e4m3fn)
-
-
 def _any_nonzero(packed: Tensor) -> bool:
     """Whether any of the packed codes is not zero; looks no further than the first."""
     flat, chunk = packed.reshape(-1), chunk_values(packed.device)
@@ -102,7 +94,7 @@ def _any_nonzero(packed: Tensor) -> bool:
 
 
 def require_sound(
-    name: str, where: str, tensor: Tensor, largest_code: LargestCode | None = None
+    name: str, where: str, tensor: Tensor, largest_code: LargestCode = largest_fp8_code
 ) -> None:
     """Raise FormatError for a tensor that must not be published; log what is worth a look.
 

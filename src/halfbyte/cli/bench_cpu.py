@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from halfbyte.cli.outputs import output_file
+from halfbyte.cli.outputs import add_benchmark_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,18 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", type=Path, required=True, metavar="DIR", help="the bf16 one, for transformers too"
     )
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="measure llama.cpp on this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="wait so long for an idle machine"
-    )
-    parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
-    parser.add_argument(
-        "--record",
-        type=output_file,
-        metavar="FILE",
-        default=Path("benchmarks/records/cpu_decode.json"),
-    )
+    add_benchmark_options(parser, "cpu_decode")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,23 +4,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from halfbyte.cli.outputs import output_file
+from halfbyte.cli.outputs import add_benchmark_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="the checkpoint to serve")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="wait so long for an idle machine"
-    )
-    parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
-    parser.add_argument(
-        "--record",
-        type=output_file,
-        metavar="FILE",
-        default=Path("benchmarks/records/serving.json"),
-    )
+    add_benchmark_options(parser, "serving")
 
 
 def run(args: argparse.Namespace) -> int:

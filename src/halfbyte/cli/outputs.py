@@ -1,4 +1,4 @@
-"""The type of arguments that name a file to write: refused before hours of work, not after."""
+"""Arguments that name a file to write: refused before hours of work, not after."""
 
 import argparse
 from pathlib import Path
@@ -17,3 +17,19 @@ def output_file(text: str) -> Path:
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return path
+
+
+def add_benchmark_options(parser: argparse.ArgumentParser, record: str) -> None:
+    """Add what benchmarks of this machine share; `record` names the record of a measurement."""
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="wait so long for an idle machine"
+    )
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
+    parser.add_argument(
+        "--record",
+        type=output_file,
+        metavar="FILE",
+        default=Path(f"benchmarks/records/{record}.json"),
+    )

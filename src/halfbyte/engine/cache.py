@@ -20,6 +20,7 @@ from torch import Tensor
 from halfbyte.config import TextConfig
 from halfbyte.kernels import dispatch
 from halfbyte.kernels.dispatch import Rotation
+from halfbyte.kernels.paged import PagedContext
 from halfbyte.modules import CacheFormat
 
 # A cache of so little is taken up at once: memory that a server holds in its first minutes is then
@@ -115,7 +116,7 @@ class PagedAttend:
         self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rotation: Rotation
     ) -> Tensor:
         q_TNH = self.store(layer, q_TNH, k_TKH, v_TKH, rotation, slice(None))
-        return dispatch.paged_attention(*self._arguments(layer, q_TNH))
+        return dispatch.paged_attention(q_TNH, self._context(layer))
 
     def store(
         self,
@@ -136,13 +137,10 @@ class PagedAttend:
 
     def attend_spans(self, layer: int, q_TNH: Tensor, spans: range, totals: Tensor) -> Tensor:
         """Compute a part of attention once all rows are stored; see `dispatch.attend_spans`."""
-        return dispatch.attend_spans(*self._arguments(layer, q_TNH), spans, totals)
+        return dispatch.attend_spans(q_TNH, self._context(layer), spans, totals)
 
-    def _arguments(
-        self, layer: int, q_TNH: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, float, float, Tensor, Tensor, Tensor, float]:
-        return (
-            q_TNH,
+    def _context(self, layer: int) -> PagedContext:
+        return PagedContext(
             *self.cache.layers[layer],
             *self.cache.scales[layer],
             self.block_table_SP,

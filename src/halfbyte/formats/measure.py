@@ -35,6 +35,20 @@ def largest_magnitude(x: Tensor) -> Tensor:
     return torch.stack(parts).amax().view(torch.bfloat16)
 
 
+def largest_fp8_code(codes: Tensor) -> Tensor:
+    """Return the largest of e4m3 codes without their signs; NaN's is above all others.
+
+    codes    e4m3, any shape; no codes give 0
+    returns  e4m3, 0-d
+    """
+    bits, chunk = codes.reshape(-1).view(torch.uint8), chunk_values(codes.device)
+    parts = [
+        bits[start : start + chunk].bitwise_and(0x7F).amax()
+        for start in range(0, bits.numel(), chunk)
+    ]
+    return torch.stack([bits.new_zeros(()), *parts]).amax().view(torch.float8_e4m3fn)
+
+
 def _chunks(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, ...]]:
     flat = [tensor.reshape(-1) for tensor in tensors]
     chunk = chunk_values(flat[0].device)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.formats.nvfp4 import EncodedNVFP4
+from halfbyte.kernels.paged import PagedContext
 from halfbyte.kernels.reference import SPAN_TOKENS as SPAN_TOKENS
 from halfbyte.log import logger
 
@@ -260,24 +261,8 @@ def store_kv(
     store(k_TKH, v_TKH, k_cache_PZKH, v_cache_PZKH, slots_T, k_scale, v_scale)
 
 
-def paged_attention(
-    q_TNH: Tensor,
-    k_cache_PZKH: Tensor,
-    v_cache_PZKH: Tensor,
-    k_scale: float,
-    v_scale: float,
-    block_table_SP: Tensor,
-    context_lengths_S: Tensor,
-    query_starts_S1: Tensor,
-    softmax_scale: float,
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, context: PagedContext) -> Tensor:
     """Causal attention of a ragged batch over paged keys and values, read as stored: (T, N, H).
-
-    block_table_SP     int32, page of each Z tokens of a sequence, in order
-    context_lengths_S  int32, stored tokens of each sequence, those of this step included
-    query_starts_S1    int32, rows of q that belong to sequence s: [starts[s], starts[s + 1])
-    k_scale, v_scale   multiply what an e4m3 cache holds; pass 1.0 for a bf16 cache
-    softmax_scale      multiplies q . k
 
     Query j of sequence s sits at position context_lengths[s] - num_queries[s] + j and sees every
     position up to its own. Scores and sums in f32. N is a multiple of K. Bounded.
@@ -286,33 +271,10 @@ def paged_attention(
       block_table [[7, 0], [2, 5]], context_lengths [3, 6], query_starts [0, 3, 4]
       q row 1 reads slots 7*4+0, 7*4+1; q row 3 reads 2*4+0..3, 5*4+0, 5*4+1.
     """
-    attention = _for(paged_attention, q_TNH)
-    return attention(
-        q_TNH,
-        k_cache_PZKH,
-        v_cache_PZKH,
-        k_scale,
-        v_scale,
-        block_table_SP,
-        context_lengths_S,
-        query_starts_S1,
-        softmax_scale,
-    )
+    return _for(paged_attention, q_TNH)(q_TNH, context)
 
 
-def attend_spans(
-    q_TNH: Tensor,
-    k_cache_PZKH: Tensor,
-    v_cache_PZKH: Tensor,
-    k_scale: float,
-    v_scale: float,
-    block_table_SP: Tensor,
-    context_lengths_S: Tensor,
-    query_starts_S1: Tensor,
-    softmax_scale: float,
-    spans: range,
-    totals: Tensor,
-) -> Tensor:
+def attend_spans(q_TNH: Tensor, context: PagedContext, spans: range, totals: Tensor) -> Tensor:
     """`paged_attention` in parts, so that other work can come between: the same bits at the end.
 
     spans   of SPAN_TOKENS of the context, for this call; call after call goes on where the last one
@@ -323,13 +285,7 @@ def attend_spans(
 
     Example: contexts [3000, 40]: spans range(0, 2), then range(2, 3), which writes both results.
     """
-    attention = _for(attend_spans, q_TNH)
-    return attention(
-        *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
-        *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
-        spans,
-        totals,
-    )
+    return _for(attend_spans, q_TNH)(q_TNH, context, spans, totals)
 
 
 def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:

@@ -19,6 +19,7 @@ from halfbyte.errors import FormatError, UnsupportedError
 from halfbyte.formats.nvfp4 import EncodedNVFP4
 from halfbyte.kernels import reference
 from halfbyte.kernels.native_library import native_library, pointer
+from halfbyte.kernels.paged import PagedContext
 from halfbyte.kernels.reference import DecodedWeight
 from halfbyte.kernels.requantize import requantizing_table
 
@@ -321,87 +322,34 @@ def _can_attend(q_TNH: Tensor, k_cache_PZKH: Tensor, v_cache_PZKH: Tensor) -> bo
     )
 
 
-def paged_attention(
-    q_TNH: Tensor,
-    k_cache_PZKH: Tensor,
-    v_cache_PZKH: Tensor,
-    k_scale: float,
-    v_scale: float,
-    block_table_SP: Tensor,
-    context_lengths_S: Tensor,
-    query_starts_S1: Tensor,
-    softmax_scale: float,
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, context: PagedContext) -> Tensor:
     """See `dispatch.paged_attention`; a query's result is the same bits in any batch or chunk."""
-    if not _can_attend(q_TNH, k_cache_PZKH, v_cache_PZKH):
-        return reference.paged_attention(
-            q_TNH,
-            k_cache_PZKH,
-            v_cache_PZKH,
-            k_scale,
-            v_scale,
-            block_table_SP,
-            context_lengths_S,
-            query_starts_S1,
-            softmax_scale,
-        )
-    return _attend(
-        *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
-        *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
-        spans=range(_ALL_SPANS),
-        totals=None,
-    )
+    if not _can_attend(q_TNH, context.k_cache_PZKH, context.v_cache_PZKH):
+        return reference.paged_attention(q_TNH, context)
+    return _attend(q_TNH, context, range(_ALL_SPANS), None)
 
 
-def attend_spans(
-    q_TNH: Tensor,
-    k_cache_PZKH: Tensor,
-    v_cache_PZKH: Tensor,
-    k_scale: float,
-    v_scale: float,
-    block_table_SP: Tensor,
-    context_lengths_S: Tensor,
-    query_starts_S1: Tensor,
-    softmax_scale: float,
-    spans: range,
-    totals: Tensor,
-) -> Tensor:
+def attend_spans(q_TNH: Tensor, context: PagedContext, spans: range, totals: Tensor) -> Tensor:
     """`dispatch.attend_spans` in C; the result has the bits of `paged_attention`."""
-    attend = _attend if _can_attend(q_TNH, k_cache_PZKH, v_cache_PZKH) else reference.attend_spans
-    return attend(
-        *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
-        *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
-        spans=spans,
-        totals=totals,
-    )
+    if not _can_attend(q_TNH, context.k_cache_PZKH, context.v_cache_PZKH):
+        return reference.attend_spans(q_TNH, context, spans, totals)
+    return _attend(q_TNH, context, spans, totals)
 
 
-def _attend(
-    q_TNH: Tensor,
-    k_cache_PZKH: Tensor,
-    v_cache_PZKH: Tensor,
-    k_scale: float,
-    v_scale: float,
-    block_table_SP: Tensor,
-    context_lengths_S: Tensor,
-    query_starts_S1: Tensor,
-    softmax_scale: float,
-    *,
-    spans: range,
-    totals: Tensor | None,
-) -> Tensor:
+def _attend(q_TNH: Tensor, context: PagedContext, spans: range, totals: Tensor | None) -> Tensor:
+    k_cache_PZKH = context.k_cache_PZKH
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
     # Kept in names until the call returns: a temporary's memory would be gone.
-    table = block_table_SP.to(torch.int32).contiguous()
-    lengths = context_lengths_S.to(torch.int32).contiguous()
-    starts = query_starts_S1.to(torch.int32).contiguous()
+    table = context.block_table_SP.to(torch.int32).contiguous()
+    lengths = context.context_lengths_S.to(torch.int32).contiguous()
+    starts = context.query_starts_S1.to(torch.int32).contiguous()
     _, page_tokens, kv_heads, head_dim = k_cache_PZKH.shape
     failed = native_library().hb_paged_attention(
         q_TNH.data_ptr(),
         out_TNH.data_ptr(),
         k_cache_PZKH.data_ptr(),
-        v_cache_PZKH.data_ptr(),
+        context.v_cache_PZKH.data_ptr(),
         table.data_ptr(),
         lengths.data_ptr(),
         starts.data_ptr(),
@@ -413,8 +361,8 @@ def _attend(
         kv_heads,
         head_dim,
         k_cache_PZKH.dtype == torch.float8_e4m3fn,
-        softmax_scale * k_scale,
-        v_scale,
+        context.softmax_scale * context.k_scale,
+        context.v_scale,
         spans.start,
         spans.stop,
         pointer(totals),

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.formats import measure
 from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.layout import unpack_nibbles
-from halfbyte.formats.measure import chunk_values
 from halfbyte.formats.minifloat import E4M3_MAX, decode_e2m1, decode_e4m3
 from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, encode_nvfp4
+from halfbyte.kernels.paged import PagedContext
 
 # Tokens of the context that attention in parts takes at once, from position 0 on.
 SPAN_TOKENS = 1024
@@ -188,30 +189,20 @@ def _gathered(cache_PZKH: Tensor, pages: Tensor, length: int, scale: float) -> T
     return stored.flatten(0, 1)[:length].float() * scale
 
 
-def paged_attention(
-    q_TNH: Tensor,
-    k_cache_PZKH: Tensor,
-    v_cache_PZKH: Tensor,
-    k_scale: float,
-    v_scale: float,
-    block_table_SP: Tensor,
-    context_lengths_S: Tensor,
-    query_starts_S1: Tensor,
-    softmax_scale: float,
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, context: PagedContext) -> Tensor:
     """The definition of `dispatch.paged_attention`: f32 inside, one sequence at a time."""
-    page_tokens, num_kv_heads = k_cache_PZKH.shape[1:3]
+    page_tokens, num_kv_heads = context.k_cache_PZKH.shape[1:3]
     out_TNH = torch.empty_like(q_TNH)
-    starts, lengths = query_starts_S1.tolist(), context_lengths_S.tolist()
+    starts, lengths = context.query_starts_S1.tolist(), context.context_lengths_S.tolist()
     for s, length in enumerate(lengths):
         first, last = starts[s], starts[s + 1]
         if first == last:
             continue
-        pages = block_table_SP[s, : -(-length // page_tokens)].long()
-        k_CKH = _gathered(k_cache_PZKH, pages, length, k_scale)
-        v_CKH = _gathered(v_cache_PZKH, pages, length, v_scale)
+        pages = context.block_table_SP[s, : -(-length // page_tokens)].long()
+        k_CKH = _gathered(context.k_cache_PZKH, pages, length, context.k_scale)
+        v_CKH = _gathered(context.v_cache_PZKH, pages, length, context.v_scale)
         q_JKGH = q_TNH[first:last].float().reshape(last - first, num_kv_heads, -1, q_TNH.shape[-1])
-        scores_KGJC = torch.einsum("jkgh,ckh->kgjc", q_JKGH, k_CKH) * softmax_scale
+        scores_KGJC = torch.einsum("jkgh,ckh->kgjc", q_JKGH, k_CKH) * context.softmax_scale
         positions_J = torch.arange(length - (last - first), length, device=q_TNH.device)
         hidden_JC = torch.arange(length, device=q_TNH.device) > positions_J[:, None]
         weights_KGJC = scores_KGJC.masked_fill(hidden_JC, float("-inf")).softmax(-1)
@@ -220,26 +211,11 @@ def paged_attention(
     return out_TNH
 
 
-def attend_spans(
-    q_TNH: Tensor,
-    k_cache_PZKH: Tensor,
-    v_cache_PZKH: Tensor,
-    k_scale: float,
-    v_scale: float,
-    block_table_SP: Tensor,
-    context_lengths_S: Tensor,
-    query_starts_S1: Tensor,
-    softmax_scale: float,
-    spans: range,
-    totals: Tensor,
-) -> Tensor:
+def attend_spans(q_TNH: Tensor, context: PagedContext, spans: range, totals: Tensor) -> Tensor:
     """See `dispatch.attend_spans`; nothing is done before the last span, then all of it."""
-    if spans.stop * SPAN_TOKENS < int(context_lengths_S.max()):
+    if spans.stop * SPAN_TOKENS < int(context.context_lengths_S.max()):
         return torch.empty_like(q_TNH)
-    return paged_attention(
-        *(q_TNH, k_cache_PZKH, v_cache_PZKH, k_scale, v_scale),
-        *(block_table_SP, context_lengths_S, query_starts_S1, softmax_scale),
-    )
+    return paged_attention(q_TNH, context)
 
 
 def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
@@ -252,12 +228,7 @@ def mask_logits(logits_V: Tensor, allowed_W: Tensor) -> None:
 
 def largest_fp8_code(codes: Tensor) -> Tensor:
     """The definition of `dispatch.largest_fp8_code`, over any shape; 0 for no codes."""
-    flat, chunk = codes.reshape(-1).view(torch.uint8), chunk_values(codes.device)
-    parts = [
-        flat[start : start + chunk].bitwise_and(0x7F).amax()
-        for start in range(0, flat.numel(), chunk)
-    ]
-    return torch.stack([flat.new_zeros(()), *parts]).amax().view(torch.float8_e4m3fn)
+    return measure.largest_fp8_code(codes)
 
 
 def fp8_to_nvfp4(codes_OI: Tensor, scale: Tensor, tensor_scale: Tensor) -> EncodedNVFP4:
