@@ -42,13 +42,21 @@ class Stub:
 
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
+    tried: list[dict[str, Any]] = field(default_factory=list)
 
 
 @contextmanager
 def serving(
-    script: Script, *, delay_s: float = 0.0, context_tokens: int | None = None
+    script: Script,
+    *,
+    delay_s: float = 0.0,
+    context_tokens: int | None = None,
+    tried: Script = lambda request: completion("A"),
 ) -> Iterator[Stub]:
-    """Serve until the block ends; `script` maps a request body to a reply."""
+    """Serve until the block ends; `script` maps a request body to a reply.
+
+    tried  does so for those of the start-up check, which ask for one token
+    """
     stub = Stub()
     ready, stop = threading.Event(), threading.Event()
 
@@ -83,6 +91,9 @@ def serving(
         if not path.endswith("/chat/completions"):
             return refusal(404, path)
         request = json.loads(body)
+        if request.get("max_tokens") == 1:
+            stub.tried.append(request)
+            return tried(request)
         stub.requests.append(request)
         if delay_s:
             await asyncio.sleep(delay_s)

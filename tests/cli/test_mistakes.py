@@ -82,3 +82,16 @@ def test_what_was_quantized_already_is_not_planned_for(
     for command in (["plan", mixed, *recipe], ["quantize", mixed, str(tmp_path / "more"), *recipe]):
         assert main(command) == 2
         assert "is already a Model Optimizer export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["verify"], ["publish"]])
+def test_a_folder_that_is_not_there_is_a_mistake_and_no_damage(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing")
+    assert main([*command, missing, *(["owner/name"] if command == ["publish"] else [])]) == 2
+    assert capsys.readouterr().err == f"error: {missing}: no such directory\n"
+    (tmp_path / "empty").mkdir()
+    if command == ["verify"]:
+        assert main(["verify", str(tmp_path / "empty")]) == 1
+        assert capsys.readouterr().out.count("empty: ") == 1

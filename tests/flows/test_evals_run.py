@@ -136,7 +136,48 @@ def test_connections_to_the_server_are_closed_when_all_is_graded(
     monkeypatch.setattr(OpenAICompatibleAPI, "aclose", spy)
     with serving(all_right) as stub:
         assert evaluate(stub.url, tmp_path, "--limit", str(limit), "--concurrency", "1") == 0
-    assert closed == [limit]
+    assert closed == [0, limit]  # of the start-up check, of the run
+
+
+def test_what_the_server_will_refuse_is_said_of_all_benchmarks_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Effort, temperature, pictures: the folder is not burnt by settings that cannot be."""
+
+    def strict(request: dict[str, Any]) -> Reply:
+        if request.get("temperature") == 0.7:
+            return refusal(400, "temperature: 0.5 at most")
+        return completion("A")
+
+    with serving(all_right, tried=strict) as stub:
+        both = ["--suite", "quick", "mmlu_pro", "--data", str(DATA), "--out", str(tmp_path)]
+        assert main(["evaluate", stub.url, *both, "--limit", "5"]) == 2
+        said = capsys.readouterr().err
+        assert "nothing was asked" in said and said.count("temperature: 0.5 at most") == 2
+        assert not stub.requests and len(stub.tried) == 4
+        assert not (tmp_path / "run.json").exists()
+        assert evaluate(stub.url, tmp_path, "--limit", "5", "--temperature", "0.2") == 0
+        tried = len(stub.tried)
+        assert evaluate(stub.url, tmp_path, "--limit", "5", "--temperature", "0.2") == 0
+        assert len(stub.tried) == tried == 5  # once, not when a run goes on
+    asked, of_run = stub.tried[-1], stub.requests[0]
+    same = ("temperature", "top_p", "model", "reasoning_effort")
+    assert [asked.get(name) for name in same] == [of_run.get(name) for name in same]
+
+
+def test_one_item_that_is_refused_does_not_keep_a_run_from_beginning(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def first_only(request: dict[str, Any]) -> Reply:
+        question = question_of(request)
+        refused.extend([question] if not refused else [])
+        return refusal(400, "too long") if question in refused else completion("A")
+
+    with serving(all_right, tried=first_only) as stub:
+        assert evaluate(stub.url, tmp_path, "--limit", "5") == 0
+        assert len(stub.tried) == 2
+    with serving(all_right, tried=lambda _: refusal(503, "starting")) as stub:
+        assert evaluate(stub.url, tmp_path / "busy", "--limit", "5") == 0
 
 
 def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
@@ -451,7 +492,7 @@ def test_a_grader_that_fails_is_recorded_with_its_reason_and_graded_later(
         # A wrong path is said before anything is asked.
         wrong = ["--code-python", "nowhere/bin/python"]
         assert main(["evaluate", stub.url, *command, *wrong]) == 2
-        assert "nowhere/bin/python is no Python" in capsys.readouterr().err
+        assert "nowhere/bin/python is not a Python" in capsys.readouterr().err
         assert not stub.requests
         with monkeypatch.context() as broken:
             broken.setattr(

@@ -175,7 +175,7 @@ def test_generated_code_has_an_interpreter_or_nothing_is_asked(terminal: Termina
         evaluate = f"halfbyte evaluate {stub.url} --suite scicode --data items --out code-run"
         evaluate += " --limit 2 --repeats 1 --code-python"
         for python, said in (
-            ("nowhere/bin/python", "nowhere/bin/python is no Python for generated code"),
+            ("nowhere/bin/python", "nowhere/bin/python is not a Python for generated code"),
             ("broken/python", "broken/python does not run: no such library"),
             ("bare/bin/python", "cannot run SciCode's tests: it lacks numpy, scipy, h5py"),
         ):

@@ -93,7 +93,8 @@ def verify(
     try:
         return _report(Checkpoint.open(directory), source, progress)
     except CheckpointError as error:
-        return Findings(0, 0, (Problem("error", str(directory), str(error)),))
+        said = str(error).removeprefix(f"{directory}: ")
+        return Findings(0, 0, (Problem("error", str(directory), said),))
 
 
 def _report(

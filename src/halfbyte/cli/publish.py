@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.public and not args.upload:
         raise UsageError("--public belongs to --upload: without it nothing is sent")
+    if not args.checkpoint.is_dir():
+        raise UsageError(f"{args.checkpoint}: no such directory")
     report = verify(args.checkpoint)
     if not report.is_sound:
         print(format_report(report))

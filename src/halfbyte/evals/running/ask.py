@@ -36,6 +36,7 @@ Key = tuple[str, int]
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 
 
+_TRIED = 2  # items of the start-up check, of which one answer is enough
 _REFUSALS = (400, 413, 422)  # the request itself is not acceptable
 
 
@@ -102,27 +103,63 @@ def most_tokens(text: str) -> int:
     return sum(1 for _ in _PIECE.finditer(text)) * 23 // 20
 
 
+def _settings(
+    benchmark: Benchmark, config: RunConfig, sample: Sample, repeat: int, max_tokens: int
+) -> GenerateConfig:
+    """What is asked beside a prompt, in the start-up check as in every attempt."""
+    sampling = config.sampling_for(benchmark)
+    return GenerateConfig(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        reasoning_effort=sampling.reasoning_effort,
+        max_tokens=max_tokens,
+        seed=seed_for(benchmark.name, sample.item_id, repeat, config.seed_shift),
+    )
+
+
+async def refusal_of(
+    benchmark: Benchmark, samples: Sequence[Sample], config: RunConfig, model: Model
+) -> str | None:
+    """Why the server will answer no item of a benchmark as it is to be asked; None if it may.
+
+    The shortest items are asked, with their pictures, settings and seed, for a single token. One
+    item may be refused for what it says; two different ones are for how they are asked. What may
+    pass by itself (a busy or starting server) is left to the attempts and their retries.
+    """
+    prompts = {one.item_id: benchmark.prompt(one, (), config.options) for one in samples}
+    shortest = sorted(samples, key=lambda one: _characters(prompts[one.item_id]))[:_TRIED]
+    said: str | None = None
+    for sample in shortest:
+        settings = _settings(benchmark, config, sample, 0, 1)
+        try:
+            await model.generate([_message(prompts[sample.item_id])], config=settings)
+        except Exception as failure:
+            if _status_of(failure) not in (*_REFUSALS, *_SETUP_FAULTS):
+                return None
+            said = _explain(failure)
+        else:
+            return None
+    return said
+
+
+def _characters(prompt: Prompt) -> int:
+    return sum(len(part.uri if isinstance(part, Image) else part.text) for part in prompt)
+
+
 async def ask_until_answered(
     room: Room, sample: Sample, repeat: int, earlier: Sequence[str], model: Model
 ) -> Attempt:
     """One request with its retries; whatever happens becomes an attempt."""
     prompt = room.benchmark.prompt(sample, earlier, room.config.options)
-    seed = seed_for(room.benchmark.name, sample.item_id, repeat, room.config.seed_shift)
-    sampling = room.config.sampling_for(room.benchmark)
-    settings = GenerateConfig(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        reasoning_effort=sampling.reasoning_effort,
-        max_tokens=max_tokens_for(prompt, room.max_tokens, room.endpoint.context_tokens),
-        seed=seed,
-    )
+    most = max_tokens_for(prompt, room.max_tokens, room.endpoint.context_tokens)
+    settings = _settings(room.benchmark, room.config, sample, repeat, most)
     started = time.monotonic()
     reply = await _try(room, model, prompt, settings)
     blank = Attempt(
         benchmark=room.benchmark.name,
         item_id=sample.item_id,
         repeat=repeat,
-        seed=seed,
+        seed=settings.seed or 0,
         prompt_sha256=prompt_sha256(prompt),
         max_tokens=settings.max_tokens or 0,
         answer="",

@@ -86,6 +86,7 @@ def evaluate(
     from halfbyte.evals.running import run as runner
 
     loaded, absent = prepared
+    _try_out(config, endpoint, loaded)
     run = _begin(config, endpoint, checkpoint, command)
     # The record names every benchmark from the start, so that a run that ends early lacks none.
     to_ask = {b.name: _unfinished(b, config, loaded[b.name]) for b in config.benchmarks
@@ -130,6 +131,25 @@ def evaluate(
     run = _finished(run, results)
     write_run(config.out / "run.json", run)
     return run
+
+
+def _try_out(config: RunConfig, endpoint: Endpoint, loaded: Mapping[str, LoadedItems]) -> None:
+    """Ask the server for one token of each benchmark that has not begun, as attempts will ask.
+
+    Raises UsageError with all that it refuses: nothing is in the run's folder yet, so that it can
+    be used with other settings.
+    """
+    from halfbyte.evals.running import run as runner
+
+    fresh = {
+        one: loaded[one.name].samples
+        for one in config.benchmarks
+        if one.name in loaded and not (config.out / one.name / "attempts.jsonl").exists()
+    }
+    refused = runner.refusals(fresh, config, endpoint) if fresh else {}
+    if refused:
+        said = "; ".join(f"{title}: {words}" for title, words in refused.items())
+        raise UsageError(f"{endpoint.url} refuses what is to be asked ({said}); nothing was asked")
 
 
 def _code_runner(benchmark: Benchmark, config: RunConfig) -> CodeRunner | None:

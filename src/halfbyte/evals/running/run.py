@@ -11,7 +11,7 @@ This and `provider` alone of `evals` import inspect-ai (decision 0013).
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from halfbyte.evals.running.ask import (
     Room,
     ask_until_answered,
     prompt_sha256,
+    refusal_of,
 )
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.progress import RunProgress
@@ -78,6 +79,28 @@ def all_prompts_sha256(benchmark: Benchmark, config: RunConfig, samples: Sequenc
         rendered = prompt_sha256(benchmark.prompt(members[0], (), config.options))
         digest.update(f"{name} {rendered} {len(members)}\n".encode())
     return digest.hexdigest()
+
+
+def refusals(
+    loaded: Mapping[Benchmark, Sequence[Sample]], config: RunConfig, endpoint: Endpoint
+) -> dict[str, str]:
+    """Benchmarks whose items the server refuses as they are to be asked, with its words."""
+
+    async def ask() -> dict[str, str]:
+        model = _model(endpoint.url, endpoint.model, config.api_key, 1, config)
+        try:
+            found = {
+                # Later steps of a trajectory cannot be asked without the answers before them.
+                one.title: await refusal_of(
+                    one, [unit[0] for unit in trajectories(one, items).values()], config, model
+                )
+                for one, items in loaded.items()
+            }
+        finally:
+            await model.api.aclose()
+        return {title: said for title, said in found.items() if said is not None}
+
+    return asyncio.run(ask())
 
 
 def run_benchmark(
