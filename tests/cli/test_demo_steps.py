@@ -10,7 +10,7 @@ import pytest
 
 from halfbyte.calibrate.sources import builtin_documents
 from halfbyte.cli import demo_steps as demo
-from halfbyte.cli.demo_tools import Narrator, serving
+from halfbyte.cli import demo_tools
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.fidelity.comparison import FidelityComparison, ModelRow
 
@@ -80,11 +80,11 @@ def test_held_out_text_is_no_calibration_text() -> None:
 # Starts a Python process that imports torch, on a machine that may be busy.
 @pytest.mark.timeout(60)
 def test_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
-    narrator = Narrator()
+    narrator = demo_tools.Narrator()
     directory = tmp_path / "empty"
     directory.mkdir()
     with (
         pytest.raises(UnsupportedError, match=r"did not start(.|\n)*no tokenizer\.json"),
-        serving(directory, narrator),
+        demo_tools.serving(directory, narrator),
     ):
         pytest.fail("nothing to serve")

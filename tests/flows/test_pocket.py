@@ -36,6 +36,7 @@ from halfbyte.engine.request import SamplingParams
 from halfbyte.evals.records import read_run
 
 MODEL = Path(__file__).resolve().parents[2] / "pocket" / "model"
+HEAD = MODEL.parent / "head"
 MAX_TOKENS = 300
 
 
@@ -394,9 +395,10 @@ def plain() -> Mapping[str, Generated]:
     [
         ({"max_batch_tokens": 96}, ()),
         ({"speculative": "ngram", "adaptive_speculation": False}, ("long",)),
+        ({"speculative": str(HEAD), "adaptive_speculation": False}, ("long", "recall")),
         ({"tensor_parallel_size": 2}, ("long", "recall")),
     ],
-    ids=["small chunks", "speculation", "two ranks"],
+    ids=["small chunks", "speculation", "speculation with its head", "two ranks"],
 )
 def test_answers_do_not_depend_on_how_they_are_computed(
     options: dict[str, Any], left_out: Sequence[str], plain: Mapping[str, Generated]
