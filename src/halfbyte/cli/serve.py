@@ -169,6 +169,7 @@ def run(args: argparse.Namespace) -> int:
     for name, port in (("--port", args.port), ("--admin-port", args.admin_port)):
         if port is not None and not 0 <= port < 65536:
             raise UsageError(f"{name} {port} is not a port")
+    from halfbyte.child import free_port
     from halfbyte.server.config import Limits, read_limits
     from halfbyte.server.defaults import SamplingDefaults, read_sampling
     from halfbyte.server.http.admin import create_admin
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.server.http.origins import read_hosts, read_origins
     from halfbyte.server.launch import Front, launch, launch_vllm, read_keys
     from halfbyte.server.ops.tracing import open_tracing
-    from halfbyte.server.run import address, free_port, listen, serve
+    from halfbyte.server.run import address, listen, serve
 
     for name, _ in _UNNECESSARY:
         if getattr(args, name[2:].replace("-", "_")):

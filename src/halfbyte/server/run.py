@@ -130,13 +130,6 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def free_port() -> int:
-    """Find a local port that no one listens on now."""
-    with listen("127.0.0.1", 0) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def serve(
     app: FastAPI,
     listener: socket.socket,
