@@ -19,14 +19,17 @@ COLUMNS = 100
 # What is not prose: tables, code, generated parts, and words that cannot be parted.
 _SKIPPED = re.compile(r"^\s*(?:\||<!--|!\[|\[[^\]]+\]:)")
 
+_FENCE = re.compile(r"\s*(`{3,})")
 _QUOTED = re.compile(r"`[^`]{60,}`")  # a message of another program
 
 
 def prose(path: Path) -> list[tuple[int, str]]:
-    lines, fence, generated = [], False, False
+    lines, fence, generated = [], "", False
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.lstrip().startswith("```"):
-            fence = not fence
+        marks = _FENCE.match(line)
+        # A longer fence holds shorter ones.
+        if marks is not None and (not fence or len(marks[1]) >= len(fence)):
+            fence = "" if fence else marks[1]
         elif line.startswith("<!-- generated"):
             generated = True
         elif line.startswith("<!-- end generated"):
