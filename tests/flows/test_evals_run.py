@@ -394,7 +394,8 @@ def test_answers_of_a_judged_benchmark_are_judged_and_judgements_stored(tmp_path
         for i in range(6)
     ]
     (lcr / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replies = ["CORRECT", "INCORRECT", "hm", "hm", "hm", "CORRECT", "CORRECT", "CORRECT", "CORRECT"]
+    # The first is of the start-up check.
+    replies = ["CORRECT", "CORRECT", "INCORRECT", "hm", "hm", "hm", *["CORRECT"] * 4]
     verdicts = iter(replies)
     with (
         serving(lambda request: completion("my answer")) as model,
@@ -426,6 +427,34 @@ def test_answers_of_a_judged_benchmark_are_judged_and_judgements_stored(tmp_path
     assert records[0].details["judgement"] == "CORRECT"
     assert main(["grade", str(tmp_path / "run"), "--data", str(tmp_path / "data")]) == 0
     assert read_run(tmp_path / "run").benchmarks["aa_lcr"].score == pytest.approx(5 / 6)
+
+
+def test_a_judge_that_cannot_judge_is_said_before_the_model_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lcr = tmp_path / "data" / "aa_lcr"
+    lcr.mkdir(parents=True)
+    row = {"question": "q?", "answer": "a", "context": "BEGIN DOCUMENT 1:\nset"}
+    (lcr / "documents.jsonl").write_text(json.dumps(row) + "\n")
+    with (
+        serving(lambda request: completion("my answer")) as model,
+        serving(lambda request: completion("I would rather not say")) as mute,
+        serving(lambda request: refusal(401, "no such key")) as locked,
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as nobody:
+            absent = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        for judge, said in ((mute.url, "rather not"), (locked.url, "no such key"), (absent, "")):
+            out = tmp_path / "run"
+            arguments = [
+                "evaluate", model.url, "--suite", "aa_lcr", "--data", str(tmp_path / "data"),
+                "--repeats", "1", "--out", str(out), "--judge", judge, "--judge-model", "stub",
+            ]  # fmt: skip
+            assert main(arguments) == 2
+            told = capsys.readouterr().err
+            assert judge in told
+            assert said in told
+            assert not (out / "run.json").exists()
+            assert not model.requests
 
 
 def test_code_steps_see_their_own_repeat_and_are_run(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ async def refusal_of(
         except Exception as failure:
             if _status_of(failure) not in (*_REFUSALS, *_SETUP_FAULTS):
                 return None
-            said = _explain(failure)
+            said = explain(failure)
         else:
             return None
     return said
@@ -195,7 +195,7 @@ async def _try(room: Room, model: Model, prompt: Prompt, settings: GenerateConfi
         # The client raises a dozen unrelated types; all of them are this attempt's failure.
         except Exception as failure:
             status = _status_of(failure)
-            message = _explain(failure)
+            message = explain(failure)
             if status in _REFUSALS:
                 return _Reply(None, message, refused=True, retries=retry)
             if status in _SETUP_FAULTS:
@@ -221,11 +221,21 @@ def _status_of(failure: BaseException) -> int | None:
     return None
 
 
-def _explain(failure: BaseException) -> str:
+def may_pass(failure: BaseException) -> bool:
+    """Whether a server answered with a status that may pass by itself: it is busy or starting."""
+    status = _status_of(failure)
+    return status is not None and status not in (*_REFUSALS, *_SETUP_FAULTS)
+
+
+def explain(failure: BaseException) -> str:
     """What went wrong, by the server's own words; never the prompt, which some messages repeat."""
     seen: BaseException | None = failure
     while seen is not None:
         said = getattr(seen, "provider_message", None)
+        body = getattr(seen, "body", None)  # what the official client has parsed
+        if not said and isinstance(body, dict):
+            words = body.get("message")
+            said = words and f"{words} (HTTP {_status_of(seen)})"
         if said:
             return str(said)[:500]
         last, seen = seen, seen.__cause__ or seen.__context__

@@ -33,6 +33,7 @@ from inspect_ai.solver import solver
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
+from halfbyte.evals.grading.judge import judge_prompt, read_verdict
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
     AttemptJournal,
@@ -51,6 +52,8 @@ from halfbyte.evals.running.ask import (
     Key,
     Room,
     ask_until_answered,
+    explain,
+    may_pass,
     prompt_sha256,
     refusal_of,
 )
@@ -84,7 +87,11 @@ def all_prompts_sha256(benchmark: Benchmark, config: RunConfig, samples: Sequenc
 def refusals(
     loaded: Mapping[Benchmark, Sequence[Sample]], config: RunConfig, endpoint: Endpoint
 ) -> dict[str, str]:
-    """Benchmarks whose items the server refuses as they are to be asked, with its words."""
+    """What will fail as it is to be asked, with the words of the server that says so.
+
+    These are benchmarks whose items the model's server refuses, and a judge that gives no verdict
+    where one is plain.
+    """
 
     async def ask() -> dict[str, str]:
         model = _model(endpoint.url, endpoint.model, config.api_key, 1, config)
@@ -98,6 +105,8 @@ def refusals(
             }
         finally:
             await model.api.aclose()
+        if config.judge is not None and any(one.kind == "judged" for one in loaded):
+            found[f"the judge at {config.judge.url}"] = await _judges_fault(config.judge, config)
         return {title: said for title, said in found.items() if said is not None}
 
     return asyncio.run(ask())
@@ -346,11 +355,34 @@ async def _grade(
     return record
 
 
+async def _judges_fault(judge: JudgeConfig, config: RunConfig) -> str | None:
+    """Why a judge cannot judge, by an answer that equals the official one; None if it can.
+
+    A busy judge is left to the attempts and their retries; one that cannot be reached is not.
+    """
+    model = _model(judge.url, judge.model, judge.api_key, 1, config)
+    message = ChatMessageUser(content=judge_prompt("What is two plus two?", "four", "four"))
+    try:
+        output = await model.generate([message], config=_judges_settings(judge))
+    except Exception as failure:
+        return None if may_pass(failure) else explain(failure)
+    finally:
+        await model.api.aclose()
+    reply = split_reasoning(output.completion).text
+    if read_verdict(reply) is None:
+        return f"there is no verdict, CORRECT or INCORRECT, in its reply {reply[:200]!r}"
+    return None
+
+
+def _judges_settings(judge: JudgeConfig) -> GenerateConfig:
+    return GenerateConfig(temperature=0.0, max_tokens=judge.max_tokens, seed=0)
+
+
 def _judge(judge: JudgeConfig, config: RunConfig, room: Room) -> Judge:
     """A function that asks the judge, through the same client and retries as the model."""
     model = _model(judge.url, judge.model, judge.api_key, config.concurrency or 16, config)
     room.clients.append(model)
-    settings = GenerateConfig(temperature=0.0, max_tokens=judge.max_tokens, seed=0)
+    settings = _judges_settings(judge)
 
     async def ask(prompt: str) -> str:
         wait_s = FIRST_WAIT_S
