@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from halfbyte.bench import record
 from halfbyte.bench.idle import Watch, wait_until_quiet
 from halfbyte.chat.grammar import GrammarCompiler
+from halfbyte.chat.grammar_follow import GrammarMasks
 from halfbyte.chat.grammar_masks import Mask
 from halfbyte.chat.grammar_texts import json_schema_grammar
 from halfbyte.chat.tokens import ChatFormat, load_chat
@@ -144,7 +145,7 @@ def measure(
     engine: Engine, chat: ChatFormat, batch: int, rounds: int, params: SamplingParams
 ) -> tuple[dict[str, list[float]], float]:
     """Samples, and which share of the held tokens needed a whole mask."""
-    compiler = GrammarCompiler(chat.vocabulary)
+    compiler, masks = GrammarCompiler(chat.vocabulary), GrammarMasks(chat.vocabulary)
     grammar = compiler.compile(json_schema_grammar(SCHEMA, lenient=False), "schema")
     ends = chat.vocabulary.eos_token_ids
     params = replace(
@@ -160,7 +161,7 @@ def measure(
                         f"{kind}-{index}",
                         prompt,
                         params,
-                        TimedMask(compiler.mask(grammar, ends), clock) if kind == "held" else None,
+                        TimedMask(masks.mask(grammar, ends), clock) if kind == "held" else None,
                     )
                     for index, prompt in enumerate(prompts(chat, batch))
                 ]

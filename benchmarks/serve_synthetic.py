@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 from halfbyte.bench.engine_bench import make_weights
+from halfbyte.chat.mask_plan import MaskMaker
 from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
+from halfbyte.engine.host import in_thread
 from halfbyte.engine.load import HopperPart, resolve_alone
 from halfbyte.engine.runner import Runner
 from halfbyte.engine.service import EngineService
@@ -78,9 +80,10 @@ def run(arguments: argparse.Namespace, directory: Path) -> int:
     facts = {**dataclasses.asdict(engine.config), **engine.facts()}
     print(facts, flush=True)
     front = Front(names=("big",), access_log=None)
+    masks = MaskMaker(chat.vocabulary, chat.control)
 
     def service() -> EngineService:
-        return EngineService(engine, max_requests=front.limits.queued_requests * 2)
+        return in_thread(engine, masks, max_requests=front.limits.queued_requests * 2)
 
     config = ServerConfig(
         model_names=front.names,

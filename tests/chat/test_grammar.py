@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halfbyte.chat.grammar import GrammarCompiler
+from both_grammars import Grammars
 from halfbyte.chat.grammar_limits import GrammarLimits, work_done
 from halfbyte.chat.grammar_masks import Mask, ThoughtMask, token_bits, unfinished_character
 from halfbyte.chat.grammar_texts import (
@@ -38,8 +38,8 @@ TOOLS = [
 
 
 @pytest.fixture(scope="module")
-def compiler(mistral: MistralFormat) -> GrammarCompiler:
-    return GrammarCompiler(mistral.vocabulary)
+def compiler(mistral: MistralFormat) -> Grammars:
+    return Grammars(mistral.vocabulary)
 
 
 def allowed(mask: Mask, size: int = 764) -> set[int]:
@@ -60,7 +60,7 @@ def accepts(mask: Mask, mistral: MistralFormat, *parts: str | int) -> bool:
     return EOS in allowed(mask)
 
 
-def tool_mask(compiler: GrammarCompiler, mistral: MistralFormat, **options: Any) -> Mask:
+def tool_mask(compiler: Grammars, mistral: MistralFormat, **options: Any) -> Mask:
     options = {"choice": "auto", "parallel": True, **options}
     lark = tools_grammar(TOOLS, mistral.control, **options)
     return compiler.mask(compiler.compile(lark, "tools"))
@@ -91,7 +91,7 @@ CALL = (CALLS, "get_weather", ARGS, '{"city": "Paris"}')
     ],
 )
 def test_tool_choices(
-    compiler: GrammarCompiler,
+    compiler: Grammars,
     mistral: MistralFormat,
     choice: str,
     parallel: bool,
@@ -102,14 +102,14 @@ def test_tool_choices(
     assert accepts(mask, mistral, *parts) is expected
 
 
-def test_schema_and_tools_allow_either(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
+def test_schema_and_tools_allow_either(compiler: Grammars, mistral: MistralFormat) -> None:
     answer = json_schema_grammar(CITY, lenient=False)
     for parts, expected in ((('{"city": "x"}',), True), (CALL, True), (("text",), False)):
         mask = tool_mask(compiler, mistral, answer=answer)
         assert accepts(mask, mistral, *parts) is expected
 
 
-def test_json_schema_regex_and_choice(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
+def test_json_schema_regex_and_choice(compiler: Grammars, mistral: MistralFormat) -> None:
     cases = [
         (json_schema_grammar(CITY, lenient=False), '{"city":\n "é"}', "{}"),
         (regex_grammar(r"\d{3}-[a-z/]+"), "123-a/b", "12-a"),
@@ -124,14 +124,14 @@ def test_json_schema_regex_and_choice(compiler: GrammarCompiler, mistral: Mistra
 @pytest.mark.parametrize("regex", [r"\d{2}", r"[0-9]-?\d", r"(\d|x)+", r"[\d]{2}", r"\d+(\.\d+)?"])
 @pytest.mark.parametrize("digits", ["\u0661\u0662", "\u0be6\u0be7", "\uff11\uff12", "\U0001d7ce2"])
 def test_digits_of_a_regex_are_ascii(
-    compiler: GrammarCompiler, mistral: MistralFormat, regex: str, digits: str
+    compiler: Grammars, mistral: MistralFormat, regex: str, digits: str
 ) -> None:
     grammar = compiler.compile(regex_grammar(regex), "regex")
     assert accepts(compiler.mask(grammar), mistral, "12")
     assert not accepts(compiler.mask(grammar), mistral, digits)
 
 
-def test_a_choice_may_hold_any_character(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
+def test_a_choice_may_hold_any_character(compiler: Grammars, mistral: MistralFormat) -> None:
     characters = [chr(code) for code in (*range(1, 0x180), *range(0x2000, 0x2070))]
     characters += ["\ufeff", "\ufffd", "\uffff", "\ue000", "\U0001f600", "\U0010ffff"]
     choices = [f"a{character}b" for character in characters]
@@ -143,17 +143,13 @@ def test_a_choice_may_hold_any_character(compiler: GrammarCompiler, mistral: Mis
     assert not accepts(compiler.mask(grammar), mistral, "ab")
 
 
-def test_of_two_choices_one_may_begin_the_other(
-    compiler: GrammarCompiler, mistral: MistralFormat
-) -> None:
+def test_of_two_choices_one_may_begin_the_other(compiler: Grammars, mistral: MistralFormat) -> None:
     grammar = compiler.compile(choice_grammar(["ab", "abc", "a"]), "choices")
     for text, fits in (("a", True), ("ab", True), ("abc", True), ("abcd", False), ("b", False)):
         assert accepts(compiler.mask(grammar), mistral, text) is fits
 
 
-def test_ten_thousand_choices_cost_little(
-    compiler: GrammarCompiler, mistral: MistralFormat
-) -> None:
+def test_ten_thousand_choices_cost_little(compiler: Grammars, mistral: MistralFormat) -> None:
     choices = [f"label {number} of {number * number}" for number in range(9000)]
     grammar = compiler.compile(choice_grammar(choices), "choices")
     assert accepts(compiler.mask(grammar), mistral, choices[-1])
@@ -161,7 +157,7 @@ def test_ten_thousand_choices_cost_little(
 
 
 def test_a_call_has_its_id_where_the_format_has_one(
-    compiler: GrammarCompiler, mistral: MistralFormat
+    compiler: Grammars, mistral: MistralFormat
 ) -> None:
     call_id = 33
     control = dataclasses.replace(mistral.control, call_id=call_id)
@@ -181,7 +177,7 @@ def test_a_format_without_calls_is_refused(mistral: MistralFormat) -> None:
 
 @pytest.mark.parametrize("kind", [["object", "null"], ["null", "array", "object"], None, "object"])
 def test_arguments_are_an_object_whatever_the_schema_says(
-    compiler: GrammarCompiler, mistral: MistralFormat, kind: Any
+    compiler: Grammars, mistral: MistralFormat, kind: Any
 ) -> None:
     function = {"name": "f", "parameters": {**CITY, "type": kind}}
     lark = tools_grammar([{"function": function}], mistral.control, choice="f", parallel=False)
@@ -203,7 +199,7 @@ def test_arguments_are_an_object_whatever_the_schema_says(
     ids=["schema", "regex", "choice", "whole", "tools"],
 )
 def test_an_answer_that_has_begun_goes_on(
-    compiler: GrammarCompiler, mistral: MistralFormat, lark: str, begun: str, rest: str
+    compiler: Grammars, mistral: MistralFormat, lark: str, begun: str, rest: str
 ) -> None:
     if lark == "tools":
         lark = tools_grammar(TOOLS, mistral.control, choice="auto", parallel=True)
@@ -216,9 +212,7 @@ def test_an_answer_that_has_begun_goes_on(
     assert wrong.begin([*ids, CALLS + 1, *ids]) == len(ids)
 
 
-def test_a_long_beginning_is_taken_in_pieces(
-    compiler: GrammarCompiler, mistral: MistralFormat
-) -> None:
+def test_a_long_beginning_is_taken_in_pieces(compiler: Grammars, mistral: MistralFormat) -> None:
     mask = compiler.mask(compiler.compile(regex_grammar("[0-9 ]{10,2000}x"), "p"))
     ids = mistral.vocabulary.encode_text("1234567890 " * 100)
     assert len(ids) > 300
@@ -227,14 +221,12 @@ def test_a_long_beginning_is_taken_in_pieces(
     assert late.begin([*mistral.vocabulary.encode_text("1" * 700), 64 + ord("y")]) >= 300
 
 
-def test_white_space_inside_json_has_a_bound(
-    compiler: GrammarCompiler, mistral: MistralFormat
-) -> None:
+def test_white_space_inside_json_has_a_bound(compiler: Grammars, mistral: MistralFormat) -> None:
     grammar = compiler.compile(json_schema_grammar(CITY, lenient=False), "p")
     assert not accepts(compiler.mask(grammar), mistral, "{" + " " * 100 + '"city": "x"}')
 
 
-def test_unsupported_keywords_are_refused_or_named(compiler: GrammarCompiler) -> None:
+def test_unsupported_keywords_are_refused_or_named(compiler: Grammars) -> None:
     schema = {**CITY, "not": {"required": ["x"]}, "x-guidance": {"lenient": True}}
     with pytest.raises(RequestError, match="not") as caught:
         compiler.compile(json_schema_grammar(schema, lenient=False), "response_format")
@@ -244,13 +236,13 @@ def test_unsupported_keywords_are_refused_or_named(compiler: GrammarCompiler) ->
 
 
 @pytest.mark.parametrize("regex", ["(", "(?=x)"])
-def test_regex_that_cannot_be_expressed_is_refused(compiler: GrammarCompiler, regex: str) -> None:
+def test_regex_that_cannot_be_expressed_is_refused(compiler: Grammars, regex: str) -> None:
     with pytest.raises(RequestError):
         compiler.compile(regex_grammar(regex), "regex")
 
 
 @pytest.mark.parametrize("regex", ["a{1,1000000}{1,1000000}", "(a*)*(a*)*b", "((a|b|c)*d){500}"])
-def test_hostile_regex_costs_little(compiler: GrammarCompiler, regex: str) -> None:
+def test_hostile_regex_costs_little(compiler: Grammars, regex: str) -> None:
     start = time.perf_counter()
     with contextlib.suppress(RequestError):
         mask = compiler.mask(compiler.compile(regex_grammar(regex), "regex"))
@@ -262,7 +254,7 @@ AMBIGUOUS = 'start: a\na: a a | "x" | a a a\n'
 
 
 def test_ambiguous_grammar_gives_up_and_says_so_before_it_holds_up_a_step(
-    compiler: GrammarCompiler, mistral: MistralFormat
+    compiler: Grammars, mistral: MistralFormat
 ) -> None:
     x = 64 + ord("x")
     mask = compiler.mask(compiler.compile(AMBIGUOUS, "p", is_free=True))
@@ -282,7 +274,7 @@ def test_ambiguous_grammar_gives_up_and_says_so_before_it_holds_up_a_step(
 
 
 def test_many_optional_properties_are_not_taken_for_ambiguity(
-    compiler: GrammarCompiler, mistral: MistralFormat
+    compiler: Grammars, mistral: MistralFormat
 ) -> None:
     properties = {f"key{i}": {"type": "integer"} for i in range(1500)}
     schema = {"type": "object", "properties": properties, "additionalProperties": False}
@@ -300,7 +292,7 @@ def test_many_optional_properties_are_not_taken_for_ambiguity(
     ],
     ids=["wide", "text", "key", "keys"],
 )
-def test_large_schemas_are_refused_at_a_glance(compiler: GrammarCompiler, schema: Any) -> None:
+def test_large_schemas_are_refused_at_a_glance(compiler: Grammars, schema: Any) -> None:
     start = time.perf_counter()
     with pytest.raises(RequestError, match="262,144 bytes"):
         compiler.check_schema(schema, "p")
@@ -308,7 +300,7 @@ def test_large_schemas_are_refused_at_a_glance(compiler: GrammarCompiler, schema
 
 
 def test_limits_name_themselves(mistral: MistralFormat) -> None:
-    compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(max_source_bytes=100, max_depth=3))
+    compiler = Grammars(mistral.vocabulary, GrammarLimits(max_source_bytes=100, max_depth=3))
     with pytest.raises(RequestError, match="100 bytes"):
         compiler.compile("start: " + "x" * 200, "p")
     deep: Any = {}
@@ -320,12 +312,13 @@ def test_limits_name_themselves(mistral: MistralFormat) -> None:
 
 
 def test_compiled_grammars_are_kept_and_masks_are_independent(
-    compiler: GrammarCompiler, mistral: MistralFormat
+    compiler: Grammars, mistral: MistralFormat
 ) -> None:
     lark = choice_grammar(["ab", "cd"])
     grammar = compiler.compile(lark, "p")
-    assert compiler.compile(lark, "p") is grammar
+    assert compiler.compile(lark, "p") == grammar and compiler.compile(lark, "q").param == "q"
     first, second = compiler.mask(grammar), compiler.mask(grammar)
+    assert first._grammar is second._grammar
     first.accept(mistral.vocabulary.encode_text("ab")[0])
     assert allowed(first) != allowed(second)
 
@@ -333,15 +326,15 @@ def test_compiled_grammars_are_kept_and_masks_are_independent(
 def test_a_grammar_that_grows_in_use_is_dropped_and_says_so(
     mistral: MistralFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(max_bytes=10_000_000))
+    compiler = Grammars(mistral.vocabulary, GrammarLimits(max_bytes=10_000_000))
     lark = choice_grammar(["abcdef", "xyz"])
     grammar = compiler.compile(lark, "p")
     resident = itertools.count(0, 3_000_000)
-    monkeypatch.setattr(compiler, "memory_bytes", lambda: next(resident))
+    monkeypatch.setattr(compiler.masks, "memory_bytes", lambda: next(resident))
     # Something else takes memory: llguidance has done next to nothing, and is believed.
     mask = compiler.mask(grammar)
     assert accepts(mask, mistral, "abcdef") and mask.problem is None
-    monkeypatch.setattr("halfbyte.chat.grammar.work_done", lambda *_: (10**6, 0))
+    monkeypatch.setattr("halfbyte.chat.grammar_follow.work_done", lambda *_: (10**6, 0))
     first, second = compiler.mask(grammar), compiler.mask(grammar)
     for token_id in mistral.vocabulary.encode_text("abc"):
         assert token_id in allowed(first) or first.problem is not None
@@ -350,30 +343,28 @@ def test_a_grammar_that_grows_in_use_is_dropped_and_says_so(
     # Nor can those go on who share it; the next request gets a fresh one.
     assert allowed(second) == {EOS} and second.is_finished() and second.problem == first.problem
     assert not first.allows(64 + ord("d"))
-    assert compiler.compile(lark, "p") is not grammar
+    assert allowed(compiler.mask(grammar)) != {EOS}
 
 
 def test_a_grammar_that_has_failed_is_not_kept(
     mistral: MistralFormat,
 ) -> None:
-    compiler = GrammarCompiler(mistral.vocabulary)
+    compiler = Grammars(mistral.vocabulary)
     grammar = compiler.compile(AMBIGUOUS, "p", is_free=True)
-    gone = weakref.ref(grammar)
     mask = compiler.mask(grammar)
+    gone = weakref.ref(mask._grammar)
     while mask.problem is None:
         mask.fill(np.zeros(24, dtype=np.uint32))
         mask.accept(64 + ord("x"))
     del grammar
     gc.collect()
-    assert gone() is None and not compiler._cache
+    assert gone() is None and not compiler.masks._cache
 
 
-def test_llguidance_says_how_much_it_has_done(
-    compiler: GrammarCompiler, mistral: MistralFormat
-) -> None:
+def test_llguidance_says_how_much_it_has_done(compiler: Grammars, mistral: MistralFormat) -> None:
     """Read from the message of an error: another version may word it otherwise."""
     grammar = compiler.compile(regex_grammar("[a-z]{1,400}x"), "p")
-    matcher = grammar.matcher.deep_copy()
+    matcher = compiler.mask(grammar)._matcher
     before = work_done(matcher, [1, EOS])
     assert before is not None and before[0] > 0
     for _ in range(50):
@@ -384,7 +375,7 @@ def test_llguidance_says_how_much_it_has_done(
 
 
 def test_banned_ids_stay_banned_and_never_leave_nothing(
-    compiler: GrammarCompiler,
+    compiler: Grammars,
 ) -> None:
     grammar = compiler.compile("start: <[3]>\n", "p")
     assert allowed(compiler.mask(grammar)) == {3}
@@ -395,7 +386,7 @@ def test_banned_ids_stay_banned_and_never_leave_nothing(
 
 
 def test_token_against_the_grammar_ends_the_answer(
-    compiler: GrammarCompiler, mistral: MistralFormat
+    compiler: Grammars, mistral: MistralFormat
 ) -> None:
     mask = compiler.mask(compiler.compile(choice_grammar(["ab"]), "p"))
     mask.accept(64 + ord("z"))
@@ -403,7 +394,7 @@ def test_token_against_the_grammar_ends_the_answer(
 
 
 def test_padding_of_the_models_head_is_never_allowed(
-    compiler: GrammarCompiler, mistral: MistralFormat
+    compiler: Grammars, mistral: MistralFormat
 ) -> None:
     mask = compiler.mask(compiler.compile(choice_grammar(["ab"]), "p"))
     bitmask = np.full(40, 0xFFFFFFFF, dtype=np.uint32)
@@ -428,7 +419,7 @@ def test_one_token_is_judged_as_all_are(
     banned: tuple[int, ...],
     parts: tuple[str | int, ...],
     thinks: bool,
-    compiler: GrammarCompiler,
+    compiler: Grammars,
     mistral: MistralFormat,
 ) -> None:
     """Beyond what `fill` sets, `allows` takes only other cuts of the one text that may follow."""
@@ -468,9 +459,7 @@ def test_one_token_is_judged_as_all_are(
     assert num_more < 40
 
 
-def test_thought_passes_before_the_schema(
-    compiler: GrammarCompiler, mistral: MistralFormat
-) -> None:
+def test_thought_passes_before_the_schema(compiler: Grammars, mistral: MistralFormat) -> None:
     grammar = compiler.compile(json_schema_grammar(CITY, lenient=False), "p")
 
     def fresh(budget: int | None = None) -> ThoughtMask:
@@ -536,7 +525,7 @@ def test_bits() -> None:
 
 
 def test_model_without_control_tokens_can_be_held_to_json(chatml: TemplateFormat) -> None:
-    compiler = GrammarCompiler(chatml.vocabulary)
+    compiler = Grammars(chatml.vocabulary)
     mask = compiler.mask(compiler.compile(json_schema_grammar(CITY, lenient=False), "p"))
     for token_id in chatml.vocabulary.encode_text(json.dumps({"city": "Rome"})):
         assert token_id in allowed(mask, 500)

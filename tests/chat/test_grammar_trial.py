@@ -7,11 +7,13 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from halfbyte.chat import grammar_trial
+from both_grammars import Grammars
+from halfbyte import processes
 from halfbyte.chat.grammar import GrammarCompiler
 from halfbyte.chat.grammar_limits import GrammarLimits
 from halfbyte.chat.grammar_masks import Mask
@@ -73,7 +75,7 @@ def test_bombs_leave_nothing_in_the_server(compiler: GrammarCompiler) -> None:
         with pytest.raises(RequestError):
             compiler.compile(lark, "p")
     assert resident_mb() - before < 20
-    assert len(compiler._cache) <= 4
+    assert len(compiler._passed) <= 4
 
 
 def test_a_failure_is_not_kept(mistral: MistralFormat) -> None:
@@ -81,24 +83,28 @@ def test_a_failure_is_not_kept(mistral: MistralFormat) -> None:
     for _ in range(2):
         with pytest.raises(RequestError):
             compiler.compile(regex_grammar("(?=x)"), "p")
-    assert not compiler._cache
+    assert not compiler._passed
 
 
 def test_the_cache_is_bounded_by_bytes(mistral: MistralFormat) -> None:
-    limits = GrammarLimits(cache_bytes=1_000_000)
-    compiler = GrammarCompiler(mistral.vocabulary, limits)
+    limits = GrammarLimits(cache_bytes=1_000_000, passed_chars=10_000)
+    compiler = Grammars(mistral.vocabulary, limits)
     for number in range(30):
         schema = {"enum": [f"{number} {value}" for value in range(100)]}
-        compiler.compile(json_schema_grammar(schema, lenient=False), "p")
-    kept = list(compiler._cache.values())
+        checked = compiler.compile(json_schema_grammar(schema, lenient=False), "p")
+        compiler.mask(checked)
+    kept = list(compiler.masks._cache.values())
     assert 1 < len(kept) < 30
     assert sum(grammar.num_bytes for grammar in kept) <= 1_000_000
     # The last one is there.
-    assert compiler.compile(json_schema_grammar(schema, lenient=False), "p") is kept[-1]
+    assert compiler.mask(checked)._grammar is kept[-1]
+    passed = list(compiler._passed.values())
+    assert 1 < len(passed) < 30 and passed[-1] == checked
+    assert sum(len(grammar.lark) for grammar in passed) <= 10_000
 
 
 def test_running_answers_leave_no_room_without_end(mistral: MistralFormat) -> None:
-    compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(total_bytes=1_500_000))
+    compiler = Grammars(mistral.vocabulary, GrammarLimits(total_bytes=1_500_000))
     masks: list[Mask] = []
 
     def lark() -> str:
@@ -115,7 +121,7 @@ def test_running_answers_leave_no_room_without_end(mistral: MistralFormat) -> No
     assert len(masks) > 1
     masks.clear()
     gc.collect()
-    compiler.compile(lark(), "p")
+    compiler.mask(compiler.compile(lark(), "p"))
 
 
 def test_a_schema_too_large_when_compiled_is_a_400(mistral: MistralFormat) -> None:
@@ -213,11 +219,20 @@ def test_messages_are_whole_sentences(compiler: GrammarCompiler) -> None:
 
 
 def test_a_slow_start_costs_no_request_its_time(
-    mistral: MistralFormat, monkeypatch: pytest.MonkeyPatch
+    mistral: MistralFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when the process has been ended and is started anew."""
-    slow = "import time; time.sleep(1.5); " + grammar_trial._START
-    monkeypatch.setattr(grammar_trial, "_START", slow)
+    start = processes.start
+
+    def slowly(module: str, *given: Any, **options: Any) -> Any:
+        (tmp_path / "slow.py").write_text(
+            f"import time\nfrom {module} import main as quickly\n"
+            "def main():\n    time.sleep(1.5)\n    quickly()\n"
+        )
+        return start("slow", *given, **options)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(processes, "start", slowly)
     compiler = GrammarCompiler(mistral.vocabulary)
     compiler.compile(choice_grammar(["a"]), "p", timeout_s=1.0)
     process = compiler._trials._process
@@ -230,7 +245,10 @@ def test_a_slow_start_costs_no_request_its_time(
 def test_a_process_that_cannot_start_is_said(
     mistral: MistralFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar_trial, "_START", "raise SystemExit")
+    start = processes.start
+    monkeypatch.setattr(
+        processes, "start", lambda _, *given, **options: start("sys", *given, **options)
+    )
     compiler = GrammarCompiler(mistral.vocabulary)
     with pytest.raises(RequestError, match="cannot be tried just now") as caught:
         compiler.compile(choice_grammar(["a"]), "p")

@@ -10,6 +10,7 @@ import torch
 
 from engine_driver import GREEDY, Answer, load, prompt_of, request, run_alone
 from halfbyte.engine.core import Engine
+from halfbyte.engine.host import in_thread
 from halfbyte.engine.request import FinishEvent, GenerationRequest, TokensEvent
 from halfbyte.engine.service import EngineService
 from halfbyte.errors import CapacityError, RequestError
@@ -18,9 +19,14 @@ PROMPT = prompt_of(40)
 LONG = replace(GREEDY, max_tokens=100)
 
 
+@pytest.fixture
+def engine(tiny: Path) -> Engine:
+    return load(tiny)
+
+
 @pytest_asyncio.fixture
-async def service(tiny: Path) -> AsyncIterator[EngineService]:
-    made = EngineService(load(tiny))
+async def service(engine: Engine) -> AsyncIterator[EngineService]:
+    made = in_thread(engine)
     await made.start()
     yield made
     await made.stop()
@@ -33,12 +39,14 @@ async def answer_of(service: EngineService, item: GenerationRequest) -> Answer:
     return answer
 
 
-async def until_idle(engine: Engine) -> None:
+async def until_idle(service: EngineService) -> None:
+    """Nothing runs any more, and every block is back."""
     for _ in range(500):
-        if not engine.has_work():
+        stats = service.stats()
+        if not stats.running + stats.waiting and stats.free_blocks == stats.total_blocks:
             return
         await asyncio.sleep(0.01)
-    raise AssertionError("still working")
+    raise AssertionError(f"still working: {service.stats()}")
 
 
 async def test_streams_give_the_solo_answers(service: EngineService, tiny: Path) -> None:
@@ -55,7 +63,7 @@ async def test_slow_reader_gets_everything_merged(service: EngineService) -> Non
     events = []
     async with aclosing(service.generate(request("slow", PROMPT, LONG))) as stream:
         events.append(await anext(stream))
-        await until_idle(service.engine)
+        await until_idle(service)
         events += [event async for event in stream]
     tokens = [event for event in events if isinstance(event, TokensEvent)]
     assert sum(len(event.token_ids) for event in tokens) == 100
@@ -76,7 +84,7 @@ async def test_what_nobody_reads_is_not_kept(
         # The engine goes on for others, and this one's blocks are free long before its end.
         answer = await reading
         assert answer.finish is not None and answer.finish.reason == "length"
-        await until_idle(service.engine)
+        await until_idle(service)
         rest = [first, *[event async for event in stream]]
     assert isinstance(rest[-1], FinishEvent) and rest[-1].reason == "abort"
     assert "not read" in (rest[-1].message or "")
@@ -90,7 +98,7 @@ async def test_closing_a_stream_frees_its_blocks(service: EngineService) -> None
     await anext(stream)
     assert service.stats().running == 1
     await stream.aclose()
-    await until_idle(service.engine)
+    await until_idle(service)
     stats = service.stats()
     assert stats.free_blocks == stats.total_blocks
     assert stats.generated_tokens < 100
@@ -105,7 +113,7 @@ async def test_cancelled_reader_aborts(service: EngineService) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await until_idle(service.engine)
+    await until_idle(service)
     assert service.stats().free_blocks == service.stats().total_blocks
 
 
@@ -125,7 +133,7 @@ async def test_invalid_request_raises_before_any_event(service: EngineService) -
 
 
 async def test_full_service_refuses(tiny: Path) -> None:
-    service = EngineService(load(tiny), max_requests=1)
+    service = in_thread(load(tiny), max_requests=1)
     await service.start()
     async with aclosing(service.generate(request("a", PROMPT, LONG))) as stream:
         await anext(stream)
@@ -146,7 +154,7 @@ async def test_death_of_the_engine_reaches_everyone(tiny: Path, kind: type[BaseE
         if item.request_id == "deadly" and len(generated) == 3:
             raise kind("no more")
 
-    service = EngineService(load(tiny, die))
+    service = in_thread(load(tiny, die))
     await service.start()
     assert service.is_alive
     items = [request("deadly", PROMPT), request("victim", PROMPT, LONG)]
@@ -162,7 +170,7 @@ async def test_death_of_the_engine_reaches_everyone(tiny: Path, kind: type[BaseE
 
 
 async def test_draining_lets_answers_finish_and_takes_no_more(tiny: Path) -> None:
-    service = EngineService(load(tiny))
+    service = in_thread(load(tiny))
     await service.start()
     running = asyncio.create_task(answer_of(service, request("a", PROMPT, LONG)))
     while not service.stats().running:
@@ -178,7 +186,8 @@ async def test_draining_lets_answers_finish_and_takes_no_more(tiny: Path) -> Non
 
 
 async def test_stop_aborts_what_does_not_finish(tiny: Path) -> None:
-    service = EngineService(load(tiny))
+    engine = load(tiny)
+    service = in_thread(engine)
     await service.start()
     running = asyncio.create_task(answer_of(service, request("a", PROMPT, LONG)))
     while not service.stats().running:
@@ -187,4 +196,4 @@ async def test_stop_aborts_what_does_not_finish(tiny: Path) -> None:
     answer = await running
     assert answer.finish is not None and answer.finish.reason == "abort"
     assert service.stats().free_blocks == service.stats().total_blocks
-    assert service.engine.request_ids() == ()
+    assert engine.request_ids() == ()

@@ -29,8 +29,8 @@ from follower_processes import followers_of, until_gone
 from halfbyte.engine import workers
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
+from halfbyte.engine.host import in_thread
 from halfbyte.engine.request import FinishEvent, SamplingParams
-from halfbyte.engine.service import EngineService
 from halfbyte.engine.workers import check_devices
 from halfbyte.errors import CapacityError, UsageError, WorkerError
 from halfbyte.model.tiny import tiny_config
@@ -148,7 +148,7 @@ async def test_lost_rank_ends_the_engine_with_its_reason(
     before = set(followers_of(os.getpid()))
     engine = load(mixed, tensor_parallel_size=2, collective_timeout_s=2.0)
     (pid,) = set(followers_of(os.getpid())) - before
-    service = EngineService(engine)
+    service = in_thread(engine)
     await service.start()
     stream = service.generate(request("cut off", PROMPTS[1], LONG))
     await anext(stream)
@@ -169,7 +169,7 @@ async def test_rank_that_dies_while_nothing_runs_is_noticed(mixed: Path) -> None
     before = set(followers_of(os.getpid()))
     engine = load(mixed, tensor_parallel_size=2)
     (pid,) = set(followers_of(os.getpid())) - before
-    service = EngineService(engine)
+    service = in_thread(engine)
     await service.start()
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(20):

@@ -17,9 +17,11 @@ import httpx
 import openai
 from torch import Tensor
 
+from halfbyte.chat.mask_plan import MaskMaker
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
+from halfbyte.engine.host import in_thread
 from halfbyte.engine.request import GenerationRequest
 from halfbyte.engine.service import EngineService
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
@@ -92,12 +94,13 @@ async def standing(directory: Path, **options: Any) -> AsyncIterator[Stand]:
     script = Script()
     config = EngineConfig(**options)
     engine = Engine.load(directory, config, logits_hook=script)
+    chat = load_chat(directory)
+    masks = MaskMaker(chat.vocabulary, chat.control)
 
     def load() -> EngineService:
-        return EngineService(Engine.load(directory, config, logits_hook=script))
+        return in_thread(Engine.load(directory, config, logits_hook=script), masks)
 
-    service = Supervisor(EngineService(engine), load)
-    chat = load_chat(directory)
+    service = Supervisor(in_thread(engine, masks), load)
     settings = ServerConfig(("tiny",), engine.max_model_len, engine.vocab_size)
     app = create_app(service, chat, settings, access_log=None)
     async with contextlib.AsyncExitStack() as stack:

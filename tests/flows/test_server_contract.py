@@ -30,7 +30,7 @@ from flows.stand import (
     standing,
     write_model,
 )
-from halfbyte.chat.grammar import GrammarMask
+from halfbyte.chat.grammar_follow import GrammarMask
 from halfbyte.chat.grammar_masks import ThoughtMask
 from halfbyte.engine.request import ImageInput
 

@@ -13,10 +13,11 @@ import httpx
 import pytest
 
 from flows.hostile import CHAT, HELLO, Case, corpus
+from halfbyte.chat.mask_plan import MaskMaker
 from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
-from halfbyte.engine.service import EngineService
+from halfbyte.engine.host import in_thread
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.server.config import Limits, ServerConfig
 from halfbyte.server.http.app import create_app
@@ -34,11 +35,13 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Engin
     write_tiny_checkpoint(directory, config=dataclasses.replace(config, text=text))
     shutil.copy(DATA / "tekken" / "tekken.json", directory)
     engine = Engine.load(directory, EngineConfig(max_model_len=4096, kv_cache_tokens=8192))
-    service = Supervisor(EngineService(engine), lambda: EngineService(engine))
+    chat = load_chat(directory)
+    masks = MaskMaker(chat.vocabulary, chat.control)
+    service = Supervisor(in_thread(engine, masks), lambda: in_thread(engine, masks))
     settings = ServerConfig(
         ("tiny",), engine.max_model_len, engine.vocab_size, limits=Limits(body_bytes=2_000_000)
     )
-    app = create_app(service, load_chat(directory), settings, access_log=None)
+    app = create_app(service, chat, settings, access_log=None)
     with serving(app) as url:
         yield url, engine
 

@@ -7,10 +7,11 @@ import torch
 from benchmarks.soak_clients import Asked, answer_of, made_up, soak, streamed_answer
 
 from flows.stand import write_model
+from halfbyte.chat.mask_plan import MaskMaker
 from halfbyte.chat.tokens import load_chat
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
-from halfbyte.engine.service import EngineService
+from halfbyte.engine.host import in_thread
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.http.admin import create_admin
 from halfbyte.server.http.app import create_app
@@ -23,9 +24,11 @@ async def test_a_crowd_some_of_whom_leave(tmp_path: Path) -> None:
     write_model(tmp_path / "tiny", vision=True)
     config = EngineConfig(max_model_len=1024, kv_cache_tokens=2048, max_sequences=16)
     engine = Engine.load(tmp_path / "tiny", config)
-    service = Supervisor(EngineService(engine), lambda: EngineService(engine))
+    chat = load_chat(tmp_path / "tiny")
+    masks = MaskMaker(chat.vocabulary, chat.control)
+    service = Supervisor(in_thread(engine, masks), lambda: in_thread(engine, masks))
     settings = ServerConfig(("tiny",), engine.max_model_len, engine.vocab_size)
-    app = create_app(service, load_chat(tmp_path / "tiny"), settings, access_log=None)
+    app = create_app(service, chat, settings, access_log=None)
     with listen("127.0.0.1", 0) as listener:
         admin = create_admin(app.state.backend, access_log=None)
         with serving(app, (admin, listener)) as url:

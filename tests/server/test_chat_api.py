@@ -3,7 +3,8 @@ from typing import Any, cast
 import pytest
 from pydantic import ValidationError
 
-from halfbyte.chat.grammar import GrammarMask
+from halfbyte.chat.grammar_follow import GrammarMask
+from halfbyte.chat.mask_plan import MaskMaker, MaskPlan
 from halfbyte.engine.request import GenerationRequest
 from halfbyte.errors import RequestError
 from halfbyte.server.api.prepare import _beginning
@@ -179,7 +180,7 @@ async def test_schema_holds_the_answer(make_bench: MakeBench) -> None:
         refused = await client.post("/v1/chat/completions", json={**body, "stream": False})
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "response_format"
-    assert bench.service.requests[0].mask is not None
+    assert bench.service.requests[0].rules is not None
 
 
 async def test_engine_error_is_a_status_before_and_a_frame_after_the_start(
@@ -261,7 +262,10 @@ async def test_rules_reach_the_engine(
         body = {"model": "m", "messages": HELLO, "n": 2, **fields}
         await client.post("/v1/chat/completions", json=body)
     # One mask each: what the first answer has said does not bind the second.
-    one, two = (cast("GrammarMask", request.mask) for request in bench.service.requests)
+    chat = bench.app.state.backend.chat
+    maker = MaskMaker(chat.vocabulary, chat.control)
+    plans = (cast("MaskPlan", request.rules) for request in bench.service.requests)
+    one, two = (cast("GrammarMask", maker.make(plan)) for plan in plans)
     assert one is not two
     assert one.begin(bench.ids(fitting)) == len(bench.ids(fitting))
     assert two.begin(bench.ids(other)) < len(bench.ids(other))

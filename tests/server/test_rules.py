@@ -5,36 +5,33 @@ from typing import Any
 
 import pytest
 
-from halfbyte.chat.grammar_masks import ThoughtMask
+from halfbyte.chat.grammar_masks import CheckedGrammar
+from halfbyte.chat.mask_plan import MaskPlan
 from halfbyte.errors import RequestError
-from halfbyte.server.api import rules as subject
-from halfbyte.server.api.rules import Rules, mask_of, settle_effort
+from halfbyte.server.api.rules import Rules, mask_plan, settle_effort
 
 
 def backend(efforts: tuple[str, ...] = (), *, strict: bool = False) -> Any:
     return SimpleNamespace(
         chat=SimpleNamespace(reasoning_efforts=efforts, vocabulary="words", control="marks"),
         config=SimpleNamespace(strict_effort=strict),
-        compiler=SimpleNamespace(mask=lambda compiled, banned: ("inner", compiled, banned)),
     )
 
 
-@pytest.mark.parametrize("compiled", [None, "grammar"])
+GRAMMAR = CheckedGrammar("start: /a/", False, 1, (), "p")
+
+
+@pytest.mark.parametrize("grammar", [None, GRAMMAR])
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("budget", [None, 0, 5])
 def test_a_thought_is_masked_where_something_bounds_it_or_follows(
-    compiled: Any, thinking: bool, budget: int | None, monkeypatch: pytest.MonkeyPatch
+    grammar: CheckedGrammar | None, thinking: bool, budget: int | None
 ) -> None:
-    monkeypatch.setattr(subject, "ThoughtMask", lambda *given: ("thought", *given))
-    found: Any = mask_of(backend(), Rules(compiled), (7,), thinking, budget)
-    inner = None if compiled is None else ("inner", "grammar", (7,))
-    if thinking and (inner is not None or budget is not None):
-        assert found == ("thought", "words", "marks", inner, budget)
+    found = mask_plan(Rules(grammar), (7,), thinking=thinking, budget=budget)
+    if grammar is not None or (thinking and budget is not None):
+        assert found == MaskPlan(grammar, (7,), thinking, budget)
     else:
-        assert found == inner
-    assert ThoughtMask.__init__.__code__.co_varnames[1:5] == (
-        "vocabulary", "control", "inner", "budget",
-    )  # fmt: skip
+        assert found is None
 
 
 @pytest.mark.parametrize(

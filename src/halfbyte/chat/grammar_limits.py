@@ -31,6 +31,7 @@ class GrammarLimits:
     max_bytes        most that one compiled grammar may take, and that it may grow by in use
     total_bytes      most that those of all running requests may take together
     cache_bytes      most that those kept for later requests may take together
+    passed_chars     of the sources that need not be tried again
     trial_bytes      what the trying process may use beyond what it needs itself
     trial_cpu_s      and for how long it may compute
     trial_stack_bytes  its stack. The server compiles on one of four times that
@@ -48,6 +49,7 @@ class GrammarLimits:
     max_bytes: int = 48_000_000
     total_bytes: int = 256_000_000
     cache_bytes: int = 32_000_000
+    passed_chars: int = 8_000_000
     trial_bytes: int = 192_000_000
     trial_cpu_s: float = 1.0
     trial_stack_bytes: int = 4 * 2**20

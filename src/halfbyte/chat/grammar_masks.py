@@ -1,6 +1,7 @@
 """A compiled grammar, bits of tokens, and the mask that waits until a thought has ended."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,20 +13,32 @@ from halfbyte.chat.vocabulary import Vocabulary
 Bitmask = NDArray[np.uint32]
 
 
-class CompiledGrammar:
-    """A checked grammar, shared by the masks of all answers that it holds.
+@dataclass(frozen=True, slots=True)
+class CheckedGrammar:
+    """A grammar that was compiled within the limits once, and can be compiled again.
 
+    is_free    a client wrote the rules themselves, not a schema or a regex
+    num_bytes  what it takes when compiled
     warnings   what a lenient schema does not enforce
+    param      the field of the request that it comes from
+    """
+
+    lark: str
+    is_free: bool
+    num_bytes: int = field(compare=False)
+    warnings: tuple[str, ...] = field(compare=False)
+    param: str = field(compare=False)
+
+
+class CompiledGrammar:
+    """A compiled grammar, shared by the masks of all answers that it holds.
+
     num_bytes  what it takes; llguidance adds to it as answers come by places that are new
     problem    why it can no longer be followed; None while it can
     """
 
-    def __init__(
-        self, source: str, matcher: Any, warnings: tuple[str, ...], num_bytes: int
-    ) -> None:
-        self.source = source
+    def __init__(self, matcher: Any, num_bytes: int) -> None:
         self.matcher = matcher
-        self.warnings = warnings
         self.compiled_bytes = num_bytes
         self.grown_bytes = 0
         self.problem: str | None = None
@@ -57,7 +70,7 @@ class Mask(Protocol):
 
 
 # What a mask holds on to after its grammar has failed.
-NOTHING = CompiledGrammar("", None, (), 0)
+NOTHING = CompiledGrammar(None, 0)
 
 
 class ThoughtMask:

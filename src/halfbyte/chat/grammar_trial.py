@@ -3,7 +3,7 @@
 llguidance compiles what strangers write, and can be made to overflow its stack or to fill the
 memory. So each grammar is first compiled in a process of its own, with a small stack, little memory
 and little time; if that process dies, its request gets a 400 and nobody else notices. What passes
-is compiled again in the server (decision 0044).
+is compiled again where the engine runs (decision 0044).
 
 The processes are forked ahead of need from one that never sees a grammar, so that an ordinary
 schema waits for neither a start nor a fork. This side is `GrammarTrials`; `main` is the other.
@@ -28,7 +28,8 @@ from typing import Any, ClassVar
 
 import llguidance
 
-from halfbyte.chat.grammar_limits import GrammarLimits, build, fault
+from halfbyte import processes
+from halfbyte.chat.grammar_limits import GrammarLimits, build, fault, sentence
 from halfbyte.chat.schema import HeldSchema, MendedSchema, mended
 from halfbyte.errors import RequestError
 
@@ -38,7 +39,6 @@ _NUM_READY = 2
 _ORDINARY_S = 0.05
 # A start of the process: the vocabulary is read there. It counts against nobody's time.
 _START_S = 60.0
-_START = "from halfbyte.chat.grammar_trial import main; main()"
 # How a child ends when nobody asks any more.
 _NOBODY_ASKS = 3
 
@@ -73,11 +73,13 @@ class Tried:
     """A grammar that was compiled within the limits, or refused.
 
     num_bytes  what the compiled grammar takes
+    warnings   what of a lenient schema it does not enforce
     has_died   the process went over its limits
     """
 
     fault: str | None
     num_bytes: int = 0
+    warnings: tuple[str, ...] = ()
     has_died: bool = False
 
 
@@ -102,18 +104,11 @@ class GrammarTrials:
             self._end()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _START, str(theirs.fileno())],
-                    stdin=subprocess.PIPE,
-                    pass_fds=[theirs.fileno()],
-                    # Whatever made the package importable here does so there.
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                self._process = processes.start(
+                    "halfbyte.chat.grammar_trial", [theirs.fileno()], setting=self._setting
                 )
             self._control, self._is_ready = ours, False
             self._end = weakref.finalize(self, _end, ours, self._process)
-            assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-                pipe.write(self._setting)
 
     def wait(self) -> None:
         """Wait until grammars can be tried; RequestError (503) if that takes a minute."""
@@ -219,11 +214,7 @@ def _busy() -> RequestError:
 def _end(control: socket.socket, process: "subprocess.Popen[bytes]") -> None:
     """Let the process go: it leaves when its socket closes."""
     control.close()
-    try:
-        process.wait(2)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    processes.end(process, 2.0)
 
 
 # --- the other side -------------------------------------------------------------------------
@@ -231,9 +222,8 @@ def _end(control: socket.socket, process: "subprocess.Popen[bytes]") -> None:
 
 def main() -> None:
     """Read the vocabulary, then keep a few processes ready; run by `GrammarTrials.start`."""
-    # The server gets the terminal's and the service manager's signals, and closes the socket.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # The server closes the socket.
+    processes.ignore_signals()
     control = socket.socket(fileno=int(sys.argv[1]))
     words, limits = pickle.loads(sys.stdin.buffer.read())
     tokenizer = llguidance.LLTokenizer(
@@ -318,7 +308,8 @@ def _compiled(
             f"compiled it takes {num_bytes // 10**6} MB; the limit is {limits.max_bytes // 10**6} "
             "MB; make repetitions and alternatives shorter"
         )
-    return Tried(found, num_bytes + 2 * len(question.lark))
+    warnings = () if found else tuple(map(sentence, matcher.get_grammar_warnings()))
+    return Tried(found, num_bytes + 2 * len(question.lark), warnings)
 
 
 def _mended(question: Mend, tokenizer: Any, limits: GrammarLimits) -> tuple[MendedSchema, ...]:

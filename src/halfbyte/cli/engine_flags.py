@@ -46,10 +46,6 @@ def add_accept(parser: argparse._ActionsContainer) -> None:
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's configuration from the flags of `halfbyte serve` and `chat`."""
     told = {name: getattr(args, name) for name, option in options().items() if option.flag}
-    if told["device"] == "auto":
-        import torch  # when run, so that --help is quick
-
-        told["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return EngineConfig(**(told | {"accept": tuple(told["accept"])}))
 
 

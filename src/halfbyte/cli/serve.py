@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.server.http.admin import create_admin
     from halfbyte.server.http.gate import file_log, log_access
     from halfbyte.server.http.origins import read_hosts, read_origins
-    from halfbyte.server.launch import Front, launch, launch_vllm, read_keys
+    from halfbyte.server.launch import Front, launch, read_keys
     from halfbyte.server.ops.tracing import open_tracing
     from halfbyte.server.run import address, listen, serve
 
@@ -212,6 +212,8 @@ def run(args: argparse.Namespace) -> int:
         if args.admin_port is not None:
             admin_listener = stack.enter_context(listen(args.admin_host, args.admin_port))
         if args.engine == "vllm":
+            from halfbyte.server.launch_vllm import launch_vllm
+
             _complete_for_vllm(args, stack)
             plan, chat = _plan_vllm(args, names[0], limits.images, free_port())
             app = launch_vllm(plan, chat, front)

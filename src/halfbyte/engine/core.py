@@ -43,38 +43,11 @@ from halfbyte.engine.request import (
 from halfbyte.engine.runner import Computed, Runner, SlicedPrompt
 from halfbyte.engine.sampler import ChosenToken, LogitsHook, Sampler, is_choosable
 from halfbyte.engine.slices import CHUNK_TOKENS
+from halfbyte.engine.stats import EngineStats as EngineStats
 from halfbyte.errors import CapacityError, RequestError
 
 # A step that encodes images and generates nothing.
 _ENCODE_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Figures of an engine: what it holds now, and totals since it was loaded.
-
-    free_blocks holds the cached_blocks, which nobody uses but whose content can be found again.
-    step_s is the time spent in steps. proposed_tokens were guessed and checked (speculation),
-    accepted_tokens of them stood; both are 0 without speculation.
-    """
-
-    running: int
-    waiting: int
-    total_blocks: int
-    free_blocks: int
-    cached_blocks: int
-    block_tokens: int
-    weight_bytes: int
-    cache_bytes: int
-    requests: int
-    steps: int
-    step_s: float
-    preemptions: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    proposed_tokens: int
-    accepted_tokens: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

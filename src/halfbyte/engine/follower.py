@@ -7,11 +7,7 @@ that closes, the process ends, wherever it is.
 
 import os
 import pickle
-import select
-import signal
 import sys
-import threading
-import time
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -19,7 +15,7 @@ from typing import Any
 
 import torch
 
-from halfbyte import log
+from halfbyte import log, processes
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.load import load_part
@@ -37,17 +33,13 @@ from halfbyte.engine.workers import (
 from halfbyte.errors import HalfbyteError
 from halfbyte.model.parallel import ProcessGroup
 
-# How long an orderly end may take once rank 0 is gone.
-_GRACE_S = 2.0
-
 
 def main() -> None:
     """Run as the process that `workers` starts; the argument is the pipe's descriptor."""
-    # Rank 0 gets the terminal's and the service manager's signals, drains, and tells us.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Rank 0 drains, and tells us.
+    processes.ignore_signals()
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    threading.Thread(target=_leave_with_leader, args=(pipe.fileno(),), daemon=True).start()
+    processes.leave_with_starter(pipe.fileno())
     status = 1
     try:
         _follow(pipe)
@@ -73,15 +65,6 @@ def _report(pipe: "Connection[Any, Any]", failed: Failed) -> None:
 def _next(pipe: "Connection[Any, Any]") -> Message:
     message: Message = pickle.loads(pipe.recv_bytes())
     return message
-
-
-def _leave_with_leader(descriptor: int) -> None:
-    """End the process soon after the other end of the pipe closes, even within a call."""
-    poller = select.poll()
-    poller.register(descriptor, select.POLLRDHUP)
-    poller.poll()
-    time.sleep(_GRACE_S)
-    os._exit(1)
 
 
 def _follow(pipe: "Connection[Any, Any]") -> None:

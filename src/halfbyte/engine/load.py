@@ -31,7 +31,7 @@ from halfbyte.engine.hopper import HopperDevice, HopperDraft, paged_kv
 from halfbyte.engine.images import ImageEncoder
 from halfbyte.engine.plain import PlainDevice
 from halfbyte.engine.runner import Runner
-from halfbyte.engine.workers import Workers, check_device, check_devices, config_of
+from halfbyte.engine.workers import Workers, check_device, check_devices, config_of, found_device
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.kernels.cuda.library import KernelLibrary, unavailable
 from halfbyte.log import logger
@@ -293,6 +293,7 @@ def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, En
     ends them. Raises CheckpointError, UsageError, CapacityError, each with what to do.
     """
     checkpoint = Checkpoint.open(directory)
+    config = found_device(config)
     check_device(config)
     require_trusted(checkpoint.config, config.accept)
     check_size(checkpoint.config.text, config.tensor_parallel_size)

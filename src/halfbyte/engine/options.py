@@ -74,7 +74,7 @@ class EngineConfig:
     device: str = field(
         default="cpu",
         metadata=_told(
-            "cpu, cuda, cuda:1 (a GPU if there is one)", "--device", flag_default="auto"
+            "cpu, cuda, cuda:1 (auto: a GPU if there is one)", "--device", flag_default="auto"
         ),
     )
     kv_cache: CacheFormat | Literal["auto"] = field(

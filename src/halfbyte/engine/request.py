@@ -179,6 +179,8 @@ class GenerationRequest:
     For `n` answers to one prompt send n requests: with the prefix cache on they share the
     blocks of the prompt, also when they arrive together.
 
+    mask      what holds the answer, where the engine runs
+    rules     what its mask is made of there; for whoever hosts the engine (`host`), not for it
     priority  the less, the sooner it is admitted and the later it gives way; equal ones in order
               of arrival
     """
@@ -189,6 +191,7 @@ class GenerationRequest:
     mask: TokenMask | None = None
     images: tuple[ImageInput, ...] = ()
     priority: int = 0
+    rules: object | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,10 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        # Events cross a process boundary at every step: by fields, a third of the time.
+        return TokenLogprobs, (self.token_id, self.logprob, self.top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +222,10 @@ class TokensEvent:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        fields = (self.request_id, self.token_ids, self.logprobs, self.prompt_logprobs)
+        return TokensEvent, fields
+
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
@@ -225,6 +236,7 @@ class FinishEvent:
     completion_tokens  generated tokens, the ending one included
     message            what went wrong, for reason "error"
     stop_logprobs      those of `stop_token_id`, where log-probs were asked for
+    mask_problem       why the mask could not be followed to its end; None if it could
     """
 
     request_id: str
@@ -235,6 +247,7 @@ class FinishEvent:
     completion_tokens: int
     message: str | None = None
     stop_logprobs: TokenLogprobs | None = None
+    mask_problem: str | None = None
 
 
 Event = TokensEvent | FinishEvent

@@ -1,47 +1,38 @@
-"""The engine's asyncio face: a stream of events per request, one thread that runs the steps.
+"""The asking side of an engine: a stream of events per request, on an event loop. No torch.
 
-Calls arrive on the event loop and become commands; the engine's thread takes them between steps.
-Events travel back in one hop a step. What a slow reader has not fetched is merged; a reader that
-fetches nothing for too long loses its answer, so that no mailbox grows without end.
+The engine runs elsewhere, in a process of its own, and is `host` there; `wire` lies between. Events
+travel in one message a step. What a slow reader has not fetched is merged; a reader that fetches
+nothing for too long loses its answer, so that no mailbox grows without end.
 """
 
 import asyncio
+import collections
+import contextlib
 import queue
+import socket
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import replace
 
-from halfbyte.engine.core import Engine, EngineStats
-from halfbyte.engine.request import Event, FinishEvent, GenerationRequest, TokensEvent
+from halfbyte.engine import wire
+from halfbyte.engine.request import (
+    Event,
+    FinishEvent,
+    FinishReason,
+    GenerationRequest,
+    TokensEvent,
+)
+from halfbyte.engine.stats import EngineStats
 from halfbyte.errors import CapacityError, RequestError
 from halfbyte.log import logger
-
-Argument = TypeVar("Argument")
 
 # Tokens, and alternatives reported with them, that may wait for one reader: some 2 MB. A reader
 # that is alive takes them within a step or two; sockets hold a thousand more.
 MAX_UNREAD = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request: GenerationRequest
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _ClearPrefixCache:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
+# How long an engine may take to end the step that it is in.
+_END_S = 30.0
+_STACKS_S = 2.0
 
 
 class _Mailbox:
@@ -49,6 +40,7 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._refusal: RequestError | None = None
         self._has_mail = asyncio.Event()
         self._num_unread = 0
         self.num_tokens = 0
@@ -76,10 +68,21 @@ class _Mailbox:
             self._events.append(event)
         self._has_mail.set()
 
+    def refuse(self, error: RequestError) -> None:
+        """End the stream with an error instead of events."""
+        self._refusal = error
+        self.is_closed = True
+        self._has_mail.set()
+
     async def take(self) -> list[Event]:
-        """Everything that has come since the last time, waiting for something."""
+        """Everything that has come since the last time, waiting for something.
+
+        Raises RequestError if the engine will not run the request.
+        """
         await self._has_mail.wait()
         self._has_mail.clear()
+        if self._refusal is not None:
+            raise self._refusal
         events, self._events = self._events, []
         self._num_unread = 0
         return events
@@ -100,57 +103,112 @@ def _joined(first: TokensEvent, second: TokensEvent) -> TokensEvent:
     )
 
 
-class EngineService:
-    """One engine and its thread. Every method belongs to the event loop that called `start`."""
+class _Sender:
+    """Sends commands from a thread, so that an event loop never waits for the engine to read."""
 
-    def __init__(self, engine: Engine, *, max_requests: int = 1024) -> None:
-        """`max_requests` running and queued together; beyond it `generate` raises."""
-        self.engine = engine
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._commands: queue.SimpleQueue[wire.Command | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, name="engine-sender", daemon=True).start()
+
+    def hang_up(self) -> None:
+        """End the thread and the connection, whatever still waits to be sent."""
+        self._commands.put(None)
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def put(self, command: wire.Command) -> None:
+        """Send this when what came before is sent."""
+        self._commands.put(command)
+
+    def _run(self) -> None:
+        while (command := self._commands.get()) is not None:
+            try:
+                wire.send(self._connection, command)
+            except OSError:
+                # It has gone, which its reader sees.
+                logger.debug("a command for an engine that has gone")
+                return
+            del command
+
+
+class EngineService:
+    """One engine, wherever it runs. Every method belongs to the event loop that called `start`."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        loaded: wire.Loaded,
+        end: Callable[[], str],
+        *,
+        max_requests: int = 1024,
+    ) -> None:
+        """The engine behind a connection.
+
+        loaded        what it said when it was ready
+        end           wait for its end when the connection has closed, and say how it ended
+        max_requests  running and queued together; beyond it `generate` raises
+        """
+        self.loaded = loaded
+        self._connection = connection
+        self._end = end
         self._max_requests = max_requests
-        self._commands: queue.SimpleQueue[_Add | _Abort | _ClearPrefixCache | _Stop] = (
-            queue.SimpleQueue()
-        )
         self._mailboxes: dict[str, _Mailbox] = {}
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        # Of the pictures that the engine keeps: running requests with it.
+        self._num_users: collections.Counter[bytes] = collections.Counter()
+        self._sender = _Sender(connection)
+        self._has_started = False
+        self._reader = wire.Reader(connection)
+        self._stats = loaded.stats
         self._is_stopping = False
         self._failure: str | None = None
+        self._has_ended = asyncio.Event()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
+        self._stacks: asyncio.Future[str] | None = None
+        # Whoever forgets the service lets the engine go: it leaves when its connection closes.
+        self._hang_up = weakref.finalize(self, self._sender.hang_up)
 
     @property
     def is_alive(self) -> bool:
-        """The thread runs and takes requests; False for ever once the engine has failed."""
-        thread = self._thread
-        return thread is not None and thread.is_alive() and self.failure is None
+        """The engine runs and takes requests; False for ever once it has failed."""
+        return self._has_started and self._failure is None and not self._has_ended.is_set()
 
     @property
     def failure(self) -> str | None:
         """What the engine died of; None while it lives."""
-        return self._failure or self.engine.failure
+        return self._failure
 
     async def start(self) -> None:
-        """Start the thread that runs the engine's steps; call this once."""
-        assert self._thread is None, "started twice"
-        self._loop = asyncio.get_running_loop()
-        # A daemon: a process that is told to exit must not wait for a step.
-        self._thread = threading.Thread(target=self._run, name="halfbyte-engine", daemon=True)
-        self._thread.start()
+        """Listen to the engine; call this once."""
+        assert not self._has_started, "started twice"
+        self._has_started = True
+        self._sender.start()
+        asyncio.get_running_loop().add_reader(self._connection, self._listen)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Take no more requests, let running ones finish for `drain_s`, abort the rest, end."""
         self._is_stopping = True
-        if self._thread is None:
+        if not self._has_started:
+            self._hang_up()
+            await asyncio.to_thread(self._end)
             return
         if self.is_alive and drain_s > 0:
             try:
                 await asyncio.wait_for(self._is_idle.wait(), drain_s)
             except TimeoutError:
                 logger.warning("%d requests aborted after draining", len(self._mailboxes))
-        self._commands.put(_Stop())
-        await asyncio.to_thread(self._thread.join)
-        # The thread's last events are on their way through the loop.
-        await asyncio.sleep(0)
+        self._put(wire.Stop())
+        try:
+            await asyncio.wait_for(self._has_ended.wait(), _END_S)
+        except TimeoutError:
+            logger.warning("the engine has not ended its step within %g s", _END_S)
+            self._close("it did not end its step")
+        await asyncio.to_thread(self._end)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Events of one request; the last one is a FinishEvent.
@@ -159,11 +217,10 @@ class EngineService:
         step. Raises RequestError if the request can never run, CapacityError if the service is
         full or stopping. A request that the engine's death cuts off ends with reason "error".
         """
-        self.engine.validate(request)
         request_id = request.request_id
         if request_id in self._mailboxes:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
-        if self._is_stopping or self._thread is None:
+        if self._is_stopping or not self._has_started:
             raise CapacityError("the engine is shutting down")
         if len(self._mailboxes) >= self._max_requests:
             raise CapacityError(
@@ -176,7 +233,7 @@ class EngineService:
         mailbox = _Mailbox()
         self._mailboxes[request_id] = mailbox
         self._is_idle.clear()
-        self._commands.put(_Add(request))
+        self._add(request)
         is_finished = False
         try:
             while not is_finished:
@@ -187,25 +244,97 @@ class EngineService:
             del self._mailboxes[request_id]
             if not self._mailboxes:
                 self._is_idle.set()
-            if not is_finished:
-                self._commands.put(_Abort(request_id))
+            if not mailbox.is_closed:
+                self._put(wire.Abort(request_id))
+            self._release(request)
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream still gets the FinishEvent, reason "abort", with its counts."""
-        self._commands.put(_Abort(request_id))
+        self._put(wire.Abort(request_id))
 
     def clear_prefix_cache(self) -> None:
         """Forget all cached prefixes before the next step."""
-        self._commands.put(_ClearPrefixCache())
+        self._put(wire.ClearPrefixCache())
 
     def stats(self) -> EngineStats:
-        """Figures of the engine, as `Engine.stats` gives them."""
-        return self.engine.stats()
+        """Figures of the engine after its last step."""
+        return self._stats
+
+    async def stacks(self) -> str:
+        """Where every thread of the engine's process is, or that it does not say."""
+        if self._stacks is None:
+            self._stacks = asyncio.get_running_loop().create_future()
+            self._put(wire.TellStacks())
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._stacks), _STACKS_S)
+        except TimeoutError:
+            return "the engine's process does not say where it is"
+
+    def _put(self, command: wire.Command) -> None:
+        if self._has_started and not self._has_ended.is_set():
+            self._sender.put(command)
+
+    def _add(self, request: GenerationRequest) -> None:
+        for image in request.images:
+            self._num_users[image.digest] += 1
+            if self._num_users[image.digest] == 1:
+                self._put(wire.Keep(image.digest, image.pixels))
+        pictures = tuple(
+            wire.Picture(image.digest, image.offset, image.num_tokens) for image in request.images
+        )
+        self._put(wire.Add(replace(request, images=()), pictures))
+
+    def _release(self, request: GenerationRequest) -> None:
+        """Let the engine forget pictures that no other request has."""
+        self._num_users.subtract(image.digest for image in request.images)
+        unused = {image.digest for image in request.images if not self._num_users[image.digest]}
+        if unused:
+            self._put(wire.Forget(tuple(unused)))
+            for digest in unused:
+                del self._num_users[digest]
 
     def _death_of(self, request: GenerationRequest) -> FinishEvent:
-        message = self.failure or "the engine's thread has ended"
+        message = self.failure or "the engine has ended"
         num_prompt = len(request.prompt_token_ids)
         return FinishEvent(request.request_id, "error", None, num_prompt, 0, 0, message)
+
+    def _listen(self) -> None:
+        try:
+            reports = self._reader.read()
+        except (EOFError, OSError):
+            self._close(None)
+            return
+        for report in reports:
+            if isinstance(report, wire.Stepped):
+                self._stats = report.stats
+                self._deliver(report.events)
+            elif isinstance(report, wire.Refused):
+                mailbox = self._mailboxes.get(report.request_id)
+                if mailbox is not None and not mailbox.is_closed:
+                    mailbox.refuse(report.error)
+            elif isinstance(report, wire.Stacks):
+                waiting, self._stacks = self._stacks, None
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(report.text)
+            else:
+                assert isinstance(report, wire.Died), f"unexpected {report}"
+                self._failure = report.text
+                self._fail_all("error", report.text)
+
+    def _close(self, said: str | None) -> None:
+        """The connection is of no use any more: the engine has ended, or is given up."""
+        if self._has_ended.is_set():
+            return
+        asyncio.get_running_loop().remove_reader(self._connection)
+        self._has_ended.set()
+        self._hang_up()
+        if self._is_stopping:
+            self._fail_all("abort", None)
+            return
+        if self._failure is None:
+            self._failure = f"the engine has failed: {said or self._end()}"
+            logger.error("%s", self._failure)
+        self._fail_all("error", self._failure)
 
     def _deliver(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -222,58 +351,8 @@ class EngineService:
                 mailbox.give_up(
                     FinishEvent(event.request_id, "abort", None, 0, 0, mailbox.num_tokens, message)
                 )
-                self._commands.put(_Abort(event.request_id))
+                self._put(wire.Abort(event.request_id))
 
-    def _fail_all(self, message: str) -> None:
+    def _fail_all(self, reason: FinishReason, message: str | None) -> None:
         for request_id, mailbox in self._mailboxes.items():
-            mailbox.put(FinishEvent(request_id, "error", None, 0, 0, 0, message))
-
-    # What follows runs on the engine's thread.
-
-    def _run(self) -> None:
-        try:
-            while self._obey():
-                if self.engine.has_work():
-                    self._send(self.engine.step())
-        # Whatever it is, it must be seen by those who wait, not only in a log: an exit called
-        # for by a library and a panic of foreign code are no Exception.
-        except BaseException as error:
-            logger.exception("the engine has failed")
-            self._failure = f"the engine has failed: {type(error).__name__}: {error}"
-            self._call(self._fail_all, self._failure)
-        finally:
-            self.engine.close()
-
-    def _obey(self) -> bool:
-        """Execute the commands that have arrived, waiting for one if idle; False to end."""
-        wait = not self.engine.has_work()
-        while True:
-            try:
-                command = self._commands.get(block=wait)
-            except queue.Empty:
-                return True
-            wait = False
-            if isinstance(command, _Add):
-                self.engine.add(command.request, is_validated=True)
-            elif isinstance(command, _Abort):
-                self._send(self.engine.abort(command.request_id))
-            elif isinstance(command, _ClearPrefixCache):
-                self.engine.clear_prefix_cache()
-            else:
-                for request_id in self.engine.request_ids():
-                    self._send(self.engine.abort(request_id))
-                return False
-
-    def _send(self, events: list[Event] | FinishEvent | None) -> None:
-        if isinstance(events, FinishEvent):
-            events = [events]
-        if events:
-            self._call(self._deliver, events)
-
-    def _call(self, function: Callable[[Argument], None], argument: Argument) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(function, argument)
-        except RuntimeError:
-            # The loop is closed: nobody is left to be told.
-            logger.debug("events after the event loop was closed")
+            mailbox.put(FinishEvent(request_id, reason, None, 0, 0, 0, message))

@@ -12,11 +12,9 @@ does a message that nobody takes. No rank outlives rank 0: it sees its end of th
 import os
 import pickle
 import shutil
-import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -30,6 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from halfbyte import processes
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.plan.step import PlannedStep
 from halfbyte.errors import CapacityError, HalfbyteError, UsageError, WorkerError
@@ -40,7 +39,6 @@ from halfbyte.model.parallel import ProcessGroup
 _GRACE_S = 3.0
 # How often the watching thread looks whether rank 0 waits too long.
 _WATCH_S = 1.0
-_START = "from halfbyte.engine.follower import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +130,8 @@ class _Rank:
         try:
             report: Report = pickle.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
-            return Failed(self._end())
+            return Failed(processes.how_it_ended(self.process, _GRACE_S))
         return report
-
-    def _end(self) -> str:
-        try:
-            status = self.process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            return f"process {self.process.pid} closed its pipe"
-        if status >= 0:
-            return f"process {self.process.pid} ended with status {status}"
-        name = signal.Signals(-status).name
-        hint = "; out of memory?" if name == "SIGKILL" else ""
-        return f"process {self.process.pid} was ended by {name}{hint}"
 
 
 def _start(rank: int, send_timeout_s: float) -> _Rank:
@@ -153,13 +140,7 @@ def _start(rank: int, send_timeout_s: float) -> _Rank:
     timeout = struct.pack("ll", int(send_timeout_s), int(send_timeout_s % 1 * 1e6))
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
     with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            # Whatever made the package importable here does so there.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        process = processes.start("halfbyte.engine.follower", [theirs.fileno()])
     return _Rank(rank, process, Connection(ours.detach()))
 
 
@@ -211,11 +192,7 @@ def _end(ranks: list[_Rank], fate: _Fate, scratch: Path, communicators: list[Pro
         with suppress(OSError):
             _shut_down(one.pipe)
     for one in ranks:
-        try:
-            one.process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            one.process.kill()
-            one.process.wait()
+        processes.end(one.process, _GRACE_S)
     for communicator in communicators:
         communicator.close()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -351,6 +328,13 @@ class Workers:
 def config_of(config: EngineConfig, rank: int) -> EngineConfig:
     """The configuration as rank `rank` follows it: on its own GPU."""
     return replace(config, device=f"cuda:{rank}") if config.device == "cuda" else config
+
+
+def found_device(config: EngineConfig) -> EngineConfig:
+    """The configuration with a GPU if there is one, where the device is to be found."""
+    if config.device != "auto":
+        return config
+    return replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_device(config: EngineConfig) -> None:

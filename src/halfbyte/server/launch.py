@@ -2,32 +2,26 @@
 
 import dataclasses
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from fastapi import FastAPI
 
-from halfbyte.chat.tokens import ChatFormat, load_chat
+from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.identity import checkpoint_identity
-from halfbyte.checkpoint.metadata import read_config
-from halfbyte.engine.config import EngineConfig
-from halfbyte.engine.core import Engine
+from halfbyte.engine.options import EngineConfig
 from halfbyte.engine.service import EngineService
 from halfbyte.errors import UsageError
 from halfbyte.files import read_bounded
-from halfbyte.machine import settle_heap
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
 from halfbyte.server.defaults import SamplingDefaults
 from halfbyte.server.dialect import Setting
 from halfbyte.server.http.app import create_app
 from halfbyte.server.http.gate import AccessLog, log_access
+from halfbyte.server.ops.engine_process import EngineProcess
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.ops.tracing import Tracing
-from halfbyte.server.vllm.command import VllmPlan
-from halfbyte.server.vllm.process import VllmProcess
-from halfbyte.server.vllm.upstream import VllmUpstream
 
 DEFAULT_LIMITS = Limits()
 
@@ -114,28 +108,30 @@ def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:
 
     Raises CheckpointError, UsageError or CapacityError.
     """
-    chat = load_chat(directory)
-    engine = Engine.load(directory, config)
-
-    def service_of(engine: Engine) -> EngineService:
-        # The server's own limit answers first, with a time to come back.
-        return EngineService(engine, max_requests=front.limits.queued_requests * 2)
+    # The server's own limit answers first, with a time to come back.
+    max_requests = front.limits.queued_requests * 2
 
     def load_again() -> EngineService:
-        settle_heap()  # what is left of the dead engine
-        again = service_of(Engine.load(directory, config))
-        settle_heap()
-        return again
+        return EngineProcess(directory, config).service(max_requests=max_requests)
 
-    resolved = engine.config
+    process = EngineProcess(directory, config)
+    try:
+        # Meanwhile the engine is loaded.
+        chat = load_chat(directory)
+        service = process.service(max_requests=max_requests)
+    except BaseException:
+        process.close()
+        raise
+    loaded = service.loaded
+    resolved = loaded.config
     app = create_app(
-        Supervisor(service_of(engine), load_again),
+        Supervisor(service, load_again),
         chat,
         front.config(
             directory,
-            engine.max_model_len,
-            engine.vocab_size,
-            {**dataclasses.asdict(resolved), **engine.facts()},
+            loaded.max_model_len,
+            loaded.vocab_size,
+            {**dataclasses.asdict(resolved), **loaded.facts},
         ),
         access_log=front.access_log,
         tracing=front.tracing,
@@ -148,30 +144,4 @@ def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:
         ahead = resolved.num_speculative_tokens
         details.append(f"speculation: {resolved.speculative}, up to {ahead} tokens ahead")
     front.announce(app, details)
-    return app
-
-
-def launch_vllm(plan: VllmPlan, chat: ChatFormat, front: Front) -> FastAPI:
-    """The application in front of a vLLM that it starts, restarts and ends.
-
-    Raises CheckpointError, or UnsupportedError without vLLM.
-    """
-    key = secrets.token_urlsafe(32)
-    text = read_config(plan.directory)[0].text
-    app = create_app(
-        Supervisor(VllmProcess(plan, key), lambda: VllmProcess(plan, key)),
-        chat,
-        front.config(
-            plan.directory,
-            plan.flags.get("max-model-len", text.max_positions),
-            text.vocab_size,
-            {"name": "vllm", "command": plan.command()},
-        ),
-        access_log=front.access_log,
-        tracing=front.tracing,
-        upstream=VllmUpstream(plan, key),
-    )
-    front.announce(
-        app, [f"answers come from vLLM on port {plan.flags['port']}, which is not for users"]
-    )
     return app

@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import os
 import pickle
-import signal
 import socket
 import struct
 import subprocess
@@ -27,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from halfbyte import processes
 from halfbyte.chat.tokens import load_chat
 from halfbyte.errors import HalfbyteError, RequestError
 from halfbyte.log import logger
@@ -49,7 +49,6 @@ _LANES: tuple[Lane, ...] = ("short", "long")
 _NICE = 5
 # Beyond it memory is given back after the work, and results are taken up in a thread.
 _LARGE = 1_000_000
-_START = "from halfbyte.server.api.aside import main; main()"
 # How one ends when nobody asks any more.
 _NOBODY_ASKS = 3
 _HEAD = struct.Struct("<Q")
@@ -79,16 +78,12 @@ class Aside:
         self._end()
         pairs = {lane: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for lane in _LANES}
         descriptors = [theirs.fileno() for _, theirs in pairs.values()]
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, descriptors)],
-            stdin=subprocess.PIPE,
-            pass_fds=descriptors,
-            # Whatever made the package importable here does so there. No threads before a fork.
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                "OPENBLAS_NUM_THREADS": "1",
-            },
+        process = processes.start(
+            "halfbyte.server.api.aside",
+            descriptors,
+            setting=self._setting,
+            # No threads before a fork.
+            environment={"OPENBLAS_NUM_THREADS": "1"},
         )
         for ours, theirs in pairs.values():
             theirs.close()
@@ -96,9 +91,6 @@ class Aside:
         self._process = process
         self._controls = {lane: ours for lane, (ours, _) in pairs.items()}
         self._end = weakref.finalize(self, _end, tuple(self._controls.values()), process)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-            pipe.write(self._setting)
 
     def close(self) -> None:
         """End the processes, and forget what has not begun."""
@@ -230,11 +222,7 @@ def _end(controls: tuple[socket.socket, ...], process: "subprocess.Popen[bytes]"
     """Let the processes go: they leave when their sockets close."""
     for control in controls:
         control.close()
-    try:
-        process.wait(0.5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    processes.end(process, 0.5)
 
 
 # --- the other side -------------------------------------------------------------------------
@@ -242,9 +230,8 @@ def _end(controls: tuple[socket.socket, ...], process: "subprocess.Popen[bytes]"
 
 def main() -> None:
     """Load the tokenizer, then keep a process ready for each place; run by `Aside.start`."""
-    # The server gets the terminal's and the service manager's signals, and closes the sockets.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # The server closes the sockets.
+    processes.ignore_signals()
     keep_one_heap()
     controls = [socket.socket(fileno=int(number)) for number in sys.argv[1:]]
     directory, config = pickle.loads(sys.stdin.buffer.read())

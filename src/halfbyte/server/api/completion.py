@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from halfbyte.chat.grammar_masks import Mask
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning, Router
 from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.engine.request import (
@@ -44,7 +43,6 @@ class Choice:
     want_entries: bool = False
     is_plain: bool = False
     keeps_stop: bool = False
-    mask: Mask | None = None
     shown_chars: int = 0
     num_tokens: int = 0
     first_token_s: float | None = None
@@ -272,11 +270,11 @@ def _finish_reason(backend: Backend, choice: Choice, event: FinishEvent) -> str:
     """ "stop" or "length"; an answer that ended otherwise is an error."""
     if choice.router.stopped_by is not None:
         return "stop"
-    if choice.mask is not None and choice.mask.problem is not None:
+    if event.mask_problem is not None:
         # It ended because the grammar did, not because it was complete: never pass for an answer.
         raise RequestError(
             f"after {event.completion_tokens} tokens the answer could not be held to the request's "
-            f"grammar any longer: {choice.mask.problem}",
+            f"grammar any longer: {event.mask_problem}",
             code="grammar_failed",
         )
     if event.reason in ("stop", "length"):

@@ -7,10 +7,9 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from halfbyte.chat.grammar_masks import Mask, ThoughtMask
+from halfbyte.chat.mask_plan import Beginning
 from halfbyte.chat.prompt import ControlTokens
 from halfbyte.chat.router import Router
 from halfbyte.chat.tools import with_missing_results
@@ -24,10 +23,9 @@ from halfbyte.server.api.prompts import chat_prompt, image_inputs, prompt_ids
 from halfbyte.server.api.reader import check_token_ids
 from halfbyte.server.api.reading import check_count
 from halfbyte.server.api.rules import (
-    Rules,
     chat_rules,
     format_rules,
-    mask_of,
+    mask_plan,
     may_think,
     settle_effort,
 )
@@ -59,15 +57,17 @@ async def chat_job(
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     images = await asyncio.to_thread(image_inputs, prompt)
     budget = request.max_reasoning_tokens
-    begun = _beginning(request) if rules.compiled is not None else None
-    if begun is None:
-        masks = [mask_of(backend, rules, banned, thinking, budget) for _ in range(request.n)]
-    else:
-        masks = await asyncio.to_thread(
-            _begun_masks, backend, rules, banned, thinking, begun, request
+    begun = _beginning(request) if rules.grammar is not None else None
+    if begun is not None and backend.upstream is not None:
+        raise RequestError(
+            "prefix: vLLM would begin the response_format or the tool calls anew after it; "
+            "send one without the other",
+            param="messages",
+            code="unsupported_parameter",
         )
+    plan = mask_plan(rules, banned, thinking=thinking, budget=budget, begun=begun)
     choices = []
-    for index, mask in enumerate(masks):
+    for index in range(request.n):
         params = sampling_params(
             backend,
             request,
@@ -79,7 +79,12 @@ async def chat_job(
             prompt_logprobs=request.prompt_logprobs if index == 0 else None,
         )
         generation = GenerationRequest(
-            f"{answer_id}-{index}", prompt.token_ids, params, mask, images, request.priority
+            f"{answer_id}-{index}",
+            prompt.token_ids,
+            params,
+            images=images,
+            priority=request.priority,
+            rules=plan,
         )
         router = Router(
             backend.chat.vocabulary,
@@ -96,7 +101,6 @@ async def chat_job(
                 has_own_prompt=index == 0,
                 want_entries=request.logprobs,
                 keeps_stop=request.include_stop_str_in_output,
-                mask=mask,
             )
         )
     usage = Usage(
@@ -121,6 +125,7 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
     prompts = request.prompts
     rules = await format_rules(backend, request.response_format)
     banned = backend.banned_in_text()
+    plan = mask_plan(rules, banned)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     choices: list[Choice] = []
     num_prompt_tokens = 0
@@ -140,9 +145,8 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
                 logprobs=request.logprobs,
                 prompt_logprobs=scored_alternatives(request),
             )
-            mask = mask_of(backend, rules, banned, False, None)
             generation = GenerationRequest(
-                f"{answer_id}-{index}", token_ids, params, mask, priority=request.priority
+                f"{answer_id}-{index}", token_ids, params, priority=request.priority, rules=plan
             )
             router = Router(
                 backend.chat.vocabulary,
@@ -159,7 +163,6 @@ async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
                     want_entries=request.logprobs is not None,
                     is_plain=True,
                     keeps_stop=request.include_stop_str_in_output,
-                    mask=mask,
                 )
             )
     job = Job(answer_id, int(time.time()), choices, Usage(num_prompt_tokens), rules.warnings)
@@ -266,15 +269,7 @@ def _given(value: Number | None, default: Number) -> Number:
 # --- rules of an answer ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Beginning:
-    """What of an answer is there already; `path` is where the request has it."""
-
-    path: str
-    text: str
-
-
-def _beginning(request: wire.ChatRequest) -> _Beginning | None:
+def _beginning(request: wire.ChatRequest) -> Beginning | None:
     """The beginning of a message that is to be continued; None if nothing has begun."""
     last = request.messages[-1]
     if not request.continues_final or not isinstance(last, wire.AssistantMessage):
@@ -298,48 +293,4 @@ def _beginning(request: wire.ChatRequest) -> _Beginning | None:
         )
         has_thought = len(content) > 0
     has_thought = has_thought or bool(last.reasoning or last.reasoning_content)
-    return _Beginning(f"{path}.content", text) if text or has_thought else None
-
-
-def _begun_masks(
-    backend: Backend,
-    rules: Rules,
-    banned: tuple[int, ...],
-    thinking: bool,
-    begun: _Beginning,
-    request: wire.ChatRequest,
-) -> list[Mask | None]:
-    """Masks of an answer that has begun; 400 if its beginning is none of what the rules allow."""
-    if backend.upstream is not None:
-        raise RequestError(
-            "prefix: vLLM would begin the response_format or the tool calls anew after it; "
-            "send one without the other",
-            param="messages",
-            code="unsupported_parameter",
-        )
-    assert rules.compiled is not None
-    vocabulary = backend.chat.vocabulary
-    token_ids = vocabulary.encode_text(begun.text)
-    masks: list[Mask | None] = []
-    for _ in range(request.n):
-        mask = backend.compiler.mask(rules.compiled, banned)
-        num_fitting = mask.begin(token_ids)
-        if num_fitting < len(token_ids):
-            shown = vocabulary.decode(token_ids[:num_fitting])[-100:]
-            raise RequestError(
-                f"{begun.path}: the answer cannot begin so; what response_format or tools allow "
-                f"leaves it after {shown!r}",
-                param=begun.path,
-            )
-        masks.append(
-            ThoughtMask(
-                vocabulary,
-                backend.chat.control,
-                mask,
-                request.max_reasoning_tokens,
-                has_begun=True,
-            )
-            if thinking
-            else mask
-        )
-    return masks
+    return Beginning(f"{path}.content", text) if text or has_thought else None

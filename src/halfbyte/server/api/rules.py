@@ -1,4 +1,4 @@
-"""What an answer is held to: tools, schemas, efforts, and the masks made of them."""
+"""What an answer is held to: tools, schemas, efforts, and what masks are made of."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.chat import grammar_texts
-from halfbyte.chat.grammar_masks import CompiledGrammar, Mask, ThoughtMask
+from halfbyte.chat.grammar_masks import CheckedGrammar
+from halfbyte.chat.mask_plan import Beginning, MaskPlan
 from halfbyte.chat.schema import HeldSchema
 from halfbyte.errors import RequestError
 from halfbyte.server.api import wire
@@ -18,12 +19,12 @@ _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What holds an answer: a compiled grammar, and the tools that may be called.
+    """What holds an answer: a checked grammar, and the tools that may be called.
 
     warnings   what of the request's schemas is not held
     """
 
-    compiled: CompiledGrammar | None = None
+    grammar: CheckedGrammar | None = None
     warnings: tuple[str, ...] = ()
     tool_names: frozenset[str] = frozenset()
 
@@ -187,7 +188,7 @@ def _compile_schemas(
     schemas: Sequence[HeldSchema],
     write: Callable[[Sequence[Mapping[str, Any]]], str],
     param: str,
-) -> tuple[CompiledGrammar, tuple[str, ...]]:
+) -> tuple[CheckedGrammar, tuple[str, ...]]:
     timeout_s = backend.config.limits.compile_s
     return backend.compiler.compile_schemas(schemas, write, param, timeout_s=timeout_s)
 
@@ -232,14 +233,15 @@ async def _in_time(backend: Backend, compile_rules: Callable[[], Rules], param: 
         raise RequestError(message, param=param, code="schema_too_complex") from error
 
 
-def mask_of(
-    backend: Backend,
+def mask_plan(
     rules: Rules,
     banned: tuple[int, ...],
-    thinking: bool,
-    budget: int | None,
-) -> Mask | None:
-    inner = backend.compiler.mask(rules.compiled, banned) if rules.compiled is not None else None
-    if not thinking or (inner is None and budget is None):
-        return inner
-    return ThoughtMask(backend.chat.vocabulary, backend.chat.control, inner, budget)
+    *,
+    thinking: bool = False,
+    budget: int | None = None,
+    begun: Beginning | None = None,
+) -> MaskPlan | None:
+    """What one answer is held to; None if it is held to nothing."""
+    if rules.grammar is None and (not thinking or budget is None):
+        return None
+    return MaskPlan(rules.grammar, banned, thinking, budget, begun)

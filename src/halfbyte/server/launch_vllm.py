@@ -1,0 +1,40 @@
+"""The application in front of a vLLM. Apart from `launch`, which imports no torch."""
+
+import secrets
+
+from fastapi import FastAPI
+
+from halfbyte.chat.tokens import ChatFormat
+from halfbyte.checkpoint.metadata import read_config
+from halfbyte.server.http.app import create_app
+from halfbyte.server.launch import Front
+from halfbyte.server.ops.supervise import Supervisor
+from halfbyte.server.vllm.command import VllmPlan
+from halfbyte.server.vllm.process import VllmProcess
+from halfbyte.server.vllm.upstream import VllmUpstream
+
+
+def launch_vllm(plan: VllmPlan, chat: ChatFormat, front: Front) -> FastAPI:
+    """The application in front of a vLLM that it starts, restarts and ends.
+
+    Raises CheckpointError, or UnsupportedError without vLLM.
+    """
+    key = secrets.token_urlsafe(32)
+    text = read_config(plan.directory)[0].text
+    app = create_app(
+        Supervisor(VllmProcess(plan, key), lambda: VllmProcess(plan, key)),
+        chat,
+        front.config(
+            plan.directory,
+            plan.flags.get("max-model-len", text.max_positions),
+            text.vocab_size,
+            {"name": "vllm", "command": plan.command()},
+        ),
+        access_log=front.access_log,
+        tracing=front.tracing,
+        upstream=VllmUpstream(plan, key),
+    )
+    front.announce(
+        app, [f"answers come from vLLM on port {plan.flags['port']}, which is not for users"]
+    )
+    return app
