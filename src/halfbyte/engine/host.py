@@ -89,7 +89,7 @@ class Host:
             self._engine.close()
             if self._maker is not None:
                 self._maker.shutdown(wait=False, cancel_futures=True)
-            self._connection.close()
+            wire.hang_up(self._connection)
 
     def _obey(self) -> bool:
         """Execute the commands that have arrived, waiting for one if idle; False to end."""

@@ -7,7 +7,6 @@ nothing for too long loses its answer, so that no mailbox grows without end.
 
 import asyncio
 import collections
-import contextlib
 import queue
 import socket
 import threading
@@ -117,9 +116,7 @@ class _Sender:
     def hang_up(self) -> None:
         """End the thread and the connection, whatever still waits to be sent."""
         self._commands.put(None)
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        wire.hang_up(self._connection)
 
     def put(self, command: wire.Command) -> None:
         """Send this when what came before is sent."""

@@ -5,6 +5,7 @@ are, so that pictures are not copied more often than they must. Both sides trust
 one program in two processes.
 """
 
+import contextlib
 import pickle
 import socket
 import struct
@@ -169,6 +170,13 @@ def send(connection: socket.socket, message: Command | Report) -> None:
     connection.sendall(b"".join((_HEAD.pack(len(data), len(views)), sizes, data)))
     for view in views:
         connection.sendall(view)
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Close a connection, also where a thread waits in it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def receive(connection: socket.socket) -> Command | Report:

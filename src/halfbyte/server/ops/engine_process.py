@@ -47,7 +47,7 @@ class EngineProcess:
         except EOFError:
             report = wire.Failed(processes.how_it_ended(self._process, _END_S))
         if isinstance(report, wire.Failed):
-            self._end()
+            self.close()
             raise report.error or WorkerError(f"the engine could not be loaded: {report.text}")
         assert isinstance(report, wire.Loaded), f"unexpected {report}"
         # The service holds this object by its method, and this object's end is the process's.
