@@ -354,7 +354,7 @@ def test_a_schema_in_the_settings_holds_the_answer(
     say('{"n": 4}', EOS)
     ask(browser, "How many?")
     done(browser, 1)
-    assert service.requests[-1].mask is not None
+    assert service.requests[-1].rules is not None
     browser.run("document.getElementById('schema').value = '{'")
     ask(browser, "Again")
     browser.until("document.querySelector('[role=alert]') !== null")

@@ -93,7 +93,7 @@ async def test_formats_of_vllm_are_held(
     prompt = {} if "chat" in path else {"prompt": "x", "max_tokens": 20}
     answer = await ask(bench, path, **fields, **prompt)
     assert answer.status_code == 200, answer.text
-    assert bench.service.requests[0].mask is not None
+    assert bench.service.requests[0].rules is not None
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ async def test_schemas(make_bench: MakeBench) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     answer = await both(bench, output_config={"format": {"type": "json_schema", "schema": schema}})
     assert json.loads(answer.content[0].text) == {"a": 1}
-    assert bench.service.requests[-1].mask is not None
+    assert bench.service.requests[-1].rules is not None
 
 
 async def test_counts_are_those_of_answers(make_bench: MakeBench) -> None:

@@ -107,7 +107,7 @@ async def test_schema_holds_the_answer(make_bench: MakeBench) -> None:
     bench = make_bench('{"a": 1}', EOS)
     answer = await both(bench, input="Hi", text={"format": form})
     assert json.loads(answer.output_text) == {"a": 1}
-    assert bench.service.requests[0].mask is not None
+    assert bench.service.requests[0].rules is not None
 
 
 @pytest.mark.parametrize(

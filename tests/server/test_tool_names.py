@@ -154,8 +154,8 @@ async def test_allowed_tools_and_refusals_speak_of_the_clients_names(
         answer = await http.post("/v1/chat/completions", json={**asked, "tool_choice": allowed})
         assert called("/v1/chat/completions", answer.json()) == name
         (request,) = bench.service.requests
-        # The mask lets the one be called and not the other.
-        assert request.mask is not None
+        # The rules let the one be called and not the other.
+        assert request.rules is not None
         missing = {"type": "function", "function": {"name": "no.such"}}
         answer = await http.post("/v1/chat/completions", json={**asked, "tool_choice": missing})
         assert answer.status_code == 400 and "'no.such'" in answer.text

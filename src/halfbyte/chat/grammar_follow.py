@@ -220,8 +220,10 @@ class GrammarMask:
         self._problem: str | None = None
 
     def allows(self, token_id: int) -> bool:
-        """Whether the grammar goes on with this token; also with one that `fill` leaves out, as it
-        sets but one token where only one text may follow.
+        """Whether the grammar permits that this token comes next.
+
+        True also for one that `fill` leaves out, as it sets but one token where only one text may
+        follow.
         """
         if self._is_stuck or not self._is_usable() or token_id >= self._vocab_size:
             return False
@@ -247,14 +249,14 @@ class GrammarMask:
             words |= token_bits(self._eos_token_ids, self._num_words)
 
     def accept(self, token_id: int) -> None:
-        """Move on. A token against the grammar ends it: only an end of answer may follow."""
+        """Accept a token; after one against the grammar only an end of answer may follow."""
         if not self._is_stuck and self._is_usable():
             before = self._owner.memory_bytes()
             self._matcher.consume_token(token_id)
             self._count_growth(before)
 
     def begin(self, token_ids: Sequence[int]) -> int:
-        """Move on past the beginning of an answer; how many of its tokens fit the grammar."""
+        """Accept the beginning of an answer; returns how many of its tokens fit the grammar."""
         # In pieces: llguidance keeps everybody else waiting meanwhile.
         for start in range(0, len(token_ids), 64):
             piece = list(token_ids[start : start + 64])
@@ -269,7 +271,7 @@ class GrammarMask:
         return len(token_ids)
 
     def is_finished(self) -> bool:
-        """Nothing but an end of answer may follow."""
+        """Whether nothing but an end of answer may follow."""
         return self._is_stuck or not self._is_usable() or bool(self._matcher.is_stopped())
 
     @property

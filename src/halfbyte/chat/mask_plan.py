@@ -19,7 +19,7 @@ class Beginning:
 
 @dataclass(frozen=True, slots=True)
 class MaskPlan:
-    """What one answer is held to.
+    """The rules that the tokens of one answer are held to.
 
     grammar           of what follows a thought; None for no rules
     banned_token_ids  never allowed, whatever the grammar says
@@ -50,7 +50,7 @@ class MaskMaker:
         return plan.grammar is None or self._grammars.is_ready(plan.grammar)
 
     def make(self, plan: MaskPlan) -> Mask:
-        """A fresh mask.
+        """A fresh mask that holds the answer to its plan.
 
         Raises RequestError if the beginning is none of what the rules allow, or if there is no room
         for the grammar.

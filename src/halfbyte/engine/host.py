@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +42,10 @@ class Mask(TokenMask, Protocol):
 class Masks(Protocol):
     """Makes masks of what requests bring as `rules`. Called from several threads."""
 
-    def is_quick(self, rules: object) -> bool:
-        """Whether that takes but a moment."""
+    def is_quick(self, rules: Any) -> bool:
+        """Whether a mask of these rules can be made at once."""
 
-    def make(self, rules: object) -> Mask:
+    def make(self, rules: Any) -> Mask:
         """A fresh mask. Raises RequestError if the request cannot run."""
 
 
@@ -161,7 +161,8 @@ class Host:
                 else:
                     if isinstance(command, wire.Abort):
                         self._unwant(command.request_id)
-                    assert not isinstance(command, wire.Load), "loaded already"
+                    known = wire.Abort | wire.ClearPrefixCache | wire.Stop
+                    assert isinstance(command, known), f"unexpected {command}"
                     self._commands.put(command)
         except (EOFError, OSError):
             # The other side has gone, or this one has ended.

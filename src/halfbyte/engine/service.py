@@ -144,7 +144,7 @@ class EngineService:
         *,
         max_requests: int = 1024,
     ) -> None:
-        """The engine behind a connection.
+        """Ask the engine that runs behind a connection.
 
         loaded        what it said when it was ready
         end           wait for its end when the connection has closed, and say how it ended
@@ -181,7 +181,7 @@ class EngineService:
         return self._failure
 
     async def start(self) -> None:
-        """Listen to the engine; call this once."""
+        """Listen to the engine from now on; call this once."""
         assert not self._has_started, "started twice"
         self._has_started = True
         self._sender.start()

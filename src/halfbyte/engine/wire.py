@@ -57,7 +57,7 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An `ImageInput` whose pixels were sent before."""
+    """An `ImageInput` of a request whose pixels were sent before."""
 
     digest: bytes
     offset: int
@@ -81,7 +81,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class ClearPrefixCache:
-    """Forget cached prefixes, between two steps."""
+    """Forget all cached prefixes between two of the engine's steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A request that can never run here."""
+    """A request was refused, since it can never run here."""
 
     request_id: str
     error: RequestError
@@ -136,14 +136,14 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """Where the threads are."""
+    """Where every thread of the engine's process is now."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The engine has failed; the process ends."""
+    """The engine has failed, and its process is about to end."""
 
     text: str
 

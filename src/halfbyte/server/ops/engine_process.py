@@ -24,7 +24,7 @@ class EngineProcess:
     """A process that loads a checkpoint. Forgotten, or at our end, it ends."""
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
-        """Begin to load."""
+        """Start the process, which begins to load the checkpoint."""
         self._connection, theirs = wire.pair()
         with theirs:
             self._process = processes.start("halfbyte.server.ops.engine_child", [theirs.fileno()])
