@@ -4,15 +4,21 @@ import time
 from pathlib import Path
 
 
+def _parent_of(pid: int) -> int:
+    status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(status[1])
+
+
 def followers_of(parent: int) -> list[int]:
-    """Processes that run a follower for `parent`."""
+    """Processes that run a follower for `parent`, or for an engine that is its child."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
             if b"halfbyte.engine.follower" in command:
                 status = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(status[1]) == parent and status[0] != "Z":
+                starter = int(status[1])
+                if status[0] != "Z" and parent in (starter, _parent_of(starter)):
                     found.append(int(entry.name))
         except OSError:
             continue  # it has just ended

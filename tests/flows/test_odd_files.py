@@ -1,5 +1,6 @@
 """Odd things in the place of a file, for every command that reads files: one sentence, at once."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -98,16 +99,37 @@ def test_an_output_that_cannot_be_made_is_a_sentence(
         words = ["import", str(source), out, "--to", "mistral-fp8"]
         words += ["--calibration-tokens", str(tmp_path / "tokens.safetensors")]
     assert main(words) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot be made" in said or f"{out}: {tmp_path / 'file'} is not a folder" in said
 
 
-def test_a_file_that_the_system_refuses_is_a_sentence(
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where nobody thought of it, the command line still names the file."""
     command = ["quantize", str(whole), str(tmp_path / "out"), "--recipe", "medium-3.5"]
     (tmp_path / "file").touch()
     report = ["--method", "none", "--report", str(tmp_path / "file" / "report.html")]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, *report])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "report.html" in said and "is not a folder" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_the_system_refuses_is_a_sentence(
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nobody thought of it, the command line still names the file."""
+    command = ["quantize", str(whole), str(tmp_path / "out"), "--recipe", "medium-3.5"]
+    report = ["--method", "none", "--report", str(tmp_path / "report.html")]
+
+    def refuse(record: object, path: Path) -> None:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+    monkeypatch.setattr("halfbyte.quantize.page.write_report", refuse)
     assert main([*command, *report]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ") and "report.html" in said and "Not a directory" in said
