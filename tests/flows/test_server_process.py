@@ -141,12 +141,12 @@ def test_vllm_is_started_restarted_and_ended(directory: Path, tmp_path: Path) ->
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 401
         with contextlib.suppress(httpx.HTTPError):
             httpx.post(f"{inner}/die")
-        assert ask().status_code == 503
         deadline = time.monotonic() + 30
-        while ask().status_code != 200:
+        # On a busy machine it may be back before anybody has asked.
+        while httpx.get(f"{url}/health").json()["engine_restarts"] != 1 or ask().status_code != 200:
+            assert ask().status_code in (200, 503)
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert httpx.get(f"{url}/health").json()["engine_restarts"] == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
         with pytest.raises(httpx.HTTPError):
