@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from halfbyte.processes import family_of
+
 
 def _parent_of(pid: int) -> int:
     status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -23,6 +25,15 @@ def followers_of(parent: int) -> list[int]:
         except OSError:
             continue  # it has just ended
     return found
+
+
+def engines_of(server: int) -> list[int]:
+    """Processes that run the engine of a server."""
+    return [
+        pid
+        for pid in family_of(server)
+        if b"engine_child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 def is_running(pid: int) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 
 from halfbyte.errors import CapacityError, UnsupportedError
+from halfbyte.processes import family_of
 
 # Large checkpoints take minutes to load from a slow disk.
 START_LIMIT_S = 900.0
@@ -43,10 +44,15 @@ class Child:
     process: "subprocess.Popen[bytes]"
 
     def cpu_s(self) -> float:
-        """Processor seconds that the server has used (Linux)."""
-        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Processor seconds that the server and its processes have used (Linux)."""
+        ticks = 0
+        for pid in family_of(self.process.pid):
+            # One of them may have ended by now.
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{pid}/stat").read_text()
+                fields = stat.rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> int:
         """End the server, gently and then not; returns its exit status. May be called again."""

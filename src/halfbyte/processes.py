@@ -5,6 +5,7 @@ trials of grammars. Each is a `main` of this package that gets sockets as number
 leaves when those close. Not for commands that are programs of their own: that is `child`.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 # How long an orderly end may take once whoever started the process is gone.
 _GRACE_S = 2.0
@@ -71,6 +73,17 @@ def how_it_ended(process: "subprocess.Popen[bytes]", grace_s: float) -> str:
     name = signal.Signals(-status).name
     hint = "; out of memory?" if name == "SIGKILL" else ""
     return f"process {process.pid} was ended by {name}{hint}"
+
+
+def family_of(pid: int) -> list[int]:
+    """A process, those that it has started, those that they have started, and so on (Linux)."""
+    found = [pid]
+    for one in found:
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            # It may have ended by now.
+            with contextlib.suppress(OSError):
+                found += map(int, task.read_text().split())
+    return found
 
 
 def ignore_signals() -> None:

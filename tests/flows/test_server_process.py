@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from follower_processes import followers_of, is_running
+from follower_processes import engines_of, followers_of, is_running, until_gone
 from halfbyte.cli.main import main
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 
@@ -163,6 +163,34 @@ def test_idle_server_stops_quickly_and_frees_its_port(directory: Path) -> None:
         port = int(url.rsplit(":", 1)[1])
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_an_engine_that_crashes_ends_its_answers_and_comes_back(
+    directory: Path, number: signal.Signals
+) -> None:
+    body = {"model": "tiny", "prompt": "Hello", "temperature": 0, "ignore_eos": True}
+    with served(directory) as (process, url, _):
+        wanted = text_of(httpx.post(f"{url}/v1/completions", json=body, timeout=40))
+        long = body | {"max_tokens": 1900, "stream": True}
+        (engine,) = engines_of(process.pid)
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=40) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(engine, number)
+            rest = "".join(lines)
+        assert "error" in rest and f"process {engine} was ended by {number.name}" in rest
+        end = time.monotonic() + 40
+        while (again := httpx.post(f"{url}/v1/completions", json=body)).status_code == 503:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert text_of(again) == wanted
+        assert httpx.get(f"{url}/health").json()["engine_restarts"] == 1
+        (engine,) = engines_of(process.pid)
+        process.kill()
+        process.wait()
+        # The engine leaves when nobody is there to be served.
+        assert until_gone([engine])
 
 
 def test_two_ranks_serve_drain_and_come_back_after_a_death(directory: Path) -> None:

@@ -55,6 +55,9 @@ class ScriptedService:
     def clear_prefix_cache(self) -> None:
         self.calls.append("clear")
 
+    async def stacks(self) -> str:
+        return "scripted"
+
     def stats(self) -> Stats:
         return Stats(len(self.running), 100 - len(self.running))
 

@@ -66,7 +66,8 @@ async def test_state_stacks_metrics_and_cache(make_bench: MakeBench) -> None:
         state = (await admin.get("/state")).json()
         assert state["process"]["threads"] >= 1 and state["process"]["tasks"] >= 1
         assert state["engine"]["total_blocks"] == 100 and state["running"] == 0
-        assert "MainThread" in (await admin.get("/stacks")).text
+        told = (await admin.get("/stacks")).text
+        assert "MainThread" in told and told.endswith("scripted")
         assert "halfbyte_process_threads" in (await admin.get("/metrics")).text
         await admin.post("/prefix-cache/clear")
         assert bench.service.calls == ["clear"]

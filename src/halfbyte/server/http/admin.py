@@ -66,8 +66,8 @@ def _add_looking(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/stacks")
     async def stacks() -> Response:
-        """Where every thread and task is."""
-        return PlainTextResponse(process.stacks())
+        """Where every thread and task is, of the server and of the engine."""
+        return PlainTextResponse(f"{process.stacks()}\n{await backend.service.stacks()}")
 
 
 def _add_acting(app: FastAPI, backend: Backend) -> None:

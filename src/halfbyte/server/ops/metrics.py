@@ -97,7 +97,9 @@ PROCESS_FIGURES = {
     "threads": _Shown("threads", "gauge", "Threads of the process outside bounded pools."),
     "pool_threads": _Shown("pool_threads", "gauge", "Workers of the process's bounded pools."),
     "tasks": _Shown("tasks", "gauge", "Tasks of the event loop that are not finished."),
-    "resident_bytes": _Shown("resident_bytes", "gauge", "Bytes of memory the process occupies."),
+    "resident_bytes": _Shown(
+        "resident_bytes", "gauge", "Bytes of memory that the server and its processes occupy."
+    ),
     "open_files": _Shown("open_files", "gauge", "File descriptors the process holds open."),
 }
 

@@ -1,11 +1,14 @@
-"""What this process holds of the machine: memory, files, threads, tasks; for operators."""
+"""What the server holds of the machine: memory, files, threads, tasks; for operators."""
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
 import traceback
 from pathlib import Path
+
+from halfbyte.processes import family_of
 
 # Names of threads that belong to pools.
 _POOLS = ("asyncio_", "AnyIO worker", "long-texts", "grammar", "masks")
@@ -14,6 +17,8 @@ _POOLS = ("asyncio_", "AnyIO worker", "long-texts", "grammar", "masks")
 def figures() -> dict[str, int]:
     """Resident bytes, open files, threads, and tasks of the running event loop.
 
+    Bytes are those of this process and of all that it has started, the engine's among them; pages
+    that processes share count for each. The rest is of this process alone.
     pool_threads are the workers of bounded pools, which come with the first calls and stay.
     Resident bytes and open files on Linux only; elsewhere they are left out.
     """
@@ -24,9 +29,13 @@ def figures() -> dict[str, int]:
         "pool_threads": num_pooled,
         "tasks": len(asyncio.all_tasks()),
     }
-    memory, files = Path("/proc/self/statm"), Path("/proc/self/fd")
-    if memory.exists():
-        found["resident_bytes"] = int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    files = Path("/proc/self/fd")
+    num_pages = 0
+    for pid in family_of(os.getpid()):
+        with contextlib.suppress(OSError):
+            num_pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    if num_pages:
+        found["resident_bytes"] = num_pages * os.sysconf("SC_PAGE_SIZE")
     if files.exists():
         found["open_files"] = len(os.listdir(files))
     return found

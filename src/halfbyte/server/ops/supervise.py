@@ -40,6 +40,9 @@ class Engine(Protocol):
     def clear_prefix_cache(self) -> None:
         """Forget all cached prefixes before the next step."""
 
+    async def stacks(self) -> str:
+        """Where every thread of the engine is, or why that is not known."""
+
     def stats(self) -> Any:
         """The engine's figures, as a dataclass of numbers by name."""
 
@@ -106,6 +109,10 @@ class Supervisor:
         """Forget all cached prefixes before the engine's next step."""
         if self._engine is not None:
             self._engine.clear_prefix_cache()
+
+    async def stacks(self) -> str:
+        """Where every thread of the engine is, or that there is no engine now."""
+        return "there is no engine now" if self._engine is None else await self._engine.stacks()
 
     def stats(self) -> Any:
         """A dataclass of figures, or None while there is no engine."""

@@ -96,6 +96,10 @@ class VllmProcess:
             "vLLM keeps its own prefix cache", code="unsupported_parameter", status=400
         )
 
+    async def stacks(self) -> str:
+        """Nothing but that vLLM does not say where its threads are."""
+        return "vLLM does not say where its threads are"
+
     def stats(self) -> None:
         """None, as vLLM serves its figures at its own /metrics."""
 
