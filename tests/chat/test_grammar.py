@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from both_grammars import Grammars
+from halfbyte.chat.grammar import GrammarCompiler
 from halfbyte.chat.grammar_limits import GrammarLimits, work_done
 from halfbyte.chat.grammar_masks import Mask, ThoughtMask, token_bits, unfinished_character
 from halfbyte.chat.grammar_texts import (
@@ -38,8 +38,8 @@ TOOLS = [
 
 
 @pytest.fixture(scope="module")
-def compiler(mistral: MistralFormat) -> Grammars:
-    return Grammars(mistral.vocabulary)
+def compiler(mistral: MistralFormat) -> GrammarCompiler:
+    return GrammarCompiler(mistral.vocabulary)
 
 
 def allowed(mask: Mask, size: int = 764) -> set[int]:
@@ -60,7 +60,7 @@ def accepts(mask: Mask, mistral: MistralFormat, *parts: str | int) -> bool:
     return EOS in allowed(mask)
 
 
-def tool_mask(compiler: Grammars, mistral: MistralFormat, **options: Any) -> Mask:
+def tool_mask(compiler: GrammarCompiler, mistral: MistralFormat, **options: Any) -> Mask:
     options = {"choice": "auto", "parallel": True, **options}
     lark = tools_grammar(TOOLS, mistral.control, **options)
     return compiler.mask(compiler.compile(lark, "tools"))
@@ -91,7 +91,7 @@ CALL = (CALLS, "get_weather", ARGS, '{"city": "Paris"}')
     ],
 )
 def test_tool_choices(
-    compiler: Grammars,
+    compiler: GrammarCompiler,
     mistral: MistralFormat,
     choice: str,
     parallel: bool,
@@ -102,14 +102,14 @@ def test_tool_choices(
     assert accepts(mask, mistral, *parts) is expected
 
 
-def test_schema_and_tools_allow_either(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_schema_and_tools_allow_either(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
     answer = json_schema_grammar(CITY, lenient=False)
     for parts, expected in ((('{"city": "x"}',), True), (CALL, True), (("text",), False)):
         mask = tool_mask(compiler, mistral, answer=answer)
         assert accepts(mask, mistral, *parts) is expected
 
 
-def test_json_schema_regex_and_choice(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_json_schema_regex_and_choice(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
     cases = [
         (json_schema_grammar(CITY, lenient=False), '{"city":\n "é"}', "{}"),
         (regex_grammar(r"\d{3}-[a-z/]+"), "123-a/b", "12-a"),
@@ -124,14 +124,14 @@ def test_json_schema_regex_and_choice(compiler: Grammars, mistral: MistralFormat
 @pytest.mark.parametrize("regex", [r"\d{2}", r"[0-9]-?\d", r"(\d|x)+", r"[\d]{2}", r"\d+(\.\d+)?"])
 @pytest.mark.parametrize("digits", ["\u0661\u0662", "\u0be6\u0be7", "\uff11\uff12", "\U0001d7ce2"])
 def test_digits_of_a_regex_are_ascii(
-    compiler: Grammars, mistral: MistralFormat, regex: str, digits: str
+    compiler: GrammarCompiler, mistral: MistralFormat, regex: str, digits: str
 ) -> None:
     grammar = compiler.compile(regex_grammar(regex), "regex")
     assert accepts(compiler.mask(grammar), mistral, "12")
     assert not accepts(compiler.mask(grammar), mistral, digits)
 
 
-def test_a_choice_may_hold_any_character(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_a_choice_may_hold_any_character(compiler: GrammarCompiler, mistral: MistralFormat) -> None:
     characters = [chr(code) for code in (*range(1, 0x180), *range(0x2000, 0x2070))]
     characters += ["\ufeff", "\ufffd", "\uffff", "\ue000", "\U0001f600", "\U0010ffff"]
     choices = [f"a{character}b" for character in characters]
@@ -143,13 +143,17 @@ def test_a_choice_may_hold_any_character(compiler: Grammars, mistral: MistralFor
     assert not accepts(compiler.mask(grammar), mistral, "ab")
 
 
-def test_of_two_choices_one_may_begin_the_other(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_of_two_choices_one_may_begin_the_other(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
     grammar = compiler.compile(choice_grammar(["ab", "abc", "a"]), "choices")
     for text, fits in (("a", True), ("ab", True), ("abc", True), ("abcd", False), ("b", False)):
         assert accepts(compiler.mask(grammar), mistral, text) is fits
 
 
-def test_ten_thousand_choices_cost_little(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_ten_thousand_choices_cost_little(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
     choices = [f"label {number} of {number * number}" for number in range(9000)]
     grammar = compiler.compile(choice_grammar(choices), "choices")
     assert accepts(compiler.mask(grammar), mistral, choices[-1])
@@ -157,7 +161,7 @@ def test_ten_thousand_choices_cost_little(compiler: Grammars, mistral: MistralFo
 
 
 def test_a_call_has_its_id_where_the_format_has_one(
-    compiler: Grammars, mistral: MistralFormat
+    compiler: GrammarCompiler, mistral: MistralFormat
 ) -> None:
     call_id = 33
     control = dataclasses.replace(mistral.control, call_id=call_id)
@@ -177,7 +181,7 @@ def test_a_format_without_calls_is_refused(mistral: MistralFormat) -> None:
 
 @pytest.mark.parametrize("kind", [["object", "null"], ["null", "array", "object"], None, "object"])
 def test_arguments_are_an_object_whatever_the_schema_says(
-    compiler: Grammars, mistral: MistralFormat, kind: Any
+    compiler: GrammarCompiler, mistral: MistralFormat, kind: Any
 ) -> None:
     function = {"name": "f", "parameters": {**CITY, "type": kind}}
     lark = tools_grammar([{"function": function}], mistral.control, choice="f", parallel=False)
@@ -199,7 +203,7 @@ def test_arguments_are_an_object_whatever_the_schema_says(
     ids=["schema", "regex", "choice", "whole", "tools"],
 )
 def test_an_answer_that_has_begun_goes_on(
-    compiler: Grammars, mistral: MistralFormat, lark: str, begun: str, rest: str
+    compiler: GrammarCompiler, mistral: MistralFormat, lark: str, begun: str, rest: str
 ) -> None:
     if lark == "tools":
         lark = tools_grammar(TOOLS, mistral.control, choice="auto", parallel=True)
@@ -212,7 +216,9 @@ def test_an_answer_that_has_begun_goes_on(
     assert wrong.begin([*ids, CALLS + 1, *ids]) == len(ids)
 
 
-def test_a_long_beginning_is_taken_in_pieces(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_a_long_beginning_is_taken_in_pieces(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
     mask = compiler.mask(compiler.compile(regex_grammar("[0-9 ]{10,2000}x"), "p"))
     ids = mistral.vocabulary.encode_text("1234567890 " * 100)
     assert len(ids) > 300
@@ -221,12 +227,14 @@ def test_a_long_beginning_is_taken_in_pieces(compiler: Grammars, mistral: Mistra
     assert late.begin([*mistral.vocabulary.encode_text("1" * 700), 64 + ord("y")]) >= 300
 
 
-def test_white_space_inside_json_has_a_bound(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_white_space_inside_json_has_a_bound(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
     grammar = compiler.compile(json_schema_grammar(CITY, lenient=False), "p")
     assert not accepts(compiler.mask(grammar), mistral, "{" + " " * 100 + '"city": "x"}')
 
 
-def test_unsupported_keywords_are_refused_or_named(compiler: Grammars) -> None:
+def test_unsupported_keywords_are_refused_or_named(compiler: GrammarCompiler) -> None:
     schema = {**CITY, "not": {"required": ["x"]}, "x-guidance": {"lenient": True}}
     with pytest.raises(RequestError, match="not") as caught:
         compiler.compile(json_schema_grammar(schema, lenient=False), "response_format")
@@ -236,13 +244,13 @@ def test_unsupported_keywords_are_refused_or_named(compiler: Grammars) -> None:
 
 
 @pytest.mark.parametrize("regex", ["(", "(?=x)"])
-def test_regex_that_cannot_be_expressed_is_refused(compiler: Grammars, regex: str) -> None:
+def test_regex_that_cannot_be_expressed_is_refused(compiler: GrammarCompiler, regex: str) -> None:
     with pytest.raises(RequestError):
         compiler.compile(regex_grammar(regex), "regex")
 
 
 @pytest.mark.parametrize("regex", ["a{1,1000000}{1,1000000}", "(a*)*(a*)*b", "((a|b|c)*d){500}"])
-def test_hostile_regex_costs_little(compiler: Grammars, regex: str) -> None:
+def test_hostile_regex_costs_little(compiler: GrammarCompiler, regex: str) -> None:
     start = time.perf_counter()
     with contextlib.suppress(RequestError):
         mask = compiler.mask(compiler.compile(regex_grammar(regex), "regex"))
@@ -254,7 +262,7 @@ AMBIGUOUS = 'start: a\na: a a | "x" | a a a\n'
 
 
 def test_ambiguous_grammar_gives_up_and_says_so_before_it_holds_up_a_step(
-    compiler: Grammars, mistral: MistralFormat
+    compiler: GrammarCompiler, mistral: MistralFormat
 ) -> None:
     x = 64 + ord("x")
     mask = compiler.mask(compiler.compile(AMBIGUOUS, "p", is_free=True))
@@ -274,7 +282,7 @@ def test_ambiguous_grammar_gives_up_and_says_so_before_it_holds_up_a_step(
 
 
 def test_many_optional_properties_are_not_taken_for_ambiguity(
-    compiler: Grammars, mistral: MistralFormat
+    compiler: GrammarCompiler, mistral: MistralFormat
 ) -> None:
     properties = {f"key{i}": {"type": "integer"} for i in range(1500)}
     schema = {"type": "object", "properties": properties, "additionalProperties": False}
@@ -292,7 +300,7 @@ def test_many_optional_properties_are_not_taken_for_ambiguity(
     ],
     ids=["wide", "text", "key", "keys"],
 )
-def test_large_schemas_are_refused_at_a_glance(compiler: Grammars, schema: Any) -> None:
+def test_large_schemas_are_refused_at_a_glance(compiler: GrammarCompiler, schema: Any) -> None:
     start = time.perf_counter()
     with pytest.raises(RequestError, match="262,144 bytes"):
         compiler.check_schema(schema, "p")
@@ -300,7 +308,7 @@ def test_large_schemas_are_refused_at_a_glance(compiler: Grammars, schema: Any) 
 
 
 def test_limits_name_themselves(mistral: MistralFormat) -> None:
-    compiler = Grammars(mistral.vocabulary, GrammarLimits(max_source_bytes=100, max_depth=3))
+    compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(max_source_bytes=100, max_depth=3))
     with pytest.raises(RequestError, match="100 bytes"):
         compiler.compile("start: " + "x" * 200, "p")
     deep: Any = {}
@@ -312,7 +320,7 @@ def test_limits_name_themselves(mistral: MistralFormat) -> None:
 
 
 def test_compiled_grammars_are_kept_and_masks_are_independent(
-    compiler: Grammars, mistral: MistralFormat
+    compiler: GrammarCompiler, mistral: MistralFormat
 ) -> None:
     lark = choice_grammar(["ab", "cd"])
     grammar = compiler.compile(lark, "p")
@@ -326,7 +334,7 @@ def test_compiled_grammars_are_kept_and_masks_are_independent(
 def test_a_grammar_that_grows_in_use_is_dropped_and_says_so(
     mistral: MistralFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = Grammars(mistral.vocabulary, GrammarLimits(max_bytes=10_000_000))
+    compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(max_bytes=10_000_000))
     lark = choice_grammar(["abcdef", "xyz"])
     grammar = compiler.compile(lark, "p")
     resident = itertools.count(0, 3_000_000)
@@ -349,7 +357,7 @@ def test_a_grammar_that_grows_in_use_is_dropped_and_says_so(
 def test_a_grammar_that_has_failed_is_not_kept(
     mistral: MistralFormat,
 ) -> None:
-    compiler = Grammars(mistral.vocabulary)
+    compiler = GrammarCompiler(mistral.vocabulary)
     grammar = compiler.compile(AMBIGUOUS, "p", is_free=True)
     mask = compiler.mask(grammar)
     gone = weakref.ref(mask._grammar)
@@ -361,7 +369,9 @@ def test_a_grammar_that_has_failed_is_not_kept(
     assert gone() is None and not compiler.masks._cache
 
 
-def test_llguidance_says_how_much_it_has_done(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_llguidance_says_how_much_it_has_done(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
     """Read from the message of an error: another version may word it otherwise."""
     grammar = compiler.compile(regex_grammar("[a-z]{1,400}x"), "p")
     matcher = compiler.mask(grammar)._matcher
@@ -375,7 +385,7 @@ def test_llguidance_says_how_much_it_has_done(compiler: Grammars, mistral: Mistr
 
 
 def test_banned_ids_stay_banned_and_never_leave_nothing(
-    compiler: Grammars,
+    compiler: GrammarCompiler,
 ) -> None:
     grammar = compiler.compile("start: <[3]>\n", "p")
     assert allowed(compiler.mask(grammar)) == {3}
@@ -386,7 +396,7 @@ def test_banned_ids_stay_banned_and_never_leave_nothing(
 
 
 def test_token_against_the_grammar_ends_the_answer(
-    compiler: Grammars, mistral: MistralFormat
+    compiler: GrammarCompiler, mistral: MistralFormat
 ) -> None:
     mask = compiler.mask(compiler.compile(choice_grammar(["ab"]), "p"))
     mask.accept(64 + ord("z"))
@@ -394,7 +404,7 @@ def test_token_against_the_grammar_ends_the_answer(
 
 
 def test_padding_of_the_models_head_is_never_allowed(
-    compiler: Grammars, mistral: MistralFormat
+    compiler: GrammarCompiler, mistral: MistralFormat
 ) -> None:
     mask = compiler.mask(compiler.compile(choice_grammar(["ab"]), "p"))
     bitmask = np.full(40, 0xFFFFFFFF, dtype=np.uint32)
@@ -419,7 +429,7 @@ def test_one_token_is_judged_as_all_are(
     banned: tuple[int, ...],
     parts: tuple[str | int, ...],
     thinks: bool,
-    compiler: Grammars,
+    compiler: GrammarCompiler,
     mistral: MistralFormat,
 ) -> None:
     """Beyond what `fill` sets, `allows` takes only other cuts of the one text that may follow."""
@@ -459,7 +469,9 @@ def test_one_token_is_judged_as_all_are(
     assert num_more < 40
 
 
-def test_thought_passes_before_the_schema(compiler: Grammars, mistral: MistralFormat) -> None:
+def test_thought_passes_before_the_schema(
+    compiler: GrammarCompiler, mistral: MistralFormat
+) -> None:
     grammar = compiler.compile(json_schema_grammar(CITY, lenient=False), "p")
 
     def fresh(budget: int | None = None) -> ThoughtMask:
@@ -525,7 +537,7 @@ def test_bits() -> None:
 
 
 def test_model_without_control_tokens_can_be_held_to_json(chatml: TemplateFormat) -> None:
-    compiler = Grammars(chatml.vocabulary)
+    compiler = GrammarCompiler(chatml.vocabulary)
     mask = compiler.mask(compiler.compile(json_schema_grammar(CITY, lenient=False), "p"))
     for token_id in chatml.vocabulary.encode_text(json.dumps({"city": "Rome"})):
         assert token_id in allowed(mask, 500)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from both_grammars import Grammars
 from halfbyte import processes
 from halfbyte.chat.grammar import GrammarCompiler
 from halfbyte.chat.grammar_limits import GrammarLimits
@@ -88,7 +87,7 @@ def test_a_failure_is_not_kept(mistral: MistralFormat) -> None:
 
 def test_the_cache_is_bounded_by_bytes(mistral: MistralFormat) -> None:
     limits = GrammarLimits(cache_bytes=1_000_000, passed_chars=10_000)
-    compiler = Grammars(mistral.vocabulary, limits)
+    compiler = GrammarCompiler(mistral.vocabulary, limits)
     for number in range(30):
         schema = {"enum": [f"{number} {value}" for value in range(100)]}
         checked = compiler.compile(json_schema_grammar(schema, lenient=False), "p")
@@ -104,7 +103,7 @@ def test_the_cache_is_bounded_by_bytes(mistral: MistralFormat) -> None:
 
 
 def test_running_answers_leave_no_room_without_end(mistral: MistralFormat) -> None:
-    compiler = Grammars(mistral.vocabulary, GrammarLimits(total_bytes=1_500_000))
+    compiler = GrammarCompiler(mistral.vocabulary, GrammarLimits(total_bytes=1_500_000))
     masks: list[Mask] = []
 
     def lark() -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from both_grammars import Grammars
 from flows.grammars import Made, hostile, ordinary
+from halfbyte.chat.grammar import GrammarCompiler
 from halfbyte.chat.grammar_masks import CheckedGrammar
 from halfbyte.chat.grammar_texts import (
     choice_grammar,
@@ -40,11 +40,11 @@ def chat() -> MistralFormat:
 
 
 @pytest.fixture
-def compiler(chat: MistralFormat) -> Grammars:
-    return Grammars(chat.vocabulary)
+def compiler(chat: MistralFormat) -> GrammarCompiler:
+    return GrammarCompiler(chat.vocabulary)
 
 
-def compiled(compiler: Grammars, chat: MistralFormat, made: Made) -> CheckedGrammar:
+def compiled(compiler: GrammarCompiler, chat: MistralFormat, made: Made) -> CheckedGrammar:
     if made.kind == "regex":
         return compiler.compile(regex_grammar(made.source), "regex")
     if made.kind == "choice":
@@ -61,7 +61,7 @@ def compiled(compiler: Grammars, chat: MistralFormat, made: Made) -> CheckedGram
     return compiler.compile_schemas([made.held()], write, made.kind)[0]
 
 
-def say(compiler: Grammars, chat: MistralFormat, grammar: CheckedGrammar, made: Made) -> str:
+def say(compiler: GrammarCompiler, chat: MistralFormat, grammar: CheckedGrammar, made: Made) -> str:
     """Where the text that fits is refused; nothing if it is not."""
     assert made.fits is not None
     ids = chat.vocabulary.encode_text(made.fits)
@@ -75,7 +75,7 @@ def say(compiler: Grammars, chat: MistralFormat, grammar: CheckedGrammar, made: 
     return "" if mask.allows(EOS) or mask.is_finished() else f"{made}: does not end"
 
 
-def follow(compiler: Grammars, grammar: CheckedGrammar, rng: random.Random) -> None:
+def follow(compiler: GrammarCompiler, grammar: CheckedGrammar, rng: random.Random) -> None:
     """A few steps of an answer, as the engine takes them; the words are never empty."""
     mask = compiler.mask(grammar)
     words = np.zeros(24, dtype=np.uint32)
@@ -91,7 +91,7 @@ def follow(compiler: Grammars, grammar: CheckedGrammar, rng: random.Random) -> N
 
 
 def survive(
-    compiler: Grammars, chat: MistralFormat, cases: Iterator[tuple[Made, random.Random]]
+    compiler: GrammarCompiler, chat: MistralFormat, cases: Iterator[tuple[Made, random.Random]]
 ) -> list[str]:
     """Compile and follow all of them; what was wrong."""
     wrong = []
@@ -134,19 +134,19 @@ def resident_mb() -> float:
 
 @pytest.mark.timeout(180)
 def test_every_grammar_is_survived_and_ordinary_ones_are_held(
-    compiler: Grammars, chat: MistralFormat
+    compiler: GrammarCompiler, chat: MistralFormat
 ) -> None:
     check(compiler, chat, cases(300, dear_every=30))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_ten_thousand_grammars(compiler: Grammars, chat: MistralFormat) -> None:
+def test_ten_thousand_grammars(compiler: GrammarCompiler, chat: MistralFormat) -> None:
     check(compiler, chat, cases(10_000, dear_every=20))
 
 
 def check(
-    compiler: Grammars, chat: MistralFormat, made: Iterator[tuple[Made, random.Random]]
+    compiler: GrammarCompiler, chat: MistralFormat, made: Iterator[tuple[Made, random.Random]]
 ) -> None:
     """All of them are survived, nothing is kept of them, and the next one gets its answer."""
     compiled(compiler, chat, Made("first", "choice", ["a"]))
@@ -158,7 +158,7 @@ def check(
     while resident_mb() - before > 100 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert resident_mb() - before < 100
-    assert compiler.used_bytes() < 64_000_000
+    assert compiler.masks.used_bytes() < 64_000_000
     # And there is an answer for the next one.
     last = Made("last", "schema", {"type": "object", "properties": {"z": {}}}, "{}")
     assert not say(compiler, chat, compiled(compiler, chat, last), last)

@@ -12,9 +12,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-from halfbyte.chat.grammar_follow import WrappedVocabulary
+from halfbyte.chat.grammar_follow import GrammarMask, GrammarMasks, WrappedVocabulary
 from halfbyte.chat.grammar_limits import GrammarLimits
 from halfbyte.chat.grammar_masks import CheckedGrammar
 
@@ -89,6 +90,15 @@ class GrammarCompiler:
                 (text, _), _ = self._passed.popitem(last=False)
                 total -= len(text)
         return checked
+
+    @cached_property
+    def masks(self) -> GrammarMasks:
+        """Makes masks in this process, for who runs an engine in it; a server does not."""
+        return GrammarMasks(self._vocabulary, self._limits)
+
+    def mask(self, grammar: CheckedGrammar, banned_token_ids: Sequence[int] = ()) -> GrammarMask:
+        """A fresh mask for one sequence, made here; see `grammar_follow.GrammarMasks.mask`."""
+        return self.masks.mask(grammar, banned_token_ids)
 
     def _known(self, key: tuple[str, bool]) -> CheckedGrammar | None:
         with self._lock:
