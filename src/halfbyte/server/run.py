@@ -139,8 +139,8 @@ def serve(
     """Serve until a signal; False if the application did not start or its engine died."""
     server = _server(app, on_ready, admin)
     settle_heap()
-    # A thread gives Python's lock up after so long, much sooner than by default: the engine's
-    # thread asks for it after every operation of a step, some hundred times.
+    # A thread gives Python's lock up after so long, much sooner than by default: what reads
+    # requests in a thread must not hold up the loop that frames running answers.
     sys.setswitchinterval(0.00005)
     asyncio.run(server.serve(sockets=[listener]))
     return server.started
