@@ -35,7 +35,7 @@ def test_figures_follow_from_samples(tmp_path: Path) -> None:
     record = read_record(tmp_path / "serving.json")
     assert record.samples["gap beside a prompt, ms"] == [3.0, 1.0]
     assert [(figure.value_text, figure.against_text) for figure in record.figures] == [
-        ("20.0 %", "at most 15 %"),
+        ("20 %", "at most 15 %"),
         ("20 ms", "not cached: 500 ms (0.04x); at most 50 ms"),
         ("3 ms", "alone: 1 ms (3.00x); at most 2 ms"),
         ("3 ms", "alone, 99th percentile: 1 ms (3.00x); at most 2 ms"),

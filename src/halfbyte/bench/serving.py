@@ -199,7 +199,8 @@ def measure(
 
 def write_record(report: ServingMeasurement, path: Path, command: str, checkpoint: Path) -> None:
     """Write what was measured to `path`, as a benchmark record."""
-    found = report.figures()
+    # Rounded first: what a page shows must follow from what stands in the record.
+    found = {name: round(value, 4) for name, value in report.figures().items()}
     records.write(
         path,
         name="serving",
@@ -208,7 +209,7 @@ def write_record(report: ServingMeasurement, path: Path, command: str, checkpoin
         checkpoint=checkpoint,
         figures=serving_figures(found, STREAMS),
         results={
-            **{name: round(value, 4) for name, value in found.items()},
+            **found,
             "streams": STREAMS,
             "stall_layers": STALL_LAYERS,
             "others_share": round(report.usage.foreign, 4),
