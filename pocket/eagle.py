@@ -16,7 +16,6 @@ Shapes: T tokens, D model width, R rows.
 import argparse
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -36,8 +35,8 @@ from pocket.mixture import GRADED
 from pocket.model import Inputs, Model, Weights, pocket_config
 from pocket.train import (
     LOSS_ROWS,
-    Loader,
     Muon,
+    batches,
     choose_attend,
     is_linear,
     load_checkpoint,
@@ -226,35 +225,18 @@ def run(args: argparse.Namespace) -> None:
     head = initial_head(config, args.seed, device)
     vocabulary = Vocabulary(args.tekken)
     short, long = shapes(args.tokens)
-    with tempfile.TemporaryDirectory(dir=args.batches, ignore_cleanup_errors=True) as name:
-        workers = packs.start_workers(
-            args.tekken,
-            Path(name),
-            seed=args.seed,
-            num_workers=args.workers,
-            start=args.first_batch,
-            most_ahead=args.most_ahead,
-            short=short,
-            long=long,
+    with batches(args, args.first_batch, short, long) as loader:
+        curve = train(
+            model,
+            weights,
+            head,
+            loader,
+            seconds=args.seconds,
+            compiled=compiled,
+            muon_rate=args.muon_rate,
+            adam_rate=args.adam_rate,
+            log_every=args.log_every,
         )
-        loader = Loader(Path(name), device, args.first_batch)
-        try:
-            curve = train(
-                model,
-                weights,
-                head,
-                loader,
-                seconds=args.seconds,
-                compiled=compiled,
-                muon_rate=args.muon_rate,
-                adam_rate=args.adam_rate,
-                log_every=args.log_every,
-            )
-        finally:
-            loader.close()
-            for worker in workers:
-                worker.terminate()
-                worker.join()
     encoder = Encoder(vocabulary)
     held_out = (
         batch

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -473,6 +474,23 @@ def run(args: argparse.Namespace) -> None:
             )
         ]
 
+    with batches(args, start, short, long, dict(args.shares)) as loader:
+        _loop(_trainer(args, state), loader, held_out, args)
+
+
+@contextmanager
+def batches(
+    args: argparse.Namespace,
+    start: int,
+    short: packs.Shape,
+    long: packs.Shape,
+    changed: Mapping[str, float] | None = None,
+) -> Iterator[Loader]:
+    """Batches from number `start` on while the body runs, made by processes beside it.
+
+    args     of a command with --tekken, --batches, --device, --seed, --workers and --most-ahead
+    changed  shares of kinds that differ from `mixture.SHARES`, in percent
+    """
     # A folder of its own: batches that an earlier run left behind are other ones.
     with tempfile.TemporaryDirectory(dir=args.batches, ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -485,11 +503,11 @@ def run(args: argparse.Namespace) -> None:
             most_ahead=args.most_ahead,
             short=short,
             long=long,
-            changed=dict(args.shares),
+            changed=changed,
         )
         loader = Loader(folder, args.device, start)
         try:
-            _loop(_trainer(args, state), loader, held_out, args)
+            yield loader
         finally:
             loader.close()
             for worker in workers:
