@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -576,6 +577,20 @@ def test_going_to_another_conversation_keeps_what_had_come(
     browser.until("document.getElementById('stop').hidden")
     browser.run("document.getElementById('list-toggle').click()")
     assert browser.run("document.querySelectorAll('#conversations .open').length") == 1
+
+
+def test_the_last_conversation_gone_to_is_the_one_shown(browser: Browser, say: Say) -> None:
+    say("one", EOS)
+    ask(browser, "Count")
+    done(browser, 1)
+    # One opens while its turns are still read from the browser's store; the new one comes later.
+    open_first = "document.querySelector('#conversations .open').click()"
+    browser.run(f"{open_first}; document.getElementById('new').click()")
+    browser.until("document.querySelectorAll('#conversations .open').length === 1")
+    time.sleep(0.3)
+    assert browser.run("document.querySelectorAll('article').length") == 0
+    ask(browser, "Once more")
+    browser.until("document.querySelectorAll('#conversations .open').length === 2")
 
 
 def test_an_image_is_pasted_and_one_is_added_by_keyboard(

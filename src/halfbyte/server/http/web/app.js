@@ -9,6 +9,7 @@ const log = $("log");
 let conversation = store.fresh();
 let images = []; // data URLs waiting to be sent
 let running = null; // AbortController of the answer in progress
+let changes = 0; // how often another conversation was gone to
 let imagesTaken = false;
 
 // --- setup ------------------------------------------------------------------------------------
@@ -135,7 +136,11 @@ function renameIn(item, id, title) {
 
 async function openConversation(id) {
   running?.abort();
-  conversation = (await store.load(id)) ?? store.fresh();
+  const change = ++changes;
+  const loaded = (await store.load(id)) ?? store.fresh();
+  // Whoever went elsewhere while this one loaded stays there.
+  if (change !== changes) return;
+  conversation = loaded;
   localStorage.setItem("open", conversation.id);
   redraw();
   await showList();
@@ -143,6 +148,7 @@ async function openConversation(id) {
 
 function renew() {
   running?.abort();
+  changes += 1;
   conversation = store.fresh();
   localStorage.removeItem("open");
   images = [];
