@@ -148,6 +148,12 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     "quantize/rehearsal": ("quantize/test_capacity.py",),
     "quantize/report": ("quantize/test_page.py", "quantize/test_pipeline.py"),
     "quantize/source_proof": ("quantize/test_resume.py", "quantize/test_soundness.py"),
+    "server/api/admission": ("server/test_admission.py", "server/test_app.py"),
+    "server/api/answers": (
+        "server/test_completion.py",
+        "server/test_app.py",
+        "server/test_chat_api.py",
+    ),
     "server/api/backend": ("server/test_app.py", "server/test_chat_api.py"),
     "server/api/chat": ("server/test_chat_api.py", "server/test_token_ids.py"),
     "server/api/completion": (
@@ -173,6 +179,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_limits.py",
         "server/test_errors.py",
     ),
+    "server/api/preparer": ("server/test_chat_api.py", "server/test_app.py"),
     "server/api/problems": ("server/test_errors.py", "server/test_messages_api.py"),
     "server/api/prompts": (
         "server/test_chat_api.py",
@@ -192,6 +199,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
         "server/test_responses_api.py",
         "server/test_same_conversation.py",
     ),
+    "server/api/running": ("server/test_app.py", "server/test_chat_api.py"),
     "server/api/rules": (
         "server/test_chat_api.py",
         "server/test_bounds.py",
@@ -222,6 +230,7 @@ MORE_TESTS: dict[str, tuple[str, ...]] = {
     ),
     "server/http/app": ("server/test_errors.py", "server/test_chat_api.py"),
     "server/http/gate": ("server/test_app.py", "server/test_origins.py", "server/test_admin.py"),
+    "server/http/state": ("server/test_app.py", "server/test_admin.py"),
     "server/http/pages": ("server/test_app.py", "server/test_docs.py", "server/test_markdown.py"),
     "server/ops/metrics": ("server/test_completion.py", "server/test_app.py"),
     "server/ops/process_figures": ("server/test_metrics.py",),

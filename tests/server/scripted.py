@@ -6,7 +6,7 @@ against the real engine in tests/flows.
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from halfbyte.engine.request import (
     Event,
@@ -16,14 +16,7 @@ from halfbyte.engine.request import (
     TokenLogprobs,
     TokensEvent,
 )
-
-
-@dataclass(frozen=True)
-class Stats:
-    running: int
-    free_blocks: int
-    total_blocks: int = 100
-    is_fast: bool = True
+from halfbyte.engine.stats import EngineStats
 
 
 @dataclass
@@ -58,8 +51,11 @@ class ScriptedService:
     async def stacks(self) -> str:
         return "scripted"
 
-    def stats(self) -> Stats:
-        return Stats(len(self.running), 100 - len(self.running))
+    def stats(self) -> EngineStats:
+        nothing = dict.fromkeys((field.name for field in fields(EngineStats)), 0)
+        running = len(self.running)
+        known = {"running": running, "free_blocks": 100 - running, "total_blocks": 100}
+        return EngineStats(**{**nothing, **known})
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)

@@ -20,7 +20,9 @@ from halfbyte.engine.request import (
     TokensEvent,
 )
 from halfbyte.errors import RequestError
-from halfbyte.server.api.completion import AnswerMessage, Choice, Job, _finish_reason, _run_choices
+from halfbyte.server.api import wire
+from halfbyte.server.api.answers import EngineAnswers
+from halfbyte.server.api.completion import AnswerMessage, Choice, Job
 from halfbyte.server.api.pieces import Usage
 from halfbyte.server.ops.metrics import Metrics
 
@@ -109,10 +111,9 @@ class Service:
             self.num_closed += 1
 
 
-def backend(service: Service | None = None, **state: Any) -> Any:
-    return SimpleNamespace(
-        metrics=Metrics(), service=service or Service(""), admission=SimpleNamespace(**state)
-    )
+def answers(service: Any, *, is_draining: bool) -> EngineAnswers:
+    admission: Any = SimpleNamespace(is_draining=is_draining)
+    return EngineAnswers(service, Metrics(), admission)
 
 
 @pytest.mark.parametrize("fails", ["a", "b", "c"])
@@ -128,9 +129,10 @@ async def test_the_first_failure_of_several_answers_is_told_when_all_have_ended(
         )
         for index, name in enumerate("abc")
     ]
-    job = Job("answer", 1, choices, Usage(1))
+    asked = wire.CompletionRequest(model="m", prompt="a")
+    job = Job("answer", 1, asked, choices, Usage(1))
     with pytest.raises(RequestError, match="the engine has stopped"):
-        async for _ in _run_choices(backend(service, is_draining=False), job):
+        async for _ in answers(service, is_draining=False).pieces(job):
             pass
     assert service.num_closed == 3, "nothing of it goes on behind the answer's back"
 
@@ -154,11 +156,10 @@ def test_an_answer_that_did_not_end_by_itself_says_why(
     status: int,
     said: str,
 ) -> None:
-    given = backend(is_draining=is_draining)
-    given.service.is_ready = is_ready
+    given = answers(SimpleNamespace(is_ready=is_ready), is_draining=is_draining)
     choice = Choice(0, REQUEST, Router(mistral.vocabulary, mistral.control))
     with pytest.raises(RequestError, match=said) as caught:
-        _finish_reason(given, choice, FinishEvent("a", reason, None, 1, 0, 2))
+        given.finish_reason(choice, FinishEvent("a", reason, None, 1, 0, 2))
     assert (caught.value.code, caught.value.status) == (code, status)
     for good in ("stop", "length"):
-        assert _finish_reason(given, choice, FinishEvent("a", good, None, 1, 0, 2)) == good
+        assert given.finish_reason(choice, FinishEvent("a", good, None, 1, 0, 2)) == good

@@ -136,7 +136,7 @@ async def test_compiling_too_long_is_400(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make_bench("{}", EOS, limits=Limits(compile_s=0.05))
-    compiler = bench.app.state.backend.compiler
+    compiler = bench.app.state.backend.preparer.compiler
     compile_now = compiler.compile
     waiting = asyncio.get_running_loop()
 

@@ -12,15 +12,20 @@ from typing import Any
 import pytest
 import tokenizers
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from flows.vllm_stand_in import StandIn, token_rows
 from halfbyte.chat.tekken_export import hub_tokenizer
 from halfbyte.chat.tokens import load_chat
+from halfbyte.server.api.admission import Admission
+from halfbyte.server.api.backend import Backend
+from halfbyte.server.api.preparer import Preparer
 from halfbyte.server.api.tool_names import model_name
 from halfbyte.server.api.wire import ChatRequest
 from halfbyte.server.config import Limits, ServerConfig
-from halfbyte.server.http.app import create_app
+from halfbyte.server.http.app import app_over
+from halfbyte.server.ops.metrics import Metrics
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.run import listen
 from halfbyte.server.vllm.command import VllmPlan
@@ -51,6 +56,18 @@ def inner() -> Iterator[tuple[StandIn, int]]:
     listener.close()
 
 
+def over_vllm(service: ScriptedService, plan: VllmPlan, config: ServerConfig) -> FastAPI:
+    metrics = Metrics()
+    backend = Backend(
+        Supervisor(service, lambda: service),
+        VllmUpstream(plan, KEY),
+        Preparer(load_chat(DATA / "tekken"), config),
+        Admission(config.limits, metrics),
+        metrics,
+    )
+    return app_over(backend, access_log=None)
+
+
 @pytest.fixture
 def front(inner: tuple[StandIn, int]) -> tuple[Bench, StandIn]:
     stand_in, port = inner
@@ -58,13 +75,7 @@ def front(inner: tuple[StandIn, int]) -> tuple[Bench, StandIn]:
     chat = load_chat(DATA / "tekken")
     service = ScriptedService(lambda request: ())
     config = ServerConfig(("m",), 4096, 800, limits=Limits(images=1))
-    app = create_app(
-        Supervisor(service, lambda: service),
-        chat,
-        config,
-        access_log=None,
-        upstream=VllmUpstream(plan, KEY),
-    )
+    app = over_vllm(service, plan, config)
     return Bench(app, service, chat), stand_in
 
 
@@ -121,13 +132,7 @@ def hub_front(inner: tuple[StandIn, int]) -> tuple[Bench, StandIn]:
     flags = {"port": port, "served-model-name": "m", "tokenizer-mode": "hf"}
     plan = VllmPlan(DATA, flags, (), names, ("[THINK]", "[/THINK]"))
     service = ScriptedService(lambda request: ())
-    app = create_app(
-        Supervisor(service, lambda: service),
-        chat,
-        ServerConfig(("m",), 4096, 800, limits=Limits(images=1)),
-        access_log=None,
-        upstream=VllmUpstream(plan, KEY),
-    )
+    app = over_vllm(service, plan, ServerConfig(("m",), 4096, 800, limits=Limits(images=1)))
     return Bench(app, service, chat), stand_in
 
 
@@ -429,13 +434,7 @@ async def test_no_vllm_is_503() -> None:
     plan = VllmPlan(DATA, {"port": 9, "served-model-name": "m"}, ())
     service = ScriptedService(lambda request: ())
     chat = load_chat(DATA / "tekken")
-    app = create_app(
-        Supervisor(service, lambda: service),
-        chat,
-        ServerConfig(("m",), 4096, 800),
-        access_log=None,
-        upstream=VllmUpstream(plan, KEY),
-    )
+    app = over_vllm(service, plan, ServerConfig(("m",), 4096, 800))
     async with Bench(app, service, chat).http() as client:
         answer = await client.post(CHAT, json={"model": "m", "messages": HELLO})
     assert answer.status_code == 503 and "does not answer" in answer.text

@@ -99,8 +99,9 @@ class Front:
 
         app.state.announce = announce
         # So that the first request with a schema, or of some length, does not wait for them.
-        app.state.backend.compiler.start()
-        app.state.backend.aside.start()
+        preparer = app.state.backend.preparer
+        preparer.compiler.start()
+        preparer.aside.start()
 
 
 def launch(directory: Path, config: EngineConfig, front: Front) -> FastAPI:

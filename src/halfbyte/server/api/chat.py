@@ -9,9 +9,10 @@ from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reaso
 from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
-from halfbyte.server.api.completion import AnswerMessage, Choice, Job, collect, run, token_text
+from halfbyte.server.api.completion import AnswerMessage, Choice, Job, token_text
 from halfbyte.server.api.pieces import Piece, TokenEntry
-from halfbyte.server.api.prepare import chat_job, check_sampling
+from halfbyte.server.api.prepare import admitted
+from halfbyte.server.api.running import collect, run
 from halfbyte.server.api.stream import DONE, frame
 from halfbyte.server.call import Call
 from halfbyte.server.dialect import Dialect
@@ -23,10 +24,7 @@ FINGERPRINT = f"halfbyte-{halfbyte.__version__}"
 
 async def chat_response(backend: Backend, request: wire.ChatRequest, call: Call) -> dict[str, Any]:
     """Answer a chat request with all messages in one piece."""
-    check_sampling(backend, request)
-    with backend.admission.admit(call.key, request.n):
-        job = await chat_job(backend, request)
-        call.warn(job.warnings)
+    async with admitted(backend, request, call) as job:
         messages = await collect(backend, job, call)
     prompt = job.choices[0]
     told: dict[str, Any] = {}
@@ -117,10 +115,7 @@ async def chat_frames(
 ) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events, ending with usage if asked and [DONE]."""
     options = request.stream_options or wire.StreamOptions()
-    check_sampling(backend, request)
-    with backend.admission.admit(call.key, request.n):
-        job = await chat_job(backend, request)
-        call.warn(job.warnings)
+    async with admitted(backend, request, call) as job:
         head = {
             "id": job.answer_id,
             "object": "chat.completion.chunk",

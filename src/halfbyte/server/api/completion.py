@@ -1,13 +1,11 @@
-"""Engine events to pieces of an answer, and pieces to one response or to chunks.
+"""A request's answers in the making: engine events to pieces, and pieces to whole messages.
 
-Both forms are made of the same pieces: a response that is not streamed is the sum of its chunks.
+Streamed or not, an answer is made of the same pieces: a response that is not streamed is the sum of
+its chunks.
 """
 
-import asyncio
-import contextlib
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning, Router
@@ -18,10 +16,8 @@ from halfbyte.engine.request import (
     TokenLogprobs,
     TokensEvent,
 )
-from halfbyte.errors import RequestError
-from halfbyte.server.api.backend import Backend, Running
+from halfbyte.server.api import wire
 from halfbyte.server.api.pieces import Piece, TokenEntry, Usage
-from halfbyte.server.call import Call
 
 
 @dataclass(slots=True)
@@ -129,16 +125,18 @@ class Choice:
 class Job:
     """A validated request, ready to run: its choices and the id of its answer.
 
-    source      where its pieces come from, if not from this process's engine
+    request     what the client asked for
+    messages    of a conversation, images decoded; only for answers that are made of messages
     tool_names  of tools that the model knows by other names: its names, and the client's
     """
 
     answer_id: str
     created: int
+    request: wire.ChatRequest | wire.CompletionRequest
     choices: list[Choice]
     usage: Usage
     warnings: tuple[str, ...] = ()
-    source: Callable[[], AsyncGenerator[list[Piece], None]] | None = None
+    messages: Sequence[Mapping[str, Any]] = ()
     tool_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -157,156 +155,6 @@ class Job:
             "finish_reasons": [choice.reason for choice in self.choices],
             "first_token_ms": round(min(started) * 1000, 1) if started else None,
         }
-
-
-@contextlib.contextmanager
-def _tracked(backend: Backend, job: Job, call: Call) -> Iterator[None]:
-    """Show a job among the running ones, and note at its end what became of it."""
-    call.facts |= {"model": backend.config.model_names[0], "answer_id": job.answer_id}
-    backend.running[job.answer_id] = Running(call, time.monotonic(), job.facts, job.request_ids)
-    try:
-        yield
-    finally:
-        del backend.running[job.answer_id]
-        call.facts |= job.facts()
-        if job.usage.image_tokens:
-            backend.body_room.trim_soon()
-
-
-async def run(backend: Backend, job: Job, call: Call) -> AsyncGenerator[list[Piece], None]:
-    """Pieces of all choices as they come; closing the generator aborts what still runs."""
-    pieces = job.source() if job.source is not None else _run_choices(backend, job)
-    with _tracked(backend, job, call):
-        async with contextlib.aclosing(pieces):
-            async for batch in pieces:
-                yield [_in_clients_names(piece, job.tool_names) for piece in batch]
-
-
-def _in_clients_names(piece: Piece, names: Mapping[str, str]) -> Piece:
-    delta = piece.delta
-    if not isinstance(delta, CallStart) or delta.name not in names:
-        return piece
-    return replace(piece, delta=replace(delta, name=names[delta.name]))
-
-
-async def _run_choices(backend: Backend, job: Job) -> AsyncGenerator[list[Piece], None]:
-    if len(job.choices) == 1:
-        pieces = _run_choice(backend, job, job.choices[0])
-        async with contextlib.aclosing(pieces):
-            async for batch in pieces:
-                yield batch
-        return
-    # Bounded, so that what a slow client leaves waits in the engine's mailboxes, which are, too.
-    queue: asyncio.Queue[list[Piece] | BaseException | None] = asyncio.Queue(len(job.choices))
-
-    async def feed_queue(choice: Choice) -> None:
-        try:
-            async with contextlib.aclosing(_run_choice(backend, job, choice)) as pieces:
-                async for batch in pieces:
-                    await queue.put(batch)
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    tasks = [asyncio.create_task(feed_queue(choice)) for choice in job.choices]
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _run_choice(
-    backend: Backend, job: Job, choice: Choice
-) -> AsyncGenerator[list[Piece], None]:
-    metrics = backend.metrics
-    start = previous = time.perf_counter()
-    reason = "abort"
-    try:
-        async with contextlib.aclosing(backend.service.generate(choice.request)) as events:
-            async for event in events:
-                if isinstance(event, FinishEvent):
-                    choice.finish = event
-                    reason = _finish_reason(backend, choice, event)
-                    break
-                if event.token_ids:
-                    now = time.perf_counter()
-                    if choice.num_tokens:
-                        metrics.token_seconds.observe(now - previous)
-                    else:
-                        choice.first_token_s = now - start
-                        metrics.first_token_seconds.observe(now - start)
-                    previous = now
-                if choice.router.stopped_by is not None:
-                    continue
-                pieces = choice.feed(event)
-                if choice.router.stopped_by is not None:
-                    # Its last event still says what the prompt cost.
-                    backend.service.abort(choice.request.request_id)
-                if pieces:
-                    yield pieces
-            else:
-                raise RequestError("the engine has stopped", code="engine_dead", status=503)
-        _count_usage(job.usage, choice)
-        pieces = choice.end(reason)
-        choice.reason = reason = pieces[-1].finish_reason or reason
-        yield pieces
-    finally:
-        metrics.request_seconds.observe(time.perf_counter() - start)
-        metrics.count_finish(reason)
-        _count_metrics(backend, choice)
-
-
-def _finish_reason(backend: Backend, choice: Choice, event: FinishEvent) -> str:
-    """ "stop" or "length"; an answer that ended otherwise is an error."""
-    if choice.router.stopped_by is not None:
-        return "stop"
-    if event.mask_problem is not None:
-        # It ended because the grammar did, not because it was complete: never pass for an answer.
-        raise RequestError(
-            f"after {event.completion_tokens} tokens the answer could not be held to the request's "
-            f"grammar any longer: {event.mask_problem}",
-            code="grammar_failed",
-        )
-    if event.reason in ("stop", "length"):
-        return event.reason
-    is_draining = event.reason == "abort" and backend.admission.is_draining
-    ended = "the server is shutting down" if is_draining else "the answer was aborted"
-    is_passing = event.reason == "abort" or not backend.service.is_ready
-    raise RequestError(
-        event.message or ended,
-        code="shutting_down" if is_draining else "engine_error",
-        status=503 if is_passing else 500,
-    )
-
-
-def _count_usage(usage: Usage, choice: Choice) -> None:
-    finish = choice.finish
-    usage.completion_tokens += choice.num_completion_tokens
-    usage.reasoning_tokens += choice.router.num_reasoning_tokens
-    if finish is not None and choice.has_own_prompt:
-        usage.cached_tokens += finish.cached_tokens
-
-
-def _count_metrics(backend: Backend, choice: Choice) -> None:
-    metrics, finish = backend.metrics, choice.finish
-    num_prompt = len(choice.request.prompt_token_ids)
-    num_answer = choice.num_completion_tokens
-    metrics.prompt_tokens += num_prompt
-    metrics.completion_tokens += num_answer
-    metrics.reasoning_tokens += choice.router.num_reasoning_tokens
-    metrics.cached_prompt_tokens += finish.cached_tokens if finish is not None else 0
-    metrics.prompt_size_tokens.observe(num_prompt)
-    metrics.answer_size_tokens.observe(num_answer)
 
 
 def _joined(deltas: Sequence[Delta]) -> list[Delta]:
@@ -352,16 +200,6 @@ class AnswerMessage:
             self.calls.append({"id": delta.call_id, "type": "function", "function": function})
         elif isinstance(delta, CallArguments):
             self.calls[delta.index]["function"]["arguments"] += delta.text
-
-
-async def collect(backend: Backend, job: Job, call: Call) -> list[AnswerMessage]:
-    """Run a job to its end; returns one message for each choice."""
-    messages = [AnswerMessage() for _ in job.choices]
-    async with contextlib.aclosing(run(backend, job, call)) as pieces:
-        async for batch in pieces:
-            for piece in batch:
-                messages[piece.index].add(piece)
-    return messages
 
 
 def token_text(vocabulary: Vocabulary, token_id: int) -> str:

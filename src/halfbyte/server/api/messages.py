@@ -15,12 +15,13 @@ from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reaso
 from halfbyte.errors import RequestError
 from halfbyte.server.api import tool_names
 from halfbyte.server.api.backend import Backend
-from halfbyte.server.api.completion import Job, run
+from halfbyte.server.api.completion import Job
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest, paths_of
 from halfbyte.server.api.pieces import Piece
 from halfbyte.server.api.prepare import chat_job, check_sampling
 from halfbyte.server.api.problems import messages_error_body, status_and_body
 from halfbyte.server.api.prompts import chat_prompt
+from halfbyte.server.api.running import run
 from halfbyte.server.api.stream import frame
 from halfbyte.server.call import Call
 
@@ -89,9 +90,9 @@ async def messages_frames(
 async def count_tokens(backend: Backend, request: CountRequest) -> dict[str, Any]:
     """Number of tokens that the prompt of a request would have."""
     chat, _ = request.chat_request(backend.chat.reasoning_efforts)
-    backend.check_model(chat.model)
+    backend.preparer.check_model(chat.model)
     try:
-        prompt, _ = await chat_prompt(backend, tool_names.for_model(chat))
+        prompt, _ = await chat_prompt(backend.preparer, tool_names.for_model(chat))
     except RequestError as error:
         raise paths_of(request).error(error) from error
     return {"input_tokens": len(prompt.token_ids)}
@@ -102,7 +103,7 @@ async def _events(
 ) -> AsyncGenerator[Event, None]:
     chat, warnings = request.chat_request(backend.chat.reasoning_efforts)
     try:
-        check_sampling(backend, chat)
+        check_sampling(backend.preparer, chat)
         with backend.admission.admit(call.key, 1):
             # Clients always send the most that they would take; the context may leave less.
             job = await chat_job(backend, chat, clamp_max_tokens=True)

@@ -4,21 +4,24 @@ Whatever takes long - decoding images, encoding, compiling grammars - runs in th
 """
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from halfbyte.chat.mask_plan import Beginning
+from halfbyte.chat.mask_plan import Beginning, MaskPlan
 from halfbyte.chat.prompt import ControlTokens
 from halfbyte.chat.router import Router
 from halfbyte.chat.tools import with_missing_results
-from halfbyte.engine.request import GenerationRequest, SamplingParams
+from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
 from halfbyte.errors import RequestError
 from halfbyte.server.api import tool_names, wire
 from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.completion import Choice, Job
 from halfbyte.server.api.pieces import Usage
+from halfbyte.server.api.preparer import Preparer
 from halfbyte.server.api.prompts import chat_prompt, image_inputs, prompt_ids
 from halfbyte.server.api.reader import check_token_ids
 from halfbyte.server.api.reading import check_count
@@ -29,8 +32,50 @@ from halfbyte.server.api.rules import (
     may_think,
     settle_effort,
 )
+from halfbyte.server.call import Call
 
 Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """One prompt, and what all answers to it have in common.
+
+    logprobs, prompt_logprobs  alternatives to report at each token; None for no log-probs
+    plan                       what the answers are held to
+    control, tool_names        how an answer is structured; a plain continuation is not
+    """
+
+    answer_id: str
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    banned: tuple[int, ...]
+    logprobs: int | None
+    prompt_logprobs: int | None
+    plan: MaskPlan | None
+    images: tuple[ImageInput, ...] = ()
+    control: ControlTokens = ControlTokens()  # noqa: RUF009  (frozen)
+    tool_names: frozenset[str] = frozenset()
+    is_plain: bool = False
+
+
+@contextlib.asynccontextmanager
+async def admitted(
+    backend: Backend, request: wire.ChatRequest | wire.CompletionRequest, call: Call
+) -> AsyncIterator[Job]:
+    """The job of a request, whose answers have room while the body runs; warns the client.
+
+    Raises RequestError: 400 and 404 for what is the client's, 429 and 503 if there is no room.
+    """
+    check_sampling(backend.preparer, request)
+    num_prompts = 1 if isinstance(request, wire.ChatRequest) else len(request.prompts)
+    with backend.admission.admit(call.key, request.n * num_prompts):
+        if isinstance(request, wire.ChatRequest):
+            job = await chat_job(backend, request)
+        else:
+            job = await text_job(backend.preparer, request)
+        call.warn(job.warnings)
+        yield job
 
 
 async def chat_job(
@@ -42,134 +87,126 @@ async def chat_job(
 
     Raises RequestError for everything that is the client's.
     """
-    effort, warnings = settle_effort(backend, request.reasoning_effort)
+    preparer, answers = backend.preparer, backend.answers
+    effort, warnings = settle_effort(preparer, request.reasoning_effort)
     names = tool_names.client_names(request.tools or ())
     request = tool_names.for_model(request).model_copy(update={"reasoning_effort": effort})
-    rules = await chat_rules(backend, request)
-    thinking = may_think(backend, request)
-    prompt, messages = await chat_prompt(backend, request)
+    rules = await chat_rules(preparer, request)
+    thinking = may_think(preparer, request)
+    prompt, messages = await chat_prompt(preparer, request)
     asked = request.max_completion_tokens or request.max_tokens
     if clamp_max_tokens and asked is not None:
-        left = backend.config.max_model_len - len(prompt.token_ids)
+        left = preparer.config.max_model_len - len(prompt.token_ids)
         asked = min(asked, left) if left > 0 else None
-    max_tokens = resolve_max_tokens(backend, len(prompt.token_ids), asked)
-    banned = backend.banned_in_chat(thinking=thinking, tools=bool(rules.tool_names))
-    answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    images = await asyncio.to_thread(image_inputs, prompt)
-    budget = request.max_reasoning_tokens
+    banned = preparer.banned_in_chat(thinking=thinking, tools=bool(rules.tool_names))
     begun = _beginning(request) if rules.grammar is not None else None
-    if begun is not None and backend.upstream is not None:
-        raise RequestError(
-            "prefix: vLLM would begin the response_format or the tool calls anew after it; "
-            "send one without the other",
-            param="messages",
-            code="unsupported_parameter",
-        )
-    plan = mask_plan(rules, banned, thinking=thinking, budget=budget, begun=begun)
-    choices = []
-    for index in range(request.n):
-        params = sampling_params(
-            backend,
-            request,
-            index,
-            max_tokens=max_tokens,
-            banned=banned,
-            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            # The choices have one prompt.
-            prompt_logprobs=request.prompt_logprobs if index == 0 else None,
-        )
-        generation = GenerationRequest(
-            f"{answer_id}-{index}",
-            prompt.token_ids,
-            params,
-            images=images,
-            priority=request.priority,
-            rules=plan,
-        )
-        router = Router(
-            backend.chat.vocabulary,
-            backend.chat.control,
-            stops=request.stops,
-            keeps_stop=request.include_stop_str_in_output,
-            tool_names=rules.tool_names,
-        )
-        choices.append(
-            Choice(
-                index,
-                generation,
-                router,
-                has_own_prompt=index == 0,
-                want_entries=request.logprobs,
-                keeps_stop=request.include_stop_str_in_output,
-            )
-        )
-    usage = Usage(
-        len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)
+    answers.check(request, is_begun=begun is not None)
+    common = _Prompt(
+        f"chatcmpl-{uuid.uuid4().hex}",
+        prompt.token_ids,
+        resolve_max_tokens(preparer, len(prompt.token_ids), asked),
+        banned,
+        (request.top_logprobs or 0) if request.logprobs else None,
+        request.prompt_logprobs,
+        mask_plan(
+            rules, banned, thinking=thinking, budget=request.max_reasoning_tokens, begun=begun
+        ),
+        images=await asyncio.to_thread(image_inputs, prompt),
+        control=preparer.chat.control,
+        tool_names=rules.tool_names,
     )
-    warnings = (*warnings, *_interrupted(backend, messages), *rules.warnings)
-    job = Job(answer_id, int(time.time()), choices, usage, warnings, tool_names=names)
-    upstream = backend.upstream
-    if upstream is not None:
-        if request.prompt_logprobs is not None:
-            raise RequestError(
-                "prompt_logprobs: in front of vLLM only /v1/completions has them",
-                param="prompt_logprobs",
-                code="unsupported_parameter",
-            )
-        job.source = lambda: upstream.chat(request, messages, job)
-    return job
+    return Job(
+        common.answer_id,
+        int(time.time()),
+        request,
+        [_choice(preparer, request, common, number, number) for number in range(request.n)],
+        Usage(len(prompt.token_ids), image_tokens=sum(image.num_tokens for image in prompt.images)),
+        (*warnings, *_interrupted(preparer, messages), *rules.warnings),
+        messages=messages if answers.reads_messages else (),
+        tool_names=names,
+    )
 
 
-async def text_job(backend: Backend, request: wire.CompletionRequest) -> Job:
+async def text_job(preparer: Preparer, request: wire.CompletionRequest) -> Job:
     """Make a job of a plain completion request: `n` choices of each prompt, in order."""
-    prompts = request.prompts
-    rules = await format_rules(backend, request.response_format)
-    banned = backend.banned_in_text()
+    rules = await format_rules(preparer, request.response_format)
+    banned = preparer.banned_in_text
     plan = mask_plan(rules, banned)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     choices: list[Choice] = []
     num_prompt_tokens = 0
-    for prompt in prompts:
-        token_ids = await prompt_ids(backend, prompt)
+    for prompt in request.prompts:
+        token_ids = await prompt_ids(preparer, prompt)
         num_prompt_tokens += len(token_ids)
         # Zero tokens only score the prompt; the engine generates one, which is not shown.
-        max_tokens = resolve_max_tokens(backend, len(token_ids), max(request.max_tokens, 1))
+        max_tokens = resolve_max_tokens(preparer, len(token_ids), max(request.max_tokens, 1))
+        scored = scored_alternatives(request)
+        common = _Prompt(
+            answer_id, token_ids, max_tokens, banned, request.logprobs, scored, plan, is_plain=True
+        )
         for number in range(request.n):
-            index = len(choices)
-            params = sampling_params(
-                backend,
-                request,
-                index,
-                max_tokens=max_tokens,
-                banned=banned,
-                logprobs=request.logprobs,
-                prompt_logprobs=scored_alternatives(request),
-            )
-            generation = GenerationRequest(
-                f"{answer_id}-{index}", token_ids, params, priority=request.priority, rules=plan
-            )
-            router = Router(
-                backend.chat.vocabulary,
-                ControlTokens(),
-                stops=request.stops,
-                keeps_stop=request.include_stop_str_in_output,
-            )
-            choices.append(
-                Choice(
-                    index,
-                    generation,
-                    router,
-                    has_own_prompt=number == 0,
-                    want_entries=request.logprobs is not None,
-                    is_plain=True,
-                    keeps_stop=request.include_stop_str_in_output,
-                )
-            )
-    job = Job(answer_id, int(time.time()), choices, Usage(num_prompt_tokens), rules.warnings)
-    upstream = backend.upstream
-    if upstream is not None:
-        job.source = lambda: upstream.text(request, job)
-    return job
+            choices.append(_choice(preparer, request, common, len(choices), number))
+    usage = Usage(num_prompt_tokens)
+    return Job(answer_id, int(time.time()), request, choices, usage, rules.warnings)
+
+
+def _choice(
+    preparer: Preparer, request: wire.Sampling, prompt: _Prompt, index: int, number: int
+) -> Choice:
+    """The answer `index` of a request: the one of this `number` to its prompt."""
+    generation = GenerationRequest(
+        f"{prompt.answer_id}-{index}",
+        prompt.token_ids,
+        _sampling_params(preparer, request, prompt, index, number),
+        images=prompt.images,
+        priority=request.priority,
+        rules=prompt.plan,
+    )
+    router = Router(
+        preparer.chat.vocabulary,
+        prompt.control,
+        stops=request.stops,
+        keeps_stop=request.include_stop_str_in_output,
+        tool_names=prompt.tool_names,
+    )
+    return Choice(
+        index,
+        generation,
+        router,
+        has_own_prompt=number == 0,
+        want_entries=prompt.logprobs is not None,
+        is_plain=prompt.is_plain,
+        keeps_stop=request.include_stop_str_in_output,
+    )
+
+
+def _sampling_params(
+    preparer: Preparer, request: wire.Sampling, prompt: _Prompt, index: int, number: int
+) -> SamplingParams:
+    """Sampling parameters of one choice; choices of one seed get consecutive seeds."""
+    defaults = preparer.config.sampling
+    ends = () if request.ignore_eos else preparer.chat.vocabulary.eos_token_ids
+    params = SamplingParams(
+        max_tokens=prompt.max_tokens,
+        temperature=_given(request.temperature, defaults.temperature),
+        top_p=_given(request.top_p, defaults.top_p),
+        top_k=max(_given(request.top_k, defaults.top_k), 0),
+        min_p=_given(request.min_p, defaults.min_p),
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+        seed=None if request.seed is None else request.seed + index,
+        logprobs=prompt.logprobs,
+        # A conversation's answers have one prompt, which is told of once.
+        prompt_logprobs=prompt.prompt_logprobs if prompt.is_plain or number == 0 else None,
+        logit_bias={int(key): bias for key, bias in (request.logit_bias or {}).items()},
+        banned_token_ids=prompt.banned,
+        stop_token_ids=(*ends, *(request.stop_token_ids or ())),
+        ignore_eos=request.ignore_eos,
+        min_tokens=request.min_tokens,
+    )
+    params.validate(preparer.config.vocab_size)
+    return params
 
 
 def scored_alternatives(request: wire.CompletionRequest) -> int | None:
@@ -178,16 +215,10 @@ def scored_alternatives(request: wire.CompletionRequest) -> int | None:
     return max((one for one in asked if one is not None), default=None)
 
 
-# --- prompts --------------------------------------------------------------------------------
-
-
-# --- limits and parameters ------------------------------------------------------------------
-
-
-def check_sampling(backend: Backend, request: wire.Sampling) -> None:
+def check_sampling(preparer: Preparer, request: wire.Sampling) -> None:
     """Check the model's name and the limits that every completion has, before admission."""
-    backend.check_model(request.model)
-    limits = backend.config.limits
+    preparer.check_model(request.model)
+    limits = preparer.config.limits
     check_count(request.n, limits.choices, "n", what="choices")
     check_count(len(request.stops), limits.stops, "stop", what="stop strings")
     for stop in request.stops:
@@ -196,13 +227,13 @@ def check_sampling(backend: Backend, request: wire.Sampling) -> None:
         check_count(len(request.prompts) * request.n, limits.prompts, "prompt", what="answers")
     check_count(len(request.stop_token_ids or ()), limits.stop_tokens, "stop_token_ids")
     check_count(len(request.logit_bias or ()), limits.biased_tokens, "logit_bias")
-    check_token_ids(backend.chat, [int(key) for key in request.logit_bias or ()], "logit_bias")
-    check_token_ids(backend.chat, request.stop_token_ids or (), "stop_token_ids")
+    check_token_ids(preparer.chat, [int(key) for key in request.logit_bias or ()], "logit_bias")
+    check_token_ids(preparer.chat, request.stop_token_ids or (), "stop_token_ids")
 
 
-def _interrupted(backend: Backend, messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def _interrupted(preparer: Preparer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """What to warn of: calls that the client left without a result."""
-    if not backend.chat.control.has_tools:
+    if not preparer.chat.control.has_tools:
         return ()
     settled = with_missing_results(messages)
     if len(settled) == len(messages):
@@ -213,9 +244,9 @@ def _interrupted(backend: Backend, messages: Sequence[Mapping[str, Any]]) -> tup
     return (f"calls without a result are taken as interrupted: {named}",)
 
 
-def resolve_max_tokens(backend: Backend, num_prompt_tokens: int, asked: int | None) -> int:
+def resolve_max_tokens(preparer: Preparer, num_prompt_tokens: int, asked: int | None) -> int:
     """Most tokens of an answer; RequestError (400) if prompt and answer exceed the context."""
-    context = backend.config.max_model_len
+    context = preparer.config.max_model_len
     if num_prompt_tokens + (asked or 1) > context:
         answer = f" and {asked} for the answer" if asked else " and room for an answer"
         raise RequestError(
@@ -227,46 +258,8 @@ def resolve_max_tokens(backend: Backend, num_prompt_tokens: int, asked: int | No
     return asked or context - num_prompt_tokens
 
 
-def sampling_params(
-    backend: Backend,
-    request: wire.Sampling,
-    index: int,
-    *,
-    max_tokens: int,
-    banned: tuple[int, ...],
-    logprobs: int | None,
-    prompt_logprobs: int | None = None,
-) -> SamplingParams:
-    """Sampling parameters of one choice; choices of one seed get consecutive seeds."""
-    defaults = backend.config.sampling
-    ends = () if request.ignore_eos else backend.chat.vocabulary.eos_token_ids
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=_given(request.temperature, defaults.temperature),
-        top_p=_given(request.top_p, defaults.top_p),
-        top_k=max(_given(request.top_k, defaults.top_k), 0),
-        min_p=_given(request.min_p, defaults.min_p),
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
-        seed=None if request.seed is None else request.seed + index,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        logit_bias={int(key): bias for key, bias in (request.logit_bias or {}).items()},
-        banned_token_ids=banned,
-        stop_token_ids=(*ends, *(request.stop_token_ids or ())),
-        ignore_eos=request.ignore_eos,
-        min_tokens=request.min_tokens,
-    )
-    params.validate(backend.config.vocab_size)
-    return params
-
-
 def _given(value: Number | None, default: Number) -> Number:
     return default if value is None else value
-
-
-# --- rules of an answer ---------------------------------------------------------------------
 
 
 def _beginning(request: wire.ChatRequest) -> Beginning | None:

@@ -13,8 +13,8 @@ from halfbyte.engine.request import ImageInput
 from halfbyte.errors import RequestError
 from halfbyte.pictures import Picture
 from halfbyte.server.api import wire
-from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.fetch import fetch_image
+from halfbyte.server.api.preparer import Preparer
 from halfbyte.server.api.reader import Conversation, Shape, check_token_ids
 from halfbyte.server.api.reading import check_count
 
@@ -27,15 +27,15 @@ _AROUND_URLS = "".join(map(chr, range(0x21)))
 
 
 async def chat_prompt(
-    backend: Backend, request: wire.ChatRequest
+    preparer: Preparer, request: wire.ChatRequest
 ) -> tuple[EncodedPrompt, list[dict[str, Any]]]:
     """The prompt of a conversation, and its messages with their images decoded."""
-    limits = backend.config.limits
+    limits = preparer.config.limits
     check_count(len(request.messages), limits.messages, "messages")
     check_count(len(request.tools or ()), limits.tools, "tools")
-    messages = await resolved_messages(backend, request.messages)
+    messages = await resolved_messages(preparer, request.messages)
     prompt = await encode_resolved(
-        backend,
+        preparer,
         messages,
         tools=[tool.model_dump() for tool in request.tools or ()],
         reasoning_effort=request.reasoning_effort,
@@ -46,7 +46,7 @@ async def chat_prompt(
 
 
 async def resolved_messages(
-    backend: Backend, messages: Sequence[wire.Message]
+    preparer: Preparer, messages: Sequence[wire.Message]
 ) -> list[dict[str, Any]]:
     """Messages as plain objects, their images fetched and decoded."""
 
@@ -54,12 +54,12 @@ async def resolved_messages(
         return [message.model_dump(exclude_none=True) for message in messages]
 
     plain = dump() if len(messages) <= _FEW_MESSAGES else await asyncio.to_thread(dump)
-    await _resolve_images(backend, plain)
+    await _resolve_images(preparer, plain)
     return plain
 
 
 async def encode_resolved(
-    backend: Backend,
+    preparer: Preparer,
     messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]],
@@ -75,8 +75,8 @@ async def encode_resolved(
 
     shown, pictures = _shapes(messages)
     asked = Conversation(shown, tools, reasoning_effort, json_schema, continue_final)
-    size = sum(map(len, asked.texts(backend.chat)))
-    prompt = await backend.aside.do(size, backend.reader.encode, asked)
+    size = sum(map(len, asked.texts(preparer.chat)))
+    prompt = await preparer.aside.do(size, preparer.reader.encode, asked)
     images = tuple(
         EncodedImage(pixels, one.offset, one.num_tokens)
         for pixels, one in zip(pictures, prompt.images, strict=True)
@@ -105,12 +105,12 @@ def _shapes(
     return shown, pictures
 
 
-async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> None:
+async def _resolve_images(preparer: Preparer, messages: list[dict[str, Any]]) -> None:
     """Replace image URLs by the images' pixels, and thoughts in parts by their text, in place.
 
     All headers are read first: images whose tokens do not fit the context are never decoded.
     """
-    limits = backend.config.limits
+    limits = preparer.config.limits
     opened: list[tuple[list[dict[str, Any]], int, str, Picture]] = []
     for index, message in enumerate(messages):
         content = message.get("content")
@@ -123,52 +123,52 @@ async def _resolve_images(backend: Backend, messages: list[dict[str, Any]]) -> N
                 continue
             path = f"messages[{index}].content[{number}].image_url"
             check_count(len(opened) + 1, limits.images, "messages", what="images")
-            if backend.chat.image_layout is None:
+            if preparer.chat.image_layout is None:
                 raise RequestError(
                     f"{path}: this model takes text only", param=path, code="unsupported_content"
                 )
             value = part["image_url"]
             url = value if isinstance(value, str) else value["url"]
-            opened.append((content, number, path, await _open_image(backend, url, path)))
-            _check_images(backend, [picture for *_, picture in opened])
-    layout = backend.chat.image_layout
+            opened.append((content, number, path, await _open_image(preparer, url, path)))
+            _check_images(preparer, [picture for *_, picture in opened])
+    layout = preparer.chat.image_layout
     if layout is None:
         return
     try:
         for content, number, path, picture in opened:
             # Scaled at once; what waits its turn here is a file in memory, not pixels.
-            async with backend.decoding:
+            async with preparer.decoding:
                 pixels = await asyncio.to_thread(decode_pixels, picture, path, layout)
             content[number] = {"type": "image", "image": pixels}
     finally:
         if opened:
-            backend.body_room.trim_soon()
+            preparer.body_room.trim_soon()
 
 
-async def _open_image(backend: Backend, url: str, path: str) -> Picture:
-    limits = backend.config.limits
+async def _open_image(preparer: Preparer, url: str, path: str) -> Picture:
+    limits = preparer.config.limits
     image_limits = ImageLimits(limits.image_bytes, limits.image_pixels)
     url = url.strip(_AROUND_URLS)
     if url[:5].lower() == "data:":
         data = await asyncio.to_thread(data_url_bytes, url, path, image_limits)
     else:
-        data = await fetch_image(url, path, backend.config.image_fetch, limits.image_bytes)
+        data = await fetch_image(url, path, preparer.config.image_fetch, limits.image_bytes)
     return await asyncio.to_thread(open_image, data, path, image_limits)
 
 
-def _check_images(backend: Backend, pictures: Sequence[Picture]) -> None:
+def _check_images(preparer: Preparer, pictures: Sequence[Picture]) -> None:
     """400 for images that together are too many pixels, or more tokens than the context has."""
-    layout = backend.chat.image_layout
+    layout = preparer.chat.image_layout
     assert layout is not None
     pixels = sum(picture.width * picture.height for picture in pictures)
-    check_count(pixels, backend.config.limits.request_pixels, "messages", what="pixels of images")
+    check_count(pixels, preparer.config.limits.request_pixels, "messages", what="pixels of images")
     num_tokens = 0
     for picture in pictures:
         width, height = layout.size(picture.width, picture.height)
         num_tokens += layout.num_tokens(height, width)
-    if num_tokens >= backend.config.max_model_len:
+    if num_tokens >= preparer.config.max_model_len:
         raise RequestError(
-            f"this model's context is {backend.config.max_model_len} tokens; the request's images "
+            f"this model's context is {preparer.config.max_model_len} tokens; the request's images "
             f"alone need {num_tokens}",
             param="messages",
             code="context_length_exceeded",
@@ -181,19 +181,21 @@ def image_inputs(prompt: EncodedPrompt) -> tuple[ImageInput, ...]:
     )
 
 
-async def encode_plain(backend: Backend, text: str, *, with_start: bool = True) -> tuple[int, ...]:
+async def encode_plain(
+    preparer: Preparer, text: str, *, with_start: bool = True
+) -> tuple[int, ...]:
     """Token ids of a plain prompt, with or without those that begin the model's prompts."""
 
-    return await backend.aside.do(len(text), backend.reader.encode_plain, text, with_start)
+    return await preparer.aside.do(len(text), preparer.reader.encode_plain, text, with_start)
 
 
-async def prompt_ids(backend: Backend, prompt: str | list[int]) -> tuple[int, ...]:
+async def prompt_ids(preparer: Preparer, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        token_ids = await encode_plain(backend, prompt)
+        token_ids = await encode_plain(preparer, prompt)
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
         return token_ids
-    check_token_ids(backend.chat, prompt, "prompt")
+    check_token_ids(preparer.chat, prompt, "prompt")
     return tuple(prompt)
 
 

@@ -11,11 +11,12 @@ from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reaso
 from halfbyte.errors import RequestError
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
-from halfbyte.server.api.completion import Job, run
+from halfbyte.server.api.completion import Job
 from halfbyte.server.api.pieces import Piece
 from halfbyte.server.api.prepare import chat_job, check_sampling
 from halfbyte.server.api.problems import status_and_body
 from halfbyte.server.api.responses_wire import ResponsesRequest, paths_of
+from halfbyte.server.api.running import run
 from halfbyte.server.api.stream import frame
 from halfbyte.server.call import Call
 
@@ -68,7 +69,7 @@ async def _events(
     """All events, from response.created to the one that carries the finished response."""
     is_short = isinstance(request.input, str) or len(request.input) <= _FEW_ITEMS
     chat = _renamed(request) if is_short else await asyncio.to_thread(_renamed, request)
-    check_sampling(backend, chat)
+    check_sampling(backend.preparer, chat)
     with backend.admission.admit(call.key, 1):
         try:
             job = await chat_job(backend, chat)

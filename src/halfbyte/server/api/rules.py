@@ -11,7 +11,7 @@ from halfbyte.chat.mask_plan import Beginning, MaskPlan
 from halfbyte.chat.schema import HeldSchema
 from halfbyte.errors import RequestError
 from halfbyte.server.api import wire
-from halfbyte.server.api.backend import Backend
+from halfbyte.server.api.preparer import Preparer
 
 # Efforts by how much they ask for; other names are nobody's.
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -29,18 +29,18 @@ class Rules:
     tool_names: frozenset[str] = frozenset()
 
 
-def settle_effort(backend: Backend, asked: str | None) -> tuple[str | None, tuple[str, ...]]:
+def settle_effort(preparer: Preparer, asked: str | None) -> tuple[str | None, tuple[str, ...]]:
     """The reasoning effort that is used for the one asked for, and warnings about it.
 
     The nearest that the model knows, of two as near the higher. A model without efforts does what
     it always does. Raises RequestError for a name that is no effort, and with `strict_effort` for
     each that the model does not know.
     """
-    known = backend.chat.reasoning_efforts
+    known = preparer.chat.reasoning_efforts
     if asked is None or asked in known or (asked == "none" and not known):
         return asked, ()
     names = ", ".join(known) or "none"
-    if backend.config.strict_effort or asked not in _EFFORTS:
+    if preparer.config.strict_effort or asked not in _EFFORTS:
         raise RequestError(
             f"reasoning_effort {asked!r} is not one this model knows: {names}",
             param="reasoning_effort",
@@ -60,9 +60,9 @@ def settle_effort(backend: Backend, asked: str | None) -> tuple[str | None, tupl
     return nearest, (f"reasoning_effort {asked} is taken as {nearest}; this model knows {names}",)
 
 
-def may_think(backend: Backend, request: wire.ChatRequest) -> bool:
+def may_think(preparer: Preparer, request: wire.ChatRequest) -> bool:
     """Whether the answer may hold a thought: the effort says so, where the model knows efforts."""
-    chat = backend.chat
+    chat = preparer.chat
     effort = request.reasoning_effort or chat.default_effort
     thinking = chat.control.has_thinking and (not chat.reasoning_efforts or effort != "none")
     if request.max_reasoning_tokens is not None and not chat.control.has_thinking:
@@ -74,7 +74,7 @@ def may_think(backend: Backend, request: wire.ChatRequest) -> bool:
     return thinking
 
 
-def _tool_choice(backend: Backend, request: wire.ChatRequest) -> tuple[str, list[wire.Tool]]:
+def _tool_choice(preparer: Preparer, request: wire.ChatRequest) -> tuple[str, list[wire.Tool]]:
     """ "none", "auto", "required" or the name of one tool, and the tools that may be called."""
     tools = list(request.tools or ())
     choice = request.tool_choice
@@ -98,7 +98,7 @@ def _tool_choice(backend: Backend, request: wire.ChatRequest) -> tuple[str, list
         mode = choice
     if not tools:
         raise RequestError(f"tool_choice {mode!r} needs tools", param="tool_choice")
-    if mode != "none" and not backend.chat.control.has_tools:
+    if mode != "none" and not preparer.chat.control.has_tools:
         raise RequestError(
             "tools: this model's format has no tool calls; tool_choice 'none' or a json_schema "
             "response_format works",
@@ -113,10 +113,10 @@ def _check_named(name: str, names: Sequence[str]) -> None:
         raise RequestError(f"tool_choice: no tool is called {name!r}", param="tool_choice")
 
 
-async def chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
-    choice, callable_tools = _tool_choice(backend, request)
+async def chat_rules(preparer: Preparer, request: wire.ChatRequest) -> Rules:
+    choice, callable_tools = _tool_choice(preparer, request)
     if choice == "none":
-        return await format_rules(backend, request.response_format)
+        return await format_rules(preparer, request.response_format)
     form = request.response_format
     if choice != "auto" or (form is not None and form.type == "text"):
         # Where a call is forced there is no text that a format could hold.
@@ -149,19 +149,19 @@ async def chat_rules(backend: Backend, request: wire.ChatRequest) -> Rules:
                 tools[number]["function"]["parameters"] = schema
             return grammar_texts.tools_grammar(
                 tools,
-                backend.chat.control,
+                preparer.chat.control,
                 choice=choice,
                 parallel=request.parallel_tool_calls,
-                answer=None if form is None else _format_grammar(backend, form, held[-1:]),
+                answer=None if form is None else _format_grammar(preparer, form, held[-1:]),
             )
 
         names = frozenset(tool.function.name for tool in callable_tools)
-        return Rules(*_compile_schemas(backend, schemas, write, "tools"), names)
+        return Rules(*_compile_schemas(preparer, schemas, write, "tools"), names)
 
-    return await _in_time(backend, compile_tools, "tools")
+    return await _in_time(preparer, compile_tools, "tools")
 
 
-async def format_rules(backend: Backend, form: wire.ResponseFormat | None) -> Rules:
+async def format_rules(preparer: Preparer, form: wire.ResponseFormat | None) -> Rules:
     if form is None or form.type == "text":
         return Rules()
 
@@ -169,28 +169,30 @@ async def format_rules(backend: Backend, form: wire.ResponseFormat | None) -> Ru
         if isinstance(form, wire.JsonSchemaFormat):
 
             def write(held: Sequence[Mapping[str, Any]]) -> str:
-                return _format_grammar(backend, form, held)
+                return _format_grammar(preparer, form, held)
 
-            return Rules(*_compile_schemas(backend, [_held_schema(form)], write, "response_format"))
-        compiled = backend.compiler.compile(
-            _format_grammar(backend, form, ()),
+            return Rules(
+                *_compile_schemas(preparer, [_held_schema(form)], write, "response_format")
+            )
+        compiled = preparer.compiler.compile(
+            _format_grammar(preparer, form, ()),
             "response_format",
             is_free=form.type == "grammar",
-            timeout_s=backend.config.limits.compile_s,
+            timeout_s=preparer.config.limits.compile_s,
         )
         return Rules(compiled, compiled.warnings)
 
-    return await _in_time(backend, compile_format, "response_format")
+    return await _in_time(preparer, compile_format, "response_format")
 
 
 def _compile_schemas(
-    backend: Backend,
+    preparer: Preparer,
     schemas: Sequence[HeldSchema],
     write: Callable[[Sequence[Mapping[str, Any]]], str],
     param: str,
 ) -> tuple[CheckedGrammar, tuple[str, ...]]:
-    timeout_s = backend.config.limits.compile_s
-    return backend.compiler.compile_schemas(schemas, write, param, timeout_s=timeout_s)
+    timeout_s = preparer.config.limits.compile_s
+    return preparer.compiler.compile_schemas(schemas, write, param, timeout_s=timeout_s)
 
 
 def _held_schema(form: wire.JsonSchemaFormat) -> HeldSchema:
@@ -200,12 +202,12 @@ def _held_schema(form: wire.JsonSchemaFormat) -> HeldSchema:
 
 
 def _format_grammar(
-    backend: Backend, form: wire.ResponseFormat, held: Sequence[Mapping[str, Any]]
+    preparer: Preparer, form: wire.ResponseFormat, held: Sequence[Mapping[str, Any]]
 ) -> str:
     """The grammar of a response format, after a look at its size; `held` is what is left of its
     schema.
     """
-    compiler = backend.compiler
+    compiler = preparer.compiler
     if isinstance(form, wire.JsonSchemaFormat):
         return grammar_texts.json_schema_grammar(held[0], lenient=not form.json_schema.strict)
     if isinstance(form, wire.JsonObjectFormat):
@@ -220,16 +222,16 @@ def _format_grammar(
     return form.grammar
 
 
-async def _in_time(backend: Backend, compile_rules: Callable[[], Rules], param: str) -> Rules:
+async def _in_time(preparer: Preparer, compile_rules: Callable[[], Rules], param: str) -> Rules:
     """Compile in a thread. What is over the time limit goes on there, bounded by its trial."""
     loop = asyncio.get_running_loop()
     # The start of the process that tries grammars is nobody's time.
-    await loop.run_in_executor(backend.compiler.threads, backend.compiler.wait)
+    await loop.run_in_executor(preparer.compiler.threads, preparer.compiler.wait)
     try:
-        async with asyncio.timeout(backend.config.limits.compile_s):
-            return await loop.run_in_executor(backend.compiler.threads, compile_rules)
+        async with asyncio.timeout(preparer.config.limits.compile_s):
+            return await loop.run_in_executor(preparer.compiler.threads, compile_rules)
     except TimeoutError as error:
-        message = f"{param}: compiling took longer than {backend.config.limits.compile_s:g} s"
+        message = f"{param}: compiling took longer than {preparer.config.limits.compile_s:g} s"
         raise RequestError(message, param=param, code="schema_too_complex") from error
 
 

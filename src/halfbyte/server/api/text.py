@@ -10,9 +10,10 @@ from halfbyte.engine.request import TokenLogprobs
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.chat import prompt_entries, running_usage
-from halfbyte.server.api.completion import AnswerMessage, Choice, Job, collect, run, token_text
+from halfbyte.server.api.completion import AnswerMessage, Choice, Job, token_text
 from halfbyte.server.api.pieces import TokenEntry
-from halfbyte.server.api.prepare import check_sampling, text_job
+from halfbyte.server.api.prepare import admitted
+from halfbyte.server.api.running import collect, run
 from halfbyte.server.api.stream import DONE, frame
 from halfbyte.server.call import Call
 
@@ -21,10 +22,7 @@ async def text_response(
     backend: Backend, request: wire.CompletionRequest, call: Call
 ) -> dict[str, Any]:
     """Answer a request to /v1/completions with all texts in one piece."""
-    check_sampling(backend, request)
-    with backend.admission.admit(call.key, request.n * len(request.prompts)):
-        job = await text_job(backend, request)
-        call.warn(job.warnings)
+    async with admitted(backend, request, call) as job:
         messages = await collect(backend, job, call)
     choices = []
     for choice, message in zip(job.choices, messages, strict=True):
@@ -40,10 +38,7 @@ async def text_frames(
 ) -> AsyncGenerator[bytes, None]:
     """Answer a request to /v1/completions as server-sent events."""
     options = request.stream_options or wire.StreamOptions()
-    check_sampling(backend, request)
-    with backend.admission.admit(call.key, request.n * len(request.prompts)):
-        job = await text_job(backend, request)
-        call.warn(job.warnings)
+    async with admitted(backend, request, call) as job:
         head = _head(backend, job)
         lengths: dict[int, int] = {}
         async with contextlib.aclosing(run(backend, job, call)) as batches:

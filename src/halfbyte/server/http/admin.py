@@ -13,9 +13,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import halfbyte
 from halfbyte.errors import RequestError
 from halfbyte.server.api.backend import Backend, Running
-from halfbyte.server.http.app import METRICS_TYPE, add_error_handlers, add_health
+from halfbyte.server.http.app import add_error_handlers
 from halfbyte.server.http.gate import AccessLog, Gate, Keys, log_access
 from halfbyte.server.http.origins import Origins
+from halfbyte.server.http.state import METRICS_TYPE, add_health
 from halfbyte.server.ops import process_figures as process
 
 
@@ -77,8 +78,7 @@ def _add_acting(app: FastAPI, backend: Backend) -> None:
         running = backend.running.get(answer_id)
         if running is None:
             raise RequestError(f"no answer {answer_id!r} is in work", code="not_found", status=404)
-        for engine_id in running.engine_ids:
-            backend.service.abort(engine_id)
+        backend.answers.abort(running.job)
         return JSONResponse({"aborted": answer_id})
 
     @app.post("/drain")
@@ -105,5 +105,5 @@ def _described(running: Running, now: float) -> dict[str, Any]:
         "request_id": running.call.request_id,
         "key": running.call.key,
         "age_s": round(now - running.started_s, 3),
-        **running.facts(),
+        **running.job.facts(),
     }

@@ -9,21 +9,22 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 from halfbyte.engine.request import Event, GenerationRequest
+from halfbyte.engine.stats import EngineStats
 from halfbyte.errors import CapacityError
 from halfbyte.log import logger
 
 _POLL_S = 0.25
 
 
-class Engine(Protocol):
-    """What is supervised: engine.service.EngineService, or a scripted one in tests."""
+class Supervised(Protocol):
+    """What a supervisor keeps running: an engine's service, or the process of another server."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine takes requests; False once it has died."""
+        """Whether it takes requests; False once it has died."""
 
     async def start(self) -> None:
         """Begin to run; the supervisor calls this once."""
@@ -31,35 +32,42 @@ class Engine(Protocol):
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running answers finish for this long, then end them."""
 
+    def clear_prefix_cache(self) -> None:
+        """Forget all cached prefixes before the next step."""
+
+    async def stacks(self) -> str:
+        """Where every thread of it is, or why that is not known."""
+
+    def stats(self) -> EngineStats | None:
+        """Its figures; None if they are published elsewhere."""
+
+
+class Answerer(Supervised, Protocol):
+    """Answers prompts of tokens: engine.service.EngineService, or a scripted one in tests."""
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Events of one answer. Closing the generator aborts it and frees its blocks."""
 
     def abort(self, request_id: str) -> None:
         """End an answer; its events go on to a FinishEvent with its counts."""
 
-    def clear_prefix_cache(self) -> None:
-        """Forget all cached prefixes before the next step."""
 
-    async def stacks(self) -> str:
-        """Where every thread of the engine is, or why that is not known."""
-
-    def stats(self) -> Any:
-        """The engine's figures, as a dataclass of numbers by name."""
+_Kept = TypeVar("_Kept", bound=Supervised, covariant=True)
 
 
-class Supervisor:
-    """The engine as the server sees it: the same face, whichever engine is behind it now."""
+class Supervisor(Generic[_Kept]):
+    """The engine as the server sees it: the same face, whichever one is behind it now."""
 
     def __init__(
         self,
-        first: Engine,
-        load: Callable[[], Engine],
+        first: _Kept,
+        load: Callable[[], _Kept],
         *,
         max_deaths: int = 3,
         window_s: float = 600.0,
     ) -> None:
         """`load` makes another engine like `first`; it runs in a thread."""
-        self._engine: Engine | None = first
+        self._engine: _Kept | None = first
         self._load = load
         self._max_deaths = max_deaths
         self._window_s = window_s
@@ -96,11 +104,15 @@ class Supervisor:
         if self._engine is not None:
             await self._engine.stop(drain_s=drain_s)
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    def generate(
+        self: "Supervisor[Answerer]", request: GenerationRequest
+    ) -> AsyncGenerator[Event, None]:
         """Events of one answer. CapacityError while there is no engine."""
-        return self._present().generate(request)
+        if self._engine is None or not self._engine.is_alive:
+            raise CapacityError("the engine has failed and is being restarted; try again")
+        return self._engine.generate(request)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self: "Supervisor[Answerer]", request_id: str) -> None:
         """End an answer; its events go on to a FinishEvent with its counts."""
         if self._engine is not None:
             self._engine.abort(request_id)
@@ -114,14 +126,9 @@ class Supervisor:
         """Where every thread of the engine is, or that there is no engine now."""
         return "there is no engine now" if self._engine is None else await self._engine.stacks()
 
-    def stats(self) -> Any:
-        """A dataclass of figures, or None while there is no engine."""
+    def stats(self) -> EngineStats | None:
+        """The engine's figures; None while there is none, or none of ours."""
         return self._engine.stats() if self._engine is not None else None
-
-    def _present(self) -> Engine:
-        if self._engine is None or not self._engine.is_alive:
-            raise CapacityError("the engine has failed and is being restarted; try again")
-        return self._engine
 
     async def _keep_running(self) -> None:
         while True:
@@ -151,7 +158,7 @@ class Supervisor:
         self._engine = engine
         logger.info("the engine runs again")
 
-    def _load_or_log(self) -> Engine | None:
+    def _load_or_log(self) -> _Kept | None:
         try:
             return self._load()
         # An exit or a panic is no Exception, and would end the server from within a task.

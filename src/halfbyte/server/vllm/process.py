@@ -5,22 +5,18 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import AsyncGenerator
 
 import httpx
 
-from halfbyte.engine.request import Event, GenerationRequest
-from halfbyte.errors import CapacityError, RequestError, UnsupportedError
+from halfbyte.errors import RequestError, UnsupportedError
 from halfbyte.server.vllm.command import VllmPlan
 
 _POLL_S = 0.5
-
-
 _STOP_S = 20.0
 
 
 class VllmProcess:
-    """The process of vLLM, started and watched; `supervise` takes it for an engine."""
+    """The process of vLLM, started and watched; a `Supervisor` keeps it running."""
 
     def __init__(self, plan: VllmPlan, key: str, *, max_wait_s: float = 1800.0) -> None:
         """Take the `key` that vLLM will ask for; UnsupportedError if vLLM is not installed."""
@@ -82,14 +78,6 @@ class VllmProcess:
             pass
         _signal(process.pid, signal.SIGKILL)
         await process.wait()
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Raise CapacityError: vLLM is asked for whole conversations, by `VllmUpstream`."""
-        raise CapacityError("vLLM takes whole conversations, not tokens")
-        yield
-
-    def abort(self, request_id: str) -> None:
-        """Do nothing: closing the connection is what ends an answer of vLLM."""
 
     def clear_prefix_cache(self) -> None:
         raise RequestError(

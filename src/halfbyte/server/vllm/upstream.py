@@ -1,4 +1,4 @@
-"""vLLM behind our server: its process, and its answers as pieces of ours.
+"""vLLM behind our server: checked requests in its form, and its answers as pieces of ours.
 
 Requests have passed every check of ours before they come here: limits, images (fetched, decoded
 and sent on as PNG), schemas, context. vLLM listens on the loopback address only, with a key that is
@@ -34,7 +34,9 @@ _TOKEN_ID = "token_id:"
 
 
 class VllmUpstream:
-    """Sends checked requests to vLLM and makes pieces of what it streams."""
+    """`Answers` of a vLLM: sends checked requests there and makes pieces of what it streams."""
+
+    reads_messages = True
 
     def __init__(self, plan: VllmPlan, key: str) -> None:
         self._url = f"http://127.0.0.1:{plan.flags['port']}"
@@ -44,15 +46,44 @@ class VllmUpstream:
         names = sorted(plan.control_names, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names))) if names else None
 
-    async def chat(
-        self, request: wire.ChatRequest, messages: list[dict[str, Any]], job: Job
-    ) -> AsyncGenerator[list[Piece], None]:
-        """Pieces of the answer to a conversation; `messages` are the request's, images decoded."""
+    def check(self, request: wire.ChatRequest, *, is_begun: bool) -> None:
+        """Refuse what vLLM's chat cannot do: beginnings under rules, log-probs of prompts."""
+        if is_begun:
+            raise RequestError(
+                "prefix: vLLM would begin the response_format or the tool calls anew after it; "
+                "send one without the other",
+                param="messages",
+                code="unsupported_parameter",
+            )
+        if request.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs: in front of vLLM only /v1/completions has them",
+                param="prompt_logprobs",
+                code="unsupported_parameter",
+            )
+
+    def abort(self, job: Job) -> None:
+        """Raise RequestError: vLLM ends an answer only when whoever asked for it leaves."""
+        raise RequestError(
+            "an answer of vLLM ends when its client leaves, and not otherwise",
+            code="unsupported_parameter",
+        )
+
+    def pieces(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+        """Pieces of all answers of a job, as vLLM streams them."""
+        asked = job.request
+        return (
+            self._chat(asked, job)
+            if isinstance(asked, wire.ChatRequest)
+            else self._text(asked, job)
+        )
+
+    async def _chat(self, request: wire.ChatRequest, job: Job) -> AsyncGenerator[list[Piece], None]:
         body = {
             **_sampling(request, job),
             "model": self._model,
             "messages": await asyncio.to_thread(
-                lambda: _with_data_urls(_guarded(_settled(messages), self._control))
+                lambda: _with_data_urls(_guarded(_settled(job.messages), self._control))
             ),
             "max_completion_tokens": job.choices[0].request.params.max_tokens,
             **_guarded(_chat_options(request), self._control),
@@ -73,10 +104,10 @@ class VllmUpstream:
                 if pieces:
                     yield pieces
 
-    async def text(
+    async def _text(
         self, request: wire.CompletionRequest, job: Job
     ) -> AsyncGenerator[list[Piece], None]:
-        """Pieces of the continuations of plain prompts, sent as token ids."""
+        # Prompts are sent as token ids.
         prompts = [choice.request.prompt_token_ids for choice in job.choices[:: request.n]]
         body = {
             **_sampling(request, job),

@@ -1,21 +1,18 @@
 """Room for answers, by key and in all."""
 
 from contextlib import ExitStack
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from halfbyte.errors import RequestError
-from halfbyte.server.api.backend import Admission
+from halfbyte.server.api.admission import Admission
 from halfbyte.server.config import Limits
 from halfbyte.server.ops.metrics import Metrics
 
 
 def admission(**limits: int) -> tuple[Admission, Metrics]:
     metrics = Metrics()
-    config: Any = SimpleNamespace(limits=Limits(**limits))
-    return Admission(config, metrics), metrics
+    return Admission(Limits(**limits), metrics), metrics
 
 
 def test_a_key_holds_as_many_answers_as_it_may_and_gives_them_back() -> None:
