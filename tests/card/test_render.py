@@ -32,7 +32,6 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
     FORMAT,
-    AttemptJournal,
     GradedAttempt,
     RunRecord,
     record_row,
@@ -41,6 +40,7 @@ from halfbyte.evals.records import (
 from halfbyte.evals.tasks.published import NOT_COMPARED
 from halfbyte.fidelity.comparison import FidelityComparison, Interval, ModelRow, PairRow
 from halfbyte.figures import CARD_TOPICS, read_record
+from halfbyte.json_lines import JsonLines
 from halfbyte.model.tiny import write_tiny_checkpoint
 
 TEKKEN = Path(__file__).parents[1] / "data" / "chat" / "tekken" / "tekken.json"
@@ -89,7 +89,7 @@ def arm(folder: Path, name: str, right: int, items: int = 30, note: str = "") ->
         )
         for i in range(items)
     ]  # fmt: skip
-    journal = AttemptJournal(folder / name / "aime2025" / "samples.jsonl")
+    journal = JsonLines(folder / name / "aime2025" / "samples.jsonl")
     for one in records:
         journal.append(record_row(one))
     journal.close()

@@ -17,12 +17,12 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
     FORMAT,
-    AttemptJournal,
     GradedAttempt,
     RunRecord,
     record_row,
     write_run,
 )
+from halfbyte.json_lines import JsonLines
 
 VOID = {"meta", "br"}
 
@@ -56,7 +56,7 @@ def write_arm(folder: Path, arm: str, right: int, name: str = "ifbench") -> Path
         )
         for i in range(20)
     ]  # fmt: skip
-    journal = AttemptJournal(folder / arm / name / "samples.jsonl")
+    journal = JsonLines(folder / arm / name / "samples.jsonl")
     for one in records:
         journal.append(record_row(one))
     journal.close()

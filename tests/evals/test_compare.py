@@ -19,7 +19,6 @@ from halfbyte.evals.judging.render import format_comparison, what_would_decide
 from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
     FORMAT,
-    AttemptJournal,
     BenchmarkResult,
     GradedAttempt,
     RunRecord,
@@ -27,6 +26,7 @@ from halfbyte.evals.records import (
     record_row,
     write_run,
 )
+from halfbyte.json_lines import JsonLines
 
 Scores = Mapping[tuple[str, int], float | None]
 
@@ -63,7 +63,7 @@ def write_arm(
         for (item, repeat), score in scores.items()
     ]
     (folder / arm / name / "samples.jsonl").unlink(missing_ok=True)
-    journal = AttemptJournal(folder / arm / name / "samples.jsonl")
+    journal = JsonLines(folder / arm / name / "samples.jsonl")
     for one in records:
         journal.append(record_row(one))
     journal.close()

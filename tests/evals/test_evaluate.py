@@ -9,7 +9,7 @@ import pytest
 from halfbyte.errors import UsageError
 from halfbyte.evals.config import JudgeConfig, RunConfig, RunSampling
 from halfbyte.evals.judging.compare import compare_runs
-from halfbyte.evals.records import AttemptJournal, GradedAttempt, mark_session, read_run, record_row
+from halfbyte.evals.records import GradedAttempt, mark_session, read_run, record_row
 from halfbyte.evals.running import evaluate as evaluate_module
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.evaluate import (
@@ -26,6 +26,7 @@ from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options
 from halfbyte.evals.tasks.data import Provenance
 from halfbyte.evals.tasks.suite import BENCHMARKS
 from halfbyte.evals.types import Sample
+from halfbyte.json_lines import JsonLines
 
 SERVED = Endpoint("http://x/v1", "m", 4096, {})
 JUDGE = JudgeConfig("http://j/v1", "q")
@@ -159,7 +160,7 @@ def test_what_was_to_be_asked_is_on_record_before_it_is(
         asked = replace(config(tmp_path, *names, repeats=8), out=tmp_path / arm, arm=arm)
         with pytest.raises(KeyboardInterrupt):
             evaluate(asked, SERVED, CHECKPOINT, "c", prepared)
-        journal = AttemptJournal(asked.out / "quick" / "samples.jsonl")
+        journal = JsonLines(asked.out / "quick" / "samples.jsonl")
         for row in run_benchmark(BENCHMARKS["quick"], repeats=8):
             journal.append(record_row(row))
         journal.close()

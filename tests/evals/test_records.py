@@ -16,7 +16,6 @@ from halfbyte.evals import records as records_module
 from halfbyte.evals.judging.plan import format_eval_plan, plan_run
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
-    AttemptJournal,
     BenchmarkResult,
     RunRecord,
     is_name,
@@ -31,18 +30,19 @@ from halfbyte.evals.records import (
 )
 from halfbyte.evals.tasks.suite import find_benchmarks
 from halfbyte.evals.types import Attempt
+from halfbyte.json_lines import JsonLines
 
 
 @pytest.mark.parametrize("torn", [b'{"b": 2', b"{", b'{"b": "\xc3'])
 def test_torn_line_is_cut_off_and_writing_goes_on(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "j.jsonl"
-    journal = AttemptJournal(path)
+    journal = JsonLines(path)
     journal.append({"a": "é" * 100_000})
     journal.close()
     with path.open("ab") as file:
         file.write(torn)
     assert len(list(read_journal(path))) == 1
-    journal = AttemptJournal(path)
+    journal = JsonLines(path)
     journal.append({"c": "\ud800"})  # a lone surrogate, as broken servers send
     journal.close()
     assert [next(iter(row)) for row in read_journal(path)] == ["a", "c"]
@@ -51,7 +51,7 @@ def test_torn_line_is_cut_off_and_writing_goes_on(tmp_path: Path, torn: bytes) -
 def test_a_file_without_any_whole_line_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     path.write_bytes(b'{"a": ' + b"1" * 200_000)
-    AttemptJournal(path).close()
+    JsonLines(path).close()
     assert path.read_bytes() == b""
 
 
@@ -61,7 +61,7 @@ def test_time_spent_counts_killed_sessions_and_not_the_nights_between(tmp_path: 
         ("sessions", "started", (100.0, 500.0, 900.0)),
         ("attempts", "ended", (110.0, 130.0, 520.0)),
     ):
-        journal = AttemptJournal(tmp_path / f"{name}.jsonl")
+        journal = JsonLines(tmp_path / f"{name}.jsonl")
         for one in times:
             journal.append({key: one})
         journal.close()
@@ -181,7 +181,7 @@ def test_a_run_has_one_writer_until_its_process_ends(tmp_path: Path) -> None:
 
 def test_attempts_are_read_as_they_were_written(tmp_path: Path) -> None:
     attempt = Attempt("b", "i", 1, 2, "00", "text", "", "stop", 3, 4, 0, 0.5, max_tokens=9)
-    journal = AttemptJournal(tmp_path / "attempts.jsonl")
+    journal = JsonLines(tmp_path / "attempts.jsonl")
     journal.append(dataclasses.asdict(attempt))
     journal.append({**dataclasses.asdict(attempt), "colour": "red"})
     journal.close()
@@ -199,13 +199,13 @@ def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> N
         list(read_journal(file))
     # Of 200,000 bytes before a torn end the last whole line is kept.
     file.write_bytes(b'{"a": "' + b"x" * 200_000 + b'"}\n' + b"y" * 70_000)
-    AttemptJournal(file).close()
+    JsonLines(file).close()
     assert file.stat().st_size == 200_010
 
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     one = sample_record("g-1", 0, 1.0, "g")
-    journal = AttemptJournal(tmp_path / "samples.jsonl")
+    journal = JsonLines(tmp_path / "samples.jsonl")
     journal.append(record_row(one))
     journal.close()
     assert list(read_records(tmp_path / "samples.jsonl")) == [one]
@@ -217,5 +217,5 @@ def test_a_torn_end_is_cut_in_files_of_any_size(tmp_path: Path, size: int) -> No
     whole = b'{"a": "' + b"x" * size + b'"}\n'
     for torn in (b"", b"{", b"y" * 65_536, b"y" * 65_537):
         path.write_bytes(whole + torn)
-        AttemptJournal(path).close()
+        JsonLines(path).close()
         assert path.read_bytes() == whole

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.types import Attempt, Cause, Sample, Score
+from halfbyte.json_lines import JsonLines, parse_line, whole_lines
 
 FORMAT = 1
 _Row = TypeVar("_Row")
@@ -157,44 +158,6 @@ def make_record(
     )
 
 
-class AttemptJournal:
-    """An append-only file of JSON lines that a kill can tear only at its end.
-
-    One write per line, in append mode; opening cuts off a torn last line.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        _cut_torn_line(self._file)
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line; after this returns, a kill of the process does not lose it."""
-        data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-        written = os.write(self._file, data)
-        while written < len(data):
-            written += os.write(self._file, data[written:])
-
-    def close(self) -> None:
-        """Flush the journal to the disk and close its file."""
-        os.fsync(self._file)
-        os.close(self._file)
-
-
-def _cut_torn_line(file: int) -> None:
-    end = size = os.fstat(file).st_size
-    while end > 0:
-        start = max(0, end - 65536)
-        newline = os.pread(file, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            if start + newline + 1 < size:
-                os.ftruncate(file, start + newline + 1)
-            return
-        end = start
-    if size:
-        os.ftruncate(file, 0)
-
-
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a journal; a torn last line is left out.
 
@@ -204,19 +167,14 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line.decode("utf-8", "surrogatepass"))
-            except (ValueError, RecursionError) as failure:
-                raise _damaged(path, number, f"it is not JSON ({failure})") from failure
-            if not isinstance(row, dict):
-                raise _damaged(path, number, f"it is not an object but {line[:40]!r}")
-            yield number, row
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            row = parse_line(line)
+        except (ValueError, RecursionError) as failure:
+            raise _damaged(path, number, f"it is not JSON ({failure})") from failure
+        if not isinstance(row, dict):
+            raise _damaged(path, number, f"it is not an object but {line[:40]!r}")
+        yield number, row
 
 
 def _damaged(path: Path, number: int, why: str) -> UsageError:
@@ -281,7 +239,7 @@ def latest(records: Iterator[GradedAttempt]) -> dict[tuple[str, int], GradedAtte
 
 def mark_session(folder: Path, prompts_sha256: str) -> None:
     """Note that asking begins now, and what is asked; `time_spent` needs the one."""
-    journal = AttemptJournal(folder / "sessions.jsonl")
+    journal = JsonLines(folder / "sessions.jsonl")
     journal.append({"started": time.time(), "prompts_sha256": prompts_sha256})
     journal.close()
 

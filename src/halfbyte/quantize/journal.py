@@ -1,34 +1,31 @@
 """What a run has finished, one line a step, so that the next run can go on after it.
 
 The first line says what the run was made of; a run made of anything else is refused with the
-difference named. A line counts when it ends in a newline: a torn last line is an unfinished step.
-Each line carries a hash of what it says, since disks lose more than ends of lines.
+difference named. A torn last line is an unfinished step. Each line carries a hash of what it says,
+since disks lose more than ends of lines.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.files import read_bounded
-
-# Hashes and errors of the linears of 4,096 layers.
-_MAX_BYTES = 256 << 20
+from halfbyte.json_lines import JsonLines, parse_line, whole_lines
 
 
 class Journal:
-    """An append-only file of JSON lines; each is durable before `append` returns."""
+    """The finished steps of a run; each is durable before `append` returns."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: BinaryIO | None = None
+        self._file: JsonLines | None = None
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Begin a new journal for a run that is made of `fingerprint`."""
-        self._file = self._path.open("wb")
+        self._path.unlink(missing_ok=True)
+        self._file = JsonLines(self._path)
         self.append(fingerprint)
 
     def resume(self, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -37,8 +34,8 @@ class Journal:
         Raises UsageError naming what differs if that run was made of something else, and if a line
         is not as it was written.
         """
-        lines = read_bounded(self._path, _MAX_BYTES).split(b"\n")[:-1]
-        entries = [self._entry(line, number) for number, line in enumerate(lines, start=1)]
+        lines = enumerate(whole_lines(self._path), start=1)
+        entries = [self._entry(line, number) for number, line in lines]
         changes = list(differences(entries[0], json.loads(json.dumps(fingerprint))))
         if changes:
             more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
@@ -46,26 +43,22 @@ class Journal:
                 f"an unfinished run in {self._path.parent} was made otherwise: {changes[0]}{more}. "
                 "Go back to what it was, or drop it with --restart"
             )
-        self._file = self._path.open("rb+")
-        self._file.seek(sum(len(line) + 1 for line in lines))
-        self._file.truncate()
+        self._file = JsonLines(self._path)
         return entries[1:]
 
     def exists(self) -> bool:
         """Whether a run has got as far as saying what it is made of."""
-        return self._path.exists() and b"\n" in read_bounded(self._path, _MAX_BYTES)
+        return next(whole_lines(self._path), None) is not None
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one finished step to the journal, durably."""
         assert self._file is not None, "neither started nor resumed"
-        line = {"entry": entry, "sha256": _digest(entry)}
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append({"entry": entry, "sha256": _digest(entry)})
+        self._file.sync()
 
     def _entry(self, line: bytes, number: int) -> Any:
         try:
-            value = json.loads(line)
+            value = parse_line(line)
             if _digest(value["entry"]) == value["sha256"]:
                 return value["entry"]
         except (ValueError, TypeError, KeyError, RecursionError):

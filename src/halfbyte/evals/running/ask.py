@@ -21,14 +21,12 @@ from inspect_ai.model import (
 
 from halfbyte.evals.config import RunConfig, seed_for
 from halfbyte.evals.reasoning import split_reasoning
-from halfbyte.evals.records import (
-    AttemptJournal,
-)
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.progress import RunProgress
 from halfbyte.evals.score import Graders
 from halfbyte.evals.tasks.benchmark import Benchmark
 from halfbyte.evals.types import Attempt, Image, Prompt, Sample
+from halfbyte.json_lines import JsonLines
 
 Key = tuple[str, int]
 
@@ -64,8 +62,8 @@ class Room:
     prompt_id: str
     run_id: str
     max_tokens: int
-    attempts: AttemptJournal
-    samples: AttemptJournal
+    attempts: JsonLines
+    samples: JsonLines
     progress: RunProgress
     graders: Graders
     answered: dict[Key, Attempt] = field(default_factory=dict)

@@ -9,7 +9,6 @@ from typing import Any
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.summary import summarise
 from halfbyte.evals.records import (
-    AttemptJournal,
     BenchmarkResult,
     GradedAttempt,
     RunRecord,
@@ -26,6 +25,7 @@ from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems, Options
 from halfbyte.evals.tasks.suite import BENCHMARKS, RENAMED
 from halfbyte.evals.types import Attempt
+from halfbyte.json_lines import JsonLines
 
 
 def regrade(
@@ -123,7 +123,7 @@ async def _regrade(
 
 
 def _write(path: Path, records: list[GradedAttempt]) -> None:
-    journal = AttemptJournal(path)
+    journal = JsonLines(path)
     for record in records:
         journal.append(record_row(record))
     journal.close()

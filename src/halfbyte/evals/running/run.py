@@ -36,7 +36,6 @@ from halfbyte.evals.config import JudgeConfig, RunConfig, seed_for
 from halfbyte.evals.grading.judge import judge_prompt, read_verdict
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.records import (
-    AttemptJournal,
     GradedAttempt,
     latest,
     make_record,
@@ -63,6 +62,7 @@ from halfbyte.evals.running.provider import PROVIDER
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems
 from halfbyte.evals.types import MISSING_CAUSES, Attempt, Sample
+from halfbyte.json_lines import JsonLines
 from halfbyte.log import logger
 
 
@@ -143,8 +143,8 @@ def run_benchmark(
         prompt_id=prompt_id,
         run_id=run_id,
         max_tokens=config.sampling.max_tokens,
-        attempts=AttemptJournal(folder / "attempts.jsonl"),
-        samples=AttemptJournal(folder / "samples.jsonl"),
+        attempts=JsonLines(folder / "attempts.jsonl"),
+        samples=JsonLines(folder / "samples.jsonl"),
         progress=RunProgress(benchmark.title, total, later=later),
         graders=Graders(None, code),
     )
