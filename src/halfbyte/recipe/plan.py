@@ -173,10 +173,11 @@ def _vision_size(config: ModelConfig) -> Size:
     linears = encoder_linears(config)
     count = sum(linear.out_features * linear.in_features for linear in linears)
     tensors = len(linears)
-    # The patch convolution, the norm before the layers, two norms a layer, the projector's norm.
+    # The patch convolution, the norm before the layers, two norms a layer, the merger's norm.
+    norms = 2 * vision.num_layers + (2 if vision.has_merger else 1)
     count += vision.width * vision.num_channels * vision.patch_size**2
-    count += vision.width * (2 * vision.num_layers + 2)
-    tensors += 2 * vision.num_layers + 3
+    count += vision.width * norms
+    tensors += norms + 1
     if vision.projector_bias:
         count += 2 * config.text.width
         tensors += 2
