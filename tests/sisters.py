@@ -1,8 +1,7 @@
 """Small random models of the exact form of each model that shares this decoder.
 
 `tests/data/sisters` holds their config.json (Pixtral Large's params.json) as published, as far as
-it is known (docs/guide/sister-models.md says what is from memory). Here only sizes shrink: widths,
-heads, layers and the vocabulary. Fields, rotary settings, tie, type, dtype and layout stay, and so
+it is known. Here only sizes shrink: widths, heads, layers and the vocabulary. Fields, rotary settings, tie, type, dtype and layout stay, and so
 do head sizes, of which YaRN's frequencies depend.
 """
 

@@ -18,7 +18,7 @@ from halfbyte.modules import (
     encoder_linears,
     fused_partners,
 )
-from halfbyte.recipe.schema import LayerRange, Recipe, Rule, Scales
+from halfbyte.recipe.schema import LayerRange, Recipe, Rule, Scales, Share
 
 _BLOCK = 16  # inputs that share one NVFP4 block scale
 _SCALAR_BYTES = 4
@@ -88,7 +88,8 @@ def _layers(rule: Rule, num_layers: int, where: str) -> frozenset[int]:
 
 
 def _resolve(item: LayerRange, num_layers: int, where: str) -> range:
-    first, last = (n + num_layers if n < 0 else n for n in (item.first, item.last))
+    first = _place(item.first, num_layers)
+    last = _place(item.last, num_layers) - isinstance(item.last, Share)
     if min(first, last) < 0 or max(first, last) >= num_layers:
         raise UsageError(
             f"{where}: layers {item} go past layer {num_layers - 1}, the last of this model"
@@ -96,6 +97,13 @@ def _resolve(item: LayerRange, num_layers: int, where: str) -> range:
     if first > last:
         raise UsageError(f"{where}: layers {item} match nothing in a model of {num_layers} layers")
     return range(first, last + 1)
+
+
+def _place(end: int | Share, num_layers: int) -> int:
+    """A layer counted from the start; of a share, the first layer behind it."""
+    if isinstance(end, Share):
+        return end.layers(num_layers)
+    return end + num_layers if end < 0 else end
 
 
 def _matches(rule: Rule, layers: frozenset[int], linear: LinearSpec) -> bool:
