@@ -1,8 +1,9 @@
 """Small random models of the exact form of each model that shares this decoder.
 
 `tests/data/sisters` holds their config.json (Pixtral Large's params.json) as published, as far as
-it is known. Here only sizes shrink: widths, heads, layers and the vocabulary. Fields, rotary settings, tie, type, dtype and layout stay, and so
-do head sizes, of which YaRN's frequencies depend.
+it is known. Here only sizes shrink: widths, heads, layers and the vocabulary. Fields, rotary
+settings, tie, type, dtype and layout stay, and so do head sizes, which YaRN's frequencies depend
+on.
 """
 
 import copy
