@@ -63,7 +63,11 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The Pixtral encoder and the projector that merges its patches."""
+    """The Pixtral encoder and the projector behind it.
+
+    has_merger   a norm and a product that joins squares of patches stand before the projector;
+                 without them (Pixtral Large, LLaVA's classes) each patch goes through it alone
+    """
 
     num_layers: int
     width: int
@@ -82,6 +86,7 @@ class VisionConfig:
     image_token_id: int
     # Index of the encoder layer whose output is used; -1 is the last.
     feature_layer: int
+    has_merger: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,9 +92,10 @@ def encoder_linears(config: ModelConfig) -> list[LinearSpec]:
     ]
     merged = vision.width * vision.spatial_merge_size**2
     width = config.text.width
+    merge = LinearSpec("projector.merge", "projector", "", None, vision.width, merged)
     return [
         *linears,
-        LinearSpec("projector.merge", "projector", "", None, vision.width, merged),
+        *([merge] if vision.has_merger else []),
         LinearSpec("projector.in", "projector", "", None, width, vision.width),
         LinearSpec("projector.out", "projector", "", None, width, width),
     ]

@@ -74,8 +74,10 @@ def test_the_golden_config_in_full() -> None:
         ("text_config.rope_parameters", [1], "an object was expected"),
         ("text_config.rope_theta", 5.0, "rope_parameters.rope_theta and rope_theta disagree"),
         ("text_config.rope_scaling", {"type": "yarn"}, "rope_parameters and rope_scaling disagree"),
-        ("text_config.sliding_window", 4096, "sliding_window = 4096 is not implemented"),
-        ("text_config.layer_types", ["sliding_attention"], "only full_attention"),
+        ("text_config.sliding_window", 512, "sliding_window = 512: in this model a token attends"),
+        ("text_config.sliding_window", "512", "sliding_window = '512': in this model a token"),
+        ("text_config.layer_types", ["sliding_attention"], "'sliding_attention': only full_att"),
+        ("text_config.layer_types", "full_attention", "only full_attention"),
         ("text_config.attention_bias", True, "attention_bias = True is not implemented"),
         ("text_config.hidden_act", "gelu", "hidden_act = 'gelu' is not implemented"),
         ("text_config.model_type", "llama4", "model_type = 'llama4' is not implemented"),
@@ -208,6 +210,52 @@ def test_a_window_is_what_silence_means_for_type_mistral(kind: str, positions: i
         assert model_config(raw, has_head=True) == full
 
 
+@pytest.mark.parametrize("window", [1024, 1025, 4096])
+@pytest.mark.parametrize("kind", ["mistral", "ministral3"])
+def test_a_window_as_long_as_the_context_hides_nothing(kind: str, window: int) -> None:
+    raw = put("text_config.model_type", kind)
+    assert raw["text_config"]["max_position_embeddings"] == 1024
+    full = model_config(raw, has_head=True)
+    raw["text_config"]["sliding_window"] = window
+    assert model_config(raw, has_head=True) == full
+
+
+LLAVA = {
+    "model_type": "llava", "vision_feature_select_strategy": "full", "spatial_merge_size": ...,
+    "image_seq_length": 1,
+}  # fmt: skip
+
+
+def llava(**changes: Any) -> dict[str, Any]:
+    """The golden config as of the class that was made for Pixtral 12B."""
+    raw = golden() | LLAVA | changes
+    return {name: value for name, value in raw.items() if value is not ...}
+
+
+def test_llava_of_a_pixtral_tower_has_no_merger() -> None:
+    vision = model_config(llava(), has_head=True).vision
+    assert vision is not None
+    assert (vision.has_merger, vision.spatial_merge_size, vision.feature_layer) == (False, 1, -1)
+    assert (vision.image_token_id, vision.projector_bias) == (10, False)
+    # What its class means by saying nothing.
+    silent = llava(image_token_index=..., multimodal_projector_bias=..., vision_feature_layer=...)
+    vision = model_config(silent, has_head=True).vision
+    assert vision is not None
+    found = (vision.image_token_id, vision.projector_bias, vision.feature_layer)
+    assert found == (32000, True, -2)
+
+
+@pytest.mark.parametrize("strategy", ["default", ...])
+def test_llava_that_drops_a_patch_is_refused(strategy: Any) -> None:
+    with pytest.raises(CheckpointError, match="vision_feature_select_strategy = 'default'"):
+        model_config(llava(vision_feature_select_strategy=strategy), has_head=True)
+
+
+def test_a_written_llava_config_is_read_as_itself() -> None:
+    config = model_config(llava(), has_head=True)
+    assert model_config(hub_config(config), has_head=True) == config
+
+
 def test_query_scale_needs_the_length_it_counts_from() -> None:
     with pytest.raises(CheckpointError, match="needs original_max_position_embeddings"):
         rope_config({"rope_theta": 1e5, "llama_4_scaling_beta": 0.1}, "rope")
@@ -238,6 +286,10 @@ def test_both_names_of_the_image_token() -> None:
     assert vision is not None and vision.image_token_id == 15
 
 
+NATIVE_TOWER: dict[str, Any] = {
+    "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 48,
+    "patch_size": 16, "image_size": 64,
+}  # fmt: skip
 NATIVE: dict[str, Any] = {
     "dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2,
     "rope_theta": 1e6, "norm_eps": 1e-5, "vocab_size": 128,
@@ -260,7 +312,9 @@ def test_native_yarn_follows_apply_scale() -> None:
     [
         ({"moe": {"num_experts": 8}}, "moe = .* is not implemented"),
         ({"use_biases": True}, "use_biases = True"),
-        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"sliding_window": 4096}, "sliding_window = 4096: .* the last 4096 positions of 131072"),
+        ({"vision_encoder": {**NATIVE_TOWER, "mm_projector_id": "patch_merge"}}, "without a norm"),
+        ({"vision_encoder": {**NATIVE_TOWER, "spatial_merge_size": 2}}, "without a norm"),
         ({"softcap": 3}, "unknown field .* softcap = 3"),
         ({"yarn": {**NATIVE["yarn"], "gamma": 1}}, "yarn: unknown field"),
         (

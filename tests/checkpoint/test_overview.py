@@ -43,7 +43,6 @@ def test_inspect_plan_prints_the_table(
     [
         (["plan"], "say `inspect DIR`"),
         (["a", "b"], "say `inspect DIR`"),
-        (["plan", "{dir}"], "no recipe is given"),
         (["{dir}", "--recipe", "fp8"], "belong to `inspect plan`"),
         (["plan", "{dir}", "--recipe", "other"], "no recipe 'other'"),
     ],

@@ -96,4 +96,4 @@ def test_help_lists_the_recipes(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "medium-3.5, nvfp4-everywhere" in text
+    assert "medium-3.5, mixed, nvfp4-everywhere" in text

@@ -45,7 +45,7 @@ def layers_of(value: Any) -> tuple[LayerRange, ...] | None:
 
 
 def test_the_library() -> None:
-    assert library_recipes() == ("fp8", "medium-3.5", "nvfp4-everywhere")
+    assert library_recipes() == ("fp8", "medium-3.5", "mixed", "nvfp4-everywhere")
     recipe = load_recipe("medium-3.5")
     assert recipe.name == "medium-3.5" and recipe.kv_cache == "fp8"
     assert recipe.rules[1] == Rule(

@@ -35,7 +35,8 @@ IGNORED_VISION = {
 }
 IGNORED_MODEL = {
     **IGNORED_ANYWHERE,
-    "vision_feature_select_strategy": "Pixtral has no class token to select",
+    "vision_feature_select_strategy": "Pixtral has no class token to select; llava is checked",
+    "image_seq_length": "a hint about lengths for another library's processor",
     "quantization_config": "read by metadata",
     "compression_config": "read by metadata",
 }
@@ -48,6 +49,9 @@ IGNORED_ROPE = {
 # Norms of the tower are built with this constant, whatever the config says.
 VISION_NORM_EPS = 1e-5
 _TEXT_TYPES = ("ministral3", "mistral")
+# A text model under `text_config` with a Pixtral tower beside it. `llava` is what others made of
+# Pixtral 12B and Pixtral Large, which have no merger before their projector.
+MULTIMODAL_TYPES = ("mistral3", "llava")
 
 # Added to a mean square before its root is taken: 1e-5 or 1e-6 in every model. Nothing below keeps
 # a zero vector from becoming NaN; with more than 1 it would no longer be a norm.
@@ -68,21 +72,24 @@ def model_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     if kind in _TEXT_TYPES:
         tied = is_tied({"config.json": raw.get("tie_word_embeddings")}, False, has_head)
         return ModelConfig(_text(raw, "config.json", IGNORED_MODEL | IGNORED_TEXT, tied), None)
-    if kind != "mistral3":
-        known = ", ".join(("mistral3", *_TEXT_TYPES))
+    if kind not in MULTIMODAL_TYPES:
+        known = ", ".join((*MULTIMODAL_TYPES, *_TEXT_TYPES))
         raise CheckpointError(f"config.json: model_type {shown(kind)} is not one of {known}")
     fields = FieldReader(raw, "config.json")
     fields.optional("model_type")
     text, vision = fields.optional("text_config"), fields.optional("vision_config")
     if not isinstance(text, dict):
         raise CheckpointError("config.json lacks text_config")
+    if kind == "llava":
+        # The other value drops the first patch, which is a class token in other towers.
+        fields.must_be("vision_feature_select_strategy", "full", default="default")
     said = {
         "config.json": fields.optional("tie_word_embeddings"),
         "text_config": text.get("tie_word_embeddings"),
     }
     config = ModelConfig(
         _text(text, "text_config", IGNORED_TEXT, is_tied(said, True, has_head)),
-        None if vision is None else _vision(vision, fields),
+        None if vision is None else _vision(vision, fields, is_llava=kind == "llava"),
     )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.optional(name)  # a copy of the text part's
@@ -125,12 +132,16 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
     fields.optional("tie_word_embeddings")
     layer_types = fields.optional("layer_types")
     if layer_types is not None and not _all_full(layer_types):
-        raise CheckpointError(f"{where}.layer_types: only full_attention is implemented")
-    window = fields.optional("sliding_window")
-    if window is not None:
-        raise CheckpointError(
-            f"{where}.sliding_window = {shown(window)} is not implemented, only null"
+        other = (
+            next((x for x in layer_types if x != "full_attention"), "")
+            if isinstance(layer_types, list)
+            else layer_types
         )
+        raise CheckpointError(
+            f"{where}.layer_types has {shown(other)}: only full_attention, by which a token "
+            "attends to all before it, is implemented"
+        )
+    window = fields.optional("sliding_window")
     width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     # Absence means width / heads in older files of the library; the big model states 128.
     head_dim = fields.optional("head_dim")
@@ -152,6 +163,7 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
     )
     fields.finish(ignored)
     check_text(config, where)
+    check_window(window, config.max_positions, f"{where}.sliding_window")
     if kind == "mistral" and "sliding_window" not in raw and config.max_positions > _DEFAULT_WINDOW:
         raise CheckpointError(
             f"{where} says nothing of sliding_window, which means {_DEFAULT_WINDOW} for "
@@ -163,6 +175,17 @@ def _text(raw: Fields, where: str, ignored: dict[str, str], tied: bool) -> TextC
 
 # What MistralConfig of the library means by saying nothing; Ministral3Config means none.
 _DEFAULT_WINDOW = 4096
+
+
+def check_window(window: Any, max_positions: int, where: str) -> None:
+    """Refuse a sliding window, unless it is as long as the model's context and so hides nothing."""
+    if window is None or (type(window) is int and window >= max_positions):
+        return
+    raise CheckpointError(
+        f"{where} = {shown(window)}: in this model a token attends to the last {shown(window)} "
+        f"positions of {max_positions} only, which is not implemented; models that attend to all "
+        "of them have null here"
+    )
 
 
 def _all_full(layer_types: Any) -> bool:
@@ -277,7 +300,11 @@ def _yarn(fields: FieldReader, theta: float, beta: float, where: str) -> RopeCon
     return check_betas(rope, where)
 
 
-def _vision(raw: object, model: FieldReader) -> VisionConfig:
+def _vision(raw: object, model: FieldReader, *, is_llava: bool) -> VisionConfig:
+    """The tower, and what the model says of its use; the two classes differ in what absence means.
+
+    LLaVA's has a bias, marks pictures by id 32000, and merges no patches.
+    """
     fields = FieldReader(raw, "vision_config")
     fields.must_be("model_type", "pixtral")
     width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
@@ -296,11 +323,14 @@ def _vision(raw: object, model: FieldReader) -> VisionConfig:
         rope_theta=_vision_theta(fields),
         norm_eps=VISION_NORM_EPS,
         activation=_activation(fields, "hidden_act"),
-        spatial_merge_size=model.positive("spatial_merge_size", 2),
+        spatial_merge_size=1 if is_llava else model.positive("spatial_merge_size", 2),
         projector_activation=_activation(model, "projector_hidden_act"),
-        projector_bias=bool(model.must_be("multimodal_projector_bias", True, False, default=False)),
-        image_token_id=_image_token(model),
-        feature_layer=_feature_layer(model),
+        projector_bias=bool(
+            model.must_be("multimodal_projector_bias", True, False, default=is_llava)
+        ),
+        image_token_id=_image_token(model, 32000 if is_llava else 10),
+        feature_layer=_feature_layer(model, -2 if is_llava else -1),
+        has_merger=not is_llava,
     )
     fields.finish(IGNORED_VISION)
     return config
@@ -326,16 +356,16 @@ def _vision_theta(fields: FieldReader) -> float:
     return value
 
 
-def _image_token(model: FieldReader) -> int:
-    """The id that image patches replace; the field has two names, and 10 is the default."""
-    alias = model.integer("image_token_id", 10)
+def _image_token(model: FieldReader, default: int) -> int:
+    """The id that image patches replace; the field has two names."""
+    alias = model.integer("image_token_id", default)
     return model.integer("image_token_index", alias)
 
 
-def _feature_layer(model: FieldReader) -> int:
+def _feature_layer(model: FieldReader, default: int) -> int:
     value = model.optional("vision_feature_layer")
     if value is None:
-        return -1
+        return default
     if type(value) is not int:
         raise CheckpointError(
             f"config.json.vision_feature_layer = {shown(value)} is not implemented, only one layer"

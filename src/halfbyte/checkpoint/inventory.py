@@ -110,7 +110,8 @@ def _vision(config: ModelConfig) -> Iterator[tuple[str, Expected]]:
     for layer in range(vision.num_layers):
         yield f"encoder.{layer}.attention_norm.weight", norm
         yield f"encoder.{layer}.mlp_norm.weight", norm
-    yield "projector.norm.weight", norm
+    if vision.has_merger:
+        yield "projector.norm.weight", norm
     for linear in encoder_linears(config):
         shape = (linear.out_features, linear.in_features)
         yield f"{linear.name}.weight", Expected(shape, _BF16)

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.fields import model_config
+from halfbyte.checkpoint.fields import MULTIMODAL_TYPES, model_config
 from halfbyte.checkpoint.names import (
     Dialect,
     Layout,
@@ -68,7 +68,8 @@ def read_config(directory: Path) -> tuple[ModelConfig, Quantization, Fields]:
     native = is_native(directory)
     if not native and not any(directory.glob("model*.safetensors*")):
         kind = read_json(directory / "config.json").get("model_type")
-        return read_config_in(directory, "hf" if kind == "mistral3" else "hf-text", has_head=None)
+        layout: Layout = "hf" if kind in MULTIMODAL_TYPES else "hf-text"
+        return read_config_in(directory, layout, has_head=None)
     stored = scan(directory, native=native)
     layout = detect_layout(stored)
     return read_config_in(

@@ -6,6 +6,7 @@ from halfbyte.checkpoint.fields import (
     VISION_NORM_EPS,
     check_betas,
     check_text,
+    check_window,
     is_tied,
     rope_theta,
 )
@@ -34,7 +35,7 @@ def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     `has_head` as in `model_config`. Names: docs/reference/formats.md#names-and-layouts.
     """
     fields = FieldReader(raw, "params.json")
-    fields.must_be("sliding_window", None)
+    window = fields.optional("sliding_window")
     for name in ("use_biases", "q_lora_rank", "moe"):
         fields.must_be(name, None, False)
     fields.must_be("causal", True, default=True)
@@ -60,6 +61,7 @@ def native_config(raw: Fields, *, has_head: bool | None) -> ModelConfig:
     )
     fields.finish(IGNORED_PARAMS)
     check_text(text, "params.json")
+    check_window(window, text.max_positions, "params.json.sliding_window")
     return ModelConfig(text, None if vision is None else _native_vision(vision))
 
 
@@ -108,8 +110,16 @@ _IGNORED_NATIVE_VISION = {
 
 def _native_vision(raw: object) -> VisionConfig:
     fields = FieldReader(raw, "params.json.vision_encoder")
-    fields.must_be("mm_projector_id", None, "", "patch_merge")
-    fields.must_be("add_pre_mm_projector_layer_norm", True, default=False)
+    merger = fields.must_be("mm_projector_id", "", "patch_merge", default="")
+    has_norm = fields.must_be("add_pre_mm_projector_layer_norm", True, False, default=False)
+    merge_size = fields.positive("spatial_merge_size", 1)
+    # Files in use have norm and merger, or neither (Pixtral 12B, Pixtral Large).
+    has_merger = bool(has_norm)
+    if (merger == "patch_merge" or merge_size > 1) and not has_norm:
+        raise CheckpointError(
+            "params.json.vision_encoder merges patches without a norm before the projector "
+            "(add_pre_mm_projector_layer_norm), which is not implemented"
+        )
     width, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     config = VisionConfig(
         num_layers=fields.positive("num_hidden_layers"),
@@ -124,11 +134,12 @@ def _native_vision(raw: object) -> VisionConfig:
         norm_eps=VISION_NORM_EPS,
         # The native tower gates with SiLU, its adapter uses GELU; neither is stated.
         activation="silu",
-        spatial_merge_size=fields.positive("spatial_merge_size", 1),
+        spatial_merge_size=merge_size,
         projector_activation="gelu",
         projector_bias=bool(fields.must_be("adapter_bias", True, False, default=False)),
         image_token_id=fields.integer("image_token_id", 10),
         feature_layer=-1,
+        has_merger=has_merger,
     )
     fields.finish(_IGNORED_NATIVE_VISION)
     return config

@@ -231,7 +231,8 @@ def check_rope(config: ModelConfig) -> Iterator[Problem]:
             f"is {rope.mscale_all_dim:g}: this is the geometry of Mistral Medium 3.5, which was "
             f"trained with YaRN's attention factor {factor:.3f} and needs 0. Its first release "
             "said 1 by mistake, which ruins long contexts and measures k_scale wrongly. Set it to "
-            "0 in config.json of the source and quantize again",
+            "0 in config.json of the source and quantize again"
+            + ("" if config.vision else "; Devstral 2, a text model, has this geometry, too"),
         )
     reach = rope.factor * rope.original_max_positions
     if text.max_positions > reach:

@@ -66,14 +66,25 @@ def hub_config(config: ModelConfig) -> Fields:
     vision = config.vision
     if vision is None:
         return {"architectures": ["Ministral3ForCausalLM"], **fields}
+    if vision.has_merger:
+        of_class: Fields = {
+            "architectures": ["Mistral3ForConditionalGeneration"],
+            "model_type": "mistral3",
+            "spatial_merge_size": vision.spatial_merge_size,
+        }
+    else:
+        # Nothing before the projector: only LLaVA's class has that, here with a tower of Pixtral's.
+        of_class = {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "vision_feature_select_strategy": "full",
+        }
     return {
-        "architectures": ["Mistral3ForConditionalGeneration"],
+        **of_class,
         "dtype": "bfloat16",
         "image_token_index": vision.image_token_id,
-        "model_type": "mistral3",
         "multimodal_projector_bias": vision.projector_bias,
         "projector_hidden_act": vision.projector_activation,
-        "spatial_merge_size": vision.spatial_merge_size,
         "text_config": fields,
         "tie_word_embeddings": text.tied_head,
         "vision_config": {

@@ -93,10 +93,12 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.quantize.job import refuse_export
     from halfbyte.quantize.plan_text import format_estimate, format_hosting, format_quantizing
     from halfbyte.quantize.survey import survey
+    from halfbyte.recipe.fitted import named_or_fitted
     from halfbyte.recipe.plan import make_plan
-    from halfbyte.recipe.schema import load_recipe
 
-    source, recipe = survey(args.source), by_method(load_recipe(args.recipe), args.method)
+    source = survey(args.source)
+    chosen, said = named_or_fitted(args.recipe, lambda: source.config)
+    recipe = by_method(chosen, args.method)
     refuse_export(args.source, source.quantization)
     plan = make_plan(recipe, source.config)
     hosted = host(
@@ -173,9 +175,12 @@ def run(args: argparse.Namespace) -> int:
             "quantizing": [asdict(x) for x in elsewhere],
             "hosting": [asdict(x) for x in hosted],
             "price_per_hour": price,
+            "recipe_because": said,
         }
         print(json.dumps(value, indent=1))
     else:
+        if said is not None:
+            print(f"{said}\n")
         print(format_estimate(source, made, price))
         print(f"\n{format_quantizing(elsewhere, price)}\n\n{format_hosting(hosted, price)}")
     return 0

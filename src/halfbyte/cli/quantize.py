@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from halfbyte.recipe.schema import Recipe
 
 EXAMPLE = """\
+  halfbyte quantize models/small models/mixed
   halfbyte quantize models/fp8 models/mixed --recipe medium-3.5
   halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --text our_documents.txt
   halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --blend our_chats.jsonl"""
@@ -86,12 +87,14 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add `--recipe`, which lists what there is; `halfbyte plan` has it as well."""
+    """Add `--recipe`, which lists what there is; `plan` and `inspect plan` have it as well."""
     from halfbyte.recipe.schema import library_recipes
 
     known = ", ".join(library_recipes())
     parser.add_argument(
-        "--recipe", required=True, help=f"a recipe of the library ({known}), or a .yaml file"
+        "--recipe",
+        help=f"a recipe of the library ({known}), or a .yaml file; left out, the one fitted to the "
+        "model's depth, which is said",
     )
 
 
@@ -126,14 +129,18 @@ def by_method(recipe: "Recipe", method: str | None) -> "Recipe":
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint.hub import locate
+    from halfbyte.checkpoint.metadata import read_config
     from halfbyte.quantize.job import QuantizeConfig
     from halfbyte.quantize.page import write_report
     from halfbyte.quantize.pipeline import quantize
-    from halfbyte.recipe.schema import load_recipe
+    from halfbyte.recipe.fitted import named_or_fitted
 
     blend = chosen_blend(args)
     source = locate(args.source, allow_hub=args.hub)
-    recipe = by_method(load_recipe(args.recipe), args.method)
+    chosen, said = named_or_fitted(args.recipe, lambda: read_config(source.directory)[0])
+    recipe = by_method(chosen, args.method)
+    if said is not None:
+        print(said)
     result = quantize(
         QuantizeConfig(
             source=source.directory,

@@ -308,8 +308,8 @@ def load_vision(
         norm_D=source.dense("encoder.norm.weight"),
         layers=[_encoder_layer(source, layer) for layer in range(used)],
         projector=ProjectorWeights(
-            norm_D=source.dense("projector.norm.weight"),
-            merge=source.dense("projector.merge.weight"),
+            norm_D=source.optional("projector.norm.weight"),
+            merge=source.optional("projector.merge.weight"),
             into=source.dense("projector.in.weight"),
             into_bias=source.optional("projector.in.bias"),
             out=source.dense("projector.out.weight"),

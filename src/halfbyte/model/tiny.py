@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -94,20 +94,26 @@ def write_tiny_checkpoint(
     tied_head: bool = False,
     dialect: Literal["none", "mistral-fp8"] = "none",
     config: ModelConfig | None = None,
+    layout: Layout | None = None,
+    raw_config: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """Write random weights of `tiny_config(...)`, or of `config`, to a new directory.
 
-    dialect  "none" is bf16; "mistral-fp8" is what Mistral publishes
-    returns  the config; equal arguments give equal bytes
+    dialect     "none" is bf16; "mistral-fp8" is what Mistral publishes
+    layout      a hub layout; else `hf`, or `hf-text` without vision
+    raw_config  a config.json that says what `config` says, in other words; else one is made
+    returns     the config; equal arguments give equal bytes
     """
     config = config or tiny_config(layers=layers, vision=vision, tied_head=tied_head)
     directory = Path(directory)
+    layout = layout or ("hf" if config.vision is not None else "hf-text")
+    raw_config = raw_config or hub_config(config)
     if dialect == "none":
-        _write_bf16(directory, config, seed)
+        _write_bf16(directory, config, seed, layout, raw_config)
         return config
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "bf16"
-        _write_bf16(plain, config, seed)
+        _write_bf16(plain, config, seed, layout, raw_config)
         amax = {linear.name: _INPUT_AMAX for linear in decoder_linears(config)}
         write_fp8_source(Checkpoint.open(plain), amax, directory)
     return config
@@ -197,13 +203,18 @@ def native_params(text: TextConfig, dialect: Literal["none", "mistral-fp8"]) -> 
     return params
 
 
-def _write_bf16(directory: Path, config: ModelConfig, seed: int) -> None:
+def _write_bf16(
+    directory: Path,
+    config: ModelConfig,
+    seed: int,
+    layout: Layout,
+    raw_config: Mapping[str, Any],
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    layout: Layout = "hf" if config.vision is not None else "hf-text"
     with ShardWriter(directory, shapes_to_write(config, unquantized(config), layout)) as writer:
         for name, expected in expected_tensors(config, unquantized(config)).items():
             writer.add(foreign_name(name, layout, "none"), _random(name, expected, generator))
-        writer.write_json("config.json", hub_config(config))
+        writer.write_json("config.json", raw_config)
         eos = list(config.text.eos_token_ids)
         writer.write_json("generation_config.json", {"eos_token_id": eos})
         writer.finish()

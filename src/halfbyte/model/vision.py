@@ -54,10 +54,10 @@ class EncoderLayerWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProjectorWeights:
-    """The projector's weights; biases where the checkpoint has them."""
+    """The projector's weights; merger and biases where the checkpoint has them."""
 
-    norm_D: Tensor
-    merge: Tensor
+    norm_D: Tensor | None
+    merge: Tensor | None
     into: Tensor
     into_bias: Tensor | None
     out: Tensor
@@ -177,11 +177,11 @@ class VisionModel(nn.Module):
     def project(self, x_TD: Tensor, rows: int, columns: int) -> Tensor:
         """Vectors (M, decoder width) of `rows` x `columns` patches behind the last layer."""
         weights = self.projector
-        x_TD = dispatch.rms_norm(x_TD, weights.norm_D, self._projector_eps)
-        merged_MD = F.linear(
-            merge_patches(x_TD, rows, columns, self.config.spatial_merge_size), weights.merge
-        )
-        hidden = F.linear(merged_MD, weights.into, weights.into_bias)
+        if weights.norm_D is not None and weights.merge is not None:
+            x_TD = dispatch.rms_norm(x_TD, weights.norm_D, self._projector_eps)
+            side = self.config.spatial_merge_size
+            x_TD = F.linear(merge_patches(x_TD, rows, columns, side), weights.merge)
+        hidden = F.linear(x_TD, weights.into, weights.into_bias)
         hidden = _ACTIVATIONS[self.config.projector_activation](hidden)
         return F.linear(hidden, weights.out, weights.out_bias)
 

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.fields import MULTIMODAL_TYPES
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import Quantization, is_native, read_config_in, read_json
 from halfbyte.checkpoint.names import Layout, canonical_name, detect_layout, foreign_name
@@ -99,7 +100,7 @@ def _described(directory: Path) -> tuple[ModelConfig, Quantization]:
         layout: Layout = "mistral"
     else:
         kind = read_json(directory / "config.json").get("model_type")
-        layout = "hf" if kind == "mistral3" else "hf-text"
+        layout = "hf" if kind in MULTIMODAL_TYPES else "hf-text"
     config, quantization, _ = read_config_in(directory, layout, has_head=None)
     return config, quantization
 

@@ -18,7 +18,7 @@ from halfbyte.modules import (
     encoder_linears,
     fused_partners,
 )
-from halfbyte.recipe.schema import LayerRange, Recipe, Rule, Scales
+from halfbyte.recipe.schema import LayerRange, Recipe, Rule, Scales, Share
 
 _BLOCK = 16  # inputs that share one NVFP4 block scale
 _SCALAR_BYTES = 4
@@ -88,7 +88,8 @@ def _layers(rule: Rule, num_layers: int, where: str) -> frozenset[int]:
 
 
 def _resolve(item: LayerRange, num_layers: int, where: str) -> range:
-    first, last = (n + num_layers if n < 0 else n for n in (item.first, item.last))
+    first = _place(item.first, num_layers)
+    last = _place(item.last, num_layers) - isinstance(item.last, Share)
     if min(first, last) < 0 or max(first, last) >= num_layers:
         raise UsageError(
             f"{where}: layers {item} go past layer {num_layers - 1}, the last of this model"
@@ -96,6 +97,13 @@ def _resolve(item: LayerRange, num_layers: int, where: str) -> range:
     if first > last:
         raise UsageError(f"{where}: layers {item} match nothing in a model of {num_layers} layers")
     return range(first, last + 1)
+
+
+def _place(end: int | Share, num_layers: int) -> int:
+    """A layer counted from the start; of a share, the first layer behind it."""
+    if isinstance(end, Share):
+        return end.layers(num_layers)
+    return end + num_layers if end < 0 else end
 
 
 def _matches(rule: Rule, layers: frozenset[int], linear: LinearSpec) -> bool:
@@ -173,10 +181,11 @@ def _vision_size(config: ModelConfig) -> Size:
     linears = encoder_linears(config)
     count = sum(linear.out_features * linear.in_features for linear in linears)
     tensors = len(linears)
-    # The patch convolution, the norm before the layers, two norms a layer, the projector's norm.
+    # The patch convolution, the norm before the layers, two norms a layer, the merger's norm.
+    norms = 2 * vision.num_layers + (2 if vision.has_merger else 1)
     count += vision.width * vision.num_channels * vision.patch_size**2
-    count += vision.width * (2 * vision.num_layers + 2)
-    tensors += 2 * vision.num_layers + 3
+    count += vision.width * norms
+    tensors += norms + 1
     if vision.projector_bias:
         count += 2 * config.text.width
         tensors += 2

@@ -37,11 +37,29 @@ _GROUP_LINEARS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class LayerRange:
-    """Layers `first` to `last`, both included; negative numbers count from the end (-1 is last)."""
+class Share:
+    """The first `percent` of a model's layers: as many as are nearest, and one at least."""
 
-    first: int
-    last: int
+    percent: int
+
+    def __str__(self) -> str:
+        return f"{self.percent}%"
+
+    def layers(self, num_layers: int) -> int:
+        """How many layers the share is in a model of this depth; a half is rounded up."""
+        return max((2 * num_layers * self.percent + 100) // 200, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """Layers `first` to `last`, both included; negative numbers count from the end (-1 is last).
+
+    A share as `last` ends with the last layer of that share, as `first` it begins behind it, so
+    that `0..5%` and `5%..-1` are all layers, each once.
+    """
+
+    first: int | Share
+    last: int | Share
 
     def __str__(self) -> str:
         return str(self.first) if self.first == self.last else f"{self.first}..{self.last}"
@@ -240,11 +258,13 @@ def _linears(value: Any, group: str, where: str) -> tuple[str, ...]:
 
 
 # No model has a layer of more than six digits.
-_RANGE = re.compile(r"(\d{1,6})-(\d{1,6})|(-?\d{1,6})\.\.(-?\d{1,6})|(-?\d{1,6})")
+_RANGE = re.compile(
+    r"(\d{1,6})-(\d{1,6})|(-?\d{1,6}|[1-9]\d?%)\.\.(-?\d{1,6}|[1-9]\d?%)|(-?\d{1,6})"
+)
 
 
 def _layers(value: Any, where: str) -> tuple[LayerRange, ...]:
-    """`[0-3, -1]`, `[4..-2]`: numbers, `A-B` counted from the start, `A..B` from either end."""
+    """`[0-3, -1]`, `[4..-2]`, `[0..5%]`: numbers, `A-B` from the start, `A..B` from either end."""
     items = value if isinstance(value, list) else [value]
     if not items:
         raise UsageError(f"{where}: layers is empty; leave it out to mean all")
@@ -257,12 +277,14 @@ def _layer_range(item: Any, where: str) -> LayerRange:
     if match is None:
         raise UsageError(
             f"{where}: {shown(item)} is not a layer; write 3, -1 (the last), 0-3, "
-            "or 4..-2 (from the fifth to the last but one)"
+            "4..-2 (from the fifth to the last but one), or 0..5% (the first twentieth)"
         )
-    first, last = [int(text) for text in match.groups() if text is not None] * (
-        2 if match[5] is not None else 1
-    )
-    return LayerRange(first, last)
+    ends = [_end(text) for text in match.groups() if text is not None]
+    return LayerRange(ends[0], ends[-1])
+
+
+def _end(text: str) -> int | Share:
+    return Share(int(text[:-1])) if text.endswith("%") else int(text)
 
 
 def _keep(value: Any, where: str) -> list[KeptPart]:
