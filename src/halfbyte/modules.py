@@ -101,11 +101,24 @@ def encoder_linears(config: ModelConfig) -> list[LinearSpec]:
     ]
 
 
+def head_linear(config: ModelConfig) -> LinearSpec:
+    """The output head, which a tied model shares with its embedding."""
+    text = config.text
+    return LinearSpec("head", "head", "", None, text.vocab_size, text.width)
+
+
+def quantizable_linears(config: ModelConfig) -> list[LinearSpec]:
+    """Every linear that may be stored in a narrower format: the decoder's, and a head of its own.
+
+    A tied head is the embedding, which is looked up and stays bf16.
+    """
+    head = [] if config.text.tied_head else [head_linear(config)]
+    return [*decoder_linears(config), *head]
+
+
 def linears(config: ModelConfig) -> list[LinearSpec]:
     """Every linear of the model: decoder, head, then encoder and projector."""
-    text = config.text
-    head = LinearSpec("head", "head", "", None, text.vocab_size, text.width)
-    return [*decoder_linears(config), head, *encoder_linears(config)]
+    return [*decoder_linears(config), head_linear(config), *encoder_linears(config)]
 
 
 def eagle_fuse(config: ModelConfig) -> LinearSpec:
@@ -115,12 +128,12 @@ def eagle_fuse(config: ModelConfig) -> LinearSpec:
 
 
 def fused_partners(name: str) -> tuple[str, ...]:
-    """Names, itself included, of the linears that read the same input as decoder linear `name`.
+    """Names, itself included, of the linears that read the same input as linear `name`.
 
     `decoder.4.mlp.up` -> (`decoder.4.mlp.gate`, `decoder.4.mlp.up`). Engines run such a group as
     one product, so its members carry one format, and an NVFP4 group one tensor scale.
     """
-    prefix, short = name.rsplit(".", 1)
+    prefix, _, short = name.rpartition(".")
     for group in (("q", "k", "v"), ("gate", "up")):
         if short in group:
             return tuple(f"{prefix}.{member}" for member in group)

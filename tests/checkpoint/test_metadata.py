@@ -161,7 +161,10 @@ LAYER = "model.language_model.layers.4.mlp.up_proj"
     [
         (stated_edit(quant_algo="INT4_AWQ"), "quant_algo 'INT4_AWQ' is not implemented"),
         (stated_edit(quantized_layers={}), "needs quantized_layers"),
-        (stated_edit(quantized_layers={"lm_head": {"quant_algo": "FP8"}}), "names lm_head"),
+        (
+            stated_edit(quantized_layers={"model.embed_tokens": {"quant_algo": "FP8"}}),
+            "names model.embed_tokens",
+        ),
         (
             stated_edit(quantized_layers={LAYER: {"quant_algo": "W4A16_NVFP4"}}),
             "W4A16_NVFP4 is not implemented",
@@ -176,7 +179,7 @@ LAYER = "model.language_model.layers.4.mlp.up_proj"
                     "language_model.model.layers.0.mlp.up_proj": {"quant_algo": "FP8"}
                 }
             ),
-            "not a decoder linear of this model in the spelling",
+            "no decoder linear and no head of its own of this model in the spelling",
         ),
         (stated_edit(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
         (stated_edit(quant_method="awq"), "quant_method = 'awq' is not implemented"),

@@ -111,7 +111,7 @@ def test_layers_that_mean_nothing_are_explained(written: Any) -> None:
          "samples must be a whole number"),
         (raw(calibration={"blend": 3, "samples": 1, "tokens_per_sample": 1, "seed": 0}),
          "blend must be a name"),
-        (with_rule(part="encoder"), "rule 1: part 'encoder': only the decoder is quantized"),
+        (with_rule(part="encoder"), "rule 1: part .encoder.: only the decoder and the head"),
         (with_rule(group="moe"), "rule 1, group: 'moe' is not one of attention, mlp"),
         (with_rule(format="int4"), "rule 1, format: 'int4' is not one of bf16, fp8, nvfp4"),
         (with_rule(format=...), "rule 1 lacks format"),

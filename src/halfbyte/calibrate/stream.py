@@ -22,6 +22,7 @@ from halfbyte.calibrate.moments import InputSums, Want
 from halfbyte.calibrate.observers import AmaxObserver, MakeObserver, Observer
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
+from halfbyte.kernels import dispatch
 from halfbyte.log import say_once
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.decoder import DecoderLayer
@@ -38,6 +39,8 @@ READERS: Mapping[str, tuple[str, ...]] = {
 }
 # Tap points of what the KV cache holds: keys after rotation, values as projected.
 KEYS, VALUES = "attention.k", "attention.v"
+# What the head reads: behind the last layer and the final norm.
+HEAD_INPUT = "head.input"
 TAPS = (*READERS, KEYS, VALUES)
 # Inputs kept of each layer, to compare methods on.
 SAMPLED_TOKENS = 64
@@ -45,8 +48,9 @@ SAMPLED_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What calibration has observed of the activations of one layer.
+    """What calibration has observed of the activations of one layer, or of the head's input.
 
+    layer     the head's input counts as that of a layer behind the last one
     observed  tap point -> observed magnitude, bf16, 0-d
     samples   tap point of an input -> evenly spaced tokens of the first row, bf16 (T, I), where
               the layer ran
@@ -68,6 +72,8 @@ class LayerStatistics:
 
     def tap_of(self, linear: str) -> str:
         """The tap point at which the input of canonical `linear` is observed."""
+        if linear == "head":
+            return HEAD_INPUT
         short = linear.removeprefix(f"decoder.{self.layer}.")
         return next(tap for tap, readers in READERS.items() if short in readers)
 
@@ -125,6 +131,51 @@ def stream_layers(
             statistics = runner.run(layer, loaded)
             del loaded
             yield statistics
+
+
+@torch.inference_mode()
+def head_statistics(
+    checkpoint: Checkpoint,
+    activations: Activations,
+    *,
+    device: torch.device | str = "cpu",
+    make_observer: MakeObserver = AmaxObserver,
+    budget: MemoryBudget | None = None,
+    wants: Want | None = None,
+) -> LayerStatistics:
+    """Observe what the head reads: the rows behind the last layer, through the final norm.
+
+    activations  as `stream_layers` leaves them behind its last layer
+
+    Raises FormatError for NaN and infinity, OverBudgetError where there is no room for the sums.
+    """
+    place, text = torch.device(device), checkpoint.config.text
+    budget = MemoryBudget(None) if budget is None else budget
+    norm_D = checkpoint.tensor("norm.weight").to(place)
+    observer, sample_TD, sums = make_observer(), None, None
+    if wants is not None:
+        if place.type == "cpu" and wants == "products":
+            budget.check(4 * text.width * text.width)
+        sums = InputSums(text.width, wants, place)
+    lane = make_lane(place, activations)
+    for number in range(len(activations.row_tokens)):
+        budget.check()
+        x_TD = dispatch.rms_norm(lane.arrive(lane.fetch(number)), norm_D, text.norm_eps)
+        observer.update(x_TD)
+        if sums is not None:
+            sums.update(x_TD)
+        if sample_TD is None:
+            step = max(1, x_TD.shape[0] // SAMPLED_TOKENS)
+            sample_TD = x_TD[::step][:SAMPLED_TOKENS].clone()
+    observed = observer.result()
+    if not bool(torch.isfinite(observed)):
+        raise FormatError("the input of the head holds NaN or infinity; the weights are damaged")
+    return LayerStatistics(
+        text.num_layers,
+        {HEAD_INPUT: observed},
+        {} if sample_TD is None else {HEAD_INPUT: sample_TD},
+        {} if sums is None else {HEAD_INPUT: sums},
+    )
 
 
 class _GivenUpError(Exception):

@@ -164,6 +164,10 @@ def read_checkpoint(folder: Path) -> CheckpointFacts:
         row = counts.setdefault(group, {})
         row[chosen] = row.get(chosen, 0) + 1
         layers.setdefault(f"{group} {chosen}", set()).add(int(linear.name.split(".")[1]))
+    layers_by_format = {name: spans(sorted(found)) for name, found in layers.items()}
+    if "head" in quantization.formats:
+        chosen = quantization.formats["head"]
+        counts["head"], layers_by_format[f"head {chosen}"] = {chosen: 1}, "-"
     manifest = read_manifest(folder)
     note = folder / NOTE_FILE
     chat, vllm = _read_chat(folder, config)
@@ -172,7 +176,7 @@ def read_checkpoint(folder: Path) -> CheckpointFacts:
         config=config,
         quantization=quantization,
         formats=counts,
-        layers_by_format={name: spans(sorted(found)) for name, found in layers.items()},
+        layers_by_format=layers_by_format,
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         made_of=manifest.made_of if manifest is not None else {},
         note=" ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else "",

@@ -114,7 +114,8 @@ def quantization_section(c: CheckpointFacts) -> Markdown:
             layers = c.layers_by_format[f"{group} {chosen}"]
             lines.append(row([group, chosen.upper(), layers, count]))
     lines.append(row(["KV cache", c.quantization.kv_cache.upper(), "all", none]))
-    kept = "embeddings, norms, head" + (", vision, projector" if c.config.vision else "")
+    head = "" if "head" in c.formats else ", head"
+    kept = f"embeddings, norms{head}" + (", vision, projector" if c.config.vision else "")
     lines.append(row([kept, "BF16", none, none]))
     scales = c.made_of.get("recipe", {}).get("scales", {})
     text = Markdown(phrases.FORMATS)

@@ -286,14 +286,17 @@ def _description(given: CardInput) -> Markdown:
     stored = [f"{n} {'is' if n == 1 else 'are'} stored in {f.upper()}"
               for f, n in sorted(counts.items())]  # fmt: skip
     shares = " and ".join(stored)
+    has_head = "head" in c.quantization.formats
     return md(
-        "{}\n\nOf the decoder's {} linear layers, {}. The KV cache is stored in {}; embeddings, "
-        "norms and head{} keep bfloat16. The weight files take {:.3f} GB. They were written by "
+        "{}\n\nOf the decoder's {} linear layers{}, {}. The KV cache is stored in {}; embeddings"
+        "{}{} keep bfloat16. The weight files take {:.3f} GB. They were written by "
         "halfbyte in the layout of NVIDIA Model Optimizer.",
         model_in_short(c),
         len(c.quantization.formats),
+        ", the output head among them" if has_head else "",
         shares,
         c.quantization.kv_cache.upper(),
+        " and norms" if has_head else ", norms and head",
         ", vision encoder and projector" if c.config.vision else "",
         c.weight_bytes / 1e9,
     )

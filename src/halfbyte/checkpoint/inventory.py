@@ -12,7 +12,7 @@ from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.checkpoint.names import Layout, foreign_name
 from halfbyte.checkpoint.shard_plan import Shapes
 from halfbyte.config import ModelConfig
-from halfbyte.modules import LinearSpec, decoder_linears, eagle_fuse, encoder_linears
+from halfbyte.modules import LinearSpec, decoder_linears, eagle_fuse, encoder_linears, head_linear
 
 _BF16 = (torch.bfloat16,)
 _F32 = (torch.float32,)
@@ -77,7 +77,9 @@ def _expected(config: ModelConfig, quantization: Quantization) -> Iterator[tuple
             yield f"decoder.{layer}.attention.k_scale", Expected((), _F32)
             yield f"decoder.{layer}.attention.v_scale", Expected((), _F32)
     yield "norm.weight", norm
-    if not text.tied_head:
+    if "head" in quantization.formats:
+        yield from _linear(head_linear(config), quantization)
+    elif not text.tied_head:
         yield "head.weight", table
     yield from _vision(config)
 

@@ -33,6 +33,7 @@ from halfbyte.modules import (
     CacheFormat,
     WeightFormat,
     decoder_linears,
+    quantizable_linears,
 )
 
 _ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4"}
@@ -42,7 +43,8 @@ _ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4"}
 class Quantization:
     """How the decoder's weights and cache are stored.
 
-    formats   every canonical decoder linear -> its format; everything else is bf16
+    formats   every canonical decoder linear -> its format, and a quantized head -> its; everything
+              else is bf16
     kv_cache  what K and V are rounded to; "fp8" means that each layer has a k_scale and a v_scale
     """
 
@@ -140,7 +142,11 @@ def _quantization(
         found.append(_modelopt(_older(older), config, layout, "hf_quant_config.json"))
     if len(found) == 2 and found[0] != found[1]:
         where = next(
-            (name for name, fmt in found[0].formats.items() if found[1].formats[name] != fmt),
+            (
+                name
+                for name in (*found[0].formats, "head")
+                if found[0].formats.get(name) != found[1].formats.get(name)
+            ),
             "the KV cache",
         )
         raise CheckpointError(
@@ -163,13 +169,13 @@ def _mistral_fp8(stated: Fields, config: ModelConfig, layout: Layout) -> Quantiz
     fields.must_be("scale_fmt", None)
     kept = fields.optional("modules_to_not_convert") or []
     fields.finish(_IGNORED_FP8)
-    return Quantization("mistral-fp8", _except(kept, "fp8", config, layout), "bf16")
+    return Quantization("mistral-fp8", _except(kept, _all(config, "fp8"), layout), "bf16")
 
 
 def _except(
-    kept: Any, format_: WeightFormat, config: ModelConfig, layout: Layout
+    kept: Any, quantized: Mapping[str, WeightFormat], layout: Layout
 ) -> dict[str, WeightFormat]:
-    """Every decoder linear in `format_`, but those that a pattern of `kept` names as bf16.
+    """The linears with their formats, but those that a pattern of `kept` names as bf16.
 
     A pattern is a module name, the name of a module above it, or either with `*`.
     """
@@ -184,7 +190,7 @@ def _except(
 
     return {
         name: "bf16" if is_kept(foreign_module(name, layout)) else chosen
-        for name, chosen in _all(config, format_).items()
+        for name, chosen in quantized.items()
     }
 
 
@@ -262,19 +268,25 @@ def _modelopt(
     uniform = _ALGORITHMS.get(str(facts.algorithm).upper())
     if uniform is None:
         raise CheckpointError(f"{where}: quant_algo {shown(facts.algorithm)} is not implemented")
-    return Quantization("modelopt", _except(facts.kept, uniform, config, layout), cache)
+    # A head that is not kept counts among the linears, as in vLLM (#42124).
+    quantized = {linear.name: uniform for linear in quantizable_linears(config)}
+    formats = _except(facts.kept, quantized, layout)
+    if formats.get("head") == "bf16":
+        del formats["head"]
+    return Quantization("modelopt", formats, cache)
 
 
 def _mixed(layers: Any, config: ModelConfig, layout: Layout, where: str) -> dict[str, WeightFormat]:
     formats = _all(config, "bf16")
+    known = {linear.name for linear in quantizable_linears(config)}
     if not isinstance(layers, dict) or not layers:
         raise CheckpointError(f"{where}: MIXED_PRECISION needs quantized_layers")
     for foreign, entry in layers.items():
         name = canonical_module(foreign, layout)
-        if name not in formats:
+        if name not in known:
             raise CheckpointError(
-                f"{where}: quantized_layers names {foreign[:99]}, which is not a decoder linear of "
-                f"this model in the spelling of its tensors ({layout})"
+                f"{where}: quantized_layers names {foreign[:99]}, which is no decoder linear and "
+                f"no head of its own of this model in the spelling of its tensors ({layout})"
             )
         fields = FieldReader(entry, f"{where}.quantized_layers[{foreign}]")
         algorithm = str(fields.optional("quant_algo")).upper()

@@ -248,7 +248,8 @@ def canonical_name(foreign: str, layout: Layout, dialect: Dialect) -> str | None
         return f"{canonical}.bias" if canonical in ("projector.in", "projector.out") else None
     for ours, theirs in _roles(layout, dialect).items():
         if role == theirs:
-            is_linear = canonical.startswith(("decoder.", "eagle.")) and "norm" not in canonical
+            is_linear = canonical.startswith(("decoder.", "eagle.", "head"))
+            is_linear = is_linear and "norm" not in canonical
             return f"{canonical}.{ours}" if ours == "weight" or is_linear else None
     return None
 

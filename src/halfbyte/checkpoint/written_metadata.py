@@ -1,6 +1,7 @@
 """The JSON files of a checkpoint that we write: config.json and what says how it is quantized."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import halfbyte
@@ -160,7 +161,8 @@ def modelopt_configs(
     """`config.json` and `hf_quant_config.json` of a Model Optimizer export.
 
     raw_config   the source's config.json; copied but for `quantization_config`
-    formats      canonical decoder linear -> format, every one of them; any order
+    formats      canonical decoder linear -> format, every one of them, and a quantized head; any
+                 order
     layout       the spelling of the tensors that go with it
 
     Two formats make a MIXED_PRECISION checkpoint that lists its layers, one format a uniform one
@@ -204,7 +206,9 @@ def _without_quantization(raw_config: Mapping[str, Any]) -> Fields:
     return {key: value for key, value in raw_config.items() if key not in dropped}
 
 
-def _model_order(name: str) -> tuple[int, int]:
+def _model_order(name: str) -> tuple[float, int]:
+    if name == "head":
+        return math.inf, 0
     _, layer, _, short = name.split(".")
     return int(layer), (*ATTENTION_LINEARS, *MLP_LINEARS).index(short)
 
@@ -257,16 +261,30 @@ def _exclusions(
     *,
     has_vision: bool,
 ) -> list[str]:
-    """What a uniform checkpoint leaves in bf16; a group of linears that stays whole is starred."""
-    kept = [foreign_module("embedding", layout), foreign_module("head", layout)]
+    """What a uniform checkpoint leaves in bf16, as the shortest patterns that match nothing else.
+
+    Beneath a module without a quantized linear everything is starred: `model.layers.3*`, or
+    `model.layers.3.*` where there is a layer 31. Same patterns as Model Optimizer writes.
+    """
+    kept = [name for name in ("embedding", "head", *names) if formats.get(name, "bf16") == "bf16"]
+    modules = [foreign_module(name, layout) for name in kept]
     if has_vision:
-        kept += [f"{prefix.rstrip('.')}*" for prefix in vision_prefixes(layout)]
-    groups: dict[str, list[str]] = {}
+        modules += [f"{prefix}linear" for prefix in vision_prefixes(layout)]
+    beginnings: set[str] = set()
     for name in names:
-        groups.setdefault(name.rpartition(".")[0], []).append(name)
-    for members in groups.values():
-        left = [name for name in members if formats[name] == "bf16"]
-        spelt = [foreign_module(name, layout) for name in left]
-        whole = len(left) == len(members)
-        kept += [f"{spelt[0].rpartition('.')[0]}*"] if whole else spelt
-    return sorted(kept)
+        if formats[name] != "bf16":
+            spelt = foreign_module(name, layout)
+            beginnings.update(spelt[:end] for end in range(len(spelt) + 1))
+    return sorted({_pattern(module, beginnings) for module in modules})
+
+
+def _pattern(module: str, beginnings: Collection[str]) -> str:
+    """The shortest pattern for a module that matches nothing that begins in one of these ways."""
+    parts = module.split(".")
+    for count in range(1, len(parts)):
+        above = ".".join(parts[:count])
+        if above not in beginnings:
+            return f"{above}*"
+        if f"{above}." not in beginnings:
+            return f"{above}.*"
+    return module

@@ -68,12 +68,16 @@ class _Source:
         self._taken.add(name)
         return self._checkpoint.scale(name)
 
-    def linear(self, group: str, shorts: Iterable[str]) -> Linear:
+    @property
+    def is_tied(self) -> bool:
+        return self._checkpoint.config.text.tied_head
+
+    def linear(self, group: str, shorts: Iterable[str] = ()) -> Linear:
         """One linear, or the members of a fused group as one: `("decoder.3.mlp", ("gate", "up"))`.
 
         In f32 (used to check against other implementations) weights are decoded first.
         """
-        names = [f"{group}.{short}" for short in shorts]
+        names = [f"{group}.{short}" for short in shorts] or [group]
         if self.dtype == torch.float32:
             return self.decoded(names)
         return make_linear([self.stored(name) for name in names], self.mode)
@@ -121,7 +125,7 @@ class _Source:
         return self._with_scales(name, self.tensor(f"{name}.weight"))
 
     def stored(self, name: str) -> StoredLinear:
-        """A decoder linear as stored, or the rank's part of it."""
+        """A decoder linear or the head as stored, or the rank's part of it."""
         return self._with_scales(name, self._part(name, "weight"))
 
     def _with_scales(self, name: str, weight: torch.Tensor) -> StoredLinear:
@@ -206,18 +210,23 @@ def load_decoder(
     source = _Source(checkpoint, torch.device(device), mode, dtype, shard)
     embedding_VD = source.rows("embedding.weight", shard.vocab)
     layers = [_layer(source, shard.local(text), layer, communicator) for layer in _layers(text)]
-    head_VD = embedding_VD if text.tied_head else source.rows("head.weight", shard.vocab)
     decoder = Decoder(
         shard.local(text),
         embedding_VD=embedding_VD,
         layers=layers,
         norm_D=source.dense("norm.weight"),
-        head=make_linear([StoredLinear("head", "bf16", head_VD)], mode),
+        head=_head(source, embedding_VD, mode),
         kv_scales=[source.kv_scales(layer) for layer in _layers(text)],
         communicator=communicator,
     )
     source.check_all_taken("text")
     return decoder
+
+
+def _head(source: "_Source", embedding_VD: torch.Tensor, mode: Mode) -> Linear:
+    if source.is_tied:
+        return make_linear([StoredLinear("head", "bf16", embedding_VD)], mode)
+    return source.linear("head")
 
 
 def load_layer(

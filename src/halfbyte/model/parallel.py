@@ -296,12 +296,14 @@ def slice_of(
     role: Literal["weight", "weight_scale"],
     format: WeightFormat,
 ) -> Slice:
-    """A rank's part of a tensor with a row for each output feature of a decoder linear.
+    """A rank's part of a tensor with a row for each output feature of a decoder linear or head.
 
     Example: `down` in NVFP4 with MLP features 160-303: columns 80-151 of the packed weight, 10-18
     of its block scales.
     """
     short = linear.rsplit(".", 1)[-1]
+    if short == "head":
+        return Slice(0, shard.vocab)
     if short in ("q", "k", "v"):
         heads = shard.heads if short == "q" else shard.kv_heads
         return Slice(0, range(heads.start * head_dim, heads.stop * head_dim))

@@ -22,14 +22,15 @@ from halfbyte.errors import CapacityError
 from halfbyte.files import open_regular
 from halfbyte.formats.measure import largest_magnitude
 from halfbyte.formats.nvfp4 import BLOCK, nvfp4_tensor_scale
-from halfbyte.modules import LinearSpec, decoder_linears
+from halfbyte.modules import LinearSpec, decoder_linears, head_linear
 from halfbyte.quantize.gptq import encode_gptq, make_metric
-from halfbyte.quantize.layer import wanted_sums, widths_of_products
-from halfbyte.quantize.memory import MemoryPlan, Sums, plan_memory, sums_of
+from halfbyte.quantize.layer import wanted_head_sums, wanted_sums, widths_of_products
+from halfbyte.quantize.memory import MemoryPlan, Sums, head_bytes, plan_memory, sums_of
 from halfbyte.quantize.rehearsal import (
     Kind,
     Rehearsal,
     kinds_of,
+    layer_weights,
     median_and_range,
     rehearse,
 )
@@ -157,6 +158,7 @@ def estimate_run(
             device=device,
             gpu_budget_bytes=gpu_memory_bytes,
             sums=sums_of(widths_of_products(plan, source.config)),
+            head_bytes=head_bytes(plan, source.config),
         ),
         speeds=speeds,
         time=None if speeds is None else duration_of(source, plan, text, speeds, starting_s),
@@ -190,12 +192,13 @@ def run_memory(
     device: str = "cpu",
     gpu_budget_bytes: int | None = None,
     sums: Sums = Sums(),
+    head_bytes: int = 0,
 ) -> MemoryPlan:
     """How the run would spend memory, as the pipeline itself plans it.
 
     budget_bytes, gpu_budget_bytes  as `--memory` and `--gpu-memory` of `halfbyte quantize`. Raises
                                     CapacityError if one of them holds no layer.
-    sums                            what the method holds of a layer's inputs
+    sums, head_bytes                what the method holds of a layer's inputs, and of the head
     """
     return plan_memory(
         config,
@@ -205,6 +208,7 @@ def run_memory(
         on_gpu=device != "cpu",
         gpu_budget_bytes=gpu_budget_bytes,
         sums=sums,
+        head_bytes=head_bytes,
     )
 
 
@@ -317,6 +321,10 @@ def duration_of(
         weighing = _weighing(source, plan, text, speeds)
         ranges |= {part: (seconds, seconds, seconds) for part, seconds in weighing.items()}
     encoding = [median_and_range(done.encoding.get(k) or _any(done.encoding)) for k in kinds]
+    if "head" in plan.formats:
+        # As fast as a layer's weights, of which it has so many times as many.
+        times = _weights(head_linear(config)) / layer_weights(config)
+        encoding.append(_times(median_and_range(_any(done.encoding)), times))
     ranges["encoding"] = _summed(encoding)
     worked = sum(likely for likely, _, _ in ranges.values())
     boundary = _activation_bytes(config.text, text) * len(kinds)
@@ -337,7 +345,7 @@ def duration_of(
 _Range = tuple[float, float, float]  # likely, least, most
 
 
-def _times(one: _Range, count: int) -> _Range:
+def _times(one: _Range, count: float) -> _Range:
     return one[0] * count, one[1] * count, one[2] * count
 
 
@@ -361,16 +369,21 @@ def _weighing(
     """Seconds of methods that weigh errors by inputs; nothing for those that do not."""
     linears = {linear.name: linear for linear in decoder_linears(source.config)}
     scales, products, solving, rounded = plan.scales, 0.0, 0.0, 0
-    for layer in range(source.config.text.num_layers):
-        for tap, want in wanted_sums(plan, layer).items():
-            readers = [linears[f"decoder.{layer}.{reader}"] for reader in READERS[tap]]
-            width, rows = readers[0].in_features, sum(x.out_features for x in readers)
-            if want == "products":
-                products += 2.0 * text.num_tokens * width**2
-                # Factoring, and each sweep's products as well as those of the first pass.
-                solving += width**3 * (1 / 3 + 2 * bool(scales.gptq.sweeps))
-                solving += rows * width**2 * (3.0 + 4 * scales.gptq.sweeps)
-                rounded += rows * width * (1 + scales.gptq.sweeps)
+    groups = [
+        [linears[f"decoder.{layer}.{reader}"] for reader in READERS[tap]]
+        for layer in range(source.config.text.num_layers)
+        for tap, want in wanted_sums(plan, layer).items()
+        if want == "products"
+    ]
+    if wanted_head_sums(plan) == "products":
+        groups.append([head_linear(source.config)])
+    for readers in groups:
+        width, rows = readers[0].in_features, sum(x.out_features for x in readers)
+        products += 2.0 * text.num_tokens * width**2
+        # Factoring, and each sweep's products as well as those of the first pass.
+        solving += width**3 * (1 / 3 + 2 * bool(scales.gptq.sweeps))
+        solving += rows * width**2 * (3.0 + 4 * scales.gptq.sweeps)
+        rounded += rows * width * (1 + scales.gptq.sweeps)
     parts = {
         "summing up inputs": products / speeds.wide_flops,
         "GPTQ": solving / speeds.wide_flops + rounded / speeds.gptq,

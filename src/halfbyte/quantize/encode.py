@@ -32,6 +32,9 @@ from halfbyte.recipe.schema import ActivationScales, GptqOptions
 # Tap point -> norm whose output it is: what its readers' inputs are divided by can be taken out
 # there.
 NORMS = {"attention.input": "attention_norm", "mlp.input": "mlp_norm"}
+# Rows of the head that are encoded together: in f32 the whole of it would be the largest tensor of
+# a run.
+HEAD_ROWS = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +121,7 @@ class Inputs:
             return cls(None, None, None)
         tap = statistics.tap_of(member)
         sums, observed = statistics.sums.get(tap), statistics.input_of(member)
-        norm = f"decoder.{statistics.layer}.{NORMS.get(tap)}"
+        norm = f"decoder.{statistics.layer}.{NORMS.get(tap)}"  # none for the head
         if norm not in smoothing or plan.formats[member] != "nvfp4" or sums is None:
             return cls(observed, sums, None)
         sums.divide(smoothing[norm])

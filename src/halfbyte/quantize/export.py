@@ -69,9 +69,11 @@ def export_tensors(checkpoint: Checkpoint, plan: Plan) -> Shapes:
     return {name: want.stored for name, want in expected.items()}
 
 
-def passed_through(checkpoint: Checkpoint) -> list[str]:
+def passed_through(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     """Canonical names of the tensors outside the decoder layers, which are copied bit for bit."""
-    return [name for name in checkpoint.names() if not name.startswith("decoder.")]
+    quantized = {"head.weight"} if "head" in plan.formats else set()
+    names = (name for name in checkpoint.names() if not name.startswith("decoder."))
+    return [name for name in names if name not in quantized]
 
 
 def layer_tensors(checkpoint: Checkpoint, layer: int) -> list[str]:

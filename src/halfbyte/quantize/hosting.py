@@ -15,7 +15,7 @@ from halfbyte.engine.cache import bytes_per_token
 from halfbyte.errors import UsageError
 from halfbyte.modules import decoder_linears
 from halfbyte.quantize.rehearsal import layer_weights, text_flops
-from halfbyte.recipe.plan import Plan, linear_size, plan_sizes
+from halfbyte.recipe.plan import Plan, head_size, linear_size, plan_sizes
 
 _MIB = 1 << 20
 # What the driver and the libraries keep for themselves on each GPU.
@@ -169,7 +169,7 @@ def step_bytes(plan: Plan, config: ModelConfig) -> int:
         linear_size(linear, plan.formats[linear.name]).num_bytes
         for linear in decoder_linears(config)
     )
-    return linears + 2 * config.text.vocab_size * config.text.width
+    return linears + head_size(plan, config).num_bytes
 
 
 def serving_speed(gpu: Gpu, tp: int, plan: Plan, config: ModelConfig) -> tuple[float, Basis]:

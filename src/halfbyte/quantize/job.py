@@ -28,7 +28,7 @@ from halfbyte.errors import CapacityError, UsageError
 from halfbyte.formats.fp8 import Profile
 from halfbyte.quantize import export
 from halfbyte.quantize.layer import widths_of_products
-from halfbyte.quantize.memory import MemoryPlan, plan_memory, sums_of
+from halfbyte.quantize.memory import MemoryPlan, head_bytes, plan_memory, sums_of
 from halfbyte.recipe.plan import Plan, make_plan
 from halfbyte.recipe.schema import Recipe
 
@@ -116,6 +116,7 @@ def validate(config: QuantizeConfig) -> Job:
             on_gpu=_is_gpu(config),
             gpu_budget_bytes=config.gpu_memory_bytes,
             sums=sums_of(widths_of_products(plan, checkpoint.config)),
+            head_bytes=head_bytes(plan, checkpoint.config),
         ),
         tensors=names,
         shards=shards,

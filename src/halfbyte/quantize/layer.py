@@ -23,6 +23,7 @@ from halfbyte.formats.fp8 import Profile
 from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4
 from halfbyte.modules import WeightFormat, decoder_linears, fused_partners
 from halfbyte.quantize.encode import (
+    HEAD_ROWS,
     NORMS,
     Inputs,
     SourceWeight,
@@ -115,6 +116,58 @@ def quantize_layer(
             yield QuantizedLinear(name, chosen, tensors, source, inputs.smoothing_I)
 
 
+def quantize_head(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    statistics: LayerStatistics | None,
+    profile: Profile,
+    device: torch.device,
+    budget: MemoryBudget | None = None,
+    on_read: Callable[[str, Tensor], None] | None = None,
+) -> QuantizedLinear:
+    """Encode the head, some rows at a time; the plan must list it.
+
+    Arguments and errors as of `quantize_layer`. The final norm is not smoothed.
+    """
+    budget = MemoryBudget(None) if budget is None else budget
+    name, chosen = "head", plan.formats["head"]
+    budget.check(checkpoint.num_bytes("head.weight"))
+    source = read_weight(checkpoint, name, device, on_read)
+    inputs = Inputs.of(name, plan, statistics, {})
+    parts: list[dict[str, Tensor]] = []
+    budget.check(_made_bytes(source, chosen) if device.type == "cpu" else 0)
+    with _naming(name):
+        amax = source.amax()
+        for start in range(0, source.stored.shape[0], HEAD_ROWS):
+            part = SourceWeight(name, source.stored[start : start + HEAD_ROWS], source.scale)
+            parts.append(encode_weight(part, chosen, amax, profile, plan, inputs, budget))
+        tensors = _joined(parts)
+        tensors[f"{name}.input_scale"] = scale_of_inputs(
+            name, chosen, inputs.observed, None, profile, plan.scales.activations
+        )
+    return QuantizedLinear(name, chosen, tensors, source)
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of one linear's tensors, one below the other; scalars are the same in all parts."""
+    joined = {}
+    for name in list(parts[0]):
+        pieces = [part.pop(name) for part in parts]
+        if pieces[0].dim() == 0 or len(pieces) == 1:
+            joined[name] = pieces[0]
+        else:
+            rows = torch.cat([piece.view(torch.uint8) for piece in pieces])
+            joined[name] = rows.view(pieces[0].dtype)
+    return joined
+
+
+def wanted_head_sums(plan: Plan) -> Want | None:
+    """What calibration must sum up of the head's input for the plan's rules."""
+    if plan.formats.get("head") != "nvfp4" or plan.scales.weights not in NEED_DATA:
+        return None
+    return "products" if plan.scales.weights == "gptq" else "squares"
+
+
 def wanted_sums(plan: Plan, layer: int) -> dict[str, Want]:
     """Tap point -> what calibration must sum up there for the plan's rules."""
     wanted: dict[str, Want] = {}
@@ -140,6 +193,8 @@ def widths_of_products(plan: Plan, config: ModelConfig) -> tuple[int, ...]:
         )
         for layer in range(config.text.num_layers)
     ]
+    if wanted_head_sums(plan) == "products":
+        found.append((config.text.width,))
     return max(found, key=lambda widths: sum(x * x for x in widths), default=())
 
 

@@ -17,7 +17,9 @@ from halfbyte.files import format_gib
 from halfbyte.formats.measure import GPU_CHUNK_VALUES
 from halfbyte.machine import available_bytes
 from halfbyte.modules import decoder_linears
+from halfbyte.quantize.encode import HEAD_ROWS
 from halfbyte.quantize.gptq import gptq_bytes
+from halfbyte.recipe.plan import Plan, head_size
 
 # The interpreter, torch and its threads, tokenizer, file buffers (measured: 0.6 GB) ...
 _BASE_BYTES = 800 << 20
@@ -68,8 +70,23 @@ def sums_of(widths: Sequence[int]) -> Sums:
     return Sums(sum(held), max(beside, default=0))
 
 
-def layer_peak_bytes(text: TextConfig, longest_row_tokens: int, sums: Sums = Sums()) -> int:
-    """The most memory that loading, running and encoding one decoder layer takes on a CPU.
+# Rows of the head that are encoded together take f32 copies and masks of this many bytes a weight.
+_HEAD_PART_BYTES = 16
+
+
+def head_bytes(plan: Plan, config: ModelConfig) -> int:
+    """What encoding the head takes: its weights, codes, their parts, and the rows at work."""
+    if "head" not in plan.formats:
+        return 0
+    text = config.text
+    work = _HEAD_PART_BYTES * min(HEAD_ROWS, text.vocab_size) * text.width
+    return _table_bytes(text) + 2 * head_size(plan, config).num_bytes + work
+
+
+def layer_peak_bytes(
+    text: TextConfig, longest_row_tokens: int, sums: Sums = Sums(), head_bytes: int = 0
+) -> int:
+    """The most memory that loading, running and encoding one layer, or the head, takes on a CPU.
 
     Loading the gate-up group is the worst moment: the decoded group, one member, its codes and the
     copy that the kernels lay out are alive beside the attention weights; counted as three groups.
@@ -82,11 +99,12 @@ def layer_peak_bytes(text: TextConfig, longest_row_tokens: int, sums: Sums = Sum
     # The layer is gone by then. A group is there as stored and decoded, one member in f32.
     encoding = 2 * gated + sums.encoding_bytes if sums.held_bytes else 0
     pending = _pending_bytes(text, longest_row_tokens)
-    return max(loading, running, encoding, _table_bytes(text)) + pending
+    head = head_bytes and head_bytes + sums.encoding_bytes
+    return max(loading, running, encoding, head, _table_bytes(text)) + pending
 
 
 def gpu_layer_bytes(
-    text: TextConfig, longest_row_tokens: int, sums: Sums = Sums()
+    text: TextConfig, longest_row_tokens: int, sums: Sums = Sums(), head_bytes: int = 0
 ) -> tuple[int, int]:
     """Bytes on a GPU: of one layer at work, and of what prefetching another takes besides.
 
@@ -99,7 +117,7 @@ def gpu_layer_bytes(
     loading = layer + gated
     running = layer + _row_bytes(text, longest_row_tokens) + sums.held_bytes
     # Stored, decoded, encoded, and the next group; bf16 sources are stored as wide as decoded.
-    encoding = 4 * max(gated, *sizes.values()) + _GPU_CHUNK_BYTES
+    encoding = max(4 * max(gated, *sizes.values()), head_bytes) + _GPU_CHUNK_BYTES
     encoding += sums.encoding_bytes
     if not longest_row_tokens:
         return int(_GPU_GAPS * encoding), 0
@@ -140,6 +158,7 @@ def plan_memory(
     on_gpu: bool = False,
     gpu_budget_bytes: int | None = None,
     sums: Sums = Sums(),
+    head_bytes: int = 0,
 ) -> MemoryPlan:
     """Spend a budget: first the layer, then a prefetched one, then activations.
 
@@ -151,9 +170,10 @@ def plan_memory(
     on_gpu              layers are on a GPU: the host holds tensors on their way only
     gpu_budget_bytes    None sets no limit
     sums                what the method holds of a layer's inputs
+    head_bytes          what encoding the head takes; 0 if it is kept
     Raises CapacityError if a budget cannot hold one layer.
     """
-    layer = layer_peak_bytes(text, longest_row_tokens, sums)
+    layer = layer_peak_bytes(text, longest_row_tokens, sums, head_bytes)
     base = _BASE_BYTES
     if on_gpu:
         largest = max(_linear_bytes(text).values())
@@ -173,21 +193,18 @@ def plan_memory(
     prefetch = bool(longest_row_tokens) and least + beside <= budget
     gpu_peak = None
     if on_gpu:
-        prefetch, gpu_peak = _plan_gpu(text, longest_row_tokens, prefetch, gpu_budget_bytes, sums)
+        sizes = gpu_layer_bytes(text, longest_row_tokens, sums, head_bytes)
+        prefetch, gpu_peak = _plan_gpu(sizes, longest_row_tokens, prefetch, gpu_budget_bytes)
     peak = least + (beside if prefetch else 0)
     in_memory = peak + activation_bytes <= budget
     return MemoryPlan(peak + (activation_bytes if in_memory else 0), in_memory, prefetch, gpu_peak)
 
 
 def _plan_gpu(
-    text: TextConfig,
-    longest_row_tokens: int,
-    prefetch: bool,
-    budget_bytes: int | None,
-    sums: Sums,
+    sizes: tuple[int, int], longest_row_tokens: int, prefetch: bool, budget_bytes: int | None
 ) -> tuple[bool, int]:
-    """Whether there is room to prefetch, and the peak."""
-    at_work, beside = gpu_layer_bytes(text, longest_row_tokens, sums)
+    """Whether there is room to prefetch, and the peak; `sizes` as `gpu_layer_bytes` gives them."""
+    at_work, beside = sizes
     least = GPU_CONTEXT_BYTES + at_work
     if budget_bytes is not None and least > budget_bytes:
         raise CapacityError(

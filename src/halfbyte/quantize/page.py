@@ -338,6 +338,8 @@ def _layer_means(
 ) -> list[float | None]:
     layers: list[list[float | None]] = [[] for _ in range(num_layers)]
     for linear in linears:
+        if linear["name"] == "head":
+            continue  # in the table, but of no layer
         layers[int(linear["name"].split(".")[1])].append(linear["output_db"].get(method))
     return [_mean(values) for values in layers]
 

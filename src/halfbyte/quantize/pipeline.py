@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal
-from halfbyte.calibrate.stream import LayerStatistics, stream_layers
+from halfbyte.calibrate.stream import LayerStatistics, head_statistics, stream_layers
 from halfbyte.checkpoint.manifest import MANIFEST_NAME, manifest_file
 from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import FULL, OutputInProgress, check_target
@@ -34,10 +34,13 @@ from halfbyte.quantize import export
 from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validate
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import (
+    QuantizedLinear,
     cache_scales,
+    quantize_head,
     quantize_layer,
     smoothed_norm,
     smoothing_of,
+    wanted_head_sums,
     wanted_sums,
 )
 from halfbyte.quantize.memory import limit_gpu
@@ -47,7 +50,7 @@ from halfbyte.quantize.report import LinearRecord, linear_record
 from halfbyte.quantize.source_proof import Reading, require_unchanged
 from halfbyte.quantize.staging import locked, work_directory
 
-_FIRST_STEP = "outside the layers"
+_FIRST_STEP, _HEAD_STEP = "outside the layers", "head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,15 +292,23 @@ class _Progress:
 
     def _run(self, on_layer: Callable[[int, int], None] | None) -> None:
         if not self._entries:
-            names = export.passed_through(self._job.checkpoint)
+            names = export.passed_through(self._job.checkpoint, self._job.plan)
             reading = Reading(self._job.checkpoint, names)
             self._finish_step(_FIRST_STEP, self._copy(names, reading), reading)
-        mark = time.perf_counter()
-        for layer, statistics in self._layers(len(self._entries) - 1):
-            self._layer(layer, statistics, time.perf_counter() - mark)
+        first = len(self._entries) - 1
+        self._activations = self._open_activations(first)
+        try:
             mark = time.perf_counter()
-            if on_layer is not None:
-                on_layer(layer + 1, self._num_layers)
+            for layer, statistics in self._layers(first):
+                self._layer(layer, statistics, time.perf_counter() - mark)
+                mark = time.perf_counter()
+                if on_layer is not None:
+                    on_layer(layer + 1, self._num_layers)
+            if self._is_head_left():
+                self._head()
+        finally:
+            if self._activations is not None:
+                self._activations.close()
         for name, content in self._job.files.items():
             self._staging.write_file(name, content)
         hashes = {k: v for entry in self._entries for k, v in entry["tensors"].items()}
@@ -313,33 +324,85 @@ class _Progress:
         """Yield the layers that are left, with their statistics if there are calibration rows."""
         if first >= self._num_layers:
             return
-        rows = self._job.rows
-        if rows is None:
+        rows, activations = self._job.rows, self._activations
+        if rows is None or activations is None:
             yield from ((layer, None) for layer in range(first, self._num_layers))
             return
-        activations = self._activations = Activations(
+        for statistics in stream_layers(
+            self._job.checkpoint,
+            rows,
+            device=self._device,
+            activations=activations,
+            first_layer=first,
+            prefetch=self._job.memory.prefetch,
+            budget=self._budget,
+            wants=lambda layer: wanted_sums(self._job.plan, layer),
+        ):
+            yield statistics.layer, statistics
+            activations.forget(statistics.layer)
+
+    def _is_head_left(self) -> bool:
+        """Whether the plan quantizes the head and no earlier run has done it."""
+        is_done = any(entry["step"] == _HEAD_STEP for entry in self._entries)
+        return "head" in self._job.plan.formats and not is_done
+
+    def _open_activations(self, first: int) -> Activations | None:
+        """Where rows wait, with the inputs of layer `first`; None if none is to be run."""
+        rows = self._job.rows
+        if rows is None or (first >= self._num_layers and not self._is_head_left()):
+            return None
+        activations = Activations(
             [row.numel() for row in rows],
             self._job.checkpoint.config.text.width,
             self._staging.directory,
             in_memory=self._job.memory.activations_in_memory,
         )
-        try:
-            if first > 0:
+        if first > 0:
+            try:
                 activations.resume(first, self._entries[-1]["activations"])
-            for statistics in stream_layers(
-                self._job.checkpoint,
-                rows,
+            except BaseException:
+                activations.close()
+                raise
+        return activations
+
+    def _head(self) -> None:
+        """Calibrate and encode the head, behind the last layer."""
+        job, started = self._job, time.perf_counter()
+        reading = Reading(job.checkpoint, ["head.weight"])
+        statistics = None
+        if self._activations is not None:
+            statistics = head_statistics(
+                job.checkpoint,
+                self._activations,
                 device=self._device,
-                activations=activations,
-                first_layer=first,
-                prefetch=self._job.memory.prefetch,
                 budget=self._budget,
-                wants=lambda layer: wanted_sums(self._job.plan, layer),
-            ):
-                yield statistics.layer, statistics
-                activations.forget(statistics.layer)
-        finally:
-            activations.close()
+                wants=wanted_head_sums(job.plan),
+            )
+        head = quantize_head(
+            job.checkpoint,
+            job.plan,
+            statistics,
+            job.config.profile,
+            self._device,
+            self._budget,
+            reading.note,
+        )
+        hashes = self._write_all(head.tensors)
+        records = [self._record(head, statistics)] if job.config.with_errors else []
+        self._finish_step(_HEAD_STEP, hashes, reading, linears=records)
+        logger.info("head: done in %.1f s", time.perf_counter() - started)
+
+    def _record(self, linear: QuantizedLinear, statistics: LayerStatistics | None) -> LinearRecord:
+        record = linear_record(linear)
+        if statistics is not None:
+            record["output_db"] = output_errors(
+                linear,
+                statistics.sample_of(linear.name),
+                statistics.input_of(linear.name),
+                self._job.config.profile,
+                self._job.plan.scales,
+            )
+        return record
 
     def _layer(self, layer: int, statistics: LayerStatistics | None, calibrated_s: float) -> None:
         job, started = self._job, time.perf_counter()
@@ -363,16 +426,7 @@ class _Progress:
             hashes |= {} if writing is None else writing.result()
             writing = self._writer.submit(self._write_all, linear.tensors)
             if job.config.with_errors:
-                record = linear_record(linear)
-                if statistics is not None:
-                    record["output_db"] = output_errors(
-                        linear,
-                        statistics.sample_of(linear.name),
-                        statistics.input_of(linear.name),
-                        job.config.profile,
-                        job.plan.scales,
-                    )
-                records.append(record)
+                records.append(self._record(linear, statistics))
         hashes |= {} if writing is None else writing.result()
         if job.plan.kv_cache == "fp8":
             rule = job.plan.scales.activations

@@ -106,7 +106,7 @@ def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> QuantizationRe
     """Build the record of a finished run as JSON values.
 
     entries  the journal's, one a step; those of the layers hold `linears`, `observed` (tap point ->
-             largest magnitude), `seconds` and `peak_memory_bytes`
+             largest magnitude), `seconds` and `peak_memory_bytes`, that of the head `linears`
     """
     config, checkpoint, fingerprint = job.config, job.checkpoint, job.fingerprint
     layers = [entry for entry in entries if "observed" in entry]
@@ -146,5 +146,5 @@ def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> QuantizationRe
             }
             for number, entry in enumerate(layers)
         ],
-        "linears": [record for entry in layers for record in entry.get("linears", ())],
+        "linears": [record for entry in entries for record in entry.get("linears", ())],
     }

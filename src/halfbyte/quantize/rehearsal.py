@@ -65,6 +65,8 @@ def kinds_of(plan: Plan, num_layers: int) -> list[Kind]:
     """The formats of every layer's linears, in model order."""
     kinds: list[list[WeightFormat]] = [[] for _ in range(num_layers)]
     for name, chosen in plan.formats.items():
+        if name == "head":
+            continue
         kinds[int(name.split(".")[1])].append(chosen)
     return [" ".join(kind) for kind in kinds]
 

@@ -4,12 +4,13 @@ Called by `quantize` before anything heavy begins, and by `halfbyte inspect plan
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from halfbyte.config import ModelConfig
 from halfbyte.errors import FormatError, UsageError
+from halfbyte.log import say_once
 from halfbyte.modules import (
     CacheFormat,
     LinearSpec,
@@ -17,6 +18,8 @@ from halfbyte.modules import (
     decoder_linears,
     encoder_linears,
     fused_partners,
+    head_linear,
+    quantizable_linears,
 )
 from halfbyte.recipe.schema import LayerRange, Recipe, Rule, Scales, Share
 
@@ -28,7 +31,8 @@ _SCALAR_BYTES = 4
 class Plan:
     """The format of every decoder linear (canonical name, model order) and of the KV cache.
 
-    Everything that is not listed stays as the source has it.
+    The head is listed where it is quantized. Everything that is not listed stays as the source has
+    it.
     """
 
     recipe_name: str
@@ -51,16 +55,20 @@ class Size:
 def make_plan(recipe: Recipe, config: ModelConfig) -> Plan:
     """Apply a recipe to a model, so that every linear has one format.
 
+    A rule for the head leaves a tied one, which is the embedding, in bf16 and says so in a warning.
+
     Raises UsageError for a layer outside the model, a rule that matches nothing, two rules that
-    claim the same linear, a linear or part that none claims, fused partners of different formats;
-    FormatError for an NVFP4 linear whose width is no multiple of 16. The message names recipe,
-    rule and linear.
+    claim the same linear, a linear or part that none claims, a head that is both claimed and kept,
+    fused partners of different formats; FormatError for an NVFP4 linear whose width is no multiple
+    of 16. The message names recipe, rule and linear.
     """
-    linears = decoder_linears(config)
+    linears = [*decoder_linears(config), head_linear(config)]
     claimed: dict[str, int] = {}
     for number, rule in enumerate(recipe.rules):
         where = f"recipe {recipe.source}, rule {number + 1}"
         layers = _layers(rule, config.text.num_layers, where)
+        if rule.group is None and "head" in recipe.keep:
+            raise UsageError(f"{where} claims the head, which the recipe names under keep as well")
         for linear in linears:
             if not _matches(rule, layers, linear):
                 continue
@@ -69,8 +77,15 @@ def make_plan(recipe: Recipe, config: ModelConfig) -> Plan:
                     f"{where} overlaps rule {claimed[linear.name] + 1}: both claim {linear.name}"
                 )
             claimed[linear.name] = number
-    _check_leftovers(recipe, config, [x.name for x in linears if x.name not in claimed])
-    formats = {x.name: recipe.rules[claimed[x.name]].format for x in linears}
+    _check_leftovers(recipe, config, claimed)
+    formats = {x.name: recipe.rules[claimed[x.name]].format for x in linears if x.name in claimed}
+    if formats.get("head", "bf16") != "bf16" and config.text.tied_head:
+        say_once(
+            f"recipe {recipe.source}: the head of this model is its embedding (tied), which stays "
+            f"in bf16, not {formats['head']}"
+        )
+    if config.text.tied_head or formats.get("head") == "bf16":
+        formats.pop("head", None)
     _check_partners(recipe, formats)
     _check_widths(linears, formats)
     return Plan(recipe.name, formats, recipe.kv_cache, recipe.scales)
@@ -107,12 +122,16 @@ def _place(end: int | Share, num_layers: int) -> int:
 
 
 def _matches(rule: Rule, layers: frozenset[int], linear: LinearSpec) -> bool:
+    if rule.group is None or linear.layer is None:
+        return rule.group is None and linear.part == "head"
     short = linear.name.rpartition(".")[2]
     return linear.group == rule.group and linear.layer in layers and short in rule.linears
 
 
-def _check_leftovers(recipe: Recipe, config: ModelConfig, left: list[str]) -> None:
-    parts = ["embedding"] if config.text.tied_head else ["embedding", "head"]
+def _check_leftovers(recipe: Recipe, config: ModelConfig, claimed: Collection[str]) -> None:
+    left = [linear.name for linear in decoder_linears(config) if linear.name not in claimed]
+    is_head_free = not config.text.tied_head and "head" not in claimed
+    parts = ["embedding", "head"] if is_head_free else ["embedding"]
     if config.vision is not None:
         parts += ["vision", "projector"]
     left = [*left, *(part for part in parts if part not in recipe.keep)]
@@ -136,7 +155,7 @@ def _check_partners(recipe: Recipe, formats: Mapping[str, WeightFormat]) -> None
 
 def _check_widths(linears: Iterable[LinearSpec], formats: Mapping[str, WeightFormat]) -> None:
     for linear in linears:
-        if formats[linear.name] == "nvfp4" and linear.in_features % _BLOCK:
+        if formats.get(linear.name) == "nvfp4" and linear.in_features % _BLOCK:
             raise FormatError(
                 f"{linear.name}: {linear.in_features} input features; NVFP4 needs a multiple of 16"
             )
@@ -167,11 +186,16 @@ def plan_sizes(plan: Plan, config: ModelConfig) -> dict[str, Size]:
     scales = 2 * text.num_layers if plan.kv_cache == "fp8" else 0
     sizes["kv scales"] = Size(_SCALAR_BYTES * scales, scales)
     norms = 2 * text.num_layers + 1
-    tables = 1 if text.tied_head else 2
     sizes["norms"] = Size(2 * text.width * norms, norms)
-    sizes["embedding, head"] = Size(2 * text.vocab_size * text.width * tables, tables)
+    table = Size(2 * text.vocab_size * text.width, 1)
+    sizes["embedding, head"] = table if text.tied_head else table + head_size(plan, config)
     sizes["vision"] = _vision_size(config)
     return sizes
+
+
+def head_size(plan: Plan, config: ModelConfig) -> Size:
+    """Bytes and tensors of the head; a tied one counts as the table that it is."""
+    return linear_size(head_linear(config), plan.formats.get("head", "bf16"))
 
 
 def _vision_size(config: ModelConfig) -> Size:
@@ -219,8 +243,13 @@ def format_plan(plan: Plan, config: ModelConfig, *, every_layer: bool = False) -
     sizes = plan_sizes(plan, config)
     for part in ("kv scales", "norms", "embedding, head", "vision"):
         if sizes[part].num_tensors:
-            kind = plan.kv_cache if part == "kv scales" else "bf16"
-            rows.append((part, kind, "-", f"{sizes[part].num_bytes:,}"))
+            name, kind, num_bytes = part, "bf16", sizes[part].num_bytes
+            if part == "kv scales":
+                kind = plan.kv_cache
+            elif part == "embedding, head" and "head" in plan.formats:
+                # The head has a row of its own.
+                name, num_bytes = "embedding", num_bytes - head_size(plan, config).num_bytes
+            rows.append((name, kind, "-", f"{num_bytes:,}"))
     size = plan_size(plan, config)
     rows.append(("total", "", f"{size.num_tensors:,} tensors", f"{size.num_bytes:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -234,7 +263,7 @@ def format_plan(plan: Plan, config: ModelConfig, *, every_layer: bool = False) -
 def _rows(
     plan: Plan, config: ModelConfig, every_layer: bool
 ) -> Iterable[tuple[list[str], LinearSpec, WeightFormat]]:
-    linears = decoder_linears(config)
+    linears = [x for x in quantizable_linears(config) if x.name in plan.formats]
     if every_layer:
         return [([x.name], x, plan.formats[x.name]) for x in linears]
     first: dict[tuple[str, str, WeightFormat], LinearSpec] = {}

@@ -67,13 +67,14 @@ class LayerRange:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Gives one format to the linears of one group.
+    """Gives one format to the linears of one group, or to the output head.
 
+    group    None for the head, which is one linear
     layers   None means all
     linears  short names within the group (q, k, v, o or gate, up, down)
     """
 
-    group: RuleGroup
+    group: RuleGroup | None
     linears: tuple[str, ...]
     layers: tuple[LayerRange, ...] | None
     format: WeightFormat
@@ -228,11 +229,15 @@ def _choice(value: Any, kinds: Any, where: str) -> str:
 
 
 def _rule(raw: Any, where: str) -> Rule:
+    if isinstance(raw, dict) and raw.get("part") == "head":
+        fields = _fields(raw, where, ("part", "format"))
+        chosen = _choice(fields["format"], WeightFormat, f"{where}, format")
+        return Rule(None, (), None, cast("WeightFormat", chosen))
     fields = _fields(raw, where, ("part", "group", "format"), ("layers", "linears"))
     if fields["part"] != "decoder":
         raise UsageError(
-            f"{where}: part {shown(fields['part'])}: only the decoder is quantized; name other "
-            "parts under keep"
+            f"{where}: part {shown(fields['part'])}: only the decoder and the head are quantized; "
+            "name other parts under keep"
         )
     group = cast("RuleGroup", _choice(fields["group"], RuleGroup, f"{where}, group"))
     return Rule(

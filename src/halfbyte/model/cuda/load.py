@@ -57,6 +57,8 @@ def reason_against(
         return f"width {text.width}, MLP {text.mlp_width}; multiples of 64 and 8 are needed"
     if products == "fast" and text.mlp_width > 48 * 1024:
         return f"MLP of {text.mlp_width}; fast products take {48 * 1024}"
+    if "head" in formats:
+        return f"the head is {formats['head']}; the kernels want it in bf16"
     for layer in range(text.num_layers):
         prefix = f"decoder.{layer}"
         for group in _groups(prefix):
