@@ -294,6 +294,13 @@ def _plain_message(
     content = plain.get("content")
     if isinstance(content, list):
         thoughts = [part["thinking"] for part in content if part["type"] == "thinking"]
+        if thoughts and plain["role"] in ("system", "developer"):
+            path = f"messages[{index}].content"
+            raise RequestError(
+                f"{path}: this model's template has no place for a thought in a system message",
+                param=path,
+                code="unsupported_content",
+            )
         parts = [
             _plain_part(part, index, n, images)
             for n, part in enumerate(content)

@@ -84,9 +84,14 @@ def _content_form(value: Any) -> str:
     return "parts" if isinstance(value, list) else "string"
 
 
-_TextParts = Annotated[
+# Magistral's own system prompt shows how to think by a thought in it.
+_SystemParts = Annotated[
     Annotated[str, Tag("string")]
-    | Annotated[list[TextPart], Tag("parts"), Field(max_length=MOST_PARTS)],
+    | Annotated[
+        list[Annotated[TextPart | ThinkingPart, Field(discriminator="type")]],
+        Tag("parts"),
+        Field(max_length=MOST_PARTS),
+    ],
     Discriminator(_content_form),
 ]
 _UserParts = Annotated[
@@ -127,7 +132,7 @@ _MESSAGE_IGNORED = frozenset(
 class SystemMessage(Wire):
     IGNORED = _MESSAGE_IGNORED
     role: Literal["system", "developer"]
-    content: _TextParts
+    content: _SystemParts
 
 
 class UserMessage(Wire):
