@@ -55,8 +55,10 @@ from halfbyte.model.cuda.weights import Products
 # of 2**-9, and random layers amplify it: the C and the torch kernels of a CPU differ by 0.13
 # on this mixed checkpoint, by 0.024 on the bf16 one. Logits have a deviation of 1, a gap of two
 # moves by 2**0.5 times that; three such deviations.
-NEAR_TIE = {"mixed": 0.56, "fp8": 0.56, "bf16": 0.11}
-RELATIVE = {"mixed": 0.2, "fp8": 0.2, "bf16": 0.04}
+NEAR_TIE = {"mixed": 0.56, "fp8": 0.56, "nvfp4": 0.56, "bf16": 0.11}
+RELATIVE = {"mixed": 0.2, "fp8": 0.2, "nvfp4": 0.2, "bf16": 0.04}
+# Options that a CPU must be given, too, to compute the same.
+NUMERICS = ("fp8_activations",)
 # Tokens of a place that are followed from one computation to the next.
 CONTENDERS = 16
 SMALL: dict[str, Any] = {
@@ -225,7 +227,8 @@ def check_tokens_are_those_of_the_cpu(directory: Path, **options: Any) -> dict[s
     """Greedy answers, prompts shorter and longer than a graph, chunks, found prefixes."""
     prompts = [prompt_of(length, length) for length in LENGTHS]
     prompts += [[*prompt_of(333, 333)[:n], 7, 8, 9] for n in (100, 160, 320)]
-    wanted, gaps = answers_with_gaps(load(directory, "cpu"), prompts, GREEDY)
+    numerics = {key: options[key] for key in NUMERICS if key in options}
+    wanted, gaps = answers_with_gaps(load(directory, "cpu", **numerics), prompts, GREEDY)
     engine = load(directory, **options)
     near_tie = NEAR_TIE[directory.name]
     counts = count_differences(answers(engine, prompts), wanted, gaps, near_tie)
@@ -237,11 +240,11 @@ def check_tokens_are_those_of_the_cpu(directory: Path, **options: Any) -> dict[s
     return counts
 
 
-def check_scores_are_those_of_the_cpu(directory: Path) -> str:
+def check_scores_are_those_of_the_cpu(directory: Path, **options: Any) -> str:
     """Logits of a text in chunks through graphs, and through products for many rows."""
     text = prompt_of(400, 4)
-    wanted = torch.cat(list(load(directory, "cpu").score(text, 400)))
-    engine = load(directory)
+    wanted = torch.cat(list(load(directory, "cpu", **options).score(text, 400)))
+    engine = load(directory, **options)
     largest = []
     for chunk in (100, 400, 150):
         found = torch.cat(list(engine.score(text, chunk))).cpu()
@@ -500,6 +503,15 @@ CHECKS: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
     ("mixed", check_lookup, {}),
     ("mixed", check_draft_model, {"head": "eagle-fp8"}),
     ("bf16", check_draft_model, {"head": "eagle-bf16"}),
+    ("nvfp4", check_weights_are_the_same, {}),
+    ("nvfp4", check_graph_equals_eager, {}),
+    ("nvfp4", check_scores_are_those_of_the_cpu, {}),
+    ("nvfp4", check_tokens_are_those_of_the_cpu, {}),
+    ("nvfp4", check_draft_model, {"head": "eagle-fp8"}),
+    ("mixed", check_scores_are_those_of_the_cpu, {"fp8_activations": "per-token"}),
+    ("mixed", check_tokens_are_those_of_the_cpu, {"fp8_activations": "per-token"}),
+    ("mixed", check_graph_equals_eager, {"fp8_activations": "per-token"}),
+    ("fp8", check_tokens_are_those_of_the_cpu, {"fp8_activations": "per-token"}),
     ("mixed", check_weights_are_the_same, {"mode": "fast"}),
     ("mixed", check_graph_equals_eager, {"products": "fast"}),
     ("mixed", check_two_runs_are_identical, {"products": "fast"}),
@@ -534,6 +546,7 @@ def write_checkpoints(folder: Path) -> None:
     write_tiny_checkpoint(folder / "bf16", config=hopper_config())
     write_fp8(folder / "fp8", hopper_config())
     write_mixed(folder / "mixed", folder / "fp8", folder)
+    write_mixed(folder / "nvfp4", folder / "fp8", folder, recipe="nvfp4-everywhere")
     seeing = replace(hopper_config(), vision=tiny_config(vision=True).vision)
     write_tiny_checkpoint(folder / "seeing", config=seeing)
     write_tiny_eagle(folder / "eagle-bf16", hopper_config())
@@ -838,11 +851,12 @@ def engine_of(
 
 def speed(num_layers: int) -> dict[str, Any]:
     """The engine over random weights of the big geometry: memory, capture, decode, prefill."""
-    from halfbyte.bench.synthetic import medium_geometry, mixed_formats, random_weights
+    from halfbyte.bench.synthetic import formats_of, medium_geometry, random_weights
     from halfbyte.kernels.cuda.library import KernelLibrary
 
     library = KernelLibrary(torch.device("cuda", 0))
-    weights = random_weights(library, medium_geometry(num_layers), mixed_formats(num_layers))
+    geometry = medium_geometry(num_layers)
+    weights = random_weights(library, geometry, formats_of(geometry))
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "layers": num_layers}
     for name, config in (("plain", LARGE), ("deterministic", replace(LARGE, deterministic=True))):
         start = time.perf_counter()
@@ -868,21 +882,16 @@ def speed(num_layers: int) -> dict[str, Any]:
 
 def write_big(directory: Path, num_layers: int) -> int:
     """A mixed checkpoint of the big geometry with the bytes of one random buffer; its size."""
-    from halfbyte.bench.synthetic import medium_geometry, mixed_formats
+    from halfbyte.bench.synthetic import formats_of, medium_geometry
     from halfbyte.checkpoint.inventory import expected_tensors
     from halfbyte.checkpoint.metadata import Quantization
     from halfbyte.checkpoint.names import foreign_name
     from halfbyte.checkpoint.shards import DTYPE_NAMES, bytes_of
     from halfbyte.checkpoint.written_metadata import hub_config, modelopt_configs
     from halfbyte.config import ModelConfig
-    from halfbyte.modules import decoder_linears
 
     config = ModelConfig(medium_geometry(num_layers), None)
-    mlp = mixed_formats(num_layers)
-    formats = {
-        one.name: mlp[int(one.name.split(".")[1])] if one.group == "mlp" else "fp8"
-        for one in decoder_linears(config)
-    }
+    formats = formats_of(config.text)
     raw, older = modelopt_configs(hub_config(config), formats, "fp8", "hf-text")
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(raw))
@@ -940,9 +949,9 @@ def start_big(directory: Path, num_layers: int) -> dict[str, Any]:
 def draft_speed(num_layers: int, guesses: int = 3) -> dict[str, Any]:
     """What a draft model of two layers adds to a step, random weights: no guess is right."""
     from halfbyte.bench.synthetic import (
+        formats_of,
         make_tables,
         medium_geometry,
-        mixed_formats,
         random_weight,
         random_weights,
     )
@@ -951,9 +960,10 @@ def draft_speed(num_layers: int, guesses: int = 3) -> dict[str, Any]:
 
     library = KernelLibrary(torch.device("cuda", 0))
     geometry = medium_geometry(num_layers)
-    weights = random_weights(library, geometry, mixed_formats(num_layers))
+    weights = random_weights(library, geometry, formats_of(geometry))
     # Two layers, all in FP8, over the target's embedding and head.
-    own = random_weights(library, replace(geometry, num_layers=2, vocab_size=64), ("fp8", "fp8"))
+    small = replace(geometry, num_layers=2, vocab_size=64)
+    own = random_weights(library, small, formats_of(small, "fp8"))
     fuse = random_weight(library, make_tables(library.device), "fp8", 12288, 2 * 12288, 99)
     draft = replace(
         own,

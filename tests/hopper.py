@@ -50,8 +50,8 @@ def write_fp8(directory: Path, config: ModelConfig) -> Path:
     return directory
 
 
-def write_mixed(directory: Path, fp8: Path, scratch: Path) -> Path:
-    """`fp8` through the recipe of the big model: interior MLPs in NVFP4, FP8 keys and values."""
+def write_mixed(directory: Path, fp8: Path, scratch: Path, recipe: str = "medium-3.5") -> Path:
+    """`fp8` through a recipe; the big model's: interior MLPs in NVFP4, FP8 keys and values."""
     vocabulary = Checkpoint.open(fp8).config.text.vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (4, 64), generator=generator)
@@ -60,7 +60,7 @@ def write_mixed(directory: Path, fp8: Path, scratch: Path) -> Path:
         QuantizeConfig(
             source=fp8,
             output=directory,
-            recipe=load_recipe("medium-3.5"),
+            recipe=load_recipe(recipe),
             calibration_tokens=scratch / "tokens.safetensors",
             with_errors=False,
         )

@@ -33,6 +33,9 @@ WeightFormat = Literal["bf16", "fp8", "nvfp4"]
 CacheFormat = Literal["bf16", "fp8"]
 # What a quantized linear computes (decision 0004).
 Mode = Literal["weight_only", "declared", "fp8_declared"]
+# By what an FP8 linear rounds its activations: the checkpoint's scale where it has one, that scale
+# or nothing, or the largest value of each token (decision 0157).
+Fp8Activations = Literal["auto", "static", "per-token"]
 
 ATTENTION_LINEARS = ("q", "k", "v", "o")
 MLP_LINEARS = ("gate", "up", "down")

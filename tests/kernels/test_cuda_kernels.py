@@ -287,6 +287,44 @@ def test_norm_and_silu_are_their_twins(library, kind: str, blocks: int, is_tiled
         assert torch.allclose(token_scale, scales.float(), rtol=2.0**-7)
 
 
+@pytest.mark.parametrize("kind", ["f16", "e4m3", "e4m3_token", "e4m3_paired"])
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.parametrize(("head_dim", "heads"), [(128, 96), (128, 9), (64, 5)])
+def test_attention_s_output_is_written_as_an_o_reads_it(
+    library, kind: str, blocks: int, is_tiled: bool, head_dim: int, heads: int
+) -> None:
+    """Exact: the same rounding of the same numbers, and the padding behind them is left alone."""
+    width, tokens, gain = head_dim * heads, 37, 0.37
+    kernels = library.elementwise(1024, 1536, blocks, HeadShape(head_dim, heads, 1))
+    generator = torch.Generator().manual_seed(width)
+    sizes = torch.logspace(-6, 3, tokens)[:, None]
+    x = (torch.randn(tokens, width, generator=generator) * sizes).bfloat16().cuda()
+    x[3] = 0.0
+    scale = 0.05 if kind == "e4m3" else 0.5
+    stored, scales = _as_stored((x.float() * gain).bfloat16(), kind, scale)
+    stored = stored.clamp(-65504, 65504) if kind == "f16" else stored
+    rows, element = 40 if is_tiled else tokens, stored.element_size()
+    data = torch.full((rows * width * element,), 0xFF, dtype=torch.uint8, device="cuda")
+    strides = [ctypes.c_int64(s) for s in ((rows * 16, 16) if is_tiled else (16, width * element))]
+    if kind in ("e4m3_token", "e4m3_paired"):
+        token_scale = torch.full((tokens,), torch.nan, device="cuda")
+        arguments = (x, gain, data, *strides, scale, token_scale)
+        threads = 512 if blocks == 1 else 256
+        grid = (blocks, tokens, 1)
+        _launch(kernels[f"quantize_{kind}"], grid, threads, *arguments, cluster=blocks)
+        assert torch.equal(token_scale, scales.float())
+    else:
+        grid = (-(-width // 2048), tokens, 1)
+        _launch(kernels[f"quantize_{kind}"], grid, 256, x, width, gain, data, *strides, scale)
+    if is_tiled:
+        chunks = data.view(-1, 40, 16)
+        assert bool((chunks[:, tokens:] == 0xFF).all())
+        data = chunks[:, :tokens].transpose(0, 1).contiguous()
+    found = data.view(-1).view(stored.dtype).view(tokens, width)
+    assert torch.equal(found.view(torch.uint8), stored.view(torch.uint8))
+
+
 def test_two_products_are_bit_identical(library) -> None:
     tiled, _ = _weight("nvfp4", 1024, 4096)
     x = torch.randn(16, 4096, dtype=torch.float16, device="cuda")
@@ -378,3 +416,11 @@ def test_decode_attention(
     error = (got.double() - expected.double()).norm() / expected.double().norm()
     assert error < 3e-3, float(error)  # bf16 outputs: half a step is 2e-3
     assert not counters.any()
+    # For an NVFP4 `o`: fp16 of the same bf16 values, halved, in chunks of 16 bytes a token.
+    kernel = library.attention(HeadShape(head_dim, heads, kv_heads), 16, "f16", warps)
+    tiled = torch.full((heads * head_dim // 8, 8, 16), 0xFF, dtype=torch.uint8, device="cuda")
+    arguments = (*arguments[:10], tiled, ctypes.c_int64(8 * 16), ctypes.c_int64(16), 0.5)
+    launch = Launch(kernel, (splits, kv_heads, sequences), warps * 32, arguments, overlaps=False)
+    launch.run(torch.cuda.current_stream().cuda_stream)
+    halves = repack.untile_activations(tiled, 8, sequences, heads * head_dim, torch.float16)
+    assert torch.equal(halves, (out.float() * 0.5).half())

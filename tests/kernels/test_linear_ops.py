@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from bounded import assert_bounded
@@ -58,6 +60,57 @@ def test_every_implementation_is_as_exact_as_torch(format: str, shape: tuple[int
             assert_bounded(linear(x_TI, weight), plain, exact)
             wide = x_TI.float() @ exact_OI.to(torch.bfloat16).float().T
             assert_bounded(linear(x_TI, weight, torch.float32), wide, exact)
+
+
+@given(
+    rows=st.integers(1, 20),
+    width=st.sampled_from([1, 15, 16, 17, 300, 4096]),
+    exponent=st.integers(-30, 30),
+    odd=st.sampled_from([None, 0.0, torch.nan, torch.inf, -(2.0**-130)]),
+    seed=st.integers(0, 2**20),
+)
+def test_tokens_are_rounded_alike_everywhere(
+    rows: int, width: int, exponent: int, odd: float | None, seed: int
+) -> None:
+    """Codes' values and scales are the definition's, whatever a row holds."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TI = torch.randn(rows, width, generator=generator) * 2.0**exponent
+    x_TI[0] *= 2.0**-12  # most of it subnormal as e4m3, were the scale another row's
+    if odd is not None:
+        x_TI[-1, width // 2] = odd
+        if odd == 0.0:
+            x_TI[-1] = 0.0
+    for dtype in (torch.bfloat16, torch.float32):
+        found = implementations("round_tokens")
+        wanted_TI, wanted_T = reference.round_tokens(x_TI.to(dtype))
+        for name, function in found.items():
+            rounded_TI, scale_T = function(x_TI.to(dtype))
+            assert torch.equal(rounded_TI.nan_to_num(777.0), wanted_TI.nan_to_num(777.0)), name
+            assert torch.equal(scale_T.nan_to_num(777.0), wanted_T.nan_to_num(777.0)), name
+            assert rounded_TI.dtype == dtype and scale_T.dtype == torch.float32
+    if odd in (None, 0.0):
+        # Every value takes its nearest code: half a step is a sixteenth at most.
+        values = wanted_TI.double() * wanted_T.double()[:, None]
+        least = wanted_T.double()[:, None] * 2.0**-10
+        error = (values - x_TI.double()).abs()
+        assert bool((error <= torch.maximum(x_TI.double().abs() * (2.0**-4 + 1e-6), least)).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_token_s_scale_multiplies_its_sums(shape: tuple[int, int]) -> None:
+    arguments, exact_OI = stored("fp8", *shape)
+    for name, linear in implementations("linear_fp8").items():
+        weight = implementations("prepare_fp8")[name](*arguments)
+        for rows in (1, 9, 49):
+            generator = torch.Generator().manual_seed(rows)
+            x_TI, scale_T = reference.round_tokens(
+                torch.randn(rows, shape[1], generator=generator).to(torch.bfloat16)
+            )
+            exact = x_TI.double() @ exact_OI.T * scale_T.double()[:, None]
+            wide = (x_TI.float() @ exact_OI.float().T) * scale_T[:, None]
+            assert_bounded(linear(x_TI, weight, None, scale_T), wide.to(torch.bfloat16), exact)
+            wide = (x_TI.float() @ exact_OI.to(torch.bfloat16).float().T) * scale_T[:, None]
+            assert_bounded(linear(x_TI, weight, torch.float32, scale_T), wide, exact)
 
 
 @NATIVE

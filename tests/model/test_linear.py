@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bounded import assert_bounded
 from halfbyte.errors import CheckpointError
-from halfbyte.formats.fp8 import encode_fp8, fp8_scale, round_to_fp8
+from halfbyte.formats.fp8 import encode_fp8, fp8_scale, round_to_fp8, round_tokens_to_fp8
 from halfbyte.formats.nvfp4 import (
     EncodedNVFP4,
     decode_nvfp4,
@@ -14,7 +14,14 @@ from halfbyte.formats.nvfp4 import (
     nvfp4_tensor_scale,
     round_to_nvfp4,
 )
-from halfbyte.model.linear import FusedLinear, SplitLinear, StoredLinear, make_linear
+from halfbyte.model.linear import (
+    FusedLinear,
+    SplitLinear,
+    StoredLinear,
+    TokenScaledLinear,
+    make_linear,
+)
+from halfbyte.modules import Fp8Activations, Mode
 
 WIDTH = 64
 
@@ -88,9 +95,56 @@ def test_different_input_scales_matter_only_where_inputs_are_rounded() -> None:
     assert torch.equal(split(x_TI), torch.cat(apart, -1))
 
 
+@pytest.mark.parametrize("mode", ["declared", "fp8_declared"])
+@pytest.mark.parametrize(
+    ("input_scale", "fp8_activations"), [(None, "auto"), (None, "per-token"), (0.02, "per-token")]
+)
+def test_tokens_are_rounded_by_their_own_largest_value(
+    mode: Mode, input_scale: float | None, fp8_activations: Fp8Activations
+) -> None:
+    members = [member("fp8", rows, input_scale) for rows in (48, 16, 20)]
+    linear = make_linear([stored for stored, _ in members], mode, fp8_activations)
+    assert isinstance(linear, TokenScaledLinear)
+    # Sizes that no scale of the whole tensor would serve.
+    x_TI = (torch.randn(5, WIDTH) * torch.logspace(-6, 6, 5)[:, None]).to(torch.bfloat16)
+    codes_TI, scale_T = round_tokens_to_fp8(x_TI)
+    rounded_TI = codes_TI.double() * scale_T.double()[:, None]
+    largest_T1 = x_TI.double().abs().amax(-1, keepdim=True)
+    assert bool(((rounded_TI - x_TI.double()).abs() <= largest_T1 / 27.9).all())
+    exact_OI = torch.cat([exact for _, exact in members])
+    wide = (codes_TI.float() @ exact_OI.float().T) * scale_T[:, None]
+    exact = rounded_TI @ exact_OI.T
+    for row in range(len(x_TI)):
+        part = slice(row, row + 1)
+        assert_bounded(linear(x_TI[part]), wide[part].to(torch.bfloat16), exact[part])
+
+
+def test_one_member_without_a_scale_has_the_group_rounded_by_token() -> None:
+    group = [member("fp8", 16, 0.02)[0], member("fp8", 16, None)[0]]
+    assert isinstance(make_linear(group, "fp8_declared"), TokenScaledLinear)
+    assert isinstance(make_linear(group, "weight_only"), FusedLinear)
+    kept = make_linear(group[:1], "fp8_declared")
+    assert isinstance(kept, FusedLinear)
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "fp8_declared"])
+def test_rows_of_an_fp8_weight_may_have_scales_of_their_own(mode: Mode) -> None:
+    w_OI = torch.randn(40, WIDTH) * torch.logspace(-3, 3, 40)[:, None]
+    scale_O1 = w_OI.abs().amax(-1, keepdim=True) / 448.0
+    codes_OI = (w_OI / scale_O1).to(torch.float8_e4m3fn)
+    stored = StoredLinear("an.fp8", "fp8", codes_OI, scale_O1)
+    x_TI = torch.ones(3, WIDTH).to(torch.bfloat16)  # rounded by its largest value: still ones
+    exact = x_TI.double() @ (codes_OI.double() * scale_O1.double()).T
+    plain = x_TI @ (codes_OI.float() * scale_O1).to(torch.bfloat16).T
+    assert_bounded(make_linear([stored], mode)(x_TI), plain, exact)
+
+
 def test_missing_scales_are_named() -> None:
     stored, _ = member("fp8", 16, None)
-    with pytest.raises(CheckpointError, match=r"an\.fp8 has no input_scale"):
+    with pytest.raises(CheckpointError, match=r"an\.fp8 has no input_scale.*per-token"):
+        make_linear([stored], "declared", "static")
+    stored, _ = member("nvfp4", 16, None)
+    with pytest.raises(CheckpointError, match=r"an\.nvfp4 has no input_scale"):
         make_linear([stored], "declared")
     bare = StoredLinear("an.nvfp4", "nvfp4", torch.zeros(16, 8, dtype=torch.uint8))
     with pytest.raises(CheckpointError, match=r"an\.nvfp4\.weight_scale is missing"):

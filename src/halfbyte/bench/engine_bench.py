@@ -1,4 +1,4 @@
-"""The whole decoder on one GPU as it is served, in the shipped mixed format.
+"""The whole decoder on one GPU as it is served, in the shipped mixed format or another recipe's.
 
 Question: how many milliseconds does a decode step take at each batch size and context, how many
     tokens a second does prefill reach, and what share of the floor is that?
@@ -37,7 +37,12 @@ from halfbyte.bench.gpu import (
     time_ms,
     watch_board,
 )
-from halfbyte.bench.synthetic import medium_geometry, mixed_formats, random_weights
+from halfbyte.bench.synthetic import (
+    SHIPPED_RECIPE,
+    formats_of,
+    medium_geometry,
+    random_weights,
+)
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.graphs import size_for
 from halfbyte.engine.hopper import HopperDevice
@@ -48,6 +53,7 @@ from halfbyte.engine.runner import Runner
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.library import KernelLibrary, columns_for, unavailable
 from halfbyte.model.cuda.weights import CudaWeights, Products, layer_linears
+from halfbyte.modules import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,12 @@ POINTS = (
     Point(8, 8192),
 )
 PROMPTS = (512, 2048, 8192)
+# What `--products` of the command measures.
+PRODUCTS: dict[str, tuple[Products, ...]] = {
+    "exact": ("exact",),
+    "fast": ("fast",),
+    "both": ("exact", "fast"),
+}
 _WARMUPS, _STEPS = 5, 30
 # What the points need, and the longest prompt in one piece.
 CONFIG = EngineConfig(
@@ -279,10 +291,29 @@ def run_prefill(
     }
 
 
-def make_weights(library: KernelLibrary, num_layers: int, mode: Products = "exact") -> CudaWeights:
-    """Random weights of the medium geometry in its mixed format."""
-    config = medium_geometry(num_layers)
-    return random_weights(library, config, mixed_formats(num_layers), mode=mode)
+class Build(NamedTuple):
+    """What is built: so many layers of the medium geometry, in which formats.
+
+    recipe        of the library, or a file
+    head          format of the output head, if not the recipe's
+    is_per_token  activations of FP8 linears are rounded by each token's largest value
+    """
+
+    num_layers: int
+    recipe: str = SHIPPED_RECIPE
+    head: WeightFormat | None = None
+    is_per_token: bool = False
+
+
+def make_weights(
+    library: KernelLibrary, build: Build | int, mode: Products = "exact"
+) -> CudaWeights:
+    """Random weights of the medium geometry; a number of layers means the shipped format."""
+    if isinstance(build, int):
+        build = Build(build)
+    config = medium_geometry(build.num_layers)
+    formats = formats_of(config, build.recipe, build.head)
+    return random_weights(library, config, formats, is_per_token=build.is_per_token, mode=mode)
 
 
 def format_row(row: dict[str, Any]) -> str:
@@ -311,12 +342,12 @@ def _board(row: dict[str, Any]) -> str:
 
 
 def run_start(
-    num_layers: int, device: torch.device
+    build: Build, device: torch.device, mode: Products = "exact"
 ) -> tuple[dict[str, Any], KernelLibrary, Served]:
     """Seconds to a first token: weights, kernels, cache, graphs, one step."""
     start = time.perf_counter()
     library = KernelLibrary(device)
-    weights = make_weights(library, num_layers)
+    weights = make_weights(library, build, mode)
     torch.cuda.synchronize()
     weights_s = time.perf_counter() - start
     served = load_served(library, weights)
@@ -335,7 +366,9 @@ def run_start(
     return row, library, served
 
 
-def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
+def run_engine(
+    build: Build, modes: tuple[Products, ...] = ("exact", "fast")
+) -> tuple[Ceilings, list[dict[str, Any]]]:
     """Every row of the table, printed as it comes."""
     device = torch.device("cuda")
     reason = unavailable(device.type)
@@ -346,15 +379,17 @@ def run_engine(num_layers: int) -> tuple[Ceilings, list[dict[str, Any]]]:
     ceilings = measure_ceilings(device)
     print(ceilings, flush=True)
     torch.cuda.empty_cache()
-    start, library, served = run_start(num_layers, device)
+    start, library, served = run_start(build, device, modes[0])
     rows = [start]
     print(start, flush=True)
     rows += _run_mode(served, ceilings)
-    # Both do not fit at once; what holds them goes in cycles, which building an engine collects.
-    del served
-    gc.collect()
-    torch.cuda.empty_cache()
-    rows += _run_mode(load_served(library, make_weights(library, num_layers, "fast")), ceilings)
+    for mode in modes[1:]:
+        # Both do not fit at once; what holds them goes in cycles, which building one collects.
+        del served
+        gc.collect()
+        torch.cuda.empty_cache()
+        served = load_served(library, make_weights(library, build, mode))
+        rows += _run_mode(served, ceilings)
     return ceilings, rows
 
 

@@ -229,21 +229,27 @@ def kernel_figures(results: Mapping[str, Any]) -> list[Figure]:
     ]  # fmt: skip
 
 
+_WEIGHTS = ("recipe", "head", "FP8 activations")
+
+
 def engine_figures(results: Mapping[str, Any]) -> list[Figure]:
     """The figures of `bench engine`: each decode step and prompt against its floor.
 
     Where the tensor cores bound a row, how busy they were is a figure, too, with the clock that
     the board's power left.
     """
-    layers = results["config"]["layers"]
+    config = results["config"]
     rows = [row for row in results["rows"] if "share_of_floor" in row]
-    return [figure for row in rows for figure in _row_figures(row, layers)]
+    # What is said of the weights only where they are not those of the shipped format.
+    weights = {key: config[key] for key in _WEIGHTS if key in config}
+    return [fig for row in rows for fig in _row_figures(row, config["layers"], weights)]
 
 
-def _row_figures(row: Mapping[str, Any], layers: int) -> list[Figure]:
+def _row_figures(row: Mapping[str, Any], layers: int, weights: Mapping[str, str]) -> list[Figure]:
     # README shows the whole model: one stream's step, and the longest prompt.
-    is_whole = layers == WHOLE_MODEL_LAYERS and row["mode"] == "exact"
+    is_whole = layers == WHOLE_MODEL_LAYERS and row["mode"] == "exact" and not weights
     conditions: dict[str, str | int | float] = {"layers": layers, "products": row["mode"]}
+    conditions |= weights
     if row["kind"] == "decode":
         conditions |= {"batch": row["batch"], "context": row["context"]}
         is_headline = is_whole and (row["batch"], row["context"]) == (1, 128)

@@ -7,12 +7,13 @@ speed benchmarks, which need the model's bytes but not its knowledge.
 
 import ctypes
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from halfbyte.config import RopeConfig, TextConfig
+from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.formats.minifloat import encode_e2m1, encode_e4m3
 from halfbyte.kernels.cuda.driver import Launch
 from halfbyte.kernels.cuda.library import KernelLibrary
@@ -30,7 +31,11 @@ from halfbyte.kernels.repack import (
 )
 from halfbyte.model.cuda.weights import CudaLayer, CudaLinear, CudaWeights, Products
 from halfbyte.modules import WeightFormat
+from halfbyte.recipe.plan import make_plan
+from halfbyte.recipe.schema import load_recipe
 
+# The recipe of the model as it is shipped.
+SHIPPED_RECIPE = "medium-3.5"
 # Largest of the few hundred million normal values of a matrix, in standard deviations.
 _LARGEST_SIGMA = 5.8
 
@@ -55,11 +60,15 @@ def medium_geometry(num_layers: int = 88) -> TextConfig:
     )
 
 
-def mixed_formats(num_layers: int) -> tuple[WeightFormat, ...]:
-    """Format of each layer's MLP as shipped: NVFP4 but for the first four and the last."""
-    return tuple(
-        "fp8" if layer < 4 or layer == num_layers - 1 else "nvfp4" for layer in range(num_layers)
-    )
+def formats_of(
+    config: TextConfig, recipe: str = SHIPPED_RECIPE, head: WeightFormat | None = None
+) -> dict[str, WeightFormat]:
+    """Format of each linear under a recipe of the library or of a file, by canonical name.
+
+    head  that of the output head, whatever the recipe says
+    """
+    formats = dict(make_plan(load_recipe(recipe), ModelConfig(config, None)).formats)
+    return formats if head is None else {**formats, "head": head}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +149,18 @@ def random_weight(
 def random_weights(
     library: KernelLibrary,
     config: TextConfig,
-    mlp_formats: tuple[WeightFormat, ...],
+    formats: Mapping[str, WeightFormat],
     *,
-    attention_format: TileFormat = "fp8",
+    is_per_token: bool = False,
     seed: int = 0,
     mode: Products = "exact",
 ) -> CudaWeights:
-    """All weights of a decoder in its mixed format. Norm weights are near 1."""
+    """All weights of a decoder. Norm weights are near 1.
+
+    formats       of each linear by canonical name, partners of a group alike (`formats_of`); a head
+                  that is not named is bf16
+    is_per_token  activations of FP8 linears are rounded by each token's largest value
+    """
     tables = make_tables(library.device, seed)
     device, width = library.device, config.width
     torch.manual_seed(seed)
@@ -155,22 +169,28 @@ def random_weights(
     def norm() -> Tensor:
         return (1.0 + 0.1 * torch.randn(width, device=device)).to(torch.bfloat16)
 
-    def layer(index: int, mlp: TileFormat) -> CudaLayer:
-        def weight(format_: TileFormat, out: int, in_: int, place: int) -> TiledWeight:
-            number = (seed * 1000 + index) * 8 + place
-            return random_weight(library, tables, format_, out, in_, number)
+    def linear(name: str, out: int, in_: int, number: int, largest: float) -> CudaLinear:
+        """`largest` is what its inputs reach; their scale is made for it."""
+        stated = formats.get(name, "bf16")
+        format_: TileFormat = stated
+        if stated == "nvfp4" and mode == "fast":
+            format_ = "nvfp4_fast"
+        weight = random_weight(library, tables, format_, out, in_, number)
+        if format_ != "fp8":
+            return CudaLinear(weight)
+        return CudaLinear(weight, None if is_per_token else largest / 448.0)
 
-        # Normalised inputs reach about 6; attention's average and the MLP's product less.
-        gain = {"fp8": 8.0 / 448.0, "nvfp4": 1.0, "nvfp4_fast": 1.0, "bf16": 1.0}
+    def layer(index: int) -> CudaLayer:
+        attention, mlp = f"decoder.{index}.attention", f"decoder.{index}.mlp"
+        number, up = (seed * 1000 + index) * 8, config.mlp_width
+        # Normalised inputs reach about 6; attention's average less, the MLP's product more.
         return CudaLayer(
             norm(),
-            CudaLinear(weight(attention_format, query + 2 * kv, width, 0), gain[attention_format]),
-            CudaLinear(weight(attention_format, width, query, 1), gain[attention_format] / 2),
+            linear(f"{attention}.q", query + 2 * kv, width, number, 8.0),
+            linear(f"{attention}.o", width, query, number + 1, 4.0),
             norm(),
-            CudaLinear(weight(mlp, 2 * config.mlp_width, width, 2), gain[mlp]),
-            CudaLinear(
-                weight(mlp, width, config.mlp_width, 3), gain[mlp] * (2 if mlp == "fp8" else 1)
-            ),
+            linear(f"{mlp}.gate", 2 * up, width, number + 2, 8.0),
+            linear(f"{mlp}.down", width, up, number + 3, 16.0),
             k_scale=8.0 / 448.0,
             v_scale=8.0 / 448.0,
         )
@@ -178,9 +198,6 @@ def random_weights(
     embedding = torch.empty(config.vocab_size, width, dtype=torch.bfloat16, device=device)
     for part in torch.split(embedding, 4096):
         part.normal_()
-    head = random_weight(library, tables, "bf16", config.vocab_size, width, seed)
-    nvfp4: TileFormat = "nvfp4_fast" if mode == "fast" else "nvfp4"
-    layers = tuple(
-        layer(index, nvfp4 if mlp == "nvfp4" else mlp) for index, mlp in enumerate(mlp_formats)
-    )
-    return CudaWeights(config, embedding, layers, norm(), CudaLinear(head))
+    head = linear("head", config.vocab_size, width, seed, 8.0)
+    layers = tuple(layer(index) for index in range(config.num_layers))
+    return CudaWeights(config, embedding, layers, norm(), head)

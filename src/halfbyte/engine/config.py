@@ -74,12 +74,23 @@ def resolve(
         )
     return replace(
         config,
-        mode="weight_only" if config.mode == "auto" else config.mode,
+        mode=with_mode(config).mode,
         kv_cache=format,
         kv_cache_tokens=cache_tokens,
         max_model_len=min(longest, cache_tokens),
         num_speculative_tokens=_num_speculative_tokens(config),
     )
+
+
+def with_mode(config: EngineConfig) -> EngineConfig:
+    """Decide the mode of a model that does not run on the kernels of a GPU.
+
+    `fp8_declared` where it is said by what FP8 linears round their activations, else `weight_only`.
+    """
+    if config.mode != "auto":
+        return config
+    rounds = config.fp8_activations != "auto"
+    return replace(config, mode="fp8_declared" if rounds else "weight_only")
 
 
 def free_cache_bytes(config: EngineConfig) -> int:
@@ -111,6 +122,11 @@ def _validate(config: EngineConfig, text: TextConfig) -> None:
         )
     if not 0.0 < config.gpu_memory_utilization <= 1.0:
         raise UsageError(f"gpu_memory_utilization {config.gpu_memory_utilization} is not in (0, 1]")
+    if config.fp8_activations != "auto" and config.mode == "weight_only":
+        raise UsageError(
+            f"fp8_activations {config.fp8_activations} with mode weight_only, in which no linear "
+            "rounds its activations; leave one of them out"
+        )
     if config.collective_timeout_s <= 0.0:
         raise UsageError(f"collective_timeout_s {config.collective_timeout_s} must be above 0")
     gap_ms = config.target_gap_ms

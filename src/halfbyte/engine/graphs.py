@@ -34,13 +34,12 @@ from halfbyte.kernels.cuda.library import (
     linear_code,
     prefill_code,
 )
-from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.log import logger
 from halfbyte.model.cuda.decode import DecodeStep
-from halfbyte.model.cuda.launches import SharedBuffers
+from halfbyte.model.cuda.launches import SharedBuffers, attention_kind, head_logits
 from halfbyte.model.cuda.prefill import GRAPH_SIZES, Prefill
 from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
-from halfbyte.model.cuda.weights import ACTIVATION_KIND, CudaWeights, KvCache
+from halfbyte.model.cuda.weights import CudaWeights, KvCache
 from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
 
@@ -205,7 +204,7 @@ def compile_kernels(weights: CudaWeights, page_slots: int, sizes: Sequence[int])
         partial(elementwise_code, config.width, config.mlp_width, blocks, heads)
         for blocks in (8, 2, 1)
     ]
-    kinds = {ACTIVATION_KIND[layer.o.weight.format] for layer in weights.layers}
+    kinds = {attention_kind(layer.o) for layer in weights.layers}
     tasks += [
         partial(attention_code, heads, page_slots, kind, num_warps)
         for kind in sorted({*kinds, "bf16"})
@@ -410,8 +409,7 @@ class HopperExecutor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
-        logits_RV = stream_product(self._library, self._weights.head.weight, hidden_RD)
-        return self._whole(logits_RV)
+        return self._whole(head_logits(self._library, self._weights.head, hidden_RD))
 
     def hidden(self, size: int) -> Tensor:
         return self._steps[size].read_hidden()

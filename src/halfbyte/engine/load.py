@@ -18,7 +18,13 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import require_trusted
 from halfbyte.config import TextConfig
 from halfbyte.engine.cache import PagedCache, bytes_per_token
-from halfbyte.engine.config import EngineConfig, draft_directory, free_cache_bytes, resolve
+from halfbyte.engine.config import (
+    EngineConfig,
+    draft_directory,
+    free_cache_bytes,
+    resolve,
+    with_mode,
+)
 from halfbyte.engine.graphs import (
     MAX_ROWS,
     HopperExecutor,
@@ -213,12 +219,22 @@ def load_part(
         return _load_hopper(checkpoint, config, communicator or Solo())
     assert config.mode != "auto"
     decoder = load_decoder(
-        checkpoint, device=config.device, mode=config.mode, communicator=communicator
+        checkpoint,
+        device=config.device,
+        mode=config.mode,
+        communicator=communicator,
+        fp8_activations=config.fp8_activations,
     )
     directory, eagle = draft_directory(config), None
     if directory is not None:
         draft = Checkpoint.open_eagle(directory)
-        eagle = load_eagle(draft, decoder.config, device=config.device, mode=config.mode)
+        eagle = load_eagle(
+            draft,
+            decoder.config,
+            device=config.device,
+            mode=config.mode,
+            fp8_activations=config.fp8_activations,
+        )
         _say_draft(directory, eagle.config.num_layers, eagle.num_weight_bytes)
     return PlainPart(config, decoder, eagle)
 
@@ -245,9 +261,15 @@ def _load_hopper(
             num_spare_embeddings=MAX_ROWS if has_images else 0,
             shard=shard,
             mode=config.products,
+            fp8_activations=config.fp8_activations,
         )
         if directory is not None:
-            draft = load_cuda_draft(Checkpoint.open_eagle(directory), weights)
+            draft = load_cuda_draft(
+                Checkpoint.open_eagle(directory),
+                weights,
+                mode=config.products,
+                fp8_activations=config.fp8_activations,
+            )
             _say_draft(directory, draft.config.num_layers, draft.num_bytes)
     return HopperPart(config, library, weights, draft, communicator)
 
@@ -278,11 +300,17 @@ def reason_against_kernels(checkpoint: Checkpoint, config: EngineConfig) -> str 
         config.block_tokens,
         products=config.products,
         num_ranks=config.tensor_parallel_size,
+        fp8_activations=config.fp8_activations,
     )
     directory = draft_directory(config)
     if reason is None and directory is not None:
         draft = Checkpoint.open_eagle(directory)
-        reason = reason_against_draft(draft, config.block_tokens, products=config.products)
+        reason = reason_against_draft(
+            draft,
+            config.block_tokens,
+            products=config.products,
+            fp8_activations=config.fp8_activations,
+        )
     return reason
 
 
@@ -310,8 +338,7 @@ def load_runner(directory: str | Path, config: EngineConfig) -> tuple[Runner, En
         logger.warning("CUDA kernels not used: %s; the model runs in plain torch", reason)
         if config.deterministic:
             raise UnsupportedError(f"deterministic needs the CUDA kernels: {reason}")
-    if config.mode == "auto":
-        config = replace(config, mode="weight_only")
+    config = with_mode(config)
     if config.tensor_parallel_size == 1:
         return _load_ranks(checkpoint, config, None, uses_kernels=reason is None)
     if draft_directory(config) is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from halfbyte.modules import CacheFormat, Mode
+from halfbyte.modules import CacheFormat, Fp8Activations, Mode
 
 
 class Option(NamedTuple):
@@ -94,6 +94,15 @@ class EngineConfig:
         metadata=_told(
             "on a Hopper GPU: NVFP4 layers multiply in 16 bit, or faster in FP8 (%(default)s)",
             "--products",
+        ),
+    )
+    fp8_activations: Fp8Activations = field(
+        default="auto",
+        metadata=_told(
+            "FP8 linears round activations by the checkpoint's scale, or by the largest value of "
+            "each token (auto: static where the checkpoint has a scale; --mode auto rounds on a "
+            "CPU, too, if this is given)",
+            "--fp8-activations",
         ),
     )
     deterministic: bool = field(

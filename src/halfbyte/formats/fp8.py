@@ -21,6 +21,9 @@ from halfbyte.formats.minifloat import E4M3_MAX, decode_e4m3, encode_e4m3
 Profile = Literal["ieee", "cuda", "direct"]
 PROFILES: tuple[Profile, ...] = ("ieee", "cuda", "direct")
 
+# What a token's largest activation counts as at least, so that zeros have a scale.
+_LEAST_LARGEST = 1e-12
+
 
 def scale_from_amax(amax: Tensor, largest: float, profile: Profile) -> Tensor:
     """`amax / largest` as f32, by the profile's arithmetic; keeps the shape of `amax`.
@@ -93,6 +96,19 @@ def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
         stop = start + chunk
         decoded[start:stop] = decode_e4m3(flat[start:stop]).mul_(factor)
     return decoded.view(codes.shape)
+
+
+def round_tokens_to_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations of an FP8 linear without an input scale: each row has a scale of its own.
+
+    returns  codes_TI e4m3 of `x / s`, scale_T f32: `max(max|x|, 1e-12) / 448` of each row
+
+    Quotients are f32; NaN stays NaN. A row of zeros has codes 0.
+    Source: the `dynamic` activations of compressed-tensors, strategy `token`.
+    """
+    largest_T = x_TI.abs().amax(-1).to(torch.float32)
+    scale_T = largest_T.clamp(min=_LEAST_LARGEST) / E4M3_MAX
+    return encode_e4m3(x_TI.to(torch.float32) / scale_T[:, None]), scale_T
 
 
 def round_to_fp8(x: Tensor, input_scale: Tensor) -> Tensor:

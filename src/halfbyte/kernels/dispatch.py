@@ -40,6 +40,7 @@ OPS = (
     "linear_bf16",
     "linear_fp8",
     "linear_nvfp4",
+    "round_tokens",
     "rotate",
     "store_kv",
     "paged_attention",
@@ -218,11 +219,17 @@ def linear_bf16(
 
 
 def linear_fp8(
-    x_TI: Tensor, weight: PreparedWeight, out_dtype: torch.dtype | None = None
+    x_TI: Tensor,
+    weight: PreparedWeight,
+    out_dtype: torch.dtype | None = None,
+    token_scale_T: Tensor | None = None,
 ) -> Tensor:
-    """Product x @ (code * scale)^T, weight decoded exactly; else as `linear_bf16`. Bounded."""
+    """Product x @ (code * scale)^T, weight decoded exactly; else as `linear_bf16`. Bounded.
+
+    token_scale_T  f32, multiplies the sums of a row before they are rounded: of `round_tokens`
+    """
     linear = _of(linear_fp8, weight)
-    return linear(x_TI, weight, out_dtype)
+    return linear(x_TI, weight, out_dtype, token_scale_T)
 
 
 def linear_nvfp4(
@@ -231,6 +238,15 @@ def linear_nvfp4(
     """Product x @ (code * block scale * tensor scale)^T; else as `linear_bf16`. Bounded."""
     linear = _of(linear_nvfp4, weight)
     return linear(x_TI, weight, out_dtype)
+
+
+def round_tokens(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to e4m3 by its own largest value. Exact.
+
+    returns  the values of `formats.fp8.round_tokens_to_fp8`'s codes in x's dtype, which holds
+             them, and scale_T f32, which they are still to be multiplied by
+    """
+    return _for(round_tokens, x_TI)(x_TI)
 
 
 def rotate(q_TNH: Tensor, k_TKH: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

@@ -123,10 +123,13 @@ def prepare_nvfp4(codes_OI2: Tensor, scale_OB: Tensor, tensor_scale_O: Tensor) -
 
 
 def _linear(
-    x_TI: Tensor, weight: PanelWeight | DecodedWeight, out_dtype: torch.dtype | None
+    x_TI: Tensor,
+    weight: PanelWeight | DecodedWeight,
+    out_dtype: torch.dtype | None,
+    token_scale_T: Tensor | None = None,
 ) -> Tensor:
     if isinstance(weight, DecodedWeight):
-        return reference.linear_bf16(x_TI, weight, out_dtype)
+        return reference.linear_fp8(x_TI, weight, out_dtype, token_scale_T)
     if x_TI.dtype != torch.bfloat16:
         raise UnsupportedError(
             f"native linears take bf16 activations, not {x_TI.dtype}; decode the weights first"
@@ -143,6 +146,7 @@ def _linear(
         weight.codes.data_ptr(),
         pointer(weight.scales),
         pointer(weight.row_scale),
+        pointer(token_scale_T),
         y_TO.data_ptr(),
         y_TO.dtype == torch.float32,
         rows,
@@ -161,10 +165,13 @@ def linear_bf16(
 
 
 def linear_fp8(
-    x_TI: Tensor, weight: PanelWeight | DecodedWeight, out_dtype: torch.dtype | None = None
+    x_TI: Tensor,
+    weight: PanelWeight | DecodedWeight,
+    out_dtype: torch.dtype | None = None,
+    token_scale_T: Tensor | None = None,
 ) -> Tensor:
     """See `dispatch.linear_fp8`; a row's result is the same bits whatever runs beside it."""
-    return _linear(x_TI, weight, out_dtype)
+    return _linear(x_TI, weight, out_dtype, token_scale_T)
 
 
 def linear_nvfp4(
@@ -172,6 +179,22 @@ def linear_nvfp4(
 ) -> Tensor:
     """See `dispatch.linear_nvfp4`; a row's result is the same bits whatever runs beside it."""
     return _linear(x_TI, weight, out_dtype)
+
+
+def round_tokens(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """`dispatch.round_tokens` in C for bf16 rows; other dtypes go to torch."""
+    if x_TI.dtype != torch.bfloat16:
+        return reference.round_tokens(x_TI)
+    x_TI = x_TI.contiguous()
+    rounded_TI, scale_T = torch.empty_like(x_TI), torch.empty(x_TI.shape[0])
+    native_library().hb_round_tokens(
+        x_TI.data_ptr(),
+        rounded_TI.data_ptr(),
+        scale_T.data_ptr(),
+        *x_TI.shape,
+        torch.get_num_threads(),
+    )
+    return rounded_TI, scale_T
 
 
 # ---- elementwise -------------------------------------------------------------------------------

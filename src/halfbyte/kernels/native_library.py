@@ -11,9 +11,10 @@ from halfbyte.log import logger
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "hb_linear": (_INT, *[_POINTER] * 6, *[_INT] * 5),
+    "hb_linear": (_INT, *[_POINTER] * 7, *[_INT] * 5),
     "hb_pack": (_INT, *[_POINTER] * 4, *[_INT] * 3),
     "hb_rms_norm": (*[_POINTER] * 5, _INT, _INT, _FLOAT, _INT),
+    "hb_round_tokens": (*[_POINTER] * 3, *[_INT] * 3),
     "hb_silu_mul": (_POINTER, _POINTER, _INT, _INT, _INT),
     "hb_rotate": (
         *(_POINTER, _LONG, _INT),

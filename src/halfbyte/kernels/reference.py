@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte.formats import measure
-from halfbyte.formats.fp8 import decode_fp8
+from halfbyte.formats.fp8 import decode_fp8, round_tokens_to_fp8
 from halfbyte.formats.layout import unpack_nibbles
 from halfbyte.formats.minifloat import E4M3_MAX, decode_e2m1, decode_e4m3
 from halfbyte.formats.nvfp4 import BLOCK, EncodedNVFP4, encode_nvfp4
@@ -120,9 +120,17 @@ def linear_bf16(
     return _linear(x_TI, weight, out_dtype)
 
 
-def linear_fp8(x_TI: Tensor, weight: DecodedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear_fp8(
+    x_TI: Tensor,
+    weight: DecodedWeight,
+    out_dtype: torch.dtype | None = None,
+    token_scale_T: Tensor | None = None,
+) -> Tensor:
     """The definition of `dispatch.linear_fp8`, over the weight as bf16 values."""
-    return _linear(x_TI, weight, out_dtype)
+    if token_scale_T is None:
+        return _linear(x_TI, weight, out_dtype)
+    sums_TO = _linear(x_TI, weight, torch.float32)
+    return (sums_TO * token_scale_T[:, None]).to(out_dtype or x_TI.dtype)
 
 
 def linear_nvfp4(
@@ -130,6 +138,12 @@ def linear_nvfp4(
 ) -> Tensor:
     """The definition of `dispatch.linear_nvfp4`, over the weight as bf16 values."""
     return _linear(x_TI, weight, out_dtype)
+
+
+def round_tokens(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition of `dispatch.round_tokens`: codes' values in x's dtype, scales f32."""
+    codes_TI, scale_T = round_tokens_to_fp8(x_TI)
+    return decode_e4m3(codes_TI, x_TI.dtype), scale_T
 
 
 def _rotate_halves(x_TNH: Tensor, cos_TH2: Tensor, sin_TH2: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The reader knows files and dialects; here the canonical tensors of a linear beco
 `model.linear` takes, on the device where they run. A tensor-parallel rank reads its slices only.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from halfbyte.model.vision import (
     VisionModel,
     num_layers_used,
 )
+from halfbyte.modules import Fp8Activations
 
 # Told how many bytes of host memory are about to be taken; may raise to have the load end there.
 BeforeTaking = Callable[[int], object]
@@ -44,8 +45,10 @@ class _Source:
         dtype: torch.dtype,
         shard: Shard | None = None,
         before: BeforeTaking | None = None,
+        fp8_activations: Fp8Activations = "auto",
     ) -> None:
         self._before = before
+        self._fp8_activations: Fp8Activations = fp8_activations
         self._shard = shard or shard_of(checkpoint.config.text, 0, 1)
         self._checkpoint = checkpoint
         self._names = frozenset(checkpoint.names())
@@ -68,10 +71,6 @@ class _Source:
         self._taken.add(name)
         return self._checkpoint.scale(name)
 
-    @property
-    def is_tied(self) -> bool:
-        return self._checkpoint.config.text.tied_head
-
     def linear(self, group: str, shorts: Iterable[str] = ()) -> Linear:
         """One linear, or the members of a fused group as one: `("decoder.3.mlp", ("gate", "up"))`.
 
@@ -80,7 +79,11 @@ class _Source:
         names = [f"{group}.{short}" for short in shorts] or [group]
         if self.dtype == torch.float32:
             return self.decoded(names)
-        return make_linear([self.stored(name) for name in names], self.mode)
+        return self.made([self.stored(name) for name in names])
+
+    def made(self, group: Sequence[StoredLinear]) -> Linear:
+        """The linear of stored ones that read one input."""
+        return make_linear(group, self.mode, self._fp8_activations)
 
     def decoded(self, names: Iterable[str]) -> FusedLinear:
         """A group with its weights decoded to bf16, widened to the compute dtype."""
@@ -124,6 +127,12 @@ class _Source:
         """A linear of no decoder layer, bf16 or FP8, as stored."""
         return self._with_scales(name, self.tensor(f"{name}.weight"))
 
+    def head(self, embedding_VD: torch.Tensor) -> Linear:
+        """The rank's rows of the head; those of its embedding if the two are one."""
+        if self._checkpoint.config.text.tied_head:
+            return self.made([StoredLinear("head", "bf16", embedding_VD)])
+        return self.linear("head")
+
     def stored(self, name: str) -> StoredLinear:
         """A decoder linear or the head as stored, or the rank's part of it."""
         return self._with_scales(name, self._part(name, "weight"))
@@ -135,8 +144,7 @@ class _Source:
         has_input_scale = f"{name}.input_scale" in self._names
         input_scale = self.scalar(f"{name}.input_scale") if has_input_scale else None
         if format == "fp8":
-            scale = self._scalar_tensor(f"{name}.weight_scale")
-            return StoredLinear(name, format, weight, scale, None, input_scale)
+            return StoredLinear(name, format, weight, self._fp8_scale(name), None, input_scale)
         return StoredLinear(
             name,
             format,
@@ -155,6 +163,13 @@ class _Source:
         self._taken.add(tensor)
         read = checkpoint.rows if axis == 0 else checkpoint.columns
         return read(tensor, part.start, part.stop).to(self.device)
+
+    def _fp8_scale(self, name: str) -> torch.Tensor:
+        """The scale of an FP8 weight, 0-d, or those of its rows, (O, 1): f32."""
+        tensor = f"{name}.weight_scale"
+        if not self._checkpoint.shape(tensor):
+            return self._scalar_tensor(tensor)
+        return self._part(name, "weight_scale").float()
 
     def _scalar_tensor(self, name: str) -> torch.Tensor:
         return torch.tensor(self.scalar(name), dtype=torch.float32, device=self.device)
@@ -194,12 +209,14 @@ def load_decoder(
     mode: Mode = "weight_only",
     dtype: torch.dtype = torch.bfloat16,
     communicator: Communicator | None = None,
+    fp8_activations: Fp8Activations = "auto",
 ) -> Decoder:
     """Build the text model of a checkpoint on `device`, or a tensor-parallel rank's part of it.
 
-    mode   decision 0004; "declared" needs an input scale for every quantized linear
+    mode   decision 0004; "declared" needs an input scale for every NVFP4 linear
     dtype  what activations are computed in: bf16, or f32 (weight_only, decoded weights) to check
            against other implementations
+    fp8_activations  by what FP8 linears round theirs, where the mode has them do so
     Raises CheckpointError for a missing tensor and for one that nothing reads, UsageError if the
     ranks cannot share the heads. The vision part is not read here (`load_vision`).
     """
@@ -207,7 +224,9 @@ def load_decoder(
     communicator = communicator or Solo()
     text = checkpoint.config.text
     shard = shard_of(text, communicator.rank, communicator.size)
-    source = _Source(checkpoint, torch.device(device), mode, dtype, shard)
+    source = _Source(
+        checkpoint, torch.device(device), mode, dtype, shard, fp8_activations=fp8_activations
+    )
     embedding_VD = source.rows("embedding.weight", shard.vocab)
     layers = [_layer(source, shard.local(text), layer, communicator) for layer in _layers(text)]
     decoder = Decoder(
@@ -215,18 +234,12 @@ def load_decoder(
         embedding_VD=embedding_VD,
         layers=layers,
         norm_D=source.dense("norm.weight"),
-        head=_head(source, embedding_VD, mode),
+        head=source.head(embedding_VD),
         kv_scales=[source.kv_scales(layer) for layer in _layers(text)],
         communicator=communicator,
     )
     source.check_all_taken("text")
     return decoder
-
-
-def _head(source: "_Source", embedding_VD: torch.Tensor, mode: Mode) -> Linear:
-    if source.is_tied:
-        return make_linear([StoredLinear("head", "bf16", embedding_VD)], mode)
-    return source.linear("head")
 
 
 def load_layer(
@@ -276,6 +289,7 @@ def load_eagle(
     *,
     device: torch.device | str = "cpu",
     mode: Mode = "weight_only",
+    fp8_activations: Fp8Activations = "auto",
 ) -> EagleHead:
     """Build a draft model (`Checkpoint.open_eagle`) for a target of config `target`.
 
@@ -283,10 +297,12 @@ def load_eagle(
     """
     text = checkpoint.config.text
     check_draft(checkpoint, target)
-    source = _Source(checkpoint, torch.device(device), mode, torch.bfloat16)
+    source = _Source(
+        checkpoint, torch.device(device), mode, torch.bfloat16, fp8_activations=fp8_activations
+    )
     head = EagleHead(
         text,
-        fuse=make_linear([source.whole("eagle.fuse")], mode),
+        fuse=source.made([source.whole("eagle.fuse")]),
         layers=[_layer(source, text, layer, Solo()) for layer in _layers(text)],
         norm_D=source.dense("norm.weight"),
     )

@@ -309,6 +309,8 @@ def slice_of(
         return Slice(0, range(heads.start * head_dim, heads.stop * head_dim))
     if short in ("gate", "up"):
         return Slice(0, shard.mlp)
+    if format == "fp8" and role == "weight_scale":
+        return Slice(1, range(1))  # one a row: ranks share columns
     inputs = shard.mlp
     if short == "o":
         inputs = range(shard.heads.start * head_dim, shard.heads.stop * head_dim)

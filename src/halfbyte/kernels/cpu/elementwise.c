@@ -81,6 +81,55 @@ void hb_silu_mul(const bf16 *gate_up, bf16 *y, int rows, int width, int num_thre
     hb_run(&phase, 1, &job, threads_for((long long)rows * width, num_threads));
 }
 
+// ---- rows to e4m3 by their own largest value --------------------------------------------------
+
+// A row twice: its largest magnitude, then its codes' values, which bf16 holds exactly. Bytes: 6 a
+// value, of which the second reading is from the cache.
+typedef struct {
+    const bf16 *x;
+    bf16 *rounded;
+    float *scale;  // of each row
+    int width;
+} tokens;
+
+// The e4m3 value next to x, ties to even, clamped to +-448; NaN stays.
+INLINE f32x16 round_e4m3(f32x16 x) {
+    u32x16 sign = (u32x16)x & 0x80000000u, bits = (u32x16)x ^ sign;
+    f32x16 magnitude = (f32x16)bits;
+    f32x16 normal = (f32x16)((bits + 0x7ffffu + ((bits >> 20) & 1u)) & ~0xfffffu);
+    f32x16 subnormal = (magnitude + 16384.0f) - 16384.0f;  // 2^14 has steps of 2^-9: rounds to them
+    f32x16 value = select_f32(magnitude < 0.015625f, subnormal, normal);
+    value = select_f32(magnitude > 448.0f, splat(448.0f), value);
+    value = select_f32(magnitude == magnitude, value, magnitude);
+    return (f32x16)((u32x16)value | sign);
+}
+
+static void round_row(const void *context, int row) {
+    const tokens *job = context;
+    size_t at = (size_t)row * (size_t)job->width;
+    const bf16 *x = job->x + at;
+    unsigned largest = 0;  // of magnitudes as bits, above which NaN's are
+    for (int i = 0; i < job->width; i++) {
+        unsigned bits = x[i] & 0x7fffu;
+        largest = bits > largest ? bits : largest;
+    }
+    float magnitude = bf16_to_float((bf16)largest);
+    float scale = (magnitude < 1e-12f ? 1e-12f : magnitude) / 448.0f;
+    job->scale[row] = scale;
+    for (int i = 0; i < job->width; i += LANES) {
+        int count = job->width - i < LANES ? job->width - i : LANES;
+        f32x16 value = round_e4m3(load_bf16_part(x + i, count) / splat(scale));
+        store_bf16_part(job->rounded + at + i, value, count);
+    }
+}
+
+void hb_round_tokens(const bf16 *x, bf16 *rounded, float *scale, int rows, int width,
+                     int num_threads) {
+    tokens job = {x, rounded, scale, width};
+    hb_phase phase = {round_row, rows};
+    hb_run(&phase, 1, &job, threads_for((long long)rows * width, num_threads));
+}
+
 // ---- rotary embedding -------------------------------------------------------------------------
 
 typedef struct {

@@ -11,7 +11,8 @@
 //         for each 8 rows: 8 products a row and half, then sum += part * scale
 //
 // The sum of a row has one fixed order, so it does not depend on which rows run beside it or on the
-// number of threads. Codes and codes times block scale are exact; row scales multiply the sum.
+// number of threads. Codes and codes times block scale are exact; row and token scales multiply the
+// sum.
 //
 // Bytes: O*I*{2, 1, 0.5625} read once a group of 48 rows; FLOPs: 2*T*O*I. At one row it is bound by
 // memory and decoding, from some 4 rows on by the products.
@@ -32,6 +33,7 @@ typedef struct {
     const uint8_t *codes;   // panels
     const uint8_t *scales;  // NVFP4: (panels, blocks, 32), see pack_scale
     const float *row_scale; // (panels * 32), or NULL for 1
+    const float *token_scale;  // (rows), or NULL for 1
     void *y;                // (rows, out), dense
     int rows, in, out, format, is_f32;
     int panels_per_item, num_panels;
@@ -74,6 +76,7 @@ INLINE void store_half(const product *job, int row, int first, f32x16 sum) {
     int count = job->out - first < LANES ? job->out - first : LANES;
     if (count <= 0) return;
     if (job->row_scale) sum *= load_f32(job->row_scale + first);
+    if (job->token_scale) sum *= job->token_scale[row];
     size_t at = (size_t)row * (size_t)job->out + (size_t)first;
     if (job->is_f32) {
         memcpy((float *)job->y + at, &sum, (size_t)count * sizeof(float));
@@ -174,11 +177,11 @@ static void pack_rows(const void *context, int item) {
 #define WORTH_SHARING 100000
 
 void hb_linear(int format, const bf16 *x, bf16 *scratch, const uint8_t *codes,
-               const uint8_t *scales, const float *row_scale, void *y, int is_f32, int rows, int in,
-               int out, int num_threads) {
+               const uint8_t *scales, const float *row_scale, const float *token_scale, void *y,
+               int is_f32, int rows, int in, int out, int num_threads) {
     product job = {.x = x, .packed_x = scratch, .codes = codes, .scales = scales,
-                   .row_scale = row_scale, .y = y, .rows = rows, .in = in, .out = out,
-                   .format = format, .is_f32 = is_f32, .num_panels = (out + PANEL - 1) / PANEL};
+                   .row_scale = row_scale, .token_scale = token_scale, .y = y, .rows = rows,
+                   .in = in, .out = out, .format = format, .is_f32 = is_f32, .num_panels = (out + PANEL - 1) / PANEL};
     if ((double)rows * in * out < WORTH_SHARING) num_threads = 1;
     // Some four items a thread even out unequal cores; neighbouring panels stay together.
     job.panels_per_item = job.num_panels / (4 * num_threads) + 1;

@@ -197,7 +197,12 @@ DEVICE void store_output(u8* out, i64 chunk_stride, i64 token_stride, int token,
   float x[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) x[j] = round_to_bf16(v[j] * gain);
-  if (OUT_KIND == OUT_E4M3) {
+  if (OUT_KIND == OUT_F16) {   // `scale` multiplies
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = clamp_to(x[j] * scale, F16_MAX);
+    u8* at = out + (feature >> 3) * chunk_stride + token * token_stride + (feature & 7) * 2;
+    *reinterpret_cast<uint2*>(at) = make_uint2(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]));
+  } else if (OUT_KIND == OUT_E4M3) {
     const u32 codes = pack_e4m3(x[0] / scale, x[1] / scale) | pack_e4m3(x[2] / scale, x[3] / scale) << 16;
     *reinterpret_cast<u32*>(out + (feature >> 4) * chunk_stride + token * token_stride + (feature & 15)) = codes;
   } else {

@@ -279,10 +279,11 @@ DEVICE void silu_mul_token(const LinearResult& y, u8* out, i64 chunk_stride, i64
 SILU_TOKEN_KERNEL(silu_mul_e4m3_token, OUT_E4M3)
 SILU_TOKEN_KERNEL(silu_mul_e4m3_paired, OUT_E4M3_PAIRED)
 
-// Attention output (tokens, width) bf16 to e4m3 activations; `gain` is v_scale.
-extern "C" __global__ void __launch_bounds__(256)
-    quantize_e4m3(const u16* x, int width, float gain, u8* out, i64 chunk_stride, i64 token_stride,
-                  float scale) {
+// Attention output (tokens, width) bf16 to the activations of an `o`; `gain` is v_scale.
+// Grid (ceil(width / 8 / threads), tokens). Bytes: 2 read, 1 or 2 written a feature.
+template <int KIND>
+DEVICE void quantize(const u16* x, int width, float gain, u8* out, i64 chunk_stride, i64 token_stride,
+                     float scale) {
   let_next_kernel_start();
   wait_for_previous_kernels();
   const int feature = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
@@ -291,8 +292,76 @@ extern "C" __global__ void __launch_bounds__(256)
   load_8_bf16(x + static_cast<i64>(blockIdx.y) * width + feature, v);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = round_to_bf16(v[i] * gain);
-  store_activation<OUT_E4M3>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
+  store_activation<KIND>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
 }
+#define QUANTIZE_KERNEL(NAME, KIND)                                                                  \
+  extern "C" __global__ void __launch_bounds__(256)                                                 \
+      NAME(const u16* x, int width, float gain, u8* out, i64 chunk_stride, i64 token_stride,         \
+           float scale) {                                                                           \
+    quantize<KIND>(x, width, gain, out, chunk_stride, token_stride, scale);                          \
+  }
+QUANTIZE_KERNEL(quantize_f16, OUT_F16)
+QUANTIZE_KERNEL(quantize_e4m3, OUT_E4M3)
+
+// The same with each token quantized by its own largest value, its features kept in registers between.
+// Grid (NORM_BLOCKS, tokens), a cluster a token. Bytes: 2 read, 1 written a feature; no FLOP to speak of.
+// Limits: x has the width of all heads. At one token 8 blocks of 192 threads' work (96 heads of 128): a
+// launch and a cluster's two barriers are nearly all of its time.
+constexpr int HEADS_WIDTH = NUM_HEADS * HEAD_SIZE;
+constexpr int HEADS_CHUNKS = (HEADS_WIDTH / 8 + NORM_BLOCKS - 1) / NORM_BLOCKS;   // 8 features each, of one block
+constexpr int HEADS_ROUNDS = (HEADS_CHUNKS + NORM_THREADS - 1) / NORM_THREADS;
+template <int KIND>
+DEVICE void quantize_token(const u16* x, float gain, u8* out, i64 chunk_stride, i64 token_stride,
+                           float* token_scale_out) {
+  let_next_kernel_start();
+  if (NORM_BLOCKS > 1) cluster_arrive_running();
+  wait_for_previous_kernels();
+  uint4 kept[HEADS_ROUNDS];
+  float largest = 0.0f;
+#pragma unroll
+  for (int round = 0; round < HEADS_ROUNDS; ++round) {
+    const int in_block = round * NORM_THREADS + threadIdx.x;
+    const int feature = (blockIdx.x * HEADS_CHUNKS + in_block) * 8;
+    if (in_block < HEADS_CHUNKS && feature < HEADS_WIDTH)
+      kept[round] = *reinterpret_cast<const uint4*>(x + static_cast<i64>(blockIdx.y) * HEADS_WIDTH + feature);
+  }
+#pragma unroll
+  for (int round = 0; round < HEADS_ROUNDS; ++round) {
+    const int in_block = round * NORM_THREADS + threadIdx.x;
+    const int feature = (blockIdx.x * HEADS_CHUNKS + in_block) * 8;
+    if (in_block < HEADS_CHUNKS && feature < HEADS_WIDTH) {
+      float v[8];
+      unpack_bf16(kept[round], v);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        v[i] = round_to_bf16(v[i] * gain);
+        largest = fmaxf(largest, fabsf(v[i]));
+      }
+      kept[round] = pack_8_bf16(v);
+    }
+  }
+  if (NORM_BLOCKS > 1) cluster_wait();
+  const float scale = fmaxf(row_reduce<true>(largest), 1e-12f) / E4M3_MAX;
+  if (blockIdx.x == 0 && threadIdx.x == 0) token_scale_out[blockIdx.y] = scale;
+#pragma unroll
+  for (int round = 0; round < HEADS_ROUNDS; ++round) {
+    const int in_block = round * NORM_THREADS + threadIdx.x;
+    const int feature = (blockIdx.x * HEADS_CHUNKS + in_block) * 8;
+    if (in_block < HEADS_CHUNKS && feature < HEADS_WIDTH) {
+      float v[8];
+      unpack_bf16(kept[round], v);
+      store_activation<KIND>(out, chunk_stride, token_stride, blockIdx.y, feature, v, scale);
+    }
+  }
+}
+#define QUANTIZE_TOKEN_KERNEL(NAME, KIND)                                                            \
+  extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                        \
+      NAME(const u16* x, float gain, u8* out, i64 chunk_stride, i64 token_stride, float,             \
+           float* token_scale_out) {                                                                \
+    quantize_token<KIND>(x, gain, out, chunk_stride, token_stride, token_scale_out);                 \
+  }
+QUANTIZE_TOKEN_KERNEL(quantize_e4m3_token, OUT_E4M3)
+QUANTIZE_TOKEN_KERNEL(quantize_e4m3_paired, OUT_E4M3_PAIRED)
 
 DEVICE void load_8_f32(const float* at, float (&v)[8]) {
   const float4 low = reinterpret_cast<const float4*>(at)[0], high = reinterpret_cast<const float4*>(at)[1];

@@ -31,8 +31,10 @@ _RING_BYTES = 172 * 1024
 _RING_BYTES_ALONE = 214 * 1024
 _MAX_STAGES = 8
 
-OutKind = Literal["f16", "e4m3", "bf16", "e4m3_paired"]
-OUT_KINDS: dict[OutKind, int] = {"f16": 0, "e4m3": 1, "bf16": 2, "e4m3_paired": 3}
+# How activations are written: "e4m3_token" lies as "e4m3" does, with a scale of each token.
+OutKind = Literal["f16", "e4m3", "bf16", "e4m3_paired", "e4m3_token"]
+# Those that decode attention writes; what depends on a whole token is written behind it.
+_ATTENTION_KINDS: dict[OutKind, int] = {"f16": 0, "e4m3": 1, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +271,10 @@ _ELEMENTWISE = (
     "silu_mul_bf16",
     "silu_mul_e4m3_token",
     "silu_mul_e4m3_paired",
+    "quantize_f16",
     "quantize_e4m3",
+    "quantize_e4m3_token",
+    "quantize_e4m3_paired",
     "rotate_and_store",
     "embed",
 )
@@ -424,7 +429,7 @@ def attention_code(heads: HeadShape, page_slots: int, out: OutKind, num_warps: i
     """Machine code of attention.cu; fills the cache on disk."""
     defines = {
         "PAGE_SLOTS": page_slots,
-        "OUT_KIND": OUT_KINDS[out],
+        "OUT_KIND": _ATTENTION_KINDS[out],
         "WARPS": num_warps,
         **_head_defines(heads),
     }

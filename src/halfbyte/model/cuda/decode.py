@@ -32,6 +32,7 @@ from halfbyte.model.cuda.launches import (
     Collective,
     RotaryFunction,
     SharedBuffers,
+    attention_kind,
     attention_splits,
     elementwise_kernels,
     heads_of,
@@ -39,7 +40,7 @@ from halfbyte.model.cuda.launches import (
     kernel_scale,
 )
 from halfbyte.model.cuda.weights import (
-    ACTIVATION_KIND,
+    PER_TOKEN_KINDS,
     CudaLayer,
     CudaLinear,
     CudaWeights,
@@ -139,7 +140,8 @@ class DecodeStep:
         self._workspace = self._shared.take("attention", num_workspace, torch.float32, device)
         self._counters = torch.zeros(pairs, dtype=torch.int32, device=device)
         self._activations: dict[tuple[str, int], Tensor] = {}
-        self._token_scales = torch.ones(2, self.num_tokens, device=device)
+        # By place: a kernel may read those of one product and write those of the next.
+        self._token_scales: dict[str, Tensor] = {}
 
     def _kernel(self, linear: CudaLinear) -> tuple[Kernel, StreamPlan]:
         format_ = linear.weight.format
@@ -153,14 +155,17 @@ class DecodeStep:
     def _activation(self, name: str, linear: CudaLinear) -> Activation:
         """The input buffer of `linear`; linears of the same place and size share one."""
         weight = linear.weight
-        kind = ACTIVATION_KIND[weight.format]
+        kind = linear.activation_kind
         element = 1 if kind.startswith("e4m3") else 2
         num_bytes = weight.num_k_blocks * K_BLOCK[weight.format] * element * self._columns
         key = (name + kind, num_bytes)
         if key not in self._activations:
             data = torch.zeros(num_bytes, dtype=torch.uint8, device=self._library.device)
             self._activations[key] = data
-        token_scale_T = self._token_scales[int(name == "down")] if kind == "e4m3_paired" else None
+        token_scale_T = None
+        if kind in PER_TOKEN_KINDS:
+            ones_T = torch.ones(self.num_tokens, device=self._library.device)
+            token_scale_T = self._token_scales.setdefault(name, ones_T)
         return Activation(
             self._activations[key],
             kind,
@@ -189,8 +194,7 @@ class DecodeStep:
     ) -> LinearResult:
         weight = linear.weight
         kernel, plan = self._kernel(linear)
-        is_fast = x.token_scale_T is not None
-        row_scale = weight.row_scale_O * (1.0 if is_fast else linear.input_scale)
+        row_scale = weight.row_scale_O * linear.sums_scale
         out = self._out if rounds else None
         arguments = (
             weight.data,
@@ -267,7 +271,12 @@ class DecodeStep:
         num_warps = attention_warps(
             self.num_tokens * config.num_kv_heads, self._library.num_multiprocessors
         )
-        attention = self._library.attention(heads, self._cache.page_slots, x.kind, num_warps)
+        kind = attention_kind(layer.o)
+        attention = self._library.attention(heads, self._cache.page_slots, kind, num_warps)
+        output = x
+        if x.token_scale_T is not None:
+            # Rows of bf16: a token is rounded behind all of its heads.
+            output = self._attended()
         arguments = (
             self._queries,
             keys,
@@ -279,10 +288,22 @@ class DecodeStep:
             layer.v_scale,
             self._workspace,
             self._counters,
-            *x.arguments(),
+            *output.arguments(),
         )
         grid = (self._num_splits, config.num_kv_heads, self.num_tokens)
         self._add(attention, grid, num_warps * 32, arguments)
+        if x.token_scale_T is not None:
+            blocks = norm_blocks(self._columns)
+            kernel = elementwise_kernels(self._library, config, blocks)[f"quantize_{x.kind}"]
+            arguments = (output.data, 1.0, *x.arguments(), x.token_scale_T)
+            self._add(kernel, (blocks, self.num_tokens, 1), 256, arguments, cluster=blocks)
+
+    def _attended(self) -> Activation:
+        """Where attention leaves what is still to be rounded, a row a token."""
+        width = self._weights.config.num_heads * self._weights.config.head_dim
+        count, device = self.num_tokens * width, self._library.device
+        data = self._shared.take("attended", count, torch.bfloat16, device)
+        return Activation(data, "bf16", 16, width * 2, 1.0)
 
     def _add_silu(self, gate_up: LinearResult, x: Activation) -> None:
         config = self._weights.config
@@ -290,7 +311,7 @@ class DecodeStep:
         if x.token_scale_T is not None:
             per_token = (gate_up, config.mlp_width, *x.arguments(), x.token_scale_T)
             blocks = silu_blocks(self._columns)
-            kernel = elementwise_kernels(self._library, config, blocks)["silu_mul_e4m3_paired"]
+            kernel = elementwise_kernels(self._library, config, blocks)[f"silu_mul_{x.kind}"]
             self._add(kernel, (blocks, self.num_tokens, 1), 512, per_token, cluster=blocks)
             return
         grid = (-(-config.mlp_width // (8 * 256)), self.num_tokens, 1)
@@ -328,7 +349,12 @@ class DecodeStep:
         self._gathered(weights.head, logits, self._logits_TV)
 
     def read_hidden(self) -> Tensor:
-        """What the head read in the last step, behind the final norm: bf16 (T, D), a copy."""
+        """What the head read in the last step, behind the final norm: bf16 (T, D), a copy.
+
+        What a quantized head reads is rounded: the last residual stream is normed again for it.
+        """
+        if self._head_input.kind != "bf16":
+            return self._normed_again()
         return untile_activations(
             self._head_input.data,
             self._columns,
@@ -337,11 +363,34 @@ class DecodeStep:
             torch.bfloat16,
         )
 
+    def _normed_again(self) -> Tensor:
+        """The final norm as a head in bf16 would read it, by the same kernel."""
+        config, blocks = self._weights.config, norm_blocks(self._columns)
+        hidden_TD = torch.empty_like(self.residual_TD)
+        arguments = (
+            LinearResult(),
+            self.residual_TD,
+            self._weights.norm_D,
+            float(config.norm_eps),
+            hidden_TD,
+            ctypes.c_int64(16),
+            ctypes.c_int64(config.width * 2),
+            1.0,
+            None,
+        )
+        kernel = elementwise_kernels(self._library, config, blocks)["norm_bf16"]
+        grid = (blocks, self.num_tokens, 1)
+        launch = Launch(kernel, grid, 256, arguments, cluster=blocks, overlaps=False)
+        launch.run(torch.cuda.current_stream().cuda_stream)
+        return hidden_TD
+
     def join(self, hidden_TD: Tensor) -> None:
         """Enqueue what a draft model starts from: its tokens' embeddings beside `hidden_TD`."""
         fuse = self._weights.fuse
         assert fuse is not None
-        x_TI = joined_input(fuse, self._weights.embedding_VD[self.token_ids_T], hidden_TD)
+        x_TI, scale_T = joined_input(fuse, self._weights.embedding_VD[self.token_ids_T], hidden_TD)
+        if self._joined.token_scale_T is not None and scale_T is not None:
+            self._joined.token_scale_T.copy_(scale_T)
         tiled = tile_activations(x_TI, self._columns).view(-1)
         self._joined.data[: tiled.numel()].copy_(tiled)
         self.residual_TD.zero_()

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from halfbyte.config import TextConfig
+from halfbyte.formats.fp8 import round_tokens_to_fp8
+from halfbyte.formats.minifloat import E4M3_MAX
 from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch
 from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, OutKind
+from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.kernels.repack import padded
-from halfbyte.model.cuda.weights import CudaLinear
+from halfbyte.model.cuda.weights import PER_TOKEN_KINDS, CudaLinear
 
+F16_MAX = 65504.0  # largest fp16
 # Cosines, sines and the scale of queries, if there is one, of positions (`rope.RotaryTable.at`).
 RotaryFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
 # Adds up a tensor over the ranks, in place.
@@ -127,15 +131,48 @@ def chunk_splits(num_pairs: int, num_keys: int, num_multiprocessors: int) -> int
 
 def kernel_scale(linear: CudaLinear) -> float:
     """e4m3 activations are divided by the scale, fp16 ones multiplied by its inverse."""
+    if linear.input_scale is None:
+        return 1.0  # made of each token by the kernel
     return 1.0 / linear.input_scale if linear.weight.format == "nvfp4" else linear.input_scale
 
 
-def joined_input(fuse: CudaLinear, embedded_TD: Tensor, hidden_TD: Tensor) -> Tensor:
-    """What a draft model's first product reads, rounded as its format wants: (T, 2 D)."""
-    x_TI = torch.cat((embedded_TD, hidden_TD), dim=-1)
-    if fuse.weight.format == "bf16":
-        return x_TI
-    return (x_TI.float() / fuse.input_scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+def attention_kind(o: CudaLinear) -> OutKind:
+    """What attention writes for an `o`; a token's largest value is known behind all its blocks."""
+    return "bf16" if o.activation_kind in PER_TOKEN_KINDS else o.activation_kind
+
+
+def rounded_input(linear: CudaLinear, x_TI: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A product's input rounded as its kernels want it, by torch; and the scale of each token.
+
+    Features are in order: those of "e4m3_paired" are still to be paired.
+    """
+    match linear.activation_kind:
+        case "bf16":
+            return x_TI.to(torch.bfloat16), None
+        case "f16":
+            scaled_TI = x_TI.float() * kernel_scale(linear)
+            return scaled_TI.clamp(-F16_MAX, F16_MAX).to(torch.float16), None
+        case "e4m3":
+            scaled_TI = x_TI.float() / kernel_scale(linear)
+            return scaled_TI.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), None
+        case "e4m3_token" | "e4m3_paired":
+            return round_tokens_to_fp8(x_TI)
+
+
+def joined_input(
+    fuse: CudaLinear, embedded_TD: Tensor, hidden_TD: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What a draft model's first product reads, as `rounded_input`: (T, 2 D)."""
+    return rounded_input(fuse, torch.cat((embedded_TD, hidden_TD), dim=-1))
+
+
+def head_logits(library: KernelLibrary, head: CudaLinear, hidden_RD: Tensor) -> Tensor:
+    """The head of up to 128 rows behind the final norm, bf16: f32 (R, V padded)."""
+    x_RD, scale_R = rounded_input(head, hidden_RD)
+    logits_RV = stream_product(library, head.weight, x_RD)
+    if scale_R is not None:
+        return logits_RV.mul_(scale_R[:, None])
+    return logits_RV if head.sums_scale == 1.0 else logits_RV.mul_(head.sums_scale)
 
 
 def launch(

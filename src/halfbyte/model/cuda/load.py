@@ -8,7 +8,7 @@ Shapes: O, I features; B 16-blocks along I.
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from halfbyte.kernels.repack import tile_nvfp4, tile_rows
 from halfbyte.log import logger
 from halfbyte.model.cuda.read import Arrived, TensorReader, cut, shape_of
 from halfbyte.model.cuda.weights import CudaLayer, CudaLinear, CudaWeights, Products
+from halfbyte.model.linear import is_per_token
 from halfbyte.model.load import check_draft
 from halfbyte.model.parallel import Shard, Slice, shard_of, slice_of
-from halfbyte.modules import CacheFormat
+from halfbyte.modules import CacheFormat, Fp8Activations
 
 _QKV, _GATED = ("q", "k", "v"), ("gate", "up")
 # Largest activation of a layer as a multiple of the largest one calibration saw.
@@ -40,6 +41,7 @@ def reason_against(
     *,
     products: str = "exact",
     num_ranks: int = 1,
+    fp8_activations: Fp8Activations = "auto",
 ) -> str | None:
     """Why the CUDA kernels cannot run this model; None when they can. Reads no tensor data."""
     formats = checkpoint.quantization.formats
@@ -57,33 +59,33 @@ def reason_against(
         return f"width {text.width}, MLP {text.mlp_width}; multiples of 64 and 8 are needed"
     if products == "fast" and text.mlp_width > 48 * 1024:
         return f"MLP of {text.mlp_width}; fast products take {48 * 1024}"
-    if "head" in formats:
-        return f"the head is {formats['head']}; the kernels want it in bf16"
     for layer in range(text.num_layers):
         prefix = f"decoder.{layer}"
         for group in _groups(prefix):
             kinds = {formats.get(name, "bf16") for name in group}
             if len(kinds) > 1:
                 return f"{group[0]} and its neighbours are in {' and '.join(sorted(kinds))}"
-            if kinds == {"nvfp4"} and group[0].endswith(".o"):
-                return f"{group[0]} is NVFP4; the kernels want it in FP8 or bf16"
-            lacking = [
-                n for n in group if kinds == {"fp8"} and f"{n}.input_scale" not in checkpoint
-            ]
-            if lacking:
-                return f"{lacking[0]} is FP8 without an input scale, which FP8 products need"
+    static = formats if fp8_activations == "static" else {}
+    lacking = [n for n in static if formats[n] == "fp8" and f"{n}.input_scale" not in checkpoint]
+    if lacking:
+        return f"{lacking[0]} is FP8 without an input scale, which fp8_activations static wants"
     return None
 
 
 def reason_against_draft(
-    checkpoint: Checkpoint, block_tokens: int, *, products: str = "exact"
+    checkpoint: Checkpoint,
+    block_tokens: int,
+    *,
+    products: str = "exact",
+    fp8_activations: Fp8Activations = "auto",
 ) -> str | None:
     """Why the CUDA kernels cannot run this draft model (`Checkpoint.open_eagle`)."""
-    reason = reason_against(checkpoint, "fp8", block_tokens, products=products)
+    reason = reason_against(
+        checkpoint, "fp8", block_tokens, products=products, fp8_activations=fp8_activations
+    )
     format_ = checkpoint.format_of(_FUSE)
-    if reason is None and format_ == "fp8" and f"{_FUSE}.input_scale" not in checkpoint:
-        reason = f"{_FUSE} is FP8 without an input scale, which FP8 products need"
     if reason is None and format_ == "nvfp4":
+        # No dialect of draft models has it.
         reason = f"{_FUSE} is NVFP4; the kernels want it in FP8 or bf16"
     return None if reason is None else f"draft model {checkpoint.directory.name}: {reason}"
 
@@ -197,6 +199,7 @@ def load_cuda_weights(
     num_spare_embeddings: int = 0,
     shard: Shard | None = None,
     mode: Products = "exact",
+    fp8_activations: Fp8Activations = "auto",
 ) -> CudaWeights:
     """The text model in streaming order on `device`; `reason_against` must have found nothing.
 
@@ -204,11 +207,13 @@ def load_cuda_weights(
     shard                 a tensor-parallel rank's part; its embedding has one zero row more, ahead
                           of the spare ones (`parallel.embedding_rows`)
     mode                  how NVFP4 weights will multiply: "exact", or "fast" in FP8
+    fp8_activations       by what FP8 products round their input
     Raises CheckpointError for a tensor that cannot be read and for one that nothing reads.
     """
     text = checkpoint.config.text
     shard = shard or shard_of(text, 0, 1)
     vocab = shard.vocab
+    choice = _Choice(mode, fp8_activations)
     with TensorReader(device, num_threads=num_threads) as reader:
         tensors = _Tensors(checkpoint, reader, shard)
         rows = len(vocab) + num_spare_embeddings + (not shard.is_whole)
@@ -216,28 +221,35 @@ def load_cuda_weights(
         _check_bf16(checkpoint, "embedding.weight")
         tensors.start("embedding.weight", embedding_VD[: len(vocab)], (0, vocab))
         if not text.tied_head:
-            _check_bf16(checkpoint, "head.weight")
-            tensors.start("head.weight", None, (0, vocab))
+            if checkpoint.format_of("head") == "bf16":
+                _check_bf16(checkpoint, "head.weight")
+            _start_linear(tensors, checkpoint, ["head"])
         tensors.start("norm.weight")
         _start_layer(tensors, checkpoint, 0)
         tensors.take("embedding.weight")
-        head_VD = embedding_VD[: len(vocab)] if text.tied_head else tensors.take("head.weight")
-        ones = torch.ones(len(vocab), device=device)
-        head = CudaLinear(tile_rows(head_VD, ones, "bf16"))
-        del head_VD
+        if text.tied_head:
+            ones = torch.ones(len(vocab), device=device)
+            head = CudaLinear(tile_rows(embedding_VD[: len(vocab)], ones, "bf16"))
+        else:
+            head = _take_linear(tensors, checkpoint, ["head"], choice)
         norm_D = tensors.take("norm.weight").to(torch.bfloat16)
         layers = []
         for index in range(text.num_layers):
             if index + 1 < text.num_layers:
                 _start_layer(tensors, checkpoint, index + 1)
-            layers.append(_take_layer(tensors, checkpoint, index, mode))
+            layers.append(_take_layer(tensors, checkpoint, index, choice))
         tensors.check_all_taken()
     part = None if shard.is_whole else vocab
     return CudaWeights(shard.local(text), embedding_VD, tuple(layers), norm_D, head, part)
 
 
 def load_cuda_draft(
-    checkpoint: Checkpoint, target: CudaWeights, *, num_threads: int | None = None
+    checkpoint: Checkpoint,
+    target: CudaWeights,
+    *,
+    num_threads: int | None = None,
+    mode: Products = "exact",
+    fp8_activations: Fp8Activations = "auto",
 ) -> CudaWeights:
     """A draft model (`Checkpoint.open_eagle`) beside the model that it guesses for, on its device.
 
@@ -246,18 +258,19 @@ def load_cuda_draft(
     """
     text = checkpoint.config.text
     check_draft(checkpoint, target.config)
+    choice = _Choice(mode, fp8_activations)
     with TensorReader(target.embedding_VD.device, num_threads=num_threads) as reader:
         tensors = _Tensors(checkpoint, reader, shard_of(text, 0, 1))
-        tensors.start_stacked([_FUSE], "weight")
+        _start_linear(tensors, checkpoint, [_FUSE])
         tensors.start("norm.weight")
         _start_layer(tensors, checkpoint, 0)
-        fuse = _take_linear(tensors, checkpoint, [_FUSE], target.mode)
+        fuse = _take_linear(tensors, checkpoint, [_FUSE], choice)
         norm_D = tensors.take("norm.weight").to(torch.bfloat16)
         layers = []
         for index in range(text.num_layers):
             if index + 1 < text.num_layers:
                 _start_layer(tensors, checkpoint, index + 1)
-            layers.append(_take_layer(tensors, checkpoint, index, target.mode))
+            layers.append(_take_layer(tensors, checkpoint, index, choice))
         tensors.check_all_taken()
     head = target.head
     return CudaWeights(text, target.embedding_VD, tuple(layers), norm_D, head, fuse=fuse)
@@ -273,14 +286,33 @@ def _start_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int) -> None:
     tensors.start(f"{prefix}.attention_norm.weight")
     tensors.start(f"{prefix}.mlp_norm.weight")
     for group in _groups(prefix):
-        tensors.start_stacked(group, "weight")
-        if checkpoint.format_of(group[0]) == "nvfp4":
-            tensors.start_stacked(group, "weight_scale")
+        _start_linear(tensors, checkpoint, group)
 
 
-def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int, mode: Products) -> CudaLayer:
+def _start_linear(tensors: _Tensors, checkpoint: Checkpoint, group: list[str]) -> None:
+    tensors.start_stacked(group, "weight")
+    if _has_scales_of_rows(checkpoint, group[0]):
+        tensors.start_stacked(group, "weight_scale")
+
+
+def _has_scales_of_rows(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a linear's `weight_scale` is a matrix: NVFP4's, or one value for each row in FP8."""
+    scale = f"{name}.weight_scale"
+    return scale in checkpoint and len(checkpoint.shape(scale)) == 2
+
+
+class _Choice(NamedTuple):
+    """How a model's products are to compute where its files leave it open."""
+
+    mode: Products
+    fp8_activations: Fp8Activations
+
+
+def _take_layer(
+    tensors: _Tensors, checkpoint: Checkpoint, index: int, choice: _Choice
+) -> CudaLayer:
     prefix = f"decoder.{index}"
-    qkv, o, gate_up, down = (_take_linear(tensors, checkpoint, g, mode) for g in _groups(prefix))
+    qkv, o, gate_up, down = (_take_linear(tensors, checkpoint, g, choice) for g in _groups(prefix))
     k_scale = tensors.optional_scalar(f"{prefix}.attention.k_scale")
     v_scale = tensors.optional_scalar(f"{prefix}.attention.v_scale")
     return CudaLayer(
@@ -296,7 +328,7 @@ def _take_layer(tensors: _Tensors, checkpoint: Checkpoint, index: int, mode: Pro
 
 
 def _take_linear(
-    tensors: _Tensors, checkpoint: Checkpoint, group: list[str], mode: Products
+    tensors: _Tensors, checkpoint: Checkpoint, group: list[str], choice: _Choice
 ) -> CudaLinear:
     """A group's weights as one tiled weight, and what its input is divided by."""
     format_ = checkpoint.format_of(group[0])
@@ -308,15 +340,21 @@ def _take_linear(
     input_scales = [tensors.optional_scalar(f"{name}.input_scale") for name in group]
     known = [scale for scale in input_scales if scale is not None]
     if format_ == "fp8":
-        scales = [tensors.scalar(f"{name}.weight_scale") for name in group]
+        if _has_scales_of_rows(checkpoint, group[0]):
+            scale_O = tensors.take_stacked(group, "weight_scale").flatten().float()
+        else:
+            scales = [tensors.scalar(f"{name}.weight_scale") for name in group]
+            scale_O = _per_row(scales, sizes, w_OI)
+        weight = tile_rows(w_OI, scale_O, "fp8")
+        if is_per_token(input_scales, choice.fp8_activations):
+            return CudaLinear(weight, None)
         if len(set(known)) > 1:
             logger.debug("%s: input scales differ; the largest serves all", group[0])
-        weight = tile_rows(w_OI, _per_row(scales, sizes, w_OI), "fp8")
         return CudaLinear(weight, max(known))
     scale_OB = tensors.take_stacked(group, "weight_scale")
     scales = [tensors.scalar(f"{name}.tensor_scale") for name in group]
     tensor_scale_O = _per_row(scales, sizes, w_OI)
-    weight = tile_nvfp4(w_OI, scale_OB, tensor_scale_O, is_fast=mode == "fast")
+    weight = tile_nvfp4(w_OI, scale_OB, tensor_scale_O, is_fast=choice.mode == "fast")
     return CudaLinear(weight, f16_divisor(max(known)) if known else 1.0)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.cuda.driver import Argument, LinearResult
 from halfbyte.kernels.cuda.library import (
     KernelLibrary,
@@ -22,9 +21,6 @@ from halfbyte.kernels.cuda.ops import prefill_launches
 from halfbyte.kernels.repack import (
     K_BLOCK,
     TileFormat,
-    padded,
-    pair_activations,
-    tile_activations,
 )
 from halfbyte.model.cuda.launches import (
     AllReduce,
@@ -38,7 +34,7 @@ from halfbyte.model.cuda.launches import (
 from halfbyte.model.cuda.prefill_attention import PrefillAttention
 from halfbyte.model.cuda.prefill_batch import Angles, PrefillBatch, Rows
 from halfbyte.model.cuda.weights import (
-    ACTIVATION_KIND,
+    PER_TOKEN_KINDS,
     CudaLayer,
     CudaLinear,
     CudaWeights,
@@ -124,10 +120,9 @@ class Prefill:
         self._row_scales = {id(linear): self._row_scale(linear) for linear in products}
 
     def _row_scale(self, linear: CudaLinear) -> Tensor:
-        kind = self._kind(linear)
-        if kind in ("e4m3_token", "e4m3_paired"):
-            return linear.weight.row_scale_O
-        return linear.weight.row_scale_O * (1.0 if kind == "bf16" else linear.input_scale)
+        # bf16 activations are not divided, whatever the format.
+        scale = 1.0 if self._kind(linear) == "bf16" else linear.sums_scale
+        return linear.weight.row_scale_O * scale
 
     def _is_decoded(self, linear: CudaLinear) -> bool:
         """Whether its weights are decoded inside the product."""
@@ -163,8 +158,11 @@ class Prefill:
         format_ = linear.weight.format
         if not self._is_decoded(linear):
             plain: dict[TileFormat, str] = {"nvfp4": "bf16", "nvfp4_fast": "e4m3_token"}
-            return plain.get(format_, ACTIVATION_KIND[format_])
-        return ACTIVATION_KIND[format_]
+            return plain.get(format_, linear.activation_kind)
+        return linear.activation_kind
+
+    def _is_per_token(self, linear: CudaLinear) -> bool:
+        return self._kind(linear) in PER_TOKEN_KINDS
 
     def _input(self, linear: CudaLinear, num_tokens: int) -> Tensor:
         """Room for a linear's input: (T, I), or in 16-byte chunks (I / chunk, T padded, 16)."""
@@ -195,10 +193,10 @@ class Prefill:
         ):
             product.run(stream)
         self._last = y_TO
-        is_fast = linear.weight.format == "nvfp4_fast"
+        per_token = self._is_per_token(linear)
         return LinearResult(
             out=y_TO.data_ptr(),
-            token_scale=self._token_scale_T.data_ptr() if is_fast else None,
+            token_scale=self._token_scale_T.data_ptr() if per_token else None,
             stride=features,
         )
 
@@ -219,7 +217,7 @@ class Prefill:
                 use_fast_accum=self._fast_accumulation,
             )
         self._last = y_TO  # alive until the kernel that reads it is enqueued
-        per_token = self._kind(linear) == "e4m3_token"
+        per_token = self._is_per_token(linear)
         return LinearResult(
             out=y_TO.data_ptr(),
             row_scale=self._row_scales[id(linear)].data_ptr(),
@@ -232,8 +230,7 @@ class Prefill:
             chunk_stride = ctypes.c_int64(x_TI.shape[1] * 16)
             return x_TI, chunk_stride, ctypes.c_int64(16), kernel_scale(linear)
         row_bytes = x_TI.shape[1] * x_TI.element_size()
-        is_nvfp4 = linear.weight.format in ("nvfp4", "nvfp4_fast")
-        scale = 1.0 if is_nvfp4 else linear.input_scale
+        scale = kernel_scale(linear) if self._kind(linear) == "e4m3" else 1.0
         return x_TI, ctypes.c_int64(16), ctypes.c_int64(row_bytes), scale
 
     def _norm(
@@ -267,42 +264,25 @@ class Prefill:
     def _attention_output(self, layer: CudaLayer, out_TO: Tensor) -> Tensor:
         """Attention's output times v_scale, as the output product reads it."""
         num_tokens, width = out_TO.shape
-        x_TI = self._input(layer.o, num_tokens)
-        if self._is_decoded(layer.o) and layer.o.weight.format != "fp8":
-            return self._tiled(out_TO.float() * layer.v_scale, layer.o, x_TI)
-        if self._kind(layer.o) == "bf16":
+        x_TI, kind = self._input(layer.o, num_tokens), self._kind(layer.o)
+        if kind == "bf16":
             x_TI[:, :width] = out_TO * layer.v_scale
             return x_TI
-        if layer.o.weight.format != "fp8":
-            raise UnsupportedError("prefill in mode fast needs o projections in FP8 or bf16")
-        grid = (-(-width // (8 * 256)), num_tokens, 1)
-        strides = self._strides(x_TI, layer.o)
-        launch(self._kernels["quantize_e4m3"], grid, 256, out_TO, width, layer.v_scale, *strides)
-        return x_TI
-
-    def _tiled(self, x_TI: Tensor, linear: CudaLinear, room: Tensor) -> Tensor:
-        """Attention's output for an NVFP4 product; no shipped format has one, so not fused."""
-        num_tokens, width = x_TI.shape
-        if linear.weight.format == "nvfp4":
-            x = (x_TI / linear.input_scale).to(torch.float16)
+        kernel, strides = self._kernels[f"quantize_{kind}"], self._strides(x_TI, layer.o)
+        if self._is_per_token(layer.o):
+            per_token = (out_TO, layer.v_scale, *strides, self._token_scale_T)
+            launch(kernel, (1, num_tokens, 1), 512, *per_token)
         else:
-            scale_T = x_TI.abs().amax(-1).clamp(min=1e-12) / 448.0
-            self._token_scale_T[:num_tokens] = scale_T
-            whole = torch.zeros(num_tokens, padded(width, 64), device=x_TI.device)
-            whole[:, :width] = x_TI / scale_T[:, None]
-            x = pair_activations(whole.to(torch.float8_e4m3fn))
-        if width * x.element_size() % 128:  # whole K blocks
-            room.zero_()
-        tiled = tile_activations(x, room.shape[1])
-        room[: tiled.shape[0]] = tiled
-        return room
+            grid = (-(-width // (8 * 256)), num_tokens, 1)
+            launch(kernel, grid, 256, out_TO, width, layer.v_scale, *strides)
+        return x_TI
 
     def _silu(self, gate_up: LinearResult, linear: CudaLinear, num_tokens: int) -> Tensor:
         width = self._weights.config.mlp_width
         x_TI = self._input(linear, num_tokens)
         strides = self._strides(x_TI, linear)
         kind = self._kind(linear)
-        if kind in ("e4m3_token", "e4m3_paired"):
+        if kind in PER_TOKEN_KINDS:
             arguments = (gate_up, width, *strides, self._token_scale_T)
             launch(self._kernels[f"silu_mul_{kind}"], (1, num_tokens, 1), 512, *arguments)
         else:
@@ -345,7 +325,9 @@ class Prefill:
         result: LinearResult | None = None
         if weights.fuse is not None:
             assert batch.hidden_TD is not None
-            joined_TI = joined_input(weights.fuse, rows.residual_TD, batch.hidden_TD)
+            joined_TI, scale_T = joined_input(weights.fuse, rows.residual_TD, batch.hidden_TD)
+            if scale_T is not None:
+                self._token_scale_T[:num_tokens] = scale_T
             x = self._input(weights.fuse, num_tokens)
             x[:, : joined_TI.shape[1]] = joined_TI
             result = self._product(weights.fuse, x, num_tokens)

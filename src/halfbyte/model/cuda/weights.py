@@ -1,9 +1,9 @@
 """A decoder's weights on a Hopper GPU, in the order in which products stream them; its KV cache.
 
-Attention products take activations rounded to FP8 by the checkpoint's input scale; NVFP4 products
-decode weights exactly and take bf16 activations (exact in fp16). Prepared as "nvfp4_fast" they run
-in FP8 instead, in decoding and prefill alike: values rounded to e4m3, activations rounded by each
-token's largest value.
+FP8 products take activations rounded to FP8 by the checkpoint's input scale, or by each token's
+largest value; NVFP4 products decode weights exactly and take bf16 activations (exact in fp16).
+Prepared as "nvfp4_fast" they run in FP8 instead, in decoding and prefill alike: values rounded to
+e4m3, activations rounded by each token's largest value.
 
 Shapes: D model width, V vocabulary, P pages, Z slots in a page, K key/value heads, H head size.
 """
@@ -25,18 +25,34 @@ ACTIVATION_KIND: dict[TileFormat, OutKind] = {
     "bf16": "bf16",
     "nvfp4_fast": "e4m3_paired",
 }
+# Activations that come with a scale of each token.
+PER_TOKEN_KINDS = ("e4m3_token", "e4m3_paired")
 
 
 @dataclass(frozen=True, slots=True)
 class CudaLinear:
     """A prepared weight and what its activations are divided by before they are rounded.
 
-    input_scale   FP8: the checkpoint's. NVFP4: a power of two that keeps activations inside fp16,
-                  1.0 for all but extreme calibrated maxima. bf16: 1.0
+    input_scale   FP8: the checkpoint's, None for each token's largest value. NVFP4: a power of two
+                  that keeps activations inside fp16, 1.0 for all but extreme calibrated maxima.
+                  bf16: 1.0
     """
 
     weight: TiledWeight
-    input_scale: float = 1.0
+    input_scale: float | None = 1.0
+
+    @property
+    def activation_kind(self) -> OutKind:
+        """What its input is written as where the weights are read as they lie."""
+        if self.weight.format == "fp8" and self.input_scale is None:
+            return "e4m3_token"
+        return ACTIVATION_KIND[self.weight.format]
+
+    @property
+    def sums_scale(self) -> float:
+        """What sums are multiplied by for their activations, beside the scale of each token."""
+        is_per_token = self.activation_kind in PER_TOKEN_KINDS
+        return 1.0 if is_per_token or self.input_scale is None else self.input_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +71,7 @@ class CudaLayer:
 
 @dataclass(frozen=True, slots=True)
 class CudaWeights:
-    """A decoder's weights on the device, or a tensor-parallel rank's part; `head` is bf16.
+    """A decoder's weights on the device, or a tensor-parallel rank's part.
 
     config   the rank's heads and MLP width; `vocab_size` is the whole model's
     vocab    the rows of the vocabulary in embedding and head; None = all
