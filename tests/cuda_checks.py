@@ -55,8 +55,8 @@ from halfbyte.model.cuda.weights import Products
 # of 2**-9, and random layers amplify it: the C and the torch kernels of a CPU differ by 0.13
 # on this mixed checkpoint, by 0.024 on the bf16 one. Logits have a deviation of 1, a gap of two
 # moves by 2**0.5 times that; three such deviations.
-NEAR_TIE = {"mixed": 0.56, "fp8": 0.56, "nvfp4": 0.56, "bf16": 0.11}
-RELATIVE = {"mixed": 0.2, "fp8": 0.2, "nvfp4": 0.2, "bf16": 0.04}
+NEAR_TIE = {"mixed": 0.56, "fp8": 0.56, "nvfp4": 0.56, "fp8-head": 0.56, "bf16": 0.11}
+RELATIVE = {"mixed": 0.2, "fp8": 0.2, "nvfp4": 0.2, "fp8-head": 0.2, "bf16": 0.04}
 # Options that a CPU must be given, too, to compute the same.
 NUMERICS = ("fp8_activations",)
 # Tokens of a place that are followed from one computation to the next.
@@ -189,6 +189,7 @@ def check_weights_are_the_same(directory: Path, mode: Products = "exact") -> str
             assert torch.equal(x.weight.row_scale_O.cpu(), y.weight.row_scale_O), name
             assert x.input_scale == y.input_scale
     assert torch.equal(ours.head.weight.data.cpu(), theirs.head.weight.data)
+    assert ours.head.input_scale == theirs.head.input_scale
     return f"{len(ours.layers)} layers"
 
 
@@ -508,6 +509,9 @@ CHECKS: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
     ("nvfp4", check_scores_are_those_of_the_cpu, {}),
     ("nvfp4", check_tokens_are_those_of_the_cpu, {}),
     ("nvfp4", check_draft_model, {"head": "eagle-fp8"}),
+    ("fp8-head", check_scores_are_those_of_the_cpu, {}),
+    ("fp8-head", check_draft_model, {"head": "eagle-fp8"}),
+    ("fp8-head", check_scores_are_those_of_the_cpu, {"fp8_activations": "per-token"}),
     ("mixed", check_scores_are_those_of_the_cpu, {"fp8_activations": "per-token"}),
     ("mixed", check_tokens_are_those_of_the_cpu, {"fp8_activations": "per-token"}),
     ("mixed", check_graph_equals_eager, {"fp8_activations": "per-token"}),
@@ -540,13 +544,14 @@ def write_checkpoints(folder: Path) -> None:
     from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint, write_tiny_eagle
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from hopper import hopper_config, write_fp8, write_mixed
+    from hopper import hopper_config, uniform_recipe, write_fp8, write_mixed
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tiny_checkpoint(folder / "bf16", config=hopper_config())
     write_fp8(folder / "fp8", hopper_config())
     write_mixed(folder / "mixed", folder / "fp8", folder)
-    write_mixed(folder / "nvfp4", folder / "fp8", folder, recipe="nvfp4-everywhere")
+    write_mixed(folder / "nvfp4", folder / "fp8", folder, uniform_recipe("nvfp4", "nvfp4"))
+    write_mixed(folder / "fp8-head", folder / "fp8", folder, uniform_recipe("fp8", "fp8"))
     seeing = replace(hopper_config(), vision=tiny_config(vision=True).vision)
     write_tiny_checkpoint(folder / "seeing", config=seeing)
     write_tiny_eagle(folder / "eagle-bf16", hopper_config())

@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from halfbyte.checkpoint.names import foreign_name, hub_to_native_rows, rotary_heads
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.model.tiny import write_tiny_checkpoint
+from halfbyte.modules import WeightFormat
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
-from halfbyte.recipe.schema import load_recipe
+from halfbyte.recipe.schema import Recipe, load_recipe, parse_recipe
 
 
 def hopper_config(layers: int = 6, *, tied_head: bool = False) -> ModelConfig:
@@ -50,7 +53,24 @@ def write_fp8(directory: Path, config: ModelConfig) -> Path:
     return directory
 
 
-def write_mixed(directory: Path, fp8: Path, scratch: Path, recipe: str = "medium-3.5") -> Path:
+def uniform_recipe(format: WeightFormat, head: WeightFormat) -> Recipe:
+    """Every decoder linear in one format, the output head in one of its own."""
+    fields: dict[str, Any] = {
+        "name": f"{format}-{head}",
+        "rules": [
+            {"part": "decoder", "group": "attention", "format": format},
+            {"part": "decoder", "group": "mlp", "format": format},
+            {"part": "head", "format": head},
+        ],
+        "keep": ["embedding", "vision", "projector"],
+        "kv_cache": "fp8",
+        "scales": {"weights": "amax", "activations": "amax"},
+        "calibration": {"blend": "builtin", "samples": 64, "tokens_per_sample": 512, "seed": 0},
+    }
+    return parse_recipe(yaml.safe_dump(fields), "uniform.yaml")
+
+
+def write_mixed(directory: Path, fp8: Path, scratch: Path, recipe: Recipe | None = None) -> Path:
     """`fp8` through a recipe; the big model's: interior MLPs in NVFP4, FP8 keys and values."""
     vocabulary = Checkpoint.open(fp8).config.text.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +80,7 @@ def write_mixed(directory: Path, fp8: Path, scratch: Path, recipe: str = "medium
         QuantizeConfig(
             source=fp8,
             output=directory,
-            recipe=load_recipe(recipe),
+            recipe=recipe or load_recipe("medium-3.5"),
             calibration_tokens=scratch / "tokens.safetensors",
             with_errors=False,
         )

@@ -24,9 +24,16 @@ from halfbyte.model.cuda.read import TensorReader
 from halfbyte.model.cuda.weights import CudaLinear
 from halfbyte.model.parallel import shard_of
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint, write_tiny_eagle
-from hopper import hopper_config, write_fp8, write_mixed, write_native
+from halfbyte.modules import Fp8Activations, WeightFormat
+from hopper import hopper_config, uniform_recipe, write_fp8, write_mixed, write_native
 
 CPU = torch.device("cpu")
+# Everything in one format, the head included; and a head in one of its own.
+NARROW: tuple[tuple[str, WeightFormat, WeightFormat], ...] = (
+    ("nvfp4", "nvfp4", "nvfp4"),
+    ("fp8-head", "nvfp4", "fp8"),
+)
+KINDS = ["bf16", "native", "fp8", "mixed", "nvfp4", "fp8-head"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +46,10 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "native": write_native(folder / "native", folder / "bf16"),
         "fp8": write_fp8(folder / "fp8", config),
         "mixed": write_mixed(folder / "mixed", folder / "fp8", folder),
+        **{
+            name: write_mixed(folder / name, folder / "fp8", folder, uniform_recipe(each, head))
+            for name, each, head in NARROW
+        },
     }
 
 
@@ -76,7 +87,7 @@ def test_fast_weights_are_the_exact_ones_rounded_to_e4m3(variants: dict[str, Pat
     assert formats == {("fp8", "fp8"), ("nvfp4_fast", "nvfp4")}
 
 
-@pytest.mark.parametrize("kind", ["bf16", "native", "fp8", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_ranks_together_hold_what_one_device_holds(kind: str, variants: dict[str, Path]) -> None:
     """Each rank's numbers are the whole's rows or columns; what it reads is its part."""
     checkpoint = Checkpoint.open(variants[kind])
@@ -131,7 +142,7 @@ def check_linear(checkpoint: Checkpoint, linear: CudaLinear, group: list[str]) -
     assert not found[rows:].any() and not found[:, columns:].any()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "native", "fp8", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_survives_the_way_to_the_device(kind: str, variants: dict[str, Path]) -> None:
     checkpoint = Checkpoint.open(variants[kind])
     weights = load_cuda_weights(checkpoint, CPU, num_threads=3, num_spare_embeddings=5)
@@ -153,10 +164,8 @@ def test_every_weight_survives_the_way_to_the_device(kind: str, variants: dict[s
     assert torch.equal(weights.embedding_VD[: text.vocab_size], embedding)
     assert not weights.embedding_VD[text.vocab_size :].any()
     assert len(weights.embedding_VD) == text.vocab_size + 5
-    assert torch.equal(
-        decoded(weights.head)[: text.vocab_size, : text.width],
-        checkpoint.tensor("head.weight").double(),
-    )
+    check_linear(checkpoint, weights.head, ["head"])
+    assert weights.head.weight.format == checkpoint.format_of("head")
 
 
 @pytest.mark.parametrize("dialect", ["none", "mistral-fp8"])
@@ -235,7 +244,10 @@ def test_a_file_that_shrank_is_named(variants: dict[str, Path], tmp_path: Path) 
 def test_what_the_kernels_cannot_run_is_said(variants: dict[str, Path], tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "tiny", layers=1)
     mixed = Checkpoint.open(variants["mixed"])
-    assert reason_against(mixed, "fp8", 16) is None
+    for kind in KINDS:
+        for products in ("exact", "fast"):
+            checkpoint = Checkpoint.open(variants[kind])
+            assert reason_against(checkpoint, "fp8", 16, products=products) is None
     assert "KV cache is bf16" in (reason_against(mixed, "bf16", 16) or "")
     assert "multiple of 16" in (reason_against(mixed, "fp8", 24) or "")
     assert "heads of 32" in (reason_against(Checkpoint.open(tmp_path / "tiny"), "fp8", 16) or "")
@@ -247,3 +259,20 @@ def test_activations_stay_inside_fp16(largest: float) -> None:
     assert math.log2(divisor).is_integer() and divisor >= 1.0
     assert largest * 4.0 / divisor <= 65504.0 * 1.0001
     assert divisor == 1.0 or largest * 4.0 / (divisor / 2) > 65504.0
+
+
+@pytest.mark.parametrize("kind", ["mixed", "fp8-head"])
+@pytest.mark.parametrize("fp8_activations", ["auto", "static", "per-token"])
+def test_fp8_linears_take_scales_as_they_are_told(
+    kind: str, fp8_activations: Fp8Activations, variants: dict[str, Path]
+) -> None:
+    checkpoint = Checkpoint.open(variants[kind])
+    weights = load_cuda_weights(checkpoint, CPU, num_threads=2, fp8_activations=fp8_activations)
+    found = [linear for linear in weights.linears if linear.weight.format == "fp8"]
+    assert len(found) == (22 if kind == "mixed" else 1)
+    for linear in found:
+        if fp8_activations == "per-token":
+            assert linear.input_scale is None and linear.sums_scale == 1.0
+            assert linear.activation_kind == "e4m3_token"
+        else:
+            assert linear.input_scale is not None and linear.activation_kind == "e4m3"
