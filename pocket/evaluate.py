@@ -136,7 +136,7 @@ def evaluate(
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -148,8 +148,15 @@ def main() -> None:
     parser.add_argument("--mode", default="auto", choices=("auto", "weight_only", "declared"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--products", default="exact", choices=("exact", "fast"))
+    parser.add_argument(
+        "--kv-cache",
+        default="auto",
+        choices=("auto", "bf16", "fp8"),
+        help="the format of the KV cache; the Hopper kernels take fp8 (%(default)s: the "
+        "checkpoint's)",
+    )
     parser.add_argument("--speculative", help="ngram, or the folder of an EAGLE head")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     chat = load_mistral_format(args.checkpoint / "tekken.json")
     config = EngineConfig(
         max_model_len=20480,
@@ -158,6 +165,7 @@ def main() -> None:
         mode=args.mode,
         device=args.device,
         products=args.products,
+        kv_cache=args.kv_cache,
         speculative=args.speculative,
         target_gap_ms="none",
     )
@@ -167,6 +175,7 @@ def main() -> None:
         "mode": engine.config.mode,
         "device": args.device,
         "products": args.products,
+        "kv_cache": engine.config.kv_cache,
         "speculative": args.speculative and Path(args.speculative).name,
         "kinds": {},
     }

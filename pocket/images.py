@@ -292,9 +292,8 @@ def _scene(
 
 def images(rng: Random, split: Split, name: str | None = None) -> Item:
     """A choice over what a picture shows; sometimes the question stands in the picture."""
-    # Learnt last of all scenes, so training sees it more often than a test does.
-    if name is None and rng.random() < (0.15 if split == "test" else 0.35):
-        return _inside(rng, split)
+    if name is None and rng.random() < 0.15:
+        return inside(rng, split)
     name, pictures, asked = _scene(rng, split, name)
     choices = [found for found in asked if found[2]]
     chosen = [rng.choice(choices)]
@@ -326,8 +325,12 @@ def look(rng: Random, split: Split) -> Item:
     return Item("look", tuple(turns), gold={"text": turns[-1].content})
 
 
-def _inside(rng: Random, split: Split) -> Item:
-    """A sum or a comparison, rendered with its options; it is written out, then answered."""
+def inside(rng: Random, split: Split) -> Item:
+    """A sum, rendered with its options; it is written out, then answered.
+
+    The thought lists the options as a prompt of text does, and says the value once more before its
+    letter: so a letter is looked up here by what every other choice has taught (decision 0166).
+    """
     while True:
         left, right = rng.randint(1, 49), rng.randint(1, 49)
         sign = rng.choice("+-")
@@ -349,7 +352,9 @@ def _inside(rng: Random, split: Split) -> Item:
     thought = None
     effort = effort_of(rng, 0.6)
     if effort == "high":
-        thought = f"{question} {lines[1]} {left} {sign} {right} = {value}. That is {letter}."
+        listed = "\n".join(f"{k}. {text}" for k, text in zip("ABCD", options, strict=True))
+        summed = f"{left} {sign} {right} = {value}. {value} is {letter}."
+        thought = f"{question}\n{listed}\n\n{summed}"
     prompt = TRANSCRIBE.format(letters="A, B, C, D")
     gold = {"letter": letter, "options": 4, "scene": "inside"}
     return Item(

@@ -197,7 +197,8 @@ def training_batch(
     rng = Random(f"{seed}/{number}")
     used = dict.fromkeys(wanted, 0.0)
     misses = 0
-    while packer.room > 64 and misses < 12:
+    # A batch of nothing would have no loss; into a small one most long documents do not fit.
+    while packer.room > 64 and misses < (12 if packer.kinds else 200):
         kind = min(wanted, key=lambda k: (used[k] + rng.random()) / wanted[k])
         encoded = encoder.encode(item(kind, rng.getrandbits(48), "train"))
         if packer.fits(encoded):
@@ -207,6 +208,11 @@ def training_batch(
             misses += 1
             # Whatever is full waits, so that the rest of the batch is filled with other kinds.
             used[kind] += shape.tokens / 50
+    if not packer.kinds:
+        raise ValueError(
+            f"batch {number}: no document of {', '.join(wanted)} fits into {shape.tokens} tokens; "
+            "make batches larger"
+        )
     return packer.finish(is_long=is_long(number))
 
 

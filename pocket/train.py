@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.metadata import unquantized
 from halfbyte.checkpoint.reader import Checkpoint
@@ -56,11 +57,16 @@ class Settings:
 
     seconds         wall time of the sitting from the first step, the fall of the rate included
     decay_seconds   the rate falls to zero over the last so many; 0 leaves it up for a next sitting
+    steps           the sitting ends after this step, if not 0
+    decay_steps     the rate falls to zero over the last so many of `steps` instead: then the same
+                    weights come out every time on the same device and software
     shares          shares of kinds that differ from `mixture.SHARES`, in percent
     """
 
     seconds: float
     decay_seconds: float
+    steps: int = 0
+    decay_steps: int = 0
     muon_rate: float = 0.006
     adam_rate: float = 0.001
     warmup_steps: int = 200
@@ -121,9 +127,11 @@ def is_linear(name: str) -> bool:
     return "norm" not in name and not other
 
 
-def rate_factor(step: int, elapsed_s: float, settings: Settings) -> float:
-    """Share of the full rate: a warm-up by steps, a fall to zero by time."""
-    rise = min(1.0, (step + 1) / settings.warmup_steps)
+def rate_factor(step: int, elapsed_s: float, settings: Settings, *, first_step: int = 0) -> float:
+    """Share of the full rate: a warm-up by steps, a fall to zero by steps or by time."""
+    rise = min(1.0, (step - first_step + 1) / settings.warmup_steps)
+    if settings.decay_steps > 0:
+        return rise * min(1.0, max(0.0, (settings.steps - step) / settings.decay_steps))
     if settings.decay_seconds <= 0:
         return rise
     left = (settings.seconds - elapsed_s) / settings.decay_seconds
@@ -401,6 +409,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         seconds=args.seconds,
         decay_seconds=args.decay_seconds,
+        steps=args.steps,
+        decay_steps=args.decay_steps,
         muon_rate=args.muon_rate,
         adam_rate=args.adam_rate,
         warmup_steps=args.warmup_steps,
@@ -533,7 +543,7 @@ def _loop(
             # Compiling is not training.
             started += elapsed
             elapsed = 0.0
-        factor = rate_factor(trainer.step_number - first_step, elapsed, settings)
+        factor = rate_factor(trainer.step_number, elapsed, settings, first_step=first_step)
         is_over = elapsed >= settings.seconds or (args.steps and trainer.step_number >= args.steps)
         recent.append(trainer.step(inputs, targets, weights, factor))
         if trainer.step_number % 20 == 0 and device != "cpu":
@@ -586,6 +596,9 @@ def _save(trainer: Trainer, args: argparse.Namespace) -> None:
         "settings": asdict(trainer.settings),
         "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
         "torch": torch.__version__,
+        "first_batch": args.first_batch,
+        "batch_tokens": args.tokens or packs.SHORT.tokens,
+        "warm_start": args.warm_start and checkpoint_identity(args.warm_start),
         "step": trainer.step_number,
         "tokens": trainer.tokens,
         "seconds": trainer.seconds,
@@ -621,6 +634,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--decay-seconds", type=float, default=200.0)
     parser.add_argument("--steps", type=int, default=0, help="end after this step, if not 0")
+    parser.add_argument(
+        "--decay-steps", type=int, default=0, help="fall over the last of --steps, not by time"
+    )
     parser.add_argument("--first-batch", type=int, default=0)
     parser.add_argument("--muon-rate", type=float, default=0.006)
     parser.add_argument("--adam-rate", type=float, default=0.001)

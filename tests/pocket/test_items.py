@@ -10,7 +10,7 @@ from pocket.export import rgb_of
 from pocket.grade import Answer, is_right
 from pocket.instructions import failures
 from pocket.integers import thought_of
-from pocket.items import Item, split_of
+from pocket.items import Item, Split, split_of
 from pocket.mixture import AT_LENGTH, GRADED, SHARES, item
 from pocket.vocabulary import Vocabulary
 from pocket.world import RELATIONS, world
@@ -152,6 +152,24 @@ def test_patches_are_the_servers_pixels_in_squares(vocabulary: Vocabulary) -> No
         pixels, columns, rows = patches_of(picture)
         assert image.pixels.shape == (3, rows * 28, columns * 28)
         assert (rgb_of(pixels).numpy() == image.pixels).all()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_question_in_the_picture_is_thought_of_as_a_prompt_of_text_lists_it(split: Split) -> None:
+    """Options a line each, the sum, and the value just before its letter."""
+    thoughts = [
+        (found.turns[-1].thought, found.gold["letter"])
+        for found in (item("inside", number, split) for number in range(40))
+        if found.effort == "high"
+    ]
+    assert len(thoughts) > 10
+    for thought, letter in thoughts:
+        question, *lines, _, last = thought.splitlines()
+        left, sign, right = question.removeprefix("What is ").removesuffix("?").split()
+        value = int(left) + int(right) * (1 if sign == "+" else -1)
+        options = dict(line.split(". ") for line in lines)
+        assert list(options) == ["A", "B", "C", "D"] and options[letter] == str(value)
+        assert last == f"{left} {sign} {right} = {value}. {value} is {letter}."
 
 
 def test_shares_name_every_graded_kind() -> None:

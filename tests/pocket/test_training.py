@@ -97,6 +97,25 @@ def test_the_rate_rises_stays_and_falls_to_zero() -> None:
     assert rate_factor(50, 80, settings) == pytest.approx(0.5)
     assert rate_factor(50, 101, settings) == 0
     assert rate_factor(50, 99, replace(settings, decay_seconds=0)) == 1
+    # A later sitting rises again.
+    assert rate_factor(500, 0, settings, first_step=500) == pytest.approx(0.1)
+
+
+def test_the_rate_falls_by_steps_where_the_command_says_so() -> None:
+    """Time then counts for nothing: the same weights on a slow and on a fast machine."""
+    settings = Settings(seconds=100, decay_seconds=40, warmup_steps=10, steps=80, decay_steps=20)
+    for elapsed in (0.0, 99.0):
+        assert rate_factor(0, elapsed, settings) == pytest.approx(0.1)
+        assert rate_factor(60, elapsed, settings) == 1
+        assert rate_factor(70, elapsed, settings) == pytest.approx(0.5)
+        assert rate_factor(80, elapsed, settings) == rate_factor(90, elapsed, settings) == 0
+
+
+def test_a_batch_that_no_document_fits_into_is_refused(vocabulary: Vocabulary) -> None:
+    """It would have no loss at all, and its gradients would be no numbers."""
+    encoder, control = Encoder(vocabulary), vocabulary.control
+    with pytest.raises(ValueError, match="no document of long_recall fits into 512 tokens"):
+        training_batch(9, 1, encoder, control, SHORT, replace(LONG, tokens=512))
 
 
 def test_muon_steps_are_nearly_orthogonal() -> None:
