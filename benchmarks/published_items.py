@@ -104,7 +104,7 @@ def tool_calls(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
             "files": sorted(set(loaded.provenance.sha256.values())), "items": items,
         }  # fmt: skip
         print(f"{one.name}: {len(items)} hashes of {one.full_items} items")
-    for category in leaderboard.GRADED:
+    for category in (*leaderboard.GRADED, *leaderboard.GRADED_ELSEWHERE):
         for row in data.questions(category):
             asked |= leaderboard.question_hashes(row)
     GRADED.write_text(json.dumps({"questions": sorted(asked)}, indent=0) + "\n", encoding="utf-8")

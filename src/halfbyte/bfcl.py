@@ -61,18 +61,22 @@ SERVICES: Mapping[str, str] = {
 # The long texts and lists that several services add in the category of long contexts.
 SHARED_SOURCE = "long_context"
 
-# Files whose rows the leaderboard does not grade, or not by the categories asked here. Each is
-# still compared with what is graded: `chatable` and `composite` repeat graded questions.
-UNGRADED = (
-    "BFCL_v4_simple_java.json",
-    "BFCL_v4_simple_javascript.json",
-    "unused_datasets/question/BFCL_v4_chatable.json",
-    "unused_datasets/question/BFCL_v4_exec_multiple.json",
-    "unused_datasets/question/BFCL_v4_exec_parallel.json",
-    "unused_datasets/question/BFCL_v4_exec_parallel_multiple.json",
-    "unused_datasets/question/BFCL_v4_exec_simple.json",
-    "unused_datasets/question/BFCL_v4_rest.json",
-    "unused_datasets/question/BFCL_v4_sql.json",
+# Categories that the leaderboard grades and no benchmark here asks.
+GRADED_ELSEWHERE = ("simple_java", "simple_javascript", "memory", "web_search")
+
+# Files whose rows the leaderboard grades no longer, or never did. Each row is still compared with
+# what is graded: nearly all of `chatable` repeats graded questions.
+UNGRADED = tuple(
+    f"unused_datasets/question/BFCL_v4_{name}.json"
+    for name in (
+        "chatable",
+        "exec_multiple",
+        "exec_parallel",
+        "exec_parallel_multiple",
+        "exec_simple",
+        "rest",
+        "sql",
+    )
 )
 
 # What the leaderboard calls a type -> what JSON Schema does.
@@ -362,13 +366,13 @@ class UngradedRows:
 
 
 def ungraded_rows(leaderboard: Leaderboard) -> UngradedRows:
-    """What users ask and which functions they offer, of rows that no benchmark here grades.
+    """What users ask, and the functions that are offered, of rows that are not graded.
 
     A row is left out if anything that its user says is said in a graded row: of the published set,
     by hash, and of the files at hand, by themselves.
     """
     graded = set(graded_questions())
-    for category in GRADED:
+    for category in (*GRADED, *GRADED_ELSEWHERE):
         if leaderboard.has(f"BFCL_v4_{category}.json"):
             for row in leaderboard.questions(category):
                 graded |= question_hashes(row)

@@ -168,7 +168,7 @@ def write_multi_turn() -> None:
 
 
 def write_ungraded() -> None:
-    """Rows that calibration may see, and among them two that repeat graded questions."""
+    """Rows that calibration may see, and among them three that repeat graded questions."""
     java = [
         {"id": "simple_java_0", "question": [say("Sort the shelf by colour.")], "function": [PAINT]}
     ]
@@ -180,8 +180,17 @@ def write_ungraded() -> None:
             {"question": "Tell me of the history of tea.", "function": ""},
         ],
     )
+    rest = [
+        {"id": "rest_0", "question": [say("Sort the shelf, by colour.")], "function": [PAINT]},
+        {"id": "rest_1", "question": [say("Which walks are open now?")], "function": [ROUTE]},
+    ]
+    write("unused_datasets/question/BFCL_v4_rest.json", rest)
     sql: list[Row] = [
-        {"id": "sql_0", "question": say("Close ticket 7."), "function": [SUM]},
+        {
+            "id": "sql_0",
+            "question": say("Urgency 3; and which tickets are open then?"),
+            "function": [SUM],
+        },
         {"id": "sql_1", "question": say("How many rows has the table?"), "function": SUM},
     ]
     write("unused_datasets/question/BFCL_v4_sql.json", sql)
