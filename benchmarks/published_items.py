@@ -14,10 +14,11 @@ Reading the result: for each set a list of hashes beside the number of its items
     the authors' outputs of 2024, and corrections went on; of MMMU-Pro none did between two outputs,
     and as small a share is allowed for.
 Run: PYTHONPATH=src python benchmarks/published_items.py FOLDER with any of aime2025/problems.jsonl,
-    aa_lcr/aa_lcr.csv, scicode/problems_*.jsonl, mmlu_pro/items.jsonl, mmmu_pro/items.jsonl and, for
-    who has accepted the authors' terms, gpqa_diamond/gpqa_diamond.csv, whose items are hashed with
-    their record ids. Sets that are not in FOLDER keep what is known of them. Then
-    pytest tests/evals/test_published.py
+    aa_lcr/aa_lcr.csv, scicode/problems_*.jsonl, mmlu_pro/items.jsonl, mmmu_pro/items.jsonl, the
+    wheel bfcl/bfcl_eval-2026.3.23-py3-none-any.whl (of which the questions are hashed as well, so
+    that calibration draws none of them) and, for who has accepted the authors' terms,
+    gpqa_diamond/gpqa_diamond.csv, whose items are hashed with their record ids. Sets that are not
+    in FOLDER keep what is known of them. Then pytest tests/evals/test_published.py
 """
 
 import json
@@ -26,9 +27,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halfbyte.evals.tasks import aa_lcr, aime, gpqa, mmlu_pro, mmmu_pro, scicode
+from halfbyte import bfcl as leaderboard
+from halfbyte.evals.tasks import aa_lcr, aime, bfcl, gpqa, mmlu_pro, mmmu_pro, scicode
+from halfbyte.evals.tasks.benchmark import Options
 from halfbyte.evals.tasks.data import load_rows
 
+GRADED = Path(__file__).parents[1] / "src/halfbyte/bfcl_graded.json"
 OUT = Path(__file__).parents[1] / "src/halfbyte/evals/tasks/published_items.json"
 
 
@@ -61,6 +65,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     known = json.loads(OUT.read_text(encoding="utf-8"))
     made = {name: made_of(folder, one, known.get(name, {})) for name, one in SETS.items()}
+    made |= tool_calls(folder / "bfcl", known)
     OUT.write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")
 
 
@@ -79,6 +84,31 @@ def made_of(folder: Path, one: Set, known: Mapping[str, Any]) -> dict[str, Any]:
         "of": one.of, "distinct": distinct, "changing": one.changing,
         "files": list(one.files), "items": items,
     }  # fmt: skip
+
+
+def tool_calls(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the parts of the leaderboard of tool calls, and of what they ask."""
+    if not folder.is_dir():
+        return {name: known[name] for name in bfcl.PARTS if name in known}
+    made, asked = {}, set()
+    data = leaderboard.find_leaderboard(folder)
+    for one in bfcl.BENCHMARKS:
+        if one.name not in bfcl.PARTS:
+            continue
+        loaded = one.load(Options(data=folder))
+        if len(loaded.samples) != one.full_items:
+            sys.exit(f"{one.name}: {len(loaded.samples)} items, not {one.full_items}")
+        items = sorted({bfcl.content(sample) for sample in loaded.samples})
+        made[one.name] = {
+            "of": one.full_items, "distinct": len(items), "changing": 0,
+            "files": sorted(set(loaded.provenance.sha256.values())), "items": items,
+        }  # fmt: skip
+        print(f"{one.name}: {len(items)} hashes of {one.full_items} items")
+    for category in (*leaderboard.GRADED, *leaderboard.GRADED_ELSEWHERE):
+        for row in data.questions(category):
+            asked |= leaderboard.question_hashes(row)
+    GRADED.write_text(json.dumps({"questions": sorted(asked)}, indent=0) + "\n", encoding="utf-8")
+    return made
 
 
 if __name__ == "__main__":

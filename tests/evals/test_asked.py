@@ -16,7 +16,7 @@ from halfbyte.evals.tasks.choices import LETTERS, choice_prompt
 from halfbyte.evals.tasks.data import Provenance, load_rows, rows_sha256
 from halfbyte.evals.tasks.published import published
 from halfbyte.evals.tasks.suite import BENCHMARKS, REPEATS, SUITES
-from halfbyte.evals.types import Image
+from halfbyte.evals.types import Conversation, Image
 
 DATA = Path(__file__).parents[1] / "data" / "evals"
 
@@ -32,6 +32,10 @@ SETTINGS = {
     "mmmu_pro": (1_730, 1, 1.5, 32, 0.1028, 2_900, 5_000, None, 1.0),
     "mmmu_pro_vision": (1_730, 1, 1.5, 32, 0.1028, 2_900, 5_000, None, 1.0),
     "mmmu_pro_standard": (1_730, 1, 1.5, 32, 0.1028, 2_900, 5_000, None, 1.0),
+    "bfcl": (4_291, 1, 1.0, 32, 0.05, 10_000, 900, 2_276, 1.2),
+    "bfcl_non_live": (1_240, 1, 1.5, 32, 0.05, 320, 400, None, 1.0),
+    "bfcl_live": (2_251, 1, 1.5, 32, 0.05, 870, 400, 836, 1.2),
+    "bfcl_multi_turn": (800, 1, 1.5, 32, 0.05, 52_000, 3_000, 200, 1.2),
     "quick": (40, 1, 5.0, 64, 0.1, 80, 100, None, 1.0),
     "pocket_knowledge": (200, 1, 1.5, 32, 0.01, 150, 20, None, 1.0),
     "pocket_hard": (200, 1, 1.5, 32, 0.01, 100, 40, None, 1.0),
@@ -53,6 +57,10 @@ ASKED = {
     "mmmu_pro": (10, "f9254a3a2240afea"),
     "mmmu_pro_vision": (10, "98b6f5bf4f38c59e"),
     "mmmu_pro_standard": (10, "b62803bc19eb2722"),
+    "bfcl": (19, "ccfed40245686c0a"),
+    "bfcl_non_live": (7, "ac0b6b16cfbe5c19"),
+    "bfcl_live": (8, "1e59e67d6fc2df5b"),
+    "bfcl_multi_turn": (4, "1eb8e7d067e0c339"),
     "quick": (40, "d26bf103df0c9b72"),
 }
 
@@ -67,10 +75,12 @@ def asked_digest(benchmark: Benchmark, options: Options) -> tuple[int, str]:
     samples = benchmark.load(options).samples
     for sample in samples:
         earlier = [f"```python\nstep = {i}\n```" for i in range(sample.fields.get("index", 0))]
-        parts = [
-            "picture" if isinstance(part, Image) else part.text
-            for part in benchmark.prompt(sample, earlier, options)
-        ]
+        asked = benchmark.prompt(sample, earlier, options)
+        parts: list[Any] = (
+            [*asked.messages, *asked.tools]
+            if isinstance(asked, Conversation)
+            else ["picture" if isinstance(part, Image) else part.text for part in asked]
+        )
         row = [sample.item_id, sample.group, sample.stratum, sample.gold, parts]
         digest.update(json.dumps(row).encode())
     return len(samples), digest.hexdigest()[:16]
@@ -86,7 +96,9 @@ def test_settings_are_those_that_the_plan_was_made_with() -> None:
     }  # fmt: skip
     assert found == SETTINGS
     grouped = {name for name, b in BENCHMARKS.items() if b.has_groups}
-    assert grouped == {"aa_lcr", "scicode"} == {n for n, s in SETTINGS.items() if s[7]}
+    by_documents = {"bfcl", "bfcl_live", "bfcl_multi_turn"}
+    assert grouped == {"aa_lcr", "scicode"} | by_documents
+    assert grouped == {n for n, s in SETTINGS.items() if s[7]}
     assert {name for name, b in BENCHMARKS.items() if b.is_trajectory} == {"scicode"}
     assert {n for n, b in BENCHMARKS.items() if b.is_generated} == set(SUITES["pocket"])
     only_one_effort = {n: b.effort for n, b in BENCHMARKS.items() if b.effort is not None}

@@ -42,11 +42,13 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
 class Source:
-    """One member of a blend. Exactly one of dataset, path and builtin is set.
+    """One member of a blend. Exactly one of dataset, path, builtin and tool_calls is set.
 
     dataset    a name of `datasets.yaml`, or a hub id, which then needs `splits`
     path       a file, a folder, or a pattern such as `rows/math__*.jsonl`; relative to the blend's
                own file. Each file is a split
+    tool_calls  the wheel of bfcl-eval or a folder it was unpacked into, relative to the blend's own
+               file, or `installed`: what its ungraded rows ask, with their functions as tools
     weight     share of the samples, relative to the other sources
     recombine  replace the rows by this many made of their pieces; for tests of volume only
     """
@@ -54,6 +56,7 @@ class Source:
     dataset: str | None = None
     path: str | None = None
     builtin: Annotated[bool, Field(strict=True)] = False
+    tool_calls: str | None = None
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     splits: list[str] | None = None
     revision: str | None = None
@@ -63,7 +66,7 @@ class Source:
     @property
     def label(self) -> str:
         """The name under which messages and records speak of this source."""
-        return self.name or self.dataset or self.path or "builtin"
+        return self.name or self.dataset or self.path or self.tool_calls or "builtin"
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -159,9 +162,14 @@ def _said(error: ValidationError) -> str:
 
 
 def _check_source(source: Source, where: str) -> None:
-    kinds = [source.dataset is not None, source.path is not None, source.builtin]
+    kinds = [
+        source.dataset is not None,
+        source.path is not None,
+        source.builtin,
+        source.tool_calls is not None,
+    ]
     if sum(kinds) != 1:
-        raise UsageError(f"{where}: say exactly one of dataset, path and builtin: true")
+        raise UsageError(f"{where}: say exactly one of dataset, path, builtin: true and tool_calls")
     if source.dataset is None:
         if source.splits is not None or source.revision is not None:
             raise UsageError(f"{where}: splits and revision belong to a dataset")

@@ -8,17 +8,19 @@ import glob
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from halfbyte.bfcl import find_leaderboard, ungraded_rows
 from halfbyte.calibrate.blend import Blend, Dataset, Source, resolve_dataset
 from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES, Line, read_row_lines
 from halfbyte.errors import UsageError
 from halfbyte.files import open_regular
 from halfbyte.hub import open_hub, refuse, whole_commit
+from halfbyte.log import logger
 
 _STREAM_BUFFER_BYTES = 1 << 20
 
@@ -83,6 +85,8 @@ def open_source(source: Source, blend: Blend, access: DataAccess) -> OpenedSourc
         return OpenedSource((_builtin_split(),), "package")
     if source.path is not None:
         return OpenedSource(_local_splits(blend.folder / source.path, where), "local")
+    if source.tool_calls is not None:
+        return _tool_calls(source.tool_calls, blend.folder, where)
     dataset = resolve_dataset(source, where)
     if access.folder is not None:
         found = _folder_of(dataset, access.folder)
@@ -115,10 +119,29 @@ def builtin_documents() -> tuple[tuple[str, str], ...]:
 
 def _builtin_split() -> Split:
     rows = [{"uuid": name, "text": text} for name, text in builtin_documents()]
+    return _made_split("builtin", rows)
+
+
+def _made_split(name: str, rows: Sequence[Mapping[str, Any]]) -> Split:
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    return Split(
-        "builtin", (SplitFile("builtin.jsonl", len(data), None, lambda: io.BytesIO(data)),)
-    )
+    return Split(name, (SplitFile(f"{name}.jsonl", len(data), None, lambda: io.BytesIO(data)),))
+
+
+# --- the leaderboard of tool calls
+
+
+def _tool_calls(place: str, folder: Path, where: str) -> OpenedSource:
+    """Rows that the leaderboard does not grade (`halfbyte.bfcl`); the graded ones never enter."""
+    data = None if place == "installed" else folder / place
+    if data is not None and not data.exists():
+        raise UsageError(f"{where}: {data}: there is no such wheel or folder")
+    leaderboard = find_leaderboard(data)
+    found = ungraded_rows(leaderboard)
+    logger.info(
+        "%s: %d rows of %s; %d that repeat what is graded are left out",
+        where, len(found.rows), leaderboard.source, found.graded,
+    )  # fmt: skip
+    return OpenedSource((_made_split("tool_calls", found.rows),), leaderboard.source)
 
 
 # --- local files

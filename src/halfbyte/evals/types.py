@@ -57,8 +57,33 @@ class Image:
     uri: str
 
 
-# One user message: text and images in reading order.
-Prompt = tuple[Text | Image, ...]
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages of several speakers, and the tools that may be called, as the protocol has them."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+# One user message, text and images in reading order; or a whole conversation.
+Prompt = tuple[Text | Image, ...] | Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call in an answer. `arguments` is the text that came, which need not be JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model said in one step of a conversation."""
+
+    text: str
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from halfbyte.evals.judging.stats import accuracy_interval, item_variance
 from halfbyte.evals.records import BenchmarkResult, GradedAttempt
+from halfbyte.evals.tasks import bfcl
 from halfbyte.evals.types import MISSING_CAUSES
 
 
@@ -132,6 +133,9 @@ def _metrics(
     if variance is not None:
         metrics["item_variance"] = variance
     name = records[0].benchmark
+    if name.split("_")[0] == bfcl.NAME:
+        averages = bfcl.leaderboard_averages(_by_stratum(records, scored))
+        metrics |= {f"leaderboard_{group}": value for group, value in averages.items()}
     if name == "ifbench":
         metrics["prompt_strict"] = (
             sum(bool(r.details.get("prompt_strict")) for r in records) / count
@@ -148,6 +152,20 @@ def _metrics(
             problems[record.group, record.repeat] &= record.score == 1.0
         metrics["main_problem_accuracy"] = sum(problems.values()) / len(problems)
     return metrics
+
+
+def _by_stratum(
+    records: Sequence[GradedAttempt], scored: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[int, float]]:
+    """Number of items and mean score of each stratum."""
+    members: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        if record.item_id in scored:
+            members[record.stratum].add(record.item_id)
+    return {
+        stratum: (len(found), sum(sum(scored[i]) / len(scored[i]) for i in found) / len(found))
+        for stratum, found in members.items()
+    }
 
 
 def _design_factor(records: Sequence[GradedAttempt]) -> float | None:

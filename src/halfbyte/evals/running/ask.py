@@ -7,8 +7,8 @@ import random
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 from inspect_ai.model import (
     ChatMessageUser,
@@ -23,9 +23,19 @@ from halfbyte.evals.config import RunConfig, seed_for
 from halfbyte.evals.reasoning import split_reasoning
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.progress import RunProgress
+from halfbyte.evals.running.provider import TOOL_CALLS
 from halfbyte.evals.score import Graders
-from halfbyte.evals.tasks.benchmark import Benchmark
-from halfbyte.evals.types import Attempt, Image, Prompt, Sample
+from halfbyte.evals.tasks.benchmark import Benchmark, Steps
+from halfbyte.evals.types import (
+    Attempt,
+    Conversation,
+    Image,
+    Prompt,
+    Reply,
+    Sample,
+    Text,
+    ToolCall,
+)
 from halfbyte.json_lines import JsonLines
 
 Key = tuple[str, int]
@@ -74,7 +84,9 @@ class Room:
 
 
 def prompt_sha256(prompt: Prompt) -> str:
-    """SHA-256 of a rendered prompt, its images included."""
+    """SHA-256 of a rendered prompt, its images or tools included."""
+    if isinstance(prompt, Conversation):
+        return hashlib.sha256(_as_text(prompt).encode()).hexdigest()
     parts = [("image", p.uri) if isinstance(p, Image) else ("text", p.text) for p in prompt]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
@@ -87,8 +99,17 @@ def max_tokens_for(prompt: Prompt, limit: int, context_tokens: int | None) -> in
     """
     if context_tokens is None:
         return limit
-    taken = sum(2_800 if isinstance(p, Image) else most_tokens(p.text) for p in prompt)
+    if isinstance(prompt, Conversation):
+        taken = most_tokens(_as_text(prompt))
+    else:
+        taken = sum(2_800 if isinstance(p, Image) else most_tokens(p.text) for p in prompt)
     return min(limit, max(16, context_tokens - taken - _PROMPT_MARGIN_TOKENS))
+
+
+def _as_text(conversation: Conversation) -> str:
+    """A conversation and its tools as JSON, which is longer than what a model sees of them."""
+    parts = [list(conversation.messages), list(conversation.tools)]
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def most_tokens(text: str) -> int:
@@ -130,7 +151,7 @@ async def refusal_of(
     for sample in shortest:
         settings = _settings(benchmark, config, sample, 0, 1)
         try:
-            await model.generate([_message(prompts[sample.item_id])], config=settings)
+            await _generate(model, prompts[sample.item_id], settings)
         except Exception as failure:
             if _status_of(failure) not in (*_REFUSALS, *_SETUP_FAULTS):
                 return None
@@ -140,39 +161,152 @@ async def refusal_of(
     return said
 
 
+# Asked of a server before a run of tool calls, whatever the items are.
+_TOOL_NAME = "ring_bell"
+_TOOL_TRIAL = Conversation(
+    ({"role": "user", "content": "Ring the bell twice."},),
+    (
+        {
+            "type": "function",
+            "function": {
+                "name": _TOOL_NAME,
+                "description": "Ring the bell.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"times": {"type": "integer", "description": "How often."}},
+                    "required": ["times"],
+                },
+            },
+        },
+    ),
+)
+_TRIAL_TOKENS = 2_048
+
+
+async def tool_fault_of(benchmark: Benchmark, config: RunConfig, model: Model) -> str | None:
+    """Why a server cannot answer with tool calls; None if it can, or if it cannot be told.
+
+    A call is required by the request, so that what the model would rather say does not matter. A
+    server that knows no required calls, or that answers at length first, is left to the attempts.
+    """
+    sampling = config.sampling_for(benchmark)
+    settings = GenerateConfig(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        reasoning_effort=sampling.reasoning_effort,
+        max_tokens=min(sampling.max_tokens, _TRIAL_TOKENS),
+        seed=0,
+    )
+    try:
+        output = await _generate(model, _TOOL_TRIAL, settings, tool_choice="required")
+    except Exception:  # as attempts ask has been tried by `refusal_of`
+        return None
+    reply = _read_output(output, 0)
+    is_cut = output.stop_reason in ("max_tokens", "model_length")
+    if reply.output is None or is_cut or _calls_of(output):
+        return None
+    said = output.completion[:120]
+    return (
+        "it takes tools but makes no tool calls: asked for a call that the request required, it "
+        f"answered {said!r}. Start the server with its tool-call parser"
+    )
+
+
 def _characters(prompt: Prompt) -> int:
+    if isinstance(prompt, Conversation):
+        return len(_as_text(prompt))
     return sum(len(part.uri if isinstance(part, Image) else part.text) for part in prompt)
 
 
 async def ask_until_answered(
     room: Room, sample: Sample, repeat: int, earlier: Sequence[str], model: Model
 ) -> Attempt:
-    """One request with its retries; whatever happens becomes an attempt."""
+    """An item with its retries, of a conversation all steps; whatever happens is an attempt."""
     prompt = room.benchmark.prompt(sample, earlier, room.config.options)
-    most = max_tokens_for(prompt, room.max_tokens, room.endpoint.context_tokens)
-    settings = _settings(room.benchmark, room.config, sample, repeat, most)
-    started = time.monotonic()
-    reply = await _try(room, model, prompt, settings)
     blank = Attempt(
         benchmark=room.benchmark.name,
         item_id=sample.item_id,
         repeat=repeat,
-        seed=settings.seed or 0,
+        seed=seed_for(room.benchmark.name, sample.item_id, repeat, room.config.seed_shift),
         prompt_sha256=prompt_sha256(prompt),
-        max_tokens=settings.max_tokens or 0,
         answer="",
         reasoning="",
         finish_reason="",
         prompt_tokens=0,
         completion_tokens=0,
         reasoning_tokens=0,
-        latency_s=round(time.monotonic() - started, 4),
-        ended=round(time.time(), 3),
+        latency_s=0.0,
+    )
+    started = time.monotonic()
+    if room.benchmark.converse is None:
+        attempt, _ = await _ask_once(room, sample, blank, prompt, model)
+    else:
+        steps = room.benchmark.converse(sample, room.config.options)
+        attempt = await _converse(room, sample, blank, steps, model)
+    return replace(
+        attempt, latency_s=round(time.monotonic() - started, 4), ended=round(time.time(), 3)
+    )
+
+
+class _Step(NamedTuple):
+    """A request's outcome, and the calls in it, which an attempt keeps in its answer only."""
+
+    attempt: Attempt
+    calls: tuple[ToolCall, ...] = ()
+
+
+async def _ask_once(
+    room: Room, sample: Sample, blank: Attempt, prompt: Prompt, model: Model
+) -> _Step:
+    most = max_tokens_for(prompt, room.max_tokens, room.endpoint.context_tokens)
+    settings = _settings(room.benchmark, room.config, sample, blank.repeat, most)
+    reply = await _try(room, model, prompt, settings)
+    asked = replace(
+        blank,
+        max_tokens=most,
         error=reply.error,
         refused=reply.refused,
-        retries=reply.retries,
+        retries=blank.retries + reply.retries,
     )
-    return blank if reply.output is None else _with_output(blank, reply.output)
+    if reply.output is None:
+        return _Step(asked)
+    return _Step(_with_output(asked, reply.output), _calls_of(reply.output))
+
+
+async def _converse(
+    room: Room, sample: Sample, blank: Attempt, steps: Steps, model: Model
+) -> Attempt:
+    """Ask step by step until the item has its answer, a request fails, or an answer is cut.
+
+    Tokens are those of all steps together, the thoughts those of each, one after the other.
+    """
+    total, thoughts = blank, list[str]()
+    prompt = await asyncio.to_thread(_next, steps, None)
+    while isinstance(prompt, Conversation):
+        before = replace(blank, retries=total.retries)
+        step, calls = await _ask_once(room, sample, before, prompt, model)
+        thoughts += [step.reasoning] if step.reasoning else []
+        total = replace(
+            step,
+            answer="",
+            reasoning="\n\n".join(thoughts),
+            prompt_tokens=total.prompt_tokens + step.prompt_tokens,
+            completion_tokens=total.completion_tokens + step.completion_tokens,
+            reasoning_tokens=total.reasoning_tokens + step.reasoning_tokens,
+        )
+        if step.error is not None or step.finish_reason == "length":
+            steps.close()
+            return replace(total, answer=step.answer)
+        prompt = await asyncio.to_thread(_next, steps, Reply(step.answer, calls))
+    return replace(total, answer=prompt)
+
+
+def _next(steps: Steps, reply: Reply | None) -> Conversation | str:
+    """What a conversation asks next, or its answer; in a thread, since it may run programs."""
+    try:
+        return next(steps) if reply is None else steps.send(reply)
+    except StopIteration as end:  # no exception of this kind may leave a thread
+        return str(end.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +319,10 @@ class _Reply:
 
 async def _try(room: Room, model: Model, prompt: Prompt, settings: GenerateConfig) -> _Reply:
     """Ask until there is an answer, a refusal, or the retries are used up."""
-    messages = [_message(prompt)]
     wait_s = FIRST_WAIT_S
     for retry in range(room.config.retries + 1):
         try:
-            output = await model.generate(messages, config=settings)
+            output = await _generate(model, prompt, settings)
         # The client raises a dozen unrelated types; all of them are this attempt's failure.
         except Exception as failure:
             status = _status_of(failure)
@@ -248,7 +381,22 @@ def _read_output(output: ModelOutput, retries: int) -> _Reply:
     return _Reply(output, retries=retries)
 
 
-def _message(prompt: Prompt) -> ChatMessageUser:
+async def _generate(
+    model: Model, prompt: Prompt, settings: GenerateConfig, tool_choice: str | None = None
+) -> ModelOutput:
+    """Send a prompt. A conversation goes as it is, past inspect-ai's own forms of messages."""
+    if not isinstance(prompt, Conversation):
+        return await model.generate([_message(prompt)], config=settings)
+    body: dict[str, Any] = {"messages": list(prompt.messages)}
+    if prompt.tools:
+        body["tools"] = list(prompt.tools)
+    if tool_choice is not None:
+        body["tool_choice"] = tool_choice
+    shown = ChatMessageUser(content="(the conversation is in the request's extra_body)")
+    return await model.generate([shown], config=settings.model_copy(update={"extra_body": body}))
+
+
+def _message(prompt: tuple[Text | Image, ...]) -> ChatMessageUser:
     if len(prompt) == 1 and not isinstance(prompt[0], Image):
         return ChatMessageUser(content=prompt[0].text)
     parts: list[Any] = [
@@ -256,6 +404,12 @@ def _message(prompt: Prompt) -> ChatMessageUser:
         for part in prompt
     ]
     return ChatMessageUser(content=parts)
+
+
+def _calls_of(output: ModelOutput) -> tuple[ToolCall, ...]:
+    """The tool calls of an answer, with their arguments as they came (`provider`)."""
+    calls = (output.choices[0].message.metadata or {}).get(TOOL_CALLS, ())
+    return tuple(ToolCall(*call) for call in calls)
 
 
 def _with_output(blank: Attempt, output: ModelOutput) -> Attempt:

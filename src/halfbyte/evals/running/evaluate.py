@@ -8,6 +8,7 @@ import datetime
 import importlib.util
 import os
 import platform
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -189,6 +190,13 @@ def _check_graders(config: RunConfig, loaded: Mapping[str, LoadedItems]) -> None
         scripts.check_interpreter(python)
         logger.info("generated code runs under %s: %s", python.path, ", ".join(active))
         _warn_about_versions(python)
+    if any(
+        b.kind == "tools" and any(one.fields.get("services") for one in loaded[b.name].samples)
+        for b in config.benchmarks
+        if b.name in loaded
+    ):
+        active = sandbox.isolation()
+        logger.info("simulated services run under %s: %s", sys.executable, ", ".join(active))
     if any(b.needs_algebra for b in config.benchmarks if b.name in loaded):
         check_algebra()
 

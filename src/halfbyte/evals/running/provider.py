@@ -6,6 +6,7 @@ content, as Mistral's own API has them) and in what an error looks like (some se
 nothing: a body without choices is a failed request, with the body's own words.
 """
 
+import json
 from typing import Any
 
 from inspect_ai.model import (
@@ -23,6 +24,9 @@ from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
 from halfbyte.evals.reasoning import SplitAnswer
 
 PROVIDER = "halfbyte"  # the name under which inspect-ai finds this client
+
+# The key of a message's metadata under which its tool calls stand: id, name and arguments' text.
+TOOL_CALLS = "tool_calls"
 
 # Where servers put thoughts that they send apart from the content.
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -66,7 +70,11 @@ def _choice(completion: Any, choice: Any) -> ChatCompletionChoice:
     if choice.message.reasoning_content:
         content.insert(0, ContentReasoning(reasoning=choice.message.reasoning_content))
     message = ChatMessageAssistant(
-        content=content, model=str(completion.model or ""), source="generate"
+        content=content,
+        model=str(completion.model or ""),
+        source="generate",
+        # Not as inspect-ai's own calls, which keep arguments only as far as they are JSON.
+        metadata={TOOL_CALLS: read_calls(choice.message.tool_calls)},
     )
     return ChatCompletionChoice(message=message, stop_reason=as_stop_reason(choice.finish_reason))
 
@@ -107,6 +115,23 @@ def read_message(message: dict[str, Any]) -> SplitAnswer:
             texts.append(_text(part))
     text = "".join(texts) or _text(message.get("refusal"))
     return SplitAnswer(text, "\n".join(filter(None, thoughts)))
+
+
+def read_calls(calls: Any) -> list[tuple[str, str, str]]:
+    """Id, name and text of the arguments of each tool call of a message.
+
+    Arguments that a server sends as an object, against the protocol, are written as JSON.
+    """
+    found = []
+    for number, call in enumerate(calls if isinstance(calls, list) else ()):
+        function = getattr(call, "function", None)
+        name = getattr(function, "name", None)
+        if not isinstance(name, str):
+            continue  # a tool of another kind than functions, of which none is offered
+        given = getattr(function, "arguments", None)
+        arguments = given if isinstance(given, str) else json.dumps(given)
+        found.append((str(getattr(call, "id", None) or f"call{number:05d}"), name, arguments))
+    return found
 
 
 def _text(value: Any) -> str:

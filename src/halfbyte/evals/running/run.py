@@ -55,13 +55,14 @@ from halfbyte.evals.running.ask import (
     may_pass,
     prompt_sha256,
     refusal_of,
+    tool_fault_of,
 )
 from halfbyte.evals.running.endpoint import Endpoint
 from halfbyte.evals.running.progress import RunProgress
 from halfbyte.evals.running.provider import PROVIDER
 from halfbyte.evals.score import CodeRunner, Graders, Judge, score_attempt
 from halfbyte.evals.tasks.benchmark import Benchmark, LoadedItems
-from halfbyte.evals.types import MISSING_CAUSES, Attempt, Sample
+from halfbyte.evals.types import MISSING_CAUSES, Attempt, Conversation, Prompt, Sample
 from halfbyte.json_lines import JsonLines
 from halfbyte.log import logger
 
@@ -103,6 +104,9 @@ def refusals(
                 )
                 for one, items in loaded.items()
             }
+            for one in loaded:
+                if one.kind == "tools" and found[one.title] is None:
+                    found[one.title] = await tool_fault_of(one, config, model)
         finally:
             await model.api.aclose()
         if config.judge is not None and any(one.kind == "judged" for one in loaded):
@@ -255,11 +259,17 @@ def _write_first_request(room: Room, units: dict[str, list[Sample]], folder: Pat
         "item_id": sample.item_id,
         "prompt_id": room.prompt_id,
         "prompt_sha256": prompt_sha256(prompt),
-        "messages": [{"role": "user", "content": [asdict(part) for part in prompt]}],
+        **_as_sent(prompt),
         "sampling": asdict(room.config.sampling_for(room.benchmark)),
         "seed": seed_for(room.benchmark.name, sample.item_id, 0, room.config.seed_shift),
     }
     (folder / "request.json").write_text(json.dumps(request, indent=1, ensure_ascii=False) + "\n")
+
+
+def _as_sent(prompt: Prompt) -> dict[str, Any]:
+    if isinstance(prompt, Conversation):
+        return {"messages": list(prompt.messages), "tools": list(prompt.tools)}
+    return {"messages": [{"role": "user", "content": [asdict(part) for part in prompt]}]}
 
 
 def _solver(room: Room, units: dict[str, list[Sample]], model: Model) -> Any:

@@ -1,15 +1,20 @@
 """What a benchmark is to the rest: names, defaults, and its three functions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from halfbyte.evals.tasks.data import Provenance
-from halfbyte.evals.types import Prompt, Sample, Score
+from halfbyte.evals.types import Conversation, Prompt, Reply, Sample, Score
 
 # answer: graded from its text alone. judged: a model grades it. code: a program is run.
-Kind = Literal["answer", "judged", "code"]
+# tools: a conversation with tools, whose calls are graded.
+Kind = Literal["answer", "judged", "code", "tools"]
+
+# What is asked, step by step: it yields a conversation, is sent what the model said, and in the end
+# returns the answer that is stored and graded.
+Steps = Generator[Conversation, Reply, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,8 @@ class Benchmark:
     load      options -> samples
     prompt    a sample and the model's answers to the earlier samples of its group (only where
               `is_trajectory`) -> one user message
-    grade     a sample and the final answer -> score; for `answer` kinds
+    grade     a sample and the final answer -> score; for `answer` and `tools` kinds
+    converse  for `tools` kinds: the steps of an item, of which `prompt` is the first
     repeats   by default; `margin` the largest loss still called no regression, in scores (0.01)
     needs_algebra  whether some answers can only be compared by math-verify
     effort  the one reasoning effort at which its items make sense; None: the run's
@@ -83,6 +89,7 @@ class Benchmark:
     needs_algebra: bool = False
     effort: str | None = None
     is_generated: bool = False
+    converse: Callable[[Sample, Options], Steps] | None = None
 
 
 def spread_indices(count: int, limit: int | None) -> list[int]:

@@ -73,15 +73,18 @@ def published(benchmark: str) -> Published:
     )
 
 
-def compared(provenance: Provenance, benchmark: str, hashes: Sequence[str]) -> Provenance:
+def compared(
+    provenance: Provenance, benchmark: str | Published, hashes: Sequence[str]
+) -> Provenance:
     """The provenance with what comparing found: a note where items are not the published ones.
 
-    hashes  `content_hash` of every item that was read, before any limit
+    benchmark  the name of the set, or what is known of it
+    hashes     `content_hash` of every item that was read, before any limit
     Nothing is compared where a revision or version says which items these are.
     """
     if provenance.revision is not None:
         return provenance
-    known = published(benchmark)
+    known = published(benchmark) if isinstance(benchmark, str) else benchmark
     if provenance.sha256 and known.files.issuperset(provenance.sha256.values()):
         return replace(provenance, checked="the published file")
     said, checked = _by_number(known, hashes) if not known.items else _by_content(known, hashes)

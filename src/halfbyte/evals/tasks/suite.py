@@ -7,6 +7,7 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.tasks import (
     aa_lcr,
     aime,
+    bfcl,
     gpqa,
     ifbench,
     mmlu_pro,
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         aime.BENCHMARK,
         ifbench.BENCHMARK,
         *mmmu_pro.BENCHMARKS,
+        *bfcl.BENCHMARKS,
         quick.BENCHMARK,
         *pocket.BENCHMARKS,
     )
