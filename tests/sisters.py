@@ -8,15 +8,20 @@ on.
 
 import copy
 import json
+import math
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint.fields import model_config
+from halfbyte.checkpoint.inventory import shapes_to_write
+from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.checkpoint.names import (
     Layout,
     canonical_name,
@@ -25,6 +30,7 @@ from halfbyte.checkpoint.names import (
     rotary_heads,
 )
 from halfbyte.checkpoint.native_fields import native_config
+from halfbyte.checkpoint.written_metadata import hub_config, modelopt_configs
 from halfbyte.config import ModelConfig
 from halfbyte.model.tiny import write_tiny_checkpoint
 
@@ -132,6 +138,41 @@ SISTERS = (
     Sister("pixtral-large-124b", "mistral", "spm-v7"),
     Sister("pixtral-large-124b-llava", "hf-old", "spm-v7"),
 )
+
+
+def write_hollow(directory: Path, config: ModelConfig, quantization: Quantization) -> None:
+    """A checkpoint whose only shard is a header and a hole: all names and sizes, no bytes."""
+    layout: Layout = "hf-text" if config.vision is None else "hf"
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, (shape, dtype) in shapes_to_write(config, quantization, layout).items():
+        num_bytes = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + num_bytes],
+        }
+        offset += num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    directory.mkdir()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    raw = hub_config(config)
+    if quantization.dialect == "modelopt":
+        formats, cache = quantization.formats, quantization.kv_cache
+        raw, older = modelopt_configs(raw, formats, cache, layout)
+        (directory / "hf_quant_config.json").write_text(json.dumps(older))
+    (directory / "config.json").write_text(json.dumps(raw))
+
+
+_SAFETENSORS = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
 
 
 def always(sisters: Iterable[Sister], *names: str) -> list[Any]:

@@ -1,5 +1,7 @@
 """The fused decode step and prefill against the same arithmetic in plain torch, on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -151,6 +153,29 @@ def test_greedy_decoding_follows_the_plain_model(batch: int, mode: str) -> None:
 )
 def test_full_width_layer_against_float64(batch: int, mode: str) -> None:
     config = _config(num_layers=1, is_full_width=True)
+    _, weights, _, rotary, make = _setup(batch, context=32, config=config, mode=mode)
+    step = make()
+    first = step.token_ids_T.clone()
+    history, last = _greedy(step, step.run, 4, config.vocab_size)
+    tokens = torch.cat((first[None], history))
+    for s in {0, batch - 1}:
+        expected = plain_logits(weights, rotary, tokens[:-1, s])[-1]
+        assert _relative(last[s], expected) < 0.02 * _FLIPS[mode]
+    torch.cuda.empty_cache()
+
+
+# Not run yet on any GPU: written where there was none.
+@pytest.mark.parametrize("batch,mode", [(2, "exact"), (128, "exact"), (128, "fast")])
+@pytest.mark.parametrize(
+    ("width", "mlp_width"), [(5120, 32768), (5120, 16384), (4096, 14336), (3072, 9216)]
+)
+def test_a_layer_of_each_sisters_widths_against_float64(
+    width: int, mlp_width: int, batch: int, mode: str
+) -> None:
+    """32 query heads over 8 of keys and values: queries are 4096 wide beside any residual."""
+    config = replace(
+        _config(num_layers=1), width=width, mlp_width=mlp_width, num_heads=32, num_kv_heads=8
+    )
     _, weights, _, rotary, make = _setup(batch, context=32, config=config, mode=mode)
     step = make()
     first = step.token_ids_T.clone()
