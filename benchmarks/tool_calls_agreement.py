@@ -12,8 +12,8 @@ in an environment of its own (tool_calls_oracle.py); ours runs as `halfbyte grad
 conversations in the sandbox. A verdict is right or wrong; the checker's own crashes are counted
 apart, as wrong.
 
-Cost model: some 70,000 answers of one turn, a minute each side; a fifth of a second each
-conversation (ours starts a sandbox).
+Cost model: some 86,000 answers of one turn, a minute each side; 2,400 conversations, a quarter of a
+second each (ours starts a sandbox).
 
 Reading the result: every disagreement is in the record with its item, its kind and both reasons.
 `right` says how many of the answers the checker called right: of a mutation that changes nothing
@@ -455,7 +455,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--oracle", type=Path, required=True)
     parser.add_argument("--each", type=int, default=2, help="answers of each kind and item")
-    parser.add_argument("--conversations", type=int, default=4, help="changes of each conversation")
+    parser.add_argument("--conversations", type=int, default=2, help="changes of each conversation")
     parser.add_argument("--every", type=int, default=1, help="take every n-th item")
     parser.add_argument("--out", type=Path, default=RECORD)
     args = parser.parse_args()

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["quick"],
         metavar="NAME",
         help="'seed', 'decide' (the same, asked often enough to end GO), 'pocket' (seven kinds of "
-        "generated items for the repository's own small model), or benchmarks (default: quick, 40 "
-        "small questions)",
+        "generated items for the repository's own small model), or benchmarks such as bfcl, tool "
+        "calls (default: quick, 40 small questions)",
     )
     add("--repeats", type=parse_count, help="answers per item (default: each benchmark's own)")
     add(
