@@ -36,3 +36,8 @@ def write_tekken(directory: Path, version: str, *, images: bool = True) -> None:
         # Pixtral 12B merges no patches.
         value["image"] = {"image_patch_size": 16, "max_image_size": 1024}
     (directory / "tekken.json").write_text(json.dumps(value, ensure_ascii=False))
+
+
+def write_tokenizer(directory: Path, kind: str, *, images: bool) -> None:
+    """The tokenizer files of a kind, `tekken-VERSION`, in an existing directory."""
+    write_tekken(directory, kind.removeprefix("tekken-"), images=images)

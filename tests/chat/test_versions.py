@@ -180,7 +180,7 @@ def test_prompts_are_those_of_mistral_common(version: str, tmp_path: Path) -> No
     assert compared > 40
 
 
-THOUGHT_IN_SYSTEM = [
+THOUGHT_IN_SYSTEM: list[dict[str, Any]] = [
     {"role": "system", "content": [{"type": "thinking", "thinking": "so"}]},
     {"role": "user", "content": "Hi"},
 ]

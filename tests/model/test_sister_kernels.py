@@ -5,6 +5,7 @@ Nothing runs on a GPU here; `test_cuda_decoder.py` has a layer of each width for
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from halfbyte.kernels.repack import K_BLOCK, TILE_ROWS, padded
 from halfbyte.model.cuda.decode import norm_blocks
 from halfbyte.model.cuda.load import reason_against
 from halfbyte.model.parallel import check_size, shard_of
-from halfbyte.modules import decoder_linears
+from halfbyte.modules import decoder_linears, fused_partners
 from halfbyte.recipe.fitted import fitted_recipe
 from halfbyte.recipe.plan import make_plan
 from sisters import SISTERS, Sister, write_hollow
@@ -66,9 +67,8 @@ def test_no_weight_is_padded(sister: Sister) -> None:
     config = few_layers(sister)
     rows: dict[tuple[str, ...], int] = {}
     for linear in decoder_linears(config)[:7]:
-        short = linear.name.rpartition(".")[2]
-        group = next((g for g in ("qkv", ("gate", "up")) if short in g), (short,))
-        rows[tuple(group)] = rows.get(tuple(group), 0) + linear.out_features
+        group = tuple(name.rpartition(".")[2] for name in fused_partners(linear.name))
+        rows[group] = rows.get(group, 0) + linear.out_features
         for block in K_BLOCK.values():
             assert padded(linear.in_features, block) == linear.in_features, linear.name
     assert len(rows) == 4
@@ -108,6 +108,7 @@ def test_kernels_compile_for_the_real_widths(
     except UnsupportedError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    outs: tuple[library.OutKind, ...] = ("f16", "e4m3", "bf16")
     tasks: list[Callable[[], bytes]] = []
     widths = set()
     for sister in SISTERS:
@@ -118,15 +119,13 @@ def test_kernels_compile_for_the_real_widths(
         heads = HeadShape(head_dim, num_heads, num_kv_heads)
         for columns in (8, 128):
             blocks = norm_blocks(columns)
-            tasks.append(
-                lambda w=width, m=mlp_width, b=blocks, h=heads: library.elementwise_code(w, m, b, h)
-            )
+            tasks.append(partial(library.elementwise_code, width, mlp_width, blocks, heads))
     for heads in sorted(head_shapes(), key=str):
-        tasks.append(lambda h=heads: library.chunk_attention_code(h, 16))
-        for num_warps in (2, 4, 8):
-            for out in library.OUT_KINDS:
-                tasks.append(
-                    lambda h=heads, o=out, n=num_warps: library.attention_code(h, 16, o, n)
-                )
+        tasks.append(partial(library.chunk_attention_code, heads, 16))
+        tasks += [
+            partial(library.attention_code, heads, 16, out, num_warps)
+            for num_warps in (2, 4, 8)
+            for out in outs
+        ]
     codes = [task() for task in tasks]
     assert all(code[:4] == b"\x7fELF" for code in codes)

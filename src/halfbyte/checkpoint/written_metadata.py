@@ -80,6 +80,10 @@ def hub_config(config: ModelConfig) -> Fields:
             "model_type": "llava",
             "vision_feature_select_strategy": "full",
         }
+        if text.rope.kind == "default" and not text.rope.llama_4_scaling_beta:
+            # What readers of that class expect beneath it.
+            plain = {"rope_theta": text.rope.theta, "rope_type": "default"}
+            fields |= {"model_type": "mistral", "rope_parameters": plain}
     return {
         **of_class,
         "dtype": "bfloat16",
