@@ -15,7 +15,7 @@ from halfbyte.evals.grading.letters import grade_letter
 from halfbyte.evals.grading.numbers import extract_number, read_integer
 from halfbyte.evals.grading.scripts import extract_code
 from halfbyte.evals.tasks.choices import LETTERS
-from halfbyte.evals.types import Image, Prompt, Sample, Score, Text, right_or_wrong, unparsed
+from halfbyte.evals.types import Image, Sample, Score, Text, right_or_wrong, unparsed
 from pocket.grade import Answer, is_right
 from pocket.instructions import failures
 from pocket.items import Item
@@ -67,7 +67,7 @@ def _gold(found: Item) -> str:
     return str(next(gold[key] for key in ("letter", "number", "expression", "text") if key in gold))
 
 
-def prompt(sample: Sample) -> Prompt:
+def prompt(sample: Sample) -> tuple[Text | Image, ...]:
     """The item's one question, its pictures before the text."""
     asked = sample.fields["asked"]
     return (*(Image(_data_uri(picture)) for picture in asked["pictures"]), Text(asked["text"]))

@@ -63,12 +63,20 @@ class Contestant(Protocol):
 class Ours:
     """The engine, without a prefix cache, which would make repeats free."""
 
-    def __init__(self, directory: Path) -> None:
-        length = PROMPT_TOKENS + NEW_TOKENS
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        prompt_tokens: int = PROMPT_TOKENS,
+        new_tokens: int = NEW_TOKENS,
+        concurrent: int = CONCURRENT,
+    ) -> None:
+        """Load a checkpoint, with room for so many answers of such sizes at once."""
+        length = prompt_tokens + new_tokens
         config = EngineConfig(
             max_model_len=length,
-            max_sequences=CONCURRENT,
-            kv_cache_tokens=(length + 16) * CONCURRENT,
+            max_sequences=concurrent,
+            kv_cache_tokens=(length + 16) * concurrent,
             prefix_cache=False,
             # Throughput: a batch of prompts is worked in before anyone's answer goes on.
             target_gap_ms="none",
