@@ -7,10 +7,11 @@ own, so that whoever reports those reports these.
 
 import errno
 import hashlib
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from halfbyte.errors import UsageError
 
@@ -95,6 +96,14 @@ def hash_regular(path: str | Path) -> str:
         while piece := file.read(_PIECE_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON for people, whole or not at all; what JSON lacks is written as text."""
+    draft = path.with_suffix(".tmp")
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
+    draft.write_text(text + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def make_directory(path: Path) -> None:

@@ -8,7 +8,7 @@ Commands print through `printable_output`; log lines are filtered where they are
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO, cast
 
 # C0 controls but line feed and tab, DEL, C1 controls; what embeds, overrides or isolates the
@@ -36,6 +36,22 @@ def _visible(found: re.Match[str]) -> str:
         return ""
     number = ord(character)
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
+def columns(rows: Sequence[Sequence[str]], *, ends_left: bool = False) -> list[str]:
+    """Rows of a table as lines, each cell as wide as the widest of its column.
+
+    The first column stands to the left, the others to the right, with `ends_left` but for the last.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1 if ends_left else len(widths)
+    return [
+        "  ".join(
+            cell.rjust(width) if 0 < number < last else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 class _PrintableStream:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from golden_models import MODELS
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.checkpoint.verify import check_rope, verify, verify_checkpoint
+from halfbyte.checkpoint.verify import check_rope, verify
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.cli.main import main
@@ -62,7 +62,7 @@ def change_tensors(directory: Path, change: Callable[[Tensors], object]) -> None
 
 
 def texts(directory: Path, against: Path | None = None) -> str:
-    return "\n".join(map(str, verify_checkpoint(directory, against)))
+    return "\n".join(map(str, verify(directory, against).problems))
 
 
 def test_a_good_export_has_no_problems(make: Any, pristine: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_missing_fused_partner(make: Any, copy: Path) -> None:
 
 def test_what_cannot_be_opened_is_one_problem(copy: Path) -> None:
     change_tensors(copy / "export", lambda t: t.pop(f"{Q}.weight"))
-    problems = verify_checkpoint(copy / "export", copy / "source")
+    problems = verify(copy / "export", copy / "source").problems
     assert len(problems) == 1 and f"missing: {Q}.weight" in problems[0].what
     with pytest.raises(CheckpointError):
         verify(copy / "signed", copy / "nothing")
@@ -452,7 +452,7 @@ def test_a_whole_linear_of_another_layer_is_told_by_its_decibels(copy: Path, sho
 
 def test_a_fused_group_is_reported_once(copy: Path) -> None:
     change_tensors(copy / "export", scale(f"{UP}.input_scale", 2.0))
-    problems = verify_checkpoint(copy / "export")
+    problems = verify(copy / "export").problems
     assert [(p.severity, p.where) for p in problems] == [("error", f"{GATE}.input_scale")]
 
 

@@ -57,7 +57,7 @@ class Stand:
     http: httpx.AsyncClient
     client: Any
     engine: Engine
-    service: Supervisor
+    service: Supervisor[EngineService]
     chat: ChatFormat
     script: Script
 

@@ -63,7 +63,7 @@ def _setup(batch: int, head_dim: int = 128, context: int = 1024, config=None, mo
     from halfbyte.bench.synthetic import random_weights
     from halfbyte.kernels.cuda.library import KernelLibrary
     from halfbyte.model.cuda.decode import DecodeStep
-    from halfbyte.model.cuda.launches import SharedBuffers
+    from halfbyte.model.cuda.launches import CudaModel, SharedBuffers
     from halfbyte.model.cuda.weights import make_cache
     from halfbyte.model.rope import RotaryTable
 
@@ -83,15 +83,11 @@ def _setup(batch: int, head_dim: int = 128, context: int = 1024, config=None, mo
 
     def step(**kw):
         s = DecodeStep(
-            library,
-            weights,
-            cache,
+            CudaModel(library, weights, cache, rotary, SharedBuffers()),
             batch,
-            rotary=rotary,
             max_context_tokens=context,
             prepare=lambda step: None,
             logits_TV=torch.zeros(batch, weights.head.weight.out_features, device=device),
-            shared=SharedBuffers(),
             **kw,
         )
         table = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(3)) + 1
@@ -209,7 +205,7 @@ def test_graph_equals_eager_and_two_runs_are_identical(mode: str) -> None:
 @pytest.mark.parametrize("mode", WAYS)
 @pytest.mark.parametrize("formats", [None, (), ("nvfp4", "nvfp4_fast")])
 def test_prefill_then_decode_continues_the_prompt(mode: str, formats) -> None:
-    from halfbyte.model.cuda.launches import head_logits
+    from halfbyte.model.cuda.launches import CudaModel, SharedBuffers, head_logits
     from halfbyte.model.cuda.prefill import Prefill
     from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
 
@@ -219,7 +215,8 @@ def test_prefill_then_decode_continues_the_prompt(mode: str, formats) -> None:
     slots = step.block_table_TP[0].long().repeat_interleave(PAGE) * PAGE
     slots = slots + torch.arange(PAGE, device="cuda").repeat(step.block_table_TP.shape[1])
     decoded = None if formats is None else frozenset(formats)
-    prefill = Prefill(library, weights, cache, 512, rotary=rotary, decoded_formats=decoded)
+    model = CudaModel(library, weights, cache, rotary, SharedBuffers())
+    prefill = Prefill(model, 512, decoded_formats=decoded)
     positions = torch.arange(300, device="cuda")
     chunk = Chunk(0, 300, 0, step.block_table_TP[0])
     residual = prefill.forward(PrefillBatch(prompt, positions, slots[:300], (chunk,)))

@@ -13,7 +13,7 @@ from halfbyte.config import TextConfig
 from halfbyte.kernels.cuda.library import KernelLibrary
 from halfbyte.model.cuda import decode
 from halfbyte.model.cuda.decode import DecodeStep
-from halfbyte.model.cuda.launches import Collective, SharedBuffers
+from halfbyte.model.cuda.launches import Collective, CudaModel, SharedBuffers
 from halfbyte.model.cuda.load import load_cuda_draft, load_cuda_weights
 from halfbyte.model.cuda.weights import CudaWeights, Products, make_cache
 from halfbyte.model.rope import RotaryTable
@@ -73,16 +73,18 @@ def kernels_of(
     monkeypatch.setattr(decode, "Launch", NoLaunch)
     config: TextConfig = weights.config
     step = DecodeStep(
-        NoLibrary(),
-        weights,
-        make_cache(config, 4, 16, CPU),
+        CudaModel(
+            NoLibrary(),
+            weights,
+            make_cache(config, 4, 16, CPU),
+            RotaryTable(config, CPU).at,
+            SharedBuffers(),
+            all_reduce,
+        ),
         size,
-        rotary=RotaryTable(config, CPU).at,
         max_context_tokens=64,
         prepare=lambda step: None,
         logits_TV=torch.zeros(size, weights.head.weight.out_features),
-        shared=SharedBuffers(),
-        all_reduce=all_reduce,
     )
     launches: list[Any] = step._launches
     assert all(isinstance(one, Collective) or one.overlaps for one in launches)

@@ -30,7 +30,7 @@ class MachineUse:
 
 
 class Watch:
-    """Counts from when it is made; `usage` may be asked more than once."""
+    """What this machine does from the moment on at which the watch is made."""
 
     def __init__(self) -> None:
         self._start = _read()

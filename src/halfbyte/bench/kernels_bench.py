@@ -61,7 +61,6 @@ def time_linear(
             library,
             each,
             activations,
-            each.row_scale_O,
             partial,
             num_tokens,
             out=out,

@@ -11,7 +11,6 @@ that checkpoint shows the figures of its speed.
 """
 
 import datetime
-import json
 import os
 import platform
 import shlex
@@ -25,6 +24,7 @@ from typing import Any
 
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.figures import Figure, figure_fields
+from halfbyte.files import write_json
 
 VERSIONS_OF = ("torch", "triton", "transformers", "nvidia-modelopt", "llama-cpp-python", "halfbyte")
 
@@ -62,7 +62,7 @@ def write(
         "samples": {key: list(values) for key, values in (samples or {}).items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, record)
 
 
 def own_command() -> str:

@@ -10,7 +10,6 @@ alone when memory gets tight; and on a CPU the system refuses what would go beyo
 import errno
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -85,12 +84,7 @@ class MemoryBudget:
             self._watcher.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._ended.set()
         if self._watcher.ident is not None:
             self._watcher.join()

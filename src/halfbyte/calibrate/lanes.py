@@ -15,7 +15,7 @@ from halfbyte.calibrate.activations import MOST_PENDING, Activations
 
 
 class Lane(Protocol):
-    """The way of a row to its layer and back: two classes of this file have it."""
+    """The way of a row to its layer and back, either `HostLane` or `CudaLane`."""
 
     def fetch(self, row: int) -> Tensor:
         """Start bringing in a row; returns at once with a tensor that `arrive` makes usable."""

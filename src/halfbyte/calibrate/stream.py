@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -19,7 +18,7 @@ from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, is_refusal
 from halfbyte.calibrate.lanes import make_lane
 from halfbyte.calibrate.moments import InputSums, Want
-from halfbyte.calibrate.observers import AmaxObserver, MakeObserver, Observer
+from halfbyte.calibrate.observers import AmaxObserver
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
 from halfbyte.kernels import dispatch
@@ -92,11 +91,9 @@ def stream_layers(
     rows: Sequence[Tensor],
     *,
     device: torch.device | str = "cpu",
-    make_observer: MakeObserver = AmaxObserver,
     activations: Activations | None = None,
     first_layer: int = 0,
     prefetch: bool = False,
-    progress: Progress | None = None,
     budget: MemoryBudget | None = None,
     wants: Wants = _nothing,
 ) -> Iterator[LayerStatistics]:
@@ -121,7 +118,7 @@ def stream_layers(
     budget.held_for_speed(activations.release)
     if first_layer == 0:
         _embed(checkpoint, rows, activations, budget)
-    runner = _Runner(checkpoint, place, activations, make_observer, progress, budget, wants)
+    runner = _Runner(checkpoint, place, activations, budget, wants)
     layers = range(first_layer, checkpoint.config.text.num_layers)
     with _Loader(checkpoint, place, budget) as loader:
         for layer in layers:
@@ -214,12 +211,7 @@ class _Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.give_up()
         self._pool.shutdown()
 
@@ -293,8 +285,6 @@ class _Runner:
         checkpoint: Checkpoint,
         device: torch.device,
         activations: Activations,
-        make_observer: MakeObserver,
-        progress: Progress | None,
         budget: MemoryBudget,
         wants: Wants,
     ) -> None:
@@ -302,8 +292,6 @@ class _Runner:
         self._device = device
         self._wants = wants
         self._budget = budget
-        self._make_observer = make_observer
-        self._progress = progress
         table = RotaryTable(checkpoint.config.text, device)
         self._rotation = table.at(torch.arange(max(activations.row_tokens), device=device))
         self._lane = make_lane(device, activations)
@@ -319,7 +307,7 @@ class _Runner:
     @torch.inference_mode()
     def run(self, layer: int, module: DecoderLayer) -> LayerStatistics:
         """All rows through one layer; returns what its tap points showed."""
-        observers: dict[str, Observer] = {tap: self._make_observer() for tap in TAPS}
+        observers = {tap: AmaxObserver() for tap in TAPS}
         samples: dict[str, Tensor] = {}
         wanted = self._wants(layer)
         sums: dict[str, InputSums] = {}
@@ -344,8 +332,6 @@ class _Runner:
             if number + 1 < len(all_tokens):
                 fetched_TD = self._lane.fetch(number + 1)
             self._lane.store(number, x_TD)
-            if self._progress is not None:
-                self._progress(number + 1, len(all_tokens))
         self._activations.advance(layer + 1)
         observed = {point: observer.result() for point, observer in observers.items()}
         for point, magnitude in observed.items():

@@ -1,4 +1,4 @@
-"""What holds an answer, as it travels to where the engine runs, and the masks made of it there."""
+"""The rules that an answer is held to, as they travel to the engine, and the masks made of them."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from halfbyte.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What of an answer is there already; `path` is where the request has it."""
+    """The text that an answer begins with; `path` is where the request has it."""
 
     path: str
     text: str
@@ -44,7 +44,7 @@ class MaskMaker:
         self._grammars = GrammarMasks(vocabulary)
 
     def is_quick(self, plan: MaskPlan) -> bool:
-        """Whether nothing need be compiled or read for it."""
+        """Whether a plan's mask can be made without compiling a grammar or reading a beginning."""
         if plan.begun is not None:
             return False
         return plan.grammar is None or self._grammars.is_ready(plan.grammar)
@@ -52,8 +52,8 @@ class MaskMaker:
     def make(self, plan: MaskPlan) -> Mask:
         """A fresh mask that holds the answer to its plan.
 
-        Raises RequestError if the beginning is none of what the rules allow, or if there is no room
-        for the grammar.
+        Raises RequestError if the rules do not allow the beginning, or if there is no room for the
+        grammar.
         """
         inner = None
         if plan.grammar is not None:
@@ -64,7 +64,7 @@ class MaskMaker:
                 if num_fitting < len(token_ids):
                     raise self._cannot_begin(plan.begun, token_ids[:num_fitting])
         if not plan.thinks:
-            assert inner is not None, "a plan for nothing"
+            assert inner is not None, "a plan without a grammar and without a thought"
             return inner
         return ThoughtMask(
             self._vocabulary,
@@ -77,7 +77,7 @@ class MaskMaker:
     def _cannot_begin(self, begun: Beginning, fitting: list[int]) -> RequestError:
         shown = self._vocabulary.decode(fitting)[-100:]
         return RequestError(
-            f"{begun.path}: the answer cannot begin so; what response_format or tools allow "
-            f"leaves it after {shown!r}",
+            f"{begun.path}: the answer cannot begin so: what response_format or tools "
+            f"allow departs from it after {shown!r}",
             param=begun.path,
         )

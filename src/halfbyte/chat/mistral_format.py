@@ -71,9 +71,7 @@ class MistralFormat:
 
     def encode_prompt(self, text: str) -> EncodedPrompt:
         """A plain prompt: bos and the text, which cannot hold control tokens."""
-        bos = self.vocabulary.bos_token_id
-        start = () if bos is None else (bos,)
-        return EncodedPrompt((*start, *self.vocabulary.encode_text(text)))
+        return EncodedPrompt(self.vocabulary.encode_prompt(text))
 
     def encode(
         self,

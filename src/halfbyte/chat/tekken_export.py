@@ -6,7 +6,7 @@ server goes on reading, when a checkpoint with pictures is exported or given to 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,7 @@ def _json(value: dict[str, Any], indent: int | None = None) -> bytes:
 
 
 def _description(vocabulary: Vocabulary, pattern: str, tekken: Path) -> dict[str, Any]:
-    """What a tokenizer.json holds: byte-level BPE over the same pieces, split by the same pattern.
-
-    A merge stands for each way in which a piece falls into two others, ordered by the rank of what
-    comes of it, since Tekken merges whatever makes the piece of the lowest rank.
-    """
+    """A tokenizer.json: byte-level BPE over the same pieces, split by the same pattern."""
     to_char = {byte: char for char, byte in byte_level_alphabet().items()}
     pieces = {
         piece: token_id
@@ -88,13 +84,9 @@ def _description(vocabulary: Vocabulary, pattern: str, tekken: Path) -> dict[str
         raise CheckpointError(
             f"{tekken}: {sorted(taken)[0]!r} is a control token and a piece of text"
         )
-    merges = [
-        (spelt[piece[:at]], spelt[piece[at:]])
-        for piece in pieces
-        for at in range(1, len(piece))
-        if piece[:at] in pieces and piece[at:] in pieces
-    ]
     control = sorted(vocabulary.control_names.items())
+    vocab = {name: token_id for token_id, name in control}
+    vocab |= {spelt[piece]: token_id for piece, token_id in pieces.items()}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
@@ -129,8 +121,21 @@ def _description(vocabulary: Vocabulary, pattern: str, tekken: Path) -> dict[str
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {name: token_id for token_id, name in control}
-            | {spelt[piece]: token_id for piece, token_id in pieces.items()},
-            "merges": merges,
+            "vocab": vocab,
+            "merges": _merges(spelt),
         },
     }
+
+
+def _merges(spelt: Mapping[bytes, str]) -> list[tuple[str, str]]:
+    """One merge for each way in which a piece falls into two others.
+
+    They are ordered by the rank of what comes of them, as Tekken merges whatever makes the piece
+    of the lowest rank.
+    """
+    return [
+        (spelt[piece[:at]], spelt[piece[at:]])
+        for piece in spelt
+        for at in range(1, len(piece))
+        if piece[:at] in spelt and piece[at:] in spelt
+    ]

@@ -57,9 +57,7 @@ class TemplateFormat:
 
     def encode_prompt(self, text: str) -> EncodedPrompt:
         """A plain prompt: the text, after a bos where the tokenizer's config wants one."""
-        bos = self.vocabulary.bos_token_id
-        start = () if bos is None else (bos,)
-        return EncodedPrompt((*start, *self.vocabulary.encode_text(text)))
+        return EncodedPrompt(self.vocabulary.encode_prompt(text))
 
     def encode(
         self,

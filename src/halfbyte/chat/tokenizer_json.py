@@ -223,20 +223,15 @@ def _token_bytes(
     return tuple(found)
 
 
-def _plain_encoder(
-    description: Mapping[str, Any], added: list[AddedToken], path: Path
-) -> Callable[[str], list[int]]:
-    """An encoder that does not know any control token: no text can be one, however it is spelt.
+def _without_special(
+    description: Mapping[str, Any], added: Sequence[AddedToken]
+) -> tuple[dict[str, Any], int]:
+    """A copy of a tokenizer without its special tokens, and the id behind the last one of a file.
 
-    It is a copy without the special ones among the added tokens. Their entries in the model's
-    vocabulary become unreachable, and merges that would build them go. Added tokens that are not
-    special stay and keep the file's ids: those that the library counts anew from the end of the
-    vocabulary, where the ids of those left out would be free again, are beyond all others and are
-    changed back.
+    Their entries in the model's vocabulary become unreachable, and merges that would build them go.
     """
     model = description["model"]
     special = {token.content for token in added if token.is_special}
-    plain = [token for token in added if not token.is_special]
     unknown = model.get("unk_token")
     vocab = {
         _UNREACHABLE + token if token in special else token: token_id
@@ -268,13 +263,27 @@ def _plain_encoder(
         "truncation": None,
         "padding": None,
     }
+    return copy, end
+
+
+def _plain_encoder(
+    description: Mapping[str, Any], added: list[AddedToken], path: Path
+) -> Callable[[str], list[int]]:
+    """An encoder that does not know any control token: no text can be one, however it is spelt.
+
+    It is that of `_without_special`. Added tokens that are not special keep the file's ids: those
+    that the library counts anew from the end of the vocabulary, where the ids of those left out
+    would be free again, are beyond all others and are changed back.
+    """
+    plain = [token for token in added if not token.is_special]
+    copy, end = _without_special(description, added)
     tokenizer = _tokenizer(copy, path)
     anew = {
         given: token.token_id
         for token in plain
         if (given := tokenizer.token_to_id(token.content)) != token.token_id
     }
-    assert all(given >= end for given in anew), anew
+    assert all(given is not None and given >= end for given in anew), anew
     unwritable = _unwritable_bytes(copy["model"])
 
     def encode_text(text: str) -> list[int]:

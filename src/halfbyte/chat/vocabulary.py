@@ -40,6 +40,15 @@ class Vocabulary:
         """Number of ids; the model's head may be padded beyond it."""
         return len(self.token_bytes)
 
+    @property
+    def start(self) -> tuple[int, ...]:
+        """What begins every prompt: the token for it, where the model has one."""
+        return () if self.bos_token_id is None else (self.bos_token_id,)
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        """Token ids of a plain prompt: its start and the text, which holds no control token."""
+        return (*self.start, *self.encode_text(text))
+
     def is_control(self, token_id: int) -> bool:
         """Whether the id switches state instead of adding text."""
         return token_id in self.control_names

@@ -71,11 +71,6 @@ class Findings:
         return not any(problem.severity == "error" for problem in self.problems)
 
 
-def verify_checkpoint(path: str | Path, against: str | Path | None = None) -> list[Problem]:
-    """The problems of a checkpoint directory; empty if there are none. See `verify`."""
-    return list(verify(path, against).problems)
-
-
 def verify(
     path: str | Path, against: str | Path | None = None, *, progress: Progress | None = None
 ) -> Findings:

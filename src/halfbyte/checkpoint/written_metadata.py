@@ -11,7 +11,7 @@ from halfbyte.checkpoint.names import (
     vision_prefixes,
 )
 from halfbyte.checkpoint.strict_fields import Fields
-from halfbyte.config import ModelConfig, TextConfig
+from halfbyte.config import ModelConfig, TextConfig, VisionConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.modules import (
     ATTENTION_LINEARS,
@@ -33,6 +33,10 @@ NVFP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 _GROUPS: dict[WeightFormat, dict[str, Any]] = {"fp8": FP8, "nvfp4": NVFP4}
 
 
+# Fields of both parts of a config.json that no checkpoint of ours has otherwise.
+_COMMON = {"attention_dropout": 0.0, "dtype": "bfloat16"}
+
+
 def hub_config(config: ModelConfig) -> Fields:
     """A `config.json` of the hub layout that says what `config` says.
 
@@ -41,9 +45,8 @@ def hub_config(config: ModelConfig) -> Fields:
     two rope fields that it fails without.
     """
     text = config.text
-    common = {"attention_dropout": 0.0, "dtype": "bfloat16"}
     fields: Fields = {
-        **common,
+        **_COMMON,
         "bos_token_id": text.bos_token_id,
         "eos_token_id": _one_or_list(text.eos_token_ids),
         "head_dim": text.head_dim,
@@ -92,22 +95,26 @@ def hub_config(config: ModelConfig) -> Fields:
         "projector_hidden_act": vision.projector_activation,
         "text_config": fields,
         "tie_word_embeddings": text.tied_head,
-        "vision_config": {
-            **common,
-            "head_dim": vision.head_dim,
-            "hidden_act": vision.activation,
-            "hidden_size": vision.width,
-            "image_size": vision.image_size,
-            "initializer_range": 0.02,
-            "intermediate_size": vision.mlp_width,
-            "model_type": "pixtral",
-            "num_attention_heads": vision.num_heads,
-            "num_channels": vision.num_channels,
-            "num_hidden_layers": vision.num_layers,
-            "patch_size": vision.patch_size,
-            "rope_parameters": {"rope_theta": vision.rope_theta, "rope_type": "default"},
-        },
+        "vision_config": _hub_tower(vision),
         "vision_feature_layer": vision.feature_layer,
+    }
+
+
+def _hub_tower(vision: VisionConfig) -> Fields:
+    return {
+        **_COMMON,
+        "head_dim": vision.head_dim,
+        "hidden_act": vision.activation,
+        "hidden_size": vision.width,
+        "image_size": vision.image_size,
+        "initializer_range": 0.02,
+        "intermediate_size": vision.mlp_width,
+        "model_type": "pixtral",
+        "num_attention_heads": vision.num_heads,
+        "num_channels": vision.num_channels,
+        "num_hidden_layers": vision.num_layers,
+        "patch_size": vision.patch_size,
+        "rope_parameters": {"rope_theta": vision.rope_theta, "rope_type": "default"},
     }
 
 

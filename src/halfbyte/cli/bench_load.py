@@ -9,16 +9,18 @@ import secrets
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.cli.outputs import output_file
+from halfbyte.cli.outputs import add_served_checkpoint, output_file
 from halfbyte.cli.plan import parse_count
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # imported when run, so that --help is quick
-    from halfbyte.bench.load.report import Asked
+    import httpx
+
+    from halfbyte.bench.load.report import Asked, LoadRecord
     from halfbyte.bench.load.traffic import Trace, TrafficSizes
     from halfbyte.evals.running.endpoint import Endpoint
 
@@ -32,103 +34,30 @@ EXAMPLE = """\
 _NOTHING_FAILED, _SOME_FAILED, _INTERRUPTED = 0, 1, 130
 
 
+# Sizes of the traffic, each a flag: name, several at once, what it is.
+_SIZES = (
+    ("users", True, "levels of fixed lengths (1 8 32 64)"),
+    ("agents", True, "levels of agents (1 4 16)"),
+    ("prompt_tokens", False, "of a fixed level's prompts (1024)"),
+    ("answer_tokens", False, "of its answers (128)"),
+    ("requests", False, "of each of its users, one after another (3)"),
+    ("turns", False, "requests of an agent's session (12)"),
+    ("long_tokens", False, "of the long prompt (32000)"),
+    ("streams", False, "answers that run beside it (8)"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"examples:\n{EXAMPLE}"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "target",
         metavar="CHECKPOINT|URL|RECORD",
         help="a checkpoint folder, which is served for the run; the address of an "
         "OpenAI-compatible server; or a record of this command, whose page is made again",
     )
-    traffic = parser.add_argument_group("what is sent")
-    traffic.add_argument(
-        "--profile",
-        nargs="+",
-        default=["fixed", "agents", "beside"],
-        choices=["fixed", "agents", "beside"],
-        help="prompts of one length, sessions as agents have them, a long prompt beside running "
-        "answers (all three)",
-    )
-    traffic.add_argument(
-        "--users",
-        nargs="+",
-        type=parse_count,
-        metavar="N",
-        help="levels of fixed lengths (1 8 32 64)",
-    )
-    traffic.add_argument(
-        "--agents", nargs="+", type=parse_count, metavar="N", help="levels of agents (1 4 16)"
-    )
-    traffic.add_argument(
-        "--prompt-tokens", type=parse_count, metavar="N", help="of a fixed level's prompts (1024)"
-    )
-    traffic.add_argument(
-        "--answer-tokens", type=parse_count, metavar="N", help="of its answers (128)"
-    )
-    traffic.add_argument(
-        "--requests",
-        type=parse_count,
-        metavar="N",
-        help="of each of its users, one after another (3)",
-    )
-    traffic.add_argument(
-        "--turns", type=parse_count, metavar="N", help="requests of an agent's session (12)"
-    )
-    traffic.add_argument(
-        "--long-tokens", type=parse_count, metavar="N", help="of the long prompt (32000)"
-    )
-    traffic.add_argument(
-        "--streams", type=parse_count, metavar="N", help="answers that run beside it (8)"
-    )
-    traffic.add_argument(
-        "--context",
-        type=parse_count,
-        metavar="N",
-        help="tokens of prompt and answer, where the server does not say",
-    )
-    traffic.add_argument("--seed", type=int, default=1, help="of the traffic (%(default)s)")
-    traffic.add_argument("--trace", type=Path, metavar="FILE", help="send the traffic of this file")
-    traffic.add_argument(
-        "--write-trace", type=output_file, metavar="FILE", help="write the traffic that is sent"
-    )
-    traffic.add_argument(
-        "--max-seconds",
-        type=parse_count,
-        default=300,
-        metavar="S",
-        help="of a level; afterwards it begins nothing new (%(default)s)",
-    )
-    traffic.add_argument(
-        "--stall-seconds",
-        type=parse_count,
-        default=600,
-        metavar="S",
-        help="a silence that counts as a failure (%(default)s)",
-    )
-    server = parser.add_argument_group("the server")
-    server.add_argument(
-        "--serve-flags",
-        metavar="FLAGS",
-        default="",
-        help="flags of halfbyte serve, for a folder, behind a =: --serve-flags='--mode declared'",
-    )
-    server.add_argument("--model", help="model name, where the server has several")
-    server.add_argument("--api-key-env", metavar="NAME", help="variable that holds the API key")
-    server.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="the folder that a server at an address serves, where it does not say: a card takes "
-        "only records of its own checkpoint",
-    )
-    server.add_argument(
-        "--machine",
-        metavar="TEXT",
-        help="what a server elsewhere runs on, as '8x NVIDIA H200'; for one at 127.0.0.1 it is "
-        "found out",
-    )
+    _add_traffic(parser.add_argument_group("what is sent"))
+    _add_server(parser.add_argument_group("the server"))
     results = parser.add_argument_group("what is written")
     results.add_argument(
         "--record",
@@ -141,6 +70,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_traffic(traffic: argparse._ActionsContainer) -> None:
+    traffic.add_argument(
+        "--profile",
+        nargs="+",
+        default=["fixed", "agents", "beside"],
+        choices=["fixed", "agents", "beside"],
+        help="prompts of one length, sessions as agents have them, a long prompt beside running "
+        "answers (all three)",
+    )
+    for name, are_several, what in _SIZES:
+        several: dict[str, Any] = {"nargs": "+"} if are_several else {}
+        flag = "--" + name.replace("_", "-")
+        traffic.add_argument(flag, type=parse_count, metavar="N", help=what, **several)
+    traffic.add_argument(
+        "--context",
+        type=parse_count,
+        metavar="N",
+        help="tokens of prompt and answer, where the server does not say",
+    )
+    traffic.add_argument("--seed", type=int, default=1, help="of the traffic (%(default)s)")
+    traffic.add_argument("--trace", type=Path, metavar="FILE", help="send the traffic of this file")
+    traffic.add_argument(
+        "--write-trace", type=output_file, metavar="FILE", help="write the traffic that is sent"
+    )
+    for flag, seconds, what in (
+        ("--max-seconds", 300, "of a level; afterwards it begins nothing new (%(default)s)"),
+        ("--stall-seconds", 600, "a silence that counts as a failure (%(default)s)"),
+    ):
+        traffic.add_argument(flag, type=parse_count, default=seconds, metavar="S", help=what)
+
+
+def _add_server(server: argparse._ActionsContainer) -> None:
+    server.add_argument(
+        "--serve-flags",
+        metavar="FLAGS",
+        default="",
+        help="flags of halfbyte serve, for a folder, behind a =: --serve-flags='--mode declared'",
+    )
+    add_served_checkpoint(server)
+    server.add_argument(
+        "--machine",
+        metavar="TEXT",
+        help="what a server elsewhere runs on, as '8x NVIDIA H200'; for one at 127.0.0.1 it is "
+        "found out",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     from halfbyte.bench.load.report import read_load
 
@@ -150,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
     if args.target.endswith(".json") and Path(args.target).is_file():
         if args.serve_flags:
             raise UsageError(f"{args.target} is a record; nothing is served for it")
-        return _show(Path(args.target), args.against)
+        _show(Path(args.target), args.against)
+        return _NOTHING_FAILED
     for path in (args.record, args.write_trace):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
@@ -172,7 +149,8 @@ def _is_address(target: str) -> bool:
     return "://" in target or ":" in host or host == "localhost"
 
 
-def _show(record: Path, against: Path | None) -> int:
+def _show(record: Path, against: Path | None) -> "LoadRecord":
+    """Print a record, beside another if one is named, and write its page."""
     from halfbyte.bench.load.page import write_page
     from halfbyte.bench.load.report import format_load, format_load_comparison, read_load
 
@@ -184,7 +162,7 @@ def _show(record: Path, against: Path | None) -> int:
     page = record.with_suffix(".html")
     write_page(found, page, other)
     print(f"page: {page}")
-    return _NOTHING_FAILED
+    return found
 
 
 @contextlib.contextmanager
@@ -222,16 +200,8 @@ def _server(args: argparse.Namespace, folder: Path) -> "Iterator[tuple[Endpoint,
 
 
 async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked") -> int:
-    import httpx
-
     from halfbyte.bench.load.client import Client, greet
-    from halfbyte.bench.load.page import write_page
-    from halfbyte.bench.load.report import (
-        format_load,
-        format_load_comparison,
-        read_load,
-        write_load,
-    )
+    from halfbyte.bench.load.report import write_load
     from halfbyte.bench.load.run import Measured, noting_tools, run_trace
     from halfbyte.bench.load.traffic import write_trace
     from halfbyte.bench.record import own_command
@@ -239,20 +209,9 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
 
     salt = secrets.token_hex(8)
     record = args.record or _default_record(asked.model)
-    other = None if args.against is None else read_load(args.against)
     trace = _trace(args, asked.context)
     measured: list[Measured] = []
-    key = read_key(args.api_key_env)
-    certificates = httpx.create_ssl_context()
-
-    def connect() -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=httpx.Timeout(None, connect=30.0),
-            # Servers close connections that idle for 5 s; a request at that moment would fail.
-            limits=httpx.Limits(keepalive_expiry=4.0),
-            verify=certificates,
-        )
+    connect = _connections(read_key(args.api_key_env))
 
     def keep(level: Measured) -> None:
         """After every level: what was measured lies on the disk, whatever comes."""
@@ -278,24 +237,25 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
         )
     finally:
         await client.aclose()
-    found = read_load(record)
-    print(format_load(found))
-    if other is not None:
-        print(f"\n{format_load_comparison(found, other)}")
-    page = record.with_suffix(".html")
-    write_page(found, page, other)
-    print(f"record: {record}\npage: {page}")
-    if asked.checkpoint is None:
-        print(
-            "The record names no checkpoint, so no card takes it: name the folder that is served "
-            "with --checkpoint DIR.",
-            file=sys.stderr,
-        )
-    if asked.machine is None:
-        print(
-            "The record does not say what the server runs on: give it with --machine TEXT.",
-            file=sys.stderr,
-        )
+    print(f"record: {record}")
+    return _conclude(_show(record, args.against), record, asked, is_whole=is_whole)
+
+
+def _conclude(found: "LoadRecord", record: Path, asked: "Asked", *, is_whole: bool) -> int:
+    """Say what the record lacks; returns the status of the command."""
+    for is_missing, what in (
+        (
+            asked.checkpoint is None,
+            "names no checkpoint, so no card takes it: name the folder that is served with "
+            "--checkpoint DIR",
+        ),
+        (
+            asked.machine is None,
+            "does not say what the server runs on: give it with --machine TEXT",
+        ),
+    ):
+        if is_missing:
+            print(f"The record {what}.", file=sys.stderr)
     if not is_whole:
         whole = sum(one.is_sound for one in found.levels)
         print(
@@ -305,9 +265,26 @@ async def _measure(args: argparse.Namespace, endpoint: "Endpoint", asked: "Asked
         )
         return _INTERRUPTED
     is_sound = all(one.is_sound and not one.failed for one in found.levels)
-    return (
-        _NOTHING_FAILED if is_sound and len(found.levels) == found.planned_levels else _SOME_FAILED
-    )
+    is_complete = len(found.levels) == found.planned_levels
+    return _NOTHING_FAILED if is_sound and is_complete else _SOME_FAILED
+
+
+def _connections(key: str) -> "Callable[[], httpx.AsyncClient]":
+    """Makes clients of a server, one for each user of a level."""
+    import httpx
+
+    certificates = httpx.create_ssl_context()
+
+    def connect() -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(None, connect=30.0),
+            # Servers close connections that idle for 5 s; a request at that moment would fail.
+            limits=httpx.Limits(keepalive_expiry=4.0),
+            verify=certificates,
+        )
+
+    return connect
 
 
 def _trace(args: argparse.Namespace, context: int | None) -> "Trace":
@@ -323,20 +300,13 @@ def _sizes(args: argparse.Namespace) -> "TrafficSizes":
 
     from halfbyte.bench.load.traffic import TrafficSizes
 
-    given = {
-        "users": args.users and tuple(args.users),
-        "agents": args.agents and tuple(args.agents),
-        "prompt_tokens": args.prompt_tokens,
-        "answer_tokens": args.answer_tokens,
-        "requests": args.requests,
-        "turns": args.turns,
-        "long_tokens": args.long_tokens,
-        "streams": args.streams,
-        "profiles": tuple(dict.fromkeys(args.profile)),
+    named = {name: getattr(args, name) for name, *_ in _SIZES}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in named.items()
+        if value is not None
     }
-    return replace(
-        TrafficSizes(), **{name: value for name, value in given.items() if value is not None}
-    )
+    return replace(TrafficSizes(), profiles=tuple(dict.fromkeys(args.profile)), **given)
 
 
 def _default_record(model: str) -> Path:

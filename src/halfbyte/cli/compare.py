@@ -1,12 +1,12 @@
 """`halfbyte compare BASE CANDIDATE --text F`, with either side from an earlier run."""
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 
 from halfbyte.cli.outputs import output_file
 from halfbyte.errors import UsageError
+from halfbyte.files import write_json
 from halfbyte.progress import TimeLeft, say_next
 
 EXAMPLE = """  halfbyte compare build/demo/bf16 build/demo/mixed --text held_out.txt
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         (candidate_row,) = told["candidates"]
         candidate_row["checkpoint"] = checkpoint_identity(args.models[-1])
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, told)
     page = [f"halfbyte report {shlex.quote(str(args.json))}"] if args.json is not None else []
     say_next(
         *page,

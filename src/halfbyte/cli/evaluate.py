@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.cli.outputs import add_served_checkpoint
 from halfbyte.cli.plan import parse_count, parse_price
 from halfbyte.errors import UsageError
 
@@ -34,6 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "generated items for the repository's own small model), or benchmarks such as bfcl, tool "
         "calls (default: quick, 40 small questions)",
     )
+    add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
+    add("--arm", help="name of this side of a comparison (default: that of --out)")
+    add_served_checkpoint(parser)
+    _add_items(parser)
+    _add_requests(parser)
+    _add_grading(parser)
+    _add_plan(parser)
+
+
+def _add_items(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--repeats", type=parse_count, help="answers per item (default: each benchmark's own)")
     add(
         "--seed-shift",
@@ -56,17 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="from which generated items are made: another number, other items (%(default)s)",
     )
-    add("--out", type=Path, help="run folder (default: evals/ARM); an existing run is resumed")
-    add("--arm", help="name of this side of a comparison (default: that of --out)")
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="the folder that a server at an address serves, where it does not say: a card takes "
-        "only records of its own checkpoint",
-    )
-    add("--model", help="model name, where the server has several")
     add("--data", type=Path, help="folder with benchmark items; see docs/evaluations.md")
+
+
+def _add_requests(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--temperature", type=float, help="(default: 0.7; of the suite pocket 0)")
     add("--top-p", type=float, help="(default: 0.95; of the suite pocket 1)")
     add("--reasoning-effort", default="high", help="(%(default)s); '' sends none")
@@ -79,15 +85,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--concurrency", type=parse_count, help="requests in flight (default: each benchmark's own)"
     )
     add("--retries", type=int, default=6, help="after a fault of the server (%(default)s)")
+
+
+def _add_grading(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--judge", metavar="ENDPOINT", help="server of the judge (AA-LCR)")
     add("--judge-model", help="the judge's name as served; pin its revision with --judge-revision")
     add("--judge-revision", default="not stated", help="which weights it has, for the record")
     add("--code-python", metavar="PATH", help="interpreter for generated code (SciCode)")
     add("--code-wall-s", type=float, default=1800.0, help="limit of one step's tests (%(default)s)")
-    add("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     add("--skip-unscorable", action="store_true", help="leave out items no grader here can score")
     add("--allow-missing", action="store_true", help="record absent benchmarks as not measured")
     add("--partial", action="store_true", help="print scores although attempts are missing")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--plan", action="store_true", help="say what a run can detect and costs; run nothing")
     add(
         "--throughput",
@@ -121,7 +134,6 @@ def parse_seed(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     # The hall is imported when the command runs, so that --help is quick.
-    from halfbyte.evals.judging.plan import LOSSES, format_eval_plan, plan_run
     from halfbyte.evals.judging.render import format_run
     from halfbyte.evals.records import is_name, lock_run
     from halfbyte.evals.running.endpoint import (
@@ -137,22 +149,7 @@ def run(args: argparse.Namespace) -> int:
     benchmarks = find_benchmarks(args.suite, args.items)
     # `evaluate plan` reads as what it does; a server of that name can be given as http://plan.
     if args.plan or args.target == "plan":
-        plan = plan_run(
-            benchmarks,
-            args.repeats,
-            args.limit,
-            args.throughput,
-            args.pilot,
-            prompt_throughput=args.prompt_throughput,
-        )
-        losses = LOSSES if args.loss is None else [points / 100 for points in args.loss]
-        with_prompts = args.prompt_throughput is not None
-        print(
-            format_eval_plan(
-                plan, with_prompts=with_prompts, losses=losses, price_per_hour=args.price_per_hour
-            )
-        )
-        return 0
+        return _print_plan(args, benchmarks)
     if args.target is None:
         raise UsageError(
             "there is nothing to evaluate; give an endpoint or a checkpoint folder (or --plan)"
@@ -183,6 +180,27 @@ def run(args: argparse.Namespace) -> int:
         result = evaluate(config, endpoint, checkpoint, command, prepared)
     print(format_run(result, out / "run.json"))
     return 0 if all(b.status != "incomplete" for b in result.benchmarks.values()) else 1
+
+
+def _print_plan(args: argparse.Namespace, benchmarks: "tuple[Benchmark, ...]") -> int:
+    from halfbyte.evals.judging.plan import LOSSES, format_eval_plan, plan_run
+
+    plan = plan_run(
+        benchmarks,
+        args.repeats,
+        args.limit,
+        args.throughput,
+        args.pilot,
+        prompt_throughput=args.prompt_throughput,
+    )
+    losses = LOSSES if args.loss is None else [points / 100 for points in args.loss]
+    with_prompts = args.prompt_throughput is not None
+    print(
+        format_eval_plan(
+            plan, with_prompts=with_prompts, losses=losses, price_per_hour=args.price_per_hour
+        )
+    )
+    return 0
 
 
 def _config(

@@ -1,4 +1,4 @@
-"""Arguments that name a file to write: refused before hours of work, not after."""
+"""Arguments that several commands have; files to write are refused before hours of work."""
 
 import argparse
 from pathlib import Path
@@ -17,6 +17,21 @@ def output_file(text: str) -> Path:
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return path
+
+
+def add_served_checkpoint(parser: argparse._ActionsContainer) -> None:
+    """Add what tells a server at an address apart: its folder, its model, its key."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="the folder that a server at an address serves, where it does not say: a card takes "
+        "only records of its own checkpoint",
+    )
+    parser.add_argument("--model", help="model name, where the server has several")
+    parser.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable that holds the API key"
+    )
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser, record: str) -> None:

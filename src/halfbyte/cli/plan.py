@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from halfbyte.cli.quantize import (
 )
 
 if TYPE_CHECKING:
-    from halfbyte.quantize.capacity import CalibrationText
+    from halfbyte.quantize.capacity import CalibrationText, Speeds
+    from halfbyte.quantize.hosting import Hosting, Quantizing
     from halfbyte.quantize.survey import Survey
+    from halfbyte.recipe.plan import Plan
     from halfbyte.recipe.schema import Recipe
 
 EXAMPLE = """  halfbyte plan models/fp8 --recipe medium-3.5
@@ -87,9 +89,8 @@ def parse_price(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.machine import age_s, available_bytes
-    from halfbyte.quantize.capacity import CalibrationText, estimate_run, measure_speeds
-    from halfbyte.quantize.hosting import GPUS, host, host_here, quantizing_time
+    from halfbyte.machine import age_s
+    from halfbyte.quantize.capacity import CalibrationText, estimate_run
     from halfbyte.quantize.job import refuse_export
     from halfbyte.quantize.plan_text import format_estimate, format_hosting, format_quantizing
     from halfbyte.quantize.survey import survey
@@ -101,24 +102,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = by_method(chosen, args.method)
     refuse_export(args.source, source.quantization)
     plan = make_plan(recipe, source.config)
-    hosted = host(
-        plan,
-        source.config,
-        gpus=args.gpu,
-        widths=args.tp,
-        context=args.context or source.config.text.max_positions,
-        requests=args.requests,
-    )
-    available = available_bytes()
-    if args.gpu is None and args.tp is None and available is not None:
-        here = host_here(
-            available,
-            plan,
-            source.config,
-            context=hosted[0].context,
-            requests=args.requests,
-        )
-        hosted.append(here)
+    hosted = _hosting(args, source, plan)
     text = (
         CalibrationText(0, 0)
         if recipe.scales.activations == "none"
@@ -126,18 +110,7 @@ def run(args: argparse.Namespace) -> int:
     )
     # What loading the libraries and drawing the text took until here a run takes as well.
     starting_s = age_s() or time.process_time()
-    speeds, busy = None, None
-    if not args.no_timing:
-        watch = _watch()
-        speeds = measure_speeds(
-            source,
-            plan,
-            text,
-            device=args.device,
-            read_bytes=args.disk_speed,
-            with_errors=args.report,
-        )
-        busy = None if watch is None else watch.usage().foreign
+    speeds, busy = _speeds(args, source, plan, text)
     made = estimate_run(
         source,
         plan,
@@ -147,21 +120,9 @@ def run(args: argparse.Namespace) -> int:
         gpu_memory_bytes=args.gpu_memory,
         speeds=speeds,
         starting_s=starting_s,
-        busy=busy,
     )
-    moved = 2 * source.num_bytes + sum(made.output.values())
-    moved += text.num_tokens * source.config.text.width * 2 * source.config.text.num_layers
-    elsewhere = [
-        quantizing_time(
-            GPUS[name],
-            source.config,
-            num_tokens=text.num_tokens,
-            longest_row=text.tokens_per_row if text.rows else 0,
-            moved_bytes=moved,
-            disk_bytes_per_s=args.disk_speed,
-        )
-        for name in dict.fromkeys(args.gpu or GPUS)
-    ]
+    made = replace(made, busy=busy)
+    elsewhere = _elsewhere(args, source, text, sum(made.output.values()))
     price = args.price_per_hour
     if args.json:
         value: dict[str, Any] = {
@@ -186,6 +147,69 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _hosting(args: argparse.Namespace, source: "Survey", plan: "Plan") -> "list[Hosting]":
+    """How the result would be served on the GPUs that were named, or on all and here."""
+    from halfbyte.machine import available_bytes
+    from halfbyte.quantize.hosting import host, host_here
+
+    hosted = host(
+        plan,
+        source.config,
+        gpus=args.gpu,
+        widths=args.tp,
+        context=args.context or source.config.text.max_positions,
+        requests=args.requests,
+    )
+    available = available_bytes()
+    if args.gpu is None and args.tp is None and available is not None:
+        context = hosted[0].context
+        hosted.append(
+            host_here(available, plan, source.config, context=context, requests=args.requests)
+        )
+    return hosted
+
+
+def _speeds(
+    args: argparse.Namespace, source: "Survey", plan: "Plan", text: "CalibrationText"
+) -> "tuple[Speeds | None, float | None]":
+    """Speeds of this machine and what other programs took of it; None for what is not measured."""
+    from halfbyte.quantize.capacity import measure_speeds
+
+    if args.no_timing:
+        return None, None
+    watch = _watch()
+    speeds = measure_speeds(
+        source,
+        plan,
+        text,
+        device=args.device,
+        read_bytes=args.disk_speed,
+        with_errors=args.report,
+    )
+    return speeds, None if watch is None else watch.usage().foreign
+
+
+def _elsewhere(
+    args: argparse.Namespace, source: "Survey", text: "CalibrationText", output_bytes: int
+) -> "list[Quantizing]":
+    """How long the run would take on each of the GPUs that were named, or on all."""
+    from halfbyte.quantize.hosting import GPUS, quantizing_time
+
+    moved = 2 * source.num_bytes + output_bytes
+    moved += text.num_tokens * source.config.text.width * 2 * source.config.text.num_layers
+    return [
+        quantizing_time(
+            GPUS[name],
+            source.config,
+            num_tokens=text.num_tokens,
+            longest_row=text.tokens_per_row if text.rows else 0,
+            moved_bytes=moved,
+            disk_bytes_per_s=args.disk_speed,
+        )
+        for name in dict.fromkeys(args.gpu or GPUS)
+    ]
+
+
 def _watch() -> Any:
     """What notices other programs; None where the system does not say."""
     from halfbyte.bench.idle import Watch
@@ -199,8 +223,6 @@ def _watch() -> Any:
 
 def _text(args: argparse.Namespace, source: "Survey", recipe: "Recipe") -> "CalibrationText":
     """The rows that a run would draw, or how many they may be where they cannot be drawn here."""
-    from dataclasses import replace
-
     from halfbyte.calibrate.draw import draw
     from halfbyte.calibrate.sources import DataAccess
     from halfbyte.calibrate.tokens import read_token_rows

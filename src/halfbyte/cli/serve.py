@@ -14,6 +14,8 @@ from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # imported when run, so that --help is quick
     from halfbyte.chat.tokens import ChatFormat
+    from halfbyte.server.config import Limits
+    from halfbyte.server.launch import Front
     from halfbyte.server.vllm.command import VllmPlan
 
 EXAMPLE = """\
@@ -50,7 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-dashboard", action=_Dashboard, help="print a Grafana dashboard of /metrics and end"
     )
-    network = parser.add_argument_group("network")
+    _add_network(parser.add_argument_group("network"))
+    _add_requests(parser.add_argument_group("requests"))
+    _add_watching(parser.add_argument_group("watching"))
+    add_engine_arguments(parser)
+    _add_vllm(parser.add_argument_group("vLLM instead of our own engine"))
+    ignored = parser.add_argument_group("accepted and not needed")
+    for name, has_value in _UNNECESSARY:
+        if has_value:
+            ignored.add_argument(name, help=argparse.SUPPRESS)
+        else:
+            ignored.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+    ignored.description = " ".join(name for name, _ in _UNNECESSARY)
+
+
+def _add_network(network: argparse._ActionsContainer) -> None:
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     network.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
     network.add_argument(
@@ -92,7 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change one of the limits that /health shows; may be given several times",
     )
-    requests = parser.add_argument_group("requests")
+
+
+def _add_requests(requests: argparse._ActionsContainer) -> None:
     requests.add_argument(
         "--generation-config",
         default="auto",
@@ -118,7 +136,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "openai", "mistral"],
         help="form of chat answers; auto goes by the client (%(default)s)",
     )
-    watching = parser.add_argument_group("watching")
+
+
+def _add_watching(watching: argparse._ActionsContainer) -> None:
     watching.add_argument(
         "--admin-port",
         type=int,
@@ -134,8 +154,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     watching.add_argument(
         "--otlp-endpoint", metavar="URL", help="send OpenTelemetry traces, by OTLP over HTTP"
     )
-    add_engine_arguments(parser)
-    vllm = parser.add_argument_group("vLLM instead of our own engine")
+
+
+def _add_vllm(vllm: argparse._ActionsContainer) -> None:
     vllm.add_argument(
         "--engine", default="halfbyte", choices=["halfbyte", "vllm"], help="(%(default)s)"
     )
@@ -152,13 +173,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vllm.add_argument(
         "--ray", action="store_true", help="let Ray start the workers of one machine, too"
     )
-    ignored = parser.add_argument_group("accepted and not needed")
-    for name, has_value in _UNNECESSARY:
-        if has_value:
-            ignored.add_argument(name, help=argparse.SUPPRESS)
-        else:
-            ignored.add_argument(name, action="store_true", help=argparse.SUPPRESS)
-    ignored.description = " ".join(name for name, _ in _UNNECESSARY)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -171,12 +185,8 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{name} {port} is not a port")
     from halfbyte.child import free_port
     from halfbyte.server.config import Limits, read_limits
-    from halfbyte.server.defaults import SamplingDefaults, read_sampling
     from halfbyte.server.http.admin import create_admin
-    from halfbyte.server.http.gate import file_log, log_access
-    from halfbyte.server.http.origins import read_hosts, read_origins
-    from halfbyte.server.launch import Front, launch, read_keys
-    from halfbyte.server.ops.tracing import open_tracing
+    from halfbyte.server.launch import launch
     from halfbyte.server.run import address, listen, serve
 
     for name, _ in _UNNECESSARY:
@@ -186,25 +196,7 @@ def run(args: argparse.Namespace) -> int:
     names = tuple(args.served_model_name or (args.directory.resolve().name,))
     if args.print is not None:
         return _print_vllm(args, names[0], limits.images)
-    front = Front(
-        names=names,
-        keys=read_keys(args.api_key, args.api_key_file),
-        image_hosts=tuple(args.image_url_host),
-        allowed_hosts=(*read_hosts(args.allowed_host), *_own_name(args.host)),
-        allowed_origins=read_origins(args.allow_origin),
-        limits=limits,
-        vllm_metric_names=args.vllm_metric_names,
-        sampling=(
-            read_sampling(args.directory)
-            if args.generation_config == "auto"
-            else SamplingDefaults()
-        ),
-        unknown_fields=args.unknown_fields,
-        strict_effort=args.strict_effort,
-        dialect=args.dialect,
-        access_log=log_access if args.access_log is None else file_log(args.access_log),
-        tracing=None if args.otlp_endpoint is None else open_tracing(args.otlp_endpoint),
-    )
+    front = _front(args, names, limits)
     with contextlib.ExitStack() as stack:
         # Listening first: a port in use is said before minutes of loading.
         listener = stack.enter_context(listen(args.host, args.port))
@@ -227,6 +219,31 @@ def run(args: argparse.Namespace) -> int:
             )
             print(f"admin routes at {address(admin_listener)}", flush=True)
         return 0 if serve(app, listener, app.state.announce, admin) else 1
+
+
+def _front(args: argparse.Namespace, names: tuple[str, ...], limits: "Limits") -> "Front":
+    from halfbyte.server.defaults import SamplingDefaults, read_sampling
+    from halfbyte.server.http.gate import file_log, log_access
+    from halfbyte.server.http.origins import read_hosts, read_origins
+    from halfbyte.server.launch import Front, read_keys
+    from halfbyte.server.ops.tracing import open_tracing
+
+    recommends = args.generation_config == "auto"
+    return Front(
+        names=names,
+        keys=read_keys(args.api_key, args.api_key_file),
+        image_hosts=tuple(args.image_url_host),
+        allowed_hosts=(*read_hosts(args.allowed_host), *_own_name(args.host)),
+        allowed_origins=read_origins(args.allow_origin),
+        limits=limits,
+        vllm_metric_names=args.vllm_metric_names,
+        sampling=read_sampling(args.directory) if recommends else SamplingDefaults(),
+        unknown_fields=args.unknown_fields,
+        strict_effort=args.strict_effort,
+        dialect=args.dialect,
+        access_log=log_access if args.access_log is None else file_log(args.access_log),
+        tracing=None if args.otlp_endpoint is None else open_tracing(args.otlp_endpoint),
+    )
 
 
 def _own_name(host: str) -> tuple[str, ...]:

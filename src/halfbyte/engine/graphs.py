@@ -36,7 +36,12 @@ from halfbyte.kernels.cuda.library import (
 )
 from halfbyte.log import logger
 from halfbyte.model.cuda.decode import DecodeStep
-from halfbyte.model.cuda.launches import SharedBuffers, attention_kind, head_logits
+from halfbyte.model.cuda.launches import (
+    CudaModel,
+    SharedBuffers,
+    attention_kind,
+    head_logits,
+)
 from halfbyte.model.cuda.prefill import GRAPH_SIZES, Prefill
 from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
 from halfbyte.model.cuda.weights import CudaWeights, KvCache
@@ -239,18 +244,13 @@ class HopperExecutor:
         self._cache = cache
         self._sizes = sizes
         self._inputs = inputs
-        self._rotary = RotaryTable(weights.config, library.device)
+        rotary = RotaryTable(weights.config, library.device)
         self._shared = shared
-        self._all_reduce = all_reduce
+        self._model = CudaModel(library, weights, cache, rotary.at, shared, all_reduce)
         self._prefill = Prefill(
-            library,
-            weights,
-            cache,
+            self._model,
             max_batch_tokens,
-            rotary=self._rotary.at,
             fast_accumulation=True,
-            all_reduce=all_reduce,
-            shared=shared,
             max_context_tokens=inputs.table.shape[1] * cache.page_slots,
         )
         # Graphs of a draft model read it.
@@ -320,16 +320,11 @@ class HopperExecutor:
                 step.join(self.hidden_TD[:size])
 
         return DecodeStep(
-            self._library,
-            self._weights,
-            self._cache,
+            self._model,
             size,
-            rotary=self._rotary.at,
             max_context_tokens=self._inputs.table.shape[1] * self._cache.page_slots,
             prepare=prepare,
             logits_TV=self._logits_TV[:size],
-            shared=self._shared,
-            all_reduce=self._all_reduce,
         )
 
     def allocate(self) -> None:

@@ -108,68 +108,80 @@ class HopperPart:
         builds at the same time, as steps are tried and captured.
         """
         config, weights, draft = self.config, self.weights, self.draft
-        text, device = weights.config, self.library.device
-        sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
-        longest = config.max_model_len or text.max_positions
-        max_pages = -(-longest // config.block_tokens)
         _free_what_is_gone()
-        for each in (weights,) if draft is None else (weights, draft):
-            compile_kernels(each, config.block_tokens, sizes)
-        shared = SharedBuffers()
-
-        def executor(model: CudaWeights, cache: KvCache, inputs: RowInputs) -> HopperExecutor:
-            return HopperExecutor(
-                self.library,
-                model,
-                cache,
-                inputs,
-                sizes=sizes,
-                max_batch_tokens=config.max_batch_tokens,
-                shared=shared,
-                communicator=self.communicator,
-            )
-
-        def inputs(num_pages: int) -> RowInputs:
-            return make_inputs(config.max_sequences + 1, num_pages, config.max_sequences, device)
-
-        # Everything that steps share, against a cache of one page; what it leaves is the cache's.
-        def try_steps(model: CudaWeights) -> None:
-            trial_cache = make_cache(model.config, 1, config.block_tokens, device)
-            trial = executor(model, trial_cache, inputs(1))
-            trial.allocate()
-            if config.max_batch_tokens > sizes[-1]:
-                trial.warm_up(config.max_batch_tokens, gives_hidden=draft is not None)
-
-        try_steps(weights)
-        if draft is not None:
-            try_steps(draft)
-        tables = (sum(sizes) * 2 + config.max_sequences + 1) * max_pages * 4
-        tables *= 1 if draft is None else 2
-        reserved = _RESERVED_BYTES + tables
-        free_bytes = max(0, free_cache_bytes(config) - reserved)
+        steps = _Steps(self)
+        models = (weights,) if draft is None else (weights, draft)
+        for model in models:
+            compile_kernels(model, config.block_tokens, steps.sizes)
+        for model in models:
+            steps.try_out(model)
+        longest = config.max_model_len or weights.config.max_positions
+        tables = steps.table_rows * -(-longest // config.block_tokens) * 4 * len(models)
+        free_bytes = max(0, free_cache_bytes(config) - _RESERVED_BYTES - tables)
         draft_bytes = 0 if draft is None else bytes_per_token(draft.config, "fp8")
-        resolved = settle(text, free_bytes, draft_bytes)
-
-        def make_paged(model: CudaWeights) -> PagedCache:
-            return PagedCache(
-                model.config,
-                format="fp8",
-                num_pages=resolved.num_pages,
-                block_tokens=config.block_tokens,
-                kv_scales=[(layer.k_scale, layer.v_scale) for layer in model.layers],
-                device=device,
-            )
-
-        cache = make_paged(weights)
-        final = executor(weights, paged_kv(cache), inputs(resolved.max_pages))
+        resolved = settle(weights.config, free_bytes, draft_bytes)
+        cache = steps.paged_cache(weights, resolved.num_pages)
+        final = steps.executor(weights, paged_kv(cache), steps.inputs(resolved.max_pages))
         final.capture()
         made = None
         if draft is not None:
-            draft_cache = make_paged(draft)
-            beside = executor(draft, paged_kv(draft_cache), final.inputs)
+            draft_cache = steps.paged_cache(draft, resolved.num_pages)
+            beside = steps.executor(draft, paged_kv(draft_cache), final.inputs)
             beside.capture()
             made = HopperDraft(beside, draft_cache)
         return HopperDevice(final, cache, made), resolved
+
+
+class _Steps:
+    """What the steps of a model and of its draft model share while they are built."""
+
+    def __init__(self, part: HopperPart) -> None:
+        self._part = part
+        self._device = part.library.device
+        self._shared = SharedBuffers()
+        config = part.config
+        self.sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of page tables that the steps of one model hold, in graphs and beside them."""
+        return sum(self.sizes) * 2 + self._part.config.max_sequences + 1
+
+    def executor(self, model: CudaWeights, cache: KvCache, inputs: RowInputs) -> HopperExecutor:
+        part = self._part
+        return HopperExecutor(
+            part.library,
+            model,
+            cache,
+            inputs,
+            sizes=self.sizes,
+            max_batch_tokens=part.config.max_batch_tokens,
+            shared=self._shared,
+            communicator=part.communicator,
+        )
+
+    def inputs(self, num_pages: int) -> RowInputs:
+        most = self._part.config.max_sequences
+        return make_inputs(most + 1, num_pages, most, self._device)
+
+    def try_out(self, model: CudaWeights) -> None:
+        """Take everything that steps share, over a cache of one page; the cache gets the rest."""
+        config, draft = self._part.config, self._part.draft
+        cache = make_cache(model.config, 1, config.block_tokens, self._device)
+        trial = self.executor(model, cache, self.inputs(1))
+        trial.allocate()
+        if config.max_batch_tokens > self.sizes[-1]:
+            trial.warm_up(config.max_batch_tokens, gives_hidden=draft is not None)
+
+    def paged_cache(self, model: CudaWeights, num_pages: int) -> PagedCache:
+        return PagedCache(
+            model.config,
+            format="fp8",
+            num_pages=num_pages,
+            block_tokens=self._part.config.block_tokens,
+            kv_scales=[(layer.k_scale, layer.v_scale) for layer in model.layers],
+            device=self._device,
+        )
 
 
 def resolve_alone(config: EngineConfig) -> Settle:

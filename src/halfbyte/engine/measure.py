@@ -1,8 +1,8 @@
-"""What steps cost on this device, measured once it is loaded: the first table of a pacer.
+"""Measures what steps cost on this device, once after loading: the pacer's first table.
 
-A step of each size that prompts are read with, and one deep in a context. Nothing of it can be
-found: the sequences are nobody's, and all their blocks are one that is overwritten before it is
-read.
+It runs a step of each size that prompts are read with, and some deep in a context. They leave no
+trace: their sequences belong to no request, and all their blocks are block 0, which whoever gets it
+writes before reading.
 """
 
 import time
@@ -16,12 +16,13 @@ from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.engine.runner import Runner
 from halfbyte.log import logger
 
-# Larger steps are taken to cost what their rows do: on 88 layers each would take a second.
+# Larger steps are not measured, as each would take a second on 88 layers: their cost is taken to
+# grow with their rows.
 _MOST_ROWS = 1024
 # Above the graphs, sizes between these cost as their neighbours foretell.
 _LARGE = (256, 384, 512, 768, _MOST_ROWS)
-# Rows and depth of steps deep in a context: of the graphs, which read it again for each row, and of
-# the larger ones.
+# Rows and depth of the steps deep in a context: one that runs as a graph, where every row reads the
+# context again, and one that does not.
 _DEEP = ((128, 4096), (512, 16384))
 
 

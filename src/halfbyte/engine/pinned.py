@@ -41,6 +41,7 @@ class PinnedRing:
         self._ring: deque[tuple[Tensor, Any]] = deque()
 
     def _take(self, num_values: int) -> Tensor:
+        """A buffer of at least so many int64 values that no copy uses any more."""
         buffer = None
         if len(self._ring) > _IN_FLIGHT * 4:
             buffer, event = self._ring.popleft()
@@ -52,6 +53,7 @@ class PinnedRing:
         return buffer
 
     def _mark(self, buffer: Tensor) -> Any:
+        """Put a buffer into the ring behind the copies enqueued so far; returns their event."""
         event = None
         if self._is_cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""Through a long computation as far as the time allows, again and again until its end. No torch.
+"""Takes a long computation (`model.parts`) on by as much as the time allows, call after call.
 
-How much fits is known from what parts took before; what is computed when does not change what
-comes of it (`model.parts`).
+How much fits is known from what such parts took before. Where the calls divide the computation does
+not change its result. No torch.
 """
 
 import time
@@ -9,24 +9,25 @@ from collections.abc import Iterator
 
 from halfbyte.model.parts import Part
 
-# Weight of the newest measurement of a cost.
+# Weight of the newest measurement in the average of a cost.
 _GAIN = 0.3
+# More units than any part has: what a cost near zero seems to allow.
 _MANY = 2**30
 
 
 class Costs:
-    """Seconds that units of parts take, as measured; outlives the computations."""
+    """Seconds that a unit of each kind of part takes, as measured over all computations."""
 
     def __init__(self) -> None:
         self._unit_s: dict[tuple[str, int], float] = {}
 
     def num_fitting(self, part: Part, seconds: float) -> int | None:
-        """Units of a part that take about so long; None where nothing is known."""
+        """Number of units of a part that take so many seconds; None if none was measured."""
         unit_s = self._unit_s.get((part.name, part.size))
         return None if unit_s is None else int(min(seconds / unit_s, _MANY))
 
     def note(self, part: Part, count: int, seconds: float) -> None:
-        """Learn from the time that `count` units of work took."""
+        """Learn from the seconds that `count` units of a part took."""
         kind = part.name, part.size
         old = self._unit_s.get(kind)
         new = max(seconds / count, 1e-9)
@@ -34,7 +35,7 @@ class Costs:
 
 
 class Walk:
-    """How far a computation has come that runs in slices."""
+    """A computation that runs in slices, and how far it has come."""
 
     def __init__(self, parts: Iterator[Part], costs: Costs) -> None:
         self._parts = parts
@@ -43,9 +44,9 @@ class Walk:
         self._num_done = 0
 
     def advance(self, deadline: float) -> bool:
-        """Compute until about then, one unit at least; True once all is computed.
+        """Compute until about the deadline, one unit at least; True once everything is computed.
 
-        deadline  by `time.perf_counter`
+        deadline  a time of `time.perf_counter`, in seconds
         """
         is_first = True
         while True:
@@ -59,12 +60,12 @@ class Walk:
             is_first = False
 
     def _advance_part(self, part: Part, deadline: float, *, is_first: bool) -> bool:
-        """Some of the present part, as much as fits; False if the least of it does not."""
+        """Compute as much of the present part as fits; False if not even its least does."""
         started = time.perf_counter()
         left = part.num_units - self._num_done
         least = min(part.least, left)
         fitting = self._costs.num_fitting(part, deadline - started)
-        # What is not known yet is tried while there is time at all.
+        # A part that was never measured is tried while there is any time left.
         is_over = started >= deadline if fitting is None else fitting < least
         if is_over and not is_first:
             return False

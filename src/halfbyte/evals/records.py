@@ -19,12 +19,13 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from halfbyte.errors import UsageError
 from halfbyte.evals.types import Attempt, Cause, Sample, Score
+from halfbyte.files import write_json
 from halfbyte.json_lines import JsonLines, parse_line, whole_lines
 
 FORMAT = 1
@@ -129,32 +130,19 @@ def make_record(
     run_id: str, arm: str, prompt_id: str, sample: Sample, attempt: Attempt, score: Score
 ) -> GradedAttempt:
     """Join a sample, its attempt and its score."""
+    kept = {one.name for one in fields(GradedAttempt)} & {one.name for one in fields(Attempt)}
     return GradedAttempt(
         run_id=run_id,
         arm=arm,
-        benchmark=attempt.benchmark,
         prompt_id=prompt_id,
-        prompt_sha256=attempt.prompt_sha256,
-        item_id=sample.item_id,
         group=sample.group,
         stratum=sample.stratum,
-        repeat=attempt.repeat,
-        seed=attempt.seed,
-        answer=attempt.answer,
-        reasoning=attempt.reasoning,
-        finish_reason=attempt.finish_reason,
-        prompt_tokens=attempt.prompt_tokens,
-        completion_tokens=attempt.completion_tokens,
-        reasoning_tokens=attempt.reasoning_tokens,
-        latency_s=attempt.latency_s,
         extracted=score.extracted,
         gold=sample.gold,
         score=score.value,
         cause=score.cause,
         details=dict(score.details),
-        error=attempt.error,
-        retries=attempt.retries,
-        max_tokens=attempt.max_tokens,
+        **{name: getattr(attempt, name) for name in kept},
     )
 
 
@@ -271,9 +259,7 @@ def record_row(record: GradedAttempt) -> dict[str, Any]:
 
 def write_run(path: Path, run: RunRecord) -> None:
     """Write a run's JSON, whole or not at all."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(asdict(run), indent=1, ensure_ascii=False, default=str) + "\n")
-    os.replace(draft, path)
+    write_json(path, asdict(run))
 
 
 def read_run(path: Path) -> RunRecord:

@@ -20,8 +20,7 @@ Cause = Literal[
     "error",  # the server failed although we retried; missing
 ]
 
-# These stay in the denominator as wrong answers; the others of `Cause` are missing, never scored.
-SCORED_CAUSES: tuple[Cause, ...] = ("ok", "wrong", "unparsed", "empty", "length", "refused")
+# These are missing, never scored; the others stay in the denominator as wrong answers.
 MISSING_CAUSES: tuple[Cause, ...] = ("ungraded", "error")
 
 

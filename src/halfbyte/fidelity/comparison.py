@@ -8,6 +8,7 @@ from halfbyte.errors import UsageError
 from halfbyte.evals.judging.stats import Interval as Interval
 from halfbyte.fidelity.choices import Flips
 from halfbyte.fidelity.windows import FEWEST_UNITS
+from halfbyte.printable import columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +157,8 @@ def format_table(comparison: FidelityComparison) -> str:
                 "-" if row.top1_agreement is None else f"{row.top1_agreement:.2%}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    lines_below = (explanation(comparison), *_pair_lines(comparison), *flip_lines(comparison))
-    return "\n".join([*text, *lines_below])
+    below = (explanation(comparison), *_pair_lines(comparison), *flip_lines(comparison))
+    return "\n".join([*columns(lines), *below])
 
 
 def _pair_lines(comparison: FidelityComparison) -> list[str]:

@@ -42,7 +42,7 @@ def cut_windows(
     """
     vocabulary = load_chat(directory).vocabulary
     token_ids = vocabulary.encode_text(text)[:max_tokens]
-    opening = () if vocabulary.bos_token_id is None else (vocabulary.bos_token_id,)
+    opening = vocabulary.start
     room = window_tokens - len(opening)
     windows = [
         (*opening, *token_ids[start : start + room]) for start in range(0, len(token_ids), room)

@@ -1,4 +1,4 @@
-"""How far an approximation is from the original: SQNR, cosine, clip and zero rates; maxima.
+"""How far an approximation is from the original: SQNR, clip and zero rates; maxima.
 
 Sums run in float64 over chunks, so that a full-width weight needs no second copy of itself.
 """
@@ -87,17 +87,6 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise in decibels, 10 log10(signal / noise); inf if equal."""
     error = relative_error(reference, approximation)
     return math.inf if error == 0 else -20 * math.log10(error) if error < math.inf else -math.inf
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of the angle between two tensors read as vectors; NaN if one of them is zero."""
-    product = power_a = power_b = 0.0
-    for x, y in _chunks(a, b):
-        product += float(torch.dot(x, y))
-        power_a += _power(x)
-        power_b += _power(y)
-    norm = math.sqrt(power_a * power_b)
-    return product / norm if norm > 0 else math.nan
 
 
 def clip_rate(x: Tensor, limit: float) -> float:

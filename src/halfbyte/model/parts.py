@@ -1,5 +1,6 @@
-"""Long computations in parts, so that other work can come between. The owner of the clock, who
-decides how much of a part comes next, is not here (`engine.slices`).
+"""Long computations in parts, so that other work can come between.
+
+How much of a part is computed next is decided by who watches the clock (`engine.walk`).
 """
 
 from collections.abc import Callable, Iterable

@@ -135,7 +135,6 @@ def estimate_run(
     gpu_memory_bytes: int | None = None,
     speeds: Speeds | None = None,
     starting_s: float = 0.0,
-    busy: float | None = None,
 ) -> CapacityEstimate:
     """Everything but hosting (see `hosting.host_on`). Raises CapacityError if memory is too small.
 
@@ -162,7 +161,6 @@ def estimate_run(
         ),
         speeds=speeds,
         time=None if speeds is None else duration_of(source, plan, text, speeds, starting_s),
-        busy=busy,
     )
 
 

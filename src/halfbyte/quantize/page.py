@@ -5,13 +5,13 @@ Shows what `record` holds and computes nothing that is not in it but sums and me
 `quantize.html` lays them out and escapes all of it.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
+from halfbyte.files import write_json
 from halfbyte.modules import ATTENTION_LINEARS, MLP_LINEARS
 from halfbyte.page import Cell, Table, render_page
 from halfbyte.quantize import charts
@@ -49,7 +49,7 @@ def write_report(record: QuantizationRecord, path: Path) -> tuple[Path, Path]:
     page, data = path.with_suffix(".html"), path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render(record), encoding="utf-8")
-    data.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(data, record)
     return page, data
 
 

@@ -10,7 +10,7 @@ import gc
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -409,7 +409,6 @@ class _Progress:
         reading = Reading(job.checkpoint, export.layer_tensors(job.checkpoint, layer))
         smoothing = smoothing_of(layer, job.plan, statistics)
         hashes = self._copy(export.layer_norms(job.checkpoint, layer), reading, smoothing)
-        records = []
         linears = quantize_layer(
             job.checkpoint,
             layer,
@@ -420,19 +419,8 @@ class _Progress:
             self._budget,
             reading.note,
         )
-        writing: Future[dict[str, str]] | None = None
-        for linear in linears:
-            # One linear is on its way to the disk while the next one is encoded.
-            hashes |= {} if writing is None else writing.result()
-            writing = self._writer.submit(self._write_all, linear.tensors)
-            if job.config.with_errors:
-                records.append(self._record(linear, statistics))
-        hashes |= {} if writing is None else writing.result()
-        if job.plan.kv_cache == "fp8":
-            rule = job.plan.scales.activations
-            seen = statistics if job.plan.scales.cache == "measured" else None
-            for name, scale in cache_scales(layer, seen, job.config.profile, rule).items():
-                hashes |= self._write(name, scale)
+        written, records = self._write_linears(linears, statistics)
+        hashes |= written | self._write_cache_scales(layer, statistics)
         observed = {} if statistics is None else statistics.observed
         encoded_s = time.perf_counter() - started
         self._make_durable()
@@ -479,6 +467,35 @@ class _Progress:
         hashes: dict[str, str] = {}
         for name, tensor in tensors.items():
             hashes |= self._write(name, tensor)
+        return hashes
+
+    def _write_linears(
+        self, linears: Iterable[QuantizedLinear], statistics: LayerStatistics | None
+    ) -> tuple[dict[str, str], list[LinearRecord]]:
+        """Write linears as they are encoded; returns hashes of their tensors, and their records."""
+        job = self._job
+        hashes: dict[str, str] = {}
+        records = []
+        writing: Future[dict[str, str]] | None = None
+        for linear in linears:
+            # One linear is on its way to the disk while the next one is encoded.
+            hashes |= {} if writing is None else writing.result()
+            writing = self._writer.submit(self._write_all, linear.tensors)
+            if job.config.with_errors:
+                records.append(self._record(linear, statistics))
+        hashes |= {} if writing is None else writing.result()
+        return hashes, records
+
+    def _write_cache_scales(self, layer: int, statistics: LayerStatistics | None) -> dict[str, str]:
+        """Write the scales of the layer's keys and values, where the cache is FP8."""
+        job = self._job
+        if job.plan.kv_cache != "fp8":
+            return {}
+        seen = statistics if job.plan.scales.cache == "measured" else None
+        rule = job.plan.scales.activations
+        hashes: dict[str, str] = {}
+        for name, scale in cache_scales(layer, seen, job.config.profile, rule).items():
+            hashes |= self._write(name, scale)
         return hashes
 
     def _write(self, name: str, tensor: Tensor) -> dict[str, str]:

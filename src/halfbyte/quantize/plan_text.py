@@ -6,6 +6,7 @@ No number has more digits than it is good for.
 from collections.abc import Mapping, Sequence
 from math import floor, log10
 
+from halfbyte.printable import columns
 from halfbyte.quantize.capacity import CalibrationText, CapacityEstimate, Speeds, Time
 from halfbyte.quantize.hosting import HERE, Hosting, Quantizing
 from halfbyte.quantize.memory import MemoryPlan
@@ -149,7 +150,7 @@ def format_hosting(hosted: Sequence[Hosting], price_per_hour: float | None = Non
         notes.append("! measured: this model's decode step, benchmarks/records/engine-h200.json")
     if notes:
         notes.insert(0, "tokens/s are those of one user with little context:")
-    return "\n".join([title, *_columns(rows), *notes])
+    return "\n".join([title, *columns(rows, ends_left=True), *notes])
 
 
 def format_quantizing(found: Sequence[Quantizing], price_per_hour: float | None = None) -> str:
@@ -164,23 +165,7 @@ def format_quantizing(found: Sequence[Quantizing], price_per_hour: float | None 
         )
         for x in found
     ]
-    return "\n".join([title, *_columns(rows)])
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first and the last column to the left, those between to the right."""
-    last = len(rows[0]) - 1
-    widths = [max(len(row[column]) for row in rows) for column in range(last)]
-    return [
-        "  ".join(
-            [
-                f"{row[0]:<{widths[0]}}",
-                *(f"{row[column]:>{widths[column]}}" for column in range(1, last)),
-                row[last],
-            ]
-        ).rstrip()
-        for row in rows
-    ]
+    return "\n".join([title, *columns(rows, ends_left=True)])
 
 
 _MARKS: Mapping[str, str] = {"measured": "!", "computed": "~"}

@@ -6,6 +6,7 @@ wider page sets several beside each other. Hovering a mark shows its values.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -19,36 +20,40 @@ _WIDE, _LEFT, _RIGHT, _TOP, _TALL = 360, 52, 20, 10, 180
 _COLOURS = 6
 
 
+class Axis(NamedTuple):
+    """One axis of a chart; its numbers stand at `places`, or at round values."""
+
+    unit: str
+    is_log: bool = False
+    places: Sequence[float] = ()
+
+
 def chart(
     series: Mapping[str, Points],
     *,
     title: str,
-    x_unit: str,
-    y_unit: str,
-    x_places: Sequence[float] = (),
-    log_x: bool = False,
-    log_y: bool = False,
+    x: Axis,
+    y: Axis,
     joined: bool = True,
     marks_at: Sequence[tuple[float, str]] = (),
 ) -> Markup:
     """Named points (x, y), joined to a line or not; nothing if there are none.
 
-    x_places  where the x axis has its numbers; round ones if left out
     marks_at  upright lines with their words, as (x, words)
     """
     drawn = {
-        name: [(x, y) for x, y in points if (x > 0 or not log_x) and (y > 0 or not log_y)]
+        name: [(a, b) for a, b in points if (a > 0 or not x.is_log) and (b > 0 or not y.is_log)]
         for name, points in series.items()
     }
     drawn = {name: points for name, points in drawn.items() if points}
     if not drawn:
         return Markup("")
-    xs = [x for points in drawn.values() for x, _ in points]
-    ys = [y for points in drawn.values() for _, y in points]
-    x_ticks = list(x_places) or (log_ticks if log_x else ticks)(min(xs), max(xs))
-    y_ticks = log_ticks(min(ys), max(ys)) if log_y else ticks(min(0.0, *ys), max(ys))
-    across = _scale((*xs, *x_ticks), _LEFT, _WIDE - _RIGHT, log_x)
-    down = _scale((*ys, *y_ticks), _TOP + _TALL, _TOP, log_y)
+    xs = [at for points in drawn.values() for at, _ in points]
+    ys = [value for points in drawn.values() for _, value in points]
+    x_ticks = list(x.places) or (log_ticks if x.is_log else ticks)(min(xs), max(xs))
+    y_ticks = log_ticks(min(ys), max(ys)) if y.is_log else ticks(min(0.0, *ys), max(ys))
+    across = _scale((*xs, *x_ticks), _LEFT, _WIDE - _RIGHT, x.is_log)
+    down = _scale((*ys, *y_ticks), _TOP + _TALL, _TOP, y.is_log)
     bottom = _TOP + _TALL
     parts: list[Mark] = []
     for tick in y_ticks:
@@ -68,17 +73,17 @@ def chart(
         )
     for number, (name, points) in enumerate(drawn.items()):
         kind = f"series s{number % _COLOURS}"
-        places = [(across(x), down(y)) for x, y in points]
+        places = [(across(at), down(value)) for at, value in points]
         if joined and len(places) > 1:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            path = " ".join(f"{at_x:.1f},{at_y:.1f}" for at_x, at_y in places)
             parts.append(Mark("polyline", {"class": kind, "points": path}))
-        for (x, y), (at_x, at_y) in zip(points, places, strict=True):
-            note = f"{name}: {_number(y)} {y_unit} at {_number(x)} {x_unit}"
+        for (at, value), (at_x, at_y) in zip(points, places, strict=True):
+            note = f"{name}: {_number(value)} {y.unit} at {_number(at)} {x.unit}"
             dot: dict[str, str | float] = {"class": kind, "cx": at_x, "cy": at_y, "r": 3}
             parts.append(Mark("circle", dot, title=note))
-    parts.append(text_mark(_WIDE - _RIGHT, bottom + 29, x_unit, anchor="end", kind="tick"))
+    parts.append(text_mark(_WIDE - _RIGHT, bottom + 29, x.unit, anchor="end", kind="tick"))
     height, legend = _legend(list(drawn), bottom + 29)
-    return drawing(_WIDE, height, [*parts, *legend], title=f"{title}, {y_unit} over {x_unit}")
+    return drawing(_WIDE, height, [*parts, *legend], title=f"{title}, {y.unit} over {x.unit}")
 
 
 def _scale(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from halfbyte.bench.load.charts import Points, chart
+from halfbyte.bench.load.charts import Axis, Points, chart
 from halfbyte.bench.load.report import (
     SATURATING,
     LoadRecord,
@@ -154,8 +154,8 @@ def _saturation(run: LoadRecord) -> list[_Part]:
             (
                 f"Tokens/s written, {unit}",
                 chart(
-                    {"tokens/s": rates}, title="Output", x_unit=unit, y_unit="tokens/s",
-                    x_places=places, log_x=True,
+                    {"tokens/s": rates}, title="Output", x=Axis(unit, True, places),
+                    y=Axis("tokens/s"),
                 ),
             )
         )  # fmt: skip
@@ -168,8 +168,7 @@ def _saturation(run: LoadRecord) -> list[_Part]:
             (
                 f"Wait for the first token, ms, {unit}",
                 chart(
-                    series, title="First token", x_unit=unit, y_unit="ms", x_places=places,
-                    log_x=True, log_y=True,
+                    series, title="First token", x=Axis(unit, True, places), y=Axis("ms", True),
                 ),
             )
         )  # fmt: skip
@@ -184,7 +183,7 @@ def _gaps(run: LoadRecord) -> list[_Part]:
             gaps = run.samples(one, "gap, ms")
             if one.profile == profile and gaps:
                 series[one.title] = [(percentile(gaps, s), 100 * s) for s in _SHARES]
-        drawn = chart(series, title=name, x_unit="ms", y_unit="% of gaps are shorter", log_x=True)
+        drawn = chart(series, title=name, x=Axis("ms", True), y=Axis("% of gaps are shorter"))
         charts.append((f"{name}: share of gaps that are shorter, %", drawn))
     return _charts(charts)
 
@@ -201,8 +200,8 @@ def _agents(run: LoadRecord) -> list[_Part]:
             (
                 "Wait for the first token by the length of the prompt, ms",
                 chart(
-                    series, title="First token by length", x_unit="prompt tokens", y_unit="ms",
-                    log_y=True, joined=False,
+                    series, title="First token by length", x=Axis("prompt tokens"),
+                    y=Axis("ms", True), joined=False,
                 ),
             )
         ]
@@ -226,7 +225,7 @@ def _beside(run: LoadRecord) -> list[_Part]:
         first_s = one.first_token.p50 / 1000
         drawn = chart(
             {"longest gap of any stream": one.timeline},
-            title=one.title, x_unit="s since the long prompt was sent", y_unit="ms", log_y=True,
+            title=one.title, x=Axis("s since the long prompt was sent"), y=Axis("ms", True),
             marks_at=((0.0, "sent"), (first_s, "its first token")),
         )  # fmt: skip
         parts += _charts([("Longest gap of the streams, ms", drawn)])

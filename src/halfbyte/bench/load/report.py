@@ -21,6 +21,7 @@ from halfbyte.bench.load.run import Measured
 from halfbyte.bench.load.traffic import PROFILES, Profile, Trace
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.figures import Figure, Record, number, read_record
+from halfbyte.printable import columns
 
 NAME = "load"
 SATURATING: tuple[tuple[Profile, str], ...] = (("fixed", "Fixed lengths"), ("agents", "Agents"))
@@ -237,14 +238,7 @@ def format_load(run: LoadRecord) -> str:
                 str(one.failed) if one.failed else "",
             )
         )
-    widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if n == 0 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = columns(rows)
     for profile, name in SATURATING:
         words = saturation(run.levels, profile)
         lines += [f"{name}: {words}"] if words else []

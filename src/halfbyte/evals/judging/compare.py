@@ -12,7 +12,7 @@ from typing import Any
 from halfbyte.errors import UsageError
 from halfbyte.evals.config import differing, differing_judges
 from halfbyte.evals.judging.bounds import p_beyond, pair, unseen_share
-from halfbyte.evals.judging.comparison import BenchmarkComparison, Comparison, Flip, Reason
+from halfbyte.evals.judging.comparison import BenchmarkComparison, Comparison, Reason
 from halfbyte.evals.judging.guards import (
     Refusals,
     blockers,
@@ -33,6 +33,7 @@ from halfbyte.evals.judging.looks import (
     read_comparison,
     seed_shifts,
 )
+from halfbyte.evals.judging.paired import pair_answers
 from halfbyte.evals.judging.stats import (
     Estimate,
     Verdict,
@@ -40,10 +41,8 @@ from halfbyte.evals.judging.stats import (
     holm,
     macro_difference,
     macro_p_beyond,
-    mcnemar,
     paired_difference,
     repeat_noise,
-    sign_flip,
     unpaired_difference,
 )
 from halfbyte.evals.records import (
@@ -56,8 +55,6 @@ from halfbyte.evals.records import (
     read_run,
 )
 from halfbyte.evals.tasks.suite import BENCHMARKS
-
-_FLIPS_KEPT = 40
 
 # Settings that may differ between arms without changing what is asked.
 _IGNORED_SETTINGS = ("repeats", "limit", "seed_shift")
@@ -180,56 +177,41 @@ def _compare_benchmark(
     draws_repeats  repeats are answers of their own; at temperature 0 they are copies of one
     graded_apart   blockers: graded by the rules of different days
     """
-    pairs, dropped = _pairs(b_records, c_records)
-    if not pairs:
+    paired = pair_answers(b.name, b_records, c_records, draws_repeats=draws_repeats)
+    if paired is None:
         raise UsageError(f"{b.title}: the two runs have no item in common")
-    items = sorted(pairs)
-    b_scores = [[one.score or 0.0 for one, _ in pairs[i]] for i in items]
-    c_scores = [[two.score or 0.0 for _, two in pairs[i]] for i in items]
-    b_means = [sum(s) / len(s) for s in b_scores]
-    c_means = [sum(s) / len(s) for s in c_scores]
-    first = [pairs[i][0][0] for i in items]
-    known = BENCHMARKS.get(b.name)
-    groups = [r.group for r in first] if known is not None and known.has_groups else None
-    repeats = min(len(s) for s in b_scores)
-    copied = _copied(pairs)
-    draws_repeats &= not copied
-    draws = repeats if draws_repeats else 1
-    difference = paired_difference(b_means, c_means, groups, repeats=draws, level=look.level)
-    changes = [y - x for x, y in zip(b_means, c_means, strict=True)]
-    fixed = repeat_noise(b_scores, c_scores) if draws_repeats else None
+    b_means, c_means, groups = paired.b_means, paired.c_means, paired.groups
+    difference = paired_difference(b_means, c_means, groups, repeats=paired.draws, level=look.level)
+    fixed = repeat_noise(paired.b_scores, paired.c_scores) if paired.is_drawn else None
     decision = decide(
         difference,
         margin.value,
-        repeats=draws,
+        repeats=paired.draws,
         fixed_error=fixed,
-        # Of generated items there are as many as one likes.
-        full_items=None if known is not None and known.is_generated else b.full_items,
+        full_items=_most_items(b),
         level=look.next_level or look.level,
     )
-    lost, won = sum(d < 0 for d in changes), sum(d > 0 for d in changes)
-    # Flips are independent only where neither repeats nor groups tie them together.
-    is_exact = repeats == 1 and groups is None and {*b_means, *c_means} <= {0.0, 1.0}
-    p_value = mcnemar(lost, won) if is_exact else sign_flip(changes, groups)
-    beyond = p_beyond(pair(b_means, c_means, groups, draws=draws), margin.value)
-    apart, by_chance = endings_apart(pairs, items, groups)
-    unanswered, remarks = _refused(refusals(pairs), difference, margin.value)
+    test, p_value = paired.no_difference()
+    num_items = len(paired.items)
+    beyond = p_beyond(pair(b_means, c_means, groups, draws=paired.draws), margin.value)
+    apart, by_chance = endings_apart(paired.answers, paired.items, groups)
+    unanswered, remarks = _refused(refusals(paired.answers), difference, margin.value)
     return BenchmarkComparison(
         name=b.name,
         title=b.title,
-        baseline=sum(b_means) / len(items),
-        candidate=sum(c_means) / len(items),
-        items=len(items),
-        repeats=repeats,
+        baseline=sum(b_means) / num_items,
+        candidate=sum(c_means) / num_items,
+        items=num_items,
+        repeats=paired.repeats,
         difference=difference,
         fixed_error=fixed,
         unpaired_error=unpaired_difference(b_means, c_means, groups).standard_error,
-        test="exact McNemar on flips" if is_exact else "sign-flip permutation",
+        test=test,
         p_value=p_value,
         p_value_holm=p_value,
-        lost=lost,
-        won=won,
-        unchanged=len(items) - lost - won,
+        lost=paired.lost,
+        won=paired.won,
+        unchanged=num_items - paired.lost - paired.won,
         p_beyond=beyond,
         p_beyond_holm=beyond,
         verdict="INCONCLUSIVE",
@@ -241,27 +223,18 @@ def _compare_benchmark(
         repeats_to_decide=decision.repeats_to_decide,
         full_items=b.full_items,
         unseen_share=unseen_share(difference.num_groups),
-        by_stratum=_strata(first, changes, groups),
-        flips=_flips(items, pairs, changes),
-        blockers=[*blockers(b, c, pairs, dropped), *graded_apart, *unanswered],
+        by_stratum=paired.by_stratum(),
+        flips=paired.flips(),
+        blockers=[*blockers(b, c, paired.answers, paired.num_dropped), *graded_apart, *unanswered],
         stops=apart,
-        remarks=[*remarks, *by_chance, *_remarks(b, c, difference, fixed, copied)],
+        remarks=[*remarks, *by_chance, *_remarks(b, c, difference, fixed, paired.copied)],
     )
 
 
-def _pairs(
-    b: Mapping[tuple[str, int], GradedAttempt], c: Mapping[tuple[str, int], GradedAttempt]
-) -> tuple[dict[str, list[tuple[GradedAttempt, GradedAttempt]]], int]:
-    """Items present in both arms with all their repeats scored; how many were left out."""
-    repeats = sorted({repeat for _, repeat in b} & {repeat for _, repeat in c})
-    names = {item for item, _ in (*b, *c)}
-    found: dict[str, list[tuple[GradedAttempt, GradedAttempt]]] = {}
-    for name in names:
-        row = [(b.get((name, r)), c.get((name, r))) for r in repeats]
-        whole = [(x, y) for x, y in row if x and y and x.score is not None and y.score is not None]
-        if repeats and len(whole) == len(repeats):
-            found[name] = whole
-    return found, len(names) - len(found)
+def _most_items(result: BenchmarkResult) -> int | None:
+    """Items that a benchmark has in all; None for generated ones, as many as one likes."""
+    known = BENCHMARKS.get(result.name)
+    return None if known is not None and known.is_generated else result.full_items
 
 
 def _refused(share: Refusals, difference: Estimate, margin: float) -> tuple[list[str], list[str]]:
@@ -306,20 +279,6 @@ def _remarks(
             "by letter: the repeats are copies and count once"
         )
     return remarks
-
-
-def _copied(pairs: Mapping[str, Sequence[tuple[GradedAttempt, GradedAttempt]]]) -> list[str]:
-    """The arms in which all repeats of each item have the same text."""
-    if any(len(row) < 2 for row in pairs.values()):
-        return []
-    return [
-        arm
-        for side, arm in enumerate(("baseline", "candidate"))
-        if all(
-            len({(row[side].reasoning, row[side].answer, row[side].score) for row in rows}) == 1
-            for rows in pairs.values()
-        )
-    ]
 
 
 def _concluded(
@@ -410,47 +369,6 @@ def _whole_reason(
         return "blocked"
     # Many losses that are too small to be shown one by one may show in their mean.
     return "loss shown" if "loss shown" in reasons or macro.high < 0 else "too wide"
-
-
-def _strata(
-    first: Sequence[GradedAttempt], changes: Sequence[float], groups: Sequence[str] | None
-) -> dict[str, dict[str, float | None]]:
-    """Differences by stratum; no interval where a stratum is a single group."""
-    table: dict[str, list[int]] = {}
-    for index, record in enumerate(first):
-        table.setdefault(record.stratum, []).append(index)
-    rows: dict[str, dict[str, float | None]] = {}
-    for stratum, members in sorted(table.items()):
-        values = [changes[i] for i in members]
-        labels = None if groups is None else [groups[i] for i in members]
-        e = paired_difference([0.0] * len(values), values, labels)
-        is_known = e.num_groups > 1
-        rows[stratum] = {
-            "items": len(values),
-            "difference": e.mean,
-            "low": e.low if is_known else None,
-            "high": e.high if is_known else None,
-        }
-    return rows
-
-
-def _flips(
-    items: Sequence[str],
-    pairs: Mapping[str, Sequence[tuple[GradedAttempt, GradedAttempt]]],
-    changes: Sequence[float],
-) -> list[Flip]:
-    """The items that moved most, losses first; with the first repeat in which the arms differ."""
-    moved = [(d, i) for d, i in zip(changes, items, strict=True) if d != 0]
-    flips = []
-    for change, item in sorted(moved, key=lambda pair: (-abs(pair[0]), pair[0], pair[1])):
-        one, two = next((x, y) for x, y in pairs[item] if x.score != y.score)
-        flips.append(
-            Flip(
-                item, one.stratum, one.gold, change, one.extracted, two.extracted,
-                one.answer, two.answer,
-            )
-        )  # fmt: skip
-    return flips[:_FLIPS_KEPT]
 
 
 def _overall(verdicts: Sequence[Verdict], is_whole: bool) -> Verdict:

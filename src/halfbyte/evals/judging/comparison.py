@@ -1,7 +1,5 @@
 """What a comparison of two runs is: its types, and the file it is kept in."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any, Literal
 
 from halfbyte.evals.judging.looks import Look
 from halfbyte.evals.judging.stats import Estimate, Verdict
+from halfbyte.files import write_json
 
 # Why an INCONCLUSIVE is one: no verdict may be read; a loss is shown, but not whether it is beyond
 # the margin; the interval holds both no loss and one beyond the margin.
@@ -113,10 +112,7 @@ class Comparison:
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write a comparison as JSON, whole or not at all; NaN becomes null."""
-    draft = path.with_suffix(".tmp")
-    text = json.dumps(_without_nan(asdict(comparison)), indent=1, ensure_ascii=False)
-    draft.write_text(text + "\n")
-    os.replace(draft, path)
+    write_json(path, _without_nan(asdict(comparison)))
 
 
 def _without_nan(value: Any) -> Any:

@@ -345,41 +345,46 @@ def format_eval_plan(
     output = sum(line.output_tokens for line in lines) / 1e6
     hours = sum(line.hours for line in lines)
     macro = math.sqrt(sum(line.standard_error**2 for line in lines)) / len(lines)
-    chances = [["true loss on every benchmark", "GO", "INCONCLUSIVE", "NO-GO"]]
-    for loss in losses:
-        c = suite_chances(lines, loss)
-        name = "none (equal arms)" if loss == 0 else f"{100 * loss:g} points"
-        chances.append([name, *(f"{100 * share:.0f} %" for share in c)])
+    told = [
+        table(rows),
+        f"all: {output:.1f} M output tokens and {hours:.2f} hours per arm; "
+        f"SE of the macro difference {percent(macro)} points",
+    ]
+    if price_per_hour is not None:
+        cost = hours * price_per_hour
+        told.append(f"cost: {cost:,.2f} per arm at {price_per_hour:,.2f} an hour")
+    prompts = "; reading prompts comes on top (--prompt-throughput counts it)"
     return "\n".join(
         [
-            table(rows),
-            f"all: {output:.1f} M output tokens and {hours:.2f} hours per arm; "
-            f"SE of the macro difference {percent(macro)} points",
-            *(
-                []
-                if price_per_hour is None
-                else [
-                    f"cost: {hours * price_per_hour:,.2f} per arm at {price_per_hour:,.2f} an hour"
-                ]
-            ),
+            *told,
             "",
             "the verdict of the whole comparison:",
-            table(chances),
+            table(_chances(lines, losses)),
             *_can_decide(lines),
             "",
-            "loss shown: the smallest true loss, in points, whose two-sided p value is below 5 % "
-            "four times out of five; after Holm: with all benchmarks counted as looks",
-            "NO-GO from: the true loss that ends NO-GO four times out of five, after Holm",
-            "GO if equal, repeats for GO: chance of GO for equal arms, and the repeats that make "
-            "it 80 %, for that benchmark alone",
+            *_MEANINGS,
             "hours: output tokens at the given throughput"
-            + (
-                ", and prompts at theirs"
-                if with_prompts
-                else "; reading prompts comes on top (--prompt-throughput counts it)"
-            ),
+            + (", and prompts at theirs" if with_prompts else prompts),
         ]
     )
+
+
+_MEANINGS = (
+    "loss shown: the smallest true loss, in points, whose two-sided p value is below 5 % "
+    "four times out of five; after Holm: with all benchmarks counted as looks",
+    "NO-GO from: the true loss that ends NO-GO four times out of five, after Holm",
+    "GO if equal, repeats for GO: chance of GO for equal arms, and the repeats that make "
+    "it 80 %, for that benchmark alone",
+)
+
+
+def _chances(lines: Sequence[PlanLine], losses: Sequence[float]) -> list[list[str]]:
+    """The verdicts that true losses end in: a head, then a row for each loss."""
+    rows = [["true loss on every benchmark", "GO", "INCONCLUSIVE", "NO-GO"]]
+    for loss in losses:
+        name = "none (equal arms)" if loss == 0 else f"{100 * loss:g} points"
+        rows.append([name, *(f"{100 * share:.0f} %" for share in suite_chances(lines, loss))])
+    return rows
 
 
 def _can_decide(lines: Sequence[PlanLine]) -> list[str]:

@@ -6,17 +6,12 @@ from pathlib import Path
 from halfbyte.evals.judging.comparison import BenchmarkComparison, Comparison
 from halfbyte.evals.records import BenchmarkResult, RunRecord
 from halfbyte.evals.tasks.suite import BENCHMARKS
+from halfbyte.printable import columns
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell; the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(columns(rows))
 
 
 def percent(value: float | None, digits: int = 2) -> str:

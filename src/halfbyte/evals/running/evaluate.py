@@ -83,9 +83,6 @@ def evaluate(
     Raises UsageError (what is asked differs from the folder's run) before anything is asked.
     """
     require_extra()
-    # Optional dependency, extra `eval`: the one place that needs inspect-ai.
-    from halfbyte.evals.running import run as runner
-
     loaded, absent = prepared
     _try_out(config, endpoint, loaded)
     run = _begin(config, endpoint, checkpoint, command)
@@ -94,44 +91,59 @@ def evaluate(
               if b.name in loaded}  # fmt: skip
     results: dict[str, BenchmarkResult] = {**to_ask, **run.benchmarks}
     write_run(config.out / "run.json", replace(run, benchmarks=results))
-    for number, benchmark in enumerate(config.benchmarks):
+    asked = [one for one in config.benchmarks if one.name in loaded]
+    later = sum(len(loaded[one.name].samples) * _repeats(one, config) for one in asked)
+    for benchmark in config.benchmarks:
         if benchmark.name in absent:
             results[benchmark.name] = _not_measured(benchmark, config, absent[benchmark.name])
             continue
         data = loaded[benchmark.name]
-        repeats = config.repeats or benchmark.repeats
-        prompt_id = _prompt_id(benchmark, config)
-        prompts = runner.all_prompts_sha256(benchmark, config, data.samples)
-        _check_same_prompts(config.out / benchmark.name, prompts)
-        records = runner.run_benchmark(
-            benchmark,
-            data,
-            config,
-            endpoint,
-            run_id=run.run_id,
-            prompt_id=prompt_id,
-            prompts_sha256=prompts,
-            repeats=repeats,
-            code=_code_runner(benchmark, config),
-            later=sum(
-                len(loaded[one.name].samples) * (config.repeats or one.repeats)
-                for one in config.benchmarks[number + 1 :]
-                if one.name in loaded
-            ),
-        )
-        results[benchmark.name] = summarise(
-            _identity(benchmark, config, data, prompt_id, prompts),
-            records,
-            expected=[(s.item_id, r) for s in data.samples for r in range(repeats)],
-            partial=config.partial,
-            has_groups=benchmark.has_groups,
-            wall_s=time_spent(config.out / benchmark.name),
-        )
+        later -= len(data.samples) * _repeats(benchmark, config)
+        results[benchmark.name] = _measured(benchmark, data, config, endpoint, run.run_id, later)
         run = _finished(run, results)
         write_run(config.out / "run.json", run)
     run = _finished(run, results)
     write_run(config.out / "run.json", run)
     return run
+
+
+def _measured(
+    benchmark: Benchmark,
+    data: LoadedItems,
+    config: RunConfig,
+    endpoint: Endpoint,
+    run_id: str,
+    later: int,
+) -> BenchmarkResult:
+    """Ask and grade one benchmark; `later` attempts of others follow."""
+    from halfbyte.evals.running import run as runner
+
+    repeats = _repeats(benchmark, config)
+    prompt_id = _prompt_id(benchmark, config)
+    prompts = runner.all_prompts_sha256(benchmark, config, data.samples)
+    _check_same_prompts(config.out / benchmark.name, prompts)
+    records = runner.run_benchmark(
+        benchmark,
+        data,
+        config,
+        endpoint,
+        runner.Session(run_id, prompt_id, prompts),
+        repeats=repeats,
+        code=_code_runner(benchmark, config),
+        later=later,
+    )
+    return summarise(
+        _identity(benchmark, config, data, prompt_id, prompts),
+        records,
+        expected=[(s.item_id, r) for s in data.samples for r in range(repeats)],
+        partial=config.partial,
+        has_groups=benchmark.has_groups,
+        wall_s=time_spent(config.out / benchmark.name),
+    )
+
+
+def _repeats(benchmark: Benchmark, config: RunConfig) -> int:
+    return config.repeats or benchmark.repeats
 
 
 def _try_out(config: RunConfig, endpoint: Endpoint, loaded: Mapping[str, LoadedItems]) -> None:
@@ -140,6 +152,7 @@ def _try_out(config: RunConfig, endpoint: Endpoint, loaded: Mapping[str, LoadedI
     Raises UsageError with all that it refuses: nothing is in the run's folder yet, so that it can
     be used with other settings.
     """
+    # Optional dependency, extra `eval`: what needs inspect-ai is loaded when it is used.
     from halfbyte.evals.running import run as runner
 
     fresh = {
@@ -342,7 +355,7 @@ def _unfinished(benchmark: Benchmark, config: RunConfig, data: LoadedItems) -> B
         _not_measured(benchmark, config, "the run ended before it did; say the same command again"),
         status="incomplete",
         items=len(data.samples),
-        repeats=config.repeats or benchmark.repeats,
+        repeats=_repeats(benchmark, config),
     )
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from inspect_ai import Task
 from inspect_ai import eval as inspect_eval
@@ -116,15 +116,21 @@ def refusals(
     return asyncio.run(ask())
 
 
+class Session(NamedTuple):
+    """By what a benchmark's records are known: the run, the prompt, the rendered requests."""
+
+    run_id: str
+    prompt_id: str
+    prompts_sha256: str
+
+
 def run_benchmark(
     benchmark: Benchmark,
     loaded: LoadedItems,
     config: RunConfig,
     endpoint: Endpoint,
+    session: Session,
     *,
-    run_id: str,
-    prompt_id: str,
-    prompts_sha256: str,
     repeats: int,
     code: CodeRunner | None,
     later: int = 0,
@@ -144,8 +150,8 @@ def run_benchmark(
         benchmark=benchmark,
         config=config,
         endpoint=endpoint,
-        prompt_id=prompt_id,
-        run_id=run_id,
+        prompt_id=session.prompt_id,
+        run_id=session.run_id,
         max_tokens=config.sampling.max_tokens,
         attempts=JsonLines(folder / "attempts.jsonl"),
         samples=JsonLines(folder / "samples.jsonl"),
@@ -163,7 +169,7 @@ def run_benchmark(
             if any((s.item_id, repeat) not in room.graded for s in members)
         ]
         if open_units:
-            mark_session(folder, prompts_sha256)
+            mark_session(folder, session.prompts_sha256)
             _carry(room, units, open_units, folder)
         room.progress.show(last=True)
     finally:

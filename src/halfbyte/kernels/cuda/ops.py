@@ -37,7 +37,6 @@ def stream_launch(
     library: KernelLibrary,
     weight: TiledWeight,
     activations: Tensor,
-    row_scale_O: Tensor,
     partial: Tensor,
     num_tokens: int,
     *,
@@ -51,7 +50,7 @@ def stream_launch(
     arguments = (
         weight.data,
         activations,
-        row_scale_O,
+        weight.row_scale_O,
         out,
         partial,
         weight.out_features,
@@ -93,9 +92,7 @@ def stream_product(
     partial = torch.empty(
         plan.num_slots, num_tokens, weight.out_features, device=x_TI.device
     ).fill_(float("nan"))
-    launch, plan = stream_launch(
-        library, weight, tiled, weight.row_scale_O, partial, num_tokens, config=config
-    )
+    launch, plan = stream_launch(library, weight, tiled, partial, num_tokens, config=config)
     launch.run(torch.cuda.current_stream().cuda_stream)
     return sum_slots(partial, plan)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch, LinearResult
 from halfbyte.kernels.cuda.library import (
-    KernelLibrary,
     StreamPlan,
     attention_warps,
     choose_config,
@@ -28,10 +27,8 @@ from halfbyte.kernels.cuda.library import (
 from halfbyte.kernels.repack import K_BLOCK, tile_activations, untile_activations
 from halfbyte.model.cuda.launches import (
     Activation,
-    AllReduce,
     Collective,
-    RotaryFunction,
-    SharedBuffers,
+    CudaModel,
     attention_kind,
     attention_splits,
     elementwise_kernels,
@@ -43,8 +40,6 @@ from halfbyte.model.cuda.weights import (
     PER_TOKEN_KINDS,
     CudaLayer,
     CudaLinear,
-    CudaWeights,
-    KvCache,
 )
 
 
@@ -68,39 +63,29 @@ class DecodeStep:
 
     def __init__(
         self,
-        library: KernelLibrary,
-        weights: CudaWeights,
-        cache: KvCache,
+        model: CudaModel,
         num_tokens: int,
         *,
-        rotary: RotaryFunction,
         max_context_tokens: int,
         prepare: Callable[["DecodeStep"], None],
         logits_TV: Tensor,
-        shared: SharedBuffers,
-        all_reduce: AllReduce | None = None,
         overlaps: bool = True,
     ) -> None:
         """Lay out the launches of a step; nothing is captured yet.
 
         prepare     enqueued before everything else of a step; fills the step's inputs
         logits_TV   f32, where the logits go; as wide as the head's padded output
-        all_reduce  adds up embeddings and o's and down's outputs over the ranks; None on one device
         overlaps    each launch may start before the one ahead of it has ended
         """
-        self._library = library
-        self._weights = weights
-        self._cache = cache
-        self._rotary = rotary
+        self._library, self._weights, self._cache = model.library, model.weights, model.cache
+        self._rotary, self._shared, self._all_reduce = model.rotary, model.shared, model.all_reduce
         self._prepare = prepare
         self._logits_TV = logits_TV
-        self._shared = shared
-        self._all_reduce = all_reduce
         self._overlaps = overlaps
         self.num_tokens = num_tokens
         self._columns = columns_for(num_tokens)
-        device, config = library.device, weights.config
-        max_pages = -(-max_context_tokens // cache.page_slots)
+        device, config = model.library.device, model.weights.config
+        max_pages = -(-max_context_tokens // model.cache.page_slots)
 
         def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -17,7 +17,7 @@ from halfbyte.kernels.cuda.driver import Argument, Kernel, Launch
 from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, OutKind
 from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.kernels.repack import padded
-from halfbyte.model.cuda.weights import PER_TOKEN_KINDS, CudaLinear
+from halfbyte.model.cuda.weights import PER_TOKEN_KINDS, CudaLinear, CudaWeights, KvCache
 
 F16_MAX = 65504.0  # largest fp16
 # Cosines, sines and the scale of queries, if there is one, of positions (`rope.RotaryTable.at`).
@@ -45,6 +45,21 @@ class SharedBuffers:
     def num_bytes(self) -> int:
         """Bytes of the buffers taken last under each name."""
         return sum(t.numel() * t.element_size() for t in self._buffers.values())
+
+
+class CudaModel(NamedTuple):
+    """What every step of a model on one device stands on.
+
+    shared      scratch memory, together with the other steps of this device
+    all_reduce  adds up embeddings and o's and down's outputs over the ranks; None on one device
+    """
+
+    library: KernelLibrary
+    weights: CudaWeights
+    cache: KvCache
+    rotary: RotaryFunction
+    shared: SharedBuffers
+    all_reduce: AllReduce | None = None
 
 
 class Collective(NamedTuple):

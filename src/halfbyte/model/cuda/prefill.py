@@ -13,7 +13,6 @@ from torch import Tensor
 
 from halfbyte.kernels.cuda.driver import Argument, LinearResult
 from halfbyte.kernels.cuda.library import (
-    KernelLibrary,
     make_prefill_room,
     prefill_tiles,
 )
@@ -23,9 +22,7 @@ from halfbyte.kernels.repack import (
     TileFormat,
 )
 from halfbyte.model.cuda.launches import (
-    AllReduce,
-    RotaryFunction,
-    SharedBuffers,
+    CudaModel,
     elementwise_kernels,
     joined_input,
     kernel_scale,
@@ -37,8 +34,6 @@ from halfbyte.model.cuda.weights import (
     PER_TOKEN_KINDS,
     CudaLayer,
     CudaLinear,
-    CudaWeights,
-    KvCache,
 )
 
 # Prompts of more tokens multiply faster through the library, by some per cent at 8192 (measured).
@@ -64,32 +59,24 @@ class Prefill:
 
     def __init__(
         self,
-        library: KernelLibrary,
-        weights: CudaWeights,
-        cache: KvCache,
+        model: CudaModel,
         max_tokens: int,
         *,
-        rotary: RotaryFunction,
         fast_accumulation: bool = False,
-        all_reduce: AllReduce | None = None,
         decoded_formats: frozenset[TileFormat] | None = None,
-        shared: SharedBuffers | None = None,
         max_context_tokens: int = 0,
     ) -> None:
-        """Take buffers from `shared` for what is only needed within a forward.
+        """Take the model's shared buffers for what is only needed within a forward.
 
         max_context_tokens  of a sequence: memory for its attention is taken here, not when needed
         """
-        shared = shared or SharedBuffers()
-        self._library = library
+        library, weights, cache, shared = model.library, model.weights, model.cache, model.shared
+        self._library, self._weights, self._cache = library, weights, cache
+        self._rotary, self._all_reduce = model.rotary, model.all_reduce
         self._decoded_formats = decoded_formats
-        self._weights = weights
-        self._cache = cache
-        self._rotary = rotary
         self._num_tokens = max_tokens  # of the batch at work
         self._max_tokens = max_tokens
         self._fast_accumulation = fast_accumulation
-        self._all_reduce = all_reduce
         config, device = weights.config, library.device
         self._kernels = elementwise_kernels(library, config, 1)
         self._layout = library.layout()

@@ -159,9 +159,7 @@ class NamespaceTool(Wire):
     tools: list[
         Annotated[
             Annotated[FunctionTool, Tag("function")] | Annotated[HostedTool, Tag("hosted")],
-            Discriminator(
-                lambda value: "hosted" if _tool_form(value) != "function" else "function"
-            ),
+            Discriminator(_inner_form),
         ]
     ] = Field(default_factory=list, max_length=reading.MOST_TOOLS)
 

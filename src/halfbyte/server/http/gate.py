@@ -118,65 +118,88 @@ class Gate:
             user_agent=headers.get(b"user-agent", b"").decode("latin-1"),
         )
         start = time.perf_counter()
-        status = 0
+        asked, scope = scope, _as_routed(scope)
         span = None
         if self._tracing is not None:
-            span = self._tracing.begin(scope["method"], scope["path"], headers)
-
-        asked = scope
-        method = scope["method"]
-        if method == "HEAD":
-            # Every GET route answers it: the same head, no body.
-            scope = {**scope, "method": "GET"}
-        if scope["path"].startswith(MISTRAL_PREFIX + "/"):
-            scope = {**scope, "path": scope["path"].removeprefix(MISTRAL_PREFIX)}
-
-        async def send_marked(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                marked = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", call.request_id.encode()),
-                    *self._origins.response_headers(headers),
-                ]
-                message = {**message, "headers": marked}
-            elif method == "HEAD" and message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
+            span = self._tracing.begin(asked["method"], asked["path"], headers)
+        marked = _Marked(
+            send,
+            [(b"x-request-id", call.request_id.encode()), *self._origins.response_headers(headers)],
+            has_body=asked["method"] != "HEAD",
+        )
         try:
             try:
-                _check_framing(scope)
-                self._origins.check(scope["method"], headers)
-                preflight = self._origins.preflight(scope["method"], headers)
-                if preflight is not None:
-                    # Browsers send no key with it.
-                    answer = Response(status_code=204)
-                    answer.raw_headers += preflight
-                    await answer(scope, receive, send_marked)
-                    return
-                if not is_open(scope["method"], scope["path"]):
-                    sent = headers.get(b"authorization", b"").decode("latin-1")
-                    if not sent and (key := headers.get(b"x-api-key")):
-                        # Where clients of /v1/messages put it.
-                        sent = "Bearer " + key.decode("latin-1")
-                    call.key = self._keys.name_of(sent)
+                answer: ASGIApp = self._preflight(scope, headers) or self._app
+                if answer is self._app and not is_open(scope["method"], scope["path"]):
+                    call.key = self._keys.name_of(_sent_key(headers))
+                scope.setdefault("state", {})["call"] = call
             except RequestError as error:
-                await response_of(error, path=scope["path"])(scope, receive, send_marked)
-                return
-            scope.setdefault("state", {})["call"] = call
-            await self._app(scope, receive, send_marked)
+                answer = response_of(error, path=scope["path"])
+            await answer(scope, receive, marked)
         finally:
             # Only known paths become labels; anything else would let clients grow the page.
             route = getattr(scope.get("route"), "path", "other")
             if self._metrics is not None:
-                self._metrics.count_http(route, status)
+                self._metrics.count_http(route, marked.status)
             if self._tracing is not None:
-                self._tracing.end(span, route, status, call)
+                self._tracing.end(span, route, marked.status, call)
             if self._access_log is not None:
                 seconds = time.perf_counter() - start
-                self._access_log(_line(asked, call, status, seconds))
+                self._access_log(_line(asked, call, marked.status, seconds))
+
+    def _preflight(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
+        """The answer to a browser that asks what a page may do, without a key; None for others.
+
+        Raises RequestError for a head that is not sound, and for a page that may not ask.
+        """
+        _check_framing(scope)
+        self._origins.check(scope["method"], headers)
+        allowed = self._origins.preflight(scope["method"], headers)
+        if allowed is None:
+            return None
+        answer = Response(status_code=204)
+        answer.raw_headers += allowed
+        return answer
+
+
+class _Marked:
+    """Sends an answer with our headers, without its body if only its head was asked for.
+
+    status   of the answer; 0 until it begins
+    """
+
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]], *, has_body: bool) -> None:
+        self._send = send
+        self._headers = headers
+        self._has_body = has_body
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), *self._headers]}
+        elif message["type"] == "http.response.body" and not self._has_body:
+            message = {**message, "body": b""}
+        await self._send(message)
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """The request as the routes know it: HEAD as GET, whose head is the same; no prefix."""
+    routed = dict(scope)
+    if scope["method"] == "HEAD":
+        routed["method"] = "GET"
+    if scope["path"].startswith(MISTRAL_PREFIX + "/"):
+        routed["path"] = scope["path"].removeprefix(MISTRAL_PREFIX)
+    return routed
+
+
+def _sent_key(headers: dict[bytes, bytes]) -> str:
+    """What names the key, in the form of an Authorization header; "" if nothing does."""
+    sent = headers.get(b"authorization", b"")
+    if not sent and (key := headers.get(b"x-api-key")):
+        # Where clients of /v1/messages put it.
+        sent = b"Bearer " + key
+    return sent.decode("latin-1")
 
 
 def _check_framing(scope: Scope) -> None:

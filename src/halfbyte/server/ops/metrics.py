@@ -7,7 +7,7 @@ dashboards read are written once more under `vllm:` names.
 
 import bisect
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -52,55 +52,41 @@ class Histogram:
         return found
 
 
-class _Shown(NamedTuple):
-    """How a figure of the engine or the process is published."""
+class _Metric(NamedTuple):
+    """How something is published: its name, its kind for Prometheus, its help text."""
 
     name: str
-    kind: Literal["gauge", "counter"]
+    kind: Literal["gauge", "counter", "histogram"]
     what: str
 
 
-# Keyed by the fields of `engine.core.EngineStats`; counters start again with the engine.
+# Keyed by the fields of `engine.stats.EngineStats`; counters start again with the engine.
 ENGINE_FIGURES = {
-    "alive": _Shown("alive", "gauge", "1 while the engine takes requests, 0 otherwise."),
-    "running": _Shown("running", "gauge", "Answers that are being generated."),
-    "waiting": _Shown("waiting", "gauge", "Answers that wait for room in the KV cache."),
-    "total_blocks": _Shown("total_blocks", "gauge", "Blocks that the KV cache has."),
-    "free_blocks": _Shown(
-        "free_blocks", "gauge", "Blocks of the KV cache that no running answer holds."
-    ),
-    "cached_blocks": _Shown(
-        "cached_blocks", "gauge", "Free blocks whose content a later prompt can find again."
-    ),
-    "block_tokens": _Shown("block_tokens", "gauge", "Tokens that one block of the KV cache holds."),
-    "weight_bytes": _Shown("weight_bytes", "gauge", "Bytes of the weights in memory."),
-    "cache_bytes": _Shown("cache_bytes", "gauge", "Bytes of the KV cache in memory."),
-    "requests": _Shown("requests", "counter", "Requests given to the engine."),
-    "steps": _Shown("steps", "counter", "Steps that the engine has run."),
-    "step_s": _Shown("step_seconds", "counter", "Seconds that the engine has spent in steps."),
-    "preemptions": _Shown(
-        "preemptions", "counter", "Answers set back because the KV cache had no room for them."
-    ),
-    "prompt_tokens": _Shown("prompt_tokens", "counter", "Prompt tokens given to the engine."),
-    "cached_tokens": _Shown(
-        "cached_tokens", "counter", "Prompt tokens whose keys and values were found in the cache."
-    ),
-    "generated_tokens": _Shown("generated_tokens", "counter", "Tokens that the engine generated."),
-    "proposed_tokens": _Shown(
-        "proposed_tokens", "counter", "Tokens guessed by speculation and checked by the model."
-    ),
-    "accepted_tokens": _Shown(
-        "accepted_tokens", "counter", "Guessed tokens that the model agreed with."
-    ),
+    "alive": _Metric("alive", "gauge", "1 while the engine takes requests, 0 otherwise."),
+    "running": _Metric("running", "gauge", "Answers that are being generated."),
+    "waiting": _Metric("waiting", "gauge", "Answers that wait for room in the KV cache."),
+    "total_blocks": _Metric("total_blocks", "gauge", "Blocks that the KV cache has."),
+    "free_blocks": _Metric("free_blocks", "gauge", "Blocks that no running answer holds."),
+    "cached_blocks": _Metric("cached_blocks", "gauge", "Free blocks that can be found again."),
+    "block_tokens": _Metric("block_tokens", "gauge", "Tokens that one block holds."),
+    "weight_bytes": _Metric("weight_bytes", "gauge", "Bytes of the weights in memory."),
+    "cache_bytes": _Metric("cache_bytes", "gauge", "Bytes of the KV cache in memory."),
+    "requests": _Metric("requests", "counter", "Requests given to the engine."),
+    "steps": _Metric("steps", "counter", "Steps that the engine has run."),
+    "step_s": _Metric("step_seconds", "counter", "Seconds that the engine has spent in steps."),
+    "preemptions": _Metric("preemptions", "counter", "Answers set back for want of blocks."),
+    "prompt_tokens": _Metric("prompt_tokens", "counter", "Prompt tokens given to the engine."),
+    "cached_tokens": _Metric("cached_tokens", "counter", "Prompt tokens found in the cache."),
+    "generated_tokens": _Metric("generated_tokens", "counter", "Tokens that were generated."),
+    "proposed_tokens": _Metric("proposed_tokens", "counter", "Guessed tokens that were checked."),
+    "accepted_tokens": _Metric("accepted_tokens", "counter", "Guessed tokens that stood."),
 }
 PROCESS_FIGURES = {
-    "threads": _Shown("threads", "gauge", "Threads of the process outside bounded pools."),
-    "pool_threads": _Shown("pool_threads", "gauge", "Workers of the process's bounded pools."),
-    "tasks": _Shown("tasks", "gauge", "Tasks of the event loop that are not finished."),
-    "resident_bytes": _Shown(
-        "resident_bytes", "gauge", "Bytes of memory that the server and its processes occupy."
-    ),
-    "open_files": _Shown("open_files", "gauge", "File descriptors the process holds open."),
+    "threads": _Metric("threads", "gauge", "Threads of the process outside bounded pools."),
+    "pool_threads": _Metric("pool_threads", "gauge", "Workers of the process's bounded pools."),
+    "tasks": _Metric("tasks", "gauge", "Tasks of the event loop that are not finished."),
+    "resident_bytes": _Metric("resident_bytes", "gauge", "Bytes of memory, all processes'."),
+    "open_files": _Metric("open_files", "gauge", "File descriptors the process holds open."),
 }
 
 
@@ -152,112 +138,71 @@ class Metrics:
         return generate_latest(registry).decode()
 
     def _own(self) -> Iterator[Metric]:
-        yield _counter(
-            "halfbyte_http_requests",
-            "HTTP responses by route and status.",
-            {(route, str(status)): n for (route, status), n in sorted(self.http_requests.items())},
-            ("route", "status"),
-        )
-        yield _counter(
-            "halfbyte_answers",
-            "Answers by how they ended.",
-            {(reason,): count for reason, count in sorted(self.finished.items())},
-            ("reason",),
-        )
-        counters = (
-            ("prompt_tokens", "Tokens of the prompts of finished answers.", self.prompt_tokens),
-            (
-                "cached_prompt_tokens",
-                "Prompt tokens whose keys and values were found in the cache.",
-                self.cached_prompt_tokens,
-            ),
-            ("completion_tokens", "Tokens of finished answers.", self.completion_tokens),
-            ("reasoning_tokens", "Tokens of answers inside thoughts.", self.reasoning_tokens),
-            ("disconnects", "Requests whose client left before their end.", self.disconnects),
-        )
-        for name, what, value in counters:
-            yield CounterMetricFamily(f"halfbyte_{name}", what, value=value)
-        yield GaugeMetricFamily(
-            "halfbyte_answers_running",
-            "Answers that were admitted and have not ended.",
-            value=self.running,
-        )
-        histograms = (
-            ("request_seconds", "Seconds from admission to an answer's end.", self.request_seconds),
-            (
-                "first_token_seconds",
-                "Seconds from admission to an answer's first token.",
-                self.first_token_seconds,
-            ),
-            (
-                "token_seconds",
-                "Seconds between two events of a running answer.",
-                self.token_seconds,
-            ),
-            ("prompt_size_tokens", "Tokens of a prompt.", self.prompt_size_tokens),
-            ("answer_size_tokens", "Tokens of an answer.", self.answer_size_tokens),
-        )
-        for name, what, histogram in histograms:
-            yield HistogramMetricFamily(
-                f"halfbyte_{name}", what, histogram.buckets(), histogram.total
-            )
+        http = {
+            (route, str(status)): n for (route, status), n in sorted(self.http_requests.items())
+        }
+        ends = {(reason,): count for reason, count in sorted(self.finished.items())}
+        for metric, values, *labels in (
+            (_Metric("http_requests", "counter", "HTTP responses by route and status."),
+             http, "route", "status"),
+            (_Metric("answers", "counter", "Answers by how they ended."), ends, "reason"),
+            (_Metric("prompt_tokens", "counter", "Tokens of the prompts of finished answers."),
+             self.prompt_tokens),
+            (_Metric("cached_prompt_tokens", "counter", "Prompt tokens found in the cache."),
+             self.cached_prompt_tokens),
+            (_Metric("completion_tokens", "counter", "Tokens of finished answers."),
+             self.completion_tokens),
+            (_Metric("reasoning_tokens", "counter", "Tokens of answers inside thoughts."),
+             self.reasoning_tokens),
+            (_Metric("disconnects", "counter", "Requests whose client left before their end."),
+             self.disconnects),
+            (_Metric("answers_running", "gauge", "Answers admitted that have not ended."),
+             self.running),
+            (_Metric("request_seconds", "histogram", "Seconds from admission to an answer's end."),
+             self.request_seconds),
+            (_Metric("first_token_seconds", "histogram",
+                     "Seconds from admission to an answer's first token."),
+             self.first_token_seconds),
+            (_Metric("token_seconds", "histogram", "Seconds between two events of an answer."),
+             self.token_seconds),
+            (_Metric("prompt_size_tokens", "histogram", "Tokens of a prompt."),
+             self.prompt_size_tokens),
+            (_Metric("answer_size_tokens", "histogram", "Tokens of an answer."),
+             self.answer_size_tokens),
+        ):  # fmt: skip
+            yield _family("halfbyte_", metric, values, labels)
 
     def _vllm(self, engine: Mapping[str, float], model: str) -> Iterator[Metric]:
-        labels, values = ("model_name",), (model,)
         total = engine.get("total_blocks", 0)
         used = (total - engine.get("free_blocks", 0)) / total if total else 0.0
-        gauges = (
-            ("num_requests_running", "Answers being generated.", engine.get("running", 0)),
-            ("num_requests_waiting", "Answers that wait.", engine.get("waiting", 0)),
-            ("kv_cache_usage_perc", "Share of the KV cache in use, from 0 to 1.", used),
-        )
-        for name, what, value in gauges:
-            gauge = GaugeMetricFamily(f"vllm:{name}", what, labels=labels)
-            gauge.add_metric(values, value)
-            yield gauge
-        counters = (
-            ("prompt_tokens", "Prompt tokens.", self.prompt_tokens),
-            ("generation_tokens", "Generated tokens.", self.completion_tokens),
-            ("prefix_cache_queries", "Prompt tokens looked up in the cache.", self.prompt_tokens),
-            (
-                "prefix_cache_hits",
-                "Prompt tokens found in the cache.",
-                self.cached_prompt_tokens,
-            ),
-            (
-                "spec_decode_num_draft_tokens",
-                "Tokens guessed by speculation.",
-                engine.get("proposed_tokens", 0),
-            ),
-            (
-                "spec_decode_num_accepted_tokens",
-                "Guessed tokens that stood.",
-                engine.get("accepted_tokens", 0),
-            ),
-        )
-        for name, what, value in counters:
-            yield _counter(f"vllm:{name}", what, {values: value}, labels)
-        yield _counter(
-            "vllm:request_success",
-            "Answers by how they ended.",
-            {(model, reason): count for reason, count in sorted(self.finished.items())},
-            ("model_name", "finished_reason"),
-        )
-        histograms = (
-            (
-                "time_to_first_token_seconds",
-                "Seconds to the first token.",
-                self.first_token_seconds,
-            ),
-            ("inter_token_latency_seconds", "Seconds between tokens.", self.token_seconds),
-            ("e2e_request_latency_seconds", "Seconds of an answer.", self.request_seconds),
-            ("request_prompt_tokens", "Tokens of a prompt.", self.prompt_size_tokens),
-            ("request_generation_tokens", "Tokens of an answer.", self.answer_size_tokens),
-        )
-        for name, what, histogram in histograms:
-            family = HistogramMetricFamily(f"vllm:{name}", what, labels=labels)
-            family.add_metric(values, histogram.buckets(), histogram.total)
-            yield family
+        for name, kind, what, value in (
+            ("num_requests_running", "gauge", "Answers being generated.", engine.get("running", 0)),
+            ("num_requests_waiting", "gauge", "Answers that wait.", engine.get("waiting", 0)),
+            ("kv_cache_usage_perc", "gauge", "Share of the KV cache in use, from 0 to 1.", used),
+            ("prompt_tokens", "counter", "Prompt tokens.", self.prompt_tokens),
+            ("generation_tokens", "counter", "Generated tokens.", self.completion_tokens),
+            ("prefix_cache_queries", "counter", "Prompt tokens looked up in the cache.",
+             self.prompt_tokens),
+            ("prefix_cache_hits", "counter", "Prompt tokens found in the cache.",
+             self.cached_prompt_tokens),
+            ("spec_decode_num_draft_tokens", "counter", "Tokens guessed by speculation.",
+             engine.get("proposed_tokens", 0)),
+            ("spec_decode_num_accepted_tokens", "counter", "Guessed tokens that stood.",
+             engine.get("accepted_tokens", 0)),
+            ("time_to_first_token_seconds", "histogram", "Seconds to the first token.",
+             self.first_token_seconds),
+            ("inter_token_latency_seconds", "histogram", "Seconds between tokens.",
+             self.token_seconds),
+            ("e2e_request_latency_seconds", "histogram", "Seconds of an answer.",
+             self.request_seconds),
+            ("request_prompt_tokens", "histogram", "Tokens of a prompt.", self.prompt_size_tokens),
+            ("request_generation_tokens", "histogram", "Tokens of an answer.",
+             self.answer_size_tokens),
+        ):  # fmt: skip
+            yield _family("vllm:", _Metric(name, kind, what), {(model,): value}, ["model_name"])
+        ends = {(model, reason): count for reason, count in sorted(self.finished.items())}
+        success = _Metric("request_success", "counter", "Answers by how they ended.")
+        yield _family("vllm:", success, ends, ["model_name", "finished_reason"])
 
 
 class _Families(Collector):
@@ -270,22 +215,35 @@ class _Families(Collector):
         return self._families
 
 
-def _counter(
-    name: str, what: str, values: Mapping[tuple[str, ...], float], labels: tuple[str, ...]
-) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, what, labels=labels)
-    for key, value in values.items():
-        family.add_metric(key, value)
+_Value = float | Histogram
+_KINDS = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
+
+
+def _family(
+    prefix: str,
+    metric: _Metric,
+    values: _Value | Mapping[tuple[str, ...], _Value],
+    labels: Sequence[str] = (),
+) -> Metric:
+    """A family of one value, or of one for each tuple of its labels' values."""
+    family = _KINDS[metric.kind](prefix + metric.name, metric.what, labels=labels)
+    for key, value in (values if isinstance(values, Mapping) else {(): values}).items():
+        if isinstance(value, Histogram):
+            family.add_metric(key, value.buckets(), value.total)
+        else:
+            family.add_metric(key, value)
     return family
 
 
 def _figures(
-    prefix: str, values: Mapping[str, float], known: Mapping[str, _Shown]
+    prefix: str, values: Mapping[str, float], known: Mapping[str, _Metric]
 ) -> Iterator[Metric]:
     for name, value in values.items():
-        shown = known[name]
-        kind = CounterMetricFamily if shown.kind == "counter" else GaugeMetricFamily
-        yield kind(prefix + shown.name, shown.what, value=value)
+        yield _family(prefix, known[name], value)
 
 
 def _build_info(model: str) -> Metric:
