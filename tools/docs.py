@@ -20,8 +20,8 @@ from tools.picture import formats_picture
 from halfbyte.errors import CheckpointError
 from halfbyte.figures import Figure, Record, Topic, read_record
 
-# All variants, and a later run of some.
-_QUALITY = ("quantize_quality", "quantize_methods")
+# Records whose checkpoints the page draws, each in one run.
+_QUALITY = ("quantize_quality",)
 _MODES = ("declared", "weight_only")
 ROOT = Path(__file__).resolve().parents[1]
 
