@@ -82,9 +82,7 @@ class Perfect:
                 return completion("None of my tools can do that.")
             return calling((request["tools"][0]["function"]["name"], {}))
         documents = sample.fields["documents"]
-        known = {
-            leaderboard.wire_name(d["name"]): d["parameters"]["properties"] for d in documents
-        }
+        known = {leaderboard.wire_name(d["name"]): d["parameters"]["properties"] for d in documents}
         # A few right calls name parameters that their document lacks; nobody may give those.
         return calling(
             *(

@@ -16,7 +16,7 @@ from cuda_plain import plain_hidden, plain_logits
 from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale
 from halfbyte.kernels.repack import TileFormat, tile_nvfp4, tile_rows
 from halfbyte.model.cuda.decode import DecodeStep
-from halfbyte.model.cuda.launches import SharedBuffers, head_logits
+from halfbyte.model.cuda.launches import AllReduce, CudaModel, SharedBuffers, head_logits
 from halfbyte.model.cuda.prefill import Prefill
 from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
 from halfbyte.model.cuda.weights import (
@@ -119,17 +119,13 @@ def weights_of(mix: Mix, *, is_fast: bool = False, seed: int = 0) -> CudaWeights
 def make_step(
     library: EmulatedLibrary, weights: CudaWeights, cache: KvCache, size: int, **more: Any
 ) -> DecodeStep:
+    rotary = RotaryTable(weights.config, CPU).at
     step = DecodeStep(
-        library,
-        weights,
-        cache,
+        CudaModel(library, weights, cache, rotary, SharedBuffers(), **more),
         size,
-        rotary=RotaryTable(weights.config, CPU).at,
         max_context_tokens=PAGE * PAGES,
         prepare=lambda step: None,
         logits_TV=torch.full((size, weights.head.weight.out_features), torch.nan),
-        shared=SharedBuffers(),
-        **more,
     )
     table = torch.randperm(size * PAGES).int().view(size, PAGES)
     step.block_table_TP.copy_(table)
@@ -205,18 +201,17 @@ def test_any_mix_of_formats_decodes(
 
 
 def check_prefill(
-    library: EmulatedLibrary, weights: CudaWeights, count: int, more: dict[str, Any]
+    library: EmulatedLibrary,
+    weights: CudaWeights,
+    count: int,
+    formats: frozenset[TileFormat] | None,
+    all_reduce: AllReduce | None,
 ) -> None:
     cache = new_cache(1)
     step = make_step(library, weights, cache, 1)
-    prefill = Prefill(
-        library,
-        weights,
-        cache,
-        64,
-        rotary=RotaryTable(TEXT, CPU).at,
-        **more,
-    )
+    rotary = RotaryTable(TEXT, CPU).at
+    model = CudaModel(library, weights, cache, rotary, SharedBuffers(), all_reduce)
+    prefill = Prefill(model, 64, decoded_formats=formats)
     tokens_T = torch.randint(0, TEXT.vocab_size, (count + 1,))
     positions_T = torch.arange(count)
     slots_T = step.block_table_TP[0].long()[positions_T // PAGE] * PAGE + positions_T % PAGE
@@ -242,5 +237,4 @@ def test_a_prompt_follows_the_plain_model(
     library, weights = use_emulation(monkeypatch), weights_of(mix, is_fast=is_fast)
     ways = product((None, frozenset()), (None, lambda tensor: None))
     for number, (formats, all_reduce) in enumerate(ways):
-        more = {"decoded_formats": formats, "all_reduce": all_reduce}
-        check_prefill(library, weights, 5 + 7 * number, more)
+        check_prefill(library, weights, 5 + 7 * number, formats, all_reduce)

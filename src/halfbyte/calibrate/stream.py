@@ -136,7 +136,6 @@ def head_statistics(
     activations: Activations,
     *,
     device: torch.device | str = "cpu",
-    make_observer: MakeObserver = AmaxObserver,
     budget: MemoryBudget | None = None,
     wants: Want | None = None,
 ) -> LayerStatistics:
@@ -149,7 +148,7 @@ def head_statistics(
     place, text = torch.device(device), checkpoint.config.text
     budget = MemoryBudget(None) if budget is None else budget
     norm_D = checkpoint.tensor("norm.weight").to(place)
-    observer, sample_TD, sums = make_observer(), None, None
+    observer, sample_TD, sums = AmaxObserver(), None, None
     if wants is not None:
         if place.type == "cpu" and wants == "products":
             budget.check(4 * text.width * text.width)
