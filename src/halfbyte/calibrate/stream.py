@@ -8,6 +8,7 @@ size. Called by `quantize.pipeline`.
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, is_refusal
+from halfbyte.calibrate.draw import RowPictures
 from halfbyte.calibrate.lanes import make_lane
 from halfbyte.calibrate.moments import InputSums, Want
 from halfbyte.calibrate.observers import AmaxObserver
+from halfbyte.calibrate.seeing import SeenPictures, image_positions
+from halfbyte.chat.prompt import EncodedImage
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
 from halfbyte.kernels import dispatch
@@ -96,6 +100,7 @@ def stream_layers(
     prefetch: bool = False,
     budget: MemoryBudget | None = None,
     wants: Wants = _nothing,
+    pictures: RowPictures = (),
 ) -> Iterator[LayerStatistics]:
     """Run all rows through the layers in order; yields each layer's statistics when it is done.
 
@@ -106,6 +111,7 @@ def stream_layers(
                  memory
     budget       host memory to stay within: prefetching and rows in memory are given up for it
     wants        which inputs of a layer to sum up, besides what is observed of all
+    pictures     of each row, whose vectors take the place of its image tokens; empty for none
 
     The layer is freed before it is yielded, so the caller has its memory. Raises FormatError if
     an activation is NaN or infinite: the weights are broken or the source decodes wrongly;
@@ -117,7 +123,7 @@ def stream_layers(
     budget = MemoryBudget(None) if budget is None else budget
     budget.held_for_speed(activations.release)
     if first_layer == 0:
-        _embed(checkpoint, rows, activations, budget)
+        _embed(checkpoint, rows, activations, budget, pictures, place)
     runner = _Runner(checkpoint, place, activations, budget, wants)
     layers = range(first_layer, checkpoint.config.text.num_layers)
     with _Loader(checkpoint, place, budget) as loader:
@@ -268,13 +274,40 @@ def _embed(
     rows: Sequence[Tensor],
     activations: Activations,
     budget: MemoryBudget,
+    pictures: RowPictures,
+    device: torch.device,
 ) -> None:
-    budget.check(checkpoint.num_bytes("embedding.weight"))
-    table_VD = checkpoint.tensor("embedding.weight")
-    for number, row in enumerate(rows):
-        budget.check()
-        activations.write(number, table_VD[row])
+    with ExitStack() as stack:
+        seen: SeenPictures | None = None
+        if pictures:
+            seen = stack.enter_context(
+                SeenPictures(checkpoint, pictures, activations, device, budget)
+            )
+            seen.run()
+        budget.check(checkpoint.num_bytes("embedding.weight"))
+        table_VD = checkpoint.tensor("embedding.weight")
+        for number, row in enumerate(rows):
+            budget.check()
+            x_TD = table_VD[row]
+            if seen is not None and pictures[number]:
+                _place(x_TD, row, pictures[number], seen.vectors(number), checkpoint)
+            activations.write(number, x_TD)
     activations.advance(0)
+
+
+def _place(
+    x_TD: Tensor,
+    row: Tensor,
+    images: Sequence[EncodedImage],
+    vectors: Sequence[Tensor],
+    checkpoint: Checkpoint,
+) -> None:
+    """Put the vectors of a row's pictures where its image tokens are, in place."""
+    vision = checkpoint.config.vision
+    assert vision is not None
+    at = image_positions(row, images, vision.image_token_id)
+    for rows_M, vectors_MD in zip(at, vectors, strict=True):
+        x_TD[rows_M] = vectors_MD[: len(rows_M)].to(x_TD.dtype)
 
 
 class _Runner:
@@ -353,6 +386,7 @@ def input_maxima(
     *,
     device: torch.device | str = "cpu",
     on_layer: Progress | None = None,
+    pictures: RowPictures = (),
 ) -> dict[str, float]:
     """Largest input magnitude of every decoder linear (canonical name) over these rows.
 
@@ -366,7 +400,7 @@ def input_maxima(
     layers = checkpoint.config.text.num_layers
     if on_layer is not None:
         on_layer(0, layers)
-    for statistics in stream_layers(checkpoint, rows, device=device):
+    for statistics in stream_layers(checkpoint, rows, device=device, pictures=pictures):
         for name in names:
             if name.startswith(f"decoder.{statistics.layer}."):
                 maxima[name] = float(statistics.input_of(name))

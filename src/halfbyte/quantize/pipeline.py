@@ -21,6 +21,7 @@ from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal
+from halfbyte.calibrate.seeing import picture_bytes
 from halfbyte.calibrate.stream import LayerStatistics, head_statistics, stream_layers
 from halfbyte.checkpoint.manifest import MANIFEST_NAME, manifest_file
 from halfbyte.checkpoint.soundness import require_sound
@@ -252,7 +253,8 @@ def _begin(job: Job, staging: OutputInProgress, journal: Journal) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     needed = job.shards.total_bytes + sum(map(len, job.files.values()))
     if job.rows is not None:
-        needed += 2 * activation_bytes(job.rows, job.checkpoint)
+        patches = picture_bytes(job.pictures, job.checkpoint.config).patches
+        needed += 2 * max(activation_bytes(job.rows, job.checkpoint), patches)
     free = shutil.disk_usage(staging.directory).free
     if free < needed:
         raise CapacityError(
@@ -337,6 +339,7 @@ class _Progress:
             prefetch=self._job.memory.prefetch,
             budget=self._budget,
             wants=lambda layer: wanted_sums(self._job.plan, layer),
+            pictures=self._job.pictures,
         ):
             yield statistics.layer, statistics
             activations.forget(statistics.layer)
