@@ -422,7 +422,7 @@ def pixels_digest(pictures: RowPictures) -> str:
         for image in images:
             place = (number, image.offset, image.num_tokens, *image.pixels.shape)
             digest.update(repr(place).encode())
-            digest.update(np.ascontiguousarray(image.pixels))
+            digest.update(np.ascontiguousarray(image.pixels).data)
     return digest.hexdigest()
 
 

@@ -33,14 +33,14 @@ _FOLDER = "pictures"  # beside the decoder's activations
 def num_patches(config: VisionConfig, image: EncodedImage) -> int:
     """Patches of a picture, before they are merged."""
     _, height, width = image.pixels.shape
-    return (height // config.patch_size) * (width // config.patch_size)
+    return int(height // config.patch_size) * int(width // config.patch_size)
 
 
 def num_vectors(config: VisionConfig, image: EncodedImage) -> int:
     """Vectors of a picture, one for each of its image tokens."""
     _, height, width = image.pixels.shape
     side = config.patch_size * config.spatial_merge_size
-    return (height // side) * (width // side)
+    return int(height // side) * int(width // side)
 
 
 def image_positions(row: Tensor, images: Sequence[EncodedImage], token_id: int) -> list[Tensor]:

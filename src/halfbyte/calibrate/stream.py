@@ -18,6 +18,7 @@ from torch import Tensor
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, is_refusal
 from halfbyte.calibrate.draw import RowPictures
+from halfbyte.calibrate.kinds import TapKinds
 from halfbyte.calibrate.lanes import make_lane
 from halfbyte.calibrate.moments import InputSums, Want
 from halfbyte.calibrate.observers import AmaxObserver
@@ -58,12 +59,14 @@ class LayerStatistics:
     samples   tap point of an input -> evenly spaced tokens of the first row, bf16 (T, I), where
               the layer ran
     sums      tap point of an input -> sums over all tokens, where they were wanted, likewise
+    kinds     tap point -> the same of text and image rows apart; empty without pictures
     """
 
     layer: int
     observed: Mapping[str, Tensor]
     samples: Mapping[str, Tensor] = field(default_factory=dict)
     sums: Mapping[str, InputSums] = field(default_factory=dict)
+    kinds: Mapping[str, TapKinds] = field(default_factory=dict)
 
     def input_of(self, linear: str) -> Tensor:
         """The observed magnitude of the input of canonical `linear`, 0-d."""
@@ -124,7 +127,8 @@ def stream_layers(
     budget.held_for_speed(activations.release)
     if first_layer == 0:
         _embed(checkpoint, rows, activations, budget, pictures, place)
-    runner = _Runner(checkpoint, place, activations, budget, wants)
+    is_image = _image_rows(checkpoint, rows, pictures)
+    runner = _Runner(checkpoint, place, activations, budget, wants, is_image)
     layers = range(first_layer, checkpoint.config.text.num_layers)
     with _Loader(checkpoint, place, budget) as loader:
         for layer in layers:
@@ -142,7 +146,6 @@ def head_statistics(
     activations: Activations,
     *,
     device: torch.device | str = "cpu",
-    make_observer: MakeObserver = AmaxObserver,
     budget: MemoryBudget | None = None,
     wants: Want | None = None,
 ) -> LayerStatistics:
@@ -155,7 +158,7 @@ def head_statistics(
     place, text = torch.device(device), checkpoint.config.text
     budget = MemoryBudget(None) if budget is None else budget
     norm_D = checkpoint.tensor("norm.weight").to(place)
-    observer, sample_TD, sums = make_observer(), None, None
+    observer, sample_TD, sums = AmaxObserver(), None, None
     if wants is not None:
         if place.type == "cpu" and wants == "products":
             budget.check(4 * text.width * text.width)
@@ -179,6 +182,22 @@ def head_statistics(
         {} if sample_TD is None else {HEAD_INPUT: sample_TD},
         {} if sums is None else {HEAD_INPUT: sums},
     )
+
+
+def _image_rows(
+    checkpoint: Checkpoint, rows: Sequence[Tensor], pictures: RowPictures
+) -> tuple[Tensor | None, ...]:
+    """Which tokens of each row show a picture, bool (T,); empty if none of any row does."""
+    vision = checkpoint.config.vision
+    if not pictures or vision is None:
+        return ()
+    found: list[Tensor | None] = []
+    for row, images in zip(rows, pictures, strict=True):
+        is_image_T = torch.zeros(row.shape, dtype=torch.bool)
+        for at in image_positions(row, images, vision.image_token_id):
+            is_image_T[at] = True
+        found.append(is_image_T if images else None)
+    return tuple(found)
 
 
 class _GivenUpError(Exception):
@@ -320,7 +339,9 @@ class _Runner:
         activations: Activations,
         budget: MemoryBudget,
         wants: Wants,
+        is_image: Sequence[Tensor | None] = (),
     ) -> None:
+        self._is_image = is_image
         self._activations = activations
         self._device = device
         self._wants = wants
@@ -344,9 +365,13 @@ class _Runner:
         samples: dict[str, Tensor] = {}
         wanted = self._wants(layer)
         sums: dict[str, InputSums] = {}
+        kinds = {point: TapKinds() for point in TAPS} if self._is_image else {}
+        number = 0
 
         def tap(point: str, x: Tensor) -> None:
             observers[point].update(x)
+            if kinds:
+                kinds[point].update(x, self._is_image[number], wanted.get(point))
             if point in wanted:
                 if point not in sums:
                     self._check_sums(x.shape[1], wanted[point])
@@ -373,7 +398,7 @@ class _Runner:
                     f"decoder.{layer}: {point} holds NaN or infinity; the weights up to this "
                     "layer are damaged, or their scales are"
                 )
-        return LayerStatistics(layer, observed, samples, sums)
+        return LayerStatistics(layer, observed, samples, sums, kinds)
 
     def _check_sums(self, width: int, want: Want) -> None:
         if self._device.type == "cpu" and want == "products":
