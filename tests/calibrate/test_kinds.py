@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from halfbyte.calibrate.blend import load_blend
 from halfbyte.calibrate.draw import draw
 from halfbyte.calibrate.kinds import KINDS, TapKinds
-from halfbyte.calibrate.moments import InputSums
+from halfbyte.calibrate.moments import InputSums, Want
 from halfbyte.calibrate.observers import AmaxObserver, MagnitudeCounts
 from halfbyte.calibrate.stream import READERS, TAPS, stream_layers
 from halfbyte.calibrate.tokens import as_rows
@@ -91,15 +91,13 @@ def test_a_run_tells_kinds_apart_and_observes_what_it_did_before(tmp_path: Path)
             # Breaks and ends of pictures are embeddings, as text is.
             assert 0 < counted["image"] < is_image
         assert all(not kinds.seen["image"].sums for kinds in statistics.kinds.values())
-    wanted = dict.fromkeys(READERS, "squares")
-    for statistics in stream_layers(
-        checkpoint,
-        rows,
-        pictures=data.pictures,
-        wants=lambda _: wanted,  # type: ignore[arg-type]
-    ):
+    wanted: dict[str, Want] = dict.fromkeys(READERS, "squares")
+    runs = stream_layers(checkpoint, rows, pictures=data.pictures, wants=lambda layer: wanted)
+    for statistics in runs:
         for tap in READERS:
             seen = statistics.kinds[tap].seen.values()
-            joined = sum(one.sums.squares_I for one in seen if one.sums is not None)
-            assert torch.allclose(joined, statistics.sums[tap].squares_I, rtol=1e-9)  # type: ignore[arg-type]
+            squares = [one.sums.squares_I for one in seen if one.sums is not None]
+            assert len(squares) == 2
+            joined = squares[0] + squares[1]
+            assert torch.allclose(joined, statistics.sums[tap].squares_I, rtol=1e-9)
     assert all(not one.kinds for one in stream_layers(checkpoint, rows))

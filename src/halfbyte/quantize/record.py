@@ -157,22 +157,21 @@ def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> QuantizationRe
             "host": job.memory.peak_bytes,
             **({} if job.memory.gpu_peak_bytes is None else {"gpu": job.memory.gpu_peak_bytes}),
         },
-        "layers": [
-            {
-                "layer": number,
-                "seconds": entry.get("seconds", {}),
-                "peak_memory_bytes": entry.get("peak_memory_bytes", {}),
-                "observed": entry["observed"],
-                **(
-                    {"observed_by_kind": entry["observed_by_kind"]}
-                    if "observed_by_kind" in entry
-                    else {}
-                ),
-            }
-            for number, entry in enumerate(layers)
-        ],
+        "layers": [_layer_facts(number, entry) for number, entry in enumerate(layers)],
         "linears": [linear for entry in entries for linear in entry.get("linears", ())],
     }
     if clipping:
         record["clipping"] = clipping
     return record
+
+
+def _layer_facts(number: int, entry: Mapping[str, Any]) -> LayerFacts:
+    facts: LayerFacts = {
+        "layer": number,
+        "seconds": entry.get("seconds", {}),
+        "peak_memory_bytes": entry.get("peak_memory_bytes", {}),
+        "observed": entry["observed"],
+    }
+    if "observed_by_kind" in entry:
+        facts["observed_by_kind"] = entry["observed_by_kind"]
+    return facts
