@@ -117,7 +117,9 @@ def test_a_source_that_clips_is_named_with_shares_and_remedies(
     (said,) = [r.getMessage() for r in caplog.records if "clip image rows" in r.getMessage()]
     assert "the source's own FP8 input scales" in said and str(root / "source") in said
     assert LOUD in said and "% of image tokens (text" in said
-    assert "--blend pictures" in said and "headroom" in said and "per token" in said
+    assert (
+        "--blend pictures" in said and "headroom" in said and "--fp8-activations per-token" in said
+    )
 
 
 def test_a_finished_checkpoint_is_judged_by_its_own_scales(

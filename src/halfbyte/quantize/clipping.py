@@ -183,7 +183,7 @@ def clipped_words(clipping: Sequence[LinearClipping], whose: Whose, subject: str
     return (
         f"{subject} clip image rows in {len(found)} of {judged} linears: {named}{more}. Calibrate "
         "on pictures (quantize --blend pictures, or your own), leave room above what was seen "
-        "(--method headroom), or run activations that are scaled per token"
+        "(--method headroom), or serve with --fp8-activations per-token"
     )
 
 
