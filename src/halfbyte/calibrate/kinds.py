@@ -61,7 +61,7 @@ class TapKinds:
         self.seen: Mapping[Kind, SeenOfKind] = {kind: SeenOfKind() for kind in KINDS}
 
     def update(self, x: Tensor, is_image_T: Tensor | None, want: Want | None = None) -> None:
-        """Count the tokens of one calibration row.
+        """Count the tokens of one calibration row by their kind.
 
         is_image_T  which of them show a picture; None for none
         """
