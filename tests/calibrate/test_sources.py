@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from halfbyte.calibrate.blend import Blend, Source
+from halfbyte.calibrate.documents import builtin_documents
 from halfbyte.calibrate.draw import draw
-from halfbyte.calibrate.sources import DataAccess, OpenedSource, builtin_documents, open_source
+from halfbyte.calibrate.sources import DataAccess, OpenedSource, open_source
 from halfbyte.errors import UnsupportedError, UsageError
 
 DATASET = "owner/rows"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.calibrate.sources import builtin_documents
+from halfbyte.calibrate.documents import builtin_documents
 from halfbyte.calibrate.tokens import check_rows, read_token_rows
 from halfbyte.errors import UsageError
 from halfbyte.model.tiny import tiny_config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.calibrate.sources import builtin_documents
+from halfbyte.calibrate.documents import builtin_documents
 from halfbyte.cli import demo_steps as demo
 from halfbyte.cli import demo_tools
 from halfbyte.errors import UnsupportedError, UsageError

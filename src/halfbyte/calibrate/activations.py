@@ -61,6 +61,16 @@ class Activations:
         self._sums: dict[int, int] = {}
         self.checksum: int | None = None  # of the file that the last `advance` named
 
+    def beside(
+        self, name: str, row_tokens: Sequence[int], width: int
+    ) -> tuple["Activations", Path | None]:
+        """Room for rows of another kind that wait as these do, and the folder where, if any."""
+        directory = None if self._directory is None else self._directory / name
+        if directory is not None:
+            directory.mkdir(exist_ok=True)
+        in_memory = self._memory is not None
+        return Activations(row_tokens, width, directory, in_memory=in_memory), directory
+
     @property
     def num_bytes(self) -> int:
         """Bytes of one layer boundary: the activations of all rows between two layers."""

@@ -42,13 +42,18 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
 class Source:
-    """One member of a blend. Exactly one of dataset, path, builtin and tool_calls is set.
+    """One member of a blend; exactly one of its six kinds of source is set.
+
+    The kinds are dataset, path, builtin, tool_calls, pictures and drawn.
 
     dataset    a name of `datasets.yaml`, or a hub id, which then needs `splits`
     path       a file, a folder, or a pattern such as `rows/math__*.jsonl`; relative to the blend's
-               own file. Each file is a split
+               own file. Each file is a split; its rows may name pictures that lie beside it
     tool_calls  the wheel of bfcl-eval or a folder it was unpacked into, relative to the blend's own
                file, or `installed`: what its ungraded rows ask, with their functions as tools
+    pictures   a folder of pictures, about each of which `question` is asked; the answer stands in
+               NAME.txt beside NAME.png, if there is one
+    drawn      conversations about pictures that the package draws, by the blend's seed
     weight     share of the samples, relative to the other sources
     recombine  replace the rows by this many made of their pieces; for tests of volume only
     """
@@ -57,6 +62,9 @@ class Source:
     path: str | None = None
     builtin: Annotated[bool, Field(strict=True)] = False
     tool_calls: str | None = None
+    pictures: str | None = None
+    drawn: Annotated[bool, Field(strict=True)] = False
+    question: str = "Describe this picture."
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     splits: list[str] | None = None
     revision: str | None = None
@@ -66,7 +74,8 @@ class Source:
     @property
     def label(self) -> str:
         """The name under which messages and records speak of this source."""
-        return self.name or self.dataset or self.path or self.tool_calls or "builtin"
+        named = self.name or self.dataset or self.path or self.tool_calls or self.pictures
+        return named or ("drawn" if self.drawn else "builtin")
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -74,7 +83,8 @@ class Blend:
     """Sources, how many rows of which length, and how they become text.
 
     mode     plain: contents joined by newlines; template: the model's chat template; packed: as
-             template, documents joined by the end token and cut into full rows
+             template, documents joined by the end token and cut into full rows; a conversation with
+             pictures stays a row of its own
     select   the first rows of a split, or a seeded sample of its first `window` rows
     folder   where relative paths start
     """
@@ -162,14 +172,12 @@ def _said(error: ValidationError) -> str:
 
 
 def _check_source(source: Source, where: str) -> None:
-    kinds = [
-        source.dataset is not None,
-        source.path is not None,
-        source.builtin,
-        source.tool_calls is not None,
-    ]
-    if sum(kinds) != 1:
-        raise UsageError(f"{where}: say exactly one of dataset, path, builtin: true and tool_calls")
+    named = (source.dataset, source.path, source.tool_calls, source.pictures)
+    if sum(name is not None for name in named) + source.builtin + source.drawn != 1:
+        raise UsageError(
+            f"{where}: say exactly one of dataset, path, pictures, tool_calls, builtin: true and "
+            "drawn: true"
+        )
     if source.dataset is None:
         if source.splits is not None or source.revision is not None:
             raise UsageError(f"{where}: splits and revision belong to a dataset")

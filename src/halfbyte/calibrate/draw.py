@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from halfbyte.calibrate.chat_text import ChatText, RefusedRowError, load_chat_te
 from halfbyte.calibrate.overlap import NUM_WORDS, OverlapIndex
 from halfbyte.calibrate.recombine import recombined_split
 from halfbyte.calibrate.rows import BadRowError, Line, parse_line, parse_row
-from halfbyte.calibrate.sources import DataAccess, OpenedSource, Split, open_source
+from halfbyte.calibrate.sources import DataAccess, OpenedSource, Split, SplitFile, open_source
+from halfbyte.chat.prompt import EncodedImage
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.log import logger, say_once
+
+RowPictures = tuple[tuple[EncodedImage, ...], ...]  # of each row; empty for rows without any
 
 # Broken rows up to this share of a split are tolerated; one is in any case: a download that was cut
 # off ends in one.
@@ -37,14 +40,16 @@ class CalibrationData:
     """Rows of token ids, and everything that is needed to draw them again.
 
     provenance  JSON values; written beside the checkpoint
+    pictures    of each row; empty where no row has any. A row may end within a picture
     """
 
     rows: tuple[tuple[int, ...], ...]
     provenance: Mapping[str, Any]
+    pictures: RowPictures = ()
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens drawn; all of them are text, as nothing is padded."""
+        """Number of tokens drawn; none of them is padding."""
         return sum(map(len, self.rows))
 
 
@@ -55,6 +60,7 @@ class _Candidate:
     key: int  # minus the priority
     index: int
     ids: list[int] = field(compare=False)
+    images: tuple[EncodedImage, ...] = field(compare=False)
     uuid: str | None = field(compare=False)
     digest: bytes = field(compare=False)
     cost: int = field(compare=False)
@@ -75,6 +81,11 @@ class _Reading:
     read_sha256: str = ""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_exhausted: bool = False
+
+    def note_bad(self, problem: str) -> None:
+        self.num_bad += 1
+        if len(self.bad) < _NAMED_BAD_ROWS:
+            self.bad.append(problem)
 
     @property
     def cost(self) -> int:
@@ -143,7 +154,11 @@ def draw_rows(
         member.requested = quota
         member.take_more(quota * unit)
     _redistribute(members, blend.samples * unit)
-    rows = _rows(members, blend)
+    taken = _rows(members, blend)
+    rows = [ids for ids, _ in taken]
+    pictures: RowPictures = tuple(_within(ids, images) for ids, images in taken)
+    if not any(pictures):
+        pictures = ()
     if not rows:
         raise UsageError(f"blend {blend.name} gave no row of text")
     if len(rows) < blend.samples:
@@ -157,20 +172,28 @@ def draw_rows(
             "a checkpoint that others will use"
         )
     return CalibrationData(
-        tuple(map(tuple, rows)), _provenance(blend, text, overlap, members, rows)
+        tuple(map(tuple, rows)),
+        _provenance(blend, text, overlap, members, rows) | _seen(rows, pictures),
+        pictures,
     )
 
 
 def write_rows(data: CalibrationData, path: Path) -> None:
     """Rows as `batch{i}.input_ids`, int64 (1, tokens), in one safetensors file; the record beside.
 
-    What `tokens.read_token_rows` reads; the record's name is the path with `.json` added. A file
-    that is there is replaced.
+    What `tokens.read_rows` reads; the record's name is the path with `.json` added. A file that is
+    there is replaced. A picture is `batch{i}.picture{k}`, uint8 (3, height, width), and where its
+    tokens begin and how many they are `batch{i}.place{k}`, int64 (2,).
     """
-    rows = {
+    rows: dict[str, np.ndarray[Any, Any]] = {
         f"batch{number}.input_ids": np.array([row], dtype=np.int64)
         for number, row in enumerate(data.rows)
     }
+    for number, images in enumerate(data.pictures):
+        for index, image in enumerate(images):
+            place = np.array([image.offset, image.num_tokens], dtype=np.int64)
+            rows[f"batch{number}.picture{index}"] = np.ascontiguousarray(image.pixels)
+            rows[f"batch{number}.place{index}"] = place
     save_file(rows, path, metadata={"rows_sha256": data.provenance["rows_sha256"]})
     record = json.dumps(dict(data.provenance), ensure_ascii=False, indent=1)
     path.with_name(f"{path.name}.json").write_text(record + "\n", "utf-8")
@@ -264,9 +287,7 @@ class _Member:
                 else _priority(self._blend.seed, self.source.label, split.name, index)
             )
             is_wanted = kept < quota or -priority > heap[0].key
-            candidate = self._candidate(
-                line, f"{file.name}:{line.number}", index, priority, reading, is_wanted=is_wanted
-            )
+            candidate = self._candidate(line, file, index, priority, reading, is_wanted=is_wanted)
             if candidate is None:
                 continue
             heapq.heappush(heap, candidate)
@@ -286,7 +307,7 @@ class _Member:
     def _candidate(
         self,
         line: Line,
-        place: str,
+        file: SplitFile,
         index: int,
         priority: int,
         reading: _Reading,
@@ -294,12 +315,11 @@ class _Member:
         is_wanted: bool,
     ) -> _Candidate | None:
         """The row as tokens if it can be taken; each is parsed so that bad ones are counted."""
+        place = f"{file.name}:{line.number}"
         try:
             conversation = parse_row(parse_line(line))
         except BadRowError as error:
-            reading.num_bad += 1
-            if len(reading.bad) < _NAMED_BAD_ROWS:
-                reading.bad.append(f"{place}: {error}")
+            reading.note_bad(f"{place}: {error}")
             return None
         if not is_wanted:
             return None
@@ -307,19 +327,26 @@ class _Member:
             reading.num_overlapping += 1
             return None
         try:
-            ids = self._text.encode(conversation)
+            encoded = self._text.encode(conversation, file.folder)
+        except BadRowError as error:
+            reading.note_bad(f"{place}: {error}")
+            return None
         except RefusedRowError as error:
             reading.num_refused += 1
             reading.refusal = reading.refusal or f"{place}: {error}"
             return None
+        ids = list(encoded.token_ids)
         if not ids:
             reading.num_empty += 1
             return None
         is_packed = self._blend.mode == "packed"
-        ids = self._text.closed(ids) if is_packed else ids[: self._blend.tokens_per_sample]
+        ids = self._text.closed(ids) if is_packed else ids
+        if not is_packed or encoded.images:
+            ids = ids[: self._blend.tokens_per_sample]
         digest = hashlib.sha256(line.data).digest()
         cost = len(ids) if is_packed else 1
-        return _Candidate(-priority, index, ids, conversation.uuid, digest, cost)
+        uuid = conversation.uuid
+        return _Candidate(-priority, index, ids, encoded.images, uuid, digest, cost)
 
 
 def _priority(*parts: object) -> int:
@@ -338,8 +365,14 @@ def _check_bad(reading: _Reading, where: str) -> None:
         say_once(f"{where}: left out {problem}")
 
 
-def _rows(members: Sequence[_Member], blend: Blend) -> list[list[int]]:
-    """Member by member, split by split; packed documents shuffled across all of them."""
+_Row = tuple[Sequence[int], tuple[EncodedImage, ...]]
+
+
+def _rows(members: Sequence[_Member], blend: Blend) -> list[_Row]:
+    """Member by member, split by split; packed documents shuffled across all of them.
+
+    A conversation with pictures is no document: it would be cut where serving cuts nothing.
+    """
     taken = [
         (_priority(blend.seed, "pack", member.source.label, split.name, candidate.index), candidate)
         for member in members
@@ -347,12 +380,50 @@ def _rows(members: Sequence[_Member], blend: Blend) -> list[list[int]]:
         for candidate in reading.taken
     ]
     if blend.mode != "packed":
-        return [candidate.ids for _, candidate in taken]
-    stream = [token for _, candidate in sorted(taken) for token in candidate.ids]
+        return [(candidate.ids, candidate.images) for _, candidate in taken]
+    shown: list[_Row] = [(one.ids, one.images) for _, one in taken if one.images]
+    documents = sorted(pair for pair in taken if not pair[1].images)
+    stream = [token for _, candidate in documents for token in candidate.ids]
     length = blend.tokens_per_sample
     if len(stream) < length:
-        return [stream] if stream else []
-    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+        return [(stream, ()), *shown] if stream else shown
+    cuts = range(0, len(stream) - length + 1, length)
+    return [*((stream[start : start + length], ()) for start in cuts), *shown]
+
+
+def _within(ids: Sequence[int], images: tuple[EncodedImage, ...]) -> tuple[EncodedImage, ...]:
+    """The pictures that a row of these ids shows, the last one perhaps in part."""
+    return tuple(
+        replace(image, num_tokens=min(image.num_tokens, len(ids) - image.offset))
+        for image in images
+        if image.offset < len(ids)
+    )
+
+
+def _seen(rows: Sequence[Sequence[int]], pictures: RowPictures) -> dict[str, Any]:
+    """What the record says of pictures; nothing where there are none."""
+    images = [image for row in pictures for image in row]
+    if not images:
+        return {}
+    return {
+        "pictures": {
+            "rows": sum(map(bool, pictures)),
+            "pictures": len(images),
+            "tokens": sum(image.num_tokens for image in images),
+            "pixels_sha256": pixels_digest(pictures),
+        }
+    }
+
+
+def pixels_digest(pictures: RowPictures) -> str:
+    """SHA-256 over the pictures of all rows, their places and sizes included."""
+    digest = hashlib.sha256()
+    for number, images in enumerate(pictures):
+        for image in images:
+            place = (number, image.offset, image.num_tokens, *image.pixels.shape)
+            digest.update(repr(place).encode())
+            digest.update(np.ascontiguousarray(image.pixels).data)
+    return digest.hexdigest()
 
 
 def _provenance(

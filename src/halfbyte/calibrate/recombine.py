@@ -61,7 +61,7 @@ def _texts(shape: Mapping[str, Any]) -> Iterator[tuple[_Place, str]]:
         yield ("", "text"), shape["text"]
     for message in shape.get("messages", ()):
         for name in ("content", "reasoning_content"):
-            if message.get(name):
+            if isinstance(message.get(name), str) and message[name]:
                 yield (message["role"], name), message[name]
 
 
@@ -74,7 +74,7 @@ def _remade(
     for message in shape["messages"]:
         made = dict(message)
         for name in ("content", "reasoning_content"):
-            if made.get(name):
+            if isinstance(made.get(name), str) and made[name]:
                 made[name] = _swapped(made[name], pool[made["role"], name], random)
         messages.append(made)
     return {"messages": messages, "tools": shape["tools"]}

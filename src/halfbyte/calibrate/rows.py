@@ -18,6 +18,9 @@ MAX_LINE_BYTES = 64 << 20
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 # Files of plain text; a paragraph is a row.
 TEXT_SUFFIXES = (".txt", ".md")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+# Pictures of one row; the server's limit is a request's as well.
+MAX_PICTURES = 32
 
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 # Column of what is asked -> columns that its answer may stand in.
@@ -47,8 +50,10 @@ class Line:
 class ParsedRow:
     """What a row says: messages and tools in the form that `chat` encodes.
 
-    messages  role and content (a string); `reasoning_content` where there is some; `tool_calls`
-              with string arguments; `tool_call_id` on tool messages
+    messages  role and content; `reasoning_content` where there is some; `tool_calls` with string
+              arguments; `tool_call_id` on tool messages. Content is a string, or where there are
+              pictures parts: {"type": "text", "text"} and {"type": "image", "image"}, the latter
+              the name of a file, a data: URL or a reference to a drawn picture
     text      a row that is a plain document has this and no messages
     """
 
@@ -62,12 +67,27 @@ class ParsedRow:
         """Whether any turn of the assistant carries the thought that led to it."""
         return any("reasoning_content" in message for message in self.messages)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any turn of the conversation shows a picture."""
+        return any(isinstance(message["content"], list) for message in self.messages)
+
     def strings(self) -> Iterator[str]:
         """Every text that a person or model wrote in the conversation."""
         if self.text:
             yield self.text
         for message in self.messages:
-            yield from (message[key] for key in ("content", "reasoning_content") if key in message)
+            yield text_of(message)
+            if "reasoning_content" in message:
+                yield message["reasoning_content"]
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message as `parse_row` gives it, without its pictures."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
 def read_row_lines(file: BinaryIO, name: str) -> Iterator[Line]:
@@ -179,13 +199,37 @@ def parse_row(raw: Mapping[str, Any]) -> ParsedRow:
         text = raw.get("text")
         if isinstance(text, str):
             return ParsedRow((), text=text, uuid=uuid)
-        return ParsedRow(_exchange(raw), uuid=uuid)
+        return ParsedRow(_with_pictures(_exchange(raw), raw), uuid=uuid)
     if not isinstance(messages, list):
         raise BadRowError(f"messages: a list was expected, not {type(messages).__name__}")
     calls: list[str] = []
     parsed = [_message(item, f"messages[{n}]", calls) for n, item in enumerate(messages)]
-    kept = tuple(m for m in parsed if m["role"] != "system" or m["content"].strip())
+    kept = tuple(m for m in parsed if m["role"] != "system" or text_of(m).strip())
+    if sum(map(_num_pictures, kept)) > MAX_PICTURES:
+        raise BadRowError(f"{sum(map(_num_pictures, kept))} pictures; at most {MAX_PICTURES}")
     return ParsedRow(kept, _tools(raw.get("tools")), uuid=uuid)
+
+
+def _num_pictures(message: Mapping[str, Any]) -> int:
+    content = message["content"]
+    return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)
+
+
+def _with_pictures(
+    messages: tuple[Mapping[str, Any], ...], raw: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], ...]:
+    """An exchange with the pictures of columns `image` or `images` before its question."""
+    named = raw.get("images", raw.get("image"))
+    if not named:  # nothing, an empty name, an empty list
+        return messages
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or len(named) > MAX_PICTURES:
+        raise BadRowError(f"images: a file name or a list of 1 to {MAX_PICTURES} was expected")
+    number = next(n for n, message in enumerate(messages) if message["role"] == "user")
+    asked = messages[number]
+    parts = [{"type": "image", "image": _picture(name, "images")} for name in named]
+    content = [*parts, {"type": "text", "text": asked["content"]}]
+    return (*messages[:number], {**asked, "content": content}, *messages[number + 1 :])
 
 
 def _exchange(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -231,10 +275,10 @@ def _message(raw: Any, where: str, calls: list[str]) -> dict[str, Any]:
     if role not in _ROLES:
         raise BadRowError(f"{where}: role {role!r}")
     role = "system" if role == "developer" else role
-    message: dict[str, Any] = {
-        "role": role,
-        "content": _content(raw.get("content", raw.get("value")), where),
-    }
+    content = _content(raw.get("content", raw.get("value")), where)
+    if not isinstance(content, str) and role != "user":
+        raise BadRowError(f"{where}: pictures in a turn of the {role}")
+    message: dict[str, Any] = {"role": role, "content": content}
     if role == "assistant":
         thought = raw.get("reasoning_content") or raw.get("reasoning")
         if isinstance(thought, str) and thought.strip():
@@ -253,18 +297,46 @@ def _message(raw: Any, where: str, calls: list[str]) -> dict[str, Any]:
     return message
 
 
-def _content(value: Any, where: str) -> str:
-    """Content as one string: null is empty, parts are joined, other JSON is written out."""
+def _content(value: Any, where: str) -> str | list[dict[str, str]]:
+    """Content as one string: null is empty, parts are joined, other JSON is written out.
+
+    Where a part is a picture, the parts stay.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+        if any(part.get("type") in _PICTURE_PARTS for part in value):
+            return [_part(part, where) for part in value]
         parts = [part.get("text") for part in value]
         if not all(isinstance(part, str) for part in parts):
-            raise BadRowError(f"{where}: content with parts other than text")
+            raise BadRowError(f"{where}: content with parts other than text and pictures")
         return "\n".join(str(part) for part in parts)
     return json.dumps(value, ensure_ascii=False)
+
+
+_PICTURE_PARTS = ("image", "image_url", "input_image")
+
+
+def _part(part: Mapping[str, Any], where: str) -> dict[str, str]:
+    """A text or a picture, the latter in OpenAI's form or with its file under `image`."""
+    if part.get("type") not in _PICTURE_PARTS:
+        if not isinstance(part.get("text"), str):
+            raise BadRowError(f"{where}: content with parts other than text and pictures")
+        return {"type": "text", "text": part["text"]}
+    named = next((part[key] for key in ("image", "image_url", "path", "url") if key in part), None)
+    if isinstance(named, Mapping):
+        named = named.get("url", named.get("path"))
+    return {"type": "image", "image": _picture(named, where)}
+
+
+def _picture(named: Any, where: str) -> str:
+    if not isinstance(named, str) or not named:
+        raise BadRowError(f"{where}: a picture is a file name or a data: URL")
+    if "://" in named[:16]:
+        raise BadRowError(f"{where}: {named[:60]} is not fetched; put the file beside the rows")
+    return named
 
 
 def _calls(value: Any, where: str, number: int) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """Where the rows of a blend's sources lie: local files, a folder laid out as on the hub, the hub,
-the text in the package.
+the text in the package; and pictures, one's own or those that the package draws.
 
 Finds files and opens them; what is in them is `rows`' business, which rows are taken is `draw`'s.
 """
@@ -8,17 +8,24 @@ import glob
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from halfbyte.bfcl import find_leaderboard, ungraded_rows
 from halfbyte.calibrate.blend import Blend, Dataset, Source, resolve_dataset
-from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES, Line, read_row_lines
+from halfbyte.calibrate.documents import builtin_documents
+from halfbyte.calibrate.drawn import NUM_DRAWN, drawn_messages
+from halfbyte.calibrate.rows import (
+    PICTURE_SUFFIXES,
+    SUFFIXES,
+    TEXT_SUFFIXES,
+    Line,
+    read_row_lines,
+)
 from halfbyte.errors import UsageError
-from halfbyte.files import open_regular
+from halfbyte.files import open_regular, read_bounded
 from halfbyte.hub import open_hub, refuse, whole_commit
 from halfbyte.log import logger
 
@@ -42,12 +49,16 @@ class DataAccess:
 
 @dataclass(frozen=True, slots=True)
 class SplitFile:
-    """One file of a split. `sha256` is what the hub states; None for local files."""
+    """One file of a split. `sha256` is what the hub states; None for local files.
+
+    folder  where the pictures lie that its rows name; None if they may name none
+    """
 
     name: str
     num_bytes: int | None
     sha256: str | None
     open: Callable[[], BinaryIO]
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,11 @@ def open_source(source: Source, blend: Blend, access: DataAccess) -> OpenedSourc
     where = f"blend {blend.name}, {source.label}"
     if source.builtin:
         return OpenedSource((_builtin_split(),), "package")
+    if source.drawn:
+        return OpenedSource((_drawn_split(blend.seed),), "drawn")
+    if source.pictures is not None:
+        split = _pictures_split(blend.folder / source.pictures, source.question, where)
+        return OpenedSource((split,), "local")
     if source.path is not None:
         return OpenedSource(_local_splits(blend.folder / source.path, where), "local")
     if source.tool_calls is not None:
@@ -104,27 +120,58 @@ def open_source(source: Source, blend: Blend, access: DataAccess) -> OpenedSourc
 # --- the package
 
 
-def builtin_documents() -> tuple[tuple[str, str], ...]:
-    """(name, text) of the documents that come with the package, CC0, domains in turn."""
-    folder = resources.files("halfbyte.calibrate") / "data"
-    domains: list[list[tuple[str, str]]] = []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".txt"):
-            texts = [text.strip() for text in entry.read_text("utf-8").split("\n=====\n")]
-            stem = entry.name.removesuffix(".txt")
-            domains.append([(f"{stem}-{n}", text) for n, text in enumerate(texts) if text])
-    longest = max(map(len, domains), default=0)
-    return tuple(domain[n] for n in range(longest) for domain in domains if n < len(domain))
-
-
 def _builtin_split() -> Split:
     rows = [{"uuid": name, "text": text} for name, text in builtin_documents()]
-    return _made_split("builtin", rows)
+    return _split_of_rows("builtin", rows)
 
 
-def _made_split(name: str, rows: Sequence[Mapping[str, Any]]) -> Split:
+def _split_of_rows(name: str, rows: Sequence[object], folder: Path | None = None) -> Split:
+    """Rows that are made here, as a file of JSON lines."""
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    return Split(name, (SplitFile(f"{name}.jsonl", len(data), None, lambda: io.BytesIO(data)),))
+    file = SplitFile(f"{name}.jsonl", len(data), None, lambda: io.BytesIO(data), folder)
+    return Split(name, (file,))
+
+
+# --- pictures
+
+
+def _drawn_split(seed: int) -> Split:
+    rows = [
+        {"uuid": f"drawn-{seed}-{number}", "messages": drawn_messages(seed, number)}
+        for number in range(NUM_DRAWN)
+    ]
+    return _split_of_rows("drawn", rows)
+
+
+# A caption is a few sentences.
+_MAX_CAPTION_BYTES = 64 << 10
+
+
+def _pictures_split(folder: Path, question: str, where: str) -> Split:
+    """The picture files of a folder, each with a question, and an answer where one lies beside.
+
+    `dog.txt` beside `dog.png` holds what is answered about it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{where}: {folder} is no folder of pictures")
+    paths = [p for p in sorted(folder.rglob("*")) if p.name.lower().endswith(PICTURE_SUFFIXES)]
+    rows = []
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        content = [{"type": "image", "image": name}, {"type": "text", "text": question}]
+        messages: list[dict[str, object]] = [{"role": "user", "content": content}]
+        beside = path.with_suffix(".txt")
+        if beside.exists():
+            try:
+                caption = read_bounded(beside, _MAX_CAPTION_BYTES).decode("utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"{where}: {beside}: no caption in UTF-8 ({error})") from error
+            messages.append({"role": "assistant", "content": caption})
+        rows.append({"uuid": name, "messages": messages})
+    if not rows:
+        kinds = ", ".join(PICTURE_SUFFIXES)
+        raise UsageError(f"{where}: {folder} holds no picture ({kinds})")
+    return _split_of_rows("pictures", rows, folder)
 
 
 # --- the leaderboard of tool calls
@@ -141,7 +188,7 @@ def _tool_calls(place: str, folder: Path, where: str) -> OpenedSource:
         "%s: %d rows of %s; %d that repeat what is graded are left out",
         where, len(found.rows), leaderboard.source, found.graded,
     )  # fmt: skip
-    return OpenedSource((_made_split("tool_calls", found.rows),), leaderboard.source)
+    return OpenedSource((_split_of_rows("tool_calls", found.rows),), leaderboard.source)
 
 
 # --- local files
@@ -166,7 +213,7 @@ def _local_splits(path: Path, where: str) -> tuple[Split, ...]:
 
 
 def _local_file(path: Path, name: str) -> SplitFile:
-    return SplitFile(name, path.stat().st_size, None, lambda: open_regular(path))
+    return SplitFile(name, path.stat().st_size, None, lambda: open_regular(path), path.parent)
 
 
 def _stem(name: str) -> str:

@@ -8,6 +8,7 @@ size. Called by `quantize.pipeline`.
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, is_refusal
+from halfbyte.calibrate.draw import RowPictures
+from halfbyte.calibrate.kinds import TapKinds
 from halfbyte.calibrate.lanes import make_lane
 from halfbyte.calibrate.moments import InputSums, Want
 from halfbyte.calibrate.observers import AmaxObserver
+from halfbyte.calibrate.seeing import SeenPictures, image_positions
+from halfbyte.chat.prompt import EncodedImage
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.errors import FormatError
 from halfbyte.kernels import dispatch
@@ -54,12 +59,14 @@ class LayerStatistics:
     samples   tap point of an input -> evenly spaced tokens of the first row, bf16 (T, I), where
               the layer ran
     sums      tap point of an input -> sums over all tokens, where they were wanted, likewise
+    kinds     tap point -> the same of text and image rows apart; empty without pictures
     """
 
     layer: int
     observed: Mapping[str, Tensor]
     samples: Mapping[str, Tensor] = field(default_factory=dict)
     sums: Mapping[str, InputSums] = field(default_factory=dict)
+    kinds: Mapping[str, TapKinds] = field(default_factory=dict)
 
     def input_of(self, linear: str) -> Tensor:
         """The observed magnitude of the input of canonical `linear`, 0-d."""
@@ -96,6 +103,7 @@ def stream_layers(
     prefetch: bool = False,
     budget: MemoryBudget | None = None,
     wants: Wants = _nothing,
+    pictures: RowPictures = (),
 ) -> Iterator[LayerStatistics]:
     """Run all rows through the layers in order; yields each layer's statistics when it is done.
 
@@ -106,6 +114,7 @@ def stream_layers(
                  memory
     budget       host memory to stay within: prefetching and rows in memory are given up for it
     wants        which inputs of a layer to sum up, besides what is observed of all
+    pictures     of each row, whose vectors take the place of its image tokens; empty for none
 
     The layer is freed before it is yielded, so the caller has its memory. Raises FormatError if
     an activation is NaN or infinite: the weights are broken or the source decodes wrongly;
@@ -117,8 +126,9 @@ def stream_layers(
     budget = MemoryBudget(None) if budget is None else budget
     budget.held_for_speed(activations.release)
     if first_layer == 0:
-        _embed(checkpoint, rows, activations, budget)
-    runner = _Runner(checkpoint, place, activations, budget, wants)
+        _embed(checkpoint, rows, activations, budget, pictures, place)
+    is_image = _image_rows(checkpoint, rows, pictures)
+    runner = _Runner(checkpoint, place, activations, budget, wants, is_image)
     layers = range(first_layer, checkpoint.config.text.num_layers)
     with _Loader(checkpoint, place, budget) as loader:
         for layer in layers:
@@ -172,6 +182,22 @@ def head_statistics(
         {} if sample_TD is None else {HEAD_INPUT: sample_TD},
         {} if sums is None else {HEAD_INPUT: sums},
     )
+
+
+def _image_rows(
+    checkpoint: Checkpoint, rows: Sequence[Tensor], pictures: RowPictures
+) -> tuple[Tensor | None, ...]:
+    """Which tokens of each row show a picture, bool (T,); empty if none of any row does."""
+    vision = checkpoint.config.vision
+    if not pictures or vision is None:
+        return ()
+    found: list[Tensor | None] = []
+    for row, images in zip(rows, pictures, strict=True):
+        is_image_T = torch.zeros(row.shape, dtype=torch.bool)
+        for at in image_positions(row, images, vision.image_token_id):
+            is_image_T[at] = True
+        found.append(is_image_T if images else None)
+    return tuple(found)
 
 
 class _GivenUpError(Exception):
@@ -267,13 +293,40 @@ def _embed(
     rows: Sequence[Tensor],
     activations: Activations,
     budget: MemoryBudget,
+    pictures: RowPictures,
+    device: torch.device,
 ) -> None:
-    budget.check(checkpoint.num_bytes("embedding.weight"))
-    table_VD = checkpoint.tensor("embedding.weight")
-    for number, row in enumerate(rows):
-        budget.check()
-        activations.write(number, table_VD[row])
+    with ExitStack() as stack:
+        seen: SeenPictures | None = None
+        if pictures:
+            seen = stack.enter_context(
+                SeenPictures(checkpoint, pictures, activations, device, budget)
+            )
+            seen.run()
+        budget.check(checkpoint.num_bytes("embedding.weight"))
+        table_VD = checkpoint.tensor("embedding.weight")
+        for number, row in enumerate(rows):
+            budget.check()
+            x_TD = table_VD[row]
+            if seen is not None and pictures[number]:
+                _place(x_TD, row, pictures[number], seen.vectors(number), checkpoint)
+            activations.write(number, x_TD)
     activations.advance(0)
+
+
+def _place(
+    x_TD: Tensor,
+    row: Tensor,
+    images: Sequence[EncodedImage],
+    vectors: Sequence[Tensor],
+    checkpoint: Checkpoint,
+) -> None:
+    """Put the vectors of a row's pictures where its image tokens are, in place."""
+    vision = checkpoint.config.vision
+    assert vision is not None
+    at = image_positions(row, images, vision.image_token_id)
+    for rows_M, vectors_MD in zip(at, vectors, strict=True):
+        x_TD[rows_M] = vectors_MD[: len(rows_M)].to(x_TD.dtype)
 
 
 class _Runner:
@@ -286,7 +339,9 @@ class _Runner:
         activations: Activations,
         budget: MemoryBudget,
         wants: Wants,
+        is_image: Sequence[Tensor | None] = (),
     ) -> None:
+        self._is_image = is_image
         self._activations = activations
         self._device = device
         self._wants = wants
@@ -310,9 +365,13 @@ class _Runner:
         samples: dict[str, Tensor] = {}
         wanted = self._wants(layer)
         sums: dict[str, InputSums] = {}
+        kinds = {point: TapKinds() for point in TAPS} if self._is_image else {}
+        number = 0
 
         def tap(point: str, x: Tensor) -> None:
             observers[point].update(x)
+            if kinds:
+                kinds[point].update(x, self._is_image[number], wanted.get(point))
             if point in wanted:
                 if point not in sums:
                     self._check_sums(x.shape[1], wanted[point])
@@ -339,7 +398,7 @@ class _Runner:
                     f"decoder.{layer}: {point} holds NaN or infinity; the weights up to this "
                     "layer are damaged, or their scales are"
                 )
-        return LayerStatistics(layer, observed, samples, sums)
+        return LayerStatistics(layer, observed, samples, sums, kinds)
 
     def _check_sums(self, width: int, want: Want) -> None:
         if self._device.type == "cpu" and want == "products":
@@ -352,6 +411,7 @@ def input_maxima(
     *,
     device: torch.device | str = "cpu",
     on_layer: Progress | None = None,
+    pictures: RowPictures = (),
 ) -> dict[str, float]:
     """Largest input magnitude of every decoder linear (canonical name) over these rows.
 
@@ -365,7 +425,7 @@ def input_maxima(
     layers = checkpoint.config.text.num_layers
     if on_layer is not None:
         on_layer(0, layers)
-    for statistics in stream_layers(checkpoint, rows, device=device):
+    for statistics in stream_layers(checkpoint, rows, device=device, pictures=pictures):
         for name in names:
             if name.startswith(f"decoder.{statistics.layer}."):
                 maxima[name] = float(statistics.input_of(name))

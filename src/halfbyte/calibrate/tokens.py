@@ -4,6 +4,7 @@ From a file of recorded ids (the golden data's layout) or drawn from a blend.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +14,32 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from halfbyte.calibrate.blend import load_blend
-from halfbyte.calibrate.draw import CalibrationData, draw
+from halfbyte.calibrate.draw import CalibrationData, RowPictures, draw
+from halfbyte.chat.prompt import EncodedImage
 from halfbyte.config import TextConfig
 from halfbyte.errors import UsageError
 from halfbyte.files import require_regular
 
 Rows = tuple[Tensor, ...]  # each int64 (tokens,), on the CPU
 
-_BATCH = re.compile(r"batch(\d+)\.(input_ids|attention_mask)")
+_BATCH = re.compile(r"batch(\d+)\.(input_ids|attention_mask|picture\d+|place\d+)")
 
 
 def read_token_rows(path: Path) -> Rows:
+    """Rows of text alone, as `read_rows` reads them. Raises UsageError if they show pictures."""
+    rows, pictures = read_rows(path)
+    if pictures:
+        raise UsageError(f"{path}: its rows show pictures; rows of text were expected")
+    return rows
+
+
+def read_rows(path: Path) -> tuple[Rows, RowPictures]:
     """Rows of a safetensors file with `batch{i}.input_ids`, int64 (rows, tokens), in order of i.
 
     `batch{i}.attention_mask` of the same shape, if there, says which positions are real; padded
-    ones are left out, so that they cannot enter the maxima. Raises UsageError naming file and
-    tensor.
+    ones are left out, so that they cannot enter the maxima. A batch of one row without a mask may
+    show pictures: `batch{i}.picture{k}`, uint8 (3, height, width), and `batch{i}.place{k}`, where
+    its tokens begin and how many they are. Raises UsageError naming file and tensor.
     """
     batches: dict[int, dict[str, Tensor]] = {}
     try:
@@ -42,9 +53,37 @@ def read_token_rows(path: Path) -> Rows:
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: cannot be read as calibration tokens ({error})") from error
     rows: list[Tensor] = []
+    pictures: list[tuple[EncodedImage, ...]] = []
     for number in sorted(batches):
-        rows += _batch_rows(batches[number], f"{path}: batch{number}")
-    return tuple(rows)
+        where = f"{path}: batch{number}"
+        found = _batch_rows(batches[number], where)
+        images = _batch_pictures(batches[number], where)
+        rows += found
+        pictures += [images] * len(found) if images else [()] * len(found)
+    return tuple(rows), tuple(pictures) if any(pictures) else ()
+
+
+def _batch_pictures(batch: dict[str, Tensor], where: str) -> tuple[EncodedImage, ...]:
+    """The pictures of a batch's only row, in order."""
+    parts: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in batch.items():
+        kind = name.rstrip("0123456789")
+        if kind in ("picture", "place"):
+            parts[int(name.removeprefix(kind))][kind] = tensor
+    if parts and (batch["input_ids"].shape[0] != 1 or "attention_mask" in batch):
+        raise UsageError(f"{where}: pictures go with a single row and no attention_mask")
+    images = []
+    for index in sorted(parts):
+        pixels, place = parts[index].get("picture"), parts[index].get("place")
+        if pixels is None or pixels.dtype != torch.uint8 or pixels.dim() != 3:
+            raise UsageError(f"{where}.picture{index}: uint8 [3, height, width] was expected")
+        if place is None or place.dtype != torch.int64 or place.shape != (2,):
+            raise UsageError(f"{where}.place{index}: int64 [offset, tokens] was expected")
+        offset, num_tokens = place.tolist()
+        if not 0 <= offset < 2**31 or not 0 < num_tokens < 2**31:
+            raise UsageError(f"{where}.place{index}: tokens {offset} and {num_tokens} more")
+        images.append(EncodedImage(pixels.numpy(), offset, num_tokens))
+    return tuple(images)
 
 
 def _batch_rows(batch: dict[str, Tensor], where: str) -> list[Tensor]:

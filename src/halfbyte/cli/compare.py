@@ -3,16 +3,23 @@
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.cli.outputs import output_file
 from halfbyte.errors import UsageError
 from halfbyte.files import write_json
 from halfbyte.progress import TimeLeft, say_next
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from halfbyte.fidelity.seen import ImagePrompt
+
 EXAMPLE = """  halfbyte compare build/demo/bf16 build/demo/mixed --text held_out.txt
   halfbyte compare big-fp8/ --text held_out.txt --save-baseline fp8.safetensors
   halfbyte compare big-mixed/ --baseline fp8.safetensors
-  halfbyte compare fp8/ mixed/ --text held_out.txt --choices quick"""
+  halfbyte compare fp8/ mixed/ --text held_out.txt --choices quick
+  halfbyte compare fp8/ mixed/ --text held_out.txt --pictures"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="also compare the answers to a multiple-choice set: quick, mmlu_pro, gpqa_diamond",
     )
+    parser.add_argument(
+        "--pictures",
+        nargs="?",
+        const="drawn",
+        metavar="SOURCE",
+        help="also compare what is said about pictures: drawn ones, or a folder or rows of yours",
+    )
     parser.add_argument("--data", type=Path, help="folder with the items, as for evaluate")
     parser.add_argument("--limit", type=int, help="at most so many items, evenly spread")
 
@@ -63,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.fidelity import models as fidelity
     from halfbyte.fidelity.baseline import load_baseline, save_baseline
     from halfbyte.fidelity.choices import encode_choices
+    from halfbyte.fidelity.seen import image_prompts
 
     choices = (
         encode_choices(args.models[0], args.choices, args.data, args.limit) if args.choices else ()
@@ -87,7 +102,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         base, other = args.models
         candidates = [(other.name, other, args.mode)]
-        comparison = fidelity.compare_models(base, candidates, args.text, **options)
+        prompts = (
+            image_prompts(base, args.pictures, args.limit) if args.pictures is not None else ()
+        )
+        comparison = fidelity.compare_models(
+            base, candidates, args.text, prompts=prompts, **options
+        )
+        _warn_clipped(args.models, prompts)
     print(comparison.table())
     if args.json is not None:
         told = comparison.as_dict()
@@ -105,6 +126,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _warn_clipped(models: "Sequence[Path]", prompts: "Sequence[ImagePrompt]") -> None:
+    """Say which of the checkpoints clips image rows by its static FP8 scales."""
+    import torch
+
+    from halfbyte.checkpoint.reader import Checkpoint
+    from halfbyte.quantize.clipping import checkpoint_clipping, warn_clipped
+
+    rows = [torch.tensor(prompt.token_ids) for prompt in prompts]
+    pictures = tuple(prompt.images for prompt in prompts)
+    for directory in models:
+        clipping = checkpoint_clipping(Checkpoint.open(directory), rows, pictures)
+        warn_clipped(clipping, "chosen", f"the FP8 input scales of {directory}")
+
+
 def _check(args: argparse.Namespace) -> None:
     if args.baseline is not None and args.save_baseline is not None:
         raise UsageError("--baseline and --save-baseline exclude each other")
@@ -116,6 +151,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--baseline holds its own items; leave out --choices")
     if args.baseline is not None and args.text is not None:
         raise UsageError("--baseline holds its own tokens; leave out --text")
+    if args.pictures is not None and (args.baseline or args.save_baseline) is not None:
+        raise UsageError("--pictures needs both models at once; a kept baseline holds text alone")
     wanted = (1, 2) if args.save_baseline is not None else (2,)
     if args.baseline is None and len(args.models) not in wanted:
         raise UsageError("say `compare BASE CANDIDATE --text FILE`")

@@ -224,15 +224,18 @@ def _watch() -> Any:
 def _text(args: argparse.Namespace, source: "Survey", recipe: "Recipe") -> "CalibrationText":
     """The rows that a run would draw, or how many they may be where they cannot be drawn here."""
     from halfbyte.calibrate.draw import draw
+    from halfbyte.calibrate.seeing import picture_bytes
     from halfbyte.calibrate.sources import DataAccess
-    from halfbyte.calibrate.tokens import read_token_rows
+    from halfbyte.calibrate.tokens import read_rows
     from halfbyte.errors import CheckpointError
     from halfbyte.quantize.capacity import CalibrationText
     from halfbyte.quantize.job import wanted_blend
 
     if args.calibration_tokens is not None:
-        lengths = [row.numel() for row in read_token_rows(args.calibration_tokens)]
-        return CalibrationText(len(lengths), max(lengths, default=0), sum(lengths))
+        rows, pictures = read_rows(args.calibration_tokens)
+        lengths = [row.numel() for row in rows]
+        seen = picture_bytes(pictures, source.config)
+        return CalibrationText(len(rows), max(lengths, default=0), sum(lengths), pictures=seen)
     blend = wanted_blend(recipe, chosen_blend(args))
     blend = replace(
         blend,
@@ -246,4 +249,6 @@ def _text(args: argparse.Namespace, source: "Survey", recipe: "Recipe") -> "Cali
         data = draw(blend, source.directory, access=DataAccess(folder=args.data))
     except CheckpointError as error:
         return replace(most, not_drawn=f"they cannot be drawn: {error}")
-    return CalibrationText(len(data.rows), max(map(len, data.rows)), data.num_tokens)
+    seen = picture_bytes(data.pictures, source.config)
+    longest = max(map(len, data.rows))
+    return CalibrationText(len(data.rows), longest, data.num_tokens, pictures=seen)

@@ -38,6 +38,7 @@ from halfbyte.engine.request import (
     Event,
     FinishEvent,
     GenerationRequest,
+    ImageInput,
     SamplingParams,
 )
 from halfbyte.engine.runner import Computed, Runner, SlicedPrompt
@@ -371,13 +372,19 @@ class Engine:
 
     @torch.inference_mode()
     def score(
-        self, token_ids: SequenceOf[int], chunk_tokens: int = 512
+        self,
+        token_ids: SequenceOf[int],
+        chunk_tokens: int = 512,
+        *,
+        images: tuple[ImageInput, ...] = (),
     ) -> Generator[Tensor, None, None]:
         """Teacher forcing through the paged cache: logits f32 (t, V), chunk by chunk.
 
+        images  of which the tokens are among `token_ids`
+
         Row i of all chunks together is the distribution of token i + 1. Raises RequestError for a
-        text over the context, CapacityError if running requests leave too few blocks. The blocks
-        are freed when the iterator ends or is closed.
+        text over the context and for images that do not fit it, CapacityError if running requests
+        leave too few blocks. The blocks are freed when the iterator ends or is closed.
         """
         if not 0 < len(token_ids) <= self.max_model_len:
             raise RequestError(
@@ -385,7 +392,12 @@ class Engine:
                 "tokens fit",
                 code="context_length_exceeded",
             )
-        request = GenerationRequest("score", tuple(token_ids), SamplingParams(prompt_logprobs=0))
+        params = SamplingParams(prompt_logprobs=0)
+        request = GenerationRequest("score", tuple(token_ids), params, images=images)
+        if images:
+            if self._runner.images is None:
+                raise RequestError("this model takes no images", code="images_not_supported")
+            self._runner.images.validate(request)
         num_blocks = self._scheduler.num_blocks_for(len(token_ids))
         if num_blocks > self._pool.num_free:
             raise CapacityError(

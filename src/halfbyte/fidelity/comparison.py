@@ -7,6 +7,7 @@ from typing import Any
 from halfbyte.errors import UsageError
 from halfbyte.evals.judging.stats import Interval as Interval
 from halfbyte.fidelity.choices import Flips
+from halfbyte.fidelity.seen import ImageFidelity
 from halfbyte.fidelity.windows import FEWEST_UNITS
 from halfbyte.printable import columns
 
@@ -25,6 +26,7 @@ class ModelRow:
                      those where the base gives its best token less than 0.9
     kl_by_position   mean by place in the window, such as "1k-8k"; long windows fill more of them
     flips            answers to multiple-choice items that differ from the base's, if asked for
+    images           what differs behind pictures, if asked for
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModelRow:
     perplexity_interval: Interval | None = None
     log_perplexity_change: float | None = None
     log_perplexity_change_interval: Interval | None = None
+    images: ImageFidelity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,9 @@ def _row(record: Mapping[str, Any]) -> ModelRow:
     told = {name: _interval(name, value) for name, value in _known(ModelRow, record).items()}
     if told.get("flips") is not None:
         told["flips"] = Flips(**_known(Flips, told["flips"]))
+    if told.get("images") is not None:
+        values = _known(ImageFidelity, told["images"])
+        told["images"] = ImageFidelity(**{n: _interval(n, v) for n, v in values.items()})
     return ModelRow(**told)
 
 
@@ -157,7 +163,12 @@ def format_table(comparison: FidelityComparison) -> str:
                 "-" if row.top1_agreement is None else f"{row.top1_agreement:.2%}",
             )
         )
-    below = (explanation(comparison), *_pair_lines(comparison), *flip_lines(comparison))
+    below = (
+        explanation(comparison),
+        *_pair_lines(comparison),
+        *flip_lines(comparison),
+        *image_lines(comparison),
+    )
     return "\n".join([*columns(lines), *below])
 
 
@@ -192,6 +203,19 @@ def flip_lines(comparison: FidelityComparison) -> list[str]:
         f"{f.right / f.items:.1%}, {comparison.base.name} {f.base_right / f.items:.1%}"
         for row in comparison.candidates
         if (f := row.flips) is not None
+    ]
+
+
+def image_lines(comparison: FidelityComparison) -> list[str]:
+    """One line per candidate on its predictions behind pictures; none without image prompts."""
+    return [
+        f"{shown_name(row)} behind pictures: KL {seen.kl_mean:.5f}"
+        f"{_between(seen.kl_interval, 5)} over {seen.tokens:,} tokens of {seen.prompts} "
+        f"conversations, {seen.answer_kl_mean:.5f} over the {seen.answer_tokens:,} of their last "
+        f"answers; top-1 same {seen.top1_agreement:.2%}; answers right to the token {seen.right}, "
+        f"{comparison.base.name} {seen.base_right} ({seen.lost} lost, {seen.won} won)"
+        for row in comparison.candidates
+        if (seen := row.images) is not None
     ]
 
 

@@ -35,6 +35,13 @@ from halfbyte.fidelity.baseline import (
 )
 from halfbyte.fidelity.choices import EncodedItem, answer, count_flips, longest
 from halfbyte.fidelity.comparison import FidelityComparison, Interval, ModelRow, PairRow, shown_name
+from halfbyte.fidelity.seen import (
+    ImageFidelity,
+    ImagePrompt,
+    is_right,
+    longest_prompt,
+    prompt_logprobs,
+)
 from halfbyte.fidelity.windows import FEWEST_UNITS, WINDOW_TOKENS, Window, cut_texts, read_texts
 from halfbyte.model.linear import Mode
 
@@ -68,6 +75,7 @@ def compare_models(
     max_tokens: int | None = None,
     window_tokens: int = WINDOW_TOKENS,
     choices: Sequence[EncodedItem] = (),
+    prompts: Sequence[ImagePrompt] = (),
     progress: Progress | None = None,
 ) -> FidelityComparison:
     """Compare (name, directory, mode) with a base, all in memory at once.
@@ -75,11 +83,12 @@ def compare_models(
     text_path   one text or several; no window reaches from one into the next
     max_tokens  use the beginning of each text only
     choices     multiple-choice items whose answers are compared as well (`encode_choices`)
+    prompts     conversations about pictures, on which they are compared as well (`image_prompts`)
     progress    called with windows done and windows in all
     Raises UsageError for a text that is too short, CheckpointError if vocabularies differ.
     """
     texts = read_texts(text_path)
-    room = max(window_tokens, longest(choices))
+    room = max(window_tokens, longest(choices), longest_prompt(prompts))
     base = load_model(base_dir.name, base_dir, "weight_only", room)
     others = [load_model(*candidate, room) for candidate in candidates]
     windows, origins = cut_texts(base_dir, texts, window_tokens, max_tokens)
@@ -108,6 +117,9 @@ def compare_models(
             replace(row, flips=count_flips(choices, answers, answer(other.engine, choices)))
             for row, other in zip(rows, others, strict=True)
         ]
+    if prompts:
+        seen = _compare_seen(base, others, prompts)
+        rows = [replace(row, images=found) for row, found in zip(rows, seen, strict=True)]
     return FidelityComparison(
         base=base_tally.row(base, units),
         candidates=tuple(rows),
@@ -119,6 +131,50 @@ def compare_models(
         num_texts=len(texts),
         pairs=_pair_rows(rows, tallies, units),
     )
+
+
+def _compare_seen(
+    base: LoadedModel, others: Sequence[LoadedModel], prompts: Sequence[ImagePrompt]
+) -> list[ImageFidelity]:
+    """The candidates against the base, on what they say behind pictures."""
+    base_right: list[bool] = []
+    right: list[list[bool]] = [[] for _ in others]
+    found: list[list[Floats]] = [[] for _ in others]
+    of_answers: list[list[Floats]] = [[] for _ in others]
+    agreements: list[list[Tensor]] = [[] for _ in others]
+    for prompt in prompts:
+        base_NV = prompt_logprobs(base.engine, prompt)
+        base_right.append(is_right(prompt, base_NV))
+        num_answer = len(prompt.answer_positions)
+        for number, other in enumerate(others):
+            other_NV = prompt_logprobs(other.engine, prompt)
+            _check_vocabulary(other, other_NV, base_NV.shape[1])
+            kl = full_divergence(base_NV, other_NV).kl.numpy()
+            found[number].append(kl)
+            of_answers[number].append(kl[len(kl) - num_answer :])
+            agreements[number].append(base_NV.argmax(-1) == other_NV.argmax(-1))
+            right[number].append(is_right(prompt, other_NV))
+    rows = []
+    for kl_of, answers, agree, own in zip(found, of_answers, agreements, right, strict=True):
+        pairs = list(zip(base_right, own, strict=True))
+        every = np.concatenate(kl_of)
+        rows.append(
+            ImageFidelity(
+                prompts=len(prompts),
+                tokens=len(every),
+                kl_mean=float(every.mean()),
+                kl_interval=interval_of_mean(kl_of, range(len(prompts))),
+                kl_p99=float(np.quantile(every, 0.99)),
+                top1_agreement=float(torch.cat(agree).double().mean()),
+                answer_tokens=sum(map(len, answers)),
+                answer_kl_mean=_mean(answers),
+                base_right=sum(base_right),
+                right=sum(own),
+                lost=sum(was and not now for was, now in pairs),
+                won=sum(now and not was for was, now in pairs),
+            )
+        )
+    return rows
 
 
 def compare_with_baseline(

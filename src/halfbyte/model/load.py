@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from halfbyte.checkpoint.reader import Checkpoint
-from halfbyte.config import TextConfig
+from halfbyte.config import TextConfig, VisionConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4
@@ -20,6 +20,7 @@ from halfbyte.model.eagle import EagleHead
 from halfbyte.model.linear import FusedLinear, Linear, Mode, StoredLinear, make_linear
 from halfbyte.model.parallel import Communicator, Shard, Solo, SummedLinear, shard_of, slice_of
 from halfbyte.model.vision import (
+    EncoderLayer,
     EncoderLayerWeights,
     ProjectorWeights,
     VisionModel,
@@ -327,11 +328,54 @@ def load_vision(
     used = num_layers_used(config)
     for layer in range(used, config.num_layers):
         source.skip(f"encoder.{layer}.")
-    vision = VisionModel(
+    layers = [_encoder_layer(source, layer) for layer in range(used)]
+    vision = _vision(source, checkpoint.config.text, config, layers)
+    source.check_all_taken("vision")
+    return vision
+
+
+def load_vision_ends(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    before: BeforeTaking | None = None,
+) -> VisionModel:
+    """Load what lies before and behind the encoder's layers, for callers that run these one by one.
+
+    before  as for `load_layer`
+    The checkpoint must have a vision part.
+    """
+    config = checkpoint.config.vision
+    assert config is not None, "a text-only model"
+    source = _Source(checkpoint, torch.device(device), "weight_only", torch.bfloat16, before=before)
+    return _vision(source, checkpoint.config.text, config, ())
+
+
+def load_vision_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    *,
+    device: torch.device | str = "cpu",
+    before: BeforeTaking | None = None,
+) -> EncoderLayer:
+    """Load one layer of the vision encoder; see `load_vision_ends`."""
+    config = checkpoint.config.vision
+    assert config is not None, "a text-only model"
+    source = _Source(checkpoint, torch.device(device), "weight_only", torch.bfloat16, before=before)
+    return EncoderLayer(config, _encoder_layer(source, layer))
+
+
+def _vision(
+    source: _Source,
+    text: TextConfig,
+    config: VisionConfig,
+    layers: Sequence[EncoderLayerWeights],
+) -> VisionModel:
+    return VisionModel(
         config,
         patch=source.dense("encoder.patch.weight"),
         norm_D=source.dense("encoder.norm.weight"),
-        layers=[_encoder_layer(source, layer) for layer in range(used)],
+        layers=layers,
         projector=ProjectorWeights(
             norm_D=source.optional("projector.norm.weight"),
             merge=source.optional("projector.merge.weight"),
@@ -340,10 +384,8 @@ def load_vision(
             out=source.dense("projector.out.weight"),
             out_bias=source.optional("projector.out.bias"),
         ),
-        projector_eps=checkpoint.config.text.norm_eps,
+        projector_eps=text.norm_eps,
     )
-    source.check_all_taken("vision")
-    return vision
 
 
 def _encoder_layer(source: _Source, layer: int) -> EncoderLayerWeights:

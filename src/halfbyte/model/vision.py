@@ -213,18 +213,49 @@ class Encoding:
 
     def parts(self) -> Iterator[Part]:
         """Parts of the whole, to be computed once, in order."""
-        num, side = self._num, self._vision.config.spatial_merge_size
-        # Whole squares of patches, and whole rows of squares.
-        grid_rows = max(self._block_rows // self._columns // side, 1) * side
-        yield self._part("embed", self._rows, grid_rows, self._embed)
-        yield self._part("turn", 1, 1, self._turn)
+        yield self.embedding()
+        yield self.turning()
         for layer in self._vision.layers:
             assert isinstance(layer, EncoderLayer)
-            yield self._part("project", num, self._block_rows, partial(self._project, layer))
-            yield self._part("attend", num, self._query_rows, self._attend)
-            self._k_NTH = self._v_NTH = None
-            yield self._part("transform", num, self._block_rows, partial(self._transform, layer))
-        yield self._part("merge", self._rows // side * side, grid_rows, self._merge)
+            yield from self.layer_parts(layer)
+        yield self.merging()
+
+    def embedding(self) -> Part:
+        """The part that makes patches of pixels, normed for the first layer."""
+        return self._part("embed", self._rows, self._grid_rows(), self._embed)
+
+    def turning(self) -> Part:
+        """The part that computes the angles of all patches, which every layer needs."""
+        return self._part("turn", 1, 1, self._turn)
+
+    def layer_parts(self, layer: EncoderLayer) -> Iterator[Part]:
+        """The parts of one layer, computed after those of the layer before it."""
+        num = self._num
+        yield self._part("project", num, self._block_rows, partial(self._project, layer))
+        yield self._part("attend", num, self._query_rows, self._attend)
+        self._k_NTH = self._v_NTH = None
+        yield self._part("transform", num, self._block_rows, partial(self._transform, layer))
+
+    def merging(self) -> Part:
+        """The part behind the last layer, merger and projector, which makes the vectors."""
+        side = self._vision.config.spatial_merge_size
+        return self._part("merge", self._rows // side * side, self._grid_rows(), self._merge)
+
+    def _grid_rows(self) -> int:
+        """Rows of patches of a block: whole squares of patches, and whole rows of squares."""
+        side = self._vision.config.spatial_merge_size
+        return max(self._block_rows // self._columns // side, 1) * side
+
+    @property
+    def patches_TD(self) -> Tensor:
+        """The patches as far as they have come; they change in place when a layer runs."""
+        assert self._x_TD is not None, "nothing is embedded yet"
+        return self._x_TD
+
+    def go_on(self, patches_TD: Tensor) -> None:
+        """Take patches up where `patches_TD` of another encoding of the same image was kept."""
+        assert patches_TD.shape == (self._num, self._vision.config.width), patches_TD.shape
+        self._x_TD = patches_TD
 
     def _part(self, name: str, rows: int, block: int, compute: Callable[[int, int], None]) -> Part:
         """All of so many rows, block by block: `compute` never sees other bounds."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from halfbyte.calibrate.seeing import NO_PICTURES, PictureBytes
 from halfbyte.calibrate.stream import READERS
 from halfbyte.checkpoint.shards import bytes_of
 from halfbyte.config import ModelConfig, TextConfig
@@ -33,6 +34,7 @@ from halfbyte.quantize.rehearsal import (
     layer_weights,
     median_and_range,
     rehearse,
+    text_flops,
 )
 from halfbyte.quantize.survey import Survey
 from halfbyte.recipe.plan import Plan, linear_size, plan_sizes
@@ -55,12 +57,14 @@ class CalibrationText:
 
     tokens      in all, where the rows were drawn; None if every row may be full
     not_drawn   why they were not drawn; None if they were, and without rows
+    pictures    what the pictures of drawn rows take
     """
 
     rows: int
     tokens_per_row: int
     tokens: int | None = None
     not_drawn: str | None = None
+    pictures: PictureBytes = NO_PICTURES
 
     @property
     def num_tokens(self) -> int:
@@ -172,7 +176,8 @@ def output_bytes(plan: Plan, config: ModelConfig) -> dict[str, int]:
 
 def disk_bytes(plan: Plan, config: ModelConfig, text: CalibrationText) -> int:
     """Free bytes that the run needs beside the source: the output, and activations twice."""
-    return sum(output_bytes(plan, config).values()) + 2 * _activation_bytes(config.text, text)
+    between = max(_activation_bytes(config.text, text), text.pictures.patches)
+    return sum(output_bytes(plan, config).values()) + 2 * between
 
 
 def _activation_bytes(config: TextConfig, text: CalibrationText) -> int:
@@ -207,6 +212,7 @@ def run_memory(
         gpu_budget_bytes=gpu_budget_bytes,
         sums=sums,
         head_bytes=head_bytes,
+        pictures=text.pictures,
     )
 
 
@@ -316,7 +322,8 @@ def duration_of(
     ranges = {"copying the rest": (copying, copying, copying)}
     if text.rows:
         ranges["running the text"] = _times(median_and_range(done.running), len(kinds))
-        weighing = _weighing(source, plan, text, speeds)
+        weighing = _seeing(source.config, text, median_and_range(done.running)[0])
+        weighing |= _weighing(source, plan, text, speeds)
         ranges |= {part: (seconds, seconds, seconds) for part, seconds in weighing.items()}
     encoding = [median_and_range(done.encoding.get(k) or _any(done.encoding)) for k in kinds]
     if "head" in plan.formats:
@@ -359,6 +366,21 @@ def _any(samples: Mapping[Kind, tuple[float, ...]]) -> tuple[float, ...]:
 
 def _decoder_bytes(source: Survey) -> int:
     return sum(_stored_bytes(source, linear) for linear in decoder_linears(source.config))
+
+
+def _seeing(config: ModelConfig, text: CalibrationText, layer_s: float) -> dict[str, float]:
+    """Seconds of the tower over the pictures, as fast as the text runs through a decoder layer.
+
+    Of each patch the tower's weights are counted, not what it attends to, which depends on sizes.
+    """
+    vision = config.vision
+    if vision is None or not text.pictures.patches or not layer_s:
+        return {}
+    attention = 4 * vision.num_heads * vision.head_dim * vision.width
+    weights = vision.num_layers * (attention + 3 * vision.mlp_width * vision.width)
+    patches = text.pictures.patches / (2 * vision.width)
+    of_layer = text_flops(config.text, layer_weights(config), text.num_tokens, text.tokens_per_row)
+    return {"seeing the pictures": 2 * patches * weights / of_layer * layer_s}
 
 
 def _weighing(

@@ -6,8 +6,10 @@ The real job starts from such a source; this makes one of any bf16 checkpoint. M
 
 from pathlib import Path
 
+from halfbyte.calibrate.draw import RowPictures
+from halfbyte.calibrate.seeing import check_pictures
 from halfbyte.calibrate.stream import Progress, input_maxima
-from halfbyte.calibrate.tokens import builtin_rows, check_rows, read_token_rows
+from halfbyte.calibrate.tokens import builtin_rows, check_rows, read_rows
 from halfbyte.checkpoint.fp8_source import check_source, write_fp8_source
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import check_target
@@ -37,12 +39,15 @@ def make_fp8_source(
     check_target(target)
     checkpoint = Checkpoint.open(source)
     check_source(checkpoint)
+    pictures: RowPictures = ()
     if calibration_tokens is None:
         rows = builtin_rows(
             source, samples=BUILTIN_SAMPLES, tokens_per_sample=BUILTIN_TOKENS_PER_SAMPLE
         )
     else:
-        rows = read_token_rows(calibration_tokens)
-    check_rows(rows, checkpoint.config.text, str(calibration_tokens or "the builtin text"))
-    maxima = input_maxima(checkpoint, rows, device=device, on_layer=on_layer)
+        rows, pictures = read_rows(calibration_tokens)
+    where = str(calibration_tokens or "the builtin text")
+    check_rows(rows, checkpoint.config.text, where)
+    check_pictures(rows, pictures, checkpoint.config, where)
+    maxima = input_maxima(checkpoint, rows, device=device, on_layer=on_layer, pictures=pictures)
     return write_fp8_source(checkpoint, maxima, target)

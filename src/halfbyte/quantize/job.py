@@ -16,9 +16,10 @@ from torch import Tensor
 
 import halfbyte
 from halfbyte.calibrate.blend import Blend, load_blend
-from halfbyte.calibrate.draw import draw
+from halfbyte.calibrate.draw import RowPictures, draw, pixels_digest
+from halfbyte.calibrate.seeing import check_pictures, picture_bytes
 from halfbyte.calibrate.sources import DataAccess
-from halfbyte.calibrate.tokens import Rows, as_rows, check_rows, read_token_rows
+from halfbyte.calibrate.tokens import Rows, as_rows, check_rows, read_rows
 from halfbyte.checkpoint.metadata import Quantization, read_json
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shard_plan import ShardPlan, plan_shards
@@ -70,7 +71,10 @@ class QuantizeConfig:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A validated job: nothing in it can be wrong any more, except the weights themselves."""
+    """A validated job: nothing in it can be wrong any more, except the weights themselves.
+
+    pictures  of each of the rows; empty where none shows any
+    """
 
     config: QuantizeConfig
     checkpoint: Checkpoint
@@ -81,6 +85,7 @@ class Job:
     shards: ShardPlan
     files: Mapping[str, bytes]
     fingerprint: Mapping[str, Any]
+    pictures: RowPictures = ()
 
 
 def refuse_export(source: Path, quantization: Quantization) -> None:
@@ -98,7 +103,7 @@ def validate(config: QuantizeConfig) -> Job:
     require_trusted(checkpoint.config, config.accept)
     require_tokens_in_vocabulary(checkpoint)
     plan = make_plan(config.recipe, checkpoint.config)
-    rows, provenance = _calibration(config, checkpoint)
+    rows, pictures, provenance = _calibration(config, checkpoint)
     layout = export.export_layout(checkpoint)
     shapes = export.export_tensors(checkpoint, plan)
     names = {name: export.export_name(name, layout) for name in shapes}
@@ -117,11 +122,13 @@ def validate(config: QuantizeConfig) -> Job:
             gpu_budget_bytes=config.gpu_memory_bytes,
             sums=sums_of(widths_of_products(plan, checkpoint.config)),
             head_bytes=head_bytes(plan, checkpoint.config),
+            pictures=picture_bytes(pictures, checkpoint.config),
         ),
         tensors=names,
         shards=shards,
         files=export.export_files(checkpoint, plan),
         fingerprint=_fingerprint(config, checkpoint, plan, provenance),
+        pictures=pictures,
     )
 
 
@@ -142,26 +149,28 @@ def _is_gpu(config: QuantizeConfig) -> bool:
 
 def _calibration(
     config: QuantizeConfig, checkpoint: Checkpoint
-) -> tuple[Rows | None, Mapping[str, Any] | None]:
-    """The calibration rows and where they come from; None and None if the recipe asks for none."""
+) -> tuple[Rows | None, RowPictures, Mapping[str, Any] | None]:
+    """The calibration rows, their pictures and where they come from; None without data."""
     recipe, tokens = config.recipe, config.calibration_tokens
     if recipe.scales.activations == "none":
         if tokens is not None or config.blend is not None:
             raise UsageError(
                 "data-free quantization (activations: none) takes no calibration data; leave it out"
             )
-        return None, None
+        return None, (), None
     if tokens is not None:
         if config.blend is not None:
             raise UsageError("give recorded tokens or a blend, not both")
-        rows, where, provenance = read_token_rows(tokens), str(tokens), _recorded(tokens)
+        (rows, pictures), where, provenance = read_rows(tokens), str(tokens), _recorded(tokens)
     else:
         blend = wanted_blend(recipe, config.blend)
         access = DataAccess(folder=config.data_folder, allow_hub=config.allow_hub)
         data = draw(blend, config.source, access=access)
         rows, where, provenance = as_rows(data), f"blend {blend.name}", data.provenance
+        pictures = data.pictures
     check_rows(rows, checkpoint.config.text, where)
-    return rows, {**_summary(rows), "provenance": provenance}
+    check_pictures(rows, pictures, checkpoint.config, where)
+    return rows, pictures, {**_summary(rows), **_shown(pictures), "provenance": provenance}
 
 
 def wanted_blend(recipe: Recipe, blend: str | None) -> Blend:
@@ -221,6 +230,16 @@ def _summary(rows: Sequence[Tensor]) -> dict[str, Any]:
         "longest": max(row.numel() for row in rows),
         "sha256": digest.hexdigest(),
     }
+
+
+def _shown(pictures: RowPictures) -> dict[str, Any]:
+    """What the fingerprint says of pictures; nothing where there are none."""
+    images = [image for row in pictures for image in row]
+    if not images:
+        return {}
+    tokens = sum(image.num_tokens for image in images)
+    digest = pixels_digest(pictures)
+    return {"pictures": {"pictures": len(images), "tokens": tokens, "sha256": digest}}
 
 
 def activation_bytes(rows: Rows | None, checkpoint: Checkpoint) -> int:

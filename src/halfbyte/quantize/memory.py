@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.calibrate.activations import MOST_PENDING
+from halfbyte.calibrate.seeing import NO_PICTURES, PictureBytes
 from halfbyte.config import ModelConfig, TextConfig
 from halfbyte.errors import CapacityError
 from halfbyte.files import format_gib
@@ -159,6 +160,7 @@ def plan_memory(
     gpu_budget_bytes: int | None = None,
     sums: Sums = Sums(),
     head_bytes: int = 0,
+    pictures: PictureBytes = NO_PICTURES,
 ) -> MemoryPlan:
     """Spend a budget: first the layer, then a prefetched one, then activations.
 
@@ -171,6 +173,8 @@ def plan_memory(
     gpu_budget_bytes    None sets no limit
     sums                what the method holds of a layer's inputs
     head_bytes          what encoding the head takes; 0 if it is kept
+    pictures            what the pictures of the rows take: their pixels all the time, the tower
+                        before the decoder's layers
     Raises CapacityError if a budget cannot hold one layer.
     """
     layer = layer_peak_bytes(text, longest_row_tokens, sums, head_bytes)
@@ -179,7 +183,9 @@ def plan_memory(
         largest = max(_linear_bytes(text).values())
         layer = max(_table_bytes(text), 2 * largest) + 2 * _pending_bytes(text, longest_row_tokens)
         base = _BASE_BYTES_WITH_GPU
-    least = base + layer
+    # On a GPU the tower's tensors pass through the host one by one.
+    layer = max(layer, pictures.tower)
+    least = base + pictures.pixels + layer
     if budget_bytes is None:
         available = available_bytes()
         budget = least if available is None else max(least, available * 3 // 4)
@@ -193,11 +199,13 @@ def plan_memory(
     prefetch = bool(longest_row_tokens) and least + beside <= budget
     gpu_peak = None
     if on_gpu:
-        sizes = gpu_layer_bytes(text, longest_row_tokens, sums, head_bytes)
+        at_work, beside_gpu = gpu_layer_bytes(text, longest_row_tokens, sums, head_bytes)
+        sizes = max(at_work, int(_GPU_GAPS * pictures.tower)), beside_gpu
         prefetch, gpu_peak = _plan_gpu(sizes, longest_row_tokens, prefetch, gpu_budget_bytes)
     peak = least + (beside if prefetch else 0)
-    in_memory = peak + activation_bytes <= budget
-    return MemoryPlan(peak + (activation_bytes if in_memory else 0), in_memory, prefetch, gpu_peak)
+    kept = activation_bytes + pictures.patches
+    in_memory = peak + kept <= budget
+    return MemoryPlan(peak + (kept if in_memory else 0), in_memory, prefetch, gpu_peak)
 
 
 def _plan_gpu(

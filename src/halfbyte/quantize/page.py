@@ -11,11 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
+from halfbyte.calibrate.kinds import KINDS
+from halfbyte.calibrate.stream import READERS
 from halfbyte.files import write_json
 from halfbyte.modules import ATTENTION_LINEARS, MLP_LINEARS
 from halfbyte.page import Cell, Table, render_page
 from halfbyte.quantize import charts
 from halfbyte.quantize.charts import heatmap, lines, stacked
+from halfbyte.quantize.clipping import LinearClipping, Whose
 from halfbyte.quantize.record import QuantizationRecord
 from halfbyte.quantize.report import LinearRecord
 
@@ -62,6 +65,7 @@ def render(record: QuantizationRecord) -> str:
         ("Error of the outputs, by method", _methods(record)),
         ("Clipped and zeroed weights", _clipped(record)),
         ("Ranges of the activations", _ranges(record)),
+        *([("Text and image rows", _by_kind(record))] if record.get("clipping") else []),
         ("Time", _time(record)),
         ("Memory", _memory(record)),
         ("Calibration", _calibration(record)),
@@ -218,6 +222,74 @@ def _ranges(record: QuantizationRecord) -> list[_Part]:
         _Words("Largest magnitude that calibration saw at each point of a layer (logarithmic)."),
         chart,
     ]
+
+
+_WHOSE: Mapping[Whose, str] = {
+    "chosen": "this checkpoint's scales",
+    "source": "the source's own scales",
+    "text": "the scales that text rows alone would give",
+}
+
+
+def _by_kind(record: QuantizationRecord) -> list[_Part]:
+    """What each static scale cuts off of text and of image rows."""
+    clipping = record.get("clipping", ())
+    rows = []
+    for whose, words in _WHOSE.items():
+        some = [one for one in clipping if whose in one["clipped"]]
+        if not some:
+            continue
+        shares = {kind: [one["clipped"][whose][kind]["tokens"] for one in some] for kind in KINDS}
+        hit = sum(share > 0 for share in shares["image"])
+        most = max(some, key=lambda one: one["clipped"][whose]["image"]["tokens"])
+        cells = [f"{max(shares[kind]):.2%}" for kind in KINDS]
+        rows.append([words, str(len(some)), str(hit), *cells, most["name"] if hit else "–"])
+    series = {
+        f"{tap}, {kind}": [layer["observed_by_kind"][kind][tap] for layer in record["layers"]]
+        for tap in READERS
+        for kind in KINDS
+        if all("observed_by_kind" in layer for layer in record["layers"])
+    }
+    parts: list[_Part] = [
+        _Words(
+            "Rows of pictures are vectors of the tower where text has embeddings. A token is "
+            "clipped where one of its values lies so far beyond a linear's static input scale "
+            "that it loses more than rounding does; shares are of the calibration rows."
+        ),
+        Table(
+            ["scales", "linears", "clip image tokens", "most text tokens clipped",
+             "most image tokens clipped", "where"],
+            rows,
+        ),
+    ]  # fmt: skip
+    if series:
+        chart = lines(series, title="largest magnitude by kind of row", unit="", logarithmic=True)
+        parts.append(chart)
+    parts += [_clipped_grid(clipping, whose) for whose in _WHOSE if _is_clipped(clipping, whose)]
+    return parts
+
+
+def _is_clipped(clipping: Sequence[LinearClipping], whose: Whose) -> bool:
+    return any(one["clipped"][whose]["image"]["tokens"] for one in clipping
+               if whose in one["clipped"])  # fmt: skip
+
+
+def _clipped_grid(clipping: Sequence[LinearClipping], whose: Whose) -> Markup:
+    rows: dict[str, list[charts.HeatCell]] = {}
+    for projection in _PROJECTIONS:
+        cells = []
+        for one in clipping:
+            if one["name"].rpartition(".")[2] != projection:
+                continue
+            shares = one["clipped"].get(whose)
+            share = 0.0 if shares is None else shares["image"]["tokens"]
+            text = 0.0 if shares is None else shares["text"]["tokens"]
+            note = f"{one['name']}: {share:.2%} of image tokens, {text:.2%} of text tokens"
+            cells.append(charts.HeatCell(100 * share or None, note))
+        if cells:
+            rows[projection] = cells
+    title = f"image tokens clipped by {_WHOSE[whose]}"
+    return heatmap(rows, title=title, unit="% of image tokens")
 
 
 def _time(record: QuantizationRecord) -> list[_Part]:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget, OverBudgetError, is_refusal
+from halfbyte.calibrate.kinds import KINDS
+from halfbyte.calibrate.seeing import picture_bytes
 from halfbyte.calibrate.stream import LayerStatistics, head_statistics, stream_layers
 from halfbyte.checkpoint.manifest import MANIFEST_NAME, manifest_file
 from halfbyte.checkpoint.soundness import require_sound
@@ -31,6 +33,8 @@ from halfbyte.kernels.dispatch import largest_fp8_code
 from halfbyte.log import logger, say_once
 from halfbyte.machine import trim_heap
 from halfbyte.quantize import export
+from halfbyte.quantize.clipping import LinearClipping, linear_clipping, warn_clipped
+from halfbyte.quantize.encode import declared_scale
 from halfbyte.quantize.job import Job, QuantizeConfig, activation_bytes, validate
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import (
@@ -252,7 +256,8 @@ def _begin(job: Job, staging: OutputInProgress, journal: Journal) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     needed = job.shards.total_bytes + sum(map(len, job.files.values()))
     if job.rows is not None:
-        needed += 2 * activation_bytes(job.rows, job.checkpoint)
+        patches = picture_bytes(job.pictures, job.checkpoint.config).patches
+        needed += 2 * max(activation_bytes(job.rows, job.checkpoint), patches)
     free = shutil.disk_usage(staging.directory).free
     if free < needed:
         raise CapacityError(
@@ -314,11 +319,19 @@ class _Progress:
         hashes = {k: v for entry in self._entries for k, v in entry["tensors"].items()}
         read = (entry["read"] for entry in self._entries)
         require_unchanged(self._job.checkpoint, read, self._budget)
+        self._warn_clipped()
         missing = set(self._job.shards.slots) - set(hashes)
         assert not missing, f"never written: {sorted(missing)[:3]}"
         files = {name: hashlib.sha256(data).hexdigest() for name, data in self._job.files.items()}
         self._staging.write_file(MANIFEST_NAME, manifest_file(self._job.fingerprint, hashes, files))
         self._staging.publish()
+
+    def _warn_clipped(self) -> None:
+        """Say whose static FP8 scales clip image rows, where these were run."""
+        clipping = [one for entry in self._entries for one in entry.get("clipping", ())]
+        config = self._job.config
+        warn_clipped(clipping, "chosen", f"the FP8 input scales of {config.output}")
+        warn_clipped(clipping, "source", f"the source's own FP8 input scales, {config.source},")
 
     def _layers(self, first: int) -> Iterator[tuple[int, LayerStatistics | None]]:
         """Yield the layers that are left, with their statistics if there are calibration rows."""
@@ -337,6 +350,7 @@ class _Progress:
             prefetch=self._job.memory.prefetch,
             budget=self._budget,
             wants=lambda layer: wanted_sums(self._job.plan, layer),
+            pictures=self._job.pictures,
         ):
             yield statistics.layer, statistics
             activations.forget(statistics.layer)
@@ -419,7 +433,7 @@ class _Progress:
             self._budget,
             reading.note,
         )
-        written, records = self._write_linears(linears, statistics)
+        written, records, clipping = self._write_linears(linears, statistics)
         hashes |= written | self._write_cache_scales(layer, statistics)
         observed = {} if statistics is None else statistics.observed
         encoded_s = time.perf_counter() - started
@@ -438,6 +452,9 @@ class _Progress:
                 "syncing": round(time.perf_counter() - started - encoded_s, 3),
             },
             peak_memory_bytes=peaks,
+            **(
+                {"clipping": clipping, "observed_by_kind": _by_kind(statistics)} if clipping else {}
+            ),
         )
         logger.info(
             "layer %d of %d: calibrated in %.1f s, encoded in %.1f s",
@@ -446,6 +463,13 @@ class _Progress:
             calibrated_s,
             encoded_s,
         )
+
+    def _stated_scale(self, name: str) -> Tensor | None:
+        """The static input scale that the source states for a linear in FP8."""
+        checkpoint = self._job.checkpoint
+        if not self._job.pictures or checkpoint.format_of(name) != "fp8":
+            return None
+        return declared_scale(checkpoint, [name])
 
     def _copy(
         self, names: Sequence[str], reading: Reading, smoothing: Mapping[str, Tensor] | None = None
@@ -471,20 +495,28 @@ class _Progress:
 
     def _write_linears(
         self, linears: Iterable[QuantizedLinear], statistics: LayerStatistics | None
-    ) -> tuple[dict[str, str], list[LinearRecord]]:
-        """Write linears as they are encoded; returns hashes of their tensors, and their records."""
+    ) -> tuple[dict[str, str], list[LinearRecord], list[LinearClipping]]:
+        """Write linears as they are encoded.
+
+        Returns hashes of their tensors, their records, and what is known of their clipping.
+        """
         job = self._job
         hashes: dict[str, str] = {}
         records = []
+        clipping = []
+        rule = job.plan.scales.activations
         writing: Future[dict[str, str]] | None = None
         for linear in linears:
             # One linear is on its way to the disk while the next one is encoded.
             hashes |= {} if writing is None else writing.result()
             writing = self._writer.submit(self._write_all, linear.tensors)
+            stated = self._stated_scale(linear.name)
+            seen = linear_clipping(linear, statistics, stated, job.config.profile, rule)
+            clipping += [] if seen is None else [seen]
             if job.config.with_errors:
                 records.append(self._record(linear, statistics))
         hashes |= {} if writing is None else writing.result()
-        return hashes, records
+        return hashes, records, clipping
 
     def _write_cache_scales(self, layer: int, statistics: LayerStatistics | None) -> dict[str, str]:
         """Write the scales of the layer's keys and values, where the cache is FP8."""
@@ -516,3 +548,11 @@ class _Progress:
         entry = {"step": step, "tensors": dict(hashes), "read": reading.entry(), **facts}
         self._journal.append(entry)
         self._entries.append(entry)
+
+
+def _by_kind(statistics: LayerStatistics | None) -> dict[str, dict[str, float]]:
+    """Kind of row -> tap point -> largest magnitude, as JSON values."""
+    kinds = {} if statistics is None else statistics.kinds
+    return {
+        kind: {tap: float(found.largest()[kind]) for tap, found in kinds.items()} for kind in KINDS
+    }

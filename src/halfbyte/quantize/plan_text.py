@@ -26,6 +26,7 @@ def format_estimate(
         ("output", f"{gb(sum(made.output.values()))}, recipe {made.recipe_name}"),
         *(("", f"{part:<16} {gb(num_bytes)}") for part, num_bytes in made.output.items()),
         ("text", _said_text(made.text)),
+        *([("pictures", _said_pictures(made.text))] if made.text.pictures.pixels else []),
         ("disk", _said_disk(made)),
         ("host memory", f"{gb(made.memory.peak_bytes)} at most; {_said_memory(made.memory)}"),
     ]
@@ -62,6 +63,14 @@ def _said_text(text: CalibrationText) -> str:
     why = "" if text.not_drawn is None else f" ({text.not_drawn})"
     most = f"{text.rows} rows of up to {text.tokens_per_row}, {text.num_tokens:,} tokens at most"
     return most + why
+
+
+def _said_pictures(text: CalibrationText) -> str:
+    seen = text.pictures
+    return (
+        f"{gb(seen.pixels)} of pixels held throughout, {gb(seen.patches)} between the tower's "
+        f"layers, {gb(seen.tower)} for one of these at work"
+    )
 
 
 def _said_disk(made: CapacityEstimate) -> str:

@@ -6,11 +6,13 @@ Holds no paths. Times and memory are those of the steps, whichever run took them
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
+from halfbyte.calibrate.kinds import Kind
 from halfbyte.machine import held
+from halfbyte.quantize.clipping import LinearClipping
 from halfbyte.quantize.job import Job
 from halfbyte.quantize.report import LinearRecord
 from halfbyte.recipe.plan import plan_sizes
@@ -50,6 +52,14 @@ class RecipeFacts(TypedDict):
     kv_cache: str
 
 
+class PictureFacts(TypedDict):
+    """The pictures that rows showed: how many, of how many tokens, and their pixels' hash."""
+
+    pictures: int
+    tokens: int
+    sha256: str
+
+
 class CalibrationFacts(TypedDict):
     """The rows that were run; `provenance` is what `calibrate.draw` says of them."""
 
@@ -58,19 +68,27 @@ class CalibrationFacts(TypedDict):
     longest: int
     sha256: str
     provenance: Mapping[str, Any] | None
+    pictures: NotRequired[PictureFacts]
 
 
 class LayerFacts(TypedDict):
-    """One decoder layer: seconds by kind of work, peaks by place, largest magnitude by tap."""
+    """One decoder layer: seconds by kind of work, peaks by place, largest magnitude by tap.
+
+    observed_by_kind  the latter of text and image rows apart, where rows showed pictures
+    """
 
     layer: int
     seconds: Mapping[str, float]
     peak_memory_bytes: Mapping[str, int]
     observed: Mapping[str, float]
+    observed_by_kind: NotRequired[Mapping[Kind, Mapping[str, float]]]
 
 
 class QuantizationRecord(TypedDict):
-    """The whole record; JSON values throughout, since a resumed run reads its part from a file."""
+    """The whole record; JSON values throughout, since a resumed run reads its part from a file.
+
+    clipping  what static input scales cut off, where calibration rows showed pictures
+    """
 
     halfbyte_quantization_record: int
     source: SourceFacts
@@ -83,6 +101,7 @@ class QuantizationRecord(TypedDict):
     planned_memory_bytes: Mapping[str, int]
     layers: Sequence[LayerFacts]
     linears: Sequence[LinearRecord]
+    clipping: NotRequired[Sequence[LinearClipping]]
 
 
 def peak_memory_bytes(device: torch.device) -> dict[str, int]:
@@ -111,7 +130,8 @@ def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> QuantizationRe
     config, checkpoint, fingerprint = job.config, job.checkpoint, job.fingerprint
     layers = [entry for entry in entries if "observed" in entry]
     sizes = plan_sizes(job.plan, checkpoint.config)
-    return {
+    clipping = [one for entry in layers for one in entry.get("clipping", ())]
+    record: QuantizationRecord = {
         "halfbyte_quantization_record": VERSION,
         "source": {
             "name": config.origin or checkpoint.directory.resolve().name,
@@ -137,14 +157,21 @@ def run_record(job: Job, entries: Sequence[Mapping[str, Any]]) -> QuantizationRe
             "host": job.memory.peak_bytes,
             **({} if job.memory.gpu_peak_bytes is None else {"gpu": job.memory.gpu_peak_bytes}),
         },
-        "layers": [
-            {
-                "layer": number,
-                "seconds": entry.get("seconds", {}),
-                "peak_memory_bytes": entry.get("peak_memory_bytes", {}),
-                "observed": entry["observed"],
-            }
-            for number, entry in enumerate(layers)
-        ],
-        "linears": [record for entry in entries for record in entry.get("linears", ())],
+        "layers": [_layer_facts(number, entry) for number, entry in enumerate(layers)],
+        "linears": [linear for entry in entries for linear in entry.get("linears", ())],
     }
+    if clipping:
+        record["clipping"] = clipping
+    return record
+
+
+def _layer_facts(number: int, entry: Mapping[str, Any]) -> LayerFacts:
+    facts: LayerFacts = {
+        "layer": number,
+        "seconds": entry.get("seconds", {}),
+        "peak_memory_bytes": entry.get("peak_memory_bytes", {}),
+        "observed": entry["observed"],
+    }
+    if "observed_by_kind" in entry:
+        facts["observed_by_kind"] = entry["observed_by_kind"]
+    return facts
