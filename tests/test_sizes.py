@@ -20,6 +20,8 @@ LONGER = {
 TAKES_MORE = {
     # A keyword for each field of the file that it writes.
     "bench/record.py:write",
+    # A keyword for each way in which test models differ.
+    "model/tiny.py:write_tiny_checkpoint",
 }
 # The chat page's one script: its parts share the conversation that is on the screen.
 LONG_FILES = {"server/http/web/app.js"}

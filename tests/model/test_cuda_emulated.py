@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -116,12 +116,30 @@ def weights_of(mix: Mix, *, is_fast: bool = False, seed: int = 0) -> CudaWeights
     return CudaWeights(text, embedding, layers, norm(), head)
 
 
+def model_of(
+    library: EmulatedLibrary,
+    weights: CudaWeights,
+    cache: KvCache,
+    all_reduce: AllReduce | None = None,
+) -> CudaModel:
+    rotary = RotaryTable(weights.config, CPU).at
+    return CudaModel(library, weights, cache, rotary, SharedBuffers(), all_reduce)
+
+
 def make_step(
-    library: EmulatedLibrary, weights: CudaWeights, cache: KvCache, size: int, **more: Any
+    library: EmulatedLibrary,
+    weights: CudaWeights,
+    cache: KvCache,
+    size: int,
+    all_reduce: AllReduce | None = None,
 ) -> DecodeStep:
     rotary = RotaryTable(weights.config, CPU).at
     step = DecodeStep(
+<<<<<<< HEAD
         CudaModel(library, weights, cache, rotary, SharedBuffers(), **more),
+=======
+        model_of(library, weights, cache, all_reduce),
+>>>>>>> e89351e (Observing the head's input knows the one observer; figures' kinds, sizes of files and steps over emulated kernels follow)
         size,
         max_context_tokens=PAGE * PAGES,
         prepare=lambda step: None,
@@ -153,9 +171,13 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def check_decoding(
-    library: EmulatedLibrary, weights: CudaWeights, size: int, steps: int, **more: Any
+    library: EmulatedLibrary,
+    weights: CudaWeights,
+    size: int,
+    steps: int,
+    all_reduce: AllReduce | None = None,
 ) -> None:
-    step = make_step(library, weights, new_cache(size), size, **more)
+    step = make_step(library, weights, new_cache(size), size, all_reduce)
     tokens = torch.randint(0, TEXT.vocab_size, (steps, size))
     with torch.inference_mode():
         for position in range(steps):
@@ -196,8 +218,7 @@ def test_any_mix_of_formats_decodes(
     with pytest.MonkeyPatch.context() as monkeypatch:
         library, weights = use_emulation(monkeypatch), weights_of(mix, is_fast=is_fast, seed=seed)
         # Sums over ranks of which the others give nothing.
-        more = {"all_reduce": lambda tensor: None} if is_spread else {}
-        check_decoding(library, weights, size, steps=2, **more)
+        check_decoding(library, weights, size, 2, (lambda tensor: None) if is_spread else None)
 
 
 def check_prefill(
@@ -209,9 +230,13 @@ def check_prefill(
 ) -> None:
     cache = new_cache(1)
     step = make_step(library, weights, cache, 1)
+<<<<<<< HEAD
     rotary = RotaryTable(TEXT, CPU).at
     model = CudaModel(library, weights, cache, rotary, SharedBuffers(), all_reduce)
     prefill = Prefill(model, 64, decoded_formats=formats)
+=======
+    prefill = Prefill(model_of(library, weights, cache, all_reduce), 64, decoded_formats=formats)
+>>>>>>> e89351e (Observing the head's input knows the one observer; figures' kinds, sizes of files and steps over emulated kernels follow)
     tokens_T = torch.randint(0, TEXT.vocab_size, (count + 1,))
     positions_T = torch.arange(count)
     slots_T = step.block_table_TP[0].long()[positions_T // PAGE] * PAGE + positions_T % PAGE

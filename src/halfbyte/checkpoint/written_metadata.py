@@ -45,28 +45,7 @@ def hub_config(config: ModelConfig) -> Fields:
     two rope fields that it fails without.
     """
     text = config.text
-    fields: Fields = {
-        **_COMMON,
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": _one_or_list(text.eos_token_ids),
-        "head_dim": text.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": text.width,
-        "initializer_range": 0.02,
-        "intermediate_size": text.mlp_width,
-        "max_position_embeddings": text.max_positions,
-        "model_type": "ministral3",
-        "num_attention_heads": text.num_heads,
-        "num_hidden_layers": text.num_layers,
-        "num_key_value_heads": text.num_kv_heads,
-        "pad_token_id": text.pad_token_id,
-        "rms_norm_eps": text.norm_eps,
-        "rope_parameters": _rope_fields(text),
-        "sliding_window": None,
-        "tie_word_embeddings": text.tied_head,
-        "use_cache": True,
-        "vocab_size": text.vocab_size,
-    }
+    fields = _hub_text(text)
     vision = config.vision
     if vision is None:
         return {"architectures": ["Ministral3ForCausalLM"], **fields}
@@ -97,6 +76,31 @@ def hub_config(config: ModelConfig) -> Fields:
         "tie_word_embeddings": text.tied_head,
         "vision_config": _hub_tower(vision),
         "vision_feature_layer": vision.feature_layer,
+    }
+
+
+def _hub_text(text: TextConfig) -> Fields:
+    return {
+        **_COMMON,
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": _one_or_list(text.eos_token_ids),
+        "head_dim": text.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": text.width,
+        "initializer_range": 0.02,
+        "intermediate_size": text.mlp_width,
+        "max_position_embeddings": text.max_positions,
+        "model_type": "ministral3",
+        "num_attention_heads": text.num_heads,
+        "num_hidden_layers": text.num_layers,
+        "num_key_value_heads": text.num_kv_heads,
+        "pad_token_id": text.pad_token_id,
+        "rms_norm_eps": text.norm_eps,
+        "rope_parameters": _rope_fields(text),
+        "sliding_window": None,
+        "tie_word_embeddings": text.tied_head,
+        "use_cache": True,
+        "vocab_size": text.vocab_size,
     }
 
 

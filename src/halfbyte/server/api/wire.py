@@ -94,23 +94,15 @@ _SystemParts = Annotated[
     ],
     Discriminator(_content_form),
 ]
+_Parts = list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 _UserParts = Annotated[
     Annotated[str, Tag("string")]
-    | Annotated[
-        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
-        Tag("parts"),
-        Field(min_length=1, max_length=MOST_PARTS),
-    ],
+    | Annotated[_Parts, Tag("parts"), Field(min_length=1, max_length=MOST_PARTS)],
     Discriminator(_content_form),
 ]
 # As a user's, but a tool may have nothing to say.
 _ToolParts = Annotated[
-    Annotated[str, Tag("string")]
-    | Annotated[
-        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
-        Tag("parts"),
-        Field(max_length=MOST_PARTS),
-    ],
+    Annotated[str, Tag("string")] | Annotated[_Parts, Tag("parts"), Field(max_length=MOST_PARTS)],
     Discriminator(_content_form),
 ]
 _AssistantParts = Annotated[

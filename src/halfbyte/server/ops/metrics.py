@@ -9,7 +9,7 @@ import bisect
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -53,10 +53,10 @@ class Histogram:
 
 
 class _Metric(NamedTuple):
-    """How something is published: its name, its kind for Prometheus, its help text."""
+    """How something is published: its name, its kind (one of `_KINDS`), its help text."""
 
     name: str
-    kind: Literal["gauge", "counter", "histogram"]
+    kind: str
     what: str
 
 
@@ -216,7 +216,7 @@ class _Families(Collector):
 
 
 _Value = float | Histogram
-_KINDS = {
+_KINDS: Mapping[str, Any] = {
     "counter": CounterMetricFamily,
     "gauge": GaugeMetricFamily,
     "histogram": HistogramMetricFamily,
@@ -226,17 +226,18 @@ _KINDS = {
 def _family(
     prefix: str,
     metric: _Metric,
-    values: _Value | Mapping[tuple[str, ...], _Value],
+    values: _Value | Mapping[Any, _Value],
     labels: Sequence[str] = (),
 ) -> Metric:
     """A family of one value, or of one for each tuple of its labels' values."""
-    family = _KINDS[metric.kind](prefix + metric.name, metric.what, labels=labels)
+    family: Any = _KINDS[metric.kind](prefix + metric.name, metric.what, labels=labels)
     for key, value in (values if isinstance(values, Mapping) else {(): values}).items():
         if isinstance(value, Histogram):
             family.add_metric(key, value.buckets(), value.total)
         else:
             family.add_metric(key, value)
-    return family
+    made: Metric = family
+    return made
 
 
 def _figures(
