@@ -35,8 +35,7 @@ class JsonLines:
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Make what was appended durable and close the file."""
-        self.sync()
+        """Close the file, whose lines are only durable if `sync` was called before."""
         os.close(self._file)
 
 

@@ -229,6 +229,7 @@ def mark_session(folder: Path, prompts_sha256: str) -> None:
     """Note that asking begins now, and what is asked; `time_spent` needs the one."""
     journal = JsonLines(folder / "sessions.jsonl")
     journal.append({"started": time.time(), "prompts_sha256": prompts_sha256})
+    journal.sync()
     journal.close()
 
 

@@ -126,6 +126,7 @@ def _write(path: Path, records: list[GradedAttempt]) -> None:
     journal = JsonLines(path)
     for record in records:
         journal.append(record_row(record))
+    journal.sync()
     journal.close()
 
 

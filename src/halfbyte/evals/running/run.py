@@ -173,8 +173,9 @@ def run_benchmark(
             _carry(room, units, open_units, folder)
         room.progress.show(last=True)
     finally:
-        room.attempts.close()
-        room.samples.close()
+        for file in (room.attempts, room.samples):
+            file.sync()
+            file.close()
         room.graders.worker.shutdown()
     if room.fault is not None:
         raise UsageError(f"{endpoint.url}: {room.fault}; nothing more was asked")
