@@ -134,7 +134,7 @@ SISTERS = (
     Sister("ministral-3-3b", "hf", "tekken-v13"),
     Sister("mistral-small-3.2-24b", "hf-old", "tekken-v11"),
     Sister("devstral-small-1-24b", "hf-text", "tekken-v7"),
-    Sister("mistral-large-2-123b", "hf-text", "tekken-v3"),
+    Sister("mistral-large-2-123b", "hf-text", "spm-v3"),
     Sister("pixtral-large-124b", "mistral", "tekken-v3"),
     Sister("pixtral-large-124b-llava", "hf-old", "tekken-v3"),
 )

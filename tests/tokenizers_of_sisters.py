@@ -1,6 +1,7 @@
 """Small tokenizer files of each generation that Mistral's models have shipped."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,5 +40,9 @@ def write_tekken(directory: Path, version: str, *, images: bool = True) -> None:
 
 
 def write_tokenizer(directory: Path, kind: str, *, images: bool) -> None:
-    """The tokenizer files of a kind, `tekken-VERSION`, in an existing directory."""
+    """The tokenizer files of a kind, `tekken-VERSION` or `spm-v3`, in an existing directory."""
+    if kind == "spm-v3":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TEKKEN.parent.parent / "spm-v3" / name, directory)
+        return
     write_tekken(directory, kind.removeprefix("tekken-"), images=images)

@@ -7,6 +7,7 @@ no recipe is named, so that the one fitted to the depth is taken.
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ async def test_quantize_verify_serve_compare(
     sister: Sister, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
-    config = sister.write(source, layers=LAYERS, vocab_size=800)
+    config = sister.write(source, layers=LAYERS, vocab_size=1100)
     write_tokenizer(source, sister.tokenizer, images=config.vision is not None)
     ids = torch.randint(100, 760, (2, 48), generator=torch.Generator().manual_seed(0))
     save_file({"batch0.input_ids": ids}, tmp_path / "tokens.safetensors")
@@ -82,6 +83,14 @@ async def test_quantize_verify_serve_compare(
         if config.vision is not None:
             side = config.vision.patch_size * config.vision.spatial_merge_size
             assert first.usage.prompt_tokens > -(-84 // side) * -(-56 // side)
+        # Grammars know the bytes of this vocabulary.
+        held = await ask(
+            stand,
+            messages=[{"role": "user", "content": "?"}],
+            max_tokens=12,
+            extra_body={"response_format": {"type": "regex", "regex": "(sea|é) [0-4]"}},
+        )
+        assert re.fullmatch("(sea|é) [0-4]", held.choices[0].message.content)
         await stand.idle()
 
     text = tmp_path / "text.txt"

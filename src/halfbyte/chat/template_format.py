@@ -156,7 +156,11 @@ class TemplateFormat:
             )
         ids: list[int] = []
         for piece in self.cutter.cut(text, text.own):
-            ids += [piece] if isinstance(piece, int) else self.vocabulary.encode_text(piece)
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                encode = self.vocabulary.encode_text if ids else self.vocabulary.encode_first
+                ids += encode(piece)
         return ids
 
     def _with_image_tokens(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Vocabularies out of a tokenizer.json: byte-level BPE, as the tokenizers library reads it.
+"""Vocabularies out of a tokenizer.json: BPE over bytes, as the tokenizers library reads it.
+
+Two kinds are known. Byte-level BPE writes every byte as a character of its own alphabet; BPE with
+byte fallback, into which SentencePiece's models are converted, writes a space as U+2581 and a
+character without a token as its bytes, <0xE2> and so on (decision 0163).
 
 The file's ids are kept, and compared with the library's at load. Text is encoded by a copy that
 knows no control token; a rendered conversation is cut at its control tokens here, with the white
@@ -24,6 +28,8 @@ _UNREACHABLE = "\x00"
 # White_Space of Unicode, which is what the library's `lstrip` and `rstrip` take away.
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B)))
 _SPACES += "\u2028\u2029\u202f\u205f\u3000"
+_META_SPACE = "\u2581"
+_FALLBACK_BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 _SPACES_AFTER = re.compile(f"[{_SPACES}]*")
 _WORD = re.compile(r"\w")
 
@@ -89,7 +95,7 @@ def _is_in_word(text: str, begin: int, end: int) -> bool:
 def load_tokenizer_json(directory: Path) -> tuple[Vocabulary, ControlCutter]:
     """The vocabulary of a directory's tokenizer.json, and what finds its control tokens.
 
-    Raises CheckpointError for what is no byte-level BPE (bytes of other kinds cannot be looked up
+    Raises CheckpointError for what is no BPE over bytes (those of other kinds cannot be looked up
     token by token), for ids that the library would not give, and for files made to exhaust us.
     """
     path = directory / "tokenizer.json"
@@ -109,12 +115,18 @@ def load_tokenizer_json(directory: Path) -> tuple[Vocabulary, ControlCutter]:
     specials = {token.content: token for token in added if token.is_special}
     names = {token.token_id: token.content for token in specials.values()}
     control = {name: token.token_id for name, token in specials.items()}
-    token_bytes = _token_bytes(description["model"]["vocab"], added, path)
+    token_bytes = _token_bytes(description["model"], added, path)
+    encode_text = _plain_encoder(_without_start(description), added, path)
     vocabulary = Vocabulary(
         token_bytes=token_bytes,
         control=control,
         control_names=names,
-        encode_text=_plain_encoder(description, added, path),
+        encode_text=encode_text,
+        encode_start=(
+            encode_text
+            if _without_start(description) is description
+            else _plain_encoder(description, added, path)
+        ),
         bos_token_id=_bos_token_id(directory, control),
         eos_token_ids=_eos_token_ids(directory, control, len(token_bytes)),
     )
@@ -152,6 +164,9 @@ def _tokenizer(description: Mapping[str, Any], path: Path) -> tokenizers.Tokeniz
 
 
 def _check_kind(description: Mapping[str, Any], path: Path) -> None:
+    if _falls_back(description["model"]):
+        _check_fallback(description, path)
+        return
     decoder = description.get("decoder") or {}
     kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders") or ())]
     if "ByteLevel" not in kinds:
@@ -162,6 +177,40 @@ def _check_kind(description: Mapping[str, Any], path: Path) -> None:
     steps = json.dumps([description.get("normalizer"), description.get("pre_tokenizer")])
     if '"ByteLevel"' not in steps:
         raise CheckpointError(f"{path}: text does not become bytes; byte-level BPE is supported")
+
+
+def _falls_back(model: Mapping[str, Any]) -> bool:
+    return model.get("type", "BPE") == "BPE" and bool(model.get("byte_fallback"))
+
+
+def _check_fallback(description: Mapping[str, Any], path: Path) -> None:
+    """Refuse byte fallback that would lose a byte, or that writes spaces in another way."""
+    vocab = description["model"].get("vocab")
+    missing = [name for name in _FALLBACK_BYTES if name not in vocab]
+    if missing:
+        raise CheckpointError(
+            f"{path}: byte fallback without a token {missing[0]}, so that text would vanish"
+        )
+    steps = json.dumps(
+        [description.get("normalizer"), description.get("pre_tokenizer")], ensure_ascii=False
+    )
+    if _META_SPACE not in steps:
+        raise CheckpointError(
+            f"{path}: byte fallback is supported with {_META_SPACE} (U+2581) for a space"
+        )
+    if '"ByteLevel"' in steps:
+        raise CheckpointError(f"{path}: byte-level BPE with byte fallback is not supported")
+
+
+def _without_start(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file for text behind a control token; itself, where that is as at the very beginning.
+
+    A space before the first word of all text ("first") is none of a text in between.
+    """
+    step = description.get("pre_tokenizer") or {}
+    if step.get("type") != "Metaspace" or step.get("prepend_scheme") != "first":
+        return description
+    return {**description, "pre_tokenizer": {**step, "prepend_scheme": "never"}}
 
 
 def _check_growth(normalizer: Mapping[str, Any] | None, path: Path) -> None:
@@ -202,9 +251,10 @@ def _added_token(entry: Mapping[str, Any], path: Path) -> AddedToken:
 
 
 def _token_bytes(
-    vocab: Mapping[str, int], added: list[AddedToken], path: Path
+    model: Mapping[str, Any], added: list[AddedToken], path: Path
 ) -> tuple[bytes, ...]:
     """Bytes that each id adds to a text; a hole in the ids adds none, like a control token."""
+    vocab: Mapping[str, int] = model["vocab"]
     size = max([-1, *vocab.values(), *(token.token_id for token in added)]) + 1
     if size > MAX_TOKENS:
         raise CheckpointError(
@@ -212,6 +262,12 @@ def _token_bytes(
         )
     to_byte = byte_level_alphabet()
     found = [b""] * size
+    if _falls_back(model):
+        for token, token_id in vocab.items():
+            byte = _FALLBACK_BYTES.get(token)
+            text = token.replace(_META_SPACE, " ").encode()
+            found[token_id] = text if byte is None else bytes([byte])
+        vocab = {}
     for token, token_id in vocab.items():
         try:
             found[token_id] = bytes([to_byte[char] for char in token])

@@ -26,6 +26,8 @@ class Vocabulary:
     token_bytes  bytes that each id adds to a text; empty for control tokens
     control      name -> id of every control token
     encode_text  plain text -> ids, none of them a control token, whatever the text says
+    encode_start the same for text that nothing but a bos precedes, where that is another; some
+                 tokenizers write a space before the first word of all
     """
 
     token_bytes: tuple[bytes, ...]
@@ -34,6 +36,11 @@ class Vocabulary:
     encode_text: Callable[[str], list[int]]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    encode_start: Callable[[str], list[int]] | None = None
+
+    def encode_first(self, text: str) -> list[int]:
+        """Ids of a text at the beginning of all."""
+        return (self.encode_start or self.encode_text)(text)
 
     @property
     def size(self) -> int:
@@ -47,7 +54,7 @@ class Vocabulary:
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain prompt: its start and the text, which holds no control token."""
-        return (*self.start, *self.encode_text(text))
+        return (*self.start, *self.encode_first(text))
 
     def is_control(self, token_id: int) -> bool:
         """Whether the id switches state instead of adding text."""
