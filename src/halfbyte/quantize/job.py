@@ -103,7 +103,7 @@ def validate(config: QuantizeConfig) -> Job:
     require_trusted(checkpoint.config, config.accept)
     require_tokens_in_vocabulary(checkpoint)
     plan = make_plan(config.recipe, checkpoint.config)
-    rows, pictures, provenance = _calibration(config, checkpoint)
+    rows, pictures, provenance = calibration_of(config, checkpoint)
     layout = export.export_layout(checkpoint)
     shapes = export.export_tensors(checkpoint, plan)
     names = {name: export.export_name(name, layout) for name in shapes}
@@ -147,7 +147,7 @@ def _is_gpu(config: QuantizeConfig) -> bool:
     return True
 
 
-def _calibration(
+def calibration_of(
     config: QuantizeConfig, checkpoint: Checkpoint
 ) -> tuple[Rows | None, RowPictures, Mapping[str, Any] | None]:
     """The calibration rows, their pictures and where they come from; None without data."""
