@@ -117,7 +117,7 @@ def untie(tied: Path, untied: Path) -> None:
     config = json.loads((tied / "config.json").read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = False
     (untied / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (untied / name).write_bytes((tied / name).read_bytes())
 
 

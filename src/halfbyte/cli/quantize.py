@@ -12,6 +12,8 @@ from halfbyte.errors import UsageError
 from halfbyte.progress import TimeLeft, say_next
 
 if TYPE_CHECKING:
+    from halfbyte.config import ModelConfig
+    from halfbyte.quantize.budget import Asked
     from halfbyte.quantize.job import QuantizeConfig
     from halfbyte.recipe.schema import Recipe
 
@@ -226,16 +228,11 @@ def _made_to_measure(args: argparse.Namespace, config: "QuantizeConfig") -> "Rec
     """The recipe of --budget or --fit, which is written beside the output and said."""
     from halfbyte.checkpoint.metadata import read_config
     from halfbyte.checkpoint.writer import check_target
-    from halfbyte.quantize.budget import Asked, made_to_measure, recipe_file, room_on, summary
+    from halfbyte.quantize.budget import made_to_measure, recipe_file, summary
     from halfbyte.recipe.schema import load_recipe
 
     check_target(config.output)
-    if args.fit is not None:
-        asked = room_on(args.fit, args.context, read_config(config.source)[0])
-    else:
-        size = args.budget
-        said = f"{size / 1e9:g}GB" if size >= 10**9 else f"{size / 1e6:g}MB"
-        asked = Asked(size, f"--budget {said}")
+    asked = asked_for(args, read_config(config.source)[0])
     found = made_to_measure(
         config,
         asked,
@@ -248,6 +245,17 @@ def _made_to_measure(args: argparse.Namespace, config: "QuantizeConfig") -> "Rec
     file = recipe_file(config.output)
     print(f"{file}: the recipe, with what every format would cost each group")
     return load_recipe(file)
+
+
+def asked_for(args: argparse.Namespace, config: "ModelConfig") -> "Asked":
+    """Bytes of --budget, or what --fit leaves room for."""
+    from halfbyte.quantize.budget import Asked, room_on
+
+    if args.fit is not None:
+        return room_on(args.fit, args.context, config)
+    size = args.budget
+    said = f"{size / 1e9:g}GB" if size >= 10**9 else f"{size / 1e6:g}MB"
+    return Asked(size, f"--budget {said}")
 
 
 def chosen_blend(args: argparse.Namespace) -> str | None:

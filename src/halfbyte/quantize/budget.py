@@ -5,7 +5,7 @@ choice down with its reasons. Called by `halfbyte quantize` and `halfbyte plan`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -26,11 +26,13 @@ from halfbyte.quantize.sensitivity import (
     Measuring,
     Progress,
     measure_sensitivity,
+    read_losses,
     some_rows,
     text_digest,
     unmeasured_groups,
 )
-from halfbyte.recipe.plan import Plan, plan_sizes
+from halfbyte.quantize.survey import Survey
+from halfbyte.recipe.plan import Plan, plan_size, plan_sizes
 from halfbyte.recipe.schema import Calibration, Recipe, Scales, parse_recipe
 from halfbyte.recipe.written import recipe_text
 
@@ -106,7 +108,8 @@ def made_to_measure(
             f"{asked.said} measures on text, and --method none runs none; choose another method"
         )
     possible = Possible.of(checkpoint, config.max_shard_bytes)
-    possible.require(asked, checkpoint)
+    stored = sum(map(checkpoint.num_bytes, checkpoint.names()))
+    possible.require(asked, checkpoint.config, stored)
     rows, made = calibration_of(config, checkpoint)
     assert rows is not None, "a method with data has rows"
     some = some_rows(rows)
@@ -170,11 +173,13 @@ class Possible:
         fixed = least - sum(min(group.sizes.values()) for group in groups)
         return cls(least, fixed + sum(max(group.sizes.values()) for group in groups), fixed)
 
-    def require(self, asked: Asked, checkpoint: Checkpoint) -> None:
-        """Raise UsageError, saying what is possible, for a budget that leaves nothing to choose."""
-        config = checkpoint.config
+    def require(self, asked: Asked, config: ModelConfig, stored_bytes: int) -> None:
+        """Raise UsageError, saying what is possible, for a budget that leaves nothing to choose.
+
+        stored_bytes  of the source
+        """
         if asked.num_bytes < self.least_bytes:
-            vision = plan_sizes(_plan({}, checkpoint), config)["vision"].num_bytes
+            vision = plan_sizes(_plan({}, config), config)["vision"].num_bytes
             part = f", {_gb(vision)} of it the vision tower" if vision else ""
             raise UsageError(
                 f"{asked.said}: room for {_gb(asked.num_bytes)} of weights, but with every linear "
@@ -182,10 +187,9 @@ class Possible:
                 "much, a shorter --context, or a larger GPU"
             )
         if asked.num_bytes >= self.most_bytes:
-            stored = sum(map(checkpoint.num_bytes, checkpoint.names()))
             raise UsageError(
                 f"{asked.said}: room for {_gb(asked.num_bytes)} of weights, and the widest formats "
-                f"take {_gb(self.most_bytes)} (the source {_gb(stored)}): nothing has to be "
+                f"take {_gb(self.most_bytes)} (the source {_gb(stored_bytes)}): nothing has to be "
                 "chosen. Serve the source, or give --recipe fp8"
             )
 
@@ -200,10 +204,9 @@ def _formats(
     return {name: chosen[group.members] for group in groups for name in group.members}
 
 
-def _plan(formats: Mapping[str, WeightFormat], checkpoint: Checkpoint) -> Plan:
+def _plan(formats: Mapping[str, WeightFormat], config: ModelConfig) -> Plan:
     known: dict[str, WeightFormat] = {
-        linear.name: formats.get(linear.name, "bf16")
-        for linear in quantizable_linears(checkpoint.config)
+        linear.name: formats.get(linear.name, "bf16") for linear in quantizable_linears(config)
     }
     if known.get("head") == "bf16":
         del known["head"]
@@ -215,7 +218,7 @@ def _file_bytes(
 ) -> int:
     """Bytes of the weight files under these formats, headers included."""
     layout = export.export_layout(checkpoint)
-    shapes = export.export_tensors(checkpoint, _plan(formats, checkpoint))
+    shapes = export.export_tensors(checkpoint, _plan(formats, checkpoint.config))
     named = {export.export_name(name, layout): shape for name, shape in shapes.items()}
     return plan_shards(named, max_shard_bytes).total_bytes
 
@@ -230,9 +233,7 @@ def fitted(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Budgeted:
     """Choose within the budget and write the recipe's text; the files never exceed it."""
-    items = [
-        Item(group.name, cast("Mapping[str, int]", group.sizes), group.losses) for group in groups
-    ]
+    items = _items(groups)
     reserve = possible.fixed_bytes
     while True:
         choice = choose(items, asked.num_bytes - reserve)
@@ -256,25 +257,72 @@ def fitted(
     return Budgeted(recipe, text, groups, choice, asked, file_bytes, possible.fixed_bytes)
 
 
+# What a header says of a tensor, at most; `quantize` counts the bytes.
+_HEADER_BYTES = 180
+# Where nothing has been measured, losses are taken to go by bytes, these shares of them.
+_ASSUMED: Mapping[WeightFormat, float] = {"bf16": 0.0, "fp8": 0.04, "nvfp4": 1.0}
+
+
+def outline(source: Survey, asked: Asked, sensitivity: Path | None = None) -> tuple[Plan, str]:
+    """A plan of the size that was asked for, and a sentence about it, without running anything.
+
+    sensitivity  costs that an earlier run has measured; without them the plan is a stand-in of the
+                 right size, and says so
+
+    Raises UsageError for a budget that leaves nothing to choose, CheckpointError for another file.
+    """
+    config = source.config
+    groups = unmeasured_groups(config, source.quantization)
+    smallest = _formats(groups, {group.members: _smallest(group) for group in groups})
+    size = plan_size(_plan(smallest, config), config)
+    least = size.num_bytes + _HEADER_BYTES * size.num_tensors
+    fixed = least - sum(min(group.sizes.values()) for group in groups)
+    most = fixed + sum(max(group.sizes.values()) for group in groups)
+    Possible(least, most, fixed).require(asked, config, source.num_bytes)
+    losses: Mapping[str, Mapping[WeightFormat, float]] = {
+        group.members[0]: {f: _ASSUMED[f] * group.sizes["fp8"] for f in group.sizes}
+        for group in groups
+    }
+    said = (
+        f"{asked.said}: {_gb(least)} to {_gb(most)} are possible. Which linears get which format "
+        "is known once their costs are measured; until then a stand-in of that size is planned"
+    )
+    if sensitivity is not None:
+        losses = read_losses(sensitivity, groups)
+    measured = [replace(group, losses=losses[group.members[0]]) for group in groups]
+    choice = choose(_items(measured), asked.num_bytes - fixed)
+    if sensitivity is not None:
+        said = f"{asked.said}: {_told(choice)}"
+    chosen = {g.members: cast("WeightFormat", choice.options[g.name]) for g in groups}
+    name = f"budget-{asked.num_bytes}"
+    return replace(_plan(_formats(groups, chosen), config), recipe_name=name), said
+
+
 def summary(found: Budgeted) -> str:
     """What was chosen, in two sentences for people."""
-    choice = found.choice
+    return (
+        f"{found.asked.said}: {_gb(found.file_bytes)} of {_gb(found.asked.num_bytes)} taken, "
+        f"{_gb(found.fixed_bytes)} of it whatever is chosen; {_told(found.choice)}"
+    )
+
+
+def _items(groups: Sequence[Group]) -> list[Item]:
+    return [Item(x.name, cast("Mapping[str, int]", x.sizes), x.losses) for x in groups]
+
+
+def _told(choice: Choice) -> str:
     counts: dict[str, int] = {}
     for option in choice.options.values():
         counts[option] = counts.get(option, 0) + 1
     shares = ", ".join(f"{count} {option}" for option, count in sorted(counts.items()))
-    best = (
-        "no choice has less"
-        if not choice.gap
-        else (
-            f"no choice has less than {choice.lower_bound:.5f}, a gap of "
-            f"{choice.gap / choice.loss:.2%}"
+    best = "no choice has less by the same estimate"
+    if choice.gap:
+        best = (
+            f"none has less than {choice.lower_bound:.5f}, a gap of {choice.gap / choice.loss:.2%}"
         )
-    )
     return (
-        f"{found.asked.said}: {_gb(found.file_bytes)} of {_gb(found.asked.num_bytes)} taken, "
-        f"{_gb(found.fixed_bytes)} of it whatever is chosen; of {len(found.groups)} groups of "
-        f"linears {shares}. Estimated KL divergence {choice.loss:.5f} nats a token; {best}."
+        f"of {len(choice.options)} groups of linears {shares}. Estimated KL divergence "
+        f"{choice.loss:.5f} nats a token; {best}."
     )
 
 

@@ -181,6 +181,34 @@ def read_sensitivity(
     return _groups(checkpoint, content["losses"])
 
 
+def read_losses(file: Path, groups: Sequence[Group]) -> Mapping[str, Mapping[WeightFormat, float]]:
+    """First member of each group -> format -> loss, from a file that may be of any text or mode.
+
+    Raises CheckpointError for a file that is no such thing, or of another model.
+    """
+    losses = read_json(file).get("losses")
+    if not isinstance(losses, dict):
+        raise CheckpointError(f"{file} is no sensitivity of ours; remove it or name another output")
+    for group in groups:
+        found = losses.get(group.members[0])
+        if not isinstance(found, dict) or set(found) != set(group.sizes):
+            raise CheckpointError(f"{file}: has no costs of {group.name}; it is of another model")
+    return losses
+
+
+# Inputs, outputs and gradients of all tokens in one layer are kept in bf16 until its linears are
+# through; beside them lies the layer, or a group as stored, decoded and encoded.
+def sensitivity_bytes(config: ModelConfig, tokens: int = TOKENS) -> tuple[int, int]:
+    """Bytes of memory and of disk that measuring takes, interpreter aside."""
+    linears = [x for x in quantizable_linears(config) if x.layer == 0]
+    weights = [x.out_features * x.in_features for x in linears]
+    inputs = {x.name: x.in_features for x in linears if fused_partners(x.name)[0] == x.name}
+    kept = 2 * tokens * (sum(inputs.values()) + 2 * sum(x.out_features for x in linears))
+    head = 0 if config.text.tied_head else 4 * config.text.vocab_size * config.text.width
+    memory = max(kept + max(2 * sum(weights), 8 * max(weights)), head)
+    return memory, 2 * tokens * config.text.width * (config.text.num_layers + 3)
+
+
 def _groups(
     checkpoint: Checkpoint, losses: Mapping[str, Mapping[WeightFormat, float]]
 ) -> list[Group]:
