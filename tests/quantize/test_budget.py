@@ -94,7 +94,7 @@ def test_any_budget_between_the_bounds_is_kept_and_more_is_never_worse(
 ) -> None:
     config, before = config_of(source, tmp_path / "out"), float("inf")
     formats: dict[str, Any] = {}
-    for budget in range(355_000, 600_000, 18_000):
+    for budget in range(385_000, 560_000, 18_000):
         found = made_to_measure(config, Asked(budget, f"--budget {budget}B"), Scales())
         assert found.file_bytes <= budget
         assert found.choice.loss <= before and found.choice.gap >= 0

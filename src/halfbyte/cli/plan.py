@@ -11,6 +11,7 @@ from halfbyte.cli.quantize import (
     METHODS,
     add_budget,
     add_calibration,
+    add_no_vision,
     add_recipe,
     asked_for,
     by_method,
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_recipe(parser)
     add_budget(parser)
+    add_no_vision(parser)
     parser.add_argument(
         "--sensitivity",
         type=Path,
@@ -118,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
 
     source = survey(args.source)
     refuse_export(args.source, source.quantization)
+    if args.no_vision:
+        if source.config.vision is None:
+            raise UsageError(f"--no-vision: {args.source} has no vision tower to leave out")
+        source = replace(source, config=replace(source.config, vision=None))
     is_measured = args.budget is not None or args.fit is not None
     if is_measured and args.recipe is not None:
         raise UsageError("--recipe and --budget or --fit exclude each other: both choose formats")

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, help="directory to make; must not exist")
     add_recipe(parser)
     add_budget(parser)
+    add_no_vision(parser)
     parser.add_argument("--context", type=parse_tokens, help="tokens of a request, for --fit")
     parser.add_argument(
         "--products",
@@ -132,6 +133,15 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_no_vision(parser: argparse.ArgumentParser) -> None:
+    """Add `--no-vision`; `halfbyte plan` has it as well."""
+    parser.add_argument(
+        "--no-vision",
+        action="store_true",
+        help="leave the vision tower out, which otherwise stays in bf16: a text model is written",
+    )
+
+
 def parse_tokens(text: str) -> int:
     """Read a number of tokens, at least 1, from the command line."""
     if not text.isdecimal() or not 1 <= int(text) < 2**31:
@@ -202,6 +212,7 @@ def run(args: argparse.Namespace) -> int:
         with_errors=args.report is not None,
         restart=args.restart,
         accept=tuple(args.accept),
+        has_vision=not args.no_vision,
     )
     if is_measured:
         config = replace(config, recipe=_made_to_measure(args, config))

@@ -19,7 +19,7 @@ from halfbyte.errors import UsageError
 from halfbyte.modules import CacheFormat, Mode, WeightFormat, quantizable_linears
 from halfbyte.quantize import export
 from halfbyte.quantize.hosting import GPUS, room_for_weights
-from halfbyte.quantize.job import QuantizeConfig, calibration_of, refuse_export
+from halfbyte.quantize.job import QuantizeConfig, calibration_of, open_source
 from halfbyte.quantize.knapsack import Choice, Item, choose
 from halfbyte.quantize.sensitivity import (
     Group,
@@ -99,8 +99,7 @@ def made_to_measure(
     the same. Raises UsageError that says what is possible for a budget below the smallest formats
     or above the widest, before anything is measured.
     """
-    checkpoint = Checkpoint.open(config.source)
-    refuse_export(config.source, checkpoint.quantization)
+    checkpoint = open_source(config)
     require_trusted(checkpoint.config, config.accept)
     require_tokens_in_vocabulary(checkpoint)
     if scales.activations == "none":
@@ -180,7 +179,7 @@ class Possible:
         """
         if asked.num_bytes < self.least_bytes:
             vision = plan_sizes(_plan({}, config), config)["vision"].num_bytes
-            part = f", {_gb(vision)} of it the vision tower" if vision else ""
+            part = f" ({_gb(vision)} of it the vision tower: --no-vision)" if vision else ""
             raise UsageError(
                 f"{asked.said}: room for {_gb(asked.num_bytes)} of weights, but with every linear "
                 f"in its smallest format they take {_gb(self.least_bytes)}{part}; ask for that "
