@@ -31,7 +31,7 @@ EXAMPLE = """  halfbyte plan models/fp8 --recipe medium-3.5
   halfbyte plan models/fp8 --recipe medium-3.5 --text our_documents.txt
   halfbyte plan models/fp8 --recipe medium-3.5 --gpu h200 --tp 2 --context 262144 --requests 8
   halfbyte plan models/fp8 --recipe medium-3.5 --gpu b200 --price-per-hour 4.50
-  halfbyte plan models/fp8 --budget 78GB
+  halfbyte plan models/fp8 --budget 84GB
   halfbyte plan models/fp8 --fit rtx-pro-6000 --context 65536"""
 
 

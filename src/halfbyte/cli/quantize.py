@@ -22,7 +22,7 @@ EXAMPLE = """\
   halfbyte quantize models/fp8 models/mixed --recipe medium-3.5
   halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --text our_documents.txt
   halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --blend our_chats.jsonl
-  halfbyte quantize models/fp8 models/small --budget 78GB
+  halfbyte quantize models/fp8 models/small --budget 84GB
   halfbyte quantize models/fp8 models/small --fit rtx-pro-6000 --context 65536"""
 
 METHODS = ("max", "headroom", "mse", "weighted", "gptq", "smooth", "gptq-smooth", "none")
@@ -123,7 +123,7 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         type=parse_bytes,
         metavar="SIZE",
         help="have formats chosen, linear by linear, for least loss in weight files of this size, "
-        "as 78GB, instead of by a recipe",
+        "as 84GB, instead of by a recipe",
     )
     group.add_argument(
         "--fit",

@@ -43,7 +43,7 @@ _KV_CACHE: CacheFormat = "fp8"
 class Asked:
     """How many bytes the weight files may take, and how that is said.
 
-    said  `--budget 78GB`, or `--fit rtx-pro-6000 --context 65536`
+    said  `--budget 84GB`, or `--fit rtx-pro-6000 --context 65536`
     """
 
     num_bytes: int
