@@ -109,9 +109,13 @@ def made_to_measure(
     possible = Possible.of(checkpoint, config.max_shard_bytes)
     stored = sum(map(checkpoint.num_bytes, checkpoint.names()))
     possible.require(asked, checkpoint.config, stored)
-    rows, made = calibration_of(config, checkpoint)
+    rows, pictures, made = calibration_of(config, checkpoint)
     assert rows is not None, "a method with data has rows"
-    some = some_rows(rows)
+    # Rows with pictures enter by their vectors, which this pass does not make.
+    is_text = [not images for images in pictures] or [True] * len(rows)
+    some = some_rows([row for row, is_one in zip(rows, is_text, strict=True) if is_one])
+    if not some:
+        raise UsageError(f"{asked.said} measures on rows of text, and all of these have pictures")
     measuring = Measuring(
         checkpoint,
         some,
