@@ -9,9 +9,9 @@ half in the bytes of `medium-3.5`, within one group. Each is scored on windows o
 text: all of them pass through a layer side by side, every group encoded once per format by maxima,
 keys and values as they are. Scored likewise are the library's recipes and what the budget chooses
 in their bytes. Divergences are from the FP8 source with its inputs left alone. Peers of the
-estimate in the same record: how large errors are where they arise (relative squared error of a
-linear's output), the same times how a perturbation of its layer grows to the end, and the product
-of squared gradients and squared errors element by element. No clock is read: load does not matter.
+estimate in the same record: how large a group's error is in the residual stream behind its layer,
+and the same times how a small random error grows from there to the end. What stages have found is
+kept in --work and taken again. No clock is read: load does not matter.
 
 Reading the result: at the bytes of NVFP4 everywhere a tied model leaves no choice, since its
 embedding stays bf16 and everything else is as small as can be; so the untied twin, whose head is a

@@ -120,7 +120,7 @@ def test_groups_and_their_formats(source: Path) -> None:
     assert Group(("head",), {}, {}).name == "head"
 
 
-def losses(groups: list[Group]) -> dict[str, dict[str, float]]:
+def losses(groups: list[Group]) -> dict[str, dict[Any, float]]:
     return {group.name: dict(group.losses) for group in groups}
 
 
@@ -145,9 +145,11 @@ def test_a_measurement_that_died_goes_on_and_finds_the_same(source: Path, tmp_pa
             measure_sensitivity(measuring(source, file), on_step=kill)
         assert not file.exists()
         taken: list[int] = []
-        again = measure_sensitivity(
-            measuring(source, file), on_step=lambda done, _, to=taken: to.append(done)
-        )
+
+        def note(done: int, _: int, taken: list[int] = taken) -> None:
+            taken.append(done)
+
+        again = measure_sensitivity(measuring(source, file), on_step=note)
         assert losses(again) == whole
         assert taken == list(range(last + 1, steps + 1))
         assert [path.name for path in tmp_path.glob(".*")] == []

@@ -79,7 +79,7 @@ def run_backward(
             [linear("mlp.gate", normed_TD), linear("mlp.up", normed_TD)], dim=-1
         )
         result_TD = middle_TD + linear("mlp.down", reference.silu_mul(gate_up_T2F))
-        result_TD.backward(after_TD.to(result_TD.dtype))
+        result_TD.backward(after_TD.to(result_TD.dtype))  # type: ignore[no-untyped-call]
     gradients = {short: _gradient(y_TO) for short, y_TO in outputs.items()}
     return Passed(
         inputs,
@@ -129,5 +129,5 @@ def run_head_backward(
             # Of log p(drawn) with respect to the logits.
             toward_TV = -probabilities_TV
             toward_TV.scatter_add_(1, drawn_T1.to(x_TD.device), torch.ones_like(toward_TV[:, :1]))
-        logits_TV.backward(toward_TV)
+        logits_TV.backward(toward_TV)  # type: ignore[no-untyped-call]
     return HeadPassed(hidden_TD.detach(), logits_TV.detach(), _gradient(x_TD))

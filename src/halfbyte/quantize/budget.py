@@ -310,7 +310,14 @@ def summary(found: Budgeted) -> str:
 
 
 def _items(groups: Sequence[Group]) -> list[Item]:
-    return [Item(x.name, cast("Mapping[str, int]", x.sizes), x.losses) for x in groups]
+    return [
+        Item(
+            group.name,
+            cast("Mapping[str, int]", group.sizes),
+            cast("Mapping[str, float]", group.losses),
+        )
+        for group in groups
+    ]
 
 
 def _told(choice: Choice) -> str:

@@ -44,9 +44,9 @@ from halfbyte.modules import (
     fused_partners,
     quantizable_linears,
 )
-from halfbyte.quantize.encode import Inputs, SourceWeight, encode_weight
+from halfbyte.quantize.encode import HEAD_ROWS, Inputs, SourceWeight, encode_weight
 from halfbyte.quantize.journal import Journal
-from halfbyte.quantize.layer import HEAD_ROWS, read_weight
+from halfbyte.quantize.layer import read_weight
 from halfbyte.quantize.scales import input_scale, shared_maxima
 from halfbyte.quantize.staging import locked
 from halfbyte.recipe.plan import Plan, linear_size
@@ -258,7 +258,7 @@ class _Run:
             self._entries = []
             self._journal.start(fingerprint)
 
-    def run(self) -> dict[str, dict[str, float]]:
+    def run(self) -> dict[str, dict[WeightFormat, float]]:
         """Take the steps that are left; returns first member -> format -> loss, in model order."""
         try:
             self._forward()
@@ -355,7 +355,7 @@ class _Run:
             inputs.close()
         self._note(gradients=gradients.checksum, losses=losses)
 
-    def _layer(self, layer: int, gradients: Activations) -> dict[str, dict[str, float]]:
+    def _layer(self, layer: int, gradients: Activations) -> dict[str, dict[WeightFormat, float]]:
         checkpoint, prefix = self._checkpoint, f"decoder.{layer}"
         inputs = self._open("inputs")
         shorts = [short for readers in READERS.values() for short in readers]
@@ -396,12 +396,12 @@ class _Run:
         shorts: Sequence[str],
         passed: Sequence[Passed],
         observed: float,
-    ) -> dict[str, float]:
+    ) -> dict[WeightFormat, float]:
         """What each format of one group would cost a position, on average."""
         tap = next(tap for tap, readers in READERS.items() if shorts[0] in readers)
         sources = [read_weight(self._checkpoint, name, self._device) for name in names]
         maxima = {source.name: source.amax() for source in sources}
-        losses: dict[str, float] = {}
+        losses: dict[WeightFormat, float] = {}
         count = sum(row.inputs[tap].shape[0] for row in passed)
         for chosen in self._choices[names[0]]:
             if chosen == "bf16":
@@ -465,7 +465,7 @@ class _HeadCost:
         """Keep one row: what the head reads, and the logarithm of its exponentials' sum."""
         self._rows.append((hidden_TD, torch.logsumexp(logits_TV, dim=-1)))
 
-    def means(self) -> dict[str, float]:
+    def means(self) -> dict[WeightFormat, float]:
         """Format -> nats a token; rounding may leave a mean a hair below zero."""
         return {chosen: self._mean(chosen) for chosen in self._formats}
 
