@@ -43,6 +43,9 @@ COMPANION_FILES = (
     NOTE_FILE,
 )
 
+# Of these what says how a model sees, for which a text model has no use.
+OF_VISION = ("preprocessor_config.json", "processor_config.json")
+
 
 def write_fp8_source(
     source: Checkpoint, input_amax: Mapping[str, float | Tensor], target: Path

@@ -34,6 +34,7 @@ from halfbyte.checkpoint.shards import (
     read_whole,
     scan,
 )
+from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats.fp8 import decode_fp8
@@ -99,6 +100,30 @@ class Checkpoint:
             expected = {name: _as_any_float(want) for name, want in expected.items()}
         _compare(stored, expected, layout, quantization)
         return cls(directory, config, quantization, raw, layout, stored, ignored)
+
+    def without_vision(self) -> "Checkpoint":
+        """The text model alone, as a text-only checkpoint in the hub's spelling would say it.
+
+        Tensors are read from where they lie. Raises CheckpointError if there is no vision tower.
+        """
+        if self.config.vision is None:
+            raise CheckpointError(f"{self.directory} has no vision tower to leave out")
+        config = replace(self.config, vision=None)
+        stored = {
+            name: tensor
+            for name, tensor in self._stored.items()
+            if not name.startswith(("encoder.", "projector."))
+        }
+        layout: Layout = "mistral" if self.layout == "mistral" else "hf-text"
+        return Checkpoint(
+            self.directory,
+            config,
+            self.quantization,
+            hub_config(config),
+            layout,
+            stored,
+            dict(self.ignored),
+        )
 
     @classmethod
     def open_eagle(cls, path: str | Path) -> "Checkpoint":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.fp8_source import COMPANION_FILES
+from halfbyte.checkpoint.fp8_source import COMPANION_FILES, OF_VISION
 from halfbyte.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -299,6 +299,7 @@ def _check_group(checkpoint: Checkpoint, partners: tuple[str, ...]) -> Iterator[
 def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterator[Problem]:
     """Problems of token ids beyond the vocabulary, or of tokenizer files unlike the source's."""
     directory, text = checkpoint.directory, checkpoint.config.text
+    text_only = checkpoint.config.vision is None
     if not any((directory / name).exists() for name in ("tokenizer.json", "tekken.json")):
         yield Problem("warning", str(directory), "no tokenizer.json and no tekken.json")
     largest = _largest_token_id(directory)
@@ -313,6 +314,8 @@ def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterat
             yield Problem("error", "config.json", f"token id {token} is outside the vocabulary")
     if source is not None:
         for name in COMPANION_FILES:
+            if text_only and name in OF_VISION:
+                continue
             yield from _check_companion(directory / name, source.directory / name)
 
 
@@ -355,7 +358,10 @@ def _check_geometry(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[Prob
     if checkpoint.config != source.config:
         for part in ("text", "vision"):
             ours, theirs = _meaning(checkpoint.config, part), _meaning(source.config, part)
-            if ours != theirs:
+            if part == "vision" and ours is None:
+                what = "the source's vision tower is left out; this is a text model"
+                yield Problem("warning", "config.json", what)
+            elif ours != theirs:
                 yield Problem(
                     "error", "config.json", f"{part}: {ours} is not the source's {theirs}"
                 )

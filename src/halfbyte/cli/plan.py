@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.quantize import (
     METHODS,
+    add_budget,
     add_calibration,
+    add_no_vision,
     add_recipe,
+    asked_for,
     by_method,
     chosen_blend,
     parse_bytes,
 )
+from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:
     from halfbyte.quantize.capacity import CalibrationText, Speeds
@@ -26,7 +30,9 @@ if TYPE_CHECKING:
 EXAMPLE = """  halfbyte plan models/fp8 --recipe medium-3.5
   halfbyte plan models/fp8 --recipe medium-3.5 --text our_documents.txt
   halfbyte plan models/fp8 --recipe medium-3.5 --gpu h200 --tp 2 --context 262144 --requests 8
-  halfbyte plan models/fp8 --recipe medium-3.5 --gpu b200 --price-per-hour 4.50"""
+  halfbyte plan models/fp8 --recipe medium-3.5 --gpu b200 --price-per-hour 4.50
+  halfbyte plan models/fp8 --budget 84GB
+  halfbyte plan models/fp8 --fit rtx-pro-6000 --context 65536"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, help="checkpoint directory; config.json (and the index) will do"
     )
     add_recipe(parser)
+    add_budget(parser)
+    add_no_vision(parser)
+    parser.add_argument(
+        "--sensitivity",
+        type=Path,
+        metavar="FILE",
+        help="for --budget and --fit: the costs that quantize has measured and left beside its "
+        "output, as OUTPUT.sensitivity.json",
+    )
     parser.add_argument(
         "--method", choices=METHODS, help="as for quantize, instead of the recipe's way"
     )
@@ -90,18 +105,35 @@ def parse_price(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.machine import age_s
+    from halfbyte.quantize.budget import outline
     from halfbyte.quantize.capacity import CalibrationText, estimate_run
     from halfbyte.quantize.job import refuse_export
-    from halfbyte.quantize.plan_text import format_estimate, format_hosting, format_quantizing
+    from halfbyte.quantize.plan_text import (
+        format_estimate,
+        format_hosting,
+        format_measuring,
+        format_quantizing,
+    )
     from halfbyte.quantize.survey import survey
     from halfbyte.recipe.fitted import named_or_fitted
     from halfbyte.recipe.plan import make_plan
 
     source = survey(args.source)
+    refuse_export(args.source, source.quantization)
+    if args.no_vision:
+        if source.config.vision is None:
+            raise UsageError(f"--no-vision: {args.source} has no vision tower to leave out")
+        source = replace(source, config=replace(source.config, vision=None))
+    is_measured = args.budget is not None or args.fit is not None
+    if is_measured and args.recipe is not None:
+        raise UsageError("--recipe and --budget or --fit exclude each other: both choose formats")
     chosen, said = named_or_fitted(args.recipe, lambda: source.config)
     recipe = by_method(chosen, args.method)
-    refuse_export(args.source, source.quantization)
-    plan = make_plan(recipe, source.config)
+    if is_measured:
+        outlined, said = outline(source, asked_for(args, source.config), args.sensitivity)
+        plan = replace(outlined, scales=recipe.scales)
+    else:
+        plan = make_plan(recipe, source.config)
     hosted = _hosting(args, source, plan)
     text = (
         CalibrationText(0, 0)
@@ -143,6 +175,8 @@ def run(args: argparse.Namespace) -> int:
         if said is not None:
             print(f"{said}\n")
         print(format_estimate(source, made, price))
+        if is_measured:
+            print(format_measuring(source.config, made))
         print(f"\n{format_quantizing(elsewhere, price)}\n\n{format_hosting(hosted, price)}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,18 @@ from halfbyte.errors import UsageError
 from halfbyte.progress import TimeLeft, say_next
 
 if TYPE_CHECKING:
+    from halfbyte.config import ModelConfig
+    from halfbyte.quantize.budget import Asked
+    from halfbyte.quantize.job import QuantizeConfig
     from halfbyte.recipe.schema import Recipe
 
 EXAMPLE = """\
   halfbyte quantize models/small models/mixed
   halfbyte quantize models/fp8 models/mixed --recipe medium-3.5
   halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --text our_documents.txt
-  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --blend our_chats.jsonl"""
+  halfbyte quantize models/fp8 models/mixed --recipe medium-3.5 --blend our_chats.jsonl
+  halfbyte quantize models/fp8 models/small --budget 84GB
+  halfbyte quantize models/fp8 models/small --fit rtx-pro-6000 --context 65536"""
 
 METHODS = ("max", "headroom", "mse", "weighted", "gptq", "smooth", "gptq-smooth", "none")
 
@@ -28,6 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", type=Path, help="directory to make; must not exist")
     add_recipe(parser)
+    add_budget(parser)
+    add_no_vision(parser)
+    parser.add_argument("--context", type=parse_tokens, help="tokens of a request, for --fit")
+    parser.add_argument(
+        "--products",
+        dest="mode",
+        choices=("declared", "weight_only"),
+        default="declared",
+        help="what --budget reckons with: inputs rounded as the formats declare, or left alone, as "
+        "on hardware without FP4 products (%(default)s)",
+    )
     add_calibration(parser)
     parser.add_argument(
         "--hub", action="store_true", help="fetch the source, and what --data lacks"
@@ -98,6 +115,40 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that have a recipe made to measure; `halfbyte plan` has them as well."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--budget",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="have formats chosen, linear by linear, for least loss in weight files of this size, "
+        "as 84GB, instead of by a recipe",
+    )
+    group.add_argument(
+        "--fit",
+        metavar="GPU",
+        help="likewise, in what one GPU (h100, rtx-pro-6000, ...) has for weights beside a request "
+        "of --context tokens",
+    )
+
+
+def add_no_vision(parser: argparse.ArgumentParser) -> None:
+    """Add `--no-vision`; `halfbyte plan` has it as well."""
+    parser.add_argument(
+        "--no-vision",
+        action="store_true",
+        help="leave the vision tower out, which otherwise stays in bf16: a text model is written",
+    )
+
+
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens, at least 1, from the command line."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def parse_bytes(text: str) -> int:
     """Read `12GiB`, `10GB`, `1.5TB` or `4096B`; without a unit it is refused: few mean bytes."""
     binary = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -118,8 +169,6 @@ def parse_bytes(text: str) -> int:
 
 def by_method(recipe: "Recipe", method: str | None) -> "Recipe":
     """The recipe with the scales of a method, where one is given; its cache stays as it is."""
-    from dataclasses import replace
-
     from halfbyte.quantize.scales import METHODS as SCALES_OF
 
     if method is None:
@@ -137,29 +186,38 @@ def run(args: argparse.Namespace) -> int:
 
     blend = chosen_blend(args)
     source = locate(args.source, allow_hub=args.hub)
+    is_measured = args.budget is not None or args.fit is not None
+    if args.context is not None and args.fit is None:
+        raise UsageError("--context says how much cache --fit leaves room for; give --fit, too")
+    if is_measured and args.recipe is not None:
+        raise UsageError("--recipe and --budget or --fit exclude each other: both choose formats")
     chosen, said = named_or_fitted(args.recipe, lambda: read_config(source.directory)[0])
     recipe = by_method(chosen, args.method)
-    if said is not None:
+    if said is not None and not is_measured:
         print(said)
+    config = QuantizeConfig(
+        source=source.directory,
+        origin=source.origin,
+        output=args.output,
+        recipe=recipe,
+        profile=args.profile,
+        calibration_tokens=args.calibration_tokens,
+        blend=blend,
+        data_folder=args.data,
+        allow_hub=args.hub,
+        device=args.device,
+        memory_bytes=args.memory,
+        gpu_memory_bytes=args.gpu_memory,
+        max_shard_bytes=args.shard_size,
+        with_errors=args.report is not None,
+        restart=args.restart,
+        accept=tuple(args.accept),
+        has_vision=not args.no_vision,
+    )
+    if is_measured:
+        config = replace(config, recipe=_made_to_measure(args, config))
     result = quantize(
-        QuantizeConfig(
-            source=source.directory,
-            origin=source.origin,
-            output=args.output,
-            recipe=recipe,
-            profile=args.profile,
-            calibration_tokens=args.calibration_tokens,
-            blend=blend,
-            data_folder=args.data,
-            allow_hub=args.hub,
-            device=args.device,
-            memory_bytes=args.memory,
-            gpu_memory_bytes=args.gpu_memory,
-            max_shard_bytes=args.shard_size,
-            with_errors=args.report is not None,
-            restart=args.restart,
-            accept=tuple(args.accept),
-        ),
+        config,
         owns_process=True,
         on_layer=TimeLeft("layers"),
     )
@@ -175,6 +233,40 @@ def run(args: argparse.Namespace) -> int:
         f"halfbyte serve {shlex.quote(str(args.output))}",
     )
     return 0
+
+
+def _made_to_measure(args: argparse.Namespace, config: "QuantizeConfig") -> "Recipe":
+    """The recipe of --budget or --fit, which is written beside the output and said."""
+    from halfbyte.checkpoint.metadata import read_config
+    from halfbyte.checkpoint.writer import check_target
+    from halfbyte.quantize.budget import made_to_measure, recipe_file, summary
+    from halfbyte.recipe.schema import load_recipe
+
+    check_target(config.output)
+    asked = asked_for(args, read_config(config.source)[0])
+    found = made_to_measure(
+        config,
+        asked,
+        config.recipe.scales,
+        mode=args.mode,
+        on_step=TimeLeft("steps of measuring"),
+        owns_process=True,
+    )
+    print(summary(found))
+    file = recipe_file(config.output)
+    print(f"{file}: the recipe, with what every format would cost each group")
+    return load_recipe(file)
+
+
+def asked_for(args: argparse.Namespace, config: "ModelConfig") -> "Asked":
+    """Bytes of --budget, or what --fit leaves room for."""
+    from halfbyte.quantize.budget import Asked, room_on
+
+    if args.fit is not None:
+        return room_on(args.fit, args.context, config)
+    size = args.budget
+    said = f"{size / 1e9:g}GB" if size >= 10**9 else f"{size / 1e6:g}MB"
+    return Asked(size, f"--budget {said}")
 
 
 def chosen_blend(args: argparse.Namespace) -> str | None:

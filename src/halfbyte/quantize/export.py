@@ -11,6 +11,7 @@ from typing import Any
 
 from halfbyte.chat.processor import processor_files
 from halfbyte.chat.tekken_export import hub_tokenizer, needs_hub_tokenizer
+from halfbyte.checkpoint.fp8_source import OF_VISION
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.manifest import MANIFEST_NAME
 from halfbyte.checkpoint.metadata import Quantization
@@ -95,6 +96,8 @@ def export_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for path in sorted(checkpoint.directory.iterdir()):
         if path.name in _NOT_COPIED or path.suffix == ".safetensors" or path.is_dir():
+            continue
+        if checkpoint.config.vision is None and path.name in OF_VISION:
             continue
         if any(path.match(pattern) for pattern in _COPIED):
             try:

@@ -13,7 +13,7 @@ from typing import Literal
 from halfbyte.config import ModelConfig, TextConfig
 from halfbyte.engine.cache import bytes_per_token
 from halfbyte.errors import UsageError
-from halfbyte.modules import decoder_linears
+from halfbyte.modules import CacheFormat, decoder_linears
 from halfbyte.quantize.rehearsal import layer_weights, text_flops
 from halfbyte.recipe.plan import Plan, head_size, linear_size, plan_sizes
 
@@ -21,6 +21,8 @@ _MIB = 1 << 20
 # What the driver and the libraries keep for themselves on each GPU.
 _CONTEXT_BYTES = 700 * _MIB
 _BLOCK = 16
+# Tokens of one step (the engine's prefill chunk), and the share of a GPU that the server takes.
+BATCH_TOKENS, UTILIZATION = 2048, 0.9
 # The engine's share of free memory for the cache of a machine without a GPU.
 _CPU_SHARE = 0.25
 HERE = "this machine's processor"
@@ -218,8 +220,8 @@ def host_on(
     *,
     context: int,
     requests: int,
-    batch_tokens: int = 2048,
-    utilization: float = 0.9,
+    batch_tokens: int = BATCH_TOKENS,
+    utilization: float = UTILIZATION,
 ) -> Hosting:
     """Work out what one GPU type at one width can serve.
 
@@ -259,6 +261,17 @@ def host_on(
         tokens_per_s=speed,
         speed_basis=basis,
     )
+
+
+def room_for_weights(gpu: Gpu, config: ModelConfig, kv_cache: CacheFormat, *, context: int) -> int:
+    """Bytes of weights that leave room on one GPU for a single request of `context` tokens.
+
+    With the shares and working memory of `host_on`; may be negative.
+    """
+    tokens = -(-context // _BLOCK) * _BLOCK
+    cache = tokens * bytes_per_token(config.text, kv_cache)
+    working = _CONTEXT_BYTES + _step_bytes(config.text, 1, BATCH_TOKENS, 1)
+    return int(gpu.memory_bytes * UTILIZATION) - working - cache
 
 
 def host_here(

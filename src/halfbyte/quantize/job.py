@@ -49,6 +49,7 @@ class QuantizeConfig:
     with_errors         measure every linear's error against the source (about twice the time)
     restart             drop what an earlier, unfinished run left instead of going on with it
     accept              settings of the source to go on with although they are known to ruin a model
+    has_vision          False leaves the vision tower out: the output is a text model
     """
 
     source: Path
@@ -67,6 +68,7 @@ class QuantizeConfig:
     with_errors: bool = True
     restart: bool = False
     accept: tuple[str, ...] = ()
+    has_vision: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +98,20 @@ def refuse_export(source: Path, quantization: Quantization) -> None:
         )
 
 
-def validate(config: QuantizeConfig) -> Job:
-    """Make the job, or raise UsageError, CheckpointError, FormatError or CapacityError."""
+def open_source(config: QuantizeConfig) -> Checkpoint:
+    """Open the source, without its vision tower if that is to be left out."""
     checkpoint = Checkpoint.open(config.source)
     refuse_export(config.source, checkpoint.quantization)
+    return checkpoint if config.has_vision else checkpoint.without_vision()
+
+
+def validate(config: QuantizeConfig) -> Job:
+    """Make the job, or raise UsageError, CheckpointError, FormatError or CapacityError."""
+    checkpoint = open_source(config)
     require_trusted(checkpoint.config, config.accept)
     require_tokens_in_vocabulary(checkpoint)
     plan = make_plan(config.recipe, checkpoint.config)
-    rows, pictures, provenance = _calibration(config, checkpoint)
+    rows, pictures, provenance = calibration_of(config, checkpoint)
     layout = export.export_layout(checkpoint)
     shapes = export.export_tensors(checkpoint, plan)
     names = {name: export.export_name(name, layout) for name in shapes}
@@ -147,7 +155,7 @@ def _is_gpu(config: QuantizeConfig) -> bool:
     return True
 
 
-def _calibration(
+def calibration_of(
     config: QuantizeConfig, checkpoint: Checkpoint
 ) -> tuple[Rows | None, RowPictures, Mapping[str, Any] | None]:
     """The calibration rows, their pictures and where they come from; None without data."""
@@ -205,6 +213,7 @@ def _fingerprint(
     return {
         **({} if config.origin is None else {"origin": config.origin}),
         "source": export.source_fingerprint(checkpoint),
+        **({} if config.has_vision else {"vision": "left out"}),
         "recipe": {
             "name": plan.recipe_name,
             "formats": dict(plan.formats),

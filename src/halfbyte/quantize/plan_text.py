@@ -6,10 +6,12 @@ No number has more digits than it is good for.
 from collections.abc import Mapping, Sequence
 from math import floor, log10
 
+from halfbyte.config import ModelConfig
 from halfbyte.printable import columns
 from halfbyte.quantize.capacity import CalibrationText, CapacityEstimate, Speeds, Time
 from halfbyte.quantize.hosting import HERE, Hosting, Quantizing
 from halfbyte.quantize.memory import MemoryPlan
+from halfbyte.quantize.sensitivity import TOKENS, sensitivity_bytes
 from halfbyte.quantize.survey import Survey
 
 # From this share of the processors on, others' work makes a time one of a busy machine.
@@ -37,6 +39,30 @@ def format_estimate(
         if price_per_hour is not None:
             rows.append(("cost", money(made.time.likely / 3600 * price_per_hour)))
     return "\n".join(f"{name:<13}{value}".rstrip() for name, value in rows)
+
+
+# Against running the same tokens forward: back through a layer costs three times that, and the
+# outputs under two formats twice.
+_MEASURED_RUNS = 6
+_MEASURED_FORMATS = 2
+
+
+def format_measuring(config: ModelConfig, made: CapacityEstimate) -> str:
+    """What measuring the costs of formats takes before the run that a budget asks for."""
+    tokens = min(TOKENS, made.text.num_tokens)
+    memory, disk = sensitivity_bytes(config, tokens)
+    took = ""
+    if made.time is not None:
+        parts = made.time.parts
+        share = tokens / max(made.text.num_tokens, 1)
+        seconds = _MEASURED_RUNS * share * parts.get("running the text", 0.0)
+        seconds += _MEASURED_FORMATS * parts.get("encoding", 0.0)
+        took = f"about {duration(seconds)}, "
+    return (
+        f"{'measuring':<13}{took}{gb(memory)} of memory besides the program, {gb(disk)} of disk "
+        f"until it is done: costs of formats on {tokens:,} tokens, forward and back, kept for the "
+        "next budget"
+    )
 
 
 def gb(num_bytes: float) -> str:
