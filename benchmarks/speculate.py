@@ -194,11 +194,14 @@ def measure(
     return samples, accepted
 
 
-def speculation_figures(medians: Mapping[str, float], kinds: Iterable[str]) -> list[Figure]:
+def speculation_figures(
+    medians: Mapping[str, float], kinds: Iterable[str], clock: str
+) -> list[Figure]:
     """Each kind of text, one answer alone and several together, against plain decoding."""
+    timed = {} if clock == "wall" else {"seconds of": "one processor"}
     return [
         Figure(f"decode with {name}", medians[key], "tokens/s",
-               "speculation", {"text": kind, "answers": company},
+               "speculation", {"text": kind, "answers": company, **timed},
                (Against("plain decoding", medians[f"{kind} {company} {PLAIN}"]),))
         for kind in kinds
         for company in ("alone", "together")
@@ -241,7 +244,7 @@ def main() -> None:
         samples, accepted = measure(engines, texts, args.rounds, clock)
         usage = watch.usage()
     medians = {name: round(statistics.median(values), 1) for name, values in samples.items()}
-    figures = speculation_figures(medians, texts)
+    figures = speculation_figures(medians, texts, args.clock)
     for figure in figures:
         print(
             f"{figure.name}, {figure.conditions_text}: {figure.value_text}; {figure.against_text}"

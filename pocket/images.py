@@ -328,8 +328,9 @@ def look(rng: Random, split: Split) -> Item:
 def inside(rng: Random, split: Split) -> Item:
     """A sum, rendered with its options; it is written out, then answered.
 
-    The thought lists the options as a prompt of text does, and says the value once more before its
-    letter: so a letter is looked up here by what every other choice has taught (decision 0166).
+    The thought adds up before it has seen options that could lead it astray, lists these as a
+    prompt of text does, and says the value once more before its letter: so a letter is looked up
+    here by what every other choice has taught (decision 0166).
     """
     while True:
         left, right = rng.randint(1, 49), rng.randint(1, 49)
@@ -352,9 +353,9 @@ def inside(rng: Random, split: Split) -> Item:
     thought = None
     effort = effort_of(rng, 0.6)
     if effort == "high":
+        summed = f"{left} {sign} {right} = {value}."
         listed = "\n".join(f"{k}. {text}" for k, text in zip("ABCD", options, strict=True))
-        summed = f"{left} {sign} {right} = {value}. {value} is {letter}."
-        thought = f"{question}\n{listed}\n\n{summed}"
+        thought = f"{question} {summed}\n{listed}\n\nI see {value}. That is {letter}."
     prompt = TRANSCRIBE.format(letters="A, B, C, D")
     gold = {"letter": letter, "options": 4, "scene": "inside"}
     return Item(

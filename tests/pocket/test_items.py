@@ -156,7 +156,7 @@ def test_patches_are_the_servers_pixels_in_squares(vocabulary: Vocabulary) -> No
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_question_in_the_picture_is_thought_of_as_a_prompt_of_text_lists_it(split: Split) -> None:
-    """Options a line each, the sum, and the value just before its letter."""
+    """The sum, the options a line each, and the value just before its letter."""
     thoughts = [
         (thought, found.gold["letter"])
         for found in (item("inside", number, split) for number in range(40))
@@ -164,12 +164,14 @@ def test_a_question_in_the_picture_is_thought_of_as_a_prompt_of_text_lists_it(sp
     ]
     assert len(thoughts) > 10
     for thought, letter in thoughts:
-        question, *lines, _, last = thought.splitlines()
-        left, sign, right = question.removeprefix("What is ").removesuffix("?").split()
+        first, *lines, _, last = thought.splitlines()
+        question, summed = first.split("? ")
+        left, sign, right = question.removeprefix("What is ").split()
         value = int(left) + int(right) * (1 if sign == "+" else -1)
+        assert summed == f"{left} {sign} {right} = {value}."
         options = dict(line.split(". ") for line in lines)
         assert list(options) == ["A", "B", "C", "D"] and options[letter] == str(value)
-        assert last == f"{left} {sign} {right} = {value}. {value} is {letter}."
+        assert last == f"I see {value}. That is {letter}."
 
 
 def test_shares_name_every_graded_kind() -> None:
