@@ -170,7 +170,11 @@ class _Source:
         tensor = f"{name}.weight_scale"
         if not self._checkpoint.shape(tensor):
             return self._scalar_tensor(tensor)
-        return self._part(name, "weight_scale").float()
+        self._taken.add(tensor)
+        head_dim = self._checkpoint.config.text.head_dim
+        axis, part = slice_of(self._shard, head_dim, name, "weight_scale", "fp8")
+        rows = (part.start, part.stop) if axis == 0 else (0, None)
+        return self._checkpoint.row_scales(name, *rows).to(self.device)
 
     def _scalar_tensor(self, name: str) -> torch.Tensor:
         return torch.tensor(self.scalar(name), dtype=torch.float32, device=self.device)
