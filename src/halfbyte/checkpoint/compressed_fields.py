@@ -32,7 +32,7 @@ _IGNORED_ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class CompressedFacts:
-    """What such a config says.
+    """What llm-compressor's config says of weights, inputs and the cache.
 
     has_row_scales   a weight has a scale of each row, not one of all
     has_input_scale  activations have a stored scale, not one of each token
