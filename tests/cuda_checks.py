@@ -254,6 +254,23 @@ def check_scores_are_those_of_the_cpu(directory: Path, **options: Any) -> str:
     return f"relative errors {[f'{x:.4f}' for x in largest]}"
 
 
+def check_saturation_is_counted(directory: Path) -> str:
+    """Every kind's activations are counted, as many as on the CPU, and as many of them clipped."""
+    found = []
+    for device in ("cpu", "cuda"):
+        engine = load(directory, device, count_saturation=True)
+        for length in (5, 150, 400):  # a graph, a graph or a prefill, a prefill
+            list(engine.score(prompt_of(length, length), 400))
+        time.sleep(1.1)  # counts are read once a second
+        found.append({(kind, rows): both for kind, rows, *both in engine.stats().saturation})
+    ours, theirs = found
+    for key, (clipped, every) in ours.items():
+        assert theirs[key][1] == every, (key, ours, theirs)
+        assert abs(theirs[key][0] - clipped) <= 5 + 0.02 * every, (key, ours, theirs)
+    assert ours["qkv", "text"][1] > 0
+    return f"{theirs}"
+
+
 def check_two_runs_are_identical(directory: Path, **options: Any) -> str:
     prompts = [prompt_of(length, length) for length in LENGTHS]
     sampled = SamplingParams(temperature=0.8, top_p=0.95, seed=5, max_tokens=24, ignore_eos=True)
@@ -511,6 +528,8 @@ CHECKS: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
     ("nvfp4", check_draft_model, {"head": "eagle-fp8"}),
     ("fp8-head", check_scores_are_those_of_the_cpu, {}),
     ("fp8-head", check_draft_model, {"head": "eagle-fp8"}),
+    ("fp8", check_saturation_is_counted, {}),
+    ("fp8-head", check_saturation_is_counted, {}),
     ("fp8-head", check_scores_are_those_of_the_cpu, {"fp8_activations": "per-token"}),
     ("mixed", check_scores_are_those_of_the_cpu, {"fp8_activations": "per-token"}),
     ("mixed", check_tokens_are_those_of_the_cpu, {"fp8_activations": "per-token"}),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cuda_plain import values_of
+from halfbyte.config import TextConfig
 from halfbyte.kernels.cuda import ops
 from halfbyte.kernels.cuda.driver import LinearResult
 from halfbyte.kernels.cuda.library import (
@@ -37,7 +38,12 @@ from halfbyte.kernels.repack import (
     untile_rows,
 )
 from halfbyte.model.cuda import decode, launches
+from halfbyte.model.cuda.decode import DecodeStep
+from halfbyte.model.cuda.launches import CudaModel, SharedBuffers
+from halfbyte.model.cuda.weights import CudaWeights, KvCache, make_cache
+from halfbyte.model.rope import RotaryTable
 
+PAGE, PAGES = 16, 4  # slots of a page, pages of a row
 _DTYPES = {"nvfp4": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,6 +55,40 @@ def use_emulation(monkeypatch: pytest.MonkeyPatch) -> "EmulatedLibrary":
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch, "_scaled_mm", _scaled_mm)
     return EmulatedLibrary()
+
+
+def make_step(
+    library: "EmulatedLibrary", weights: CudaWeights, cache: KvCache, size: int, **more: Any
+) -> DecodeStep:
+    """A step whose rows have pages of their own, in scattered order."""
+    rotary = RotaryTable(weights.config, torch.device("cpu")).at
+    step = DecodeStep(
+        CudaModel(library, weights, cache, rotary, SharedBuffers(), **more),
+        size,
+        max_context_tokens=PAGE * PAGES,
+        prepare=lambda step: None,
+        logits_TV=torch.full((size, weights.head.weight.out_features), torch.nan),
+    )
+    table = torch.randperm(size * PAGES).int().view(size, PAGES)
+    step.block_table_TP.copy_(table)
+    return step
+
+
+def new_cache(config: TextConfig, size: int) -> KvCache:
+    """A cache for so many rows, in which nothing unwritten may be read: NaN."""
+    cache = make_cache(config, size * PAGES, PAGE, torch.device("cpu"))
+    for part in (*cache.keys, *cache.values):
+        part.fill_(0x7F)
+    return cache
+
+
+def put(step: DecodeStep, tokens_T: Tensor, position: int) -> None:
+    """A row of each sequence at this position."""
+    step.token_ids_T.copy_(tokens_T)
+    step.positions_T.fill_(position)
+    step.context_lengths_T.fill_(position + 1)
+    pages_T = step.block_table_TP[:, position // PAGE].long()
+    step.slots_T.copy_(pages_T * PAGE + position % PAGE)
 
 
 @dataclass
@@ -204,6 +244,28 @@ class EmulatedLibrary(KernelLibrary):
                 out_TNH[row] = out[0].to(out_TNH.dtype)
 
         return {"lay_out_context": lay_out, "chunk_attention": attend}
+
+    def count_largest(self) -> Any:
+        def run(
+            grid: Any,
+            codes: Tensor,
+            chunk_stride: int,
+            token_stride: int,
+            features: int,
+            slots_T: Tensor,
+            is_image_T: Tensor,
+            counts_22: Tensor,
+        ) -> None:
+            f, count = torch.arange(features), grid[1]
+            at_TF = torch.arange(count)[:, None] * token_stride + (f >> 4) * chunk_stride + (f & 15)
+            is_largest_TF = codes.view(-1).view(torch.uint8)[at_TF] & 0x7F == 0x7E
+            for row in range(count):
+                if slots_T[row] >= 0:
+                    counts_22[int(is_image_T[row])] += torch.stack(
+                        (is_largest_TF[row].sum(), torch.tensor(features))
+                    )
+
+        return run
 
     def gather(self) -> Any:
         def run(grid: Any, y: LinearResult, features: int, dense: Tensor, stride: int) -> None:

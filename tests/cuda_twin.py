@@ -28,6 +28,7 @@ from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_vision
 from halfbyte.model.parallel import Communicator
+from halfbyte.model.saturation import SaturationCounts
 from halfbyte.modules import CacheFormat
 
 
@@ -71,6 +72,10 @@ class TwinExecutor:
     @property
     def communicator(self) -> Communicator:
         return self._decoder.communicator
+
+    @property
+    def saturation(self) -> SaturationCounts | None:
+        return self._decoder.saturation
 
     def replay(self, size: int) -> Tensor:
         self.replayed.append(size)

@@ -1,6 +1,7 @@
 """Small checkpoints in a geometry that the CUDA kernels take: bf16, FP8 source, mixed, native."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from halfbyte.checkpoint.names import foreign_name, hub_to_native_rows, rotary_h
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import ModelConfig, RopeConfig, TextConfig
 from halfbyte.model.tiny import write_tiny_checkpoint
-from halfbyte.modules import WeightFormat
+from halfbyte.modules import WeightFormat, decoder_linears
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.recipe.schema import Recipe, load_recipe, parse_recipe
@@ -115,4 +116,87 @@ def write_native(directory: Path, hub: Path) -> Path:
         "model_type": "transformer",
     }
     (directory / "params.json").write_text(json.dumps(params))
+    return directory
+
+
+def compressed_config(
+    *, channel: bool = True, dynamic: bool = True, kv: bool = False, ignore: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`quantization_config` as llm-compressor writes it for FP8."""
+
+    def arguments(strategy: str, *, is_dynamic: bool) -> dict[str, Any]:
+        return {
+            "actorder": None,
+            "block_structure": None,
+            "dynamic": is_dynamic,
+            "group_size": None,
+            "num_bits": 8,
+            "observer": None if is_dynamic else "minmax",
+            "observer_kwargs": {},
+            "strategy": strategy,
+            "symmetric": True,
+            "type": "float",
+        }
+
+    group = {
+        "input_activations": arguments("token" if dynamic else "tensor", is_dynamic=dynamic),
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": arguments("channel" if channel else "tensor", is_dynamic=False),
+    }
+    return {
+        "config_groups": {"group_0": group},
+        "format": "float-quantized",
+        "global_compression_ratio": 1.46,
+        "ignore": list(ignore),
+        "kv_cache_scheme": arguments("tensor", is_dynamic=False) if kv else None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "version": "0.12.2",
+    }
+
+
+def write_compressed(
+    directory: Path,
+    bf16: Path,
+    *,
+    channel: bool = True,
+    dynamic: bool = True,
+    kv: bool = False,
+    ignore: Sequence[str] = ("lm_head",),
+) -> Path:
+    """A bf16 checkpoint in FP8 as llm-compressor lays it out: scales in bf16, of rows or one."""
+    checkpoint = Checkpoint.open(bf16)
+    foreign: dict[str, torch.Tensor] = {}
+    quantized = [one.name for one in decoder_linears(checkpoint.config)]
+    if "lm_head" not in ignore:
+        quantized.append("head")
+
+    def spelt(name: str) -> str:
+        return foreign_name(name, checkpoint.layout, "compressed")
+
+    for name in checkpoint.names():
+        tensor = checkpoint.tensor(name)
+        linear = name.removesuffix(".weight")
+        if linear not in quantized:
+            foreign[spelt(name)] = tensor
+            continue
+        largest = tensor.float().abs().amax(1, keepdim=True)
+        scale = ((largest if channel else largest.amax().reshape(1)) / 448.0).bfloat16()
+        codes = (tensor.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        foreign[spelt(name)] = codes
+        foreign[spelt(f"{linear}.weight_scale")] = scale
+        if not dynamic:
+            foreign[spelt(f"{linear}.input_scale")] = torch.tensor([0.02]).bfloat16()
+    for layer in range(checkpoint.config.text.num_layers if kv else 0):
+        for role in ("k_scale", "v_scale"):
+            name = spelt(f"decoder.{layer}.attention.{role}")
+            foreign[name] = torch.tensor([0.01 * (layer + 1)]).bfloat16()
+    directory.mkdir()
+    save_file(foreign, directory / "model.safetensors", {"format": "pt"})
+    raw = dict(checkpoint.raw_config)
+    raw["quantization_config"] = compressed_config(
+        channel=channel, dynamic=dynamic, kv=kv, ignore=ignore
+    )
+    (directory / "config.json").write_text(json.dumps(raw))
     return directory

@@ -13,7 +13,13 @@ from halfbyte.kernels.cuda.driver import Launch, LinearResult
 from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, choose_config, columns_for
 from halfbyte.kernels.cuda.ops import prefill_product, stream_product
 from halfbyte.kernels.paged import PagedContext
-from halfbyte.model.cuda.launches import CHUNK_KEYS, CHUNK_ROWS, chunk_splits, chunk_tiles
+from halfbyte.model.cuda.launches import (
+    CHUNK_KEYS,
+    CHUNK_ROWS,
+    chunk_splits,
+    chunk_tiles,
+    count_grid,
+)
 
 # Untyped: fixtures and cases come from parameters; needs a device to run at all.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -323,6 +329,31 @@ def test_attention_s_output_is_written_as_an_o_reads_it(
         data = chunks[:, :tokens].transpose(0, 1).contiguous()
     found = data.view(-1).view(stored.dtype).view(tokens, width)
     assert torch.equal(found.view(torch.uint8), stored.view(torch.uint8))
+
+
+@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.parametrize("features", [16, 192, 304, 12288, 28672])
+def test_largest_codes_are_counted(library, is_tiled: bool, features: int) -> None:
+    tokens, width = 37, repack.padded(features, 128)
+    generator = torch.Generator().manual_seed(features)
+    codes = torch.randint(0, 256, (tokens, features), dtype=torch.uint8, generator=generator)
+    codes[:, ::7] = 0x7E
+    codes[1::2, 5] = 0xFE
+    rows = torch.zeros(tokens, width, dtype=torch.uint8)
+    rows[:, :features] = codes
+    data = (repack.tile_activations(rows, 40) if is_tiled else rows).contiguous().cuda()
+    strides = [ctypes.c_int64(s) for s in ((40 * 16, 16) if is_tiled else (16, width))]
+    slots = torch.arange(tokens).where(torch.arange(tokens) % 5 > 0, -1)
+    is_image = (torch.arange(tokens) % 3 == 0).to(torch.uint8)
+    counts = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
+    arguments = (data, *strides, features, slots.cuda(), is_image.cuda(), counts)
+    for _ in range(2):
+        _launch(library.count_largest(), count_grid(features, tokens), 128, *arguments)
+    largest = ((codes & 0x7F) == 0x7E).sum(-1)
+    for row in range(2):
+        mine = (slots >= 0) & (is_image == row)
+        expected = [2 * int(largest[mine].sum()), 2 * int(mine.sum()) * features]
+        assert counts[row].tolist() == expected
 
 
 def test_two_products_are_bit_identical(library) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,11 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cuda_emulation import EmulatedLibrary, use_emulation
+from cuda_emulation import (
+    PAGE,
+    EmulatedLibrary,
+    make_step,
+    new_cache,
+    put,
+    use_emulation,
+)
 from cuda_plain import plain_hidden, plain_logits
 from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale
 from halfbyte.kernels.repack import TileFormat, tile_nvfp4, tile_rows
-from halfbyte.model.cuda.decode import DecodeStep
 from halfbyte.model.cuda.launches import AllReduce, CudaModel, SharedBuffers, head_logits
 from halfbyte.model.cuda.prefill import Prefill
 from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
@@ -23,14 +29,11 @@ from halfbyte.model.cuda.weights import (
     CudaLayer,
     CudaLinear,
     CudaWeights,
-    KvCache,
-    make_cache,
 )
 from halfbyte.model.rope import RotaryTable
 from hopper import hopper_config
 
 CPU = torch.device("cpu")
-PAGE, PAGES = 16, 4
 TEXT = hopper_config(layers=2).text
 # What a product's sums are of: f64 here, f32 there, so that a bf16 value may fall to the other side
 # of a tie, and an e4m3 one after it, which is 6 % of it.
@@ -116,68 +119,14 @@ def weights_of(mix: Mix, *, is_fast: bool = False, seed: int = 0) -> CudaWeights
     return CudaWeights(text, embedding, layers, norm(), head)
 
 
-def model_of(
-    library: EmulatedLibrary,
-    weights: CudaWeights,
-    cache: KvCache,
-    all_reduce: AllReduce | None = None,
-) -> CudaModel:
-    rotary = RotaryTable(weights.config, CPU).at
-    return CudaModel(library, weights, cache, rotary, SharedBuffers(), all_reduce)
-
-
-def make_step(
-    library: EmulatedLibrary,
-    weights: CudaWeights,
-    cache: KvCache,
-    size: int,
-    all_reduce: AllReduce | None = None,
-) -> DecodeStep:
-    rotary = RotaryTable(weights.config, CPU).at
-    step = DecodeStep(
-<<<<<<< HEAD
-        CudaModel(library, weights, cache, rotary, SharedBuffers(), **more),
-=======
-        model_of(library, weights, cache, all_reduce),
->>>>>>> e89351e (Observing the head's input knows the one observer; figures' kinds, sizes of files and steps over emulated kernels follow)
-        size,
-        max_context_tokens=PAGE * PAGES,
-        prepare=lambda step: None,
-        logits_TV=torch.full((size, weights.head.weight.out_features), torch.nan),
-    )
-    table = torch.randperm(size * PAGES).int().view(size, PAGES)
-    step.block_table_TP.copy_(table)
-    return step
-
-
-def new_cache(size: int) -> KvCache:
-    cache = make_cache(TEXT, size * PAGES, PAGE, CPU)
-    for part in (*cache.keys, *cache.values):
-        part.fill_(0x7F)  # NaN: nothing unwritten may be read
-    return cache
-
-
-def put(step: DecodeStep, tokens_T: Tensor, position: int) -> None:
-    """A row of each sequence at this position."""
-    step.token_ids_T.copy_(tokens_T)
-    step.positions_T.fill_(position)
-    step.context_lengths_T.fill_(position + 1)
-    pages_T = step.block_table_TP[:, position // PAGE].long()
-    step.slots_T.copy_(pages_T * PAGE + position % PAGE)
-
-
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def check_decoding(
-    library: EmulatedLibrary,
-    weights: CudaWeights,
-    size: int,
-    steps: int,
-    all_reduce: AllReduce | None = None,
+    library: EmulatedLibrary, weights: CudaWeights, size: int, steps: int, **more: Any
 ) -> None:
-    step = make_step(library, weights, new_cache(size), size, all_reduce)
+    step = make_step(library, weights, new_cache(TEXT, size), size, **more)
     tokens = torch.randint(0, TEXT.vocab_size, (steps, size))
     with torch.inference_mode():
         for position in range(steps):
@@ -218,7 +167,8 @@ def test_any_mix_of_formats_decodes(
     with pytest.MonkeyPatch.context() as monkeypatch:
         library, weights = use_emulation(monkeypatch), weights_of(mix, is_fast=is_fast, seed=seed)
         # Sums over ranks of which the others give nothing.
-        check_decoding(library, weights, size, 2, (lambda tensor: None) if is_spread else None)
+        more = {"all_reduce": lambda tensor: None} if is_spread else {}
+        check_decoding(library, weights, size, steps=2, **more)
 
 
 def check_prefill(
@@ -228,15 +178,11 @@ def check_prefill(
     formats: frozenset[TileFormat] | None,
     all_reduce: AllReduce | None,
 ) -> None:
-    cache = new_cache(1)
+    cache = new_cache(TEXT, 1)
     step = make_step(library, weights, cache, 1)
-<<<<<<< HEAD
     rotary = RotaryTable(TEXT, CPU).at
     model = CudaModel(library, weights, cache, rotary, SharedBuffers(), all_reduce)
     prefill = Prefill(model, 64, decoded_formats=formats)
-=======
-    prefill = Prefill(model_of(library, weights, cache, all_reduce), 64, decoded_formats=formats)
->>>>>>> e89351e (Observing the head's input knows the one observer; figures' kinds, sizes of files and steps over emulated kernels follow)
     tokens_T = torch.randint(0, TEXT.vocab_size, (count + 1,))
     positions_T = torch.arange(count)
     slots_T = step.block_table_TP[0].long()[positions_T // PAGE] * PAGE + positions_T % PAGE

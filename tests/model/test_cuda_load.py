@@ -25,7 +25,14 @@ from halfbyte.model.cuda.weights import CudaLinear
 from halfbyte.model.parallel import shard_of
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint, write_tiny_eagle
 from halfbyte.modules import Fp8Activations, WeightFormat
-from hopper import hopper_config, uniform_recipe, write_fp8, write_mixed, write_native
+from hopper import (
+    hopper_config,
+    uniform_recipe,
+    write_compressed,
+    write_fp8,
+    write_mixed,
+    write_native,
+)
 
 CPU = torch.device("cpu")
 # Everything in one format, the head included; and a head in one of its own.
@@ -33,7 +40,7 @@ NARROW: tuple[tuple[str, WeightFormat, WeightFormat], ...] = (
     ("nvfp4", "nvfp4", "nvfp4"),
     ("fp8-head", "nvfp4", "fp8"),
 )
-KINDS = ["bf16", "native", "fp8", "mixed", "nvfp4", "fp8-head"]
+KINDS = ["bf16", "native", "fp8", "mixed", "nvfp4", "fp8-head", "compressed"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "bf16": folder / "bf16",
         "native": write_native(folder / "native", folder / "bf16"),
         "fp8": write_fp8(folder / "fp8", config),
+        "compressed": write_compressed(folder / "compressed", folder / "bf16", ignore=()),
         "mixed": write_mixed(folder / "mixed", folder / "fp8", folder),
         **{
             name: write_mixed(folder / name, folder / "fp8", folder, uniform_recipe(each, head))
@@ -157,7 +165,9 @@ def test_every_weight_survives_the_way_to_the_device(kind: str, variants: dict[s
         assert torch.equal(layer.mlp_norm_D, norm.bfloat16())
         if f"{attention}.k_scale" in checkpoint:
             assert layer.k_scale == checkpoint.scalar(f"{attention}.k_scale")
-        if layer.qkv.weight.format == "fp8":
+        if kind == "compressed":
+            assert layer.qkv.input_scale is None
+        elif layer.qkv.weight.format == "fp8":
             declared = [checkpoint.scalar(f"{attention}.{n}.input_scale") for n in "qkv"]
             assert layer.qkv.input_scale == max(declared)
     embedding = checkpoint.tensor("embedding.weight")
@@ -250,6 +260,9 @@ def test_what_the_kernels_cannot_run_is_said(variants: dict[str, Path], tmp_path
             assert reason_against(checkpoint, "fp8", 16, products=products) is None
     assert "KV cache is bf16" in (reason_against(mixed, "bf16", 16) or "")
     assert "multiple of 16" in (reason_against(mixed, "fp8", 24) or "")
+    bare = Checkpoint.open(variants["compressed"])
+    reason = reason_against(bare, "fp8", 16, fp8_activations="static")
+    assert reason is not None and reason.startswith("decoder.0.attention.q is FP8 without an input")
     assert "heads of 32" in (reason_against(Checkpoint.open(tmp_path / "tiny"), "fp8", 16) or "")
 
 

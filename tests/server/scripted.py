@@ -55,7 +55,7 @@ class ScriptedService:
         nothing = dict.fromkeys((field.name for field in fields(EngineStats)), 0)
         running = len(self.running)
         known = {"running": running, "free_blocks": 100 - running, "total_blocks": 100}
-        return EngineStats(**{**nothing, **known})
+        return EngineStats(**{**nothing, **known, "saturation": ()})  # type: ignore[arg-type]
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)

@@ -13,7 +13,8 @@ from halfbyte.engine.core import EngineStats
 from halfbyte.server.ops import process_figures as process
 from halfbyte.server.ops.metrics import ENGINE_FIGURES, PROCESS_FIGURES, Metrics
 
-ENGINE = {field.name: 3.0 for field in dataclasses.fields(EngineStats)} | {"alive": 1.0}
+_FIGURES = {field.name for field in dataclasses.fields(EngineStats)} - {"saturation"}
+ENGINE = dict.fromkeys(_FIGURES, 3.0) | {"alive": 1.0}
 
 
 def busy() -> Metrics:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.fp8_source import copy_companions
+from halfbyte.checkpoint.names import is_scale
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import ShardWriter, check_target
@@ -63,8 +64,7 @@ def convert_to_bf16(source: Path, target: Path) -> ModelConfig:
 
 
 def _is_wide(checkpoint: Checkpoint, name: str) -> bool:
-    is_scale = checkpoint.shape(name) == ()
-    return checkpoint.dtype(name) in _WIDE and not is_scale
+    return checkpoint.dtype(name) in _WIDE and not is_scale(checkpoint.foreign(name))
 
 
 def _says_bf16(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def _expected(config: ModelConfig, quantization: Quantization) -> Iterator[tuple
         for linear in linears:
             yield from _linear(linear, quantization)
         if quantization.kv_cache == "fp8":
-            yield f"decoder.{layer}.attention.k_scale", Expected((), _F32)
-            yield f"decoder.{layer}.attention.v_scale", Expected((), _F32)
+            yield f"decoder.{layer}.attention.k_scale", Expected((), _scalar_dtypes(quantization))
+            yield f"decoder.{layer}.attention.v_scale", Expected((), _scalar_dtypes(quantization))
     yield "norm.weight", norm
     if "head" in quantization.formats:
         yield from _linear(head_linear(config), quantization)
@@ -90,15 +90,21 @@ def _linear(linear: LinearSpec, quantization: Quantization) -> Iterator[tuple[st
     if chosen == "bf16":
         yield f"{name}.weight", Expected((out, in_), _BF16)
         return
-    scalar = Expected((), _SCALAR if quantization.dialect == "mistral-fp8" else _F32)
+    scalar = Expected((), _scalar_dtypes(quantization))
     if chosen == "fp8":
         yield f"{name}.weight", Expected((out, in_), (torch.float8_e4m3fn,))
-        yield f"{name}.weight_scale", scalar
+        rows = Expected((out, 1), scalar.dtypes)
+        yield f"{name}.weight_scale", rows if quantization.has_row_scales else scalar
     else:
         yield f"{name}.weight", Expected((out, in_ // 2), (torch.uint8,))
         yield f"{name}.weight_scale", Expected((out, in_ // 16), (torch.float8_e4m3fn,))
         yield f"{name}.tensor_scale", scalar
-    yield f"{name}.input_scale", scalar
+    if quantization.has_input_scales:
+        yield f"{name}.input_scale", scalar
+
+
+def _scalar_dtypes(quantization: Quantization) -> tuple[torch.dtype, ...]:
+    return _F32 if quantization.dialect in ("none", "modelopt") else _SCALAR
 
 
 def _vision(config: ModelConfig) -> Iterator[tuple[str, Expected]]:

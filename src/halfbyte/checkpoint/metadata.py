@@ -13,8 +13,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.compressed_fields import METHOD, compressed_facts
 from halfbyte.checkpoint.fields import MULTIMODAL_TYPES, model_config
 from halfbyte.checkpoint.names import (
+    HUB_LAYOUTS,
     Dialect,
     Layout,
     canonical_module,
@@ -31,8 +33,10 @@ from halfbyte.errors import CheckpointError, shown
 from halfbyte.files import MAX_TEXT_BYTES, read_bounded
 from halfbyte.modules import (
     CacheFormat,
+    LinearSpec,
     WeightFormat,
     decoder_linears,
+    encoder_linears,
     quantizable_linears,
 )
 
@@ -46,11 +50,15 @@ class Quantization:
     formats   every canonical decoder linear -> its format, and a quantized head -> its; everything
               else is bf16
     kv_cache  what K and V are rounded to; "fp8" means that each layer has a k_scale and a v_scale
+    has_row_scales    FP8 weights have a scale of each row
+    has_input_scales  quantized linears have one; without, each token is rounded by its own
     """
 
     dialect: Dialect
     formats: Mapping[str, WeightFormat]
     kv_cache: CacheFormat
+    has_row_scales: bool = False
+    has_input_scales: bool = True
 
 
 def is_native(directory: Path) -> bool:
@@ -135,6 +143,8 @@ def _quantization(
         return unquantized(config)
     if isinstance(stated, dict) and stated.get("quant_method") == "fp8":
         return _mistral_fp8(stated, config, layout)
+    if isinstance(stated, dict) and stated.get("quant_method") == METHOD:
+        return _compressed(stated, config)
     found = []
     if stated is not None:
         found.append(_modelopt(_flat(stated), config, layout, "quantization_config"))
@@ -153,6 +163,26 @@ def _quantization(
             f"config.json and hf_quant_config.json disagree about {where}; one of them is stale"
         )
     return found[0]
+
+
+def _compressed(stated: Fields, config: ModelConfig) -> Quantization:
+    """What llm-compressor says; its names are of another library's modules, in whatever layout."""
+    facts = compressed_facts(stated)
+
+    def covers(linear: LinearSpec) -> bool:
+        return facts.covers(foreign_module(linear.name, layout) for layout in HUB_LAYOUTS)
+
+    quantized = [linear.name for linear in encoder_linears(config) if covers(linear)]
+    if quantized:
+        raise CheckpointError(
+            f"quantization_config: {quantized[0]} and {len(quantized) - 1} more linears of the "
+            "image part are quantized; that is not implemented, `ignore` must name them"
+        )
+    formats = _all(config, "bf16")
+    formats |= {linear.name: "fp8" for linear in quantizable_linears(config) if covers(linear)}
+    cache: CacheFormat = "fp8" if facts.kv_is_fp8 else "bf16"
+    rows, inputs = facts.has_row_scales, facts.has_input_scale
+    return Quantization("compressed", formats, cache, rows, inputs)
 
 
 _IGNORED_FP8 = {"dequantize": "a wish about loading, not about what is stored"}

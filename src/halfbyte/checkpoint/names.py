@@ -24,9 +24,10 @@ from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
 
 Layout = Literal["hf", "hf-old", "hf-text", "mistral"]
-Dialect = Literal["none", "mistral-fp8", "modelopt"]
+Dialect = Literal["none", "mistral-fp8", "modelopt", "compressed"]
 
 LAYOUTS: tuple[Layout, ...] = ("hf", "hf-old", "hf-text", "mistral")
+HUB_LAYOUTS: tuple[Layout, ...] = ("hf", "hf-old", "hf-text")
 
 # canonical role -> foreign role
 _ROLES_MODELOPT = {
@@ -44,6 +45,12 @@ _ROLES_MISTRAL_NATIVE = {
     "weight": "weight",
     "weight_scale": "qscale_weight",
     "input_scale": "qscale_act",
+}
+# As llm-compressor writes it; scales of the cache hang under the attention itself.
+_ROLES_COMPRESSED = {
+    "weight": "weight",
+    "weight_scale": "weight_scale",
+    "input_scale": "input_scale",
 }
 _ROLES_PLAIN = {"weight": "weight"}
 _SCALE_ROLES = {
@@ -144,7 +151,12 @@ def vision_prefixes(layout: Layout) -> tuple[str, str]:
 def _roles(layout: Layout, dialect: Dialect) -> dict[str, str]:
     if dialect == "mistral-fp8":
         return _ROLES_MISTRAL_NATIVE if layout == "mistral" else _ROLES_MISTRAL_HF
-    return {"none": _ROLES_PLAIN, "modelopt": _ROLES_MODELOPT}[dialect]
+    tables = {
+        "none": _ROLES_PLAIN,
+        "modelopt": _ROLES_MODELOPT,
+        "compressed": _ROLES_COMPRESSED,
+    }
+    return tables[dialect]
 
 
 @cache
@@ -195,7 +207,8 @@ def foreign_name(name: str, layout: Layout, dialect: Dialect) -> str:
     module, _, role = name.rpartition(".")
     if role in ("k_scale", "v_scale"):
         # Scales of the KV cache hang under the projection they belong to.
-        return f"{foreign_module(f'{module}.{role[0]}', layout)}.{role}"
+        home = foreign_module(f"{module}.{role[0]}", layout)
+        return f"{home.rpartition('.')[0] if dialect == 'compressed' else home}.{role}"
     if role == "bias":
         return f"{foreign_module(module, layout)}.bias"
     foreign_role = _roles(layout, dialect).get(role)
@@ -237,6 +250,8 @@ def canonical_module(foreign: str, layout: Layout) -> str | None:
 def canonical_name(foreign: str, layout: Layout, dialect: Dialect) -> str | None:
     """The canonical name of a foreign tensor, or None if layout and dialect have no such tensor."""
     module, _, role = foreign.rpartition(".")
+    if dialect == "compressed" and role in ("k_scale", "v_scale"):
+        module = f"{module}.{role[0]}_proj"
     canonical = canonical_module(module, layout)
     if canonical is None:
         return None

@@ -9,6 +9,7 @@ _DIALECTS = {
     "none": "bf16, not quantized",
     "mistral-fp8": "Mistral FP8 (per-tensor static, weight_scale_inv)",
     "modelopt": "Model Optimizer export",
+    "compressed": "compressed-tensors FP8 (llm-compressor)",
 }
 
 

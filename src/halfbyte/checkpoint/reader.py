@@ -264,8 +264,7 @@ class Checkpoint:
             case "bf16":
                 return weight.to(dtype)
             case "fp8":
-                scale = self._scale(f"{linear}.weight_scale", device)
-                return decode_fp8(weight, scale, dtype)
+                return decode_fp8(weight, self._fp8_scale(linear, device), dtype)
             case "nvfp4":
                 encoded = EncodedNVFP4(
                     weight,
@@ -273,6 +272,26 @@ class Checkpoint:
                     self._scale(f"{linear}.tensor_scale", device),
                 )
                 return decode_nvfp4(encoded, dtype)
+
+    def _fp8_scale(self, linear: str, device: torch.device | str) -> Tensor:
+        """The scale of an FP8 weight, 0-d, or those of its rows, (O, 1)."""
+        name = f"{linear}.weight_scale"
+        if self.shape(name) == ():
+            return self._scale(name, device)
+        return self.row_scales(linear).to(device)
+
+    def row_scales(self, linear: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read the scales of an FP8 weight's rows: f32 (O, 1).
+
+        Raises FormatError that names the stored tensor unless all are above 0.
+        """
+        stored = self._find(f"{linear}.weight_scale")
+        scale_O1 = read_rows(stored, start, stored.shape[0] if stop is None else stop).float()
+        if not bool((torch.isfinite(scale_O1) & (scale_O1 > 0)).all()):
+            raise FormatError(
+                f"{stored.path.name}: {stored.name} has a value that is not above 0; a scale is"
+            )
+        return scale_O1
 
     def _scale(self, name: str, device: torch.device | str) -> Tensor:
         return torch.tensor(self.scale(name), dtype=torch.float32, device=device)

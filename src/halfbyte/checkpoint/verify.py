@@ -281,11 +281,13 @@ def _check_group(checkpoint: Checkpoint, partners: tuple[str, ...]) -> Iterator[
     # q, k and v read one input, gate and up likewise; engines take one scale for the group.
     shared = {"bf16": (), "fp8": ("input_scale",), "nvfp4": ("input_scale", "tensor_scale")}
     for role in shared[formats[first]]:
+        if f"{first}.{role}" not in checkpoint:
+            continue  # each token has its own
         values = {name: checkpoint.scalar(f"{name}.{role}") for name in partners}
         if len(set(values.values())) > 1:
             shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
             # A source may say what it likes: we measure inputs anew. An export is used as it is.
-            is_source = checkpoint.quantization.dialect == "mistral-fp8"
+            is_source = checkpoint.quantization.dialect in ("mistral-fp8", "compressed")
             yield Problem(
                 "warning" if is_source else "error",
                 checkpoint.foreign(f"{first}.{role}"),

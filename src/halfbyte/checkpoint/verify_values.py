@@ -149,13 +149,16 @@ def _fp8_misfits(checkpoint: Checkpoint, linear: str, original: Tensor) -> int:
     codes = checkpoint.tensor(f"{linear}.weight")
     scale = checkpoint.tensor(f"{linear}.weight_scale").to(torch.float32)
     # Encoding anew is fast and settles most tensors; only rows that differ are looked at closer.
-    anew = encode_fp8(original, scale)
-    rows = _differing_rows(codes, anew)
+    if scale.numel() == 1:
+        rows = _differing_rows(codes, encode_fp8(original, scale))
+    else:
+        rows = torch.arange(len(codes))
+    scale_O1 = scale.reshape(-1, 1).expand(len(codes), 1)
     count = 0
     for start in range(0, rows.numel(), _ROWS):
         part = rows[start : start + _ROWS]
         q = decode_e4m3(codes.view(torch.uint8)[part].view(torch.float8_e4m3fn))
-        t = original[part].to(torch.float32).div_(scale)
+        t = original[part].to(torch.float32).div_(scale_O1[part])
         # Half a step: 2 ** -4 of the power of two below, 2 ** -10 among subnormals. A value just
         # above a power of two may have come from below it, where steps are half as wide.
         exponent = torch.frexp(q.abs()).exponent - 1

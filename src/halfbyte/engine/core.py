@@ -437,6 +437,7 @@ class Engine:
             generated_tokens=answers.generated_tokens,
             proposed_tokens=0 if speculator is None else speculator.num_proposed,
             accepted_tokens=0 if speculator is None else speculator.num_accepted,
+            saturation=runner.saturation(),
         )
 
     def clear_prefix_cache(self) -> None:

@@ -19,6 +19,7 @@ from halfbyte.engine.images import Placing
 from halfbyte.engine.pinned import PendingTokens
 from halfbyte.engine.plan.step import PlannedStep
 from halfbyte.model.parallel import Communicator
+from halfbyte.model.saturation import SaturationCounts
 
 
 class Results(NamedTuple):
@@ -125,6 +126,10 @@ class Device(Protocol):
     @property
     def step_sizes(self) -> tuple[int, ...]:
         """Rows that steps are padded to, ascending; () if there are no such sizes."""
+
+    @property
+    def saturation(self) -> SaturationCounts | None:
+        """Counts of clipped activations, where the engine was told to count."""
 
     @property
     def slicer(self) -> Slicer | None: ...

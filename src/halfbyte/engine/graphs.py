@@ -41,12 +41,14 @@ from halfbyte.model.cuda.launches import (
     SharedBuffers,
     attention_kind,
     head_logits,
+    rounded_input,
 )
 from halfbyte.model.cuda.prefill import GRAPH_SIZES, Prefill
 from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
 from halfbyte.model.cuda.weights import CudaWeights, KvCache
 from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
 from halfbyte.model.rope import RotaryTable
+from halfbyte.model.saturation import SaturationCounts
 
 # Rows a graph may have: the widest streaming linear.
 MAX_ROWS = COLUMNS[-1]
@@ -178,6 +180,10 @@ class Executor(RowExecutor, Protocol):
     def communicator(self) -> Communicator:
         """The ranks that compute every step together; rank 0 alone gets logits."""
 
+    @property
+    def saturation(self) -> SaturationCounts | None:
+        """Counts of clipped activations, where the engine was told to count."""
+
 
 class DraftExecutor(RowExecutor, Protocol):
     """Computes entries of a draft model (`drafter`), in the rows of an `Executor`'s inputs.
@@ -233,9 +239,11 @@ class HopperExecutor:
         max_batch_tokens: int,
         shared: SharedBuffers,
         communicator: Communicator | None = None,
+        saturation: SaturationCounts | None = None,
     ) -> None:
         """Lay out buffers and prefill; graphs are recorded by `capture`, after the cache."""
         self._communicator = communicator or Solo()
+        self.saturation = saturation
         num_ranks, vocab_size = self._communicator.size, weights.config.vocab_size
         all_reduce = None if num_ranks == 1 else self._communicator.all_reduce
         self._widths = tuple(len(split(vocab_size, rank, num_ranks)) for rank in range(num_ranks))
@@ -246,7 +254,7 @@ class HopperExecutor:
         self._inputs = inputs
         rotary = RotaryTable(weights.config, library.device)
         self._shared = shared
-        self._model = CudaModel(library, weights, cache, rotary.at, shared, all_reduce)
+        self._model = CudaModel(library, weights, cache, rotary.at, shared, all_reduce, saturation)
         self._prefill = Prefill(
             self._model,
             max_batch_tokens,
@@ -316,6 +324,8 @@ class HopperExecutor:
             step.context_lengths_T.copy_(rows.context_lengths_T)
             step.slots_T.copy_(rows.slots_T)
             step.block_table_TP.copy_(rows.block_table_TP)
+            if self.saturation is not None:
+                step.is_image_T.copy_(rows.token_ids_T >= self.config.vocab_size)
             if self._weights.fuse is not None:
                 step.join(self.hidden_TD[:size])
 
@@ -404,7 +414,10 @@ class HopperExecutor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
-        return self._whole(head_logits(self._library, self._weights.head, hidden_RD))
+        head = self._weights.head
+        if self.saturation is not None and head.activation_kind == "e4m3":
+            self.saturation.add_codes("head", rounded_input(head, hidden_RD)[0])
+        return self._whole(head_logits(self._library, head, hidden_RD))
 
     def hidden(self, size: int) -> Tensor:
         return self._steps[size].read_hidden()

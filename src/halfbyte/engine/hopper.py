@@ -33,6 +33,7 @@ from halfbyte.kernels.cuda.library import NARROW_PREFILL_COLUMNS
 from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch, Singles
 from halfbyte.model.cuda.weights import KvCache
 from halfbyte.model.parallel import Communicator
+from halfbyte.model.saturation import SaturationCounts
 
 # Steps of more rows are taken to cost what their rows do.
 _MOST_ROWS = 4096
@@ -69,6 +70,10 @@ class HopperDevice:
     @property
     def communicator(self) -> Communicator:
         return self.executor.communicator
+
+    @property
+    def saturation(self) -> SaturationCounts | None:
+        return self.executor.saturation
 
     @property
     def ahead(self) -> "HopperDevice":

@@ -53,6 +53,7 @@ from halfbyte.model.decoder import Decoder
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_decoder, load_eagle, load_vision
 from halfbyte.model.parallel import Communicator, Solo, check_size, shard_of
+from halfbyte.model.saturation import SaturationCounts
 
 # Kept free beside the cache: what captured graphs hold for themselves, and the libraries.
 _RESERVED_BYTES = 512 * 2**20
@@ -141,6 +142,7 @@ class _Steps:
         self._shared = SharedBuffers()
         config = part.config
         self.sizes = graph_sizes(config.max_sequences, deterministic=config.deterministic)
+        self._saturation = SaturationCounts(self._device) if config.count_saturation else None
 
     @property
     def table_rows(self) -> int:
@@ -158,6 +160,8 @@ class _Steps:
             max_batch_tokens=part.config.max_batch_tokens,
             shared=self._shared,
             communicator=part.communicator,
+            # What a draft model clips is not the model's.
+            saturation=None if model is part.draft else self._saturation,
         )
 
     def inputs(self, num_pages: int) -> RowInputs:
@@ -230,12 +234,14 @@ def load_part(
     if uses_kernels:
         return _load_hopper(checkpoint, config, communicator or Solo())
     assert config.mode != "auto"
+    saturation = SaturationCounts(torch.device(config.device)) if config.count_saturation else None
     decoder = load_decoder(
         checkpoint,
         device=config.device,
         mode=config.mode,
         communicator=communicator,
         fp8_activations=config.fp8_activations,
+        saturation=saturation,
     )
     directory, eagle = draft_directory(config), None
     if directory is not None:

@@ -105,6 +105,14 @@ class EngineConfig:
             "--fp8-activations",
         ),
     )
+    count_saturation: bool = field(
+        default=False,
+        metadata=_told(
+            "count activations that the checkpoint's FP8 scales clip, by linear, text and images "
+            "apart, at /metrics; slower",
+            "--count-saturation",
+        ),
+    )
     deterministic: bool = field(
         default=False,
         metadata=_told(

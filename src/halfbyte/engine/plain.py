@@ -23,6 +23,7 @@ from halfbyte.engine.walk import Costs
 from halfbyte.model.decoder import Decoder, Step
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.parallel import Communicator
+from halfbyte.model.saturation import SaturationCounts
 
 
 class PlainDevice:
@@ -71,14 +72,21 @@ class PlainDevice:
         """The device itself where steps can be cut: on a CPU and one rank alone; else None.
 
         Several ranks would have to stop at the same places, and on a GPU the clock says nothing
-        about what has been computed.
+        about what has been computed. Clipped activations are counted for whole steps only.
         """
-        return self if self._is_cpu and self.communicator.size == 1 else None
+        is_alone = self.communicator.size == 1 and self.saturation is None
+        return self if self._is_cpu and is_alone else None
+
+    @property
+    def saturation(self) -> SaturationCounts | None:
+        return self.decoder.saturation
 
     def run(
         self, step: PlannedStep, vectors_ID: Tensor | None, *, wants_hidden: bool = False
     ) -> Results:
         made = self.step_of(step, self.attend_of(step, self.cache), vectors_ID)
+        if self.saturation is not None:
+            self.saturation.begin(step.num_rows, made.image_rows_I, made.logit_rows_R)
         if wants_hidden:
             return Results(*self.decoder.forward_with_hidden(made))
         return Results(self.decoder(made), None)

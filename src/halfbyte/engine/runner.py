@@ -97,6 +97,11 @@ class Runner:
         """Why no step can run any more: another rank has died."""
         return None if self._workers is None else self._workers.failure
 
+    def saturation(self) -> tuple[tuple[str, str, int, int], ...]:
+        """Clipped activations as `EngineStats` has them, of this rank; () if nobody counts."""
+        counts = self.device.saturation
+        return () if counts is None else counts.figures()
+
     def facts(self) -> dict[str, object]:
         """What runs the model and what memory it takes: facts by name, for people."""
         return {**self.device.facts(), **self._facts}

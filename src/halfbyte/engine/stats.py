@@ -9,7 +9,9 @@ class EngineStats:
 
     free_blocks holds the cached_blocks, which nobody uses but whose content can be found again.
     step_s is the time spent in steps. proposed_tokens were guessed and checked (speculation),
-    accepted_tokens of them stood; both are 0 without speculation.
+    accepted_tokens of them stood; both are 0 without speculation. saturation says of each kind of
+    linear and of "text" or "image" rows how many activations were clipped, of how many; empty
+    unless the engine counts them.
     """
 
     running: int
@@ -29,3 +31,4 @@ class EngineStats:
     generated_tokens: int
     proposed_tokens: int
     accepted_tokens: int
+    saturation: tuple[tuple[str, str, int, int], ...] = ()

@@ -84,8 +84,10 @@ def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
     """Decode e4m3 codes: code times `scale` in f32, rounded once to `dtype`.
 
     This is how Mistral's FP8 checkpoints and Model-Optimizer's exports are decoded alike. `scale`
-    may be bf16 or f32, shape () or (1,).
+    may be bf16 or f32, shape () or (1,), or (O, 1) of the rows of a matrix.
     """
+    if scale.numel() > 1:
+        return _decode_rows(codes, scale.to(torch.float32), dtype)
     factor = scale.to(torch.float32).reshape(())
     if dtype == torch.float32:
         return decode_e4m3(codes).mul_(factor)
@@ -96,6 +98,16 @@ def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
         stop = start + chunk
         decoded[start:stop] = decode_e4m3(flat[start:stop]).mul_(factor)
     return decoded.view(codes.shape)
+
+
+def _decode_rows(codes_OI: Tensor, scale_O1: Tensor, dtype: torch.dtype) -> Tensor:
+    """`decode_fp8` with a scale of each row, some rows at a time."""
+    decoded_OI = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
+    step = max(1, chunk_values(codes_OI.device) // codes_OI.shape[1])
+    for start in range(0, len(codes_OI), step):
+        part = slice(start, start + step)
+        decoded_OI[part] = decode_e4m3(codes_OI[part]).mul_(scale_O1[part])
+    return decoded_OI
 
 
 def round_tokens_to_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:

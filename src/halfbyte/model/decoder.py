@@ -18,6 +18,7 @@ from halfbyte.model.attention import Attend
 from halfbyte.model.linear import Linear
 from halfbyte.model.parallel import Communicator, Solo, split
 from halfbyte.model.rope import RotaryTable, Rotation
+from halfbyte.model.saturation import SaturationCounts
 
 Tap = Callable[[str, Tensor], None]
 
@@ -163,9 +164,11 @@ class Decoder(nn.Module):
         head: Linear,
         kv_scales: Sequence[tuple[float, float]],
         communicator: Communicator | None = None,
+        saturation: SaturationCounts | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.saturation = saturation
         self.communicator = communicator or Solo()
         size = self.communicator.size
         shares = [split(config.vocab_size, rank, size) for rank in range(size)]

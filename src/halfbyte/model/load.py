@@ -17,8 +17,9 @@ from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4
 from halfbyte.kernels import dispatch
 from halfbyte.model.decoder import Decoder, DecoderLayer
 from halfbyte.model.eagle import EagleHead
-from halfbyte.model.linear import FusedLinear, Linear, Mode, StoredLinear, make_linear
+from halfbyte.model.linear import FusedLinear, Linear, Mode, StoredLinear, is_per_token, make_linear
 from halfbyte.model.parallel import Communicator, Shard, Solo, SummedLinear, shard_of, slice_of
+from halfbyte.model.saturation import CountedLinear, SaturationCounts
 from halfbyte.model.vision import (
     EncoderLayer,
     EncoderLayerWeights,
@@ -47,8 +48,10 @@ class _Source:
         shard: Shard | None = None,
         before: BeforeTaking | None = None,
         fp8_activations: Fp8Activations = "auto",
+        saturation: SaturationCounts | None = None,
     ) -> None:
         self._before = before
+        self._saturation = saturation
         self._fp8_activations: Fp8Activations = fp8_activations
         self._shard = shard or shard_of(checkpoint.config.text, 0, 1)
         self._checkpoint = checkpoint
@@ -80,11 +83,19 @@ class _Source:
         names = [f"{group}.{short}" for short in shorts] or [group]
         if self.dtype == torch.float32:
             return self.decoded(names)
-        return self.made([self.stored(name) for name in names])
+        return self.made([self.stored(name) for name in names], "_".join(shorts))
 
-    def made(self, group: Sequence[StoredLinear]) -> Linear:
-        """The linear of stored ones that read one input."""
-        return make_linear(group, self.mode, self._fp8_activations)
+    def made(self, group: Sequence[StoredLinear], kind: str = "") -> Linear:
+        """The linear of stored ones that read one input; `kind` is what it is counted as."""
+        linear = make_linear(group, self.mode, self._fp8_activations)
+        if self._saturation is None or group[0].format != "fp8":
+            return linear
+        scales = [member.input_scale for member in group]
+        if is_per_token(scales, self._fp8_activations):
+            return linear
+        largest = max(scale for scale in scales if scale is not None)
+        kind = {"": "head", "q_k_v": "qkv"}.get(kind, kind)
+        return CountedLinear(linear, self._saturation, kind, largest)
 
     def decoded(self, names: Iterable[str]) -> FusedLinear:
         """A group with its weights decoded to bf16, widened to the compute dtype."""
@@ -170,7 +181,11 @@ class _Source:
         tensor = f"{name}.weight_scale"
         if not self._checkpoint.shape(tensor):
             return self._scalar_tensor(tensor)
-        return self._part(name, "weight_scale").float()
+        self._taken.add(tensor)
+        head_dim = self._checkpoint.config.text.head_dim
+        axis, part = slice_of(self._shard, head_dim, name, "weight_scale", "fp8")
+        rows = (part.start, part.stop) if axis == 0 else (0, None)
+        return self._checkpoint.row_scales(name, *rows).to(self.device)
 
     def _scalar_tensor(self, name: str) -> torch.Tensor:
         return torch.tensor(self.scalar(name), dtype=torch.float32, device=self.device)
@@ -211,6 +226,7 @@ def load_decoder(
     dtype: torch.dtype = torch.bfloat16,
     communicator: Communicator | None = None,
     fp8_activations: Fp8Activations = "auto",
+    saturation: SaturationCounts | None = None,
 ) -> Decoder:
     """Build the text model of a checkpoint on `device`, or a tensor-parallel rank's part of it.
 
@@ -218,6 +234,7 @@ def load_decoder(
     dtype  what activations are computed in: bf16, or f32 (weight_only, decoded weights) to check
            against other implementations
     fp8_activations  by what FP8 linears round theirs, where the mode has them do so
+    saturation       counts of what the checkpoint's input scales clip; in weight_only, would clip
     Raises CheckpointError for a missing tensor and for one that nothing reads, UsageError if the
     ranks cannot share the heads. The vision part is not read here (`load_vision`).
     """
@@ -226,7 +243,13 @@ def load_decoder(
     text = checkpoint.config.text
     shard = shard_of(text, communicator.rank, communicator.size)
     source = _Source(
-        checkpoint, torch.device(device), mode, dtype, shard, fp8_activations=fp8_activations
+        checkpoint,
+        torch.device(device),
+        mode,
+        dtype,
+        shard,
+        fp8_activations=fp8_activations,
+        saturation=saturation,
     )
     embedding_VD = source.rows("embedding.weight", shard.vocab)
     layers = [_layer(source, shard.local(text), layer, communicator) for layer in _layers(text)]
@@ -238,6 +261,7 @@ def load_decoder(
         head=source.head(embedding_VD),
         kv_scales=[source.kv_scales(layer) for layer in _layers(text)],
         communicator=communicator,
+        saturation=saturation,
     )
     source.check_all_taken("text")
     return decoder

@@ -96,6 +96,10 @@ def refuse_export(source: Path, quantization: Quantization) -> None:
         raise UsageError(
             f"{source} is already a Model Optimizer export; quantize its source instead"
         )
+    if quantization.dialect == "compressed":
+        raise UsageError(
+            f"{source} was quantized by llm-compressor already; quantize its source instead"
+        )
 
 
 def open_source(config: QuantizeConfig) -> Checkpoint:

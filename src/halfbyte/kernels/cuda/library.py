@@ -358,6 +358,11 @@ class KernelLibrary:
             {"lay_out_context": 0, "chunk_attention": size},
         )
 
+    def count_largest(self) -> Kernel:
+        """The kernel that counts activations whose code is the largest."""
+        code = lambda: compile_kernel("saturation", {})
+        return self._make(("saturation",), code, {"count_largest": 0})["count_largest"]
+
     def gather(self) -> Kernel:
         """The kernel that makes a linear's result one dense f32 matrix."""
         code = lambda: compile_kernel("gather", {})

@@ -31,6 +31,7 @@ from halfbyte.model.cuda.launches import (
     CudaModel,
     attention_kind,
     attention_splits,
+    count_grid,
     elementwise_kernels,
     heads_of,
     joined_input,
@@ -82,6 +83,7 @@ class DecodeStep:
         self._prepare = prepare
         self._logits_TV = logits_TV
         self._overlaps = overlaps
+        self._saturation = model.saturation
         self.num_tokens = num_tokens
         self._columns = columns_for(num_tokens)
         device, config = model.library.device, model.weights.config
@@ -94,6 +96,7 @@ class DecodeStep:
         self.positions_T = integers(num_tokens)
         self.context_lengths_T = integers(num_tokens, dtype=torch.int32)
         self.slots_T = integers(num_tokens)
+        self.is_image_T = integers(num_tokens, dtype=torch.uint8)  # read for counting alone
         self.block_table_TP = integers(num_tokens, max_pages, dtype=torch.int32)
         self.residual_TD = torch.zeros(
             num_tokens, config.width, dtype=torch.bfloat16, device=device
@@ -216,6 +219,17 @@ class DecodeStep:
         self._launches.append(Collective(self._all_reduce, dense))
         return LinearResult(partial=dense.data_ptr(), stride=features)
 
+    def _count(self, kind: str, x: Activation, num_features: int) -> None:
+        """Launch that counts what was clipped, if anybody asks and a stored scale may clip."""
+        if self._saturation is None or x.kind != "e4m3":
+            return
+        data, chunk_stride, token_stride, _ = x.arguments()
+        counts = self._saturation.of(kind)
+        where = (num_features, self.slots_T, self.is_image_T, counts)
+        arguments = (data, chunk_stride, token_stride, *where)
+        grid = count_grid(num_features, self.num_tokens)
+        self._add(self._library.count_largest(), grid, 128, arguments)
+
     def _add_norm(self, result: LinearResult | None, weight_D: Tensor, x: Activation) -> None:
         config = self._weights.config
         blocks = norm_blocks(self._columns)
@@ -318,18 +332,23 @@ class DecodeStep:
         for index, layer in enumerate(weights.layers):
             x = self._activation("qkv", layer.qkv)
             self._add_norm(result, layer.attention_norm_D, x)
+            self._count("qkv", x, config.width)
             qkv = self._add_linear(layer.qkv, x)
             x = self._activation("o", layer.o)
             self._add_attention(index, layer, qkv, x)
+            self._count("o", x, config.num_heads * config.head_dim)
             result = self._reduced(layer.o, self._add_linear(layer.o, x))
             x = self._activation("gate_up", layer.gate_up)
             self._add_norm(result, layer.mlp_norm_D, x)
+            self._count("gate_up", x, config.width)
             gate_up = self._add_linear(layer.gate_up, x)
             x = self._activation("down", layer.down)
             self._add_silu(gate_up, x)
+            self._count("down", x, config.mlp_width)
             result = self._reduced(layer.down, self._add_linear(layer.down, x))
         x = self._head_input = self._activation("head", weights.head)
         self._add_norm(result, weights.norm_D, x)
+        self._count("head", x, config.width)
         logits = self._add_linear(weights.head, x, rounds=False)
         self._gathered(weights.head, logits, self._logits_TV)
 

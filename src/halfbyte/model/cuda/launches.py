@@ -18,6 +18,7 @@ from halfbyte.kernels.cuda.library import HeadShape, KernelLibrary, OutKind
 from halfbyte.kernels.cuda.ops import stream_product
 from halfbyte.kernels.repack import padded
 from halfbyte.model.cuda.weights import PER_TOKEN_KINDS, CudaLinear, CudaWeights, KvCache
+from halfbyte.model.saturation import SaturationCounts
 
 F16_MAX = 65504.0  # largest fp16
 # Cosines, sines and the scale of queries, if there is one, of positions (`rope.RotaryTable.at`).
@@ -52,6 +53,7 @@ class CudaModel(NamedTuple):
 
     shared      scratch memory, together with the other steps of this device
     all_reduce  adds up embeddings and o's and down's outputs over the ranks; None on one device
+    saturation  counts of clipped activations that steps add to; None where nobody asks
     """
 
     library: KernelLibrary
@@ -60,6 +62,7 @@ class CudaModel(NamedTuple):
     rotary: RotaryFunction
     shared: SharedBuffers
     all_reduce: AllReduce | None = None
+    saturation: SaturationCounts | None = None
 
 
 class Collective(NamedTuple):
@@ -188,6 +191,11 @@ def head_logits(library: KernelLibrary, head: CudaLinear, hidden_RD: Tensor) -> 
     if scale_R is not None:
         return logits_RV.mul_(scale_R[:, None])
     return logits_RV if head.sums_scale == 1.0 else logits_RV.mul_(head.sums_scale)
+
+
+def count_grid(num_features: int, num_tokens: int) -> tuple[int, int, int]:
+    """Blocks of 128 threads that count a row's codes, 16 a thread at a time."""
+    return min(8, -(-num_features // (16 * 128))), num_tokens, 1
 
 
 def launch(

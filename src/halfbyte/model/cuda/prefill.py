@@ -23,6 +23,7 @@ from halfbyte.kernels.repack import (
 )
 from halfbyte.model.cuda.launches import (
     CudaModel,
+    count_grid,
     elementwise_kernels,
     joined_input,
     kernel_scale,
@@ -98,7 +99,11 @@ class Prefill:
             library, config, cache, shared, max_context_tokens=max_context_tokens
         )
         self._room = make_prefill_room(library.num_multiprocessors, device)
-        self._token_scale_T = torch.ones(max(max_tokens, *GRAPH_SIZES), device=device)
+        most = max(max_tokens, *GRAPH_SIZES)
+        self._token_scale_T = torch.ones(most, device=device)
+        self._saturation = model.saturation
+        self._is_image_T = torch.zeros(most, dtype=torch.uint8, device=device)
+        self._slots_T: Tensor | None = None  # of the rows at work
         # By size, a graph for what precedes each layer's attention, and one for the rest.
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
         self._static: Rows | None = None
@@ -220,6 +225,17 @@ class Prefill:
         scale = kernel_scale(linear) if self._kind(linear) == "e4m3" else 1.0
         return x_TI, ctypes.c_int64(16), ctypes.c_int64(row_bytes), scale
 
+    def _count(self, kind: str, linear: CudaLinear, x_TI: Tensor, num_tokens: int) -> None:
+        """Count what was clipped, if anybody asks and a stored scale may clip."""
+        if self._saturation is None or self._kind(linear) != "e4m3":
+            return
+        data, chunk_stride, token_stride, _ = self._strides(x_TI, linear)
+        features = linear.weight.in_features
+        where = (features, self._slots_T, self._is_image_T, self._saturation.of(kind))
+        grid = count_grid(features, num_tokens)
+        kernel = self._library.count_largest()
+        launch(kernel, grid, 128, data, chunk_stride, token_stride, *where)
+
     def _norm(
         self, result: LinearResult | None, residual_TD: Tensor, weight_D: Tensor, linear: CudaLinear
     ) -> Tensor:
@@ -293,6 +309,10 @@ class Prefill:
         if self._all_reduce is not None:
             self._all_reduce(residual_TD)
         num_tokens = residual_TD.shape[0]
+        if self._saturation is not None:
+            self._is_image_T.zero_()
+            if batch.image_rows_I is not None:
+                self._is_image_T[batch.image_rows_I] = 1
         angles = self._rotary(batch.positions_T)
         size = min((size for size in self._graphs if size >= num_tokens), default=0)
         if size - num_tokens not in range(GRAPH_STEP):
@@ -309,6 +329,7 @@ class Prefill:
     def _run_eagerly(self, batch: PrefillBatch, rows: Rows) -> Tensor:
         weights = self._weights
         num_tokens = self._num_tokens = len(rows.residual_TD)
+        self._slots_T = rows.slots_T
         result: LinearResult | None = None
         if weights.fuse is not None:
             assert batch.hidden_TD is not None
@@ -368,6 +389,7 @@ class Prefill:
 
     def _segment(self, index: int, rows: Rows) -> None:
         """What lies between the attention of the layer before and that of layer `index`."""
+        self._slots_T = rows.slots_T
         result = None if index == 0 else self._leave(index - 1, rows)
         if index < len(self._weights.layers):
             self._enter(index, result, rows)
@@ -386,6 +408,7 @@ class Prefill:
         config, layer = self._weights.config, self._weights.layers[index]
         num_tokens, size = len(rows.residual_TD), config.head_dim
         x = self._norm(result, rows.residual_TD, layer.attention_norm_D, layer.qkv)
+        self._count("qkv", layer.qkv, x, num_tokens)
         qkv = self._product(layer.qkv, x, num_tokens)
         num_heads = config.num_heads + 2 * config.num_kv_heads
         launch(
@@ -408,10 +431,13 @@ class Prefill:
         """The rest of a layer: what is still to be added to the residual stream."""
         layer, num_tokens = self._weights.layers[index], len(rows.residual_TD)
         x = self._attention_output(layer, rows.out_TNH.reshape(num_tokens, -1))
+        self._count("o", layer.o, x, num_tokens)
         result = self._reduced(layer.o, self._product(layer.o, x, num_tokens))
         x = self._norm(result, rows.residual_TD, layer.mlp_norm_D, layer.gate_up)
+        self._count("gate_up", layer.gate_up, x, num_tokens)
         gate_up = self._product(layer.gate_up, x, num_tokens)
         x = self._silu(gate_up, layer.down, num_tokens)
+        self._count("down", layer.down, x, num_tokens)
         return self._reduced(layer.down, self._product(layer.down, x, num_tokens))
 
     def _conclude(self, result: LinearResult | None, rows: Rows) -> Tensor:

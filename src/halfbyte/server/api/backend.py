@@ -60,17 +60,21 @@ class Backend:
     def metrics_text(self) -> str:
         """The page of /metrics in Prometheus text: server, process and engine."""
         engine = {**self.engine_figures(), "alive": int(self.service.is_ready)}
+        stats = self.service.stats()
         return self.metrics.text(
             engine,
             process.figures(),
             self.config.model_names[0],
             vllm_names=self.config.vllm_metric_names,
+            saturation=() if stats is None else stats.saturation,
         )
 
     def engine_figures(self) -> dict[str, float]:
         """The engine's figures by name; empty while there is no engine of ours."""
         stats = self.service.stats()
-        return {} if stats is None else dataclasses.asdict(stats)
+        if stats is None:
+            return {}
+        return {k: v for k, v in dataclasses.asdict(stats).items() if k != "saturation"}
 
 
 def engine_backend(

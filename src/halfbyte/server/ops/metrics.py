@@ -124,13 +124,18 @@ class Metrics:
         model: str,
         *,
         vllm_names: bool = False,
+        saturation: Iterable[tuple[str, str, int, int]] = (),
     ) -> str:
-        """The whole page. `engine` and `process` hold figures by name, model the served name."""
+        """The whole page. `engine` and `process` hold figures by name, model the served name.
+
+        saturation  as `EngineStats` has it
+        """
         families = [
             _build_info(model),
             *self._own(),
             *_figures("halfbyte_process_", process, PROCESS_FIGURES),
             *_figures("halfbyte_engine_", engine, ENGINE_FIGURES),
+            *_saturation(tuple(saturation)),
             *(self._vllm(engine, model) if vllm_names else ()),
         ]
         registry = CollectorRegistry(auto_describe=False)
@@ -245,6 +250,23 @@ def _figures(
 ) -> Iterator[Metric]:
     for name, value in values.items():
         yield _family(prefix, known[name], value)
+
+
+def _saturation(counts: tuple[tuple[str, str, int, int], ...]) -> Iterator[Metric]:
+    """Clipped activations by linear and rows; nothing of an engine that does not count them."""
+    if not counts:
+        return
+    for name, what, place in (
+        (
+            "saturated_activations",
+            "Activations that took the largest FP8 value of their linear's input scale.",
+            2,
+        ),
+        ("rounded_activations", "Activations that were held against an input scale.", 3),
+    ):
+        values = {(one[0], one[1]): float(one[place]) for one in counts}
+        metric = _Metric(name, "counter", what)
+        yield _family("halfbyte_engine_", metric, values, ["linear", "rows"])
 
 
 def _build_info(model: str) -> Metric:
