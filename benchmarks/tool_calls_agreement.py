@@ -10,7 +10,8 @@ inside lists and objects, arguments that are no JSON object, text instead of cal
 also calls moved to another turn, turns left out, steps without calls. Fixed seeds. The checker runs
 in an environment of its own (tool_calls_oracle.py); ours runs as `halfbyte grade` does,
 conversations in the sandbox. A verdict is right or wrong; the checker's own crashes are counted
-apart, as wrong.
+apart, as wrong. Of every item the first messages and all tools are compared, too, with those that
+the leaderboard sends to Mistral.
 
 Cost model: some 86,000 answers of one turn, a minute each side; 2,400 conversations, a quarter of a
 second each (ours starts a sandbox).
@@ -28,6 +29,7 @@ FOLDER holds the wheel; the oracle's environment is made with `pip install bfcl-
 import argparse
 import ast
 import copy
+import hashlib
 import json
 import random
 import subprocess
@@ -42,7 +44,8 @@ from halfbyte import bfcl as leaderboard
 from halfbyte.bench import record
 from halfbyte.evals.grading.tool_calls import write_answer
 from halfbyte.evals.tasks import bfcl
-from halfbyte.evals.types import Reply, Sample, ToolCall
+from halfbyte.evals.tasks.benchmark import Options
+from halfbyte.evals.types import Conversation, Reply, Sample, ToolCall
 from halfbyte.figures import Against, Figure
 
 RECORD = Path(__file__).parent / "records" / "tool_calls_agreement.json"
@@ -420,7 +423,17 @@ def ours(answer: Answer) -> str | None:
     return None if score.value == 1.0 else str(score.details.get("reason", score.cause))
 
 
-def oracle(python: Path, answers: Sequence[Answer]) -> list[str | None]:
+def request_hash(sample: Sample) -> str:
+    """A hash of what is asked first, and of the functions that come later."""
+    asked = bfcl.prompt(sample, (), Options())
+    assert isinstance(asked, Conversation)
+    found = sample.fields.get("later", {})
+    later = {turn: [leaderboard.as_tool(one) for one in more] for turn, more in found.items()}
+    sent = [list(asked.messages), list(asked.tools), later]
+    return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
+
+
+def verdicts(python: Path, answers: Sequence[Answer]) -> list[str | None]:
     """The checker's errors, one for each answer; None where it calls it right."""
 
     def said(step: Wire | str) -> Any:
@@ -433,6 +446,11 @@ def oracle(python: Path, answers: Sequence[Answer]) -> list[str | None]:
         is_single = not category.startswith("multi_turn")
         task = {"category": category, "index": answer.index}
         lines.append(json.dumps({**task, "said": turns[0][0] if is_single else turns}))
+    return oracle(python, lines)
+
+
+def oracle(python: Path, lines: Sequence[str]) -> list[str | None]:
+    """What the oracle says of each line."""
     done = subprocess.run(
         [python, ORACLE], input="\n".join(lines), capture_output=True, text=True, check=False
     )
@@ -461,20 +479,32 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(0)
     answers: list[Answer] = []
+    asked: list[tuple[Sample, str]] = []
     for category in leaderboard.GRADED:
         loaded = bfcl._samples(leaderboard.find_leaderboard(args.folder), category)
         for index, sample in enumerate(loaded[:: args.every]):
             place = index * args.every
+            asked.append((sample, json.dumps({"category": category, "index": place})))
             if category in leaderboard.MULTI_TURN:
                 answers += conversations(sample, place, rng, args.conversations)
             else:
                 answers += single_answers(sample, place, rng, args.each)
     print(f"{len(answers)} answers", flush=True)
     with ThreadPoolExecutor(3) as pool:
-        theirs_later = pool.submit(oracle, args.oracle, answers)
+        theirs_later = pool.submit(verdicts, args.oracle, answers)
         mine = list(pool.map(ours, answers))
         theirs = theirs_later.result()
-    report(args, answers, mine, theirs)
+    sent = oracle(args.oracle, [line for _, line in asked])
+    others = [
+        sample.item_id
+        for (sample, _), theirs_hash in zip(asked, sent, strict=True)
+        if request_hash(sample) != theirs_hash
+    ]
+    requests = Figure(
+        "requests that equal the leaderboard's", 100 - 100 * len(others) / len(asked), "%",
+        "evaluation", {"items": len(asked)}, (Against("at least", 100, is_bound=True),),
+    )  # fmt: skip
+    report(args, answers, mine, theirs, requests, others)
 
 
 def report(
@@ -482,6 +512,8 @@ def report(
     answers: Sequence[Answer],
     mine: Sequence[str | None],
     theirs: Sequence[str | None],
+    requests: Figure,
+    others: Sequence[str],
 ) -> None:
     """Print and record how far the verdicts agree, by kind of items and of change."""
     found: dict[tuple[str, str], list[tuple[bool, bool, bool]]] = defaultdict(list)
@@ -527,8 +559,9 @@ def report(
                 (Against("at least", 100, is_bound=True),),
             ),
         )  # fmt: skip
+    figures.insert(0, requests)
     for figure in figures:
-        print(f"{figure.value:8.3f} %  {figure.conditions_text}")
+        print(f"{figure.value:8.3f} %  {figure.name}: {figure.conditions_text}")
     for row in apart[:20]:
         print(json.dumps(row)[:600])
     record.write(
@@ -540,6 +573,7 @@ def report(
         results={
             "wheel": leaderboard.find_leaderboard(args.folder).source,
             "disagreements": apart[:200],
+            "other requests": list(others),
         },
     )
 

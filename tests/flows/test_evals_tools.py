@@ -287,3 +287,16 @@ def test_calls_and_messages_go_over_the_wire_as_the_protocol_has_them(tmp_path: 
     }  # fmt: skip
     assert longest["tools"][0]["function"]["parameters"]["type"] == "object"
     assert longest["model"] == "stub" and longest["temperature"] == 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_pocket_is_asked_through_our_own_server(tmp_path: Path) -> None:
+    model = Path(__file__).parents[2] / "pocket" / "model"
+    greedy = ("--temperature", "0", "--max-tokens", "128", "--reasoning-effort", "none")
+    assert evaluate(str(model), tmp_path, *greedy) == 0
+    result = read_run(tmp_path).benchmarks["bfcl"]
+    assert result.status == "complete"
+    # Tools, calls and their results are taken; whether Pocket knows these tools is another matter.
+    assert set(result.causes) <= {"ok", "wrong", "unparsed", "length"}
+    assert result.by_stratum["irrelevance"]["score"] == 1.0
