@@ -10,8 +10,8 @@ inside lists and objects, arguments that are no JSON object, text instead of cal
 also calls moved to another turn, turns left out, steps without calls. Fixed seeds. The checker runs
 in an environment of its own (tool_calls_oracle.py); ours runs as `halfbyte grade` does,
 conversations in the sandbox. A verdict is right or wrong; the checker's own crashes are counted
-apart, as wrong. Of every item the first messages and all tools are compared, too, with those that
-the leaderboard sends to Mistral.
+apart, as wrong. With --requests the first messages and all tools of every item are compared with
+those that the leaderboard sends to Mistral, less what functions return.
 
 Cost model: some 86,000 answers of one turn, a minute each side; 2,400 conversations, a quarter of a
 second each (ours starts a sandbox).
@@ -20,7 +20,7 @@ Reading the result: every disagreement is in the record with its item, its kind 
 `right` says how many of the answers the checker called right: of a mutation that changes nothing
 of importance many stay so.
 
-Last record: benchmarks/records/tool_calls_agreement.json.
+Last records: benchmarks/records/tool_calls_agreement.json and tool_calls_requests.json beside it.
 
 Run: PYTHONPATH=src python benchmarks/tool_calls_agreement.py FOLDER --oracle venv/bin/python
 FOLDER holds the wheel; the oracle's environment is made with `pip install bfcl-eval soundfile`.
@@ -49,6 +49,7 @@ from halfbyte.evals.types import Conversation, Reply, Sample, ToolCall
 from halfbyte.figures import Against, Figure
 
 RECORD = Path(__file__).parent / "records" / "tool_calls_agreement.json"
+REQUESTS = RECORD.with_name("tool_calls_requests.json")
 ORACLE = Path(__file__).parent / "tool_calls_oracle.py"
 # A call as it goes over the wire: name, and the text of its arguments.
 Calls = list[tuple[str, dict[str, Any]]]
@@ -475,7 +476,9 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=2, help="answers of each kind and item")
     parser.add_argument("--conversations", type=int, default=2, help="changes of each conversation")
     parser.add_argument("--every", type=int, default=1, help="take every n-th item")
+    parser.add_argument("--requests", action="store_true", help="compare what is sent, no verdicts")
     parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--out-requests", type=Path, default=REQUESTS)
     args = parser.parse_args()
     rng = random.Random(0)
     answers: list[Answer] = []
@@ -489,22 +492,41 @@ def main() -> None:
                 answers += conversations(sample, place, rng, args.conversations)
             else:
                 answers += single_answers(sample, place, rng, args.each)
+    if args.requests:
+        compare_requests(args, asked)
+        return
     print(f"{len(answers)} answers", flush=True)
     with ThreadPoolExecutor(3) as pool:
         theirs_later = pool.submit(verdicts, args.oracle, answers)
         mine = list(pool.map(ours, answers))
         theirs = theirs_later.result()
+    report(args, answers, mine, theirs)
+
+
+def compare_requests(args: argparse.Namespace, asked: Sequence[tuple[Sample, str]]) -> None:
+    """Record of how many items the first messages and all tools are those of the leaderboard."""
     sent = oracle(args.oracle, [line for _, line in asked])
     others = [
         sample.item_id
-        for (sample, _), theirs_hash in zip(asked, sent, strict=True)
-        if request_hash(sample) != theirs_hash
+        for (sample, _), theirs in zip(asked, sent, strict=True)
+        if request_hash(sample) != theirs
     ]
-    requests = Figure(
-        "requests that equal the leaderboard's", 100 - 100 * len(others) / len(asked), "%",
-        "evaluation", {"items": len(asked)}, (Against("at least", 100, is_bound=True),),
+    tools = sum(len(sample.fields["documents"]) for sample, _ in asked)
+    same = 100 - 100 * len(others) / len(asked)
+    figure = Figure(
+        "requests that equal the leaderboard's", same, "%", "evaluation",
+        {"items": len(asked), "tools": tools}, (Against("at least", 100, is_bound=True),),
     )  # fmt: skip
-    report(args, answers, mine, theirs, requests, others)
+    print(f"{figure.value:8.3f} %  {figure.name}: {figure.conditions_text}")
+    record.write(
+        args.out_requests,
+        name="tool_calls_requests",
+        question="Are tools and messages sent as the leaderboard sends them?",
+        command="PYTHONPATH=src python benchmarks/tool_calls_agreement.py FOLDER --oracle PYTHON "
+        "--requests",
+        figures=[figure],
+        results={"wheel": leaderboard.find_leaderboard(args.folder).source, "others": others},
+    )
 
 
 def report(
@@ -512,8 +534,6 @@ def report(
     answers: Sequence[Answer],
     mine: Sequence[str | None],
     theirs: Sequence[str | None],
-    requests: Figure,
-    others: Sequence[str],
 ) -> None:
     """Print and record how far the verdicts agree, by kind of items and of change."""
     found: dict[tuple[str, str], list[tuple[bool, bool, bool]]] = defaultdict(list)
@@ -559,7 +579,6 @@ def report(
                 (Against("at least", 100, is_bound=True),),
             ),
         )  # fmt: skip
-    figures.insert(0, requests)
     for figure in figures:
         print(f"{figure.value:8.3f} %  {figure.name}: {figure.conditions_text}")
     for row in apart[:20]:
@@ -573,7 +592,6 @@ def report(
         results={
             "wheel": leaderboard.find_leaderboard(args.folder).source,
             "disagreements": apart[:200],
-            "other requests": list(others),
         },
     )
 

@@ -83,7 +83,7 @@ class Perfect:
             return calling((request["tools"][0]["function"]["name"], {}))
         documents = sample.fields["documents"]
         known = {leaderboard.wire_name(d["name"]): d["parameters"]["properties"] for d in documents}
-        # A few right calls name parameters that their document lacks; nobody may give those.
+        # Some right calls name parameters that their document lacks; nobody may give those.
         return calling(
             *(
                 (name, {key: value for key, value in given.items() if key in known[name]})
