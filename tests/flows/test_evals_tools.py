@@ -63,6 +63,21 @@ def calling(*calls: tuple[str, dict[str, Any]], content: str | None = None) -> R
     return status, body
 
 
+def best_calls(sample: Sample) -> list[tuple[str, dict[str, Any]]]:
+    """The right calls, as far as the documents of their functions let anybody make them.
+
+    Some right calls name parameters that their document lacks, or have nothing but "" for one that
+    must be given.
+    """
+    documents = {leaderboard.wire_name(d["name"]): d for d in sample.fields["documents"]}
+    found = []
+    for name, given in right_calls(sample, random.Random(0), first=True):
+        parameters = documents[name]["parameters"]
+        known = {key: value for key, value in given.items() if key in parameters["properties"]}
+        found.append((name, dict.fromkeys(parameters["required"], "") | known))
+    return found
+
+
 class Perfect:
     """A model that knows every item by the seed it is asked with, and makes the right calls."""
 
@@ -81,15 +96,7 @@ class Perfect:
             if sample.stratum != "live_relevance":
                 return completion("None of my tools can do that.")
             return calling((request["tools"][0]["function"]["name"], {}))
-        documents = sample.fields["documents"]
-        known = {leaderboard.wire_name(d["name"]): d["parameters"]["properties"] for d in documents}
-        # Some right calls name parameters that their document lacks; nobody may give those.
-        return calling(
-            *(
-                (name, {key: value for key, value in given.items() if key in known[name]})
-                for name, given in right_calls(sample, random.Random(0), first=True)
-            )
-        )
+        return calling(*best_calls(sample))
 
     def _turn(self, sample: Sample, messages: list[dict[str, Any]]) -> Reply:
         last = max(n for n, message in enumerate(messages) if message["role"] == "user")
