@@ -60,7 +60,7 @@ class Answer(NamedTuple):
     """One answer to an item: what kind of change made it, and its turns of steps."""
 
     sample: Sample
-    index: int
+    place: int
     kind: str
     turns: list[list[Wire | str]]
 
@@ -404,7 +404,8 @@ def conversations(sample: Sample, index: int, rng: random.Random, kinds: int) ->
         elif kind == "force":
             steps = steps[: rng.randrange(1, len(steps) + 1)]
         elif kind == "empty turn":
-            steps[rng.randrange(len(steps))] = [rng.choice(["Which one?", "", []])]
+            said: list[Wire | str] = ["Which one?", "", []]
+            steps[rng.randrange(len(steps))] = [rng.choice(said)]
         yield Answer(sample, index, kind, steps)
 
 
@@ -445,7 +446,7 @@ def verdicts(python: Path, answers: Sequence[Answer]) -> list[str | None]:
         turns = [[said(step) for step in steps] for steps in answer.turns]
         category = answer.sample.stratum
         is_single = not category.startswith("multi_turn")
-        task = {"category": category, "index": answer.index}
+        task = {"category": category, "index": answer.place}
         lines.append(json.dumps({**task, "said": turns[0][0] if is_single else turns}))
     return oracle(python, lines)
 

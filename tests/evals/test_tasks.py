@@ -14,13 +14,14 @@ from halfbyte.evals.tasks.benchmark import Benchmark, Options, spread_indices
 from halfbyte.evals.tasks.choices import choice_prompt
 from halfbyte.evals.tasks.data import load_rows, rows_sha256
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES, find_benchmarks
-from halfbyte.evals.types import Image, Prompt
+from halfbyte.evals.types import Conversation, Image, Prompt
 
 DATA = Path(__file__).parents[1] / "data" / "evals"
 MADE_UP = DATA / "made_up"
 
 
 def text_of(prompt: Prompt) -> str:
+    assert not isinstance(prompt, Conversation)
     return "".join(part.text for part in prompt if not isinstance(part, Image))
 
 

@@ -42,9 +42,12 @@ def is_right(sample: Sample, *calls: tuple[str, Any]) -> bool:
     return bfcl.grade(sample, write_answer([[says(*calls)]])).value == 1.0
 
 
-TEA = {"drink": "green tea", "cups": 2}
-FENCE = {"colours": ["red", "dark blue"], "size": {"height": 1.5, "length": 20}}
-WALK = {"start": [7.5, 47.6], "stops": [{"name": "Old Mill"}, {"name": "lake shore"}]}
+TEA: dict[str, Any] = {"drink": "green tea", "cups": 2}
+FENCE: dict[str, Any] = {"colours": ["red", "dark blue"], "size": {"height": 1.5, "length": 20}}
+WALK: dict[str, Any] = {
+    "start": [7.5, 47.6],
+    "stops": [{"name": "Old Mill"}, {"name": "lake shore"}],
+}
 BREW = "kitchen_brew"
 
 
@@ -77,7 +80,7 @@ BREW = "kitchen_brew"
         (1, "paint_fence", {**FENCE, "size": {"length": 20.0, "height": 1.5}}, True),  # inside: ==
         (1, "paint_fence", {**FENCE, "size": {"length": 22, "height": 1.5}}, False),
         (1, "paint_fence", {**FENCE, "size": {"height": 1.5}}, False),
-        (1, "paint_fence", {**FENCE, "size": {**FENCE["size"], "depth": 1}}, False),  # type: ignore
+        (1, "paint_fence", {**FENCE, "size": {**FENCE["size"], "depth": 1}}, False),
         (2, "plan_route", WALK, True),
         (2, "plan_route", {**WALK, "start": [7, 47]}, False),
         (2, "plan_route", {**WALK, "note": "Slowly!"}, False),
@@ -136,7 +139,8 @@ VALUES = st.recursive(
 @given(st.sampled_from([0, 1, 2]), st.data())
 def test_no_value_of_an_argument_makes_the_grader_fail(item: int, data: st.DataObject) -> None:
     sample = SAMPLES[f"simple_python_{item}"]
-    name, right = [(BREW, TEA), ("paint_fence", FENCE), ("plan_route", WALK)][item]
+    names = (BREW, "paint_fence", "plan_route")
+    name, right = names[item], (TEA, FENCE, WALK)[item]
     changed = dict(right)
     changed[data.draw(st.sampled_from([*right, "more"]))] = data.draw(VALUES)
     assert isinstance(is_right(sample, (name, changed)), bool)

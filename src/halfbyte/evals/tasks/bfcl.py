@@ -132,7 +132,7 @@ def _provenance(
     leaderboard: Leaderboard, categories: Sequence[str], samples: Sequence[Sample]
 ) -> Provenance:
     """Which files these are; of any wheel it is said how far its items are the published ones."""
-    hashes = {}
+    hashes: dict[str, str] = {}
     for category in categories:
         names = [f"BFCL_v4_{category}.json"]
         if category not in bfcl.WITHOUT_ANSWER:
