@@ -1,8 +1,10 @@
 """The text that comes with the package."""
 
+from functools import cache
 from importlib import resources
 
 
+@cache
 def builtin_documents() -> tuple[tuple[str, str], ...]:
     """(name, text) of the documents that come with the package, CC0, domains in turn."""
     folder = resources.files("halfbyte.calibrate") / "data"
