@@ -1,8 +1,7 @@
 """Draws a blend: quota, selection, tokens, and the record of where each row came from.
 
 `draw` is what `quantize` and the command line call. Nothing is padded, rows are ragged, and the
-same blend over the same files with the same tokenizer gives the same rows, bit for bit. Needs no
-torch.
+same blend over the same files and tokenizer gives the same rows, bit for bit. No torch.
 """
 
 import hashlib

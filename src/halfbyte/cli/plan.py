@@ -105,35 +105,17 @@ def parse_price(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.machine import age_s
-    from halfbyte.quantize.budget import outline
     from halfbyte.quantize.capacity import CalibrationText, estimate_run
-    from halfbyte.quantize.job import refuse_export
     from halfbyte.quantize.plan_text import (
         format_estimate,
         format_hosting,
         format_measuring,
         format_quantizing,
     )
-    from halfbyte.quantize.survey import survey
-    from halfbyte.recipe.fitted import named_or_fitted
-    from halfbyte.recipe.plan import make_plan
 
-    source = survey(args.source)
-    refuse_export(args.source, source.quantization)
-    if args.no_vision:
-        if source.config.vision is None:
-            raise UsageError(f"--no-vision: {args.source} has no vision tower to leave out")
-        source = replace(source, config=replace(source.config, vision=None))
+    source = _source(args)
     is_measured = args.budget is not None or args.fit is not None
-    if is_measured and args.recipe is not None:
-        raise UsageError("--recipe and --budget or --fit exclude each other: both choose formats")
-    chosen, said = named_or_fitted(args.recipe, lambda: source.config)
-    recipe = by_method(chosen, args.method)
-    if is_measured:
-        outlined, said = outline(source, asked_for(args, source.config), args.sensitivity)
-        plan = replace(outlined, scales=recipe.scales)
-    else:
-        plan = make_plan(recipe, source.config)
+    recipe, plan, said = _chosen(args, source, is_measured=is_measured)
     hosted = _hosting(args, source, plan)
     text = (
         CalibrationText(0, 0)
@@ -179,6 +161,38 @@ def run(args: argparse.Namespace) -> int:
             print(format_measuring(source.config, made))
         print(f"\n{format_quantizing(elsewhere, price)}\n\n{format_hosting(hosted, price)}")
     return 0
+
+
+def _source(args: argparse.Namespace) -> "Survey":
+    """What is to be quantized, without its vision tower if that is left out."""
+    from halfbyte.quantize.job import refuse_export
+    from halfbyte.quantize.survey import survey
+
+    source = survey(args.source)
+    refuse_export(args.source, source.quantization)
+    if not args.no_vision:
+        return source
+    if source.config.vision is None:
+        raise UsageError(f"--no-vision: {args.source} has no vision tower to leave out")
+    return replace(source, config=replace(source.config, vision=None))
+
+
+def _chosen(
+    args: argparse.Namespace, source: "Survey", *, is_measured: bool
+) -> "tuple[Recipe, Plan, str | None]":
+    """The recipe, the plan that follows from it or from a budget, and why it was chosen."""
+    from halfbyte.quantize.budget import outline
+    from halfbyte.recipe.fitted import named_or_fitted
+    from halfbyte.recipe.plan import make_plan
+
+    if is_measured and args.recipe is not None:
+        raise UsageError("--recipe and --budget or --fit exclude each other: both choose formats")
+    chosen, said = named_or_fitted(args.recipe, lambda: source.config)
+    recipe = by_method(chosen, args.method)
+    if not is_measured:
+        return recipe, make_plan(recipe, source.config), said
+    outlined, said = outline(source, asked_for(args, source.config), args.sensitivity)
+    return recipe, replace(outlined, scales=recipe.scales), said
 
 
 def _hosting(args: argparse.Namespace, source: "Survey", plan: "Plan") -> "list[Hosting]":

@@ -67,6 +67,19 @@ Candidate = tuple[str, Path, Mode]
 Progress = Callable[[int, int], None]
 
 
+def _with_flips(
+    rows: Sequence[ModelRow],
+    base: LoadedModel,
+    others: Sequence[LoadedModel],
+    choices: Sequence[EncodedItem],
+) -> list[ModelRow]:
+    answers = answer(base.engine, choices)
+    return [
+        replace(row, flips=count_flips(choices, answers, answer(other.engine, choices)))
+        for row, other in zip(rows, others, strict=True)
+    ]
+
+
 def compare_models(
     base_dir: Path,
     candidates: Sequence[Candidate],
@@ -112,11 +125,7 @@ def compare_models(
         for model, tally in zip(others, tallies, strict=True)
     ]
     if choices:
-        answers = answer(base.engine, choices)
-        rows = [
-            replace(row, flips=count_flips(choices, answers, answer(other.engine, choices)))
-            for row, other in zip(rows, others, strict=True)
-        ]
+        rows = _with_flips(rows, base, others, choices)
     if prompts:
         seen = _compare_seen(base, others, prompts)
         rows = [replace(row, images=found) for row, found in zip(rows, seen, strict=True)]
