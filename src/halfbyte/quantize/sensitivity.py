@@ -62,7 +62,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Linears that must have one format.
+    """Linears that must have one format, with what each format costs them.
 
     members   canonical names
     losses    format -> what it adds to the KL divergence, nats a token
@@ -75,7 +75,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What the group is called: `decoder.3.attention.q,k,v`."""
+        """Name of the group for people, by its members: `decoder.3.attention.q,k,v`."""
         prefix, _, first = self.members[0].rpartition(".")
         shorts = ",".join([first, *(x.rpartition(".")[2] for x in self.members[1:])])
         return f"{prefix}.{shorts}" if prefix else shorts
@@ -493,7 +493,7 @@ class _HeadCost:
 
 
 def text_digest(rows: Sequence[Tensor]) -> str:
-    """What tells these token ids from others."""
+    """SHA-256 of all token ids, which tells these rows from others."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.numel().to_bytes(8, "little"))
