@@ -48,7 +48,7 @@ from halfbyte.quantize.encode import HEAD_ROWS, Inputs, SourceWeight, encode_wei
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import read_weight
 from halfbyte.quantize.scales import input_scale, shared_maxima
-from halfbyte.quantize.staging import locked
+from halfbyte.quantize.staging import locked, work_directory
 from halfbyte.recipe.plan import Plan, linear_size
 
 VERSION = 1
@@ -150,7 +150,7 @@ def measure_sensitivity(
     if found is not None and not measuring.restart:
         logger.info("sensitivity: taken from %s", measuring.file)
         return found
-    work = measuring.file.parent / f".{measuring.file.name}.halfbyte-work"
+    work = work_directory(measuring.file)
     with locked(work):
         losses = _Run(measuring, fingerprint, work, budget or MemoryBudget(None), on_step).run()
         content = {"halfbyte_sensitivity": VERSION, "made_of": fingerprint, "losses": losses}
