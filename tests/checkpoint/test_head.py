@@ -51,7 +51,9 @@ def formats_of(case: str, config: ModelConfig) -> dict[str, WeightFormat]:
     found: dict[str, Any] = {
         name: "bf16" if left.fullmatch(name) else x for name, x in formats.items()
     }
-    return found if head == "bf16" else {**found, "head": head}
+    if head != "bf16":
+        found["head"] = head
+    return found
 
 
 def twelve(make: Any, *, has_vision: bool) -> ModelConfig:

@@ -1,5 +1,6 @@
 """From a number of bytes to a recipe: kept, reproduced, and explained where it cannot be."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import verify
 from halfbyte.cli.main import main
+from halfbyte.cli.quantize import kept
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import WeightFormat, decoder_linears, fused_partners
@@ -195,3 +197,10 @@ def test_any_partition_is_written_as_a_recipe_and_read_back(data: st.DataObject)
 def test_layers_are_spelt_as_people_spell_them() -> None:
     assert spans([0, 1, 2, 3, 7, 9, 10]) == ["0-3", 7, "9-10"]
     assert recipe_file(Path("/x/out")) == Path("/x/out.recipe.yaml")
+
+
+def test_what_ctrl_c_leaves_of_measuring_is_said(tmp_path: Path) -> None:
+    args = argparse.Namespace(output=tmp_path / "out")
+    assert "nothing is kept" in kept(args)
+    (tmp_path / ".out.sensitivity.json.halfbyte-work").mkdir()
+    assert "measured steps are kept in" in kept(args)

@@ -20,7 +20,7 @@ from halfbyte.model.rope import Rotation
 
 
 class Passed(NamedTuple):
-    """What one row showed in one layer.
+    """What one row of tokens showed on its way through one layer and back.
 
     inputs     tap point -> what its linears read, bf16 (T, I)
     outputs    short name (`attention.q`) -> what the linear gave, bf16 (T, O)

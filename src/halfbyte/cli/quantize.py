@@ -286,9 +286,13 @@ def chosen_blend(args: argparse.Namespace) -> str | None:
 
 def kept(args: argparse.Namespace) -> str:
     """A sentence about what a quantization leaves when Ctrl-C ends it."""
+    from halfbyte.quantize.budget import sensitivity_file
     from halfbyte.quantize.staging import work_directory
 
     work = work_directory(args.output)
+    measuring = work_directory(sensitivity_file(args.output))
+    if measuring.exists():
+        return f"measured steps are kept in {measuring}; the same command goes on with them"
     if not work.exists():
         return "no layer was finished and nothing is kept; give the same command again"
     return f"finished layers are kept in {work}; the same command goes on with them"

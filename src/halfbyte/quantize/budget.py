@@ -52,7 +52,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Budgeted:
-    """A recipe chosen within a budget.
+    """A recipe that was chosen within a budget of bytes, and why.
 
     file_bytes   of the weight files that it gives, headers included
     fixed_bytes  of those, what no choice changes: embedding, norms, vision, headers
@@ -169,7 +169,7 @@ class Possible:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, max_shard_bytes: int) -> "Possible":
-        """Work it out from shapes alone."""
+        """Work out the bounds of a source from the shapes of its tensors alone."""
         groups = unmeasured_groups(checkpoint.config, checkpoint.quantization)
         smallest = {group.members: _smallest(group) for group in groups}
         least = _file_bytes(checkpoint, _formats(groups, smallest), max_shard_bytes)

@@ -30,7 +30,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen.
+    """The options that were chosen, one for every item, and their sums.
 
     options      item -> option
     num_bytes    of all items

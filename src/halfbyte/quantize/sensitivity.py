@@ -48,7 +48,7 @@ from halfbyte.quantize.encode import HEAD_ROWS, Inputs, SourceWeight, encode_wei
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import read_weight
 from halfbyte.quantize.scales import input_scale, shared_maxima
-from halfbyte.quantize.staging import locked
+from halfbyte.quantize.staging import locked, work_directory
 from halfbyte.recipe.plan import Plan, linear_size
 
 VERSION = 1
@@ -62,7 +62,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Linears that must have one format.
+    """Linears that must have one format, with what each format costs them.
 
     members   canonical names
     losses    format -> what it adds to the KL divergence, nats a token
@@ -75,7 +75,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What the group is called: `decoder.3.attention.q,k,v`."""
+        """Name of the group for people, by its members: `decoder.3.attention.q,k,v`."""
         prefix, _, first = self.members[0].rpartition(".")
         shorts = ",".join([first, *(x.rpartition(".")[2] for x in self.members[1:])])
         return f"{prefix}.{shorts}" if prefix else shorts
@@ -150,7 +150,7 @@ def measure_sensitivity(
     if found is not None and not measuring.restart:
         logger.info("sensitivity: taken from %s", measuring.file)
         return found
-    work = measuring.file.parent / f".{measuring.file.name}.halfbyte-work"
+    work = work_directory(measuring.file)
     with locked(work):
         losses = _Run(measuring, fingerprint, work, budget or MemoryBudget(None), on_step).run()
         content = {"halfbyte_sensitivity": VERSION, "made_of": fingerprint, "losses": losses}
@@ -493,7 +493,7 @@ class _HeadCost:
 
 
 def text_digest(rows: Sequence[Tensor]) -> str:
-    """What tells these token ids from others."""
+    """SHA-256 of all token ids, which tells these rows from others."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.numel().to_bytes(8, "little"))
