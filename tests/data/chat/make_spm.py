@@ -7,6 +7,7 @@ tokenizer.json    control tokens, bytes, the first merges and ASCII of the model
 prompts.json      conversations, and their ids by mistral-common over the same cut
 """
 
+import importlib
 import json
 import string
 import tempfile
@@ -137,8 +138,8 @@ def tokenizer_json(proto: Any) -> dict[str, Any]:
 def main() -> None:
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-    from sentencepiece import sentencepiece_model_pb2 as model
 
+    model = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     proto = model.ModelProto()
     proto.ParseFromString(files("mistral_common").joinpath(f"data/{NAME}").read_bytes())
     cut(proto)
