@@ -264,7 +264,7 @@ def _saturation(counts: tuple[tuple[str, str, int, int], ...]) -> Iterator[Metri
         ),
         ("rounded_activations", "Activations that were held against an input scale.", 3),
     ):
-        values = {(one[0], one[1]): float(one[place]) for one in counts}
+        values: dict[tuple[str, ...], _Value] = {(o[0], o[1]): float(o[place]) for o in counts}
         metric = _Metric(name, "counter", what)
         yield _family("halfbyte_engine_", metric, values, ["linear", "rows"])
 
