@@ -57,8 +57,8 @@ def test_every_question_is_answered_on_a_small_model(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DATA / "chatml" / name, tmp_path / "tiny")
     sizes = ServingSizes(
-        streams=4, stream_tokens=30, cached_tokens=300, stall_tokens=1500, stall_layers=1,
-        usual_tokens=40, repeats=1,
+        streams=2, stream_tokens=24, cached_tokens=120, stall_tokens=500, stall_layers=1,
+        usual_tokens=25, repeats=1,
     )  # fmt: skip
     report = measure(tmp_path / "tiny", tmp_path, sizes=sizes, force=True)
     assert set(report.samples) == set(NAMES)

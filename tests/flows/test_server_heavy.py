@@ -2,8 +2,8 @@
 
 Measured: memory of the server and its processes over idle while they are in work and afterwards,
 the longest silence of /health/ready, the longest gap of an answer that streams beside them. Others
-may work on the machine, too: bounds of time are stretched by how long the server waited for a
-processor.
+may work on the machine, too: right before each heavy request the same stream is watched without
+one, and where that control is beyond a bound of time, the bound is what it showed.
 """
 
 import contextlib
@@ -25,16 +25,15 @@ from pathlib import Path
 import pytest
 
 from flows.hostile import CHAT, Heavy, grain, heavy, seen
-from follower_processes import engines_of
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.processes import family_of
 
 DATA = Path(__file__).parent.parent / "data" / "chat"
 PEAK_MB, KEPT_MB = 600, 100
 SILENCE_S, GAP = 0.150, 5.0
-# Five steps of a tiny model are 25 ms; what another process does for a moment is more.
-GAP_S = 0.030
 ATTEMPTS = 5
+# How long a control is watched, beside the moments before and after.
+CONTROL_S = 0.5
 
 
 @dataclasses.dataclass
@@ -57,20 +56,6 @@ class Target:
                 total += int(text.partition(f"{what}:")[2].split()[0])
         return total / 1024
 
-    def processor_s(self) -> tuple[float, float]:
-        """Seconds that threads of server and engine have run, and have waited for a processor."""
-        ran = waited = 0
-        tasks = (
-            task
-            for pid in (self.process.pid, *engines_of(self.process.pid))
-            for task in Path(f"/proc/{pid}/task").iterdir()
-        )
-        for task in tasks:
-            with contextlib.suppress(OSError):
-                fields = (task / "schedstat").read_text().split()
-                ran, waited = ran + int(fields[0]), waited + int(fields[1])
-        return ran / 1e9, waited / 1e9
-
     def forget_peak(self) -> None:
         for pid in self.processes():
             with contextlib.suppress(OSError):
@@ -92,7 +77,7 @@ def post(port: int, path: str, content: bytes, timeout: float = 50) -> tuple[int
 
 @pytest.fixture(scope="module")
 def senders() -> Iterator[Executor]:
-    """A process that sends, so that its threads do not hold up the one that looks."""
+    """A process that makes bodies and sends them, out of the way of the one that looks."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as found:
         assert found.submit(int).result() == 0
         yield found
@@ -148,8 +133,18 @@ class Seen:
     gaps: list[float] = dataclasses.field(default_factory=list)
 
     @property
+    def median_s(self) -> float:
+        return statistics.median(self.gaps)
+
+    @property
     def gap_ratio(self) -> float:
-        return max(self.gaps) / statistics.median(self.gaps)
+        return max(self.gaps) / self.median_s
+
+    def __str__(self) -> str:
+        return (
+            f"silent for {self.silence_s * 1000:.0f} ms, gap {self.gap_ratio:.1f} of "
+            f"{self.median_s * 1000:.1f} ms"
+        )
 
 
 @contextlib.contextmanager
@@ -202,17 +197,34 @@ def watched(target: Target) -> Iterator[Seen]:
             thread.join()
 
 
-def sent(port: int, path: str, content: bytes, times: int) -> list[int]:
-    """The statuses of that many requests, all at once; 0 where no answer came."""
+def made(name: str) -> tuple[Heavy, bytes]:
+    """A case and its body."""
+    case = next(case for case in heavy() if case.name == name)
+    return case, case.content()
+
+
+# The case that is sent next, in the process that sends.
+_next: list[tuple[Heavy, bytes]] = []
+
+
+def prepare(name: str) -> int:
+    """Make the body of a case; returns its bytes."""
+    _next[:] = [made(name)]
+    return len(_next[0][1])
+
+
+def sent(port: int) -> list[int]:
+    """The statuses of as many requests as the case has, all at once; 0 where no answer came."""
+    ((case, content),) = _next
     statuses: list[int] = []
 
     def send() -> None:
         try:
-            statuses.append(post(port, path, content)[0])
+            statuses.append(post(port, case.path, content)[0])
         except (OSError, http.client.HTTPException):
             statuses.append(0)
 
-    threads = [threading.Thread(target=send) for _ in range(times)]
+    threads = [threading.Thread(target=send) for _ in range(case.times)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -222,38 +234,32 @@ def sent(port: int, path: str, content: bytes, times: int) -> list[int]:
 
 def check(target: Target, senders: Executor, case: Heavy) -> str | None:
     """What is wrong with a case's cost; time is measured again: others may have been in the way."""
-    content = case.content()
+    num_bytes = senders.submit(prepare, case.name).result()
     base = target.memory_mb("VmRSS")
     said = ""
     for _ in range(ATTEMPTS):
         target.forget_peak()
-        ran, waited = target.processor_s()
+        with watched(target) as control:
+            time.sleep(CONTROL_S)
         with watched(target) as seen:
-            asked = senders.submit(sent, target.port, case.path, content, case.times)
-            statuses = asked.result()
+            statuses = senders.submit(sent, target.port).result()
         if target.process.poll() is not None:
             return f"{case.name}: the server died"
         # A body that was still coming may cost its sender the answer.
-        allowed = (*case.statuses, 0) if len(content) > 1_000_000 else case.statuses
+        allowed = (*case.statuses, 0) if num_bytes > 1_000_000 else case.statuses
         wrong = [status for status in statuses if status not in allowed]
         if wrong:
             return f"{case.name}: answered {wrong[:5]}"
         peak = target.memory_mb("VmHWM") - base
         if peak > PEAK_MB:
             return f"{case.name}: {peak:.0f} MB over idle"
-        ran, waited = (
-            now - was for now, was in zip(target.processor_s(), (ran, waited), strict=True)
-        )
-        slowed = 1 + waited / ran
-        median = statistics.median(seen.gaps)
-        said = (
-            f"{case.name}: silent for {seen.silence_s * 1000:.0f} ms, gap {seen.gap_ratio:.1f} of "
-            f"{median * 1000:.1f} ms, slowed {slowed:.1f} times by others, {peak:.0f} MB over idle"
-        )
+        said = f"{case.name}: {seen}, {peak:.0f} MB over idle; alone: {control}"
         # Shown by `pytest -s`: what each case costs on this machine.
         print(said)
-        is_even = seen.gap_ratio <= GAP * slowed or max(seen.gaps) <= GAP_S * slowed
-        if seen.silence_s <= SILENCE_S * slowed and is_even:
+        is_even = seen.gap_ratio <= max(GAP, control.gap_ratio)
+        # Where a step takes long, so does everything else.
+        longest_s = max(SILENCE_S, control.silence_s, GAP * seen.median_s)
+        if is_even and seen.silence_s <= longest_s:
             return None
     return said
 

@@ -165,27 +165,45 @@ def test_idle_server_stops_quickly_and_frees_its_port(directory: Path) -> None:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+COMPLETION = {"model": "tiny", "prompt": "Hello", "temperature": 0, "ignore_eos": True}
+
+
+def end_in_mid_stream(url: str, victim: int, number: signal.Signals) -> str:
+    """What a stream still said when a process that makes it was ended."""
+    long = COMPLETION | {"max_tokens": 1900, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=40) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(victim, number)
+        return "".join(lines)
+
+
+def text_once_back(url: str) -> str:
+    """The answer of the engine that is loaded after one has died."""
+    end = time.monotonic() + 40
+    while (again := httpx.post(f"{url}/v1/completions", json=COMPLETION)).status_code == 503:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return text_of(again)
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[str]:
+    """What one process answers; the first test that has a server finds out."""
+    return []
+
+
 def test_an_engine_that_crashes_ends_its_answers_and_comes_back(
-    directory: Path, number: signal.Signals
+    directory: Path, wanted: list[str]
 ) -> None:
-    body = {"model": "tiny", "prompt": "Hello", "temperature": 0, "ignore_eos": True}
     with served(directory) as (process, url, _):
-        wanted = text_of(httpx.post(f"{url}/v1/completions", json=body, timeout=40))
-        long = body | {"max_tokens": 1900, "stream": True}
-        (engine,) = engines_of(process.pid)
-        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=40) as response:
-            lines = response.iter_lines()
-            next(lines)
-            os.kill(engine, number)
-            rest = "".join(lines)
-        assert "error" in rest and f"process {engine} was ended by {number.name}" in rest
-        end = time.monotonic() + 40
-        while (again := httpx.post(f"{url}/v1/completions", json=body)).status_code == 503:
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        assert text_of(again) == wanted
-        assert httpx.get(f"{url}/health").json()["engine_restarts"] == 1
+        wanted.append(text_of(httpx.post(f"{url}/v1/completions", json=COMPLETION, timeout=40)))
+        for restarts, number in enumerate((signal.SIGSEGV, signal.SIGKILL), 1):
+            (engine,) = engines_of(process.pid)
+            rest = end_in_mid_stream(url, engine, number)
+            assert "error" in rest and f"process {engine} was ended by {number.name}" in rest
+            assert text_once_back(url) == wanted[0]
+            assert httpx.get(f"{url}/health").json()["engine_restarts"] == restarts
         (engine,) = engines_of(process.pid)
         process.kill()
         process.wait()
@@ -193,28 +211,22 @@ def test_an_engine_that_crashes_ends_its_answers_and_comes_back(
         assert until_gone([engine])
 
 
-def test_two_ranks_serve_drain_and_come_back_after_a_death(directory: Path) -> None:
+def test_two_ranks_serve_drain_and_come_back_after_a_death(
+    directory: Path, wanted: list[str]
+) -> None:
     """A rank killed in mid-stream ends that answer; the next engine answers as one process does."""
-    body = {"model": "tiny", "prompt": "Hello", "temperature": 0, "ignore_eos": True}
-    with served(directory) as (_, url, _):
-        wanted = text_of(httpx.post(f"{url}/v1/completions", json=body, timeout=40))
+    if not wanted:
+        with served(directory) as (_, url, _):
+            wanted.append(text_of(httpx.post(f"{url}/v1/completions", json=COMPLETION, timeout=40)))
     with served(directory, "-tp", 2) as (process, url, _):
-        assert text_of(httpx.post(f"{url}/v1/completions", json=body, timeout=40)) == wanted
-        long = body | {"max_tokens": 1900, "stream": True}
+        answer = httpx.post(f"{url}/v1/completions", json=COMPLETION, timeout=40)
+        assert text_of(answer) == wanted[0]
         (rank,) = followers_of(process.pid)
-        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=40) as response:
-            lines = response.iter_lines()
-            next(lines)
-            os.kill(rank, signal.SIGKILL)
-            rest = "".join(lines)
+        rest = end_in_mid_stream(url, rank, signal.SIGKILL)
         assert "error" in rest and f"process {rank} was ended by SIGKILL" in rest
-        end = time.monotonic() + 40
-        while (again := httpx.post(f"{url}/v1/completions", json=body)).status_code == 503:
-            assert time.monotonic() < end
-            time.sleep(0.2)
-        assert text_of(again) == wanted
+        assert text_once_back(url) == wanted[0]
         (rank,) = followers_of(process.pid)
-        short = body | {"max_tokens": 300, "stream": True}
+        short = COMPLETION | {"max_tokens": 300, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=short, timeout=40) as response:
             lines = response.iter_lines()
             next(lines)

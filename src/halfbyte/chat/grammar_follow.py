@@ -28,6 +28,7 @@ from halfbyte.chat.grammar_masks import (
 )
 from halfbyte.chat.vocabulary import Vocabulary
 from halfbyte.errors import RequestError
+from halfbyte.machine import give_way
 
 # Expressions of llguidance's lexer take at most so much, and places in its parser.
 _EXPRESSION_BYTES = 400
@@ -150,7 +151,9 @@ class GrammarMasks:
     def _compile(self, grammar: CheckedGrammar) -> CompiledGrammar:
         """Compile what the trial has passed, on a stack four times the trial's."""
         if self._builder is None:
-            self._builder = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            self._builder = ThreadPoolExecutor(
+                1, thread_name_prefix="grammar", initializer=give_way
+            )
             usual = threading.stack_size(4 * self._limits.trial_stack_bytes)
             try:
                 # Starts its one thread.

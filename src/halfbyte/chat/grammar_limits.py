@@ -1,7 +1,8 @@
 """What a grammar may cost, and the one way in which llguidance is asked to build one.
 
-Used by the server (`grammar`) and by the process that tries a grammar first (`grammar_trial`): both
-must do the same thing. Imports next to nothing, so that the process is small and quickly there.
+Used by the process that tries a grammar first (`grammar_trial`) and where the engine runs, which
+compiles what has passed (`grammar_follow`): both must do the same thing. Imports next to nothing,
+so that the process is small and quickly there.
 """
 
 import re
@@ -34,7 +35,7 @@ class GrammarLimits:
     passed_chars     of the sources that need not be tried again
     trial_bytes      what the trying process may use beyond what it needs itself
     trial_cpu_s      and for how long it may compute
-    trial_stack_bytes  its stack. The server compiles on one of four times that
+    trial_stack_bytes  its stack. Where the engine runs, one of four times that is compiled on
     """
 
     max_source_bytes: int = 262_144

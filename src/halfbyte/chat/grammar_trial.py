@@ -1,4 +1,4 @@
-"""A process in which every grammar is tried before the server compiles it.
+"""A process in which every grammar is tried before the engine compiles it.
 
 llguidance compiles what strangers write, and can be made to overflow its stack or to fill the
 memory. So each grammar is first compiled in a process of its own, with a small stack, little memory
@@ -32,6 +32,7 @@ from halfbyte import processes
 from halfbyte.chat.grammar_limits import GrammarLimits, build, fault, sentence
 from halfbyte.chat.schema import HeldSchema, MendedSchema, mended
 from halfbyte.errors import RequestError
+from halfbyte.machine import give_way
 
 # Two at once: one that takes its time does not keep the others waiting.
 _NUM_READY = 2
@@ -232,6 +233,7 @@ def main() -> None:
     # What is loaded lazily is loaded before the fork.
     build(tokenizer, 'start: %json {"type": "object"}\n', limits, is_free=False)
     used = _used_bytes()
+    give_way()
     with contextlib.suppress(OSError):
         control.send(b"r")
     children: set[int] = set()

@@ -264,9 +264,24 @@ class ShardWriter:
 
 
 def check_target(directory: Path) -> None:
-    """Raise UsageError if something is there already or nothing can be; an empty directory may."""
+    """Raise UsageError if something is there already or nothing can be; an empty directory may.
+
+    Nor can one be inside another checkpoint, which would no longer be what it was made or copied
+    as: whoever uploads or removes it would take both.
+    """
     check_place(directory)
+    for parent in directory.resolve().parents:
+        if _is_checkpoint(parent):
+            raise UsageError(
+                f"{directory}: lies inside the checkpoint {parent}; choose a place outside of it"
+            )
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists() or directory.is_symlink():
         raise UsageError(f"{directory} exists; choose another name, or remove it first")
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    """Whether a folder holds a configuration and weights."""
+    configured = any((directory / name).is_file() for name in ("config.json", "params.json"))
+    return configured and any(directory.glob("*.safetensors"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.outputs import add_served_checkpoint, output_file
 from halfbyte.cli.plan import parse_count
+from halfbyte.cli.targets import is_folder
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # imported when run, so that --help is quick
@@ -136,17 +137,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--serve-flags {args.serve_flags}: flags of halfbyte serve are for a checkpoint folder"
         )
-    if not folder.is_dir() and not _is_address(args.target):
-        raise UsageError(
-            f"{args.target} is neither a folder nor the address of a server (http://HOST:PORT)"
-        )
+    is_folder(args.target)
     with _server(args, folder) as (endpoint, asked):
         return asyncio.run(_measure(args, endpoint, asked))
-
-
-def _is_address(target: str) -> bool:
-    host = target.partition("/")[0]
-    return "://" in target or ":" in host or host == "localhost"
 
 
 def _show(record: Path, against: Path | None) -> "LoadRecord":

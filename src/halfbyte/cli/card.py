@@ -63,9 +63,15 @@ def card_input(args: argparse.Namespace, checkpoint: Path) -> "CardInput":
     from halfbyte.card.base import HUB_ID, find_base
     from halfbyte.card.facts import compare_arms, read_arm, read_checkpoint, read_figures
     from halfbyte.card.given import CardInput
+    from halfbyte.card.languages import is_language
 
     if args.repository is not None and not HUB_ID.fullmatch(args.repository):
         raise UsageError(f"--repository {args.repository!r}: owner/name was expected")
+    for code in args.languages:
+        if not is_language(code):
+            raise UsageError(
+                f"--languages {code}: no language has this code of ISO 639; English has en"
+            )
     arms = [read_arm(folder) for folder in args.runs]
     facts = read_checkpoint(checkpoint)
     return CardInput(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.cli.outputs import add_served_checkpoint
 from halfbyte.cli.plan import parse_count, parse_price
+from halfbyte.cli.targets import is_folder
 from halfbyte.errors import UsageError
 
 if TYPE_CHECKING:  # names only: the hall is imported when the command runs
@@ -154,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "there is nothing to evaluate; give an endpoint or a checkpoint folder (or --plan)"
         )
+    folder = Path(args.target)
+    has_server = not is_folder(args.target)
     require_extra()
     named_by = args.out.resolve().name if args.out else default_arm(args.target)
     arm = named_by if args.arm is None else args.arm
@@ -164,8 +167,7 @@ def run(args: argparse.Namespace) -> int:
         )
     out = args.out or Path("evals") / arm
     key = read_key(args.api_key_env)
-    folder = Path(args.target)
-    endpoint = None if folder.is_dir() else connect(args.target, args.model, key)
+    endpoint = connect(args.target, args.model, key) if has_server else None
     config = _config(args, arm, out, benchmarks, key)
     prepared = prepare(config)
     with contextlib.ExitStack() as stack:

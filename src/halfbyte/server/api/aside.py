@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import mmap
 import os
 import pickle
 import socket
@@ -30,7 +31,7 @@ from halfbyte import processes
 from halfbyte.chat.tokens import load_chat
 from halfbyte.errors import HalfbyteError, RequestError
 from halfbyte.log import logger
-from halfbyte.machine import keep_one_heap, trim_heap
+from halfbyte.machine import give_way, keep_one_heap, trim_heap
 from halfbyte.server.api.reader import Reader
 from halfbyte.server.config import ServerConfig
 
@@ -45,10 +46,10 @@ _REST_S = 0.02
 _MANY = 65_536
 
 _LANES: tuple[Lane, ...] = ("short", "long")
-# They give way to the engine: what they do is most often the smaller part of an answer.
-_NICE = 5
-# Beyond it memory is given back after the work, and results are taken up in a thread.
+# Beyond it memory is given back after the work.
 _LARGE = 1_000_000
+# Results up to here are taken up on the event loop: a fraction of a millisecond.
+_FEW_BYTES = 16_384
 # How one ends when nobody asks any more.
 _NOBODY_ASKS = 3
 _HEAD = struct.Struct("<Q")
@@ -63,7 +64,7 @@ class Aside:
         # No process needs the keys.
         config = dataclasses.replace(config, api_keys=(), facts=())
         self._setting = pickle.dumps((directory, config), pickle.HIGHEST_PROTOCOL)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="short-texts")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="beside")
         # When the thread has rested from its last work.
         self._rested_s = 0.0
         self._process: subprocess.Popen[bytes] | None = None
@@ -105,9 +106,17 @@ class Aside:
         none to be had.
         """
         if size <= _FEW:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, self._worked, work, arguments)
+            return await self.do_beside(work, *arguments)
         return await self.do_apart(size, work, *arguments)
+
+    async def do_beside(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do some milliseconds of any work in this process, beside the event loop.
+
+        One thread does all of it: the loop waits for Python's lock behind one other at most. Work
+        should be Python's own rather than one long call of a library, which does not give way.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._worked, work, arguments)
 
     async def do_apart(
         self, size: int, work: Callable[..., Result], *arguments: Any, file: int | None = None
@@ -133,13 +142,17 @@ class Aside:
                     logger.error("%s in a process aside has failed:\n%s", work.__name__, found.text)
                     raise RuntimeError(found.text.strip().rpartition("\n")[2])
                 if isinstance(found, HalfbyteError):
-                    raise found
+                    try:
+                        raise found
+                    finally:
+                        # Its traceback has this frame: the request would wait for a collection.
+                        del found
                 result: Result = found
                 return result
         raise _busy()
 
     def _worked(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
-        """Do it, after a rest as long as the work before: a step of the engine ends in between."""
+        """Do it, after a rest as long as the work before: running answers are framed meanwhile."""
         time.sleep(max(0.0, self._rested_s - time.perf_counter()))
         started_s = time.perf_counter()
         try:
@@ -178,8 +191,8 @@ class Aside:
                     code="reader_died",
                     status=500,
                 ) from error
-        if size > _LARGE:
-            return await asyncio.to_thread(pickle.loads, answer)
+        if size > _FEW_BYTES:
+            return await self.do_beside(pickle.loads, answer)
         return pickle.loads(answer)
 
 
@@ -189,9 +202,10 @@ def _busy() -> RequestError:
     )
 
 
-async def _received(connection: socket.socket, size: int) -> bytearray:
+async def _received(connection: socket.socket, size: int) -> bytearray | mmap.mmap:
     """So many bytes; OSError if the other side leaves before."""
-    found = bytearray(size)
+    # Zeroing much memory would take the event loop's time; the system does so as it is filled.
+    found = mmap.mmap(-1, size) if size > _LARGE else bytearray(size)
     rest = memoryview(found)
     loop = asyncio.get_running_loop()
     while rest:
@@ -236,8 +250,7 @@ def main() -> None:
     controls = [socket.socket(fileno=int(number)) for number in sys.argv[1:]]
     directory, config = pickle.loads(sys.stdin.buffer.read())
     reader = Reader(load_chat(directory), config)
-    with contextlib.suppress(OSError):
-        os.nice(_NICE)
+    give_way()
     # Pages that no collection touches stay shared.
     gc.collect()
     gc.freeze()

@@ -13,14 +13,15 @@ from typing import Any
 
 from halfbyte.chat.router import CallArguments, CallStart, Content, Delta, Reasoning
 from halfbyte.errors import RequestError
-from halfbyte.server.api import tool_names
+from halfbyte.server.api import tool_names, wire
 from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.completion import Job
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest, paths_of
+from halfbyte.server.api.paths import Paths
 from halfbyte.server.api.pieces import Piece
 from halfbyte.server.api.prepare import chat_job, check_sampling
 from halfbyte.server.api.problems import messages_error_body, status_and_body
-from halfbyte.server.api.prompts import chat_prompt
+from halfbyte.server.api.prompts import beside, chat_prompt
 from halfbyte.server.api.running import run
 from halfbyte.server.api.stream import frame
 from halfbyte.server.call import Call
@@ -89,30 +90,43 @@ async def messages_frames(
 
 async def count_tokens(backend: Backend, request: CountRequest) -> dict[str, Any]:
     """Number of tokens that the prompt of a request would have."""
-    chat, _ = request.chat_request(backend.chat.reasoning_efforts)
+    chat, _ = await _renamed(backend, request)
     backend.preparer.check_model(chat.model)
     try:
         prompt, _ = await chat_prompt(backend.preparer, tool_names.for_model(chat))
     except RequestError as error:
-        raise paths_of(request).error(error) from error
+        raise (await _paths(backend, request)).error(error) from error
     return {"input_tokens": len(prompt.token_ids)}
+
+
+async def _renamed(
+    backend: Backend, request: CountRequest
+) -> tuple[wire.ChatRequest, tuple[str, ...]]:
+    efforts = backend.chat.reasoning_efforts
+    return await beside(backend.preparer, request.messages, lambda: request.chat_request(efforts))
+
+
+async def _paths(backend: Backend, request: CountRequest) -> Paths:
+    return await beside(backend.preparer, request.messages, lambda: paths_of(request))
 
 
 async def _events(
     backend: Backend, request: MessagesRequest, call: Call
 ) -> AsyncGenerator[Event, None]:
-    chat, warnings = request.chat_request(backend.chat.reasoning_efforts)
+    chat, warnings = await _renamed(backend, request)
     try:
         check_sampling(backend.preparer, chat)
         with backend.admission.admit(call.key, 1):
             # Clients always send the most that they would take; the context may leave less.
             job = await chat_job(backend, chat, clamp_max_tokens=True)
-            job.warnings = (*warnings, *map(paths_of(request).text, job.warnings))
+            if job.warnings:
+                warnings = (*warnings, *map((await _paths(backend, request)).text, job.warnings))
+            job.warnings = warnings
             call.warn(job.warnings)
             async for event in _job_events(backend, request, job, call):
                 yield event
     except RequestError as error:
-        raise paths_of(request).error(error) from error
+        raise (await _paths(backend, request)).error(error) from error
 
 
 async def _job_events(

@@ -1,8 +1,8 @@
 """Prompts of requests: messages with their images opened, plain texts, and their token ids."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,13 @@ from halfbyte.server.api import wire
 from halfbyte.server.api.fetch import fetch_image
 from halfbyte.server.api.preparer import Preparer
 from halfbyte.server.api.reader import Conversation, Shape, check_token_ids
-from halfbyte.server.api.reading import check_count
+from halfbyte.server.api.reading import Wire, are_many, check_count
 
-# Messages that are made plain on the event loop.
-_FEW_MESSAGES = 64
+Result = TypeVar("Result")
+
+# Messages and parts of one conversation that are looked through on the event loop: a fraction of a
+# millisecond.
+_FEW_ENTRIES = 64
 
 
 # Readers of URLs drop these at both ends (WHATWG URL, "basic URL parser").
@@ -53,9 +56,18 @@ async def resolved_messages(
     def dump() -> list[dict[str, Any]]:
         return [message.model_dump(exclude_none=True) for message in messages]
 
-    plain = dump() if len(messages) <= _FEW_MESSAGES else await asyncio.to_thread(dump)
+    plain = await beside(preparer, messages, dump)
     await _resolve_images(preparer, plain)
     return plain
+
+
+async def beside(
+    preparer: Preparer,
+    items: Iterable[Wire | Mapping[str, Any]],
+    work: Callable[[], Result],
+) -> Result:
+    """Do work on all of these messages or items here, or in a thread if they are many."""
+    return await preparer.aside.do_beside(work) if are_many(items, _FEW_ENTRIES) else work()
 
 
 async def encode_resolved(
@@ -73,9 +85,12 @@ async def encode_resolved(
             path = f"messages[{index}].prefix"
             raise RequestError(f"{path}: only the last message can be one", param=path)
 
-    shown, pictures = _shapes(messages)
-    asked = Conversation(shown, tools, reasoning_effort, json_schema, continue_final)
-    size = sum(map(len, asked.texts(preparer.chat)))
+    def asking() -> tuple[Conversation, list[NDArray[np.uint8]], int]:
+        shown, pictures = _shapes(messages)
+        asked = Conversation(shown, tools, reasoning_effort, json_schema, continue_final)
+        return asked, pictures, sum(map(len, asked.texts(preparer.chat)))
+
+    asked, pictures, size = await beside(preparer, messages, asking)
     prompt = await preparer.aside.do(size, preparer.reader.encode, asked)
     images = tuple(
         EncodedImage(pixels, one.offset, one.num_tokens)

@@ -6,7 +6,7 @@ or in another process (`aside`); a result hangs on the arguments alone.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -14,12 +14,17 @@ import numpy as np
 from halfbyte.chat.prompt import EncodedImage, EncodedPrompt
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import RequestError
-from halfbyte.server.api import foreign, markdown, reading
+from halfbyte.server.api import foreign, markdown, reading, wire
 from halfbyte.server.api.texts import Texts, prompt_texts
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.dialect import Dialect, dialect_of
 
 Asked = TypeVar("Asked", bound=reading.Wire)
+
+# Bytes of a body that are counted at once.
+_PIECE = 262_144
+# Values that a body may hold beside a whole context of token ids.
+_FEW_VALUES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ class Reader:
 
         Raises RequestError.
         """
+        self._check_structure(kind, body)
         config = self._config
         notes: list[str] = []
         sent = reading.parse_json(body)
@@ -86,6 +92,21 @@ class Reader:
         if left_out:
             notes.append("unknown fields, which change nothing here: " + ", ".join(left_out))
         return Read(asked, dialect, notes)
+
+    def _check_structure(self, kind: type[Asked], body: bytes | bytearray) -> None:
+        """Refuse a body of too much structure or text before anything is made of it."""
+        limits, most_text = self._config.limits, self.texts.most_bytes
+        if issubclass(kind, wire.CompletionRequest):
+            most_text *= limits.prompts
+        else:
+            # Reading values takes 30 ns each. Only batches of prompts need so many.
+            most_values = max(limits.body_values // 2, self._config.max_model_len + _FEW_VALUES)
+            most_values = min(limits.body_values, most_values)
+            limits = replace(limits, body_values=most_values)
+        structure = reading.Structure(limits, most_text)
+        with memoryview(body) as view:
+            for start in range(0, len(view), _PIECE):
+                structure.add(bytes(view[start : start + _PIECE]))
 
     def encode(self, conversation: Conversation) -> EncodedPrompt:
         """Token ids of a conversation whose pictures are shapes; their pixels are left out.

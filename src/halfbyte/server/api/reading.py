@@ -1,6 +1,7 @@
 """From the bytes of a body to a request of known fields, with its limits counted first."""
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import pydantic_core
@@ -97,7 +98,7 @@ _ASCII = bytes(range(128))
 
 
 class Structure:
-    """Counts of a body as it arrives; a body beyond a limit is refused before it is parsed.
+    """Counts of a body, piece by piece; one beyond a limit is refused before it is parsed.
 
     Brackets are counted everywhere, which costs nothing, the rest outside texts only.
     """
@@ -258,9 +259,19 @@ _COUNTED = {"prompt": "answers", "stop": "stop strings"}
 
 def _num_parts(item: Any) -> int:
     """Parts and tool calls of a message or item."""
-    if not isinstance(item, dict):
+    if not isinstance(item, Mapping):
         return 0
     return sum(len(value) for value in item.values() if isinstance(value, list))
+
+
+def are_many(items: Iterable[Wire | Mapping[str, Any]], most: int) -> bool:
+    """Whether messages or items, with the parts and tool calls within, are more than so many."""
+    count = 0
+    for item in items:
+        count += 1 + _num_parts(vars(item) if isinstance(item, Wire) else item)
+        if count > most:
+            return True
+    return False
 
 
 def check_count(count: int, limit: int, param: str, *, what: str | None = None) -> None:

@@ -1,9 +1,8 @@
 """/v1/responses: the pieces of an answer as output items, and as the events that build them."""
 
-import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +11,18 @@ from halfbyte.errors import RequestError
 from halfbyte.server.api import wire
 from halfbyte.server.api.backend import Backend
 from halfbyte.server.api.completion import Job
+from halfbyte.server.api.paths import Paths
 from halfbyte.server.api.pieces import Piece
 from halfbyte.server.api.prepare import chat_job, check_sampling
 from halfbyte.server.api.problems import status_and_body
+from halfbyte.server.api.prompts import beside
+from halfbyte.server.api.reading import Wire
 from halfbyte.server.api.responses_wire import ResponsesRequest, paths_of
 from halfbyte.server.api.running import run
 from halfbyte.server.api.stream import frame
 from halfbyte.server.call import Call
 
 Event = dict[str, Any]
-
-# Items that are turned into messages on the event loop.
-_FEW_ITEMS = 64
 
 
 async def responses_response(
@@ -67,15 +66,16 @@ async def _events(
     backend: Backend, request: ResponsesRequest, call: Call
 ) -> AsyncGenerator[Event, None]:
     """All events, from response.created to the one that carries the finished response."""
-    is_short = isinstance(request.input, str) or len(request.input) <= _FEW_ITEMS
-    chat = _renamed(request) if is_short else await asyncio.to_thread(_renamed, request)
+    chat = await beside(backend.preparer, _items(request), lambda: _renamed(request))
     check_sampling(backend.preparer, chat)
     with backend.admission.admit(call.key, 1):
         try:
             job = await chat_job(backend, chat)
         except RequestError as error:
-            raise paths_of(request).error(error) from error
-        call.warn((*request.left_out(), *map(paths_of(request).text, job.warnings)))
+            raise (await _paths(backend, request)).error(error) from error
+        call.warn(request.left_out())
+        if job.warnings:
+            call.warn(map((await _paths(backend, request)).text, job.warnings))
         builder = _Builder(request.called)
         body = _body(backend, request, job)
         yield {"type": "response.created", "response": body}
@@ -99,6 +99,14 @@ async def _events(
         }
         kind = "response.incomplete" if is_cut else "response.completed"
         yield {"type": kind, "response": finished}
+
+
+def _items(request: ResponsesRequest) -> Sequence[Wire]:
+    return () if isinstance(request.input, str) else request.input
+
+
+async def _paths(backend: Backend, request: ResponsesRequest) -> Paths:
+    return await beside(backend.preparer, _items(request), lambda: paths_of(request))
 
 
 def _renamed(request: ResponsesRequest) -> wire.ChatRequest:

@@ -19,7 +19,6 @@ from starlette.types import Receive, Scope, Send
 
 from halfbyte.errors import RequestError
 from halfbyte.machine import trim_heap
-from halfbyte.server.api import reading
 from halfbyte.server.api.problems import body_for, response_of, status_and_body
 from halfbyte.server.config import Limits
 
@@ -29,8 +28,9 @@ DONE = b"data: [DONE]\n\n"
 # A comment, which every reader of server-sent events skips.
 _KEEP_ALIVE = b": keep-alive\n\n"
 
-# Bytes of a body that is read on the event loop.
-SHORT_BODY = 16_384
+# Bytes of a body that is read on the event loop: two milliseconds where every few of them are
+# another fault to be told.
+SHORT_BODY = 4096
 # Bodies up to here are read without asking for room.
 _SMALL_BODY = 250_000
 # After a large body; its request is mostly answered by then.
@@ -289,15 +289,10 @@ def _nameless_file() -> BinaryIO:
 
 
 @contextlib.asynccontextmanager
-async def reading_body(
-    request: Request, limits: Limits, room: BodyRoom, most_text: int
-) -> AsyncIterator[Body]:
-    """The whole body, counted as it comes; a large one has its room while this is open.
+async def reading_body(request: Request, limits: Limits, room: BodyRoom) -> AsyncIterator[Body]:
+    """The whole body; a large one has its room while this is open.
 
-    most_text  bytes of text that any request may have; /v1/completions has several prompts
-
-    RequestError: 413 as soon as it is known to exceed the limit, 400 for too much structure, 408
-    when it does not come in time.
+    RequestError: 413 as soon as it is known to exceed the limit, 408 when it does not come in time.
     """
     most = limits.body_bytes
     sent = request.headers.get("content-length", "")
@@ -305,7 +300,6 @@ async def reading_body(
     length = int(sent) if sent.isascii() and sent.isdigit() else None
     if length is not None and length > most:
         raise _too_large(most)
-    structure = reading.Structure(limits, most_text)
     body = Body()
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + limits.body_s
@@ -328,7 +322,6 @@ async def reading_body(
                 break
             if body.size + len(chunk) > most:
                 raise _too_large(most)
-            structure.add(chunk)
             body.add(chunk)
             if not has_room and body.size > _SMALL_BODY:
                 has_room = True

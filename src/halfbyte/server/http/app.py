@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,8 +39,6 @@ from halfbyte.server.ops.tracing import Tracing
 _TEXTS_OF_MARKDOWN = 64
 # Reading a body is so many times as fast as encoding a text of its size.
 _BYTES_OF_WORK = 8
-# Values that a body may hold beside a whole context of token ids.
-_FEW_VALUES = 1000
 
 Asked = TypeVar("Asked", bound=reading.Wire)
 
@@ -120,16 +117,8 @@ def app_over(
 async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
     """The validated body of a request, none of whose texts and lists is beyond all bounds."""
     limits, preparer = backend.config.limits, backend.preparer
-    counted = limits
-    if not _has_prompts(kind):
-        # Reading values takes the interpreter from running answers, 30 ns each. Only batches of
-        # prompts need so many.
-        most_values = max(limits.body_values // 2, backend.config.max_model_len + _FEW_VALUES)
-        most_values = min(limits.body_values, most_values)
-        counted = dataclasses.replace(limits, body_values=most_values)
     call: Call = request.state.call
-    most_text = preparer.reader.texts.most_bytes * (limits.prompts if _has_prompts(kind) else 1)
-    async with reading_body(request, counted, backend.body_room, most_text) as body:
+    async with reading_body(request, limits, backend.body_room) as body:
         read = preparer.reader.read
         found: Read[Asked]
         if body.descriptor is None:
@@ -142,10 +131,6 @@ async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
     call.dialect = found.dialect
     call.warn(found.notes)
     return found.asked
-
-
-def _has_prompts(kind: type[reading.Wire]) -> bool:
-    return issubclass(kind, wire.CompletionRequest)
 
 
 async def respond(

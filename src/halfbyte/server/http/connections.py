@@ -29,12 +29,7 @@ from halfbyte.server.config import Limits
 # Connections that the kernel may hold for us; what it refuses tries again a second later.
 _QUEUE = 1024
 # Those that asyncio takes at once before any is looked at, and before it does anything else.
-BACKLOG = 8
-# Pieces of what arrived that a turn of the event loop reads. Each makes it do up to a millisecond
-# of work: a request that begins, or a quarter of a megabyte of a body that is counted.
-_PIECES = 4
-# The longest rest after such a turn, in which the interpreter belongs to the engine's thread.
-_REST_S = 0.02
+BACKLOG = 4
 # Descriptors for files, pipes and what the server itself connects to, beyond those open already.
 _SPARE_FILES = 64
 # More than these serve nothing here.
@@ -162,52 +157,40 @@ class _Turns:
     """Spreads what arrives at once over several turns of the event loop, first come, first served.
 
     A loop does everything that is ready before it looks again: with 300 requests at once, the next
-    token of a stream would wait for all of them. Here they wait, unread in the kernel but for one
-    piece of each connection, so that few are in work. While some wait, the loop rests after each
-    turn as long as the turn took: the engine's thread asks for the interpreter some hundred times
-    a step, and a loop that is never idle makes it wait each time. A GET goes first: it brings no
-    body, and whoever watches the server asks so.
+    token of a stream would wait for all of them. Here each turn reads one piece of one connection,
+    which may begin a request: up to a millisecond of work. The others wait, unread in the kernel
+    but for one piece each, so that few are in work. A GET goes first: it brings no body, and
+    whoever watches the server asks so.
     """
 
     def __init__(self) -> None:
         self._first: collections.deque[tuple[_Connection, bytes]] = collections.deque()
         self._then: collections.deque[tuple[_Connection, bytes]] = collections.deque()
-        self._left = _PIECES
-        # When this turn began; None while turns are not told apart, since nothing waits.
-        self._began_s: float | None = None
+        # This turn of the loop has had its piece.
+        self._is_taken = False
 
     def take(self, connection: "_Connection", data: bytes) -> None:
         """Give a connection what it received, now or in its turn."""
-        if self._began_s is None:
-            self._begin(connection.loop)
-        if self._left:
-            self._left -= 1
-            connection.read(data)
+        if not self._is_taken:
+            self._read(connection, data)
             return
         # Nothing more comes of it meanwhile, so that its pieces stay in order.
         connection.transport.pause_reading()
         (self._first if data.startswith(b"GET ") else self._then).append((connection, data))
 
-    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._began_s, self._left = time.perf_counter(), _PIECES
-        loop.call_soon(self._end, loop)
+    def _read(self, connection: "_Connection", data: bytes) -> None:
+        self._is_taken = True
+        connection.loop.call_soon(self._next)
+        connection.read(data)
 
-    def _end(self, loop: asyncio.AbstractEventLoop) -> None:
-        assert self._began_s is not None
-        if self._first or self._then:
-            took_s = time.perf_counter() - self._began_s
-            loop.call_later(min(took_s, _REST_S), self._next, loop)
-        else:
-            self._began_s = None
-
-    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._begin(loop)
-        while self._left and (waiting := self._first or self._then):
+    def _next(self) -> None:
+        """Begin another turn, with whatever has waited longest."""
+        self._is_taken = False
+        while not self._is_taken and (waiting := self._first or self._then):
             connection, data = waiting.popleft()
             if not connection.transport.is_closing():
-                self._left -= 1
                 connection.transport.resume_reading()
-                connection.read(data)
+                self._read(connection, data)
 
 
 class _Connection(H11Protocol):
