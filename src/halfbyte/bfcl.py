@@ -151,7 +151,7 @@ class Leaderboard:
         return _below(self.data, name).is_file()
 
     def questions(self, category: str) -> list[dict[str, Any]]:
-        """The rows that a category asks."""
+        """The rows that a category asks, in the order of its file."""
         return self.rows(f"BFCL_v4_{category}.json")
 
     def answers(self, category: str) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ class Leaderboard:
         return self.rows(f"possible_answer/BFCL_v4_{category}.json")
 
     def documents(self, service: str) -> list[dict[str, Any]]:
-        """The functions of a simulated service."""
+        """The documents of all functions that a simulated service offers."""
         return self.rows(f"multi_turn_func_doc/{SERVICES[service]}.json")
 
     def module(self, stem: str) -> str:

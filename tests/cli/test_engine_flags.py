@@ -23,6 +23,8 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "accept": (["mscale_all_dim"], ("mscale_all_dim",)),
     "speculative": (["ngram"], "ngram"),
     "num_speculative_tokens": (["5"], 5),
+    "fp8_activations": (["per-token"], "per-token"),
+    "count_saturation": ([], True),
     "target_gap_ms": (["120"], 120.0),
     "tensor_parallel_size": (["2"], 2),
 }

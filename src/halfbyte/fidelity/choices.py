@@ -21,7 +21,7 @@ from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.evals.tasks.benchmark import Options
 from halfbyte.evals.tasks.choices import LETTERS
 from halfbyte.evals.tasks.suite import BENCHMARKS, RENAMED
-from halfbyte.evals.types import Image
+from halfbyte.evals.types import Conversation, Image
 
 BENCHMARK_NAMES = ("quick", "mmlu_pro", "gpqa_diamond")
 
@@ -78,6 +78,8 @@ def encode_choices(
         if not texts or len(texts) < 2:
             continue
         prompt = known.prompt(sample, (), options)
+        if isinstance(prompt, Conversation):
+            raise UsageError(f"--choices {benchmark}: its items are conversations, not questions")
         asked = "".join(part.text for part in prompt if not isinstance(part, Image))
         letters = LETTERS[: len(texts)]
         begun = [

@@ -59,7 +59,7 @@ class SaturationCounts:
         self._add(kind, saturated_T, x_TI.shape[1])
 
     def add_codes(self, kind: str, codes_TI: Tensor) -> None:
-        """Count e4m3 codes of rows of text."""
+        """Count how many e4m3 codes of rows of text are the largest one."""
         is_largest_TI = codes_TI.view(torch.uint8) & 0x7F == LARGEST_CODE
         self._add(kind, is_largest_TI.sum(-1), codes_TI.shape[1])
 

@@ -33,7 +33,7 @@ Turns = Sequence[Sequence[Reply]]
 
 
 class Call(NamedTuple):
-    """A call whose arguments were read."""
+    """A call of an answer, its arguments read from their JSON text."""
 
     name: str
     arguments: Mapping[str, Any]

@@ -30,7 +30,7 @@ LIMITS = SandboxLimits(
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The simulated services of a conversation.
+    """The simulated services that a conversation of several turns works on.
 
     classes  their names, in the order in which their functions are offered
     initial  name -> the state that it begins with

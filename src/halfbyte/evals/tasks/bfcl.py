@@ -152,7 +152,7 @@ def _provenance(
 
 
 def prompt(sample: Sample, earlier: Sequence[str], options: Options) -> Prompt:
-    """What is asked first."""
+    """What is asked first of an item: a conversation and its tools."""
     return next(converse(sample, options))
 
 
