@@ -232,8 +232,11 @@ def sent(port: int) -> list[int]:
     return statuses
 
 
-def check(target: Target, senders: Executor, case: Heavy) -> str | None:
-    """What is wrong with a case's cost; time is measured again: others may have been in the way."""
+def check(target: Target, senders: Executor, case: Heavy, floor_s: float) -> str | None:
+    """What is wrong with a case's cost; time is measured again: others may have been in the way.
+
+    floor_s  gaps up to this are no fault, however short a step is
+    """
     num_bytes = senders.submit(prepare, case.name).result()
     base = target.memory_mb("VmRSS")
     said = ""
@@ -246,8 +249,8 @@ def check(target: Target, senders: Executor, case: Heavy) -> str | None:
         if target.process.poll() is not None:
             return f"{case.name}: the server died"
         # A body that was still coming may cost its sender the answer.
-        allowed = (*case.statuses, 0) if num_bytes > 1_000_000 else case.statuses
-        wrong = [status for status in statuses if status not in allowed]
+        known = (*case.statuses, 0) if num_bytes > 1_000_000 else case.statuses
+        wrong = [status for status in statuses if status not in known]
         if wrong:
             return f"{case.name}: answered {wrong[:5]}"
         peak = target.memory_mb("VmHWM") - base
@@ -256,7 +259,8 @@ def check(target: Target, senders: Executor, case: Heavy) -> str | None:
         said = f"{case.name}: {seen}, {peak:.0f} MB over idle; alone: {control}"
         # Shown by `pytest -s`: what each case costs on this machine.
         print(said)
-        is_even = seen.gap_ratio <= max(GAP, control.gap_ratio)
+        allowed_s = max(max(GAP, control.gap_ratio) * seen.median_s, floor_s)
+        is_even = max(seen.gaps) <= allowed_s
         # Where a step takes long, so does everything else.
         longest_s = max(SILENCE_S, control.silence_s, GAP * seen.median_s)
         if is_even and seen.silence_s <= longest_s:
@@ -264,9 +268,9 @@ def check(target: Target, senders: Executor, case: Heavy) -> str | None:
     return said
 
 
-def check_all(target: Target, senders: Executor, cases: list[Heavy]) -> None:
+def check_all(target: Target, senders: Executor, cases: list[Heavy], floor_s: float = 0.0) -> None:
     idle = target.memory_mb("VmRSS")
-    wrong = [said for case in cases if (said := check(target, senders, case)) is not None]
+    wrong = [said for case in cases if (said := check(target, senders, case, floor_s)) is not None]
     assert not wrong, "\n".join(wrong)
     # Freed memory goes back to the system a moment later, on a busy machine some seconds.
     deadline = time.monotonic() + 20
@@ -286,7 +290,8 @@ def check_all(target: Target, senders: Executor, cases: list[Heavy]) -> None:
 def test_brief_heavy_requests_cost_others_little(target: Target, senders: Executor) -> None:
     cases = [case for case in heavy() if case.is_brief]
     assert len(cases) >= 4
-    check_all(target, senders, cases)
+    # Beside other tests, which share the processors with it: a few slices of time of the system.
+    check_all(target, senders, cases, floor_s=0.030)
 
 
 @pytest.mark.slow
