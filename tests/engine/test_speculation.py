@@ -521,6 +521,8 @@ def test_a_request_that_ends_frees_what_is_remembered_of_it(tiny: Path) -> None:
     assert not speculator._guesser._indices and not speculator._guesser._found
 
 
+# tests/flows/test_pocket.py has trained weights guess in the check.
+@pytest.mark.slow
 @pytest.mark.demo_model
 @pytest.mark.timeout(180)  # Importing the model takes most of it.
 def test_the_demo_model_says_what_it_says_without(tmp_path: Path) -> None:

@@ -242,6 +242,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+# The runner is that of test_evals_run, whose kills the check makes.
+@pytest.mark.slow
 @pytest.mark.timeout(180)  # each start imports inspect-ai: over ten seconds on a busy machine
 def test_a_kill_costs_the_conversations_in_flight_only(tmp_path: Path) -> None:
     command = [

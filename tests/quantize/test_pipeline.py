@@ -582,7 +582,7 @@ print("same bytes after", killed, "kills")
 """
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_change_no_byte(
     source: Path, tokens: Path, tmp_path: Path, kills: int
 ) -> None:
