@@ -54,21 +54,30 @@ def write_fp8(directory: Path, config: ModelConfig) -> Path:
     return directory
 
 
-def uniform_recipe(format: WeightFormat, head: WeightFormat) -> Recipe:
-    """Every decoder linear in one format, the output head in one of its own."""
+def recipe_by_parts(
+    attention: str, mlp: str, head: str, *, samples: int = 64, tokens: int = 512
+) -> Recipe:
+    """Attention, MLPs and output head in a format each; scales by maxima."""
     fields: dict[str, Any] = {
-        "name": f"{format}-{head}",
+        "name": f"{attention}-{mlp}-{head}",
         "rules": [
-            {"part": "decoder", "group": "attention", "format": format},
-            {"part": "decoder", "group": "mlp", "format": format},
+            {"part": "decoder", "group": "attention", "format": attention},
+            {"part": "decoder", "group": "mlp", "format": mlp},
             {"part": "head", "format": head},
         ],
         "keep": ["embedding", "vision", "projector"],
         "kv_cache": "fp8",
         "scales": {"weights": "amax", "activations": "amax"},
-        "calibration": {"blend": "builtin", "samples": 64, "tokens_per_sample": 512, "seed": 0},
-    }
-    return parse_recipe(yaml.safe_dump(fields), "uniform.yaml")
+        "calibration": {
+            "blend": "builtin", "samples": samples, "tokens_per_sample": tokens, "seed": 0
+        },
+    }  # fmt: skip
+    return parse_recipe(yaml.safe_dump(fields), "parts.yaml")
+
+
+def uniform_recipe(format: WeightFormat, head: WeightFormat) -> Recipe:
+    """Every decoder linear in one format, the output head in one of its own."""
+    return recipe_by_parts(format, format, head)
 
 
 def write_mixed(directory: Path, fp8: Path, scratch: Path, recipe: Recipe | None = None) -> Path:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,7 +29,8 @@ from halfbyte.quantize.page import render
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.scales import METHODS
 from halfbyte.recipe.plan import format_plan, make_plan, plan_size, plan_sizes
-from halfbyte.recipe.schema import Recipe, parse_recipe
+from halfbyte.recipe.schema import Recipe
+from hopper import recipe_by_parts
 from parallel_ranks import on_ranks
 from vllm_rules import require_vllm_reads
 
@@ -39,19 +39,8 @@ LAYERS = 2
 
 
 def recipe_of(attention: str, mlp: str, head: str, method: str = "max") -> Recipe:
-    fields: dict[str, Any] = {
-        "name": "test",
-        "rules": [
-            {"part": "decoder", "group": "attention", "format": attention},
-            {"part": "decoder", "group": "mlp", "format": mlp},
-            {"part": "head", "format": head},
-        ],
-        "keep": ["embedding", "vision", "projector"],
-        "kv_cache": "fp8",
-        "scales": {"weights": "amax", "activations": "amax"},
-        "calibration": {"blend": "builtin", "samples": 8, "tokens_per_sample": 64, "seed": 0},
-    }
-    return replace(parse_recipe(yaml.safe_dump(fields), "x.yaml"), scales=METHODS[method])
+    recipe = recipe_by_parts(attention, mlp, head, samples=8, tokens=64)
+    return replace(recipe, scales=METHODS[method])
 
 
 @pytest.fixture(scope="module")
