@@ -10,6 +10,7 @@ What `halfbyte serve` does, but for reading a checkpoint: the weights are those 
 import argparse
 import dataclasses
 import shutil
+import signal
 import tempfile
 from importlib.resources import files
 from pathlib import Path
@@ -45,6 +46,7 @@ def make_engine(arguments: argparse.Namespace) -> Engine:
         products=arguments.products,
         kv_cache="fp8",
         target_gap_ms=gap if gap in ("balanced", "none") else float(gap),
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
     )
     torch.manual_seed(0)
     library = KernelLibrary(torch.device("cuda", 0))
@@ -65,6 +67,7 @@ def main() -> int:
     parser.add_argument("--max-model-len", type=int, default=40960)
     parser.add_argument("--max-sequences", type=int, default=64)
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         carried = files("mistral_common") / "data" / "tekken_240911.json"
@@ -93,7 +96,11 @@ def run(arguments: argparse.Namespace, directory: Path) -> int:
     )
     app = create_app(Supervisor(service(), service), chat, config, access_log=None)
     front.announce(app, [])
+    # The server gives its signal back once it has ended, and then something is left to be said.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     serve(app, listen("127.0.0.1", arguments.port), app.state.announce, None)
+    # What the pacer has learnt while serving.
+    print({"learnt_ms": engine.facts().get("step_ms")}, flush=True)
     return 0
 
 
