@@ -141,7 +141,9 @@ def _launch(kernel, grid, threads: int, *arguments, cluster: int = 1) -> None:
 def _as_stored(x: torch.Tensor, kind: str, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """What a kernel of this kind writes for bf16 rows, and the scale of each row."""
     if kind in ("e4m3_token", "e4m3_paired"):
-        scales = (x.float().abs().amax(-1).clamp(min=1e-12) / 448.0)[:, None]
+        largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
+        # By a number, torch's CUDA division would multiply by the rounded inverse.
+        scales = largest / torch.full_like(largest, 448.0)
         codes = (x.float() / scales).to(torch.float8_e4m3fn)
         return repack.pair_activations(codes) if kind == "e4m3_paired" else codes, scales[:, 0]
     if kind == "e4m3":

@@ -14,7 +14,10 @@ from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.generate import generate
+from halfbyte.engine.load import load_runner
+from halfbyte.engine.measure import measure_costs
 from halfbyte.engine.request import GenerationRequest, SamplingParams
+from halfbyte.engine.runner import Runner
 from halfbyte.formats.minifloat import encode_e4m3
 from halfbyte.model.attention import DenseAttend
 from halfbyte.model.cuda.launches import CudaModel, SharedBuffers
@@ -173,3 +176,15 @@ def test_an_engine_tells_metrics_where_it_was_told_to_count(fp8: Path) -> None:
     assert f'{name}{{linear="down",rows="text"}} {every}' in text
     assert 'halfbyte_engine_saturated_activations_total{linear="o",rows="image"} 0.0' in text
     assert "saturated" not in Metrics().text({}, {}, "m")
+
+
+def test_steps_that_are_only_measured_are_not_counted(
+    fp8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(
+        max_model_len=64, kv_cache_tokens=64, mode="fp8_declared", count_saturation=True
+    )
+    runner, resolved = load_runner(fp8, config)
+    monkeypatch.setattr(Runner, "step_sizes", (1, 2, 4))  # those of a device that has graphs
+    measure_costs(runner, resolved)
+    assert {every for *_, every in runner.saturation()} == {0}

@@ -176,6 +176,8 @@ class _Steps:
         trial.allocate()
         if config.max_batch_tokens > self.sizes[-1]:
             trial.warm_up(config.max_batch_tokens, gives_hidden=draft is not None)
+            if trial.saturation is not None:
+                trial.saturation.clear()
 
     def paged_cache(self, model: CudaWeights, num_pages: int) -> PagedCache:
         return PagedCache(

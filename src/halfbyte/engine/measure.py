@@ -39,6 +39,8 @@ def measure_costs(runner: Runner, config: EngineConfig) -> StepCosts:
         if rows in seconds and depth > rows:
             more_s = _seconds(runner, config, depth, rows) - seconds[rows]
             deep_s[rows] = max(more_s, 0.0) / (rows * (depth + rows / 2))
+    if runner.device.saturation is not None:
+        runner.device.saturation.clear()
     logger.info(
         "steps of %s rows measured in %.1f s: %s ms, and %s ns for a row and a token of context",
         ", ".join(map(str, wanted)),

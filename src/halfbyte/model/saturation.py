@@ -38,6 +38,11 @@ class SaturationCounts:
         self._read_at = -_PAUSE_S
         self._read: tuple[tuple[str, str, int, int], ...] = ()
 
+    def clear(self) -> None:
+        """Forget what was counted while the device was tried out and its steps were measured."""
+        self.counts_K22.zero_()
+        self._read_at = -_PAUSE_S
+
     def of(self, kind: str) -> Tensor:
         """The four counts of a kind, (2, 2), for a kernel to add to."""
         return self.counts_K22[KINDS.index(kind)]
