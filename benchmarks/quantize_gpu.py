@@ -35,7 +35,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ from halfbyte.calibrate.tokens import read_token_rows
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.figures import Against, Figure
 from halfbyte.quantize.job import QuantizeConfig
-from halfbyte.quantize.pipeline import quantize
+from halfbyte.quantize.pipeline import QuantizeResult, quantize
+from halfbyte.quantize.scales import METHODS as SCALES_OF
 from halfbyte.recipe.plan import make_plan
 
 RECORD = Path(__file__).parent / "records" / "quantize_gpu.json"
@@ -71,6 +72,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, help="GiB of host memory, likewise")
     parser.add_argument("--work", type=Path, help="a large empty folder; a RAM disk if it fits")
     parser.add_argument("--no-modelopt", action="store_true")
+    parser.add_argument(
+        "--methods", nargs="*", choices=sorted(SCALES_OF), default=[], help="measured after max"
+    )
     parser.add_argument("--small", action="store_true", help="tiny widths, to try the script")
     parser.add_argument("--out", type=Path, default=RECORD)
     return parser.parse_args()
@@ -153,10 +157,8 @@ def measure(args: argparse.Namespace, text: Any, folder: Path, activation_bytes:
         memory_bytes=None if args.memory is None else int(args.memory * 2**30),
         gpu_memory_bytes=None if args.gpu_memory is None else int(args.gpu_memory * 2**30),
     )
-    marks: list[float] = []
-    result = quantize(config, lambda _done, _all: marks.append(time.perf_counter()))
+    result, walls = timed(config)
     layers = result.record["layers"]
-    walls = [b - a for a, b in itertools.pairwise(marks)]
     checkpoint = Checkpoint.open(source)
     plan = make_plan(recipe, checkpoint.config)
     kinds = [plan.formats[f"decoder.{n}.mlp.gate"] for n in range(args.layers)]
@@ -167,8 +169,6 @@ def measure(args: argparse.Namespace, text: Any, folder: Path, activation_bytes:
         "fp8_bytes": float(layer_bytes(ours, kinds.index("fp8"))),
         "nvfp4_bytes": float(layer_bytes(ours, kinds.index("nvfp4"))),
     }
-    gpu_bytes = max(layer["peak_memory_bytes"].get("gpu", 0) for layer in layers)
-    host_bytes = max(layer["peak_memory_bytes"]["host"] for layer in layers)
     layer_s = statistics.median(walls)
     projected = project(layers, kinds, per_layer)
     results: dict[str, Any] = {
@@ -178,11 +178,7 @@ def measure(args: argparse.Namespace, text: Any, folder: Path, activation_bytes:
         "calibrating_s": [layer["seconds"]["calibrating"] for layer in layers],
         "encoding_s": [layer["seconds"]["encoding"] for layer in layers],
         "syncing_s": [layer["seconds"]["syncing"] for layer in layers],
-        "gpu_memory_gib": round(gpu_bytes / 2**30, 2),
-        "gpu_memory_planned_gib": round(
-            result.record["planned_memory_bytes"].get("gpu", 0) / 2**30, 2
-        ),
-        "host_memory_gib": round(host_bytes / 2**30, 2),
+        **memory_of(result),
         "work_folder_gb_per_s": round(disk / 1e9, 2),
         "bytes_per_layer": per_layer,
         "model_minutes_at_2_gb_per_s": round(projected / 60, 1),
@@ -193,6 +189,21 @@ def measure(args: argparse.Namespace, text: Any, folder: Path, activation_bytes:
     has_modelopt = importlib.util.find_spec("modelopt") is not None
     if has_modelopt and not args.no_modelopt:
         results["modelopt"] = compare(checkpoint, plan, tokens, device, folder, layer_s)
+    results["methods"] = {}
+    for name in args.methods:
+        scales = replace(SCALES_OF[name], cache=recipe.scales.cache)
+        target = folder / name
+        there = replace(config, output=target, recipe=replace(recipe, scales=scales))
+        theirs, samples[f"{name}_layer_s"] = timed(there)
+        shutil.rmtree(target)
+        mine_s = statistics.median(samples[f"{name}_layer_s"])
+        results["methods"][name] = {
+            "layer_s": round(mine_s, 2),
+            "times_max": round(mine_s / layer_s, 2),
+            "model_minutes_as_measured": round(MODEL_LAYERS * mine_s / 60, 1),
+            **memory_of(theirs),
+        }
+        print(f"{name}: {results['methods'][name]}", flush=True)
     show(results)
     record.write(
         args.out,
@@ -204,6 +215,25 @@ def measure(args: argparse.Namespace, text: Any, folder: Path, activation_bytes:
         samples=samples,
     )
     print(f"record: {args.out}")
+
+
+def timed(config: QuantizeConfig) -> tuple[QuantizeResult, list[float]]:
+    """A run, and the seconds between finished layers: of every layer but the first."""
+    marks: list[float] = []
+    result = quantize(config, lambda _done, _all: marks.append(time.perf_counter()))
+    return result, [b - a for a, b in itertools.pairwise(marks)]
+
+
+def memory_of(result: QuantizeResult) -> dict[str, float]:
+    """GiB that a run took at most, and that were planned."""
+    peaks = [layer["peak_memory_bytes"] for layer in result.record["layers"]]
+    planned = result.record["planned_memory_bytes"]
+    return {
+        "gpu_memory_gib": round(max(peak.get("gpu", 0) for peak in peaks) / 2**30, 2),
+        "gpu_memory_planned_gib": round(planned.get("gpu", 0) / 2**30, 2),
+        "host_memory_gib": round(max(peak["host"] for peak in peaks) / 2**30, 2),
+        "host_memory_planned_gib": round(planned["host"] / 2**30, 2),
+    }
 
 
 def layer_bytes(checkpoint: Checkpoint, layer: int) -> int:
@@ -265,6 +295,11 @@ def gpu_figures(results: dict[str, Any]) -> list[Figure]:
         against = (Against(name, theirs["layer_s"]),)
     planned = (Against("planned", results["gpu_memory_planned_gib"]),)
     projected = {**conditions, "layers": MODEL_LAYERS, "disk": "2 GB/s", "how": "projected"}
+    by_method = [
+        Figure("quantizing a layer on a GPU", row["layer_s"], "s", "quantize",
+               {**conditions, "method": name}, (Against("max", results["layer_s"]),))
+        for name, row in results["methods"].items()
+    ]  # fmt: skip
     return [
         Figure("quantizing a layer on a GPU", results["layer_s"], "s", "quantize", conditions,
                against),
@@ -272,6 +307,7 @@ def gpu_figures(results: dict[str, Any]) -> list[Figure]:
                conditions, planned),
         Figure("quantizing the model on a GPU", results["model_minutes_at_2_gb_per_s"], "min",
                "quantize", projected),
+        *by_method,
     ]  # fmt: skip
 
 
