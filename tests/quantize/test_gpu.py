@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.formats.fp8 import PROFILES, Profile
+from halfbyte.formats.nvfp4 import decode_nvfp4
 from halfbyte.model.tiny import write_tiny_checkpoint
+from halfbyte.quantize.gptq import encode_gptq, make_metric
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.layer import quantize_layer
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.scales import METHODS
 from halfbyte.recipe.plan import make_plan
-from halfbyte.recipe.schema import load_recipe
+from halfbyte.recipe.schema import GptqOptions, load_recipe
 from tolerances import OWN_FORWARD_SCALE
 
 pytestmark = [
@@ -78,3 +80,23 @@ def test_a_run_on_a_gpu_is_that_of_a_cpu_up_to_its_own_forward(
                 .view(torch.uint8)
                 .equal(theirs[name].reshape(-1).view(torch.uint8))
             ), name
+
+
+@pytest.mark.parametrize("rows", [96, 1500])
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_gptq_on_a_gpu_loses_what_it_loses_on_a_cpu(rows: int, sweeps: int) -> None:
+    """All but ties of sums: there its blocks are rounded by one graph, and many rows at once."""
+    generator = torch.Generator().manual_seed(rows)
+    inputs_TI = torch.randn(2048, 256, generator=generator) * torch.rand(256, generator=generator)
+    w_OI = 0.02 * torch.randn(rows, 256, generator=generator)
+    products_II, scale = inputs_TI.T @ inputs_TI, torch.tensor(0.02 / 400)
+    losses, codes = [], []
+    for device in ("cpu", "cuda"):
+        metric = make_metric(products_II.to(device), GptqOptions(sweeps=sweeps))
+        encoded = encode_gptq(w_OI.to(device), metric, scale.to(device))
+        error_OI = w_OI - decode_nvfp4(encoded, torch.float32).cpu()
+        losses.append((inputs_TI @ error_OI.T).square().sum(0))
+        codes.append(encoded.codes_OI2.cpu())
+    assert (codes[0] == codes[1]).float().mean() > 0.98
+    assert torch.allclose(losses[0], losses[1], rtol=0.05)
+    assert float(losses[1].sum() / losses[0].sum()) == pytest.approx(1.0, abs=2e-3)

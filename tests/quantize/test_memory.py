@@ -7,7 +7,7 @@ import pytest
 from halfbyte.errors import CapacityError
 from halfbyte.model.tiny import tiny_config
 from halfbyte.quantize import memory
-from halfbyte.quantize.memory import gpu_layer_bytes, layer_peak_bytes, plan_memory
+from halfbyte.quantize.memory import Sums, gpu_layer_bytes, layer_peak_bytes, plan_memory, sums_of
 
 GIB = 1 << 30
 # Mistral Medium 3.5: the real widths.
@@ -87,6 +87,28 @@ def test_a_gpu_holds_a_layer_its_rows_and_what_is_loaded() -> None:
     # Without rows nothing runs and nothing is read ahead.
     alone, none = gpu_layer_bytes(SMALL, 0)
     assert none == 0 and alone >= 4 * 2 * MLP
+
+
+@pytest.mark.parametrize("budget_gib", [None, 24, 48])
+def test_gptq_takes_many_rows_at_once_where_a_gpu_has_room(budget_gib: int | None) -> None:
+    def peak(sums: Sums) -> int:
+        plan = plan_memory(
+            MEDIUM,
+            longest_row_tokens=2048,
+            activation_bytes=0,
+            budget_bytes=12 * GIB,
+            on_gpu=True,
+            gpu_budget_bytes=None if budget_gib is None else budget_gib * GIB,
+            sums=sums,
+        )
+        assert plan.gpu_peak_bytes is not None
+        assert budget_gib is None or plan.gpu_peak_bytes <= budget_gib * GIB
+        return plan.gpu_peak_bytes
+
+    few = sums_of((MEDIUM.width, MEDIUM.mlp_width))
+    largest = MEDIUM.width * MEDIUM.mlp_width
+    has_many = peak(few) > peak(Sums()) + 8 * 4 * largest
+    assert has_many == (budget_gib != 24)
 
 
 @pytest.mark.parametrize("available", [None, GIB, 100 * GIB])

@@ -4,6 +4,7 @@ The only statement of these rounding rules in torch; FP8, NVFP4 and the activati
 it. Scales, blocks and packing live in `fp8`, `nvfp4` and `layout`.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -74,10 +75,10 @@ def encode_e2m1_words(buffers: E2M1Buffers) -> Tensor:
     quotient, magnitude, nearest, coarser = buffers
     quotient.add_(0.0)  # -0.0 becomes +0.0
     torch.abs(quotient, out=magnitude)
-    torch.add(magnitude.new_tensor(_INTEGER), magnitude, alpha=2, out=nearest)
+    torch.add(magnitude.new_full((), _INTEGER), magnitude, alpha=2, out=nearest)
     torch.add(magnitude, _INTEGER + 2, out=coarser)
     torch.minimum(nearest, coarser, out=nearest)
-    torch.add(magnitude.new_tensor(_INTEGER + 4), magnitude, alpha=0.5, out=coarser)
+    torch.add(magnitude.new_full((), _INTEGER + 4), magnitude, alpha=0.5, out=coarser)
     torch.minimum(nearest, coarser, out=nearest).clamp_(max=_INTEGER + 7)
     sign = quotient.view(torch.int32).bitwise_right_shift_(31)  # 0 or -1
     return nearest.view(torch.int32).sub_(sign, alpha=8)
@@ -94,11 +95,17 @@ def encode_e2m1(x: Tensor) -> Tensor:
     return encode_e2m1_words(buffers).bitwise_and_(15).to(torch.uint8).view(x.shape)
 
 
+@cache
+def _values_on(device: torch.device) -> Tensor:
+    """The values of the sixteen codes, kept on a device: copying them waits for a GPU."""
+    return torch.tensor(E2M1_VALUES, device=device)
+
+
 def nearest_e2m1(t: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of `encode_e2m1`, uint8, and the f32 values they stand for; `t` is f32, overwritten."""
     buffers = E2M1Buffers(t.view(-1), *(torch.empty_like(t).view(-1) for _ in range(3)))
     codes = encode_e2m1_words(buffers).bitwise_and_(15)
-    values = torch.tensor(E2M1_VALUES, device=t.device).index_select(0, codes)
+    values = _values_on(t.device).index_select(0, codes)
     return codes.to(torch.uint8).view(t.shape), values.view(t.shape)
 
 

@@ -110,7 +110,12 @@ def block_scales(blockmax_OB: Tensor, tensor_scale: Tensor) -> Tensor:
     scale = tensor_scale.to(torch.float32)
     if not bool(torch.isfinite(scale) & (scale > 0)):
         raise FormatError(f"the tensor scale is {float(scale)}; it must be positive and finite")
-    wanted = blockmax_OB / (E2M1_MAX * scale)
+    return nearest_scales(blockmax_OB, scale)
+
+
+def nearest_scales(blockmax_OB: Tensor, tensor_scale: Tensor) -> Tensor:
+    """What `block_scales` gives for a tensor scale (f32) that is known to be sound."""
+    wanted = blockmax_OB / (E2M1_MAX * tensor_scale)
     wanted.masked_fill_(wanted == 0, 1.0)
     return wanted.clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
 

@@ -30,6 +30,7 @@ from halfbyte.formats.nvfp4 import (
     EncodedNVFP4,
     block_maxima,
     block_scales,
+    nearest_scales,
     neighbour_scales,
 )
 from halfbyte.recipe.schema import GptqOptions
@@ -38,8 +39,13 @@ from halfbyte.recipe.schema import GptqOptions
 _MORE_DAMPING = 10.0
 _LEAST_DAMPING = 1e-6
 _MOST_DAMPING = 100.0
-# Rows of a weight that are rounded together; more would only take more memory.
+# Rows of a weight that are rounded together on a CPU; more would only take more memory.
 _ROWS = 1024
+# Weights that are rounded together on a GPU, where a step costs the same for any number of rows:
+# the largest linear of the largest model at once.
+GPU_VALUES = 360_000_000
+# Bytes held of each weight that is at work.
+_WORK_BYTES = 8 * 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,16 +126,18 @@ def encode_gptq(w_OI: Tensor, metric: Metric, tensor_scale: Tensor) -> EncodedNV
     that are diagonal the codes are the nearest ones. Rows do not influence each other. Raises
     FormatError as `encode_nvfp4`.
     """
-    block_maxima(w_OI)  # refuses what NVFP4 cannot hold
     scale = tensor_scale.to(torch.float32)
+    block_scales(block_maxima(w_OI[:1]), scale)  # refuses a scale that is none
+    block_maxima(w_OI)  # refuses what NVFP4 cannot hold
     order_I = metric.order_I
     place_I = torch.empty_like(order_I)
     place_I[order_I] = torch.arange(order_I.numel(), device=order_I.device)
     # Columns of a block lie together, reversed: the last of them tells where the block is.
     place_B = place_I[::BLOCK] // BLOCK
     codes, scales = [], []
-    for start in range(0, w_OI.shape[0], _ROWS):
-        part_OI = w_OI[start : start + _ROWS].to(torch.float32)
+    rows = _rows_together(w_OI)
+    for start in range(0, w_OI.shape[0], rows):
+        part_OI = w_OI[start : start + rows].to(torch.float32)
         found = _encode_rows(part_OI[:, order_I].T.contiguous(), metric, scale)
         codes.append(pack_nibbles(found.codes_IO[place_I].T))
         scales.append(found.scales_BO[place_B].T)
@@ -140,12 +148,13 @@ def encode_gptq(w_OI: Tensor, metric: Metric, tensor_scale: Tensor) -> EncodedNV
 def _encode_rows(w_IO: Tensor, metric: Metric, tensor_scale: Tensor) -> "_Rounded":
     factor_II = metric.factor_II
     rounded = _Rounded(w_IO, tensor_scale)
-    _round_in_order(rounded, factor_II, metric.options.block)
+    round_block = _Rounder(w_IO, tensor_scale)
+    _round_in_order(rounded, factor_II, metric.options.block, round_block)
     plain = _Rounded(w_IO, tensor_scale)
     _round_plainly(plain)
     rounded.take(plain, _losses(rounded, factor_II) > _losses(plain, factor_II))
     for _ in range(metric.options.sweeps):
-        _sweep(rounded, metric.moments_II)
+        _sweep(rounded, metric.moments_II, round_block)
     return rounded
 
 
@@ -154,7 +163,26 @@ def gptq_bytes(width: int) -> int:
 
     Another matrix as large as the products, and what is held of the rows at work.
     """
-    return 4 * width * (width + 8 * _ROWS)
+    return 4 * width * width + _WORK_BYTES * width * _ROWS
+
+
+def gptq_bytes_more(num_weights: int) -> int:
+    """Bytes that encoding takes beyond `gptq_bytes` where a GPU has room for many rows at once."""
+    return _WORK_BYTES * min(num_weights, GPU_VALUES)
+
+
+def _rows_together(w_OI: Tensor) -> int:
+    """Rows to round together: as many on a GPU as fit what the process may still take of it."""
+    width = w_OI.shape[1]
+    if w_OI.device.type != "cuda":
+        return _ROWS
+    device = w_OI.device
+    free, total = torch.cuda.mem_get_info(device)
+    taken, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    room = min(free + held, allowed) - taken
+    rows = min(w_OI.shape[0], max(_ROWS, GPU_VALUES // width))
+    return rows if room > _WORK_BYTES * rows * width else _ROWS
 
 
 class _Rounded:
@@ -178,14 +206,6 @@ class _Rounded:
         for first in range(stop - BLOCK, start - 1, -BLOCK):
             yield slice(first, first + BLOCK)
 
-    def amax_scales(self, target_SO: Tensor) -> Tensor:
-        """e4m3 codes (O,) that map the largest magnitudes of a block to 6."""
-        return block_scales(target_SO.abs().amax(0), self.tensor_scale).view(torch.uint8)
-
-    def steps(self, scales: Tensor) -> Tensor:
-        """What one unit of a code stands for under e4m3 codes, f32."""
-        return decode_e4m3(scales.view(torch.float8_e4m3fn)).mul_(self.tensor_scale)
-
     def put(self, block: slice, found: "_Block") -> None:
         """Keep a block of columns whose codes are chosen."""
         self.codes_IO[block] = found.codes_SO
@@ -208,26 +228,38 @@ class _Block(NamedTuple):
     loss_O: Tensor
 
 
-def _round_block(rounded: _Rounded, w_SO: Tensor, wanted_SO: Tensor, factor_SS: Tensor) -> _Block:
+def _amax_scales(target_SO: Tensor, tensor_scale: Tensor) -> Tensor:
+    """e4m3 codes (O,) that map the largest magnitudes of a block to 6."""
+    return nearest_scales(target_SO.abs().amax(0), tensor_scale).view(torch.uint8)
+
+
+def _steps(scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    """What one unit of a code stands for under e4m3 codes, f32."""
+    return decode_e4m3(scales.view(torch.float8_e4m3fn)).mul_(tensor_scale)
+
+
+def _round_block(
+    w_SO: Tensor, wanted_SO: Tensor, factor_SS: Tensor, tensor_scale: Tensor
+) -> _Block:
     """Round one block under each candidate scale, column after column, and keep the best.
 
     w_SO       the weights, from which errors count
     wanted_SO  where their values should lie, given the errors of the blocks behind
     factor_SS  the block's part of L
     """
-    first_O = rounded.amax_scales(wanted_SO)
+    first_O = _amax_scales(wanted_SO, tensor_scale)
     scales_CO = torch.stack([neighbour_scales(first_O, step) for step in SEARCHED_STEPS])
-    steps_CO = rounded.steps(scales_CO)
+    steps_CO = _steps(scales_CO, tensor_scale)
     diagonal_S = factor_SS.diagonal()
     coupling_SS = factor_SS / diagonal_S
-    weight_S = diagonal_S.square().tolist()
+    weight_S = diagonal_S.square()
     wanted_SCO = wanted_SO[:, None].expand(-1, *scales_CO.shape).clone()
     codes_SCO = torch.empty(wanted_SCO.shape, dtype=torch.uint8, device=w_SO.device)
     loss_CO = torch.zeros_like(steps_CO)
     for j in range(BLOCK - 1, -1, -1):
         codes_SCO[j], values_CO = nearest_e2m1(wanted_SCO[j] / steps_CO)
         values_CO.mul_(steps_CO)
-        loss_CO.add_((wanted_SCO[j] - values_CO).square_(), alpha=weight_S[j])
+        loss_CO.addcmul_((wanted_SCO[j] - values_CO).square_(), weight_S[j])
         error_CO = torch.sub(w_SO[j], values_CO, out=values_CO)
         if j:
             wanted_SCO[:j] += coupling_SS[j, :j, None, None] * error_CO
@@ -242,7 +274,42 @@ def _round_block(rounded: _Rounded, w_SO: Tensor, wanted_SO: Tensor, factor_SS: 
     )
 
 
-def _round_in_order(rounded: _Rounded, factor_II: Tensor, panel: int) -> None:
+class _Rounder:
+    """`_round_block` for blocks of some rows: on a GPU one graph, as it is 400 short kernels.
+
+    What a call gives lies in memory that the next call overwrites.
+    """
+
+    def __init__(self, w_IO: Tensor, tensor_scale: Tensor) -> None:
+        self._scale = tensor_scale
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if w_IO.device.type != "cuda":
+            return
+        w_SO = torch.zeros_like(w_IO[:BLOCK])
+        factor_SS = torch.eye(BLOCK, device=w_IO.device)
+        self._given = (w_SO, torch.zeros_like(w_SO), factor_SS)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what is made when first used does not belong in a graph
+            _round_block(*self._given, tensor_scale)
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._found = _round_block(*self._given, tensor_scale)
+
+    def __call__(self, *given: Tensor) -> _Block:
+        """A block rounded: weights, wanted values and factor as `_round_block` takes them."""
+        if self._graph is None:
+            return _round_block(*given, self._scale)
+        for held, new in zip(self._given, given, strict=True):
+            held.copy_(new)
+        self._graph.replay()
+        return self._found
+
+
+def _round_in_order(
+    rounded: _Rounded, factor_II: Tensor, panel: int, round_block: _Rounder
+) -> None:
     """All blocks, from the last; errors reach further panels by one product a panel."""
     columns = rounded.w_IO.shape[0]
     diagonal_I1 = factor_II.diagonal()[:, None]
@@ -256,15 +323,15 @@ def _round_in_order(rounded: _Rounded, factor_II: Tensor, panel: int) -> None:
             cost_SO = cost_SO + factor_II[behind, block].T @ errors_IO[behind]
             w_SO = rounded.w_IO[block]
             wanted_SO = w_SO + cost_SO / diagonal_I1[block]
-            rounded.put(block, _round_block(rounded, w_SO, wanted_SO, factor_II[block, block]))
+            rounded.put(block, round_block(w_SO, wanted_SO, factor_II[block, block]))
 
 
 def _round_plainly(rounded: _Rounded) -> None:
     """Amax scales and nearest values."""
     for block in rounded.blocks(0, rounded.w_IO.shape[0]):
         w_SO = rounded.w_IO[block]
-        scales_O = rounded.amax_scales(w_SO)
-        steps_O = rounded.steps(scales_O)
+        scales_O = _amax_scales(w_SO, rounded.tensor_scale)
+        steps_O = _steps(scales_O, rounded.tensor_scale)
         codes_SO, values_SO = nearest_e2m1(w_SO / steps_O)
         rounded.put(block, _Block(scales_O, codes_SO, w_SO - values_SO.mul_(steps_O), scales_O))
 
@@ -278,22 +345,26 @@ def _squares(x_SO: Tensor) -> Tensor:
     return x_SO.square_().sum(0)
 
 
-def _sweep(rounded: _Rounded, moments_II: Tensor) -> None:
+def _sweep(rounded: _Rounded, moments_II: Tensor, round_block: _Rounder) -> None:
     """Choose every block anew, all others fixed; a row keeps what it has unless it gains."""
     gradient_IO = moments_II @ rounded.errors_IO
+    # All at once: every factorization waits for a GPU.
+    blocks = moments_II.shape[0] // BLOCK
+    own_BSS = moments_II.view(blocks, BLOCK, blocks, BLOCK).diagonal(dim1=0, dim2=2)
+    own_BSS = own_BSS.permute(2, 0, 1).contiguous()
+    factor_BSS = torch.linalg.cholesky(own_BSS)
     for block in rounded.blocks(0, rounded.w_IO.shape[0]):
-        own_SS = moments_II[block, block]
-        factor_SS = torch.linalg.cholesky(own_SS)
+        number = block.start // BLOCK
+        own_SS, factor_SS = own_BSS[number], factor_BSS[number]
         w_SO, had_SO = rounded.w_IO[block], rounded.errors_IO[block].clone()
         # e H e + 2 e a is least where e = -H^-1 a, a being what the other blocks' errors ask for.
         asked_SO = gradient_IO[block] - own_SS @ had_SO
         away_SO = torch.cholesky_solve(asked_SO, factor_SS)
         wanted_SO = w_SO + away_SO
-        found = _round_block(rounded, wanted_SO, wanted_SO, factor_SS)
+        found = round_block(wanted_SO, wanted_SO, factor_SS)
         gains_O = found.loss_O < _squares(factor_SS.T @ (had_SO + away_SO))
         change_SO = torch.where(gains_O, found.errors_SO - away_SO - had_SO, 0.0)
         gradient_IO.addmm_(moments_II[:, block], change_SO)
-        number = block.start // BLOCK
         rounded.put(
             block,
             _Block(

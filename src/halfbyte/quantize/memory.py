@@ -19,7 +19,7 @@ from halfbyte.formats.measure import GPU_CHUNK_VALUES
 from halfbyte.machine import available_bytes
 from halfbyte.modules import decoder_linears
 from halfbyte.quantize.encode import HEAD_ROWS
-from halfbyte.quantize.gptq import gptq_bytes
+from halfbyte.quantize.gptq import gptq_bytes, gptq_bytes_more
 from halfbyte.recipe.plan import Plan, head_size
 
 # The interpreter, torch and its threads, tokenizer, file buffers (measured: 0.6 GB) ...
@@ -202,6 +202,11 @@ def plan_memory(
         at_work, beside_gpu = gpu_layer_bytes(text, longest_row_tokens, sums, head_bytes)
         sizes = max(at_work, int(_GPU_GAPS * pictures.tower)), beside_gpu
         prefetch, gpu_peak = _plan_gpu(sizes, longest_row_tokens, prefetch, gpu_budget_bytes)
+        if sums.encoding_bytes:
+            largest = max(_linear_bytes(text).values()) // 2
+            many_rows = gpu_peak + int(_GPU_GAPS * gptq_bytes_more(largest))
+            if gpu_budget_bytes is None or many_rows <= gpu_budget_bytes:
+                gpu_peak = many_rows
     peak = least + (beside if prefetch else 0)
     kept = activation_bytes + pictures.patches
     in_memory = peak + kept <= budget
