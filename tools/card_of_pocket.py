@@ -30,7 +30,11 @@ PAGE = ROOT / "docs" / "guide" / "card-of-pocket.md"
 RUNS = ROOT / "tests" / "data" / "card" / "pocket"
 RECORD = ROOT / "pocket" / "records" / "suite.json"
 ITEMS = 200
-RECIPES = {"mixed": "medium-3.5", "nvfp4": "nvfp4-everywhere"}
+# Flags of each arm: no data in either (decision 0167).
+RECIPES = {
+    "mixed": ("--recipe", str(ROOT / "pocket" / "mixed.yaml")),
+    "nvfp4": ("--recipe", "nvfp4-everywhere", "--method", "none"),
+}
 _INTRO = """\
 # A card: Pocket's
 
@@ -38,7 +42,7 @@ Made by these commands, and held to them by a test. Pocket is the small model of
 its seven kinds of items stand for the seven benchmarks of a large model's card.
 
 ```sh
-halfbyte quantize pocket/model mixed/ --recipe medium-3.5 --method none
+halfbyte quantize pocket/model mixed/ --recipe pocket/mixed.yaml
 halfbyte evaluate pocket/model --suite pocket --out evals/fp8
 halfbyte evaluate mixed/ --suite pocket --out evals/mixed
 halfbyte card mixed/ --runs evals/fp8 evals/mixed --title Pocket-NVFP4 --licence apache-2.0
@@ -55,8 +59,7 @@ def run(command: Sequence[str]) -> None:
 
 def quantize(arm: str, target: Path) -> None:
     """An arm's checkpoint, made without data."""
-    recipe = ("--recipe", RECIPES[arm], "--method", "none")
-    run(["quantize", str(MODEL), str(target), *recipe, *_QUIET])
+    run(["quantize", str(MODEL), str(target), *RECIPES[arm], *_QUIET])
 
 
 def page() -> str:
