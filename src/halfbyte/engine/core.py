@@ -150,7 +150,8 @@ class Engine:
         if self._runner.step_sizes and self.config.target_gap_ms != "none":
             assert not self._answers.request_ids
             costs = measure_costs(self._runner, self.config)
-            self._pacer = GapPacer(self._gap_s or BALANCED_GAP_S, costs)
+            gap_s = self._gap_s or BALANCED_GAP_S
+            self._pacer = GapPacer(gap_s, costs, is_balanced=self._gap_s is None)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raise RequestError if the request can never run here. Safe from any thread."""

@@ -123,8 +123,9 @@ class EngineConfig:
         default="balanced",
         metadata=_told(
             "time between the tokens of running answers while prompts are read (balanced: 150 on "
-            "the kernels of a Hopper GPU, three tenths more while several prompts wait, elsewhere "
-            "twice what is usual; none: prompts as fast as they can be read)",
+            "the kernels of a Hopper GPU, a third more while several prompts wait, up to twice as "
+            "long deep in a long prompt, elsewhere twice what is usual; none: prompts as fast as "
+            "they can be read)",
             "--target-gap",
             metavar="MS|balanced|none",
         ),

@@ -24,14 +24,23 @@ _FIRST_TOKENS = 32
 # largest models a step that reads prompts well takes 100 to 180 ms.
 BALANCED_GAP_S = 0.15
 # Where more prompts wait than one, how much longer the gap may be: everybody behind waits for it.
-_CROWDED = 1.3
+_CROWDED = 4 / 3
+# In "balanced", up to how many gaps long a step may be where those within one read prompts at less
+# than this share of its rate.
+_STRETCHED = 2.0
+_POOR_RATE = 0.8
 # Part of the gap that is planned for; the rest is for steps that vary.
 _PLANNED = 0.98
-# Where nobody else waits, a smaller step that reads prompts at this share of the best rate is
-# preferred for its gap.
+# A smaller step that reads prompts at this share of the best rate is preferred for its gap, where
+# nobody else waits and in a crowd. What a crowd's steps read faster, its answers wait for.
 _GOOD_RATE = 0.9
+_CROWD_RATE = 0.93
 # Weight of the newest measurement.
 _GAIN = 0.3
+# How far one step may be off, of what was expected, to be taken at its word.
+_MOST_NEW = 0.25
+# In a step, how far what is known of another size moves to what is usual.
+_AGEING = 0.005
 # Tokens of context from which on what a step takes longer than foretold is put down to it.
 _DEEP = 4096
 # While prompts keep coming, after how many steps beside answers one only generates: what generating
@@ -66,26 +75,62 @@ class Demand(NamedTuple):
     num_prompts: int = 1
 
 
+class _Ratios:
+    """By size, times over those measured beforehand; a size that has none has what is usual."""
+
+    def __init__(self) -> None:
+        self._usual = 1.0
+        self.known: dict[int, float] = {}
+
+    def of(self, size: int) -> float:
+        return self.known.get(size, self._usual)
+
+    def learn(self, size: int, ratio: float) -> None:
+        """Note the ratio that a size has now."""
+        self.known[size] = ratio
+        self._usual += _GAIN * (ratio - self._usual)
+
+    def age(self, size: int) -> None:
+        """What is known of all but this size grows old, so that one too slow is tried again."""
+        for other, ratio in self.known.items():
+            if other != size:
+                self.known[other] = ratio + _AGEING * (self._usual - ratio)
+
+
 class StepCosts:
-    """Seconds of steps by their rows, and by the context that a chunk's rows read besides."""
+    """Seconds of steps by their rows, and by the context that a chunk's rows read besides.
+
+    A busy device is slower than it was when it was measured, and nearly as much everywhere: each
+    step also tells something of the sizes that are not in use.
+    """
 
     def __init__(
         self,
         sizes: SequenceOf[int],
         measured_s: Mapping[int, float] | None = None,
         deep_s: Mapping[int, float] | None = None,
+        shared_s: float | None = None,
     ) -> None:
         """Start from steps measured beforehand, if any; rows are padded to `sizes`, ascending.
 
         measured_s  seconds of steps of these sizes without context
         deep_s      of steps of up to so many rows: more for each pair of a chunk's row and a token
-                    of its context; small steps may read a context again for each row
+                    of its context. Those of the first entry, the small ones, read a context again
+                    for each row
+        shared_s    what a small step takes whose rows share what they read, as the large ones' do:
+                    quicker where the context is long; None if there is no such thing
         """
         self.sizes = tuple(sizes)
-        self._known_s = dict(measured_s or {})
+        self._measured_s = dict(measured_s or {})
         self._measured_deep_s = dict(sorted((deep_s or {}).items()))
-        # Refined size by size.
-        self._deep_s: dict[int, float] = {}
+        self._shared_s = shared_s
+        few = len(self._measured_deep_s) < 2
+        self._small = 0 if few else next(iter(self._measured_deep_s))
+        # Of steps without context, and for a row and a token of it: small steps, large ones, and
+        # small ones whose rows share what they read.
+        self._base = {True: _Ratios(), False: _Ratios()}
+        self._deep = {True: _Ratios(), False: _Ratios()}
+        self._shared = _Ratios()
         # What the answers' contexts add.
         self._answers_s = 0.0
 
@@ -99,48 +144,69 @@ class StepCosts:
 
         row_tokens  pairs of a chunk's row and a token of its context
         """
-        size = self.size_for(num_rows)
-        base_s = self._base_s(size)
-        if base_s is None:
+        if not self._measured_s:
             return None
-        return base_s + self._answers_s + self._deep_of(size) * row_tokens
+        size = self.size_for(num_rows)
+        return self._answers_s + self._expected(size, row_tokens)[0]
 
     def observe(self, seconds: float, num_rows: int, row_tokens: float, *, is_mixed: bool) -> None:
         """Learn from a step; `is_mixed`: it did more than generate."""
         size = self.size_for(num_rows)
-        base_s = self._base_s(size)
-        if base_s is None:
-            self._known_s[size] = seconds
+        if not self._measured_s:
+            self._measured_s[size] = seconds
             return
+        is_small = size <= self._small
+        base, measured_s = self._base[is_small], self._measured(size)
+        base_s = measured_s * base.of(size)
         if not is_mixed:
             more_s = max(seconds - base_s, 0.0)
             self._answers_s += _GAIN * (more_s - self._answers_s)
             if seconds < base_s:
-                self._known_s[size] = base_s + _GAIN * (seconds - base_s)
+                base.known[size] = (base_s + _GAIN * (seconds - base_s)) / measured_s
             return
-        deep_s = self._deep_of(size)
-        off_s = seconds - base_s - self._answers_s - deep_s * row_tokens
-        if row_tokens > _DEEP * num_rows:
-            self._deep_s[size] = max(deep_s + _GAIN * off_s / row_tokens, 0.0)
+        expected_s, is_shared = self._expected(size, row_tokens)
+        # One step that something held up says little about the next.
+        most_s = _MOST_NEW * expected_s
+        off_s = _GAIN * min(max(seconds - self._answers_s - expected_s, -most_s), most_s)
+        deep_s = self._measured_deep(size, is_shared) * row_tokens
+        if row_tokens > _DEEP * num_rows and deep_s > 0:
+            deep = self._shared if is_shared else self._deep[is_small]
+            deep.learn(size, max(deep.of(size) + off_s / deep_s, 0.0))
         else:
-            self._known_s[size] = max(base_s + _GAIN * off_s, 0.1 * seconds)
+            base.learn(size, max(base.of(size) + off_s / measured_s, 0.1))
+        for ratios in (*self._base.values(), *self._deep.values(), self._shared):
+            ratios.age(size)
 
     def table(self) -> dict[int, float]:
         """Seconds of a step by its number of rows, as known now."""
-        return dict(sorted(self._known_s.items()))
+        sizes = {*self._measured_s}
+        for ratios in self._base.values():
+            sizes |= ratios.known.keys()
+        return {size: self._base_s(size) for size in sorted(sizes)}
 
-    def _deep_of(self, size: int) -> float:
-        """Seconds for a pair of a row and a token of context, in steps of this size."""
-        if size in self._deep_s:
-            return self._deep_s[size]
+    def _expected(self, size: int, row_tokens: float) -> tuple[float, bool]:
+        """Seconds of a step beside its answers' contexts, and whether its rows share theirs."""
+        base_s, deep = self._base_s(size), self._deep[size <= self._small]
+        alone_s = base_s + self._measured_deep(size, False) * deep.of(size) * row_tokens
+        if self._shared_s is None or size > self._small:
+            return alone_s, False
+        deep_s = self._measured_deep(size, True) * self._shared.of(size)
+        return min((alone_s, False), (max(base_s, self._shared_s) + deep_s * row_tokens, True))
+
+    def _base_s(self, size: int) -> float:
+        return self._measured(size) * self._base[size <= self._small].of(size)
+
+    def _measured_deep(self, size: int, is_shared: bool) -> float:
+        """Seconds measured for a pair of a row and a token of context, in steps of this size."""
         measured = self._measured_deep_s
-        known = [measured[up_to] for up_to in measured if up_to >= size]
-        return known[0] if known else next(reversed(measured.values()), 0.0)
+        last = next(reversed(measured.values()), 0.0)
+        if is_shared:
+            return last
+        return next((measured[up_to] for up_to in measured if up_to >= size), last)
 
-    def _base_s(self, size: int) -> float | None:
-        known_s = self._known_s
-        if not known_s:
-            return None
+    def _measured(self, size: int) -> float:
+        """Seconds measured for this size, or between those of its neighbours."""
+        known_s = self._measured_s
         if size in known_s:
             return known_s[size]
         below = [other for other in known_s if other < size]
@@ -155,19 +221,36 @@ class StepCosts:
         return known_s[lower] + share * (known_s[upper] - known_s[lower])
 
 
+class _Choice(NamedTuple):
+    """A step that a pacer may take: its prompt tokens, and how long it is expected to be."""
+
+    rows: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.rows / self.seconds
+
+
 class GapPacer:
     """Fills steps that generate with as many prompt tokens as their answers' gaps allow."""
 
-    def __init__(self, target_gap_s: float, costs: StepCosts) -> None:
-        """Keep `target_gap_s` seconds between an answer's tokens while prompts are read."""
+    def __init__(self, target_gap_s: float, costs: StepCosts, *, is_balanced: bool = False) -> None:
+        """Keep `target_gap_s` seconds between an answer's tokens while prompts are read.
+
+        is_balanced  nobody asked for this very gap: where it would keep a prompt from being read,
+                     as deep in a long one, it grows
+        """
         self._target_gap_s = target_gap_s
         self._costs = costs
+        self._is_balanced = is_balanced
 
     def prompt_tokens(self, demand: Demand) -> int | None:
         """Prompt tokens for a step beside answers; None = as many as fit.
 
-        Of the steps within the target gap the one that reads prompts at the best rate if others
-        wait, else the smallest that does so nearly; where none is within it, the quickest.
+        Of the steps within the target gap the smallest that reads prompts nearly at the best rate;
+        where none is within it, the quickest.
         """
         if demand.num_prompt_tokens == 0:
             return None
@@ -179,14 +262,20 @@ class GapPacer:
             seconds = self._costs.seconds(demand.num_decodes + rows, rows * depth)
             if seconds is None:
                 return _FIRST_TOKENS
-            choices.append((rows, seconds))
-        allowed = [(rows, seconds) for rows, seconds in choices if seconds <= limit_s]
+            choices.append(_Choice(rows, seconds))
+        allowed = [choice for choice in choices if choice.seconds <= limit_s]
+        if self._is_balanced:
+            longer = [choice for choice in choices if choice.seconds <= _STRETCHED * limit_s]
+            most = max((choice.rate for choice in longer), default=0.0)
+            if all(choice.rate < _POOR_RATE * most for choice in allowed):
+                # Each is worth its rate, less by as much as its gap is longer.
+                worth = lambda choice: choice.rate * min(limit_s / choice.seconds, 1.0)
+                return max(longer or choices, key=worth).rows
         if not allowed:
-            return min(choices, key=lambda choice: choice[1])[0]
-        least = max(rows / seconds for rows, seconds in allowed)
-        if not is_crowded:
-            least *= _GOOD_RATE
-        return next(rows for rows, seconds in allowed if rows / seconds >= least)
+            return min(choices, key=lambda choice: choice.seconds).rows
+        share = _CROWD_RATE if is_crowded else _GOOD_RATE
+        least = share * max(choice.rate for choice in allowed)
+        return next(choice.rows for choice in allowed if choice.rate >= least)
 
     def observe(
         self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
