@@ -14,11 +14,14 @@ from halfbyte.formats.minifloat import (
     E2M1_VALUES,
     E4M3_MAX,
     E4M3_TINY,
+    codes_of_ranks,
     decode_e2m1,
     decode_e4m3,
     encode_e2m1,
     encode_e4m3,
     has_nan_codes,
+    nearest_e2m1,
+    nearest_rising_e2m1,
 )
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -99,6 +102,21 @@ def test_e2m1_is_exact_on_every_bf16() -> None:
 def test_e2m1_is_exact_on_any_f32(values: list[float]) -> None:
     tensor = torch.tensor(values, dtype=torch.float32)
     assert torch.equal(encode_e2m1(tensor), expected_e2m1(tensor))
+    assert_ranked_alike(tensor)
+
+
+def assert_ranked_alike(values: Tensor) -> None:
+    """What GPUs find in two kernels is what the others find."""
+    ranks, found = nearest_rising_e2m1(values)
+    codes, wanted = nearest_e2m1(values.clone())
+    assert torch.equal(codes_of_ranks(ranks), codes)
+    assert torch.equal(found, wanted)
+
+
+def test_e2m1_by_rank_is_that_by_arithmetic() -> None:
+    middles = [(a + b) / 2 for a, b in pairwise(E2M1_MAGNITUDES)]
+    assert_ranked_alike(neighbourhood([*E2M1_MAGNITUDES, *middles]).float())
+    assert_ranked_alike(every_finite_bf16().float().view(-1, 16))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,12 @@ from torch import Tensor
 
 from halfbyte.errors import FormatError
 from halfbyte.formats.layout import pack_nibbles
-from halfbyte.formats.minifloat import decode_e4m3, nearest_e2m1
+from halfbyte.formats.minifloat import (
+    codes_of_ranks,
+    decode_e4m3,
+    nearest_e2m1,
+    nearest_rising_e2m1,
+)
 from halfbyte.formats.nvfp4 import (
     BLOCK,
     SEARCHED_STEPS,
@@ -154,7 +159,7 @@ def _encode_rows(w_IO: Tensor, metric: Metric, tensor_scale: Tensor) -> "_Rounde
     _round_plainly(plain)
     rounded.take(plain, _losses(rounded, factor_II) > _losses(plain, factor_II))
     for _ in range(metric.options.sweeps):
-        _sweep(rounded, metric.moments_II, round_block)
+        _sweep(rounded, metric.moments_II, metric.options.block, round_block)
     return rounded
 
 
@@ -254,21 +259,25 @@ def _round_block(
     coupling_SS = factor_SS / diagonal_S
     weight_S = diagonal_S.square()
     wanted_SCO = wanted_SO[:, None].expand(-1, *scales_CO.shape).clone()
-    codes_SCO = torch.empty(wanted_SCO.shape, dtype=torch.uint8, device=w_SO.device)
+    on_gpu = w_SO.is_cuda
+    nearest = nearest_rising_e2m1 if on_gpu else nearest_e2m1
+    kind = torch.int32 if on_gpu else torch.uint8
+    codes_SCO = torch.empty(wanted_SCO.shape, dtype=kind, device=w_SO.device)
     loss_CO = torch.zeros_like(steps_CO)
     for j in range(BLOCK - 1, -1, -1):
-        codes_SCO[j], values_CO = nearest_e2m1(wanted_SCO[j] / steps_CO)
+        codes_SCO[j], values_CO = nearest(wanted_SCO[j] / steps_CO)
         values_CO.mul_(steps_CO)
         loss_CO.addcmul_((wanted_SCO[j] - values_CO).square_(), weight_S[j])
         error_CO = torch.sub(w_SO[j], values_CO, out=values_CO)
         if j:
-            wanted_SCO[:j] += coupling_SS[j, :j, None, None] * error_CO
+            wanted_SCO[:j].addcmul_(coupling_SS[j, :j, None, None], error_CO)
         wanted_SCO[j] = error_CO  # not wanted any more: errors take its place
     loss_O, best_O = loss_CO.min(0)
     pick_S1O = best_O.expand(BLOCK, 1, -1)
+    codes_SO = codes_SCO.gather(1, pick_S1O)[:, 0]
     return _Block(
         scales_CO.gather(0, best_O[None])[0],
-        codes_SCO.gather(1, pick_S1O)[:, 0],
+        codes_of_ranks(codes_SO) if on_gpu else codes_SO,
         wanted_SCO.gather(1, pick_S1O)[:, 0],
         loss_O,
     )
@@ -345,32 +354,58 @@ def _squares(x_SO: Tensor) -> Tensor:
     return x_SO.square_().sum(0)
 
 
-def _sweep(rounded: _Rounded, moments_II: Tensor, round_block: _Rounder) -> None:
-    """Choose every block anew, all others fixed; a row keeps what it has unless it gains."""
+def _sweep(rounded: _Rounded, moments_II: Tensor, panel: int, round_block: _Rounder) -> None:
+    """Choose every block anew, all others fixed; changes reach further panels by one product."""
     gradient_IO = moments_II @ rounded.errors_IO
     # All at once: every factorization waits for a GPU.
     blocks = moments_II.shape[0] // BLOCK
     own_BSS = moments_II.view(blocks, BLOCK, blocks, BLOCK).diagonal(dim1=0, dim2=2)
     own_BSS = own_BSS.permute(2, 0, 1).contiguous()
     factor_BSS = torch.linalg.cholesky(own_BSS)
-    for block in rounded.blocks(0, rounded.w_IO.shape[0]):
-        number = block.start // BLOCK
-        own_SS, factor_SS = own_BSS[number], factor_BSS[number]
-        w_SO, had_SO = rounded.w_IO[block], rounded.errors_IO[block].clone()
-        # e H e + 2 e a is least where e = -H^-1 a, a being what the other blocks' errors ask for.
-        asked_SO = gradient_IO[block] - own_SS @ had_SO
-        away_SO = torch.cholesky_solve(asked_SO, factor_SS)
-        wanted_SO = w_SO + away_SO
-        found = round_block(wanted_SO, wanted_SO, factor_SS)
-        gains_O = found.loss_O < _squares(factor_SS.T @ (had_SO + away_SO))
-        change_SO = torch.where(gains_O, found.errors_SO - away_SO - had_SO, 0.0)
-        gradient_IO.addmm_(moments_II[:, block], change_SO)
-        rounded.put(
-            block,
-            _Block(
-                torch.where(gains_O, found.scales_O, rounded.scales_BO[number]),
-                torch.where(gains_O, found.codes_SO, rounded.codes_IO[block]),
-                had_SO + change_SO,
-                found.loss_O,
-            ),
-        )
+    columns = rounded.w_IO.shape[0]
+    for stop in range(columns, 0, -panel):
+        start = max(0, stop - panel)
+        before_PO = rounded.errors_IO[start:stop].clone()
+        for block in rounded.blocks(start, stop):
+            number = block.start // BLOCK
+            own = own_BSS[number], factor_BSS[number]
+            change_SO = _choose_anew(rounded, block, gradient_IO[block], own, round_block)
+            ahead = slice(start, block.start)
+            gradient_IO[ahead].addmm_(moments_II[ahead, block], change_SO)
+        change_PO = rounded.errors_IO[start:stop] - before_PO
+        gradient_IO[:start].addmm_(moments_II[:start, start:stop], change_PO)
+
+
+def _choose_anew(
+    rounded: _Rounded,
+    block: slice,
+    gradient_SO: Tensor,
+    own: tuple[Tensor, Tensor],
+    round_block: _Rounder,
+) -> Tensor:
+    """Round a block with all others fixed; a row keeps what it has unless it gains.
+
+    gradient_SO  what all errors, the block's own too, ask for
+    own          the block's part of the moments, and its factor
+    returns      how its errors change, (S, O)
+    """
+    own_SS, factor_SS = own
+    w_SO, had_SO = rounded.w_IO[block], rounded.errors_IO[block].clone()
+    # e H e + 2 e a is least where e = -H^-1 a, a being what the other blocks' errors ask for.
+    asked_SO = gradient_SO - own_SS @ had_SO
+    away_SO = torch.cholesky_solve(asked_SO, factor_SS)
+    wanted_SO = w_SO + away_SO
+    found = round_block(wanted_SO, wanted_SO, factor_SS)
+    gains_O = found.loss_O < _squares(factor_SS.T @ (had_SO + away_SO))
+    change_SO = torch.where(gains_O, found.errors_SO - away_SO - had_SO, 0.0)
+    number = block.start // BLOCK
+    rounded.put(
+        block,
+        _Block(
+            torch.where(gains_O, found.scales_O, rounded.scales_BO[number]),
+            torch.where(gains_O, found.codes_SO, rounded.codes_IO[block]),
+            had_SO + change_SO,
+            found.loss_O,
+        ),
+    )
+    return change_SO
