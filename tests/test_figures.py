@@ -98,6 +98,8 @@ def test_figures_in_our_records_are_those_of_their_results() -> None:
         "demo": lambda r: demo_figures(r["summary"]),
         "engine-h100": engine_figures,
         "engine-h200": engine_figures,
+        "engine-h200-nvfp4": engine_figures,
+        "engine-h200-per-token": engine_figures,
         "serving": lambda r: serving_figures(r, r["streams"]),
     }
     for name, make in made.items():
