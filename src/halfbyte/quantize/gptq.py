@@ -297,7 +297,7 @@ class _Rounder:
         w_SO = torch.zeros_like(w_IO[:BLOCK])
         factor_SS = torch.eye(BLOCK, device=w_IO.device)
         self._given = (w_SO, torch.zeros_like(w_SO), factor_SS)
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what is made when first used does not belong in a graph
             _round_block(*self._given, tensor_scale)
@@ -306,11 +306,11 @@ class _Rounder:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._found = _round_block(*self._given, tensor_scale)
 
-    def __call__(self, *given: Tensor) -> _Block:
+    def __call__(self, w_SO: Tensor, wanted_SO: Tensor, factor_SS: Tensor) -> _Block:
         """A block rounded: weights, wanted values and factor as `_round_block` takes them."""
         if self._graph is None:
-            return _round_block(*given, self._scale)
-        for held, new in zip(self._given, given, strict=True):
+            return _round_block(w_SO, wanted_SO, factor_SS, self._scale)
+        for held, new in zip(self._given, (w_SO, wanted_SO, factor_SS), strict=True):
             held.copy_(new)
         self._graph.replay()
         return self._found
