@@ -1,5 +1,6 @@
 """What steps cost is measured before the first request, and leaves no trace."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from cuda_twin import twin_engine
 from engine_driver import GREEDY, prompt_of, request, run
 from halfbyte.engine.core import Engine
 from halfbyte.engine.hopper import HopperDevice
-from halfbyte.engine.plan.pacing import GapPacer
+from halfbyte.engine.plan.pacing import FreePacer, GapPacer
+from halfbyte.engine.request import SamplingParams
 from hopper import hopper_config, write_fp8
 
 
@@ -44,3 +46,31 @@ def test_every_size_is_measured_and_nothing_else_changes(hopper: Path) -> None:
     assert {name: answer.token_ids for name, answer in run(engine, asked).items()} == {
         name: answer.token_ids for name, answer in wanted.items()
     }
+
+
+class _Noted(FreePacer):
+    """Notes the prompt tokens of the steps that a pacer is told about."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens_of: list[int] = []
+
+    def observe(
+        self, seconds: float, num_decodes: int, num_prompt_tokens: int, row_tokens: float = 0.0
+    ) -> None:
+        self.prompt_tokens_of.append(num_prompt_tokens)
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, logprobs=None)])
+def test_steps_that_nobody_waited_for_teach_no_times(hopper: Path, params: SamplingParams) -> None:
+    """A prompt in four steps: three choose no token, and the fourth's time is that of all; tokens
+    are chosen on the host, and on the device a step ahead.
+    """
+    engine = twin_engine(hopper, max_batch_tokens=64, max_sequences=8, max_model_len=400)
+    noted = engine._pacer = _Noted()
+    run(engine, [request("long", prompt_of(240), params)])
+    assert noted.prompt_tokens_of and not any(noted.prompt_tokens_of)
+    assert engine.stats().steps == 4 + len(noted.prompt_tokens_of)
+    # One that chooses at once is timed, and those that only generate.
+    noted.prompt_tokens_of.clear()
+    run(engine, [request("short", prompt_of(30, seed=1), params)])
+    assert noted.prompt_tokens_of[0] == 30 and not any(noted.prompt_tokens_of[1:])

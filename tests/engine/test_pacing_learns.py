@@ -84,7 +84,9 @@ def read(
     """Steps with more to read than fits, always as deep in a prompt."""
     found = Read()
     for _ in range(num_steps):
-        count = pacer.prompt_tokens(Demand(num_answers, 2048 - num_answers, depth, num_prompts))
+        count = pacer.prompt_tokens(
+            Demand(num_answers, 2048 - num_answers, depth, num_prompts, 100_000)
+        )
         assert count is not None and 0 < count <= 2048 - num_answers
         row_tokens = count * (depth + count / 2)
         seconds, is_held_up = machine.step(num_answers + count, row_tokens)
@@ -191,3 +193,55 @@ def test_gaps_are_bounded_and_prompts_are_read(
     longest_s = sorted(found.gaps)[-1 - len(found.gaps) // 50]
     assert longest_s < max(stretched_s, 1.25 * quickest_s)
     assert found.rate > 0.55 * best_rate(machine, num_answers, depth, 0.93 * limit_s)
+
+
+@pytest.mark.parametrize("stall_s", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("ms", [EXACT_MS, FAST_MS])
+def test_answers_that_were_held_up_ahead_of_a_prompt_do_not_stretch_its_steps(
+    ms: dict[int, float], stall_s: float
+) -> None:
+    """Reading a long request takes the processor from a step just ahead of its prompt, and no step
+    without a prompt follows until it is read.
+    """
+    machine = Machine(ms, hot=1.05)
+    found = []
+    for stalls in (0, 2):
+        pacer = pacer_for(machine, is_balanced=True)
+        for number in range(40):
+            seconds = machine.seconds(8) + (stall_s if number >= 40 - stalls else 0.0)
+            pacer.observe(seconds, 8, 0)
+        machine.dice.seed(0)
+        found.append(prompt_beside(pacer, machine, 8, 32_000))
+    assert found[1].tokens == found[0].tokens
+    assert max(found[0].gaps) < 0.155 and sum(found[0].seconds) < 20.0
+
+
+def prompt_beside(pacer: GapPacer, machine: Machine, num_answers: int, num_tokens: int) -> Read:
+    """One prompt from its beginning to its end."""
+    found, done = Read(), 0
+    while done < num_tokens:
+        left = num_tokens - done
+        demand = Demand(num_answers, min(left, 2048 - num_answers), done, 1, left)
+        count = pacer.prompt_tokens(demand)
+        assert count is not None and 0 < count <= demand.num_prompt_tokens
+        row_tokens = count * (done + count / 2)
+        seconds, is_held_up = machine.step(num_answers + count, row_tokens)
+        pacer.observe(seconds, num_answers, count, row_tokens)
+        found.tokens.append(count)
+        found.seconds.append(seconds)
+        found.held_up.append(is_held_up)
+        done += count
+    return found
+
+
+@pytest.mark.parametrize("ms", [EXACT_MS, FAST_MS])
+@pytest.mark.parametrize("hot", [1.0, 1.05, 1.12])
+def test_a_prompt_of_some_seconds_stretches_no_gap(ms: dict[int, float], hot: float) -> None:
+    """32k tokens are read within 20 s by steps within the gap; 128k would take minutes."""
+    machine = Machine(ms, hot)
+    short = prompt_beside(pacer_for(machine, is_balanced=True), machine, 8, 32_000)
+    assert max(short.gaps) < 0.16 and sum(short.seconds) < 20.0
+    long = prompt_beside(pacer_for(machine, is_balanced=True), machine, 4, 131_072)
+    strict = prompt_beside(pacer_for(machine), machine, 4, 131_072)
+    assert sum(long.seconds) < 0.92 * sum(strict.seconds)
+    assert max(long.gaps) < 2 * BALANCED_GAP_S

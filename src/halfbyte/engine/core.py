@@ -118,6 +118,8 @@ class Engine:
         # Works that were planned before the last tokens were known, and were not launched.
         self._planned: list[Work] = []
         self._last_collected = 0.0
+        # Whether the step collected last had ended by then.
+        self._is_awaited = True
         # Block lists held by `score`.
         self._scoring: list[list[int]] = []
         self._num_added = 0
@@ -263,7 +265,8 @@ class Engine:
         if self._speculator is not None:
             works = self._speculator.propose(works, self._scheduler)
         all_works = [*works, *(() if done is None else done.works)]
-        self._sampler.prepare(work.sequence for work in all_works if work.is_last)
+        chosen = [work.sequence for work in all_works if work.is_last]
+        self._sampler.prepare(chosen)
         found = [self._runner.run(works)] if works else []
         if done is not None:
             found.append(done)
@@ -280,7 +283,7 @@ class Engine:
             # Short chunks, which end in the step that begins them, count as well: without them
             # the pacer would learn nothing after a slow step ahead of a prompt.
             self._slice_pacer.observe(num_decodes, seconds - sliced_s, sliced_s)
-        self._observe(all_works, num_decodes, seconds)
+        self._observe(all_works, num_decodes, seconds, is_awaited=bool(chosen))
         return events
 
     def _begin_chunk(self, works: SequenceOf[Work]) -> SequenceOf[Work]:
@@ -353,11 +356,19 @@ class Engine:
         num_decodes = sum(w.count == 1 and w.sequence.arrival in chosen for w in flight.works)
         seconds = now - max(flight.launched, self._last_collected)
         self._last_collected = now
-        self._observe(flight.works, num_decodes, seconds)
+        self._observe(flight.works, num_decodes, seconds, is_awaited=bool(flight.chosen))
         return events
 
-    def _observe(self, works: SequenceOf[Work], num_decodes: int, seconds: float) -> None:
-        if self._slice_pacer is None:
+    def _observe(
+        self, works: SequenceOf[Work], num_decodes: int, seconds: float, *, is_awaited: bool = True
+    ) -> None:
+        """Count a step; the pacer learns from it if its time is its own.
+
+        is_awaited  somebody has read a result: where not, the step may end at any time, and what
+                    seems to be the next one's time is that of both
+        """
+        is_own, self._is_awaited = is_awaited and self._is_awaited, is_awaited
+        if self._slice_pacer is None and is_own:
             num_tokens = sum(work.count for work in works)
             # What the answers' own contexts cost is learnt apart.
             chunks = (work for work in works if work.count > 1)

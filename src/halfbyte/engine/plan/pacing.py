@@ -26,9 +26,10 @@ BALANCED_GAP_S = 0.15
 # Where more prompts wait than one, how much longer the gap may be: everybody behind waits for it.
 _CROWDED = 4 / 3
 # In "balanced", up to how many gaps long a step may be where those within one read prompts at less
-# than this share of its rate.
+# than this share of its rate, and what is left of a prompt would take longer than so many seconds.
 _STRETCHED = 2.0
 _POOR_RATE = 0.8
+_PATIENCE_S = 20.0
 # Part of the gap that is planned for; the rest is for steps that vary.
 _PLANNED = 0.98
 # A smaller step that reads prompts at this share of the best rate is preferred for its gap, where
@@ -67,12 +68,14 @@ class Demand(NamedTuple):
     num_prompt_tokens  prompt tokens that could be computed beside them
     depth              tokens of the first of those prompts that are computed already
     num_prompts        prompts that are not yet read
+    num_left           tokens of the first of them that are still to be computed
     """
 
     num_decodes: int
     num_prompt_tokens: int
     depth: int = 0
     num_prompts: int = 1
+    num_left: int = 0
 
 
 class _Ratios:
@@ -131,8 +134,8 @@ class StepCosts:
         self._base = {True: _Ratios(), False: _Ratios()}
         self._deep = {True: _Ratios(), False: _Ratios()}
         self._shared = _Ratios()
-        # What the answers' contexts add.
-        self._answers_s = 0.0
+        # What the answers' contexts add, in the last steps that did nothing else.
+        self._answers_s: deque[float] = deque(maxlen=_NUM_DECODES)
 
     def size_for(self, num_rows: int) -> int:
         """The size that so many rows are padded to; beyond the last, the rows."""
@@ -147,7 +150,7 @@ class StepCosts:
         if not self._measured_s:
             return None
         size = self.size_for(num_rows)
-        return self._answers_s + self._expected(size, row_tokens)[0]
+        return self._usual_answers_s() + self._expected(size, row_tokens)[0]
 
     def observe(self, seconds: float, num_rows: int, row_tokens: float, *, is_mixed: bool) -> None:
         """Learn from a step; `is_mixed`: it did more than generate."""
@@ -159,15 +162,14 @@ class StepCosts:
         base, measured_s = self._base[is_small], self._measured(size)
         base_s = measured_s * base.of(size)
         if not is_mixed:
-            more_s = max(seconds - base_s, 0.0)
-            self._answers_s += _GAIN * (more_s - self._answers_s)
+            self._answers_s.append(max(seconds - base_s, 0.0))
             if seconds < base_s:
                 base.known[size] = (base_s + _GAIN * (seconds - base_s)) / measured_s
             return
         expected_s, is_shared = self._expected(size, row_tokens)
         # One step that something held up says little about the next.
         most_s = _MOST_NEW * expected_s
-        off_s = _GAIN * min(max(seconds - self._answers_s - expected_s, -most_s), most_s)
+        off_s = _GAIN * min(max(seconds - self._usual_answers_s() - expected_s, -most_s), most_s)
         deep_s = self._measured_deep(size, is_shared) * row_tokens
         if row_tokens > _DEEP * num_rows and deep_s > 0:
             deep = self._shared if is_shared else self._deep[is_small]
@@ -192,6 +194,12 @@ class StepCosts:
             return alone_s, False
         deep_s = self._measured_deep(size, True) * self._shared.of(size)
         return min((alone_s, False), (max(base_s, self._shared_s) + deep_s * row_tokens, True))
+
+    def _usual_answers_s(self) -> float:
+        """A step that something held up just ahead of a prompt stands for the whole of it: the
+        median of a few does not.
+        """
+        return statistics.median(self._answers_s) if self._answers_s else 0.0
 
     def _base_s(self, size: int) -> float:
         return self._measured(size) * self._base[size <= self._small].of(size)
@@ -267,7 +275,9 @@ class GapPacer:
         if self._is_balanced:
             longer = [choice for choice in choices if choice.seconds <= _STRETCHED * limit_s]
             most = max((choice.rate for choice in longer), default=0.0)
-            if all(choice.rate < _POOR_RATE * most for choice in allowed):
+            best = max((choice.rate for choice in allowed), default=0.0)
+            is_long = is_crowded or demand.num_left > _PATIENCE_S * best
+            if is_long and best < _POOR_RATE * most:
                 # Each is worth its rate, less by as much as its gap is longer.
                 worth = lambda choice: choice.rate * min(limit_s / choice.seconds, 1.0)
                 return max(longer or choices, key=worth).rows

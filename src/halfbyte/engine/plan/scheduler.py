@@ -208,8 +208,10 @@ class Scheduler:
                 break
             num_tokens += sequence.num_uncomputed
         depth = reading[0].num_computed if reading else 0
+        first = next(iter((*reading, *self.waiting)), None)
+        num_left = 0 if first is None else first.num_uncomputed
         num_prompts = len(reading) + len(self.waiting)
-        return Demand(len(decodes), min(num_tokens, budget), depth, num_prompts)
+        return Demand(len(decodes), min(num_tokens, budget), depth, num_prompts, num_left)
 
     def _plan_decodes(self) -> list[Work]:
         works = []
