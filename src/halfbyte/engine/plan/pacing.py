@@ -134,8 +134,11 @@ class StepCosts:
         self._base = {True: _Ratios(), False: _Ratios()}
         self._deep = {True: _Ratios(), False: _Ratios()}
         self._shared = _Ratios()
-        # What the answers' contexts add, in the last steps that did nothing else.
-        self._answers_s: deque[float] = deque(maxlen=_NUM_DECODES)
+        # What the answers' contexts add, in the last steps that did nothing else, and as a rule:
+        # steps just ahead of a long prompt are held up by its reading, and none follows them until
+        # it is computed.
+        self._last_answers_s: deque[float] = deque(maxlen=_NUM_USUAL)
+        self._answers_s = 0.0
 
     def size_for(self, num_rows: int) -> int:
         """The size that so many rows are padded to; beyond the last, the rows."""
@@ -150,7 +153,7 @@ class StepCosts:
         if not self._measured_s:
             return None
         size = self.size_for(num_rows)
-        return self._usual_answers_s() + self._expected(size, row_tokens)[0]
+        return self._answers_s + self._expected(size, row_tokens)[0]
 
     def observe(self, seconds: float, num_rows: int, row_tokens: float, *, is_mixed: bool) -> None:
         """Learn from a step; `is_mixed`: it did more than generate."""
@@ -162,14 +165,16 @@ class StepCosts:
         base, measured_s = self._base[is_small], self._measured(size)
         base_s = measured_s * base.of(size)
         if not is_mixed:
-            self._answers_s.append(max(seconds - base_s, 0.0))
+            self._last_answers_s.append(max(seconds - base_s, 0.0))
+            self._answers_s = statistics.median(self._last_answers_s)
             if seconds < base_s:
-                base.known[size] = (base_s + _GAIN * (seconds - base_s)) / measured_s
+                off_s = max(seconds - base_s, -_MOST_NEW * base_s)
+                base.known[size] = (base_s + _GAIN * off_s) / measured_s
             return
         expected_s, is_shared = self._expected(size, row_tokens)
         # One step that something held up says little about the next.
         most_s = _MOST_NEW * expected_s
-        off_s = _GAIN * min(max(seconds - self._usual_answers_s() - expected_s, -most_s), most_s)
+        off_s = _GAIN * min(max(seconds - self._answers_s - expected_s, -most_s), most_s)
         deep_s = self._measured_deep(size, is_shared) * row_tokens
         if row_tokens > _DEEP * num_rows and deep_s > 0:
             deep = self._shared if is_shared else self._deep[is_small]
@@ -194,12 +199,6 @@ class StepCosts:
             return alone_s, False
         deep_s = self._measured_deep(size, True) * self._shared.of(size)
         return min((alone_s, False), (max(base_s, self._shared_s) + deep_s * row_tokens, True))
-
-    def _usual_answers_s(self) -> float:
-        """A step that something held up just ahead of a prompt stands for the whole of it: the
-        median of a few does not.
-        """
-        return statistics.median(self._answers_s) if self._answers_s else 0.0
 
     def _base_s(self, size: int) -> float:
         return self._measured(size) * self._base[size <= self._small].of(size)
