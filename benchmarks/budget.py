@@ -53,18 +53,12 @@ from halfbyte.model.rope import RotaryTable
 from halfbyte.modules import WeightFormat
 from halfbyte.quantize.encode import SourceWeight
 from halfbyte.quantize.fp8_source import make_fp8_source
+from halfbyte.quantize.groups import Group, unmeasured_groups
 from halfbyte.quantize.knapsack import Item, choose
 from halfbyte.quantize.layer import read_weight
+from halfbyte.quantize.losses import encoded_weight, rounder
 from halfbyte.quantize.scales import shared_maxima
-from halfbyte.quantize.sensitivity import (
-    Group,
-    Measuring,
-    encoded_weight,
-    measure_sensitivity,
-    rounder,
-    some_rows,
-    unmeasured_groups,
-)
+from halfbyte.quantize.sensitivity import Measuring, measure_sensitivity, some_rows
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 
