@@ -408,7 +408,6 @@ def input_maxima(
     checkpoint: Checkpoint,
     rows: Sequence[Tensor],
     *,
-    device: torch.device | str = "cpu",
     on_layer: Progress | None = None,
     pictures: RowPictures = (),
 ) -> dict[str, float]:
@@ -424,7 +423,7 @@ def input_maxima(
     layers = checkpoint.config.text.num_layers
     if on_layer is not None:
         on_layer(0, layers)
-    for statistics in stream_layers(checkpoint, rows, device=device, pictures=pictures):
+    for statistics in stream_layers(checkpoint, rows, pictures=pictures):
         for name in names:
             if name.startswith(f"decoder.{statistics.layer}."):
                 maxima[name] = float(statistics.input_of(name))
