@@ -16,9 +16,9 @@ kept in --work and taken again. No clock is read: load does not matter.
 Reading the result: at the bytes of NVFP4 everywhere a tied model leaves no choice, since its
 embedding stays bf16 and everything else is as small as can be; so the untied twin, whose head is a
 copy of the embedding, says what the bytes of a head in bf16 can buy. Large models have a head of
-their own, so the twin is nearer to them, in its head's share of the bytes farther (three tenths here,
-three hundredths there). A rank correlation over
-recipes of unlike size is helped by size; the one over recipes of one size is not.
+their own, so the twin is nearer to them, in its head's share of the bytes farther (three tenths
+here, three hundredths there). A rank correlation over recipes of unlike size is helped by size; the
+one over recipes of one size is not.
 
 Last record: benchmarks/records/budget.json.
 
