@@ -16,9 +16,9 @@ kept in --work and taken again. No clock is read: load does not matter.
 Reading the result: at the bytes of NVFP4 everywhere a tied model leaves no choice, since its
 embedding stays bf16 and everything else is as small as can be; so the untied twin, whose head is a
 copy of the embedding, says what the bytes of a head in bf16 can buy. Large models have a head of
-their own, so the twin is nearer to them, but its head's share of the bytes is farther (three tenths
-here, three hundredths there). A rank correlation over
-recipes of unlike size is helped by size; the one over recipes of one size is not.
+their own, so the twin is nearer to them, in its head's share of the bytes farther (three tenths
+here, three hundredths there). A rank correlation over recipes of unlike size is helped by size; the
+one over recipes of one size is not.
 
 Last record: benchmarks/records/budget.json.
 
@@ -53,18 +53,12 @@ from halfbyte.model.rope import RotaryTable
 from halfbyte.modules import WeightFormat
 from halfbyte.quantize.encode import SourceWeight
 from halfbyte.quantize.fp8_source import make_fp8_source
+from halfbyte.quantize.groups import Group, unmeasured_groups
 from halfbyte.quantize.knapsack import Item, choose
 from halfbyte.quantize.layer import read_weight
+from halfbyte.quantize.losses import encoded_weight, rounder
 from halfbyte.quantize.scales import shared_maxima
-from halfbyte.quantize.sensitivity import (
-    Group,
-    Measuring,
-    encoded_weight,
-    measure_sensitivity,
-    rounder,
-    some_rows,
-    unmeasured_groups,
-)
+from halfbyte.quantize.sensitivity import Measuring, measure_sensitivity, some_rows
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import load_recipe
 

@@ -38,6 +38,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 from halfbyte import bfcl as leaderboard
@@ -184,24 +185,19 @@ def inside(value: Any, rng: random.Random) -> Any:
     return other_value(value, rng)
 
 
-def _one(calls: Calls, rng: random.Random, change: Callable[[Any, random.Random], Any]) -> Calls:
-    """Change one argument of one call."""
+def _one(
+    calls: Calls,
+    rng: random.Random,
+    change: Callable[[Any, random.Random], Any],
+    of: type | UnionType = object,
+) -> Calls:
+    """Change one argument of one call; one of a type where there is one."""
     calls = copy.deepcopy(calls)
     places = [(n, key) for n, (_, given) in enumerate(calls) for key in given]
     if places:
-        number, key = rng.choice(places)
+        wanted = [(n, key) for n, key in places if isinstance(calls[n][1][key], of)]
+        number, key = rng.choice(wanted or places)
         calls[number][1][key] = change(calls[number][1][key], rng)
-    return calls
-
-
-def _nested(calls: Calls, rng: random.Random) -> Calls:
-    """Change inside a list or object where there is one."""
-    calls = copy.deepcopy(calls)
-    places = [(n, key) for n, (_, given) in enumerate(calls) for key in given]
-    deep = [p for p in places if isinstance(calls[p[0]][1][p[1]], list | dict)] or places
-    if deep:
-        number, key = rng.choice(deep)
-        calls[number][1][key] = inside(calls[number][1][key], rng)
     return calls
 
 
@@ -242,7 +238,7 @@ SINGLE: Mapping[str, Callable[[Sample, Calls, random.Random], Calls]] = {
     "value": lambda s, c, r: _one(c, r, other_value),
     "type": lambda s, c, r: _one(c, r, other_type),
     "spelling": lambda s, c, r: _one(c, r, respelled),
-    "inside a list or object": lambda s, c, r: _nested(c, r),
+    "inside a list or object": lambda s, c, r: _one(c, r, inside, list | dict),
     "argument missing": lambda s, c, r: _without_argument(c, r),
     "argument too many": _more_arguments,
     "function": _wrong_function,

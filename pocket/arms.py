@@ -19,7 +19,13 @@ from halfbyte.engine.generate import generate
 from halfbyte.engine.request import GenerationRequest, SamplingParams
 from halfbyte.evals.judging.stats import paired_difference
 from pocket import suite
-from pocket.evaluate import MAX_ANSWER_TOKENS, answer_of, prompt_of
+from pocket.evaluate import (
+    MAX_ANSWER_TOKENS,
+    add_engine_flags,
+    answer_of,
+    engine_config,
+    prompt_of,
+)
 from pocket.export import sha256
 
 # Kinds that have no thought, as the suite asks them.
@@ -89,22 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+", help="the source first, then arms")
     parser.add_argument("--items", type=_kind, nargs="+", required=True, metavar="KIND=ITEMS")
     parser.add_argument("--out", type=Path, required=True, help="the record to write (JSON)")
-    parser.add_argument("--mode", default="auto", choices=("auto", "weight_only", "declared"))
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--products", default="exact", choices=("exact", "fast"))
-    parser.add_argument("--kv-cache", default="auto", choices=("auto", "bf16", "fp8"))
-    parser.add_argument("--batch", type=int, default=32, help="sequences at once (%(default)s)")
+    add_engine_flags(parser)
     args = parser.parse_args(arguments)
-    config = EngineConfig(
-        max_model_len=16384,
-        max_sequences=args.batch,
-        kv_cache_tokens=65536,
-        mode=args.mode,
-        device=args.device,
-        products=args.products,
-        kv_cache=args.kv_cache,
-        target_gap_ms="none",
-    )
+    config = engine_config(args, max_model_len=16384, kv_cache_tokens=65536)
     record: dict[str, Any] = {
         "model.safetensors": sha256(args.checkpoints[0] / "model.safetensors"),
         "mode": args.mode,

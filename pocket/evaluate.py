@@ -8,6 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,8 @@ def evaluate(
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the record to write (JSON)")
-    parser.add_argument("--items", type=int, default=100, help="items of each kind (%(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first item")
-    parser.add_argument("--kinds", nargs="*", default=[*GRADED, *AT_LENGTH])
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how the engine answers items; `engine_config` reads them."""
     parser.add_argument("--batch", type=int, default=32, help="sequences at once (%(default)s)")
     parser.add_argument("--mode", default="auto", choices=("auto", "weight_only", "declared"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
@@ -155,21 +150,38 @@ def main(arguments: list[str] | None = None) -> None:
         help="the format of the KV cache; the Hopper kernels take fp8 (%(default)s: the "
         "checkpoint's)",
     )
-    parser.add_argument("--speculative", help="ngram, or the folder of an EAGLE head")
-    args = parser.parse_args(arguments)
-    chat = load_mistral_format(args.checkpoint / "tekken.json")
-    config = EngineConfig(
-        max_model_len=20480,
+
+
+def engine_config(
+    args: argparse.Namespace, *, max_model_len: int, kv_cache_tokens: int
+) -> EngineConfig:
+    """An engine that answers many items at once, where nobody waits for a token."""
+    return EngineConfig(
+        max_model_len=max_model_len,
         max_sequences=args.batch,
-        kv_cache_tokens=131072,
+        kv_cache_tokens=kv_cache_tokens,
         mode=args.mode,
         device=args.device,
         products=args.products,
         kv_cache=args.kv_cache,
-        speculative=args.speculative,
         target_gap_ms="none",
     )
-    engine = Engine.load(args.checkpoint, config)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the record to write (JSON)")
+    parser.add_argument("--items", type=int, default=100, help="items of each kind (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first item")
+    parser.add_argument("--kinds", nargs="*", default=[*GRADED, *AT_LENGTH])
+    add_engine_flags(parser)
+    parser.add_argument("--speculative", help="ngram, or the folder of an EAGLE head")
+    args = parser.parse_args(arguments)
+    chat = load_mistral_format(args.checkpoint / "tekken.json")
+    config = engine_config(args, max_model_len=20480, kv_cache_tokens=131072)
+    engine = Engine.load(args.checkpoint, replace(config, speculative=args.speculative))
     record: dict[str, Any] = {
         "checkpoint": args.checkpoint.name,
         "mode": engine.config.mode,

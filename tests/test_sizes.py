@@ -13,8 +13,6 @@ MOST_PARAMETERS = 8
 
 # What is longer, and why that reads better than in parts.
 LONGER = {
-    # The steps from a budget to a recipe, each a call.
-    "quantize/budget.py:made_to_measure",
     # One call with a keyword for each of the 36 fields of a row.
     "evals/judging/compare.py:_compare_benchmark",
 }
@@ -22,23 +20,11 @@ LONGER = {
 TAKES_MORE = {
     # A keyword for each field of the file that it writes.
     "bench/record.py:write",
-    # What a run may do with its memory and its time, each of which a caller may leave out.
-    "calibrate/stream.py:stream_layers",
+    # A keyword for each quantity that takes memory or limits it, most of which tests leave out.
     "quantize/memory.py:plan_memory",
-    # What the graphs, the prefill and the head of one model are built over.
-    "engine/graphs.py:__init__",
     # A keyword for each way in which test models differ.
     "model/tiny.py:write_tiny_checkpoint",
 }
-LONG_FILES = {
-    # The steps of a run share what it holds and are one class.
-    "quantize/pipeline.py",
-    # A pass forward, the one back and the file between them.
-    "quantize/sensitivity.py",
-    # The chat page's one script: its parts share the conversation that is on the screen.
-    "server/http/web/app.js",
-}
-
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -84,7 +70,7 @@ def test_files_are_read_in_one_sitting() -> None:
         if path.suffix in kinds
         and len(path.read_text(encoding="utf-8").splitlines()) > MOST_FILE_LINES
     }
-    assert long == LONG_FILES
+    assert not long
 
 
 @pytest.mark.parametrize(

@@ -212,9 +212,7 @@ def test_a_resumed_run_sees_the_same_statistics(tiny: Checkpoint, tmp_path: Path
     killed.close()
     stored = Activations(tokens, width, tmp_path, in_memory=False)
     stored.resume(1)
-    for before, after in zip(
-        whole[1:], stream_layers(tiny, rows, activations=stored, first_layer=1), strict=True
-    ):
+    for before, after in zip(whole[1:], stream_layers(tiny, rows, activations=stored), strict=True):
         assert after.layer == before.layer
         assert {k: float(v) for k, v in after.observed.items()} == {
             k: float(v) for k, v in before.observed.items()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cuda_emulation import (
     PAGE,
+    PAGES,
     EmulatedLibrary,
     make_step,
     new_cache,
@@ -20,6 +21,7 @@ from cuda_emulation import (
     use_emulation,
 )
 from cuda_plain import plain_hidden, plain_logits
+from halfbyte.engine.graphs import HopperExecutor, make_inputs
 from halfbyte.formats.nvfp4 import encode_nvfp4, nvfp4_tensor_scale
 from halfbyte.kernels.repack import TileFormat, tile_nvfp4, tile_rows
 from halfbyte.model.cuda.launches import AllReduce, CudaModel, SharedBuffers, head_logits
@@ -30,6 +32,7 @@ from halfbyte.model.cuda.weights import (
     CudaLinear,
     CudaWeights,
 )
+from halfbyte.model.parallel import Solo
 from halfbyte.model.rope import RotaryTable
 from hopper import hopper_config
 
@@ -209,3 +212,35 @@ def test_a_prompt_follows_the_plain_model(
     ways = product((None, frozenset()), (None, lambda tensor: None))
     for number, (formats, all_reduce) in enumerate(ways):
         check_prefill(library, weights, 5 + 7 * number, formats, all_reduce)
+
+
+def test_an_executor_reads_a_prompt_and_goes_on_from_its_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What graphs are made of: prefill, rows of the inputs and head over one cache and buffers."""
+    library, weights = use_emulation(monkeypatch), weights_of(MIXES[0])
+    cache, rotary = new_cache(TEXT, 1), RotaryTable(TEXT, CPU).at
+    inputs = make_inputs(2, PAGES, 1, CPU)
+    executor = HopperExecutor(
+        CudaModel(library, weights, cache, rotary, SharedBuffers()),
+        inputs,
+        Solo(),
+        sizes=(1, 3),
+        max_batch_tokens=64,
+    )
+    pages_P, count = torch.randperm(PAGES).int(), PAGE + 4
+    tokens_T, positions_T = torch.randint(0, TEXT.vocab_size, (count + 1,)), torch.arange(count + 1)
+    slots_T = pages_P.long()[positions_T // PAGE] * PAGE + positions_T % PAGE
+    inputs.table[1] = pages_P
+    # A row with a source takes the token that the step before chose, whatever stands beside it.
+    inputs.last_tokens[0] = tokens_T[-1]
+    inputs.packed_5T[:, 0] = torch.tensor([0, 0, count, int(slots_T[-1]), 1])
+    chunk = Chunk(0, count, 0, pages_P)
+    with torch.inference_mode():
+        batch = PrefillBatch(tokens_T[:-1], positions_T[:-1], slots_T[:-1], (chunk,))
+        found_TV = executor.logits(executor.normed(executor.prefill(batch)))
+        step = executor._make_step(3)
+        step.run()
+    wanted_TV = plain_logits(weights, rotary, tokens_T)
+    assert relative(found_TV[:, : TEXT.vocab_size], wanted_TV[:-1]) < BOUND
+    assert relative(step._logits_TV[0, : TEXT.vocab_size], wanted_TV[-1]) < BOUND

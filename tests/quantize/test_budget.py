@@ -21,10 +21,10 @@ from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
 from halfbyte.modules import WeightFormat, decoder_linears, fused_partners
 from halfbyte.quantize.budget import Asked, made_to_measure, outline, recipe_file, room_on
+from halfbyte.quantize.groups import groups_of
 from halfbyte.quantize.hosting import GPUS, host_on
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.scales import METHODS
-from halfbyte.quantize.sensitivity import groups_of
 from halfbyte.quantize.survey import survey
 from halfbyte.recipe.plan import make_plan
 from halfbyte.recipe.schema import Recipe, Scales, load_recipe, parse_recipe

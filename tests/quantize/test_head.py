@@ -23,7 +23,7 @@ from halfbyte.model.linear import Mode
 from halfbyte.model.load import load_decoder
 from halfbyte.model.parallel import Communicator
 from halfbyte.model.tiny import tiny_config, write_tiny_checkpoint
-from halfbyte.quantize import layer, pipeline
+from halfbyte.quantize import layer, steps
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.page import render
 from halfbyte.quantize.pipeline import quantize
@@ -180,7 +180,7 @@ def test_a_run_that_died_at_the_head_goes_on_there(
 
     with monkeypatch.context() as patch:
         if when == "before":
-            patch.setattr(pipeline, "quantize_head", die)
+            patch.setattr(steps, "quantize_head", die)
         else:
             patch.setattr(OutputInProgress, "publish", die)
         with pytest.raises(_KilledError):

@@ -19,14 +19,8 @@ from halfbyte.model.load import load_layer
 from halfbyte.model.rope import RotaryTable
 from halfbyte.model.tiny import write_tiny_checkpoint
 from halfbyte.quantize import sensitivity
-from halfbyte.quantize.sensitivity import (
-    Group,
-    Measuring,
-    groups_of,
-    measure_sensitivity,
-    some_rows,
-    unmeasured_groups,
-)
+from halfbyte.quantize.groups import Group, groups_of, unmeasured_groups
+from halfbyte.quantize.sensitivity import Measuring, measure_sensitivity, some_rows
 
 LAYERS = 2
 

@@ -20,7 +20,7 @@ Last record: benchmarks/records/cpu_decode.json
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 from halfbyte.bench import record as records
-from halfbyte.bench.idle import FOREIGN_LIMIT, MachineUse, Watch, wait_until_quiet
+from halfbyte.bench.idle import MachineUse, Watch, wait_until_quiet
 from halfbyte.engine.core import Engine, EngineConfig
 from halfbyte.engine.generate import steps
 from halfbyte.engine.request import GenerationRequest, SamplingParams, TokensEvent
@@ -185,11 +185,7 @@ class CpuMeasurement:
             for figure, value in figures.items():
                 base = peer["prefill" if figure == "prefill" else "decode"]
                 lines.append(f"{name + ', ' + figure:<28}{value:>10.1f}  {value / base:.2f}x")
-        lines.append(
-            f"other processes used {self.usage.foreign:.1%} of the processors, "
-            f"{self.usage.steal:.1%} were stolen"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, str(self.usage)])
 
 
 def measure(
@@ -201,27 +197,24 @@ def measure(
     repeats: int = 5,
     wait_s: float = 0.0,
     force: bool = False,
-    say: Callable[[str], None] = logger.info,
 ) -> CpuMeasurement:
     """Measure `directory` and `base` with the engine, and `base` with transformers.
 
     Raises UnsupportedError if the machine is not idle within `wait_s`, or was disturbed during
     the run, unless forced.
     """
-    usage = wait_until_quiet(wait_s)
-    if not usage.is_quiet and not force:
-        raise UnsupportedError(f"the machine is busy ({_share(usage)}); wait, or say --force")
+    wait_until_quiet(wait_s).require_quiet("the machine is busy", "wait", force=force)
     torch.set_num_threads(threads)
     contestants = _contestants(directory, base, gguf, threads)
     vocab_size = next(c for c in contestants.values() if isinstance(c, Ours)).engine.vocab_size
     prompts = _prompts(CONCURRENT, vocab_size)
     for name, contestant in contestants.items():
-        say(f"warming up: {name}")
+        logger.info(f"warming up: {name}")
         contestant.answer(prompts[0], 4)
     watch = Watch()
     samples: dict[str, list[float]] = {}
     for number in range(repeats):
-        say(f"round {number + 1} of {repeats}")
+        logger.info(f"round {number + 1} of {repeats}")
         for name, contestant in contestants.items():
             timing = contestant.answer(prompts[number % CONCURRENT], NEW_TOKENS)
             _note(samples, f"{name}.prefill", PROMPT_TOKENS / timing.prefill_s)
@@ -231,10 +224,7 @@ def measure(
                 _note(samples, f"{name}.decode of {CONCURRENT}", steady)
                 _note(samples, f"{name}.{CONCURRENT} with prompts", total)
     usage = watch.usage()
-    if not usage.is_quiet and not force:
-        raise UnsupportedError(
-            f"the run was disturbed ({_share(usage)}); repeat it, or say --force"
-        )
+    usage.require_quiet("the run was disturbed", "repeat it", force=force)
     medians: dict[str, dict[str, float]] = {}
     for key, values in samples.items():
         name, figure = key.rsplit(".", 1)
@@ -253,8 +243,7 @@ def write_record(report: CpuMeasurement, path: Path, command: str, checkpoint: P
         figures=cpu_figures(report.tokens_per_s, f"halfbyte {checkpoint.name}"),
         results={
             "tokens_per_s": report.tokens_per_s,
-            "others_share": round(report.usage.foreign, 4),
-            "steal_share": round(report.usage.steal, 4),
+            **report.usage.fields,
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS,
             "concurrent": CONCURRENT,
@@ -321,10 +310,3 @@ def _request(name: str, prompt: Prompt, new_tokens: int) -> GenerationRequest:
 
 def _note(samples: dict[str, list[float]], key: str, value: float) -> None:
     samples.setdefault(key, []).append(value)
-
-
-def _share(usage: MachineUse) -> str:
-    return (
-        f"others use {usage.foreign:.0%} and the host withholds {usage.steal:.0%} of the "
-        f"processors; {FOREIGN_LIMIT:.0%} together is the limit"
-    )

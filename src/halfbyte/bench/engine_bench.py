@@ -198,10 +198,7 @@ def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> f
         "bf16": ceilings.bf16_tflop_per_s,
     }
     by_flop = by_parts = 0.0
-    for linear in [
-        weights.head,
-        *(li for la in weights.layers for li in (la.qkv, la.o, la.gate_up, la.down)),
-    ]:
+    for linear in [weights.head, *(li for la in weights.layers for li in layer_linears(la))]:
         weight = linear.weight
         flop = 2.0 * point.batch * weight.out_features * weight.in_features
         flop_ms = flop / rate[weight.format] / 1e9
@@ -210,19 +207,17 @@ def decode_floor_ms(weights: CudaWeights, point: Point, ceilings: Ceilings) -> f
     return max(by_bytes, by_flop, by_parts)
 
 
-def run_decode(
-    served: Served, point: Point, ceilings: Ceilings, *, steps: int = _STEPS
-) -> dict[str, Any]:
+def run_decode(served: Served, point: Point, ceilings: Ceilings) -> dict[str, Any]:
     """Measure one row: milliseconds a served step, its share of the floor, the graph alone."""
     runner, device, weights = served
     sequences = sequences_of(point, weights.config.vocab_size, device.cache.num_pages)
     step_ms(runner, sequences, _WARMUPS)
     with watch_board(torch.device("cuda")) as board:
-        samples, seen = step_ms(runner, sequences, steps)
+        samples, seen = step_ms(runner, sequences, _STEPS)
     assert all(0 <= token_id < weights.config.vocab_size for token_id in seen)
     size = size_for(point.batch, device.executor.sizes)
     assert size is not None
-    graph_ms = time_ms(partial(device.executor.replay, size), warmups=5, repeats=steps)
+    graph_ms = time_ms(partial(device.executor.replay, size), warmups=_WARMUPS, repeats=_STEPS)
     median = statistics.median(samples)
     floor = decode_floor_ms(weights, point, ceilings)
     sustained_floor = decode_floor_ms(weights, point, ceilings.sustained())
@@ -250,7 +245,7 @@ def prefill_floor_ms(weights: CudaWeights, num_tokens: int, ceilings: Ceilings) 
     """Milliseconds of a prompt's products at their rates, without attention and unpacking."""
     total = 0.0
     for layer in weights.layers:
-        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        for linear in layer_linears(layer):
             weight = linear.weight
             in_fp8 = weight.format in ("fp8", "nvfp4_fast")
             rate = ceilings.fp8_fast_tflop_per_s if in_fp8 else ceilings.bf16_tflop_per_s
@@ -258,9 +253,7 @@ def prefill_floor_ms(weights: CudaWeights, num_tokens: int, ceilings: Ceilings) 
     return total
 
 
-def run_prefill(
-    served: Served, num_tokens: int, ceilings: Ceilings, *, repeats: int = 3
-) -> dict[str, Any]:
+def run_prefill(served: Served, num_tokens: int, ceilings: Ceilings) -> dict[str, Any]:
     """Measure one row: tokens a second of a prompt, from an empty cache to its last logits."""
     runner, device, weights = served
     (sequence,) = sequences_of(
@@ -269,7 +262,7 @@ def run_prefill(
     works = [Work(sequence, 0, num_tokens)]
     with torch.inference_mode():
         with watch_board(torch.device("cuda")) as board:
-            samples = time_ms(partial(runner.run, works), warmups=1, repeats=repeats)
+            samples = time_ms(partial(runner.run, works), warmups=1, repeats=3)
         logits_RV = runner.run(works).logits_RV
     assert logits_RV.shape[0] == 1 and bool(torch.isfinite(logits_RV).all())
     median = statistics.median(samples)

@@ -39,21 +39,17 @@ def time_ms(work: Callable[[], object], *, warmups: int = 3, repeats: int = 10) 
     return [start.elapsed_time(end) for start, end in events]
 
 
-def time_graph_ms(
-    work: Callable[[], object], *, inner: int = 1, warmups: int = 3, repeats: int = 10
-) -> list[float]:
-    """Milliseconds of one `work`, captured `inner` times into a graph and replayed."""
+def time_graph_ms(work: Callable[[], object]) -> list[float]:
+    """Milliseconds of one `work`, captured into a graph and replayed."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for _ in range(inner):
-                work()
+            work()
     torch.cuda.current_stream().wait_stream(stream)
-    samples = time_ms(graph.replay, warmups=warmups, repeats=repeats)
-    return [sample / inner for sample in samples]
+    return time_ms(graph.replay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +147,9 @@ def watch_board(device: torch.device) -> Iterator[Board]:
             thread.join()
 
 
-def sustained_ms(work: Callable[[], object], seconds: float = _SUSTAINED_S) -> float:
-    """Milliseconds of one `work` at the end of so many seconds of it."""
-    end = time.monotonic() + seconds
+def sustained_ms(work: Callable[[], object]) -> float:
+    """Milliseconds of one `work` after a second of nothing else."""
+    end = time.monotonic() + _SUSTAINED_S
     samples = time_ms(work, repeats=10)
     while time.monotonic() < end:
         samples = time_ms(work, warmups=0, repeats=20)

@@ -28,6 +28,29 @@ class MachineUse:
         """Whether so little was taken that timings count."""
         return self.foreign + self.steal <= FOREIGN_LIMIT
 
+    @property
+    def fields(self) -> dict[str, float]:
+        """The shares as a record states them."""
+        return {
+            "others_share": round(self.foreign, 4),
+            "steal_share": round(self.steal, 4),
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"other processes used {self.foreign:.1%} of the processors, "
+            f"{self.steal:.1%} were stolen"
+        )
+
+    def require_quiet(self, problem: str, advice: str, *, force: bool) -> None:
+        """Raise UnsupportedError that says so if timings do not count, unless forced."""
+        if not self.is_quiet and not force:
+            raise UnsupportedError(
+                f"{problem} (others use {self.foreign:.0%} and the host withholds "
+                f"{self.steal:.0%} of the processors; {FOREIGN_LIMIT:.0%} together is the limit); "
+                f"{advice}, or say --force"
+            )
+
 
 class Watch:
     """What this machine does from the moment on at which the watch is made."""

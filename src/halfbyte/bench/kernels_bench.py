@@ -36,6 +36,8 @@ SHAPES: tuple[tuple[str, TileFormat, int, int], ...] = (
     ("down", "nvfp4_fast", 12288, 28672),
     ("head", "bf16", 131072, 12288),
 )
+# Weights of a shape, read in turn, lest one stay in the cache.
+_WEIGHTS = 4
 
 
 def time_linear(
@@ -43,8 +45,6 @@ def time_linear(
     weights: list[TiledWeight],
     num_tokens: int,
     config: StreamConfig | None,
-    *,
-    overlaps: bool = True,
 ) -> dict[str, Any]:
     """Milliseconds a product, over the weights in turn."""
     weight, device = weights[0], library.device
@@ -65,7 +65,6 @@ def time_linear(
             num_tokens,
             out=out,
             config=config,
-            overlaps=overlaps,
         )
         for each in weights
     ]
@@ -119,13 +118,13 @@ def variants(format_: TileFormat, columns: int) -> list[StreamConfig]:
 
 
 def run_kernels(
-    library: KernelLibrary, tokens: tuple[int, ...], *, compares: bool, num_weights: int = 4
+    library: KernelLibrary, tokens: tuple[int, ...], *, compares: bool
 ) -> list[dict[str, Any]]:
     """A row for each shape, number of tokens and (with `compares`) block shape."""
     tables = make_tables(library.device)
     rows = []
     for name, format_, out, in_ in SHAPES:
-        count = 1 if name == "head" else num_weights
+        count = 1 if name == "head" else _WEIGHTS
         weights = [random_weight(library, tables, format_, out, in_, i) for i in range(count)]
         for num_tokens in tokens:
             configs: list[StreamConfig | None] = [None]

@@ -30,7 +30,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ import httpx
 import torch
 
 from halfbyte.bench import record as records
-from halfbyte.bench.idle import FOREIGN_LIMIT, MachineUse, Watch, wait_until_quiet
+from halfbyte.bench.idle import MachineUse, Watch, wait_until_quiet
 from halfbyte.bench.record import percentile
 from halfbyte.checkpoint.metadata import read_config
 from halfbyte.child import Child, served
@@ -47,7 +47,7 @@ from halfbyte.engine.config import EngineConfig
 from halfbyte.engine.core import Engine
 from halfbyte.engine.load import load_runner
 from halfbyte.engine.request import GenerationRequest, SamplingParams
-from halfbyte.errors import CapacityError, UnsupportedError
+from halfbyte.errors import CapacityError
 from halfbyte.figures import Against, Figure
 from halfbyte.log import logger
 from halfbyte.machine import settle_heap
@@ -138,8 +138,7 @@ class ServingMeasurement:
                 f"{found['gaps_over_the_bar']:.0f} of {found['gaps_beside_a_prompt']:.0f} over "
                 f"it (alone {found['usual_gaps_over_the_bar']:.0f} of "
                 f"{found['usual_gaps']:.0f}); the prompt took {found['prompt_s']:.0f} s",
-                f"other processes used {self.usage.foreign:.1%} of the processors, "
-                f"{self.usage.steal:.1%} were stolen",
+                str(self.usage),
             ]
         )
 
@@ -152,22 +151,19 @@ def measure(
     threads: int = 2,
     wait_s: float = 0.0,
     force: bool = False,
-    say: Callable[[str], None] = logger.info,
 ) -> ServingMeasurement:
     """Measure a checkpoint; `scratch` takes the model of the third question.
 
     Raises UnsupportedError if the machine is not idle within `wait_s`, or was disturbed during the
     run, unless forced.
     """
-    usage = wait_until_quiet(wait_s)
-    if not usage.is_quiet and not force:
-        raise UnsupportedError(f"the machine is busy ({_share(usage)}); wait, or say --force")
+    wait_until_quiet(wait_s).require_quiet("the machine is busy", "wait", force=force)
     torch.set_num_threads(threads)
     report = ServingMeasurement()
     watch = Watch()
     helpers = 0.0
     # First, as long as this process holds no model: what it does then cannot delay a reading.
-    say(f"a prompt of {sizes.stall_tokens} tokens beside a stream")
+    logger.info(f"a prompt of {sizes.stall_tokens} tokens beside a stream")
     shallow = write_shallow(directory, scratch, sizes)
     room = 3 * sizes.stall_tokens + 8192
     # Keys and values as the quantized model keeps them.
@@ -178,9 +174,9 @@ def measure(
     room = max(tokens, 8 * sizes.cached_tokens)
     flags = ("--kv-cache-tokens", room, "--max-sequences", sizes.streams)
     with bench_server(directory, threads, *flags) as server:
-        say("first tokens, cached and not")
+        logger.info("first tokens, cached and not")
         asyncio.run(_first_tokens(server.url, sizes, report))
-        say(f"{sizes.streams} streams")
+        logger.info(f"{sizes.streams} streams")
         solo = _Solo(directory, sizes)
         solo.steps()
         asyncio.run(_served_s(server.url, sizes, sizes.short_tokens))
@@ -190,10 +186,8 @@ def measure(
             report.note("engine step, ms", engine)
             report.note("served step, ms", [asyncio.run(_served_step(server.url, sizes))])
         helpers += server.cpu_s()
-    measured = watch.usage(helpers)
-    report.usage = measured
-    if not measured.is_quiet and not force:
-        raise UnsupportedError(f"the run was disturbed ({_share(measured)}); repeat it, or --force")
+    report.usage = watch.usage(helpers)
+    report.usage.require_quiet("the run was disturbed", "repeat it", force=force)
     return report
 
 
@@ -212,8 +206,7 @@ def write_record(report: ServingMeasurement, path: Path, command: str, checkpoin
             **found,
             "streams": STREAMS,
             "stall_layers": STALL_LAYERS,
-            "others_share": round(report.usage.foreign, 4),
-            "steal_share": round(report.usage.steal, 4),
+            **report.usage.fields,
         },
         # To the microsecond: tens of thousands of gaps are most of the file.
         samples={
@@ -314,7 +307,11 @@ async def _first_tokens(url: str, sizes: ServingSizes, report: ServingMeasuremen
 def text_of(url: str, num_tokens: int, seed: int) -> str:
     """Words that are about so many tokens of the server's model."""
     dice = random.Random(seed)
-    words = [f"{dice.choice(('river', 'stone', 'cloud', 'light'))} {dice.randrange(100)}"]
+
+    def word() -> str:
+        return f"{dice.choice(('river', 'stone', 'cloud', 'light'))} {dice.randrange(100)}"
+
+    words = [word()]
     with httpx.Client(base_url=url, timeout=120) as client:
 
         def count() -> int:
@@ -324,9 +321,7 @@ def text_of(url: str, num_tokens: int, seed: int) -> str:
         while (have := count()) < num_tokens:
             per_word = have / len(words)
             for _ in range(max(int((num_tokens - have) / per_word), 1)):
-                words.append(
-                    f"{dice.choice(('river', 'stone', 'cloud', 'light'))} {dice.randrange(100)}"
-                )
+                words.append(word())
     return " ".join(words)
 
 
@@ -487,10 +482,3 @@ def _gaps_ms(times: Sequence[float], begin: float, end: float) -> list[float]:
         for earlier, later in itertools.pairwise(times)
         if begin <= later and earlier <= end
     ]
-
-
-def _share(usage: MachineUse) -> str:
-    return (
-        f"others use {usage.foreign:.0%} and the host withholds {usage.steal:.0%} of the "
-        f"processors; {FOREIGN_LIMIT:.0%} together is the limit"
-    )

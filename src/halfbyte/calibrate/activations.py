@@ -59,6 +59,7 @@ class Activations:
         self._pending: deque[Future[None]] = deque()
         self._settling: Future[None] | None = None
         self._sums: dict[int, int] = {}
+        self.layer: int | None = None  # whose inputs these are; None before there are any
         self.checksum: int | None = None  # of the file that the last `advance` named
 
     def beside(
@@ -117,6 +118,7 @@ class Activations:
     def advance(self, layer: int) -> None:
         """Note that all rows are written: they are the inputs of `layer` from now on."""
         self._wait_for_rows(0)
+        self.layer = layer
         if self._directory is None:
             return
         assert self._writing is not None, "no row was written"
@@ -157,6 +159,7 @@ class Activations:
                 "run with --restart"
             )
         self._sums = {}
+        self.layer = layer
 
     def _sum_of_rows(self) -> int:
         rows = [self._sums.get(row, 0) for row in range(len(self.row_tokens))]

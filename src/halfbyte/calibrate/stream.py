@@ -99,7 +99,6 @@ def stream_layers(
     *,
     device: torch.device | str = "cpu",
     activations: Activations | None = None,
-    first_layer: int = 0,
     prefetch: bool = False,
     budget: MemoryBudget | None = None,
     wants: Wants = _nothing,
@@ -108,8 +107,8 @@ def stream_layers(
     """Run all rows through the layers in order; yields each layer's statistics when it is done.
 
     rows         int64 (tokens,) each, any lengths, on the CPU
-    activations  where rows wait; in memory if None. After a layer is yielded they hold the next
-                 one's inputs; with `first_layer` > 0 they must hold that layer's inputs already
+    activations  where rows wait; in memory if None. The first layer run is the one whose inputs
+                 they hold, layer 0 if none; after a layer is yielded they hold the next one's
     prefetch     load the next layer while this one computes: half the waiting, a second layer's
                  memory
     budget       host memory to stay within: prefetching and rows in memory are given up for it
@@ -125,11 +124,11 @@ def stream_layers(
         activations = Activations([row.numel() for row in rows], checkpoint.config.text.width)
     budget = MemoryBudget(None) if budget is None else budget
     budget.held_for_speed(activations.release)
-    if first_layer == 0:
+    if activations.layer is None:
         _embed(checkpoint, rows, activations, budget, pictures, place)
     is_image = _image_rows(checkpoint, rows, pictures)
     runner = _Runner(checkpoint, place, activations, budget, wants, is_image)
-    layers = range(first_layer, checkpoint.config.text.num_layers)
+    layers = range(activations.layer or 0, checkpoint.config.text.num_layers)
     with _Loader(checkpoint, place, budget) as loader:
         for layer in layers:
             loaded = loader.take(layer)
@@ -409,7 +408,6 @@ def input_maxima(
     checkpoint: Checkpoint,
     rows: Sequence[Tensor],
     *,
-    device: torch.device | str = "cpu",
     on_layer: Progress | None = None,
     pictures: RowPictures = (),
 ) -> dict[str, float]:
@@ -425,7 +423,7 @@ def input_maxima(
     layers = checkpoint.config.text.num_layers
     if on_layer is not None:
         on_layer(0, layers)
-    for statistics in stream_layers(checkpoint, rows, device=device, pictures=pictures):
+    for statistics in stream_layers(checkpoint, rows, pictures=pictures):
         for name in names:
             if name.startswith(f"decoder.{statistics.layer}."):
                 maxima[name] = float(statistics.input_of(name))

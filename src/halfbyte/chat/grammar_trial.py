@@ -283,7 +283,7 @@ def _confine(limits: GrammarLimits) -> None:
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_STACK, limits.trial_stack_bytes),
-        (resource.RLIMIT_AS, _pages("/proc/self/statm", 0) + limits.trial_bytes),
+        (resource.RLIMIT_AS, _pages(0) + limits.trial_bytes),
     ):
         _, hard = resource.getrlimit(kind)
         within = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -292,9 +292,9 @@ def _confine(limits: GrammarLimits) -> None:
     signal.setitimer(signal.ITIMER_PROF, limits.trial_cpu_s)
 
 
-def _pages(path: str, column: int) -> int:
-    """Bytes of a figure of the kernel that counts pages."""
-    with open(path) as figures:
+def _pages(column: int) -> int:
+    """Bytes of a figure of this process that the kernel counts in pages."""
+    with open("/proc/self/statm") as figures:
         return int(figures.read().split()[column]) * resource.getpagesize()
 
 
@@ -337,7 +337,7 @@ def _used_bytes() -> Callable[[], int]:
     """Tells how many bytes are allocated; by the pages in memory where the C library cannot."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallinfo2"):
-        return lambda: _pages("/proc/self/statm", 1)
+        return lambda: _pages(1)
     ask = library.mallinfo2
     ask.restype = _MallInfo
 

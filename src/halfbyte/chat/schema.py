@@ -482,8 +482,11 @@ def _nodes(schema: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[
         below += [(f"{here}{place}", one) for place, one in reversed(found.items())]
 
 
-def short_list(notes: Sequence[str], most: int = 8) -> tuple[str, ...]:
+_MOST_NOTES = 8
+
+
+def short_list(notes: Sequence[str]) -> tuple[str, ...]:
     """The first of some notes, and how many more there are."""
-    if len(notes) <= most:
+    if len(notes) <= _MOST_NOTES:
         return tuple(notes)
-    return (*notes[:most], f"and {len(notes) - most} more")
+    return (*notes[:_MOST_NOTES], f"and {len(notes) - _MOST_NOTES} more")

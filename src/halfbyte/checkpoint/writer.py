@@ -243,9 +243,9 @@ class ShardWriter:
         self._output.write_file(name, content)
         self._file_hashes[name] = hashlib.sha256(content).hexdigest()
 
-    def copy_file(self, source: Path, name: str | None = None) -> None:
+    def copy_file(self, source: Path) -> None:
         """Copy a file of the source (tokenizer, chat template) into the directory."""
-        self.write_file(name or source.name, read_bounded(source, MAX_COPIED_BYTES))
+        self.write_file(source.name, read_bounded(source, MAX_COPIED_BYTES))
 
     def finish(self, made_of: Mapping[str, Any] | None = None) -> Path:
         """Write index and manifest and publish; returns the target.

@@ -24,7 +24,6 @@ from halfbyte.kernels.cuda.library import (
     COLUMNS,
     PREFILL_CONFIGS,
     HeadShape,
-    KernelLibrary,
     attention_code,
     choose_config,
     chunk_attention_code,
@@ -38,16 +37,14 @@ from halfbyte.log import logger
 from halfbyte.model.cuda.decode import DecodeStep
 from halfbyte.model.cuda.launches import (
     CudaModel,
-    SharedBuffers,
     attention_kind,
     head_logits,
     rounded_input,
 )
 from halfbyte.model.cuda.prefill import GRAPH_SIZES, Prefill
 from halfbyte.model.cuda.prefill_batch import Chunk, PrefillBatch
-from halfbyte.model.cuda.weights import CudaWeights, KvCache
-from halfbyte.model.parallel import Communicator, Solo, embedding_rows, split
-from halfbyte.model.rope import RotaryTable
+from halfbyte.model.cuda.weights import CudaWeights
+from halfbyte.model.parallel import Communicator, embedding_rows, split
 from halfbyte.model.saturation import SaturationCounts
 
 # Rows a graph may have: the widest streaming linear.
@@ -230,50 +227,40 @@ class HopperExecutor:
 
     def __init__(
         self,
-        library: KernelLibrary,
-        weights: CudaWeights,
-        cache: KvCache,
+        model: CudaModel,
         inputs: RowInputs,
+        communicator: Communicator,
         *,
         sizes: tuple[int, ...],
         max_batch_tokens: int,
-        shared: SharedBuffers,
-        communicator: Communicator | None = None,
-        saturation: SaturationCounts | None = None,
     ) -> None:
         """Lay out buffers and prefill; graphs are recorded by `capture`, after the cache."""
-        self._communicator = communicator or Solo()
-        self.saturation = saturation
-        num_ranks, vocab_size = self._communicator.size, weights.config.vocab_size
-        all_reduce = None if num_ranks == 1 else self._communicator.all_reduce
-        self._widths = tuple(len(split(vocab_size, rank, num_ranks)) for rank in range(num_ranks))
-        self._library = library
-        self._weights = weights
-        self._cache = cache
-        self._sizes = sizes
+        self.saturation = model.saturation
+        self._model = model
+        self._weights = weights = model.weights
         self._inputs = inputs
-        rotary = RotaryTable(weights.config, library.device)
-        self._shared = shared
-        self._model = CudaModel(library, weights, cache, rotary.at, shared, all_reduce, saturation)
+        self._communicator = communicator
+        self._sizes = sizes
+        self._max_context_tokens = inputs.table.shape[1] * model.cache.page_slots
+        num_ranks, vocab_size = communicator.size, weights.config.vocab_size
+        self._widths = tuple(len(split(vocab_size, rank, num_ranks)) for rank in range(num_ranks))
         self._prefill = Prefill(
-            self._model,
+            model,
             max_batch_tokens,
             fast_accumulation=True,
-            max_context_tokens=inputs.table.shape[1] * cache.page_slots,
+            max_context_tokens=self._max_context_tokens,
         )
         # Graphs of a draft model read it.
         num_hidden = 0 if weights.fuse is None else MAX_ROWS
         self.hidden_TD = torch.zeros(
-            num_hidden, weights.config.width, dtype=torch.bfloat16, device=library.device
+            num_hidden, weights.config.width, dtype=torch.bfloat16, device=model.library.device
         )
         self._steps: dict[int, DecodeStep] = {}
         self._capture_s = 0.0
         self._graph_bytes = 0
-        self._logits_TV = shared.take(
-            "logits",
-            MAX_ROWS * weights.head.weight.out_features,
-            torch.float32,
-            library.device,
+        num_logits = MAX_ROWS * weights.head.weight.out_features
+        self._logits_TV = model.shared.take(
+            "logits", num_logits, torch.float32, model.library.device
         ).view(MAX_ROWS, -1)
 
     @property
@@ -332,7 +319,7 @@ class HopperExecutor:
         return DecodeStep(
             self._model,
             size,
-            max_context_tokens=self._inputs.table.shape[1] * self._cache.page_slots,
+            max_context_tokens=self._max_context_tokens,
             prepare=prepare,
             logits_TV=self._logits_TV[:size],
         )
@@ -347,10 +334,10 @@ class HopperExecutor:
 
         gives_hidden  every row's state behind the norm will be asked for, not only the last one's
         """
-        device = self._library.device
+        device = self._model.library.device
         positions_T = torch.arange(num_tokens, device=device)
         slots_T = torch.full_like(positions_T, -1)
-        num_pages = -(-num_tokens // self._cache.page_slots)
+        num_pages = -(-num_tokens // self._model.cache.page_slots)
         chunk = Chunk(0, num_tokens, 0, torch.zeros(num_pages, dtype=torch.int32, device=device))
         batch = PrefillBatch(torch.zeros_like(positions_T), positions_T, slots_T, (chunk,))
         if self._weights.fuse is not None:
@@ -384,7 +371,7 @@ class HopperExecutor:
             ", ".join(map(str, self._sizes)),
             self._capture_s,
             self._graph_bytes / 1e6,
-            self._shared.num_bytes / 1e6,
+            self._model.shared.num_bytes / 1e6,
         )
 
     def _release(self) -> None:
@@ -417,7 +404,7 @@ class HopperExecutor:
         head = self._weights.head
         if self.saturation is not None and head.activation_kind == "e4m3":
             self.saturation.add_codes("head", rounded_input(head, hidden_RD)[0])
-        return self._whole(head_logits(self._library, head, hidden_RD))
+        return self._whole(head_logits(self._model.library, head, hidden_RD))
 
     def hidden(self, size: int) -> Tensor:
         return self._steps[size].read_hidden()
@@ -428,7 +415,7 @@ class HopperExecutor:
             "graph_sizes": list(self._sizes),
             "graph_bytes": self._graph_bytes,
             "graph_capture_s": round(self._capture_s, 2),
-            "shared_bytes": self._shared.num_bytes,
+            "shared_bytes": self._model.shared.num_bytes,
             "products": self._weights.mode,
             "ranks": self._communicator.size,
         }

@@ -41,7 +41,7 @@ from halfbyte.engine.workers import Workers, check_device, check_devices, config
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.kernels.cuda.library import KernelLibrary, unavailable
 from halfbyte.log import logger
-from halfbyte.model.cuda.launches import SharedBuffers
+from halfbyte.model.cuda.launches import CudaModel, SharedBuffers
 from halfbyte.model.cuda.load import (
     load_cuda_draft,
     load_cuda_weights,
@@ -53,6 +53,7 @@ from halfbyte.model.decoder import Decoder
 from halfbyte.model.eagle import EagleHead
 from halfbyte.model.load import load_decoder, load_eagle, load_vision
 from halfbyte.model.parallel import Communicator, Solo, check_size, shard_of
+from halfbyte.model.rope import RotaryTable
 from halfbyte.model.saturation import SaturationCounts
 
 # Kept free beside the cache: what captured graphs hold for themselves, and the libraries.
@@ -150,18 +151,23 @@ class _Steps:
         return sum(self.sizes) * 2 + self._part.config.max_sequences + 1
 
     def executor(self, model: CudaWeights, cache: KvCache, inputs: RowInputs) -> HopperExecutor:
-        part = self._part
-        return HopperExecutor(
+        part, communicator = self._part, self._part.communicator or Solo()
+        base = CudaModel(
             part.library,
             model,
             cache,
+            RotaryTable(model.config, self._device).at,
+            self._shared,
+            None if communicator.size == 1 else communicator.all_reduce,
+            # What a draft model clips is not the model's.
+            None if model is part.draft else self._saturation,
+        )
+        return HopperExecutor(
+            base,
             inputs,
+            communicator,
             sizes=self.sizes,
             max_batch_tokens=part.config.max_batch_tokens,
-            shared=self._shared,
-            communicator=part.communicator,
-            # What a draft model clips is not the model's.
-            saturation=None if model is part.draft else self._saturation,
         )
 
     def inputs(self, num_pages: int) -> RowInputs:

@@ -18,18 +18,17 @@ from halfbyte.config import ModelConfig
 from halfbyte.errors import UsageError
 from halfbyte.modules import CacheFormat, Mode, WeightFormat, quantizable_linears
 from halfbyte.quantize import export
+from halfbyte.quantize.groups import Group, unmeasured_groups
 from halfbyte.quantize.hosting import GPUS, room_for_weights
 from halfbyte.quantize.job import QuantizeConfig, calibration_of, open_source
 from halfbyte.quantize.knapsack import Choice, Item, choose
 from halfbyte.quantize.sensitivity import (
-    Group,
     Measuring,
     Progress,
     measure_sensitivity,
     read_losses,
     some_rows,
     text_digest,
-    unmeasured_groups,
 )
 from halfbyte.quantize.survey import Survey
 from halfbyte.recipe.plan import Plan, plan_size, plan_sizes
@@ -109,23 +108,7 @@ def made_to_measure(
     possible = Possible.of(checkpoint, config.max_shard_bytes)
     stored = sum(map(checkpoint.num_bytes, checkpoint.names()))
     possible.require(asked, checkpoint.config, stored)
-    rows, pictures, made = calibration_of(config, checkpoint)
-    assert rows is not None, "a method with data has rows"
-    # Rows with pictures enter by their vectors, which this pass does not make.
-    is_text = [not images for images in pictures] or [True] * len(rows)
-    some = some_rows([row for row, is_one in zip(rows, is_text, strict=True) if is_one])
-    if not some:
-        raise UsageError(f"{asked.said} measures on rows of text, and all of these have pictures")
-    measuring = Measuring(
-        checkpoint,
-        some,
-        {"sha256": text_digest(some), "of": made},
-        export.source_fingerprint(checkpoint),
-        sensitivity_file(config.output),
-        mode,
-        config.device,
-        config.restart,
-    )
+    measuring = _measuring(config, checkpoint, asked, mode)
     budget = MemoryBudget(
         config.memory_bytes,
         owns_process=owns_process,
@@ -144,6 +127,29 @@ def made_to_measure(
     )
     recipe_file(config.output).write_text(found.text, encoding="utf-8")
     return found
+
+
+def _measuring(
+    config: QuantizeConfig, checkpoint: Checkpoint, asked: Asked, mode: Mode
+) -> Measuring:
+    """What is measured: some of the rows of text on which the job calibrates."""
+    rows, pictures, made = calibration_of(config, checkpoint)
+    assert rows is not None, "a method with data has rows"
+    # Rows with pictures enter by their vectors, which this pass does not make.
+    is_text = [not images for images in pictures] or [True] * len(rows)
+    some = some_rows([row for row, is_one in zip(rows, is_text, strict=True) if is_one])
+    if not some:
+        raise UsageError(f"{asked.said} measures on rows of text, and all of these have pictures")
+    return Measuring(
+        checkpoint,
+        some,
+        {"sha256": text_digest(some), "of": made},
+        export.source_fingerprint(checkpoint),
+        sensitivity_file(config.output),
+        mode,
+        config.device,
+        config.restart,
+    )
 
 
 def sensitivity_file(output: Path) -> Path:

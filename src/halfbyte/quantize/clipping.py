@@ -8,12 +8,11 @@ format's largest value. Known only where calibration rows showed pictures (`cali
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypedDict
 
-import torch
 from torch import Tensor
 
 from halfbyte.calibrate.draw import RowPictures
 from halfbyte.calibrate.kinds import KINDS, Kind, SeenOfKind, TapKinds
-from halfbyte.calibrate.stream import READERS, LayerStatistics, Progress, stream_layers
+from halfbyte.calibrate.stream import READERS, LayerStatistics, stream_layers
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.formats.fp8 import Profile
 from halfbyte.formats.minifloat import E2M1_MAX
@@ -98,9 +97,6 @@ def checkpoint_clipping(
     checkpoint: Checkpoint,
     rows: Sequence[Tensor],
     pictures: RowPictures,
-    *,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
 ) -> list[LinearClipping]:
     """What the static FP8 input scales of a checkpoint cut off of these rows.
 
@@ -117,8 +113,7 @@ def checkpoint_clipping(
     found: list[LinearClipping] = []
     if not stated or not pictures:
         return found
-    layers = checkpoint.config.text.num_layers
-    for statistics in stream_layers(checkpoint, rows, device=device, pictures=pictures):
+    for statistics in stream_layers(checkpoint, rows, pictures=pictures):
         for tap, readers in READERS.items():
             kinds = statistics.kinds[tap]
             for reader in readers:
@@ -134,8 +129,6 @@ def checkpoint_clipping(
                         "clipped": {"chosen": _shares(kinds, _limit("fp8", stated[name]))},
                     }
                 )
-        if progress is not None:
-            progress(statistics.layer + 1, layers)
     return found
 
 

@@ -24,7 +24,6 @@ def make_fp8_source(
     target: Path,
     *,
     calibration_tokens: Path | None = None,
-    device: str = "cpu",
     on_layer: Progress | None = None,
 ) -> Path:
     """Write the FP8 dialect of the bf16 checkpoint `source` to `target`.
@@ -49,5 +48,5 @@ def make_fp8_source(
     where = str(calibration_tokens or "the builtin text")
     check_rows(rows, checkpoint.config.text, where)
     check_pictures(rows, pictures, checkpoint.config, where)
-    maxima = input_maxima(checkpoint, rows, device=device, on_layer=on_layer, pictures=pictures)
+    maxima = input_maxima(checkpoint, rows, on_layer=on_layer, pictures=pictures)
     return write_fp8_source(checkpoint, maxima, target)

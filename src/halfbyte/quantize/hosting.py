@@ -22,7 +22,7 @@ _MIB = 1 << 20
 _CONTEXT_BYTES = 700 * _MIB
 _BLOCK = 16
 # Tokens of one step (the engine's prefill chunk), and the share of a GPU that the server takes.
-BATCH_TOKENS, UTILIZATION = 2048, 0.9
+_BATCH_TOKENS, _UTILIZATION = 2048, 0.9
 # The engine's share of free memory for the cache of a machine without a GPU.
 _CPU_SHARE = 0.25
 HERE = "this machine's processor"
@@ -220,23 +220,19 @@ def host_on(
     *,
     context: int,
     requests: int,
-    batch_tokens: int = BATCH_TOKENS,
-    utilization: float = UTILIZATION,
 ) -> Hosting:
     """Work out what one GPU type at one width can serve.
 
-    context       tokens of one request, prompt and answer
-    requests      how many are to run at once
-    batch_tokens  tokens of one step (the engine's prefill chunk)
-    utilization   share of the GPU's memory that the server takes
+    context   tokens of one request, prompt and answer
+    requests  how many are to run at once
     """
     text = config.text
     weights = _rank_weight_bytes(plan, config, tp)
-    working = _CONTEXT_BYTES + _step_bytes(text, tp, batch_tokens, requests)
+    working = _CONTEXT_BYTES + _step_bytes(text, tp, _BATCH_TOKENS, requests)
     # A rank keeps whole KV heads; with more ranks than heads they are kept several times.
     heads = -(-text.num_kv_heads // tp)
     token_bytes = kv_token_bytes(plan, text) * heads // text.num_kv_heads
-    free = int(gpu.memory_bytes * utilization) - weights - working
+    free = int(gpu.memory_bytes * _UTILIZATION) - weights - working
     tokens = max(free // token_bytes // _BLOCK * _BLOCK, 0)
     problem = _split_problem(plan, config, tp)
     speed, basis = serving_speed(gpu, tp, plan, config)
@@ -249,7 +245,7 @@ def host_on(
         tp=tp,
         weight_bytes=weights,
         working_bytes=working,
-        usable_bytes=int(gpu.memory_bytes * utilization),
+        usable_bytes=int(gpu.memory_bytes * _UTILIZATION),
         kv_token_bytes=token_bytes,
         kv_tokens=tokens,
         context=context,
@@ -270,8 +266,8 @@ def room_for_weights(gpu: Gpu, config: ModelConfig, kv_cache: CacheFormat, *, co
     """
     tokens = -(-context // _BLOCK) * _BLOCK
     cache = tokens * bytes_per_token(config.text, kv_cache)
-    working = _CONTEXT_BYTES + _step_bytes(config.text, 1, BATCH_TOKENS, 1)
-    return int(gpu.memory_bytes * UTILIZATION) - working - cache
+    working = _CONTEXT_BYTES + _step_bytes(config.text, 1, _BATCH_TOKENS, 1)
+    return int(gpu.memory_bytes * _UTILIZATION) - working - cache
 
 
 def host_here(

@@ -186,11 +186,9 @@ def plan_memory(
     # On a GPU the tower's tensors pass through the host one by one.
     layer = max(layer, pictures.tower)
     least = base + pictures.pixels + layer
-    if budget_bytes is None:
-        available = available_bytes()
-        budget = least if available is None else max(least, available * 3 // 4)
-    else:
-        budget = budget_bytes
+    budget = budget_bytes
+    if budget is None:
+        budget = max(least, (available_bytes() or 0) * 3 // 4)
     if least > budget:
         raise CapacityError(
             f"--memory {format_gib(budget)}: one decoder layer takes {format_gib(least)}"

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import halfbyte
@@ -28,89 +27,30 @@ from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.backward import Passed, run_backward, run_head_backward
 from halfbyte.calibrate.budget import MemoryBudget
 from halfbyte.calibrate.stream import READERS, head_statistics, stream_layers
-from halfbyte.checkpoint.metadata import Quantization, read_json
+from halfbyte.checkpoint.metadata import read_json
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.files import make_directory
-from halfbyte.formats.fp8 import decode_fp8, round_to_fp8
-from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4, round_to_nvfp4
 from halfbyte.log import logger
 from halfbyte.model.rope import RotaryTable
 from halfbyte.modules import (
-    LinearSpec,
     Mode,
     WeightFormat,
     fused_partners,
     quantizable_linears,
 )
-from halfbyte.quantize.encode import HEAD_ROWS, Inputs, SourceWeight, encode_weight
+from halfbyte.quantize.groups import Group, groups_of, unmeasured_groups
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.layer import read_weight
-from halfbyte.quantize.scales import input_scale, shared_maxima
+from halfbyte.quantize.losses import HeadCost, losses_of
 from halfbyte.quantize.staging import locked, work_directory
-from halfbyte.recipe.plan import Plan, linear_size
 
 VERSION = 1
 # Tokens that are looked at; more of them tell little more (decision 0153).
 TOKENS = 4096
 _SEED = 0
-# In every block scale and code a method may choose better; who is sensitive stays the same.
-_PLAN = Plan("sensitivity", {}, "fp8")
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Linears that must have one format, with what each format costs them.
-
-    members   canonical names
-    losses    format -> what it adds to the KL divergence, nats a token
-    sizes     format -> bytes
-    """
-
-    members: tuple[str, ...]
-    losses: Mapping[WeightFormat, float]
-    sizes: Mapping[WeightFormat, int]
-
-    @property
-    def name(self) -> str:
-        """Name of the group for people, by its members: `decoder.3.attention.q,k,v`."""
-        prefix, _, first = self.members[0].rpartition(".")
-        shorts = ",".join([first, *(x.rpartition(".")[2] for x in self.members[1:])])
-        return f"{prefix}.{shorts}" if prefix else shorts
-
-
-def groups_of(config: ModelConfig) -> list[tuple[str, ...]]:
-    """Linears that must have one format, in model order, an untied head last."""
-    names = [linear.name for linear in quantizable_linears(config)]
-    return list(dict.fromkeys(fused_partners(name) for name in names))
-
-
-def unmeasured_groups(config: ModelConfig, source: Quantization) -> list[Group]:
-    """The groups with the bytes of their formats, and no loss known."""
-    shapes = {linear.name: linear for linear in quantizable_linears(config)}
-    return [
-        Group(
-            members,
-            {},
-            {
-                chosen: sum(linear_size(shapes[name], chosen).num_bytes for name in members)
-                for chosen in _choices([shapes[name] for name in members], source)
-            },
-        )
-        for members in groups_of(config)
-    ]
-
-
-def _choices(members: Sequence[LinearSpec], source: Quantization) -> tuple[WeightFormat, ...]:
-    """Formats that a group may have: bf16 only where the source is no narrower.
-
-    An FP8 source is FP8 at best: bf16 would take twice the bytes for the same weights.
-    """
-    is_narrow = any(source.formats.get(x.name, "bf16") != "bf16" for x in members)
-    wide: tuple[WeightFormat, ...] = ("fp8",) if is_narrow else ("bf16", "fp8")
-    return (*wide, "nvfp4") if members[0].in_features % 16 == 0 else wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +233,6 @@ class _Run:
                 self._rows,
                 device=self._device,
                 activations=activations,
-                first_layer=first,
                 budget=self._budget,
             ):
                 activations.settle()
@@ -338,7 +277,7 @@ class _Run:
             if not self._text.tied_head:
                 statistics = head_statistics(checkpoint, inputs, device=self._device)
                 observed = float(statistics.input_of("head"))
-                cost = _HeadCost(head_VD, self._choices["head"], observed, self._mode)
+                cost = HeadCost(head_VD, self._choices["head"], observed, self._mode)
             generator = torch.Generator().manual_seed(_SEED)
             for number in range(len(self._rows)):
                 self._budget.check()
@@ -384,112 +323,17 @@ class _Run:
         weights.clear()
         observed = self._entries[layer]["observed"]
         return {
-            f"{prefix}.{readers[0]}": self._losses(
-                [f"{prefix}.{short}" for short in readers], readers, passed, observed[tap]
+            f"{prefix}.{readers[0]}": losses_of(
+                [read_weight(checkpoint, f"{prefix}.{short}", self._device) for short in readers],
+                tap,
+                self._choices[f"{prefix}.{readers[0]}"],
+                passed,
+                observed[tap],
+                self._mode,
+                self._budget,
             )
             for tap, readers in READERS.items()
         }
-
-    def _losses(
-        self,
-        names: Sequence[str],
-        shorts: Sequence[str],
-        passed: Sequence[Passed],
-        observed: float,
-    ) -> dict[WeightFormat, float]:
-        """What each format of one group would cost a position, on average."""
-        tap = next(tap for tap, readers in READERS.items() if shorts[0] in readers)
-        sources = [read_weight(self._checkpoint, name, self._device) for name in names]
-        maxima = {source.name: source.amax() for source in sources}
-        losses: dict[WeightFormat, float] = {}
-        count = sum(row.inputs[tap].shape[0] for row in passed)
-        for chosen in self._choices[names[0]]:
-            if chosen == "bf16":
-                losses[chosen] = 0.0
-                continue
-            shared = shared_maxima(maxima, dict.fromkeys(names, chosen))
-            decoded = [encoded_weight(x, chosen, shared[x.name]) for x in sources]
-            rounded = rounder(names[0], chosen, observed, self._mode)
-            total = 0.0
-            for row in passed:
-                self._budget.check()
-                x_TI = rounded(row.inputs[tap])
-                along_T = torch.zeros(x_TI.shape[0], dtype=torch.float64, device=self._device)
-                for short, w_OI in zip(shorts, decoded, strict=True):
-                    error_TO = F.linear(x_TI, w_OI) - row.outputs[short]
-                    along_T += (error_TO.float() * row.gradients[short].float()).sum(
-                        -1, dtype=torch.float64
-                    )
-                total += float(along_T.square().sum())
-            losses[chosen] = total / 2 / count
-        return losses
-
-
-def encoded_weight(source: SourceWeight, chosen: WeightFormat, amax: Tensor) -> Tensor:
-    """What a weight becomes under scales by maxima, decoded again: bf16 (O, I)."""
-    tensors = encode_weight(
-        source, chosen, amax, "ieee", _PLAN, Inputs(None, None, None), MemoryBudget(None)
-    )
-    codes, scale = tensors[f"{source.name}.weight"], tensors[f"{source.name}.weight_scale"]
-    if chosen == "fp8":
-        return decode_fp8(codes, scale)
-    return decode_nvfp4(EncodedNVFP4(codes, scale, tensors[f"{source.name}.tensor_scale"]))
-
-
-def rounder(
-    name: str, chosen: WeightFormat, observed: float, mode: Mode
-) -> Callable[[Tensor], Tensor]:
-    """How inputs of a linear are rounded where it will run; not at all in `weight_only`."""
-    if mode == "weight_only" or chosen == "bf16":
-        return lambda x_TI: x_TI
-    scale = input_scale(name, chosen, torch.tensor(observed), "ieee")
-    rounding = {"fp8": round_to_fp8, "nvfp4": round_to_nvfp4}[chosen]
-    return lambda x_TI: rounding(x_TI, scale.to(x_TI.device))
-
-
-class _HeadCost:
-    """The KL divergence that each format of the head causes by itself.
-
-    Rows of the head are encoded once each, a part at a time, and never all logits are held.
-    """
-
-    def __init__(
-        self, head_VD: Tensor, formats: Sequence[WeightFormat], observed: float, mode: Mode
-    ) -> None:
-        self._head_VD = head_VD
-        self._formats = formats
-        self._rounders = {chosen: rounder("head", chosen, observed, mode) for chosen in formats}
-        self._rows: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, hidden_TD: Tensor, logits_TV: Tensor) -> None:
-        """Keep one row: what the head reads, and the logarithm of its exponentials' sum."""
-        self._rows.append((hidden_TD, torch.logsumexp(logits_TV, dim=-1)))
-
-    def means(self) -> dict[WeightFormat, float]:
-        """Format -> nats a token; rounding may leave a mean a hair below zero."""
-        return {chosen: self._mean(chosen) for chosen in self._formats}
-
-    def _mean(self, chosen: WeightFormat) -> float:
-        if chosen == "bf16":
-            return 0.0
-        amax = SourceWeight("head", self._head_VD, None).amax()
-        rounded = [self._rounders[chosen](hidden_TD) for hidden_TD, _ in self._rows]
-        # KL = sum of p (z - z') + log sum exp z' - log sum exp z, z being logits.
-        expected = [torch.zeros_like(sums_T, dtype=torch.float64) for _, sums_T in self._rows]
-        others = [torch.full_like(sums_T, -torch.inf) for _, sums_T in self._rows]
-        for part in torch.split(self._head_VD, HEAD_ROWS):
-            narrow = encoded_weight(SourceWeight("head", part, None), chosen, amax)
-            for row, (hidden_TD, sums_T) in enumerate(self._rows):
-                was_TP = F.linear(hidden_TD, part).float()
-                is_TP = F.linear(rounded[row], narrow).float()
-                share_TP = (was_TP - sums_T[:, None]).exp()
-                expected[row] += (share_TP * (was_TP - is_TP)).sum(-1, dtype=torch.float64)
-                others[row] = torch.logaddexp(others[row], torch.logsumexp(is_TP, dim=-1))
-        kl = [
-            expected_T + others_T.double() - sums_T.double()
-            for expected_T, others_T, (_, sums_T) in zip(expected, others, self._rows, strict=True)
-        ]
-        return max(float(torch.cat(kl).mean()), 0.0)
 
 
 def text_digest(rows: Sequence[Tensor]) -> str:

@@ -111,17 +111,17 @@ def _ascii_digit(character: str) -> str:
     return character if value is None else str(value)
 
 
-def last_boxed(text: str, commands: tuple[str, ...] = ("\\boxed", "\\fbox")) -> str | None:
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{|[^\s{}$\\.,;]+)")
+
+
+def last_boxed(text: str) -> str | None:
     r"""Content of the last closed box that holds something; braces are counted.
 
     ``\boxed 7`` (no braces) boxes one word. An escaped brace is text, a brace after a line break
     (``\\``) is not escaped.
     """
-    name = "|".join(re.escape(command) for command in commands)
     closings = _closings(text)
-    for match in reversed(
-        list(re.finditer(rf"(?:{name})(?![A-Za-z])\s*(\{{|[^\s{{}}$\\.,;]+)", text))
-    ):
+    for match in reversed(list(_BOX.finditer(text))):
         if match[1] != "{":
             return match[1]
         end = closings.get(match.end() - 1)

@@ -35,9 +35,9 @@ def _library_candidates() -> list[str]:
     return [*bundled, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
 
 
-def load_nvrtc(candidates: list[str] | None = None) -> ctypes.CDLL:
+def load_nvrtc() -> ctypes.CDLL:
     """The run-time compiler; UnsupportedError names what was tried."""
-    tried = _library_candidates() if candidates is None else candidates
+    tried = _library_candidates()
     for name in tried:
         try:
             return ctypes.CDLL(name)
@@ -144,13 +144,10 @@ def compile_kernel(
     defines: Mapping[str, int],
     *,
     generated: str = "",
-    max_registers: int | None = None,
     directory: Path | None = None,
 ) -> bytes:
     """Machine code of `name`.cu under `defines`, from the cache if it was made before."""
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17"]
-    if max_registers is not None:
-        options.append(f"--maxrregcount={max_registers}")
     if os.environ.get(RACECHECK_VARIABLE):
         defines = {**defines, "EVERY_LANE_RELEASES": 1}
     source = full_source(name, defines, generated)

@@ -456,8 +456,8 @@ def _head_defines(heads: HeadShape) -> dict[str, int]:
     }
 
 
-def compile_together(tasks: Sequence[Callable[[], bytes]], *, max_threads: int = 16) -> None:
+def compile_together(tasks: Sequence[Callable[[], bytes]]) -> None:
     """Run compilations in parallel, so that what follows finds them in the cache on disk."""
-    with ThreadPoolExecutor(max_threads) as pool:
+    with ThreadPoolExecutor(16) as pool:
         for future in [pool.submit(task) for task in tasks]:
             future.result()

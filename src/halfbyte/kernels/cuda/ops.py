@@ -42,7 +42,6 @@ def stream_launch(
     *,
     out: Tensor | None = None,
     config: StreamConfig | None = None,
-    overlaps: bool = True,
 ) -> tuple[Launch, StreamPlan]:
     """The launch of one streaming product on tiled activations, and how its work is dealt."""
     kernel, config = library.linear(weight.format, columns_for(num_tokens), config)
@@ -63,7 +62,6 @@ def stream_launch(
         config.num_threads,
         arguments,
         cluster=config.cluster,
-        overlaps=overlaps,
     )
     return launch, plan
 

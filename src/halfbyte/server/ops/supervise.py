@@ -52,25 +52,19 @@ class Answerer(Supervised, Protocol):
         """End an answer; its events go on to a FinishEvent with its counts."""
 
 
+# An engine that dies so often within such a time is not started again.
+_MAX_DEATHS, _WINDOW_S = 3, 600.0
+
 _Kept = TypeVar("_Kept", bound=Supervised, covariant=True)
 
 
 class Supervisor(Generic[_Kept]):
     """The engine as the server sees it: the same face, whichever one is behind it now."""
 
-    def __init__(
-        self,
-        first: _Kept,
-        load: Callable[[], _Kept],
-        *,
-        max_deaths: int = 3,
-        window_s: float = 600.0,
-    ) -> None:
+    def __init__(self, first: _Kept, load: Callable[[], _Kept]) -> None:
         """`load` makes another engine like `first`; it runs in a thread."""
         self._engine: _Kept | None = first
         self._load = load
-        self._max_deaths = max_deaths
-        self._window_s = window_s
         self._deaths: deque[float] = deque()
         self._watch: asyncio.Task[None] | None = None
 
@@ -137,9 +131,9 @@ class Supervisor(Generic[_Kept]):
                 continue
             now = time.monotonic()
             self._deaths.append(now)
-            while now - self._deaths[0] > self._window_s:
+            while now - self._deaths[0] > _WINDOW_S:
                 self._deaths.popleft()
-            if len(self._deaths) >= self._max_deaths:
+            if len(self._deaths) >= _MAX_DEATHS:
                 logger.error("the engine died %d times; giving up", len(self._deaths))
                 return
             await self._replace()

@@ -12,20 +12,19 @@ from halfbyte.errors import RequestError, UnsupportedError
 from halfbyte.server.vllm.command import VllmPlan
 
 _POLL_S = 0.5
-_STOP_S = 20.0
+_START_S, _STOP_S = 1800.0, 20.0
 
 
 class VllmProcess:
     """The process of vLLM, started and watched; a `Supervisor` keeps it running."""
 
-    def __init__(self, plan: VllmPlan, key: str, *, max_wait_s: float = 1800.0) -> None:
+    def __init__(self, plan: VllmPlan, key: str) -> None:
         """Take the `key` that vLLM will ask for; UnsupportedError if vLLM is not installed."""
         if shutil.which("vllm") is None:
             raise UnsupportedError(
                 "vLLM is not installed here (no `vllm` on the PATH); --print shows the command"
             )
         self._plan = plan
-        self._max_wait_s = max_wait_s
         self._process: asyncio.subprocess.Process | None = None
         self._key = key
         self._url = f"http://127.0.0.1:{plan.flags['port']}"
@@ -46,7 +45,7 @@ class VllmProcess:
             start_new_session=True,
         )
         try:
-            async with asyncio.timeout(self._max_wait_s):
+            async with asyncio.timeout(_START_S):
                 await self._until_healthy()
         except BaseException:
             await self.stop()

@@ -1,8 +1,10 @@
 // The chat page: conversations that the browser keeps, streamed answers.
 
 import { chunks, health, setKey } from "./api.js";
-import { $, button, element } from "./dom.js";
+import { $, button, element, status } from "./dom.js";
+import { restoreSettings, settings } from "./settings.js";
 import * as store from "./store.js";
+import { messages, metaText } from "./turns.js";
 import { AnswerView, userView } from "./view.js";
 
 const log = $("log");
@@ -13,8 +15,6 @@ let changes = 0; // how often another conversation was gone to
 let imagesTaken = false;
 
 // --- setup ------------------------------------------------------------------------------------
-
-const KEPT = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed", "tools", "schema", "effort", "model"];
 
 async function start() {
   const told = await health();
@@ -36,30 +36,6 @@ async function start() {
   if (!told.ready) status("The server is not ready.", true);
 }
 
-function restoreSettings() {
-  const kept = JSON.parse(localStorage.getItem("settings") ?? "{}");
-  for (const id of KEPT) {
-    const isChoice = $(id).tagName === "SELECT";
-    const known = !isChoice || [...$(id).options].some((option) => option.value === kept[id]);
-    if (kept[id] !== undefined && known) $(id).value = kept[id];
-    $(id).addEventListener("change", keepSettings);
-  }
-}
-
-function keepSettings() {
-  const kept = Object.fromEntries(KEPT.map((id) => [id, $(id).value]));
-  localStorage.setItem("settings", JSON.stringify(kept));
-}
-
-const theme = localStorage.getItem("theme");
-if (theme) document.documentElement.dataset.theme = theme;
-$("theme").onclick = () => {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const now = document.documentElement.dataset.theme || (dark ? "dark" : "light");
-  document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
-  localStorage.setItem("theme", document.documentElement.dataset.theme);
-};
-
 function toggle(id) {
   const hidden = ($(id).hidden = !$(id).hidden);
   $(`${id}-toggle`).setAttribute("aria-expanded", String(!hidden));
@@ -67,11 +43,6 @@ function toggle(id) {
 $("settings-toggle").onclick = () => toggle("settings");
 $("list-toggle").onclick = () => toggle("list");
 $("key").onchange = () => setKey($("key").value);
-
-function status(text, isError = false) {
-  $("status").textContent = text;
-  $("status").className = isError ? "error" : "";
-}
 
 // --- conversations ------------------------------------------------------------------------------
 
@@ -190,63 +161,6 @@ function actionsOf(turn) {
 
 // --- request ----------------------------------------------------------------------------------
 
-function settings() {
-  const body = { model: $("model").value };
-  for (const id of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) {
-    if ($(id).value !== "") body[id] = Number($(id).value);
-  }
-  if (!$("effort-label").hidden) body.reasoning_effort = $("effort").value;
-  if (!$("tools-label").hidden && $("tools").value.trim()) body.tools = typed("tools", "The tools are");
-  if ($("schema").value.trim()) {
-    const schema = { name: "answer", schema: typed("schema", "The schema is"), strict: true };
-    body.response_format = { type: "json_schema", json_schema: schema };
-  }
-  return body;
-}
-
-function typed(id, what) {
-  try {
-    return JSON.parse($(id).value);
-  } catch (error) {
-    throw new Error(`${what} not valid JSON: ${error.message}`);
-  }
-}
-
-// Turns as the API wants them. A call that nobody gave a result gets an empty one.
-function messages() {
-  const made = [];
-  const system = $("system").value.trim();
-  if (system) made.push({ role: "system", content: system });
-  let waiting = [];
-  const close = () => {
-    made.push(...waiting.map((call) => ({ role: "tool", tool_call_id: call.id, content: "" })));
-    waiting = [];
-  };
-  for (const turn of conversation.turns) {
-    if (turn.role === "tool") {
-      made.push({ role: "tool", tool_call_id: turn.tool_call_id, content: turn.content });
-      waiting = waiting.filter((call) => call.id !== turn.tool_call_id);
-      continue;
-    }
-    close();
-    if (turn.role === "user") {
-      const pictures = turn.images.map((url) => ({ type: "image_url", image_url: { url } }));
-      const content = pictures.length ? [...pictures, { type: "text", text: turn.text }] : turn.text;
-      made.push({ role: "user", content });
-      continue;
-    }
-    const { content, thought, calls } = turn.answers[turn.chosen];
-    const message = { role: "assistant" };
-    if (thought) message.reasoning_content = thought;
-    if (content || !calls.length) message.content = content;
-    if (calls.length) message.tool_calls = calls;
-    made.push(message);
-    waiting = [...calls];
-  }
-  close();
-  return made;
-}
-
 // One answer. `turn` is the one that it is a further version of.
 async function answer(turn = null) {
   const view = new AnswerView({});
@@ -261,7 +175,7 @@ async function answer(turn = null) {
   const control = (running = new AbortController());
   setRunning(true);
   try {
-    const body = { ...settings(), messages: messages() };
+    const body = { ...settings(), messages: messages(conversation.turns, $("system").value.trim()) };
     for await (const chunk of chunks(body, control.signal)) {
       usage = chunk.usage ?? usage;
       for (const { delta, finish_reason } of chunk.choices) {
@@ -338,22 +252,6 @@ function withdraw(view, problem) {
     showImages();
     grow();
   }
-}
-
-function metaText(usage, reason, firstMs, restMs) {
-  const parts = [];
-  if (usage) {
-    const { completion_tokens: made, prompt_tokens: read } = usage;
-    const cached = usage.prompt_tokens_details.cached_tokens;
-    const thought = usage.completion_tokens_details.reasoning_tokens;
-    parts.push(`${read} in (${cached} cached), ${made} out${thought ? ` (${thought} thought)` : ""}`);
-    if (made > 1 && restMs > 0) {
-      const speed = ((made - 1) / (restMs / 1000)).toFixed(1);
-      parts.push(`first after ${(firstMs / 1000).toFixed(2)} s`, `${speed} tokens/s`);
-    }
-  }
-  if (reason && reason !== "stop") parts.push(reason.replace("_", " "));
-  return parts.join(" · ");
 }
 
 function askResults(view, turn) {

@@ -56,3 +56,9 @@ export function fromHtml(html) {
   for (const pre of parsed.querySelectorAll("pre, .table")) pre.tabIndex = 0;
   return [...parsed.body.childNodes];
 }
+
+// Say something below the form.
+export function status(text, isError = false) {
+  $("status").textContent = text;
+  $("status").className = isError ? "error" : "";
+}
