@@ -1,13 +1,11 @@
 """The choice of an implementation, and that every op has its definition."""
 
 import inspect
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from halfbyte.errors import UsageError
 from halfbyte.kernels import dispatch, reference
 
 
@@ -25,23 +23,14 @@ def test_implementations_include_the_definition() -> None:
         dispatch.implementations("softmax")
 
 
-def choose(wanted: str) -> subprocess.CompletedProcess[str]:
-    """What a fresh process chooses: the choice is made once."""
-    code = (
-        "import torch; from halfbyte.kernels import dispatch; "
-        "print(dispatch.chosen(torch.device('cpu')))"
-    )
-    environment = {**os.environ, "HALFBYTE_KERNELS": wanted}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def test_environment_overrides_the_choice() -> None:
-    assert choose("reference").stdout.strip() == "reference"
-    refused = choose("fastest")
-    assert refused.returncode != 0
-    assert "HALFBYTE_KERNELS=fastest must be one of" in refused.stderr
+def test_environment_overrides_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is made once; here it is asked for without what was remembered."""
+    monkeypatch.setattr(dispatch, "_chosen", dispatch._chosen.__wrapped__)
+    monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
+    assert dispatch.chosen(torch.device("cpu")) == "reference"
+    monkeypatch.setenv("HALFBYTE_KERNELS", "fastest")
+    with pytest.raises(UsageError, match="HALFBYTE_KERNELS=fastest must be one of"):
+        dispatch.chosen(torch.device("cpu"))
 
 
 def test_prepared_weights_stay_with_their_implementation() -> None:
