@@ -160,12 +160,14 @@ def test_the_excess_is_that_of_the_best_cap(
     random = np.random.default_rng(seed)
     values = random.integers(-3, 6, groups) / 2.0 + random.integers(1, 5, groups) * margin
     constant = q2**2 * 0.25 * 2.5 * groups * margin
-    tried = []
     # Gains alone are capped: the smallest value is never lifted.
-    for cap in np.linspace(values.min(), values.max(), 4001):
-        x = np.minimum(values, cap).sum() - 0.1
-        if x > 0:
-            tried.append(x * x - q2 * np.square(np.minimum(values, cap)).sum() - constant / x)
+    caps = np.linspace(values.min(), values.max(), 4001)
+    capped = np.minimum(values, caps[:, None])
+    x = capped.sum(axis=1) - 0.1
+    squares = np.square(capped).sum(axis=1)
+    positive = x > 0
+    x, squares = x[positive], squares[positive]
+    tried = (x * x - q2 * squares - constant / x).tolist()
     found = _best_cap(values, 0.1, constant, q2)
     # Where none passes, only the sign matters.
     if max([found, *tried]) > 0:
