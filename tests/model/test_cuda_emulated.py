@@ -234,7 +234,9 @@ def test_an_executor_reads_a_prompt_and_goes_on_from_its_inputs(
     inputs.table[1] = pages_P
     # A row with a source takes the token that the step before chose, whatever stands beside it.
     inputs.last_tokens[0] = tokens_T[-1]
-    inputs.packed_5T[:, 0] = torch.tensor([0, 0, count, int(slots_T[-1]), 1])
+    # All rows of the step alike: what stands in one that is not set is anything, NaN included.
+    row_5 = torch.tensor([0, 0, count, int(slots_T[-1]), 1])
+    inputs.packed_5T[:, :3] = row_5[:, None]
     chunk = Chunk(0, count, 0, pages_P)
     with torch.inference_mode():
         batch = PrefillBatch(tokens_T[:-1], positions_T[:-1], slots_T[:-1], (chunk,))

@@ -30,7 +30,7 @@ class MachineUse:
 
     @property
     def fields(self) -> dict[str, float]:
-        """The shares as a record states them."""
+        """The shares of the machine that others took, as a record states them."""
         return {
             "others_share": round(self.foreign, 4),
             "steal_share": round(self.steal, 4),

@@ -137,7 +137,7 @@ def nearest_rising_e2m1(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def codes_of_ranks(ranks: Tensor) -> Tensor:
-    """The codes, uint8, of what `nearest_rising_e2m1` ranked."""
+    """The e2m1 codes, uint8, of values that `nearest_rising_e2m1` has ranked."""
     return _rising_on(ranks.device)[0].index_select(0, ranks.reshape(-1)).view(ranks.shape)
 
 
