@@ -126,12 +126,16 @@ class Picture:
             yield top, strip if turn is None else strip.transpose(turn)
 
 
-def open_picture(data: bytes, *, max_pixels: int) -> Picture:
-    """Read a file's header. Raises PictureError for other formats and for more pixels."""
-    is_png = data.startswith(_PNG)
+def open_picture(data: bytes | memoryview, *, max_pixels: int) -> Picture:
+    """Read a file's header. Raises PictureError for other formats and for more pixels.
+
+    A view is read piece by piece and must last as long as the picture.
+    """
+    is_png = bytes(data[: len(_PNG)]) == _PNG
     with _decoding(max_pixels):
         data, key, exif = _without_extras(data) if is_png else (data, None, b"")
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        file = io.BytesIO(data) if isinstance(data, bytes) else io.BufferedReader(_Memory(data))
+        image = Image.open(file, formats=FORMATS)
         width, height = image.size
         if image.format == "WEBP":
             max_pixels = min(max_pixels, MAX_WEBP_PIXELS)
@@ -192,14 +196,42 @@ def _orientation(source: Image.Image | bytes) -> int:
     return turned if turned in _UPRIGHT else 1
 
 
-def _without_extras(data: bytes) -> tuple[bytes, int | tuple[int, int, int] | None, bytes]:
+class _Memory(io.RawIOBase):
+    """A file over memory that is not copied."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._data[self._position : self._position + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}
+        self._position = max(start[whence] + offset, 0)
+        return self._position
+
+
+def _without_extras(
+    data: bytes | memoryview,
+) -> tuple[bytes | memoryview, int | tuple[int, int, int] | None, bytes]:
     """A PNG without the chunks that do not bear on its pixels, its colour key, and its EXIF.
 
     Screenshots carry texts and profiles that Pillow would refuse for their size, or for a wrong
     checksum. The key is in samples as Pillow decodes them: greys of 1, 2 and 4 bits are spread to
     8, of 16-bit colours the upper byte is kept.
     """
-    pieces = [_PNG]
+    pieces: list[bytes | memoryview] = [_PNG]
+    is_whole_file = True
     position = len(_PNG)
     depth = colour = 0
     key: int | tuple[int, int, int] | None = None
@@ -223,7 +255,10 @@ def _without_extras(data: bytes) -> tuple[bytes, int | tuple[int, int, int] | No
                 exif = bytes(body)
         if is_kept:
             pieces.append(data[position:end])
+        is_whole_file &= is_kept
         position = end
+    if is_whole_file:
+        return data, key, exif
     return b"".join([*pieces, data[position:]]), key, exif
 
 

@@ -189,7 +189,7 @@ def _forgiving_base64(text: bytes, path: str) -> bytes:
     return b"".join(decoded)
 
 
-def open_image(data: bytes, path: str, limits: ImageLimits) -> Picture:
+def open_image(data: bytes | memoryview, path: str, limits: ImageLimits) -> Picture:
     """Open a picture and read nothing but its header.
 
     Raises RequestError naming `path` for formats other than PNG, JPEG, WebP and GIF, for images

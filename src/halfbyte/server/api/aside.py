@@ -24,6 +24,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -183,6 +184,11 @@ class Aside:
                 has_begun = True
                 (size,) = _HEAD.unpack(await _received(ours, _HEAD.size))
                 answer = await _received(ours, size)
+                (count,) = _HEAD.unpack(await _received(ours, _HEAD.size))
+                beside = []
+                for _ in range(count):
+                    (length,) = _HEAD.unpack(await _received(ours, _HEAD.size))
+                    beside.append(await _received(ours, length))
             except OSError as error:
                 if not has_begun:
                     raise _NotBegunError from error
@@ -192,8 +198,8 @@ class Aside:
                     status=500,
                 ) from error
         if size > _FEW_BYTES:
-            return await self.do_beside(pickle.loads, answer)
-        return pickle.loads(answer)
+            return await self.do_beside(partial(pickle.loads, buffers=beside), answer)
+        return pickle.loads(answer, buffers=beside)
 
 
 def _busy() -> RequestError:
@@ -303,11 +309,17 @@ def _answer(connection: socket.socket, files: Sequence[int], reader: Reader) -> 
     except BaseException:
         answer = _Broken(traceback.format_exc())
     del arguments
-    data = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+    beside: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL, buffer_callback=beside.append)
     connection.sendall(_HEAD.pack(len(data)))
     connection.sendall(data)
+    connection.sendall(_HEAD.pack(len(beside)))
+    for buffer in beside:
+        with buffer.raw() as view:
+            connection.sendall(_HEAD.pack(len(view)))
+            connection.sendall(view)
     if size + len(data) > _LARGE:
-        del answer, data
+        del answer, data, beside
         trim_heap()
 
 

@@ -14,6 +14,7 @@ from halfbyte.errors import RequestError
 from halfbyte.pictures import Picture
 from halfbyte.server.api import wire
 from halfbyte.server.api.fetch import fetch_image
+from halfbyte.server.api.held import AROUND_URLS, HELD, held_picture
 from halfbyte.server.api.preparer import Preparer
 from halfbyte.server.api.reader import Conversation, Shape, check_token_ids
 from halfbyte.server.api.reading import Wire, are_many, check_count
@@ -23,10 +24,6 @@ Result = TypeVar("Result")
 # Messages and parts of one conversation that are looked through on the event loop: a fraction of a
 # millisecond.
 _FEW_ENTRIES = 64
-
-
-# Readers of URLs drop these at both ends (WHATWG URL, "basic URL parser").
-_AROUND_URLS = "".join(map(chr, range(0x21)))
 
 
 async def chat_prompt(
@@ -157,14 +154,19 @@ async def _resolve_images(preparer: Preparer, messages: list[dict[str, Any]]) ->
             content[number] = {"type": "image", "image": pixels}
     finally:
         if opened:
+            HELD.get([]).clear()
             preparer.body_room.trim_soon()
 
 
 async def _open_image(preparer: Preparer, url: str, path: str) -> Picture:
     limits = preparer.config.limits
     image_limits = ImageLimits(limits.image_bytes, limits.image_pixels)
-    url = url.strip(_AROUND_URLS)
-    if url[:5].lower() == "data:":
+    url = url.strip(AROUND_URLS)
+    held = held_picture(url)
+    data: bytes | memoryview
+    if held is not None:
+        data = held.file(path)
+    elif url[:5].lower() == "data:":
         data = await asyncio.to_thread(data_url_bytes, url, path, image_limits)
     else:
         data = await fetch_image(url, path, preparer.config.image_fetch, limits.image_bytes)

@@ -11,10 +11,12 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from halfbyte.chat.images import ImageLimits
 from halfbyte.chat.prompt import EncodedImage, EncodedPrompt
 from halfbyte.chat.tokens import ChatFormat
 from halfbyte.errors import RequestError
 from halfbyte.server.api import foreign, markdown, reading, wire
+from halfbyte.server.api.held import Held, take_out
 from halfbyte.server.api.texts import Texts, prompt_texts
 from halfbyte.server.config import ServerConfig
 from halfbyte.server.dialect import Dialect, dialect_of
@@ -29,11 +31,15 @@ _FEW_VALUES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Read(Generic[Asked]):
-    """A body as it was understood; `notes` are warnings for the client."""
+    """A body as it was understood; `notes` are warnings for the client.
+
+    pictures  long ones, which are taken out of `asked`
+    """
 
     asked: Asked
     dialect: Dialect
     notes: list[str]
+    pictures: list[Held]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,9 @@ class Reader:
         self.texts.check_request(asked)
         if left_out:
             notes.append("unknown fields, which change nothing here: " + ", ".join(left_out))
-        return Read(asked, dialect, notes)
+        limits = config.limits
+        pictures = take_out(asked, ImageLimits(limits.image_bytes, limits.image_pixels))
+        return Read(asked, dialect, notes, pictures)
 
     def _check_structure(self, kind: type[Asked], body: bytes | bytearray) -> None:
         """Refuse a body of too much structure or text before anything is made of it."""

@@ -16,6 +16,7 @@ from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
 from halfbyte.server.api import reading, tool_names, wire
 from halfbyte.server.api.backend import Backend, engine_backend
 from halfbyte.server.api.chat import chat_frames, chat_response
+from halfbyte.server.api.held import HELD
 from halfbyte.server.api.messages import count_tokens, messages_frames, messages_response
 from halfbyte.server.api.messages_wire import CountRequest, MessagesRequest
 from halfbyte.server.api.problems import body_for, error_body, response_of
@@ -130,6 +131,7 @@ async def read(backend: Backend, request: Request, kind: type[Asked]) -> Asked:
             )
     call.dialect = found.dialect
     call.warn(found.notes)
+    HELD.set(found.pictures)
     return found.asked
 
 
