@@ -417,5 +417,6 @@ def format_report(report: Findings) -> str:
         lines.append(text)
     lines += map(str, report.problems)
     errors = sum(problem.severity == "error" for problem in report.problems)
-    lines.append("sound" if report.is_sound else f"NOT sound: {errors} errors")
+    count = "1 error" if errors == 1 else f"{errors} errors"
+    lines.append("sound" if report.is_sound else f"NOT sound: {count}")
     return "\n".join(lines)
