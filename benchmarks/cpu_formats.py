@@ -13,9 +13,9 @@ and decode, at many rows it is products. Rounding is one pass over a row, of whi
 
 Reading the result: compare within a run. On a busy machine medians are long and still in order.
 
-Last record: none; it wants an idle machine.
+Last record: benchmarks/records/cpu_formats.json, of an idle machine.
 
-Run: PYTHONPATH=src python benchmarks/cpu_formats.py --record RECORD.json
+Run: PYTHONPATH=src python benchmarks/cpu_formats.py --record benchmarks/records/cpu_formats.json
 """
 
 import argparse
