@@ -9,10 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from halfbyte.chat.grammar import GrammarCompiler
-from halfbyte.chat.grammar_limits import GrammarLimits, work_done
-from halfbyte.chat.grammar_masks import Mask, ThoughtMask, token_bits, unfinished_character
+from halfbyte.chat.grammar_follow import GrammarMasks
+from halfbyte.chat.grammar_limits import GrammarLimits, looked_at, work_done
+from halfbyte.chat.grammar_masks import (
+    CheckedGrammar,
+    Mask,
+    ThoughtMask,
+    token_bits,
+    unfinished_character,
+)
 from halfbyte.chat.grammar_texts import (
     choice_grammar,
     json_schema_grammar,
@@ -225,6 +234,32 @@ def test_a_long_beginning_is_taken_in_pieces(
     assert mask.begin(ids) == len(ids) and accepts(mask, mistral, "x")
     late = compiler.mask(compiler.compile(regex_grammar("[0-9]{10,2000}x"), "p"))
     assert late.begin([*mistral.vocabulary.encode_text("1" * 700), 64 + ord("y")]) >= 300
+
+
+@given(
+    words=st.lists(st.text("ab \u00e9\n", min_size=1, max_size=40), min_size=1, max_size=5),
+    times=st.integers(200, 400),
+)
+@settings(max_examples=10, deadline=None)
+def test_long_forced_text_is_looked_at_a_little_ahead(
+    mistral: MistralFormat, words: list[str], times: int
+) -> None:
+    """Each token is the one of the whole text, and encoding all of it costs no square."""
+    asked: list[int] = []
+
+    def encode(text: str) -> list[int]:
+        asked.append(len(text))
+        return mistral.vocabulary.encode_text(text)
+
+    text = "x" + "".join(words) * times
+    vocabulary = dataclasses.replace(mistral.vocabulary, encode_text=encode)
+    bound = looked_at(vocabulary.token_bytes)
+    checked = CheckedGrammar(choice_grammar([text, "y"]), False, 1, (), "p")
+    mask = GrammarMasks(vocabulary).mask(checked)
+    for token_id in mistral.vocabulary.encode_text(text)[:40]:
+        assert token_id in allowed(mask)
+        mask.accept(token_id)
+    assert max(asked) <= bound
 
 
 def test_white_space_inside_json_has_a_bound(

@@ -18,7 +18,14 @@ from typing import Any
 
 import llguidance
 
-from halfbyte.chat.grammar_limits import GrammarLimits, build, fault, sentence, work_done
+from halfbyte.chat.grammar_limits import (
+    GrammarLimits,
+    build,
+    fault,
+    looked_at,
+    sentence,
+    work_done,
+)
 from halfbyte.chat.grammar_masks import (
     NOTHING,
     Bitmask,
@@ -318,9 +325,15 @@ class WrappedVocabulary:
         ]
         self.special_token_ids = sorted(vocabulary.control_names)
         self._encode_text = vocabulary.encode_text
+        self._max_length = looked_at(self.tokens)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Token ids of a text, as the model would be given it."""
+        """Token ids of how a text begins, as the model would be given it.
+
+        Before each token of an answer llguidance asks for the whole text that a grammar forces from
+        there on, and uses the first token of it: all of a long one would cost its square.
+        """
+        text = text[: self._max_length]
         if isinstance(text, bytes):
             text = text.decode("utf-8", errors="replace")
         return self._encode_text(text)

@@ -6,7 +6,7 @@ so that the process is small and quickly there.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,17 @@ _GAVE_UP = (
     "too many expressions", "too many states", "Too many items", "items; max is", "fuel exhausted",
     "too big (limit",
 )  # fmt: skip
+
+
+def looked_at(tokens: Sequence[bytes]) -> int:
+    """Length in bytes (or characters) up to which the text that a grammar forces is encoded.
+
+    tokens  bytes of every token
+
+    Sixteen of the longest tokens: llguidance drops up to four at the end, as what follows might
+    change them, and the first must remain.
+    """
+    return max(1024, 16 * max(map(len, tokens)))
 
 
 def build(tokenizer: Any, lark: str, limits: GrammarLimits, *, is_free: bool) -> Any:
