@@ -16,7 +16,7 @@ from halfbyte.engine import wire
 from halfbyte.engine.core import Engine
 from halfbyte.engine.host import Host
 from halfbyte.errors import HalfbyteError
-from halfbyte.machine import keep_one_heap, settle_heap
+from halfbyte.machine import settle_heap
 
 # A thread gives Python's lock up after so long, much sooner than by default: what arrives is read
 # beside the steps.
@@ -27,7 +27,8 @@ def main() -> None:
     """Run as the process that `engine_process` starts; the argument is the socket's descriptor."""
     # The server drains, and tells us.
     processes.ignore_signals()
-    keep_one_heap()
+    # Heaps of their own for threads, unlike the server's: a thread that compiles a grammar keeps a
+    # heap's lock for tens of milliseconds while it moves a large table, and steps allocate, too.
     connection = socket.socket(fileno=int(sys.argv[1]))
     processes.leave_with_starter(connection.fileno())
     status = 1
