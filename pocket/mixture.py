@@ -43,6 +43,7 @@ AT_LENGTH: dict[str, Kind] = {
     "recall_4k": partial(recall.recall, num_tokens=4000, num_questions=1),
     "recall_8k": partial(recall.recall, num_tokens=8000, num_questions=1),
     "recall_16k": partial(recall.recall, num_tokens=15000, num_questions=1),
+    "recall_32k": partial(recall.recall, num_tokens=30000, num_questions=1),
 }
 # The kinds that stand for the card's seven benchmarks, and those around them that are graded.
 GRADED = (

@@ -22,7 +22,7 @@ from pocket.items import Split
 from pocket.mixture import AT_LENGTH, SHARES, item
 from pocket.vocabulary import Vocabulary
 
-LONG_EVERY = 10
+LONG_EVERY = 6
 LONG_KINDS = ("long_recall", *AT_LENGTH)
 
 
@@ -38,7 +38,7 @@ class Shape:
 
 
 SHORT = Shape(65536, 512, 3072, 12288, 448)
-LONG = Shape(65536, 48, 16384, 1024, 32)
+LONG = Shape(65536, 48, 32768, 1024, 32)
 # Room is kept for so many more sequences: what is left of a batch becomes padding of at most the
 # longest length, because attention must reach every row.
 _SPARE = 24

@@ -119,6 +119,6 @@ def recall(
 
 
 def long_recall(rng: Random, split: Split) -> Item:
-    """The same over 2,000 to 14,000 tokens, many questions a document."""
-    num_tokens = int(2000 * 7.0 ** rng.random())
+    """The same over 2,000 to 30,000 tokens, many questions a document."""
+    num_tokens = int(2000 * 15.0 ** rng.random())
     return recall(rng, split, num_tokens, rng.randint(8, 28) if split == "train" else 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pocket.encode import Encoder
 from pocket.model import Model, attend_one_by_one, initial_weights, pocket_config
-from pocket.packs import Shape, held_out_batches, training_batch
+from pocket.packs import LONG_EVERY, Shape, held_out_batches, training_batch
 from pocket.train import (
     Muon,
     Settings,
@@ -115,7 +115,7 @@ def test_a_batch_that_no_document_fits_into_is_refused(vocabulary: Vocabulary) -
     """It would have no loss at all, and its gradients would be no numbers."""
     encoder, control = Encoder(vocabulary), vocabulary.control
     with pytest.raises(ValueError, match="no document of long_recall fits into 512 tokens"):
-        training_batch(9, 1, encoder, control, SHORT, replace(LONG, tokens=512))
+        training_batch(LONG_EVERY - 1, 1, encoder, control, SHORT, replace(LONG, tokens=512))
 
 
 def test_muon_steps_are_nearly_orthogonal() -> None:
