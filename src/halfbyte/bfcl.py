@@ -20,7 +20,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, reason
 
 DISTRIBUTION = "bfcl-eval"
 HOW = (
@@ -139,7 +139,7 @@ class Leaderboard:
                 row = json.loads(line)
             except (ValueError, RecursionError) as failure:
                 raise UsageError(
-                    f"{self.source}: {name}, line {number} is not JSON: {failure}"
+                    f"{self.source}: {name}, line {number} is not JSON: {reason(failure)}"
                 ) from failure
             if not isinstance(row, dict):
                 raise UsageError(f"{self.source}: {name}, line {number}: an object was expected")

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, reason
 
 # Configs, indexes, records: the largest known index (100,000 tensors) has 10 MB. JSON of this size
 # can become 600 MB of objects, which is what bounds it.
@@ -59,6 +59,18 @@ def _refuse_others(mode: int, path: str | Path) -> None:
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "of a kind of its own")
         raise OddFileError(f"is {kind}, not a regular file", path)
+
+
+def no_directory(path: str | Path) -> str:
+    """Why a path is no directory, as the half of a message that follows it and a colon."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "no such directory"
+    except (OSError, ValueError) as error:
+        return f"no directory can be opened there ({reason(error)})"
+    kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "a file")
+    return f"it is {kind}, not a directory"
 
 
 def read_bounded(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:

@@ -81,6 +81,58 @@ def test_an_odd_thing_is_named(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
+# What is wrong with the text of a file, and what is said of it.
+WRONG: dict[str, tuple[bytes, str]] = {
+    "deep": (b"[" * 100_000, "it is nested too deep"),
+    "no UTF-8": (b'name: "\xff"', "it is not UTF-8 text: byte 0xff at"),
+    "digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "a number has too many digits"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name", ["config.json", "tekken.json", "tokenizer_config.json", "r.yaml"])
+def test_limits_of_our_readers_are_said_of_the_file(
+    whole: Path, tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither Python's words for them nor an export that nobody can load."""
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    content, said = WRONG[kind]
+    (source / name).write_bytes(content)
+    command = ["quantize", str(source), str(tmp_path / "out"), "--method", "none"]
+    recipe = str(source / name) if name == "r.yaml" else "medium-3.5"
+    assert main([*command, "--recipe", recipe, "--log-level", "error"]) == 2
+    text = capsys.readouterr().err
+    assert said in text and name in text and text.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_whose_links_go_in_a_circle_is_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for command in ("inspect", "verify"):
+        assert main([command, str(tmp_path / "a")]) == 2
+        assert os.strerror(errno.ELOOP) in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["verify", str(tmp_path / "file")]) == 2
+    assert "it is a file, not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a\nerror: all is well", "a\x1b[2J", "a" * 2000, "\u202eb"])
+def test_names_of_tensors_cannot_write_lines(
+    whole: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    save_file({name: torch.ones(1)}, source / "model.safetensors")
+    assert main(["inspect", str(source)]) == 2
+    text = capsys.readouterr().err
+    assert "a tensor is called" in text and text.count("\n") == 1 and name not in text
+    assert len(text) < 300
+
+
 @pytest.mark.parametrize("place", ["/proc/out", "{tmp}/file/out", "/proc/below/out"])
 @pytest.mark.parametrize("command", ["quantize", "import"])
 def test_an_output_that_cannot_be_made_is_a_sentence(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import UnsupportedError, reason
 
 # A longer line is damage, not a conversation; reading it would exhaust the memory.
 MAX_LINE_BYTES = 64 << 20
@@ -114,7 +114,7 @@ def _text_lines(file: BinaryIO | gzip.GzipFile) -> Iterator[Line]:
         try:
             data = file.readline(MAX_LINE_BYTES)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield Line(number, b"", f"the compressed data is damaged or cut off ({error})")
+            yield Line(number, b"", f"the compressed data is damaged or cut off ({reason(error)})")
             return
         if not data:
             return
@@ -163,11 +163,7 @@ def _parquet_lines(file: BinaryIO, name: str) -> Iterator[Line]:
                 number += 1
                 yield Line(number, json.dumps(row, ensure_ascii=False, default=str).encode())
     except (ArrowException, OSError) as error:
-        yield Line(number + 1, b"", f"the parquet data is damaged ({_first_line(error)})")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+        yield Line(number + 1, b"", f"the parquet data is damaged ({reason(error)})")
 
 
 def parse_line(line: Line) -> dict[str, Any]:
@@ -177,7 +173,7 @@ def parse_line(line: Line) -> dict[str, Any]:
     try:
         value = json.loads(line.data)
     except (ValueError, RecursionError) as error:
-        raise BadRowError(f"it is not JSON ({_first_line(error)})") from error
+        raise BadRowError(f"it is not JSON ({reason(error)})") from error
     if not isinstance(value, dict):
         raise BadRowError(f"a JSON object was expected, not {type(value).__name__}")
     return value

@@ -24,7 +24,7 @@ from halfbyte.calibrate.rows import (
     Line,
     read_row_lines,
 )
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, reason
 from halfbyte.files import open_regular, read_bounded
 from halfbyte.hub import open_hub, refuse, whole_commit
 from halfbyte.log import logger
@@ -165,7 +165,7 @@ def _pictures_split(folder: Path, question: str, where: str) -> Split:
             try:
                 caption = read_bounded(beside, _MAX_CAPTION_BYTES).decode("utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"{where}: {beside}: no caption in UTF-8 ({error})") from error
+                raise UsageError(f"{where}: {beside}: no caption ({reason(error)})") from error
             messages.append({"role": "assistant", "content": caption})
         rows.append({"uuid": name, "messages": messages})
     if not rows:

@@ -19,7 +19,7 @@ from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.checkpoint.metadata import Quantization, read_config, unquantized
 from halfbyte.config import ModelConfig
-from halfbyte.errors import CheckpointError, UsageError
+from halfbyte.errors import CheckpointError, UsageError, reason
 from halfbyte.evals.judging.compare import compare_runs
 from halfbyte.evals.judging.comparison import Comparison
 from halfbyte.evals.records import BenchmarkResult, RunRecord, newest, read_records, read_run
@@ -229,7 +229,7 @@ def read_figures(files: Sequence[Path]) -> dict[str, Any]:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as failure:
-            raise UsageError(f"{file} is not a record: {failure}") from failure
+            raise UsageError(f"{file} is not a record: {reason(failure)}") from failure
         if not isinstance(record, dict) or not ("results" in record or is_fidelity(record)):
             raise UsageError(
                 f"{file} is neither a benchmark record (with 'results') nor what "

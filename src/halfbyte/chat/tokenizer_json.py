@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from halfbyte.chat.vocabulary import MAX_TOKENS, Vocabulary, read_json
-from halfbyte.errors import CheckpointError, RequestError, shown
+from halfbyte.errors import CheckpointError, RequestError, reason, shown
 
 MAX_ADDED_CHARS = 65_536  # of one added token; its automaton takes 70 bytes for each
 MAX_GROWTH = 64  # times that the normalizer may lengthen a text; " " to its three-byte sign is 3
@@ -160,7 +160,7 @@ def _tokenizer(description: Mapping[str, Any], path: Path) -> tokenizers.Tokeniz
         raise
     # The library raises bare Exceptions, and panics that are not even those.
     except BaseException as error:
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        raise CheckpointError(f"{path} is not a tokenizer: {reason(error)}") from error
 
 
 def _check_kind(description: Mapping[str, Any], path: Path) -> None:

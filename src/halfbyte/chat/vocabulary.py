@@ -13,7 +13,7 @@ from typing import Any
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.errors import CheckpointError, RequestError, reason
 from halfbyte.files import MAX_TOKENIZER_BYTES, read_bounded
 
 MAX_TOKENS = 2**22  # ids; the largest vocabularies in use have 262,144
@@ -124,7 +124,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as text: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as text: {reason(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,10 +132,8 @@ def read_json(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = json.loads(text)
-    except RecursionError as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: it is nested too deeply") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return value

@@ -38,6 +38,7 @@ from halfbyte.errors import (
     UnsupportedError,
     UsageError,
     how_to_get,
+    reason,
     shown,
 )
 from halfbyte.files import hash_regular, read_bounded
@@ -208,8 +209,9 @@ def _open(source: Path) -> Any:
         with np.errstate(over="ignore"):
             return gguf.GGUFReader(source)
     except _LIBRARY_ERRORS as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{source} cannot be read as a GGUF file ({said[:200]})") from error
+        raise CheckpointError(
+            f"{source} cannot be read as a GGUF file ({reason(error)})"
+        ) from error
 
 
 # What the library raises over damaged files; it has no family of its own.
@@ -226,7 +228,7 @@ def _value(fields: Mapping[str, Any], key: str) -> Any:
     try:
         return fields[key].contents()
     except _LIBRARY_ERRORS as error:
-        raise CheckpointError(f"{key}: cannot be read ({error})") from error
+        raise CheckpointError(f"{key}: cannot be read ({reason(error)})") from error
 
 
 def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:

@@ -45,7 +45,8 @@ class _Walk:
     def __init__(self, file: BinaryIO, where: str) -> None:
         self._file = file
         self._where = where
-        self._end = min(os.fstat(file.fileno()).st_size, _MAX_HEADER_BYTES)
+        self._file_bytes = os.fstat(file.fileno()).st_size
+        self._end = min(self._file_bytes, _MAX_HEADER_BYTES)
         self._at = 0
         self._elements = 0
         self._order = "<"
@@ -67,9 +68,12 @@ class _Walk:
         for _ in range(tensors):
             self._skip_string(_MAX_NAME_BYTES)
             dimensions = self._number("I")
-            if dimensions > _MAX_DIMENSIONS:
+            if not 1 <= dimensions <= _MAX_DIMENSIONS:
                 raise self._refuse(f"has a tensor of {dimensions} dimensions")
-            self._skip(8 * dimensions + 4 + 8)
+            self._skip(8 * dimensions + 4)
+            offset = self._number("Q")
+            if offset > self._file_bytes:
+                raise self._refuse(f"has a tensor at byte {offset} of its data")
 
     def _skip_value(self, kind: int) -> None:
         if kind == _STRING:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from halfbyte.errors import CapacityError, CheckpointError, UsageError
-from halfbyte.files import format_bytes
+from halfbyte.files import format_bytes, no_directory
 from halfbyte.hub import open_hub, refuse, whole_commit
 from halfbyte.log import logger
 
@@ -53,7 +53,7 @@ def locate(
         return Located(directory)
     match = _ID.fullmatch(source)
     if match is None:
-        raise CheckpointError(f"{source}: no such directory")
+        raise CheckpointError(f"{source}: {no_directory(source)}")
     if not allow_hub:
         raise UsageError(
             f"{source}: no such directory; if it is an id on the hub, --hub fetches it "

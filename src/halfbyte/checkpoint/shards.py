@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.errors import CheckpointError, shown
+from halfbyte.errors import CheckpointError, reason, shown
 from halfbyte.files import open_regular, read_bounded, refuse_pointer
 
 DTYPES: dict[str, torch.dtype] = {
@@ -44,6 +44,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 16 << 20
 # No tensor comes near it, and sums of such sizes can still be printed.
 _MAX_SIZE = 2**63 - 1
+# The longest names of checkpoints known to us have some 80.
+_MAX_NAME_CHARACTERS = 1000
 INDEX_NAME = "model.safetensors.index.json"
 # One read moves at most this much at a time, so that a slice of columns needs little memory.
 _CHUNK_BYTES = 64 << 20
@@ -117,7 +119,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON ({error})") from error
+        raise CheckpointError(f"{where} is not JSON ({reason(error)})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object was expected, not {type(value).__name__}")
     return value
@@ -133,7 +135,14 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_SIZE
 
 
+def _check_name(name: str, where: str) -> None:
+    """Refuse a name that would not stand as it is in a message of one line."""
+    if not name.isprintable() or len(name) > _MAX_NAME_CHARACTERS:
+        raise CheckpointError(f"{where}: a tensor is called {shown(name)}; no name of ours is so")
+
+
 def _entry(name: str, entry: object, path: Path, start: int) -> StoredTensor:
+    _check_name(name, path.name)
     where = f"{path.name}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets")
@@ -208,7 +217,9 @@ def read_weight_map(index_path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path.name} has no weight_map")
     for name, shard in weight_map.items():
+        _check_name(name, index_path.name)
         plain = isinstance(shard, str) and shard == Path(shard).name and shard.strip(".") != ""
+        plain = plain and shard.isprintable()
         if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index_path.name}: {name}: {shown(shard)} is not a shard beside it"

@@ -10,6 +10,7 @@ Rules: docs/reference/formats.md, #the-two-json-files, #tensors-of-a-quantized-l
 
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -304,7 +305,15 @@ def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterat
     text_only = checkpoint.config.vision is None
     if not any((directory / name).exists() for name in ("tokenizer.json", "tekken.json")):
         yield Problem("warning", str(directory), "no tokenizer.json and no tekken.json")
-    largest = _largest_token_id(directory)
+    is_readable = True
+    for name in COMPANION_FILES:
+        if name.endswith(".json") and os.path.lexists(directory / name):
+            try:
+                read_json(directory / name, MAX_TOKENIZER_BYTES)
+            except CheckpointError as error:
+                is_readable = False
+                yield Problem("error", str(directory), str(error))
+    largest = _largest_token_id(directory) if is_readable else None
     if largest is not None and largest >= text.vocab_size:
         yield Problem(
             "error",

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from halfbyte.errors import UsageError
+from halfbyte.files import no_directory
 from halfbyte.progress import TimeLeft, say_next
 
 EXAMPLE = "  halfbyte verify build/demo/mixed --against build/demo/fp8"
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint.verify import format_report, verify
 
     if not args.checkpoint.is_dir():
-        raise UsageError(f"{args.checkpoint}: no such directory")
+        raise UsageError(f"{args.checkpoint}: {no_directory(args.checkpoint)}")
     report = verify(args.checkpoint, args.against, progress=TimeLeft("tensors"))
     print(format_report(report))
     if not report.is_sound:

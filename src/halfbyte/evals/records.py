@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, reason
 from halfbyte.evals.types import Attempt, Cause, Sample, Score
 from halfbyte.files import write_json
 from halfbyte.json_lines import JsonLines, parse_line, whole_lines
@@ -159,7 +159,7 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = parse_line(line)
         except (ValueError, RecursionError) as failure:
-            raise _damaged(path, number, f"it is not JSON ({failure})") from failure
+            raise _damaged(path, number, f"it is not JSON ({reason(failure)})") from failure
         if not isinstance(row, dict):
             raise _damaged(path, number, f"it is not an object but {line[:40]!r}")
         yield number, row
@@ -275,7 +275,7 @@ def read_run(path: Path) -> RunRecord:
         row = json.loads(file.read_bytes())
         found = row.get("format")
     except (ValueError, RecursionError, AttributeError) as failure:
-        raise UsageError(f"{file} is not a run record: {failure}") from failure
+        raise UsageError(f"{file} is not a run record: {reason(failure)}") from failure
     if found != FORMAT:
         raise UsageError(f"{file}: format {found!r}, this version reads {FORMAT}")
     try:

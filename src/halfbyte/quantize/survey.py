@@ -19,6 +19,7 @@ from halfbyte.checkpoint.reader import IGNORED_TENSORS, Checkpoint
 from halfbyte.checkpoint.shards import StoredTensor, read_header, read_weight_map
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.files import no_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def survey(path: str | Path) -> Survey:
     """Find out what `path` holds. Raises CheckpointError if that contradicts itself."""
     directory = Path(path)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
+        raise CheckpointError(f"{directory}: {no_directory(directory)}")
     if _is_whole(directory):
         checkpoint = Checkpoint.open(directory)
         stored = sum(map(checkpoint.num_bytes, checkpoint.names()))

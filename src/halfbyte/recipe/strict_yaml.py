@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from halfbyte.errors import UsageError, shown
+from halfbyte.errors import UsageError, reason, shown
 from halfbyte.files import read_bounded
 
 # The parser takes some seconds for this much; the recipes of the library have 1 kB.
@@ -21,10 +21,8 @@ def read_yaml_text(path: Path, what: str) -> str:
     """The text of a YAML file; UsageError that calls it a `what` if it cannot be read."""
     try:
         return read_bounded(path, _MAX_BYTES).decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"{what} {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{what} {path}: cannot be read ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{what} {path}: cannot be read ({reason(error)})") from error
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -39,7 +37,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def _said(error: Exception) -> str:
     """What the parser says on one line, with the line of the file where it says it of one."""
     if not isinstance(error, yaml.MarkedYAMLError):
-        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return reason(error)
     mark = error.problem_mark or error.context_mark
     place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     parts = (" ".join(part.split()) for part in (error.context, error.problem) if part)

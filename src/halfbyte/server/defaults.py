@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, reason
 from halfbyte.files import read_bounded
 
 _FILE = "generation_config.json"
@@ -48,7 +48,7 @@ def read_sampling(directory: Path) -> SamplingDefaults:
     try:
         told = json.loads(read_bounded(path).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(told, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     values: dict[str, float] = {}

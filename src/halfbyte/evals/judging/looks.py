@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, reason
 from halfbyte.evals.judging.bounds import LEVEL
 from halfbyte.evals.records import RunRecord
 from halfbyte.evals.tasks.suite import BENCHMARKS
@@ -164,7 +164,7 @@ def read_comparison(file: Path) -> dict[str, Any]:
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
-        raise UsageError(f"{file} cannot be read as a comparison: {failure}") from failure
+        raise UsageError(f"{file} cannot be read as a comparison: {reason(failure)}") from failure
     needed = ("look", "verdict", "margins", "seed_shifts", "baseline_run", "candidate_run")
     if not isinstance(row, dict) or any(name not in row for name in needed):
         raise UsageError(f"{file} is not what `halfbyte compare-evals --out` writes")
