@@ -132,8 +132,24 @@ TEKKENS: dict[str, Change] = {
     "no config": lambda v: v.pop("config"),
     "no vocabulary": lambda v: v.pop("vocab"),
     "pieces without bytes": lambda v: v["vocab"][300].pop("token_bytes"),
+    "pieces that are a number": lambda v: v.update(vocab=5),
+    "a piece that is a number": lambda v: v["vocab"].append(5),
+    "a rank twice": lambda v: v["vocab"][301].update(rank=300),
+    "a piece twice": lambda v: v["vocab"][301].update(v["vocab"][300], rank=301),
+    "an empty piece": lambda v: v["vocab"][301].update(token_bytes=""),
+    "bytes that are none": lambda v: v["vocab"][301].update(token_bytes="????"),
+    "single bytes in another order": lambda v: v["vocab"][3].update(token_bytes="Aw=="[::-1]),
+    "pictures without a size": lambda v: v.update(image={"image_patch_size": 14}),
     "an unknown version": set_config(version="v99"),
 }
+# What libraries and Python say of what they trip over, and no reader would.
+INTERNAL_WORDS = (
+    "object of type",
+    "not subscriptable",
+    "has no attribute",
+    "recursion",
+    "NoneType",
+)
 
 
 @pytest.mark.parametrize("name", TEKKENS)
@@ -142,7 +158,11 @@ def test_tekken_json(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tekken\.json") as caught:
         loaded(tmp_path, "tekken", TEKKENS[name])
     assert time.thread_time() - started < 5
-    assert len(str(caught.value)) < 500
+    said = str(caught.value).partition("tekken.json")[2]
+    assert len(said) < 500
+    # A sentence, not an exception's bare value.
+    assert sum(word.isalpha() for word in said.split()) >= 3
+    assert not any(words in said for words in INTERNAL_WORDS)
 
 
 def test_a_million_blanks_are_the_clients_error(mistral: MistralFormat) -> None:

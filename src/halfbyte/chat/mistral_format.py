@@ -5,6 +5,7 @@ decoded. What mistral-common lets pass silently is checked here: arguments of ea
 call ids, efforts. Rules: docs/reference/chat.md#order-of-a-prompt.
 """
 
+import base64
 import functools
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ from halfbyte.chat.vocabulary import (
     read_json,
     tekken_vocabulary,
 )
-from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.errors import CheckpointError, RequestError, shown
 from halfbyte.files import require_regular
 
 MAX_SPECIAL = 2**16  # control tokens; files in use have 1,000
@@ -155,6 +156,11 @@ def load_mistral_format(path: Path) -> MistralFormat:
             path, mode=ValidationMode.serving
         )
     # mistral-common reads without looking: KeyError, TypeError, AssertionError, what it may be.
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path}: mistral-common cannot read it, as a field is missing or none it knows "
+            f"({_plain_message(error)})"
+        ) from error
     except Exception as error:
         raise CheckpointError(f"{path}: {_plain_message(error)}") from error
     tekken = tokenizer.instruct_tokenizer.tokenizer
@@ -193,6 +199,7 @@ def _check_tekken(value: Mapping[str, Any], path: Path) -> None:
             raise CheckpointError(
                 f"{path}: {name} is {str(number)[:40]}; expected a number from 1 to {limit:,}"
             )
+    _check_vocabulary(value.get("vocab"), path)
     specials = value.get("special_tokens")
     if specials is None:
         return  # older files; mistral-common has their names
@@ -205,6 +212,25 @@ def _check_tekken(value: Mapping[str, Any], path: Path) -> None:
     names = [token.get("token_str") for token in specials]
     if not all(isinstance(name, str) and name for name in names):
         raise CheckpointError(f"{path}: a special token has no name")
+
+
+def _check_vocabulary(entries: object, path: Path) -> None:
+    """Refuse pieces that mistral-common would stumble over: it asserts what it expects."""
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{path}: vocab must be a list of pieces, not {shown(entries)}")
+    seen: set[bytes] = set()
+    for rank, entry in enumerate(entries):
+        try:
+            piece = base64.b64decode(entry["token_bytes"], validate=True)
+            is_right = entry["rank"] == rank and piece and piece not in seen
+        except (TypeError, KeyError, ValueError):
+            is_right = False
+        if not is_right or (rank < 256 and piece != bytes([rank])):
+            raise CheckpointError(
+                f"{path}: piece {rank} of vocab is {shown(entry)}; its rank must be its place, its "
+                "bytes new and in base64, the first 256 the single bytes"
+            )
+        seen.add(piece)
 
 
 def _check_pattern(tekken: Tekkenizer, path: Path) -> None:

@@ -45,7 +45,7 @@ from halfbyte.chat.sandbox_bounds import (
     weight_of,
 )
 from halfbyte.chat.written import Written, formatted, joined, own
-from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.errors import CheckpointError, RequestError, reason
 
 MAX_SOURCE = 2**20  # characters of a template; the longest in use have 30,000
 
@@ -84,8 +84,8 @@ class ChatTemplate:
             raise RequestError(str(error), param="messages") from error
         # A template is foreign code: whatever it raises is its fault or the conversation's.
         except Exception as error:
-            reason = _first_line(error) or type(error).__name__
-            message = f"the model's chat template cannot render this conversation: {reason}"
+            said = _first_line(error) or type(error).__name__
+            message = f"the model's chat template cannot render this conversation: {said}"
             raise RequestError(message, param="messages") from error
         finally:
             running_bounds.ends = None
@@ -95,6 +95,8 @@ class ChatTemplate:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return reason(error)
     return (str.__str__(str(error)).splitlines() or [""])[0]
 
 
