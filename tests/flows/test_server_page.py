@@ -584,6 +584,7 @@ def test_the_last_conversation_gone_to_is_the_one_shown(browser: Browser, say: S
     ask(browser, "Count")
     done(browser, 1)
     # One opens while its turns are still read from the browser's store; the new one comes later.
+    browser.until("document.querySelector('#conversations .open') !== null")
     open_first = "document.querySelector('#conversations .open').click()"
     browser.run(f"{open_first}; document.getElementById('new').click()")
     browser.until("document.querySelectorAll('#conversations .open').length === 1")
