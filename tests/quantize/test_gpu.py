@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from halfbyte.calibrate.moments import InputSums
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.formats.fp8 import PROFILES, Profile
 from halfbyte.formats.nvfp4 import decode_nvfp4
@@ -80,6 +81,17 @@ def test_a_run_on_a_gpu_is_that_of_a_cpu_up_to_its_own_forward(
                 .view(torch.uint8)
                 .equal(theirs[name].reshape(-1).view(torch.uint8))
             ), name
+
+
+def test_products_of_bf16_are_exact_on_matrix_units() -> None:
+    """Blocks wider than one included; f32 has room for each product, sums are rounded alike."""
+    x_TI = torch.randn(300, 5000, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    sums = InputSums(5000, "products", torch.device("cuda"))
+    for start in range(0, 300, 128):
+        sums.update(x_TI[start : start + 128].cuda())
+    wanted_II = x_TI.double().T @ x_TI.double()
+    found_II = sums.take_products().double().cpu()
+    assert float((found_II - wanted_II).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [96, 1500])

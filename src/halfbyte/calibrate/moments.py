@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# Rows of a block of products: only blocks on and above the diagonal are computed.
+_BLOCK_ROWS = 2048
+
 # What is wanted of a tap point: one number an input, or one for every two of them as well.
 Want = Literal["squares", "products"]
 
@@ -21,7 +24,7 @@ class InputSums:
 
     maxima_I     f32, largest magnitudes
     squares_I    f64, sums of squares
-    products_II  f32, sum of x x^T; None unless wanted
+    products_II  f32, blocks of the sum of x x^T on and above its diagonal; None unless wanted
     """
 
     def __init__(self, width: int, want: Want, device: torch.device) -> None:
@@ -37,7 +40,17 @@ class InputSums:
         torch.maximum(self.maxima_I, wide_TI.abs().amax(0), out=self.maxima_I)
         self.squares_I += wide_TI.square().sum(0, dtype=torch.float64)
         if self.products_II is not None:
-            self.products_II.addmm_(wide_TI.T, wide_TI)
+            _add_products(self.products_II, x_TI if _multiplies_exactly(x_TI) else wide_TI)
+
+    @torch.inference_mode()  # as `divide`
+    def take_products(self) -> Tensor:
+        """The products of every two inputs (I, I), whole; they are forgotten here."""
+        assert self.products_II is not None
+        products_II, self.products_II = self.products_II, None
+        for start in range(0, products_II.shape[0], _BLOCK_ROWS):
+            stop = start + _BLOCK_ROWS
+            products_II[stop:, start:stop] = products_II[start:stop, stop:].T
+        return products_II
 
     @torch.inference_mode()  # as layers run, whose tensors cannot be changed outside of it
     def divide(self, factors_I: Tensor) -> None:
@@ -47,3 +60,18 @@ class InputSums:
         if self.products_II is not None:
             self.products_II /= factors_I
             self.products_II /= factors_I[:, None]
+
+
+def _multiplies_exactly(x_TI: Tensor) -> bool:
+    """Whether matrix units multiply these exactly: products of two bf16 have room in an f32."""
+    return x_TI.is_cuda and x_TI.dtype is torch.bfloat16
+
+
+def _add_products(products_II: Tensor, x_TI: Tensor) -> None:
+    for start in range(0, products_II.shape[0], _BLOCK_ROWS):
+        block_TB, rest_TI = x_TI[:, start : start + _BLOCK_ROWS], x_TI[:, start:]
+        sums_BI = products_II[start : start + _BLOCK_ROWS, start:]
+        if x_TI.dtype is torch.bfloat16:
+            sums_BI += torch.mm(block_TB.T, rest_TI, out_dtype=torch.float32)
+        else:
+            sums_BI.addmm_(block_TB.T, rest_TI)

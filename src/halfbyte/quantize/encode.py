@@ -130,12 +130,9 @@ class Inputs:
     def metric(self, options: GptqOptions) -> Metric:
         """Factor the products of the inputs for GPTQ and drop them, as both are large."""
         if self._metric is None:
-            assert self.sums is not None and self.sums.products_II is not None
-            products_II, self.sums.products_II = self.sums.products_II, None
+            assert self.sums is not None
             # Handed over, so that nobody holds them while they are factored.
-            held = [products_II]
-            del products_II
-            self._metric = make_metric(held.pop(), options)
+            self._metric = make_metric(self.sums.take_products(), options)
         return self._metric
 
     def damp(self, damping: float) -> None:
