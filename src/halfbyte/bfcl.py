@@ -20,7 +20,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import UsageError, in_words
 
 DISTRIBUTION = "bfcl-eval"
 HOW = (
@@ -139,7 +139,7 @@ class Leaderboard:
                 row = json.loads(line)
             except (ValueError, RecursionError) as failure:
                 raise UsageError(
-                    f"{self.source}: {name}, line {number} is not JSON: {reason(failure)}"
+                    f"{self.source}: {name}, line {number} is not JSON: {in_words(failure)}"
                 ) from failure
             if not isinstance(row, dict):
                 raise UsageError(f"{self.source}: {name}, line {number}: an object was expected")
@@ -192,7 +192,7 @@ def _read(file: Traversable, source: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, KeyError, ValueError) as failure:
-        raise UsageError(f"{source}: {file.name} cannot be read: {failure}") from failure
+        raise UsageError(f"{source}: {file.name} cannot be read: {in_words(failure)}") from failure
 
 
 def find_leaderboard(data: Path | None) -> Leaderboard:
@@ -238,7 +238,7 @@ def _in_wheel(wheel: Path) -> Leaderboard:
         root = zipfile.Path(wheel)
         found = _in_package(root / "bfcl_eval", wheel.name)
     except (OSError, zipfile.BadZipFile) as failure:
-        raise UsageError(f"{wheel} is not a wheel: {failure}") from failure
+        raise UsageError(f"{wheel} is not a wheel: {in_words(failure)}") from failure
     if found is None:
         raise UsageError(f"{wheel} does not hold bfcl_eval/data. {HOW}")
     return found

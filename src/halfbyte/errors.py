@@ -4,11 +4,25 @@ Everything that a user, a file, a client or a machine can get wrong raises one o
 message that says what, where and what to do. Broken invariants of our own are assertions.
 """
 
+import errno
+import json
 import reprlib
+
+# What a page of the terminal holds; names and texts out of files have any length.
+_MOST_SAID, _SAID_FIRST, _SAID_LAST = 1000, 700, 250
 
 
 class HalfbyteError(Exception):
-    """Base of every error with a message meant for people; the CLI prints it without a trace."""
+    """Base of every error with a message meant for people; the CLI prints it without a trace.
+
+    A message that quotes too much is cut in its middle.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= _MOST_SAID:
+            return text
+        return f"{text[:_SAID_FIRST]} … {text[-_SAID_LAST:]}"
 
 
 class UsageError(HalfbyteError):
@@ -96,3 +110,55 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "…"
     return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
+
+
+# Words of Python's JSON reader -> ours.
+_JSON_WORDS = {
+    "Expecting value": "a value is missing",
+    "Expecting property name enclosed in double quotes": "a name in double quotes is missing",
+    "Expecting ':' delimiter": "a colon is missing",
+    "Expecting ',' delimiter": "a comma is missing",
+    "Illegal trailing comma before end of object": "nothing follows a comma",
+    "Illegal trailing comma before end of array": "nothing follows a comma",
+    "Extra data": "something follows the end",
+    "Unterminated string starting at": "a text does not end",
+    "Unexpected UTF-8 BOM (decode using utf-8-sig)": "it begins with a byte order mark",
+}
+# What a library raises that goes into a file's values without looking.
+_UNLOOKED = (TypeError, AttributeError, LookupError, AssertionError)
+
+
+def in_words(error: BaseException) -> str:
+    """Half a sentence on why a file could not be read, from what was raised over it.
+
+    Python speaks of its own types and limits, which say nothing to whoever has the file.
+    """
+    if isinstance(error, OSError):
+        circle = "its links lead in a circle" if error.errno == errno.ELOOP else None
+        return circle or error.strerror or _first_line(error)
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"byte {error.start + 1} (0x{byte:02x}) is not UTF-8 text"
+    if isinstance(error, UnicodeEncodeError):
+        return f"it holds half a surrogate pair ({error.object[error.start]!r}), which is no text"
+    if isinstance(error, json.JSONDecodeError):
+        said = _JSON_WORDS.get(error.msg, error.msg)
+        return f"line {error.lineno}, column {error.colno}: {said}"
+    if isinstance(error, _UNLOOKED):
+        return "a value in it is missing or of another kind than was expected"
+    text = _first_line(error)
+    if isinstance(error, ValueError) and text.startswith("Exceeds the limit"):
+        return "a number in it has thousands of digits"
+    return text
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return line if len(line) <= _MOST_QUOTED else f"{line[: _MOST_QUOTED - 1]}…"
+
+
+_MOST_QUOTED = 200  # of what a library says

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
-from halfbyte.errors import CheckpointError, reason
+from halfbyte.errors import CheckpointError, in_words
 from halfbyte.files import read_bounded
 
 Unit = Literal[
@@ -155,7 +155,7 @@ def read_record(path: Path) -> Record:
     try:
         found = json.loads(read_bounded(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a benchmark record: {reason(error)}") from error
+        raise CheckpointError(f"{path} is not a benchmark record: {in_words(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not a benchmark record: it is not a JSON object")
     missing = {"name", "command", "date", "machine", "results"} - set(found)

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import CheckpointError, UsageError
 
 # Configs, indexes, records: the largest known index (100,000 tensors) has 10 MB. JSON of this size
 # can become 600 MB of objects, which is what bounds it.
@@ -42,13 +42,25 @@ class OddFileError(OSError):
 def open_regular(path: str | Path, *, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading, as `open(path, "rb")` does.
 
-    Raises OddFileError at once for a FIFO, a device, a socket and a directory; OSError as `open`.
+    Raises OddFileError at once for a FIFO, a device, a socket, a directory and a link that leads
+    to no file; OSError as `open`.
     """
-    _refuse_others(os.stat(path).st_mode, path)
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a zero byte
+        raise OddFileError("is no name of a file", path) from error
+    except OSError as error:
+        if (why := _why_no_end(path, error)) is not None:
+            raise OddFileError(why, path) from error
+        raise
+    _refuse_others(mode, path)
     # It may have become another thing since; opening must not wait even then.
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        _refuse_others(os.fstat(handle).st_mode, path)
+        found = os.fstat(handle)
+        _refuse_others(found.st_mode, path)
+        if found.st_size == 0 and _must_wait(handle):
+            raise OddFileError("has nothing to read until the system writes it", path)
         return os.fdopen(handle, "rb", buffering)
     except BaseException:
         os.close(handle)
@@ -61,16 +73,52 @@ def _refuse_others(mode: int, path: str | Path) -> None:
         raise OddFileError(f"is {kind}, not a regular file", path)
 
 
-def no_directory(path: str | Path) -> str:
-    """Why a path is no directory, as the half of a message that follows it and a colon."""
+def _must_wait(handle: int) -> bool:
+    """Whether reading would wait, as in some files of /proc, which count as regular ones."""
+    try:
+        os.pread(handle, 1, 0)
+    except BlockingIOError:
+        return True
+    except OSError:  # whoever reads is told
+        return False
+    return False
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether something lies at a path, be it a link that leads nowhere.
+
+    A file that may be left out is left out only then: whoever opens the link is told of it.
+    """
+    return os.path.lexists(path)
+
+
+def _why_no_end(path: str | Path, error: OSError) -> str | None:
+    """What is wrong with the links at a path; None where they are not what is wrong."""
+    if error.errno == errno.ELOOP:
+        return "is a link that leads back to itself, in a circle"
+    if error.errno == errno.ENOENT and os.path.islink(path):
+        return f"is a link to {os.readlink(path)!r}, where nothing is"
+    return None
+
+
+def require_directory(path: str | Path, missing: str = "no such directory") -> None:
+    """Raise CheckpointError that says what lies at a path in place of a checkpoint's directory.
+
+    missing  what is said where nothing lies there
+    """
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return "no such directory"
-    except (OSError, ValueError) as error:
-        return f"no directory can be opened there ({reason(error)})"
-    kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "a file")
-    return f"it is {kind}, not a directory"
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is no name of a directory") from error
+    except FileNotFoundError as error:
+        why = _why_no_end(path, error)
+        raise CheckpointError(f"{path} {why}" if why else f"{path}: {missing}") from error
+    except OSError as error:
+        why = _why_no_end(path, error) or f"cannot be read ({error.strerror})"
+        raise CheckpointError(f"{path} {why}") from error
+    if not stat.S_ISDIR(mode):
+        kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "a file")
+        raise CheckpointError(f"{path} is {kind}, not a directory")
 
 
 def read_bounded(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
@@ -85,6 +133,24 @@ def read_bounded(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         raise OddFileError(f"has more than the {format_bytes(max_bytes)} we read of such", path)
     refuse_pointer(content, path)
     return content
+
+
+# Lists and objects of one JSON text; a header of 300,000 tensors has as many. They become several
+# hundred bytes each, in a file of three.
+MAX_JSON_PARTS = 1_000_000
+
+
+def parse_json_text(content: bytes | str, **options: Any) -> Any:
+    """The value of a JSON text, with `options` of json.loads, if it can become no memory-eater.
+
+    Raises ValueError for what is no JSON or has more lists and objects than any file of ours,
+    RecursionError for what is nested too deeply; `errors.in_words` says either.
+    """
+    if isinstance(content, bytes):
+        content = content.decode(json.detect_encoding(content))
+    if content.count("[") + content.count("{") > MAX_JSON_PARTS:
+        raise ValueError(f"it has more than {MAX_JSON_PARTS:,} lists and objects")
+    return json.loads(content, **options)
 
 
 def require_regular(path: str | Path) -> None:

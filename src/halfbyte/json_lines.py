@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.files import open_regular
+from halfbyte.files import is_there, open_regular
 
 
 class JsonLines:
@@ -56,7 +56,7 @@ def whole_lines(path: Path) -> Iterator[bytes]:
 
     Raises OddFileError if something other than a file lies there.
     """
-    if not path.exists():
+    if not is_there(path):
         return
     with open_regular(path) as file:
         for line in file:

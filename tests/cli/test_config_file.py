@@ -58,7 +58,7 @@ def test_the_command_line_wins_and_adds(tmp_path: Path) -> None:
         ("directory: x", "no flag"),
         ("config: x", "no flag"),
         ("port: [1]", "takes a number"),
-        ("port: many", "cannot be read"),
+        ("port: many", "is no whole number"),
         ("port: true", "takes a number"),
         ("ray: 1", "true or false"),
         ("dialect: french", "is not one of auto"),

@@ -199,7 +199,7 @@ def test_a_recipe_is_a_small_regular_file(tmp_path: Path) -> None:
         ("fifo", "is a FIFO"),
         ("folder", "is a directory"),
         ("large", "more than the 200.0 kB"),
-        ("latin", "not UTF-8 text"),
+        ("latin", "is not UTF-8"),
         ("pointer", "Git LFS pointer"),
         ("absent", "No such file"),
     ):

@@ -24,7 +24,7 @@ from halfbyte.chat.images import (
 from halfbyte.chat.prompt import EncodedPrompt
 from halfbyte.chat.tokens import ChatFormat, load_chat
 from halfbyte.errors import CheckpointError, HalfbyteError, RequestError
-from halfbyte.files import hash_regular, read_bounded
+from halfbyte.files import hash_regular, is_there, read_bounded
 
 _LIMITS = ImageLimits()  # the server's own
 _TOKENIZER_FILES = ("tekken.json", "tokenizer.json")
@@ -175,7 +175,7 @@ def load_chat_text(directory: Path, mode: ReasoningMode) -> ChatText:
     Raises CheckpointError if there is none, or no chat template where the mode needs one.
     """
     chat = load_chat(directory)
-    tokenizer = next(directory / name for name in _TOKENIZER_FILES if (directory / name).exists())
+    tokenizer = next(directory / name for name in _TOKENIZER_FILES if is_there(directory / name))
     # tekken.json holds the template's facts itself; mistral-common writes it out.
     template = None if tokenizer.name == "tekken.json" else _template_file(directory)
     if mode != "plain" and tokenizer.name != "tekken.json" and template is None:
@@ -186,9 +186,9 @@ def load_chat_text(directory: Path, mode: ReasoningMode) -> ChatText:
 def _template_file(directory: Path) -> Path | None:
     """Where the chat template stands, by the order in which `chat` looks for it."""
     jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    if jinja.exists():
+    if is_there(jinja):
         return jinja
-    has_template = config.exists() and b'"chat_template"' in read_bounded(config)
+    has_template = is_there(config) and b'"chat_template"' in read_bounded(config)
     return config if has_template else None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import UsageError, in_words
 from halfbyte.files import read_bounded
 
 NUM_WORDS = 13
@@ -66,7 +66,7 @@ def read_prompts(path: Path) -> Iterator[str]:
         lines = read_bounded(path, MAX_PROMPTS_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"{path}: cannot be read as evaluation prompts ({reason(error)})"
+            f"{path}: cannot be read as evaluation prompts ({in_words(error)})"
         ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -74,7 +74,7 @@ def read_prompts(path: Path) -> Iterator[str]:
         try:
             yield from _strings(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}:{number} is not JSON ({reason(error)})") from error
+            raise UsageError(f"{path}:{number} is not JSON ({in_words(error)})") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

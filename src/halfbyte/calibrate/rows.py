@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from halfbyte.errors import UnsupportedError, reason
+from halfbyte.errors import UnsupportedError, in_words
 
 # A longer line is damage, not a conversation; reading it would exhaust the memory.
 MAX_LINE_BYTES = 64 << 20
@@ -114,7 +114,9 @@ def _text_lines(file: BinaryIO | gzip.GzipFile) -> Iterator[Line]:
         try:
             data = file.readline(MAX_LINE_BYTES)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield Line(number, b"", f"the compressed data is damaged or cut off ({reason(error)})")
+            yield Line(
+                number, b"", f"the compressed data is damaged or cut off ({in_words(error)})"
+            )
             return
         if not data:
             return
@@ -173,7 +175,7 @@ def parse_line(line: Line) -> dict[str, Any]:
     try:
         value = json.loads(line.data)
     except (ValueError, RecursionError) as error:
-        raise BadRowError(f"it is not JSON ({reason(error)})") from error
+        raise BadRowError(f"it is not JSON ({in_words(error)})") from error
     if not isinstance(value, dict):
         raise BadRowError(f"a JSON object was expected, not {type(value).__name__}")
     return value

@@ -24,8 +24,8 @@ from halfbyte.calibrate.rows import (
     Line,
     read_row_lines,
 )
-from halfbyte.errors import UsageError, reason
-from halfbyte.files import open_regular, read_bounded
+from halfbyte.errors import UsageError, in_words
+from halfbyte.files import is_there, open_regular, read_bounded
 from halfbyte.hub import open_hub, refuse, whole_commit
 from halfbyte.log import logger
 
@@ -161,11 +161,13 @@ def _pictures_split(folder: Path, question: str, where: str) -> Split:
         content = [{"type": "image", "image": name}, {"type": "text", "text": question}]
         messages: list[dict[str, object]] = [{"role": "user", "content": content}]
         beside = path.with_suffix(".txt")
-        if beside.exists():
+        if is_there(beside):
             try:
                 caption = read_bounded(beside, _MAX_CAPTION_BYTES).decode("utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"{where}: {beside}: no caption ({reason(error)})") from error
+                raise UsageError(
+                    f"{where}: {beside}: no caption in UTF-8 ({in_words(error)})"
+                ) from error
             messages.append({"role": "assistant", "content": caption})
         rows.append({"uuid": name, "messages": messages})
     if not rows:
@@ -180,7 +182,7 @@ def _pictures_split(folder: Path, question: str, where: str) -> Split:
 def _tool_calls(place: str, folder: Path, where: str) -> OpenedSource:
     """Rows that the leaderboard does not grade (`halfbyte.bfcl`); the graded ones never enter."""
     data = None if place == "installed" else folder / place
-    if data is not None and not data.exists():
+    if data is not None and not is_there(data):
         raise UsageError(f"{where}: {data}: there is no such wheel or folder")
     leaderboard = find_leaderboard(data)
     found = ungraded_rows(leaderboard)
@@ -198,7 +200,7 @@ def _local_splits(path: Path, where: str) -> tuple[Split, ...]:
     """A file, every readable file of a folder, or what a pattern finds; each file is a split."""
     if path.is_dir():
         paths = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.endswith(SUFFIXES)]
-    elif path.exists():
+    elif is_there(path):
         paths = [path]
     else:
         paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
@@ -241,7 +243,7 @@ def _folder_of(dataset: Dataset, folder: Path) -> tuple[Path, str | None] | None
             f"{dataset.revision}"
         )
     main = snapshots.parent / "refs" / "main"
-    newest = main.read_text("utf-8").strip() if main.exists() else wanted[-1]
+    newest = main.read_text("utf-8").strip() if is_there(main) else wanted[-1]
     revision = newest if newest in wanted else wanted[-1]
     return snapshots / revision, revision
 

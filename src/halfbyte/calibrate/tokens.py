@@ -17,7 +17,7 @@ from halfbyte.calibrate.blend import load_blend
 from halfbyte.calibrate.draw import CalibrationData, RowPictures, draw
 from halfbyte.chat.prompt import EncodedImage
 from halfbyte.config import TextConfig
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import UsageError, in_words
 from halfbyte.files import require_regular
 
 Rows = tuple[Tensor, ...]  # each int64 (tokens,), on the CPU
@@ -52,7 +52,7 @@ def read_rows(path: Path) -> tuple[Rows, RowPictures]:
                 batches.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UsageError(
-            f"{path}: cannot be read as calibration tokens ({reason(error)})"
+            f"{path}: cannot be read as calibration tokens ({in_words(error)})"
         ) from error
     rows: list[Tensor] = []
     pictures: list[tuple[EncodedImage, ...]] = []

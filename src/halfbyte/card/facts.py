@@ -4,7 +4,6 @@ Every figure leaves here with the file it came from (`Source`); what is absent s
 page says "not measured". No figure is computed here that is not in a record.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.chat.tokens import load_chat
+from halfbyte.chat.vocabulary import read_text
 from halfbyte.checkpoint.fp8_source import NOTE_FILE
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.checkpoint.inventory import expected_tensors
 from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.checkpoint.metadata import Quantization, read_config, unquantized
 from halfbyte.config import ModelConfig
-from halfbyte.errors import CheckpointError, UsageError, reason
+from halfbyte.errors import CheckpointError, UsageError, in_words
 from halfbyte.evals.judging.compare import compare_runs
 from halfbyte.evals.judging.comparison import Comparison
 from halfbyte.evals.records import BenchmarkResult, RunRecord, newest, read_records, read_run
 from halfbyte.evals.tasks.suite import BENCHMARKS, SUITES
 from halfbyte.fidelity.comparison import comparison_of
 from halfbyte.figures import CARD_TOPICS, Figure, Record, parse_record
+from halfbyte.files import is_there, parse_json_text, read_bounded
 from halfbyte.modules import decoder_linears
 from halfbyte.server.defaults import SamplingDefaults, read_sampling
 from halfbyte.server.vllm.command import VllmOptions, VllmPlan, plan_vllm
@@ -179,7 +180,7 @@ def read_checkpoint(folder: Path) -> CheckpointFacts:
         layers_by_format=layers_by_format,
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         made_of=manifest.made_of if manifest is not None else {},
-        note=" ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else "",
+        note=" ".join(read_text(note).split()) if is_there(note) else "",
         identity=checkpoint_identity(folder),
         sampling=_recommended(folder),
         chat=chat,
@@ -189,7 +190,7 @@ def read_checkpoint(folder: Path) -> CheckpointFacts:
 
 
 def _read_chat(folder: Path, config: ModelConfig) -> tuple[ChatFacts | None, VllmPlan | None]:
-    if not any((folder / name).exists() for name in ("tekken.json", "tokenizer.json")):
+    if not any(is_there(folder / name) for name in ("tekken.json", "tokenizer.json")):
         return None, None
     chat = load_chat(folder)
     facts = ChatFacts(
@@ -227,9 +228,9 @@ def read_figures(files: Sequence[Path]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in files:
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = parse_json_text(read_bounded(file).decode("utf-8"))
         except (OSError, ValueError, RecursionError) as failure:
-            raise UsageError(f"{file} is not a record: {reason(failure)}") from failure
+            raise UsageError(f"{file} is not a record: {in_words(failure)}") from failure
         if not isinstance(record, dict) or not ("results" in record or is_fidelity(record)):
             raise UsageError(
                 f"{file} is neither a benchmark record (with 'results') nor what "

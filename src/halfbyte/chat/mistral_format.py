@@ -34,10 +34,12 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer, is_tekkenizer
+from pydantic import ValidationError
 
 from halfbyte.chat import tools as tool_calls
 from halfbyte.chat.images import DecodedImages, ImageLayout
 from halfbyte.chat.prompt import ControlTokens, EncodedImage, EncodedPrompt
+from halfbyte.chat.tokenizer_bounds import MAX_PATTERN_CHARS, check_length
 from halfbyte.chat.vocabulary import (
     MAX_TOKENS,
     Vocabulary,
@@ -45,9 +47,10 @@ from halfbyte.chat.vocabulary import (
     read_json,
     tekken_vocabulary,
 )
-from halfbyte.errors import CheckpointError, RequestError, shown
+from halfbyte.errors import CheckpointError, RequestError, in_words, shown
 from halfbyte.files import require_regular
 
+MAX_IMAGE_SIZE = 2**16  # pixels of a side
 MAX_SPECIAL = 2**16  # control tokens; files in use have 1,000
 
 
@@ -162,12 +165,12 @@ def load_mistral_format(path: Path) -> MistralFormat:
             f"({_plain_message(error)})"
         ) from error
     except Exception as error:
-        raise CheckpointError(f"{path}: {_plain_message(error)}") from error
+        raise CheckpointError(f"{path}: {_of_file(error)}") from error
     tekken = tokenizer.instruct_tokenizer.tokenizer
     if not is_tekkenizer(tekken):
         raise CheckpointError(f"{path} is not a tekken vocabulary")
     _check_pattern(tekken, path)
-    layout = _image_layout(tekken)
+    layout = _image_layout(tekken, path)
     if layout is not None:
         # Ours needs no OpenCV, and takes only images that are decoded and checked.
         tokenizer.instruct_tokenizer.image_encoder = DecodedImages(layout)  # type: ignore[assignment]
@@ -197,40 +200,42 @@ def _check_tekken(value: Mapping[str, Any], path: Path) -> None:
         number = config.get(name)
         if type(number) is not int or not 0 < number <= limit:
             raise CheckpointError(
-                f"{path}: {name} is {str(number)[:40]}; expected a number from 1 to {limit:,}"
+                f"{path}: {name} is {shown(number)}; expected a number from 1 to {limit:,}"
             )
-    _check_vocabulary(value.get("vocab"), path)
+    pattern = config.get("pattern")
+    if not isinstance(pattern, str) or not pattern:
+        raise CheckpointError(f"{path}: pattern is {shown(pattern)}; a text was expected")
+    check_length(len(pattern), MAX_PATTERN_CHARS, f"{path}: pattern has")
+    if not isinstance(config.get("version"), str):
+        raise CheckpointError(f"{path}: version is {shown(config.get('version'))}")
+    _check_pieces(value.get("vocab"), path)
     specials = value.get("special_tokens")
     if specials is None:
         return  # older files; mistral-common has their names
-    ranks = [token.get("rank") for token in specials if isinstance(token, Mapping)]
-    if not isinstance(specials, list) or ranks != list(range(len(specials))):
+    is_list = isinstance(specials, list)
+    listed = specials if is_list else ()
+    ranks = [token.get("rank") for token in listed if isinstance(token, Mapping)]
+    if not is_list or ranks != list(range(len(specials))):
         raise CheckpointError(
             f"{path}: the ranks of special_tokens must count from 0, in order; "
-            f"they are {str(ranks)[:60]}"
+            f"they are {shown(ranks if is_list else specials)}"
         )
     names = [token.get("token_str") for token in specials]
     if not all(isinstance(name, str) and name for name in names):
         raise CheckpointError(f"{path}: a special token has no name")
 
 
-def _check_vocabulary(entries: object, path: Path) -> None:
-    """Refuse pieces that mistral-common would stumble over: it asserts what it expects."""
-    if not isinstance(entries, list):
-        raise CheckpointError(f"{path}: vocab must be a list of pieces, not {shown(entries)}")
-    seen: set[bytes] = set()
-    for rank, entry in enumerate(entries):
+def _check_pieces(pieces: object, path: Path) -> None:
+    """Refuse a vocabulary that is no list of pieces, each of some bytes in base64."""
+    if not isinstance(pieces, list):
+        raise CheckpointError(f"{path}: vocab must be a list of pieces: {shown(pieces)}")
+    for number, piece in enumerate(pieces):
         try:
-            piece = base64.b64decode(entry["token_bytes"], validate=True)
-            is_right = entry["rank"] == rank and piece and piece not in seen
-        except (TypeError, KeyError, ValueError):
-            is_right = False
-        if not is_right or (rank < 256 and piece != bytes([rank])):
+            base64.b64decode(piece["token_bytes"], validate=True)
+        except (TypeError, LookupError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: piece {rank} of vocab is {shown(entry)}; its rank must be its place, its "
-                "bytes new and in base64, the first 256 the single bytes"
-            )
-        seen.add(piece)
+                f"{path}: piece {number} of vocab has no bytes in base64: {shown(piece)}"
+            ) from error
 
 
 def _check_pattern(tekken: Tekkenizer, path: Path) -> None:
@@ -240,7 +245,7 @@ def _check_pattern(tekken: Tekkenizer, path: Path) -> None:
             ids = tekken.encode(text, bos=False, eos=False)
             kept = b"".join(map(tekken.id_to_byte_piece, ids)).decode(errors="replace")
         except ValueError as error:
-            raise CheckpointError(f"{path}: {_plain_message(error)}") from error
+            raise CheckpointError(f"{path}: {_of_file(error)}") from error
         if kept != text:
             raise CheckpointError(
                 f"{path}: its pattern does not match all of a text; of {text[:20]!r} it keeps "
@@ -284,10 +289,16 @@ def _control_tokens(tekken: Tekkenizer) -> ControlTokens:
     )
 
 
-def _image_layout(tekken: Tekkenizer) -> ImageLayout | None:
+def _image_layout(tekken: Tekkenizer, path: Path) -> ImageLayout | None:
     config = tekken.image
     if config is None:
         return None
+    for name in ("image_patch_size", "spatial_merge_size", "max_image_size"):
+        number = getattr(config, name, None)
+        if type(number) is not int or not 0 < number <= MAX_IMAGE_SIZE:
+            raise CheckpointError(
+                f"{path}: {name} is {shown(number)}; expected a number from 1 to {MAX_IMAGE_SIZE:,}"
+            )
     return ImageLayout(
         patch_pixels=config.image_patch_size * config.spatial_merge_size,
         max_side_pixels=config.max_image_size,
@@ -396,6 +407,15 @@ def _convert_tool(tool: Mapping[str, Any], number: int) -> Tool:
             parameters=dict(parameters),
         )
     )
+
+
+def _of_file(error: Exception) -> str:
+    """What is wrong with a file, from what mistral-common raised over it."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part)[:60] for part in first["loc"])
+        return f"{place}: {first['msg'][:200]}"
+    return in_words(error)
 
 
 def _plain_message(error: Exception) -> str:

@@ -17,6 +17,7 @@ from halfbyte.chat.images import ImageLayout
 from halfbyte.chat.vocabulary import read_json
 from halfbyte.config import VisionConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.files import is_there
 from halfbyte.log import logger
 from halfbyte.pictures import MAX_SIDE, MEAN, STD
 
@@ -52,7 +53,7 @@ def processor_layout(directory: Path, control: Mapping[str, int]) -> ImageLayout
     pixels do not follow. Sides are cut to whole pixels, as the processor does (decision 0030).
     """
     path = directory / "processor_config.json"
-    if not path.exists():
+    if not is_there(path):
         return None
     processor = read_json(path)
     kind = processor.get("processor_class", "PixtralProcessor")
@@ -60,7 +61,7 @@ def processor_layout(directory: Path, control: Mapping[str, int]) -> ImageLayout
         logger.warning("%s: %s is not implemented; images are refused", path, kind)
         return None
     older = directory / "preprocessor_config.json"
-    images = processor.get("image_processor") or (read_json(older) if older.exists() else {})
+    images = processor.get("image_processor") or (read_json(older) if is_there(older) else {})
     if not isinstance(images, Mapping):
         raise CheckpointError(f"{path}: image_processor is {str(images)[:80]}, not an object")
     _check_pixels(images, path)

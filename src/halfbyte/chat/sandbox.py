@@ -47,7 +47,7 @@ from halfbyte.chat.sandbox_bounds import (
 from halfbyte.chat.written import Written, formatted, joined, own
 from halfbyte.errors import CheckpointError, RequestError, reason
 
-MAX_SOURCE = 2**20  # characters of a template; the longest in use have 30,000
+MAX_SOURCE = 2**18  # characters of a template; the longest in use have 30,000
 
 
 class TemplateRefusalError(Exception):
@@ -96,7 +96,7 @@ class ChatTemplate:
 
 def _first_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return reason(error)
+        return "it is nested, or calls itself, too deeply"
     return (str.__str__(str(error)).splitlines() or [""])[0]
 
 

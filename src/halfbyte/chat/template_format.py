@@ -20,7 +20,8 @@ from halfbyte.chat.sandbox import ChatTemplate
 from halfbyte.chat.tokenizer_json import ControlCutter, load_tokenizer_json, text_of_token
 from halfbyte.chat.vocabulary import Vocabulary, read_json, read_text
 from halfbyte.chat.written import Written, own, typed
-from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.errors import CheckpointError, RequestError, shown
+from halfbyte.files import is_there
 
 # Roles are the server's words, not the client's; "<|" + role + "|>" is a control token.
 _ROLES = {role: own(role) for role in ("system", "user", "assistant", "tool")}
@@ -201,7 +202,7 @@ def load_template_format(directory: Path) -> TemplateFormat:
     """Read tokenizer.json, the processor's files, and the chat templates."""
     vocabulary, cutter = load_tokenizer_json(directory)
     path = directory / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
+    config = read_json(path) if is_there(path) else {}
     names = {
         key: text
         for key in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -241,11 +242,11 @@ def _template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, t
     folder = directory / "additional_chat_templates"
     if folder.is_dir():
         files |= {path.stem: path for path in sorted(folder.glob("*.jinja"))}
-    found = {name: (read_text(path), str(path)) for name, path in files.items() if path.exists()}
+    found = {name: (read_text(path), str(path)) for name, path in files.items() if is_there(path)}
     if found:
         return found
     of_processor = directory / "chat_template.json"
-    if of_processor.exists():
+    if is_there(of_processor):
         where = of_processor
         value = read_json(of_processor).get("chat_template")
     else:
@@ -260,13 +261,15 @@ def _named(value: object, where: Path) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {"default": value}
-    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
-        value = {item.get("name"): item.get("template") for item in value}
+    if isinstance(value, list) and all(
+        isinstance(item, Mapping) and isinstance(item.get("name"), str) for item in value
+    ):
+        value = {item["name"]: item.get("template") for item in value}
     if not isinstance(value, Mapping) or not all(
         isinstance(part, str) for pair in value.items() for part in pair
     ):
         raise CheckpointError(
-            f"{where}: chat_template is neither a text nor texts by name, but {str(value)[:80]}"
+            f"{where}: chat_template is neither a text nor texts by name, but {shown(value)}"
         )
     return dict(value)
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import tokenizers
 
+from halfbyte.chat.tokenizer_bounds import MAX_HOLES, check_before_reading, check_growth
 from halfbyte.chat.vocabulary import MAX_TOKENS, Vocabulary, read_json
-from halfbyte.errors import CheckpointError, RequestError, reason, shown
+from halfbyte.errors import CheckpointError, RequestError, in_words, shown
+from halfbyte.files import is_there
 
-MAX_ADDED_CHARS = 65_536  # of one added token; its automaton takes 70 bytes for each
-MAX_GROWTH = 64  # times that the normalizer may lengthen a text; " " to its three-byte sign is 3
 # Not a character of the byte-level alphabet, hence in no text that the model sees.
 _UNREACHABLE = "\x00"
 # White_Space of Unicode, which is what the library's `lstrip` and `rstrip` take away.
@@ -100,10 +100,10 @@ def load_tokenizer_json(directory: Path) -> tuple[Vocabulary, ControlCutter]:
     """
     path = directory / "tokenizer.json"
     description = read_json(path)
-    _check_before_reading(description, path)
+    check_before_reading(description, path)
     full = _tokenizer(description, path)
     _check_kind(description, path)
-    _check_growth(description.get("normalizer"), path)
+    check_growth(description.get("normalizer"), path)
     added = [_added_token(entry, path) for entry in description.get("added_tokens") or ()]
     for token in added:
         found = full.token_to_id(token.content)
@@ -133,25 +133,6 @@ def load_tokenizer_json(directory: Path) -> tuple[Vocabulary, ControlCutter]:
     return vocabulary, ControlCutter(specials)
 
 
-def _check_before_reading(description: Mapping[str, Any], path: Path) -> None:
-    """Refuse what ends the process, or fills its memory, while the library reads it."""
-    # Tables whose sizes and places the library believes. Models of SentencePiece have them, whose
-    # text does not become bytes.
-    if '"precompiled_charsmap"' in json.dumps(description.get("normalizer")):
-        raise CheckpointError(
-            f"{path}: the normalizer Precompiled, of SentencePiece, is not supported; byte-level "
-            "BPE is, which has no use for it"
-        )
-    added = description.get("added_tokens")
-    for entry in added if isinstance(added, list) else ():
-        content = entry.get("content") if isinstance(entry, dict) else None
-        if isinstance(content, str) and len(content) > MAX_ADDED_CHARS:
-            raise CheckpointError(
-                f"{path}: an added token has {len(content):,} characters; the limit is "
-                f"{MAX_ADDED_CHARS:,}"
-            )
-
-
 def _tokenizer(description: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
     """The library's own reading; CheckpointError with its words where it gives up."""
     try:
@@ -160,7 +141,7 @@ def _tokenizer(description: Mapping[str, Any], path: Path) -> tokenizers.Tokeniz
         raise
     # The library raises bare Exceptions, and panics that are not even those.
     except BaseException as error:
-        raise CheckpointError(f"{path} is not a tokenizer: {reason(error)}") from error
+        raise CheckpointError(f"{path} is not a tokenizer: {in_words(error)}") from error
 
 
 def _check_kind(description: Mapping[str, Any], path: Path) -> None:
@@ -213,35 +194,6 @@ def _without_start(description: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**description, "pre_tokenizer": {**step, "prepend_scheme": "never"}}
 
 
-def _check_growth(normalizer: Mapping[str, Any] | None, path: Path) -> None:
-    """Refuse replacements that together make much text out of little."""
-    growth = 1.0
-    for step in _steps(normalizer):
-        if step.get("type") == "Replace":
-            pattern = step.get("pattern") or {}
-            # A regular expression may match one character, or none at all between any two.
-            shortest = len(pattern["String"].encode()) if "String" in pattern else 1
-            length = len(str(step.get("content", "")).encode())
-            growth *= max(1.0, length / max(shortest, 1))
-        elif step.get("type") == "Prepend":
-            growth *= 1 + len(str(step.get("prepend", ""))) / 1024
-    if growth > MAX_GROWTH:
-        raise CheckpointError(
-            f"{path}: the normalizer makes text up to {growth:.3g} times as long; the limit is "
-            f"{MAX_GROWTH} times"
-        )
-
-
-def _steps(normalizer: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    if normalizer is None:
-        return
-    if normalizer.get("type") == "Sequence":
-        for step in normalizer.get("normalizers") or ():
-            yield from _steps(step)
-    else:
-        yield normalizer
-
-
 def _added_token(entry: Mapping[str, Any], path: Path) -> AddedToken:
     # Types are those that the library has just accepted.
     if not entry["content"]:
@@ -259,6 +211,11 @@ def _token_bytes(
     if size > MAX_TOKENS:
         raise CheckpointError(
             f"{path}: token id {size - 1:,} is too large; the limit is {MAX_TOKENS:,} tokens"
+        )
+    if size - len(vocab) - len(added) > MAX_HOLES:
+        raise CheckpointError(
+            f"{path}: ids go up to {size - 1:,}, but there are {len(vocab) + len(added):,} tokens; "
+            f"at most {MAX_HOLES:,} ids may be left out"
         )
     to_byte = byte_level_alphabet()
     found = [b""] * size
@@ -341,6 +298,7 @@ def _plain_encoder(
     }
     assert all(given is not None and given >= end for given in anew), anew
     unwritable = _unwritable_bytes(copy["model"])
+    _try(tokenizer, path)
 
     def encode_text(text: str) -> list[int]:
         if unwritable:
@@ -351,6 +309,16 @@ def _plain_encoder(
         return [anew.get(token_id, token_id) for token_id in ids] if anew else ids
 
     return encode_text
+
+
+def _try(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
+    """Refuse a file over whose first text the library ends in a panic."""
+    try:
+        tokenizer.encode_batch_fast(["Hello, world!\n 123"], add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{path} cannot encode a text: {in_words(error)}") from error
 
 
 def _unwritable_bytes(model: Mapping[str, Any]) -> frozenset[int]:
@@ -390,7 +358,7 @@ def _check_writable(
 def _bos_token_id(directory: Path, control: Mapping[str, int]) -> int | None:
     """The id put before plain prompts, where tokenizer_config.json asks for one."""
     path = directory / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
+    config = read_json(path) if is_there(path) else {}
     if not config.get("add_bos_token"):
         return None
     name = text_of_token(config.get("bos_token"))
@@ -402,7 +370,7 @@ def _eos_token_ids(directory: Path, control: Mapping[str, int], num_tokens: int)
     found: list[int] = []
     for file in ("generation_config.json", "config.json"):
         path = directory / file
-        value = read_json(path).get("eos_token_id") if path.exists() else None
+        value = read_json(path).get("eos_token_id") if is_there(path) else None
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
@@ -414,7 +382,7 @@ def _eos_token_ids(directory: Path, control: Mapping[str, int], num_tokens: int)
                 )
         found += values
     path = directory / "tokenizer_config.json"
-    name = text_of_token(read_json(path).get("eos_token")) if path.exists() else None
+    name = text_of_token(read_json(path).get("eos_token")) if is_there(path) else None
     if name is not None and name in control:
         found.append(control[name])
     if not found:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from halfbyte.chat.mistral_format import MistralFormat, load_mistral_format
 from halfbyte.chat.template_format import TemplateFormat, load_template_format
 from halfbyte.errors import CheckpointError
+from halfbyte.files import is_there
 
 ChatFormat: TypeAlias = MistralFormat | TemplateFormat
 
@@ -21,9 +22,9 @@ def load_chat(directory: Path | str) -> ChatFormat:
     Raises CheckpointError if the directory has neither, or what it has cannot be read.
     """
     directory = Path(directory)
-    if (directory / "tekken.json").exists():
+    if is_there(directory / "tekken.json"):
         return load_mistral_format(directory / "tekken.json")
-    if (directory / "tokenizer.json").exists():
+    if is_there(directory / "tokenizer.json"):
         return load_template_format(directory)
     raise CheckpointError(
         f"{directory} has no tekken.json and no tokenizer.json, so it cannot encode text"

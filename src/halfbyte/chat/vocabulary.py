@@ -4,7 +4,6 @@ Both chat formats, the detokenizer, the router and the grammars look ids up here
 conversation becomes ids is in `tokens`.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from halfbyte.errors import CheckpointError, RequestError, reason
-from halfbyte.files import MAX_TOKENIZER_BYTES, read_bounded
+from halfbyte.errors import CheckpointError, RequestError, in_words
+from halfbyte.files import MAX_TOKENIZER_BYTES, parse_json_text, read_bounded
 
-MAX_TOKENS = 2**22  # ids; the largest vocabularies in use have 262,144
+MAX_TOKENS = 2**19  # ids; the largest vocabularies in use have 262,144
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +123,16 @@ def read_text(path: Path) -> str:
     try:
         return read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as text: {reason(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as text: {in_words(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError names the file when it is not one."""
     text = read_text(path)
     try:
-        value = json.loads(text)
+        value = parse_json_text(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {in_words(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return value

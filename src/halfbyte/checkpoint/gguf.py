@@ -38,10 +38,10 @@ from halfbyte.errors import (
     UnsupportedError,
     UsageError,
     how_to_get,
-    reason,
+    in_words,
     shown,
 )
-from halfbyte.files import hash_regular, read_bounded
+from halfbyte.files import hash_regular, is_there, read_bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def _tokenizer_files(
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise CheckpointError(
-            f"{where}: its tokenizer cannot be built ({type(error).__name__}: {error})"
+            f"{where}: its tokenizer cannot be built ({in_words(error)})"
         ) from error
 
 
@@ -183,7 +183,7 @@ TOKENIZER_FILES = (
 
 
 def _copied_tokenizer(directory: Path) -> dict[str, bytes]:
-    there = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
+    there = [directory / name for name in TOKENIZER_FILES if is_there(directory / name)]
     try:
         found = {path.name: read_bounded(path, MAX_COPIED_BYTES) for path in there}
     except OSError as error:
@@ -201,7 +201,7 @@ def _open(source: Path) -> Any:
         raise UnsupportedError(
             f"reading GGUF files needs the package gguf; {how_to_get('demo')}"
         ) from None
-    if not source.exists():
+    if not is_there(source):
         raise UsageError(f"{source}: no such file")
     check_header(source)
     try:
@@ -228,7 +228,7 @@ def _value(fields: Mapping[str, Any], key: str) -> Any:
     try:
         return fields[key].contents()
     except _LIBRARY_ERRORS as error:
-        raise CheckpointError(f"{key}: cannot be read ({reason(error)})") from error
+        raise CheckpointError(f"{key}: cannot be read ({in_words(error)})") from error
 
 
 def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
@@ -324,7 +324,7 @@ def _weight(stored: Any, name: str, shape: tuple[int, ...], config: ModelConfig)
     except NotImplementedError:
         raise CheckpointError(f"{stored.name}: cannot decode {stored.tensor_type.name}") from None
     except _LIBRARY_ERRORS as error:
-        raise CheckpointError(f"{stored.name}: cannot be decoded ({error})") from error
+        raise CheckpointError(f"{stored.name}: cannot be decoded ({in_words(error)})") from error
     weight = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16)
     try:
         require_sound(name, stored.name, weight)

@@ -22,9 +22,9 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 
 # A llama file has some thirty keys, and nine tensors a layer.
-_MAX_KEYS, _MAX_TENSORS = 4096, 65536
-# Vocabulary, types, scores and merges of 262,144 tokens; the library takes 3 us and 500 bytes each.
-_MAX_ELEMENTS = 1_500_000
+_MAX_KEYS, _MAX_TENSORS = 4096, 16384
+# Vocabulary, types, scores and merges of 131,072 tokens; the library takes 5 us and 1 kB each.
+_MAX_ELEMENTS = 700_000
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 65535
 _MAX_HEADER_BYTES = 128 << 20

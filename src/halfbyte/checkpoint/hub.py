@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from halfbyte.errors import CapacityError, CheckpointError, UsageError
-from halfbyte.files import format_bytes, no_directory
+from halfbyte.files import format_bytes, is_there
 from halfbyte.hub import open_hub, refuse, whole_commit
 from halfbyte.log import logger
 
@@ -49,7 +49,7 @@ def locate(
     CheckpointError for a repository without weights that we read, CapacityError for a full disk.
     """
     directory = Path(source)
-    if directory.exists():
+    if is_there(directory):
         return Located(directory)
     match = _ID.fullmatch(source)
     if match is None:

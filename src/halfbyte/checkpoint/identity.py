@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from halfbyte.errors import CheckpointError
-from halfbyte.files import open_regular, read_bounded
+from halfbyte.files import is_there, open_regular, read_bounded
 
 _MANIFEST = "halfbyte-manifest.json"
 _PIECES, _PIECE_BYTES = 64, 4096
@@ -26,7 +26,7 @@ def checkpoint_identity(directory: Path) -> str:
     Names of files and folders do not count. Raises CheckpointError if a file cannot be read.
     """
     try:
-        if (directory / _MANIFEST).exists():
+        if is_there(directory / _MANIFEST):
             told = json.loads(read_bounded(directory / _MANIFEST))
             tensors = told.get("tensors") if isinstance(told, dict) else None
             if not isinstance(tensors, dict):

@@ -13,7 +13,7 @@ from typing import Any
 
 from halfbyte.checkpoint.shards import StoredTensor, parse_json, read_bytes
 from halfbyte.errors import CheckpointError
-from halfbyte.files import hash_regular, read_bounded
+from halfbyte.files import hash_regular, is_there, read_bounded
 
 MANIFEST_NAME = "halfbyte-manifest.json"
 _CHUNK_BYTES = 16 << 20
@@ -48,7 +48,7 @@ def manifest_file(
 def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of a directory, None if there is none; CheckpointError if it is damaged."""
     path = directory / MANIFEST_NAME
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
         raw = parse_json(read_bounded(path), MANIFEST_NAME)

@@ -30,7 +30,7 @@ from halfbyte.checkpoint.strict_fields import FieldReader, Fields
 from halfbyte.checkpoint.written_metadata import FP8, NVFP4, hub_config
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError, shown
-from halfbyte.files import MAX_TEXT_BYTES, read_bounded
+from halfbyte.files import MAX_TEXT_BYTES, is_there, read_bounded
 from halfbyte.modules import (
     CacheFormat,
     LinearSpec,
@@ -63,8 +63,8 @@ class Quantization:
 
 def is_native(directory: Path) -> bool:
     """Whether the directory holds Mistral's own layout only (`params.json`, `consolidated*`)."""
-    has_hub = (directory / "config.json").exists() and any(directory.glob("model*.safetensors"))
-    return not has_hub and (directory / "params.json").exists()
+    has_hub = is_there(directory / "config.json") and any(directory.glob("model*.safetensors"))
+    return not has_hub and is_there(directory / "params.json")
 
 
 def read_config(directory: Path) -> tuple[ModelConfig, Quantization, Fields]:
@@ -98,7 +98,7 @@ def read_config_in(
     raw = read_json(directory / "config.json")
     config = model_config(raw, has_head=has_head)
     older_path = directory / "hf_quant_config.json"
-    older = read_json(older_path) if older_path.exists() else None
+    older = read_json(older_path) if is_there(older_path) else None
     return config, _quantization(raw.get("quantization_config"), older, config, layout), raw
 
 

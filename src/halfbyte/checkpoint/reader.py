@@ -37,7 +37,7 @@ from halfbyte.checkpoint.shards import (
 from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.files import no_directory
+from halfbyte.files import require_directory
 from halfbyte.formats.fp8 import decode_fp8
 from halfbyte.formats.nvfp4 import EncodedNVFP4, decode_nvfp4
 from halfbyte.modules import WeightFormat, eagle_fuse
@@ -89,8 +89,7 @@ class Checkpoint:
         names file and tensor.
         """
         directory = Path(path)
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory}: {no_directory(directory)}")
+        require_directory(directory)
         files = scan(directory, native=is_native(directory))
         layout = detect_layout(files)
         has_head = foreign_name("head.weight", layout, "none") in files

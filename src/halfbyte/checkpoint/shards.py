@@ -8,7 +8,6 @@ without holes). Tensors are read into memory of our own rather than mapped: a fi
 while mapped kills the process, and mapped pages count against a memory budget unpredictably.
 """
 
-import json
 import os
 import struct
 from collections import Counter
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.errors import CheckpointError, reason, shown
-from halfbyte.files import open_regular, read_bounded, refuse_pointer
+from halfbyte.errors import CheckpointError, in_words, shown
+from halfbyte.files import is_there, open_regular, parse_json_text, read_bounded, refuse_pointer
 
 DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -113,15 +112,15 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise CheckpointError(f"{where}: {twice!r} occurs twice")
+            raise CheckpointError(f"{where}: {shown(twice)} occurs twice")
         return result
 
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = parse_json_text(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON ({reason(error)})") from error
+        raise CheckpointError(f"{where} is not JSON ({in_words(error)})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: a JSON object was expected, not {type(value).__name__}")
+        raise CheckpointError(f"{where}: a JSON object was expected, not {shown(value)}")
     return value
 
 
@@ -192,7 +191,7 @@ def scan(directory: Path, *, native: bool = False) -> dict[str, StoredTensor]:
     stem = "consolidated" if native else "model"
     files = sorted(path.name for path in directory.glob(f"{stem}*.safetensors"))
     index_path = directory / f"{stem}.safetensors.index.json"
-    if not index_path.exists():
+    if not is_there(index_path):
         if not files:
             raise CheckpointError(f"{directory} has no {stem}*.safetensors")
         if len(files) > 1:
@@ -231,7 +230,7 @@ def _join(directory: Path, weight_map: dict[str, str], where: str) -> dict[str, 
     found: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         path = directory / shard
-        if not path.exists():
+        if not is_there(path):
             names = sorted(name for name, home in weight_map.items() if home == shard)
             raise CheckpointError(
                 f"{shard}: missing; {where} promises {len(names)} tensors in it ({names[0]}, …)"

@@ -23,7 +23,7 @@ from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import ShardWriter
 from halfbyte.checkpoint.written_metadata import hub_config
 from halfbyte.config import ModelConfig, VisionConfig
-from halfbyte.errors import CheckpointError, UsageError, reason
+from halfbyte.errors import CheckpointError, UsageError, in_words
 from halfbyte.files import MAX_TOKENIZER_BYTES, read_bounded
 
 IMAGE_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
@@ -77,7 +77,9 @@ def _with_image_tokens(path: Path) -> tuple[bytes, list[int]]:
     try:
         tokenizer = Tokenizer.from_buffer(read_bounded(path, MAX_TOKENIZER_BYTES))
     except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path} cannot be read as a tokenizer ({reason(error)})") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a tokenizer ({in_words(error)})"
+        ) from error
     tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in IMAGE_TOKENS]
     )

@@ -32,7 +32,7 @@ from halfbyte.checkpoint.verify_values import check_against
 from halfbyte.checkpoint.written_metadata import modelopt_configs
 from halfbyte.config import ModelConfig, TextConfig, VisionConfig
 from halfbyte.errors import CheckpointError
-from halfbyte.files import MAX_TOKENIZER_BYTES
+from halfbyte.files import MAX_TOKENIZER_BYTES, is_there
 from halfbyte.log import logger
 from halfbyte.modules import decoder_linears, fused_partners
 
@@ -143,14 +143,14 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Problem]:
     directory = checkpoint.directory
     total = sum(map(checkpoint.num_bytes, checkpoint.names()))
     index = directory / INDEX_NAME
-    if index.exists():
+    if is_there(index):
         metadata = read_json(index).get("metadata")
         stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         if stated != total:
             yield Problem(
                 "error", INDEX_NAME, f"total_size is {stated}, the tensors have {total}; stale"
             )
-    has_native = (directory / "params.json").exists() and any(
+    has_native = is_there(directory / "params.json") and any(
         directory.glob("consolidated*.safetensors")
     )
     if checkpoint.layout != "mistral" and has_native:
@@ -181,7 +181,7 @@ def check_metadata(checkpoint: Checkpoint) -> Iterator[Problem]:
     stated = dict(raw["quantization_config"])
     yield from _differences(stated, wanted[0]["quantization_config"], "quantization_config")
     older = directory / "hf_quant_config.json"
-    if not older.exists():
+    if not is_there(older):
         yield Problem("warning", older.name, "missing; older engines read it")
         return
     yield from _differences(read_json(older), wanted[1], older.name)
@@ -303,7 +303,7 @@ def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterat
     """Problems of token ids beyond the vocabulary, or of tokenizer files unlike the source's."""
     directory, text = checkpoint.directory, checkpoint.config.text
     text_only = checkpoint.config.vision is None
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tekken.json")):
+    if not any(is_there(directory / name) for name in ("tokenizer.json", "tekken.json")):
         yield Problem("warning", str(directory), "no tokenizer.json and no tekken.json")
     is_readable = True
     for name in COMPANION_FILES:
@@ -349,7 +349,7 @@ def _check_companion(ours: Path, theirs: Path) -> Iterator[Problem]:
 
 def _largest_token_id(directory: Path) -> int | None:
     path = directory / "tokenizer.json"
-    if not path.exists():
+    if not is_there(path):
         return None
     raw = read_json(path, MAX_TOKENIZER_BYTES)
     model = raw.get("model")

@@ -74,8 +74,11 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
     read = action.type if callable(action.type) else str
     try:
         made = read(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+    except argparse.ArgumentTypeError as error:
         raise UsageError(f"{where}: {shown(value)} cannot be read: {error}") from error
+    except (ValueError, TypeError) as error:
+        kind = {int: "whole number", float: "number"}.get(action.type, "value for it")
+        raise UsageError(f"{where}: {shown(value)} is no {kind}") from error
     if action.choices is not None and made not in action.choices:
         known = ", ".join(map(str, action.choices))
         raise UsageError(f"{where}: {shown(value)} is not one of {known}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from halfbyte.cli.card import add_card_arguments, card_input
 from halfbyte.errors import UsageError
-from halfbyte.files import no_directory
+from halfbyte.files import require_directory
 
 EXAMPLE = """\
   halfbyte publish mixed/ me/Model-NVFP4 --runs evals/fp8 evals/mixed --base-model maker/Model
@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.public and not args.upload:
         raise UsageError("--public belongs to --upload: without it nothing is sent")
-    if not args.checkpoint.is_dir():
-        raise UsageError(f"{args.checkpoint}: {no_directory(args.checkpoint)}")
+    require_directory(args.checkpoint)
     report = verify(args.checkpoint)
     if not report.is_sound:
         print(format_report(report))

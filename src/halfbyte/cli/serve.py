@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from halfbyte.cli.config_file import add_config
 from halfbyte.cli.engine_flags import add_engine_arguments, engine_config, refuse_ours
 from halfbyte.errors import UsageError
+from halfbyte.files import require_directory
 
 if TYPE_CHECKING:  # imported when run, so that --help is quick
     from halfbyte.chat.tokens import ChatFormat
@@ -22,6 +23,8 @@ EXAMPLE = """\
   halfbyte serve build/demo/mixed --port 8000 --served-model-name demo
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}'"""
+
+_MAX_DRAIN_SECONDS = 86_400  # no answer takes a day
 
 # Flags of other servers' commands that say what is found out here anyway: name, takes a value.
 _UNNECESSARY = (
@@ -178,8 +181,11 @@ def _add_vllm(vllm: argparse._ActionsContainer) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.engine != "vllm" and (args.pipeline_parallel_size != 1 or args.ray):
         raise UsageError("--pipeline-parallel-size and --ray need --engine vllm")
-    if not args.directory.is_dir():
-        raise UsageError(f"{args.directory} is not a directory")
+    require_directory(args.directory)
+    if not 0 <= args.drain_seconds <= _MAX_DRAIN_SECONDS:
+        raise UsageError(
+            f"--drain-seconds {args.drain_seconds}: a number from 0 to {_MAX_DRAIN_SECONDS:,}"
+        )
     for name, port in (("--port", args.port), ("--admin-port", args.admin_port)):
         if port is not None and not 0 <= port < 65536:
             raise UsageError(f"{name} {port} is not a port")

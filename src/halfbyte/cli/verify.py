@@ -4,8 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from halfbyte.errors import UsageError
-from halfbyte.files import no_directory
+from halfbyte.files import require_directory
 from halfbyte.progress import TimeLeft, say_next
 
 EXAMPLE = "  halfbyte verify build/demo/mixed --against build/demo/fp8"
@@ -21,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint.verify import format_report, verify
 
-    if not args.checkpoint.is_dir():
-        raise UsageError(f"{args.checkpoint}: {no_directory(args.checkpoint)}")
+    require_directory(args.checkpoint)
     report = verify(args.checkpoint, args.against, progress=TimeLeft("tensors"))
     print(format_report(report))
     if not report.is_sound:

@@ -15,7 +15,6 @@ Reading never needs the network. Fields: docs/reference/scoring.md#records.
 import bisect
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +22,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import UsageError, in_words
 from halfbyte.evals.types import Attempt, Cause, Sample, Score
-from halfbyte.files import write_json
+from halfbyte.files import is_there, parse_json_text, read_bounded, write_json
 from halfbyte.json_lines import JsonLines, parse_line, whole_lines
 
 FORMAT = 1
@@ -159,7 +158,7 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = parse_line(line)
         except (ValueError, RecursionError) as failure:
-            raise _damaged(path, number, f"it is not JSON ({reason(failure)})") from failure
+            raise _damaged(path, number, f"it is not JSON ({in_words(failure)})") from failure
         if not isinstance(row, dict):
             raise _damaged(path, number, f"it is not an object but {line[:40]!r}")
         yield number, row
@@ -178,7 +177,7 @@ def _typed(path: Path, kind: type[_Row]) -> Iterator[_Row]:
             yield kind(**row)
         except TypeError as failure:  # a field too many or too few
             raise _damaged(
-                path, number, f"it does not read as {kind.__name__} ({failure})"
+                path, number, f"it does not read as {kind.__name__} ({in_words(failure)})"
             ) from failure
 
 
@@ -269,13 +268,13 @@ def read_run(path: Path) -> RunRecord:
     Raises UsageError if there is none or it is of another format.
     """
     file = newest(path, "run", "json") if path.is_dir() else path
-    if file is None or not file.exists():
+    if file is None or not is_there(file):
         raise UsageError(f"{path} has no run.json; a run folder is what `halfbyte evaluate` writes")
     try:
-        row = json.loads(file.read_bytes())
+        row = parse_json_text(read_bounded(file))
         found = row.get("format")
     except (ValueError, RecursionError, AttributeError) as failure:
-        raise UsageError(f"{file} is not a run record: {reason(failure)}") from failure
+        raise UsageError(f"{file} is not a run record: {in_words(failure)}") from failure
     if found != FORMAT:
         raise UsageError(f"{file}: format {found!r}, this version reads {FORMAT}")
     try:
@@ -287,7 +286,9 @@ def read_run(path: Path) -> RunRecord:
                 )
         return RunRecord(**row, benchmarks=results)
     except (TypeError, KeyError, AttributeError) as failure:
-        raise UsageError(f"{file} is not a run record of this version: {failure}") from failure
+        raise UsageError(
+            f"{file} is not a run record of this version: {in_words(failure)}"
+        ) from failure
 
 
 def is_name(text: str) -> bool:
@@ -303,7 +304,7 @@ def newest(folder: Path, stem: str, suffix: str) -> Path | None:
         for path in folder.glob(f"{stem}.regrade-*.{suffix}")
     }
     plain = folder / f"{stem}.{suffix}"
-    return numbered[max(numbered)] if numbered else (plain if plain.exists() else None)
+    return numbered[max(numbered)] if numbered else (plain if is_there(plain) else None)
 
 
 def with_results(

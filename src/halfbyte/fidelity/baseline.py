@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from halfbyte.errors import CheckpointError, reason
+from halfbyte.errors import CheckpointError, in_words
 from halfbyte.fidelity.choices import EncodedItem
 
 FORMAT = "halfbyte-baseline-1"
@@ -197,7 +197,7 @@ def load_baseline(path: Path) -> Baseline:
             has_origins = "origins" in file.keys()  # noqa: SIM118
             origins = tuple(file.get_tensor("origins").tolist()) if has_origins else ()
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a baseline: {reason(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as a baseline: {in_words(error)}") from error
     windows = _unpadded(tensors.pop("token_ids"))
     num_positions = sum(len(window) - 1 for window in windows)
     if any(tensor.shape[0] != num_positions for tensor in tensors.values()):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.chat.tokens import load_chat
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import UsageError, in_words
 from halfbyte.files import read_bounded
 
 WINDOW_TOKENS = 512
@@ -25,7 +25,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bounded(path, MAX_TEXT_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {reason(error)}") from error
+        raise UsageError(f"{path}: cannot be read as UTF-8 text: {in_words(error)}") from error
 
 
 def read_texts(paths: Path | Sequence[Path]) -> list[str]:

@@ -21,7 +21,7 @@ from halfbyte.checkpoint.shard_plan import Shapes
 from halfbyte.checkpoint.shards import read_header
 from halfbyte.checkpoint.writer import MAX_COPIED_BYTES
 from halfbyte.checkpoint.written_metadata import modelopt_configs
-from halfbyte.errors import CheckpointError, reason
+from halfbyte.errors import CheckpointError, in_words
 from halfbyte.files import open_regular, read_bounded
 from halfbyte.log import logger
 from halfbyte.modules import decoder_linears
@@ -134,7 +134,7 @@ def _with_sampling(checkpoint: Checkpoint, there: bytes | None) -> bytes | None:
         try:
             told = json.loads(there.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{_GENERATION} is not JSON: {reason(error)}") from error
+            raise CheckpointError(f"{_GENERATION} is not JSON: {in_words(error)}") from error
         if not isinstance(told, dict):
             raise CheckpointError(f"{_GENERATION} must hold a JSON object")
     if any(told.get(name) is not None for name in _SAMPLING_FIELDS):

@@ -26,6 +26,7 @@ from halfbyte.checkpoint.shard_plan import ShardPlan, plan_shards
 from halfbyte.checkpoint.verify import require_tokens_in_vocabulary, require_trusted
 from halfbyte.checkpoint.writer import MAX_SHARD_BYTES
 from halfbyte.errors import CapacityError, UsageError
+from halfbyte.files import is_there
 from halfbyte.formats.fp8 import Profile
 from halfbyte.quantize import export
 from halfbyte.quantize.layer import widths_of_products
@@ -201,7 +202,7 @@ def wanted_blend(recipe: Recipe, blend: str | None) -> Blend:
 def _recorded(tokens: Path) -> Mapping[str, Any] | None:
     """The record that `halfbyte blend` wrote beside a file of tokens, if it did."""
     path = tokens.with_name(f"{tokens.name}.json")
-    if not path.exists():
+    if not is_there(path):
         return None
     record: Mapping[str, Any] = read_json(path)
     return record

@@ -19,7 +19,7 @@ from halfbyte.checkpoint.reader import IGNORED_TENSORS, Checkpoint
 from halfbyte.checkpoint.shards import StoredTensor, read_header, read_weight_map
 from halfbyte.config import ModelConfig
 from halfbyte.errors import CheckpointError
-from halfbyte.files import no_directory
+from halfbyte.files import is_there, require_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,7 @@ class Survey:
 def survey(path: str | Path) -> Survey:
     """Find out what `path` holds. Raises CheckpointError if that contradicts itself."""
     directory = Path(path)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: {no_directory(directory)}")
+    require_directory(directory)
     if _is_whole(directory):
         checkpoint = Checkpoint.open(directory)
         stored = sum(map(checkpoint.num_bytes, checkpoint.names()))
@@ -108,7 +107,7 @@ def _described(directory: Path) -> tuple[ModelConfig, Quantization]:
 
 def _is_native(directory: Path) -> bool:
     """Whether the layout is Mistral's; with both configs and no weights it counts as the hub's."""
-    is_described = (directory / "config.json").exists()
+    is_described = is_there(directory / "config.json")
     return is_native(directory) and not (is_described and not any(directory.glob("consolidated*")))
 
 
@@ -119,7 +118,7 @@ def _stem(directory: Path) -> str:
 def _index(directory: Path) -> tuple[Mapping[str, str], int | None]:
     """Names and stated size of the index; nothing if there is none."""
     path = directory / f"{_stem(directory)}.safetensors.index.json"
-    if not path.exists():
+    if not is_there(path):
         return {}, None
     metadata = read_json(path).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from halfbyte.errors import UsageError, reason, shown
+from halfbyte.errors import UsageError, in_words, shown
 from halfbyte.files import read_bounded
 
 # The parser takes some seconds for this much; the recipes of the library have 1 kB.
@@ -22,22 +22,21 @@ def read_yaml_text(path: Path, what: str) -> str:
     try:
         return read_bounded(path, _MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{what} {path}: cannot be read ({reason(error)})") from error
+        raise UsageError(f"{what} {path}: cannot be read ({in_words(error)})") from error
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """Read YAML text into plain values. Raises UsageError."""
     try:
         return yaml.load(text, Loader=_UniqueKeys)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        # ValueError: a date that is none, a number of more digits than Python reads.
+    except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{where} is not valid YAML: {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:
     """What the parser says on one line, with the line of the file where it says it of one."""
     if not isinstance(error, yaml.MarkedYAMLError):
-        return reason(error)
+        return in_words(error)
     mark = error.problem_mark or error.context_mark
     place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     parts = (" ".join(part.split()) for part in (error.context, error.problem) if part)
@@ -45,7 +44,16 @@ def _said(error: Exception) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that occurs twice."""
+    """Refuses a key that occurs twice, and says of a value that is none where it stands."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        # `!!int ''`, a thirteenth month, more digits than Python reads: the library looks at none.
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            kind = node.tag.rpartition(":")[2][:40]
+            said = f"{shown(node.value)} is no {kind}"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

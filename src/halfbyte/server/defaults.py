@@ -3,13 +3,11 @@
 Source: the fields of transformers' generation_config.json that change which token is drawn.
 """
 
-import json
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from halfbyte.errors import CheckpointError, reason
-from halfbyte.files import read_bounded
+from halfbyte.errors import CheckpointError, in_words, shown
+from halfbyte.files import is_there, parse_json_text, read_bounded
 
 _FILE = "generation_config.json"
 
@@ -43,12 +41,12 @@ def read_sampling(directory: Path) -> SamplingDefaults:
     Raises CheckpointError for a value that no request could have.
     """
     path = directory / _FILE
-    if not path.exists():
+    if not is_there(path):
         return SamplingDefaults()
     try:
-        told = json.loads(read_bounded(path).decode("utf-8-sig"))
+        told = parse_json_text(read_bounded(path).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {in_words(error)}") from error
     if not isinstance(told, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     values: dict[str, float] = {}
@@ -57,17 +55,15 @@ def read_sampling(directory: Path) -> SamplingDefaults:
         if value is None:
             continue
         low, high = _BOUNDS[one.name]
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        is_whole = is_number and float(value).is_integer() if is_number else False
+        # Compared before anything is computed with it: a whole number may be too large for a float.
+        is_number = type(value) in (int, float) and low <= value <= high
         if (
             not is_number
-            or not math.isfinite(value)
-            or not low <= value <= high
             or (one.name == "top_p" and value == 0)
-            or (one.name == "top_k" and not is_whole)
+            or (one.name == "top_k" and not float(value).is_integer())
         ):
             raise CheckpointError(
-                f"{path}: {one.name} is {value!r}; it must be a number in [{low}, {high}]. "
+                f"{path}: {one.name} is {shown(value)}; it must be a number in [{low}, {high}]. "
                 "Correct the file, or leave it aside with --generation-config none"
             )
         values[one.name] = max(int(value), 0) if one.name == "top_k" else float(value)

@@ -12,7 +12,7 @@ from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.engine.options import EngineConfig
 from halfbyte.engine.service import EngineService
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import UsageError, in_words
 from halfbyte.files import read_bounded
 from halfbyte.server.config import ImageFetch, Limits, ServerConfig
 from halfbyte.server.defaults import SamplingDefaults
@@ -33,7 +33,7 @@ def read_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
         try:
             lines = read_bounded(file).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read keys from {file}: {reason(error)}") from error
+            raise UsageError(f"cannot read keys from {file}: {in_words(error)}") from error
         # A comment begins its line or follows a blank: a key itself may hold the sign.
         bare = (re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines)
         found = [key for key in bare if key]

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from halfbyte.errors import CapacityError, UsageError, reason, shown
+from halfbyte.errors import CapacityError, UsageError, in_words, shown
 from halfbyte.files import read_bounded
 
 Profile = Literal["fixed", "agents", "beside"]
@@ -336,7 +336,7 @@ def read_trace(path: Path) -> Trace:
     try:
         found = json.loads(read_bounded(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not a trace: {reason(error)}") from error
+        raise UsageError(f"{path} is not a trace: {in_words(error)}") from error
     if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
         raise UsageError(
             f"{path} is not a trace: its format is "

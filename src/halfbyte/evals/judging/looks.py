@@ -7,17 +7,17 @@ that was kept aside for it. Source of the shared level: Bonferroni's inequality,
 any timing; Pocock (Biometrika 64, 191, 1977) gains little over it for two looks.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import UsageError, in_words
 from halfbyte.evals.judging.bounds import LEVEL
 from halfbyte.evals.records import RunRecord
 from halfbyte.evals.tasks.suite import BENCHMARKS
+from halfbyte.files import MAX_TOKENIZER_BYTES, parse_json_text, read_bounded
 from halfbyte.recipe.strict_yaml import parse_yaml, read_yaml_text
 
 # With it a second look that nobody planned: 5 % and 1 % together are at most 6 %.
@@ -162,9 +162,9 @@ def next_look(
 def read_comparison(file: Path) -> dict[str, Any]:
     """An earlier comparison's JSON. Raises UsageError if it is none, or of an older version."""
     try:
-        row = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
-        raise UsageError(f"{file} cannot be read as a comparison: {reason(failure)}") from failure
+        row = parse_json_text(read_bounded(file, MAX_TOKENIZER_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as failure:
+        raise UsageError(f"{file} cannot be read as a comparison: {in_words(failure)}") from failure
     needed = ("look", "verdict", "margins", "seed_shifts", "baseline_run", "candidate_run")
     if not isinstance(row, dict) or any(name not in row for name in needed):
         raise UsageError(f"{file} is not what `halfbyte compare-evals --out` writes")

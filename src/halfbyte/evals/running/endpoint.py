@@ -15,6 +15,7 @@ from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.child import served
 from halfbyte.errors import UsageError
 from halfbyte.evals.tasks.data import file_sha256
+from halfbyte.files import is_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     if (folder / "NOTE.txt").is_file():
         about["note"] = " ".join((folder / "NOTE.txt").read_text(encoding="utf-8").split())
     for name in ("config.json", "hf_quant_config.json", "model.safetensors.index.json"):
-        if (folder / name).exists():
+        if is_there(folder / name):
             about[f"{name} sha256"] = file_sha256(folder / name)
     weights = sorted(folder.glob("*.safetensors"))
     about["weight files"] = {path.name: path.stat().st_size for path in weights}
@@ -143,7 +144,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
             digest.update(file.read(int.from_bytes(file.read(8), "little")))
     about["headers sha256"] = digest.hexdigest()
     config = folder / "config.json"
-    if config.exists():
+    if is_there(config):
         about["quantization_config"] = json.loads(config.read_text()).get("quantization_config")
     return about
 

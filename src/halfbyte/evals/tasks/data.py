@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image as Pixels
 
-from halfbyte.errors import UsageError, reason
+from halfbyte.errors import UsageError, in_words
 
 # A document set of AA-LCR is one field of half a million characters.
 _FIELD_LIMIT = 1 << 26
@@ -169,7 +169,7 @@ def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as failure:
-            raise UsageError(f"{file}, line {number} is not JSON: {reason(failure)}") from failure
+            raise UsageError(f"{file}, line {number} is not JSON: {in_words(failure)}") from failure
         if not isinstance(row, dict):
             raise UsageError(f"{file}, line {number}: an item is an object, not {line[:40]!r}")
         rows.append(row)
@@ -182,7 +182,9 @@ def _read_csv(file: Path) -> list[Mapping[str, Any]]:
     try:
         return list(reader)
     except csv.Error as failure:
-        raise UsageError(f"{file}, line {reader.line_num} is not CSV: {failure}") from failure
+        raise UsageError(
+            f"{file}, line {reader.line_num} is not CSV: {in_words(failure)}"
+        ) from failure
     finally:
         csv.field_size_limit(previous)
 
