@@ -76,23 +76,6 @@ def how_to_get(extra: str) -> str:
     return f"install halfbyte with its extra {extra}: pip install '.[{extra}]' in its folder"
 
 
-def reason(error: BaseException) -> str:
-    """Why a file or a text could not be read: what a parser or the system says, in one plain line.
-
-    What Python says of its own limits is put into words of the file.
-    """
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = (str(said).splitlines() or [type(error).__name__])[0][:200]
-    if isinstance(error, RecursionError):
-        return "it is nested too deep"
-    if isinstance(error, UnicodeDecodeError):
-        byte = error.object[error.start]
-        return f"it is not {error.encoding.upper()} text: byte 0x{byte:02x} at {error.start}"
-    if isinstance(error, OSError):
-        return error.strerror or text
-    return "a number has too many digits" if "set_int_max_str_digits" in text else text
-
-
 _MOST_CHARACTERS = 100
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 2, 4, 4, 4

@@ -181,7 +181,9 @@ def test_headers_of_many_objects_stay_within_memory(tmp_path: Path, make: Any) -
         # it would be walked by all tests after this one.
         gc.freeze()
         started = time.process_time()
-        with pytest.raises(HalfbyteError, match="needs exactly dtype"):
+        with pytest.raises(
+            HalfbyteError, match="needs exactly dtype|more than 1,000,000 lists and objects"
+        ):
             Checkpoint.open(tmp_path / "x")
         assert time.process_time() - started < 5
     path.write_bytes(struct.pack("<Q", 20 << 20) + b"{" + bytes(20 << 20))

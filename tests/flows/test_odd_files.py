@@ -83,9 +83,9 @@ def test_an_odd_thing_is_named(
 
 # What is wrong with the text of a file, and what is said of it.
 WRONG: dict[str, tuple[bytes, str]] = {
-    "deep": (b"[" * 100_000, "it is nested too deep"),
-    "no UTF-8": (b'name: "\xff"', "it is not UTF-8 text: byte 0xff at"),
-    "digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "a number has too many digits"),
+    "deep": (b"[" * 100_000, "it is nested too deeply"),
+    "no UTF-8": (b'name: "\xff"', "(0xff) is not UTF-8 text"),
+    "digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "a number in it has thousands of digits"),
 }
 
 
@@ -98,6 +98,8 @@ def test_limits_of_our_readers_are_said_of_the_file(
     source = tmp_path / "source"
     shutil.copytree(whole, source)
     content, said = WRONG[kind]
+    if (name, kind) == ("r.yaml", "digits"):
+        said = "is no int"
     (source / name).write_bytes(content)
     command = ["quantize", str(source), str(tmp_path / "out"), "--method", "none"]
     recipe = str(source / name) if name == "r.yaml" else "medium-3.5"
@@ -114,10 +116,10 @@ def test_a_folder_whose_links_go_in_a_circle_is_said_to(
     (tmp_path / "b").symlink_to("a")
     for command in ("inspect", "verify"):
         assert main([command, str(tmp_path / "a")]) == 2
-        assert os.strerror(errno.ELOOP) in capsys.readouterr().err
+        assert "in a circle" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["verify", str(tmp_path / "file")]) == 2
-    assert "it is a file, not a directory" in capsys.readouterr().err
+    assert "is a file, not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a\nerror: all is well", "a\x1b[2J", "a" * 2000, "\u202eb"])

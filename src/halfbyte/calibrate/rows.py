@@ -165,7 +165,7 @@ def _parquet_lines(file: BinaryIO, name: str) -> Iterator[Line]:
                 number += 1
                 yield Line(number, json.dumps(row, ensure_ascii=False, default=str).encode())
     except (ArrowException, OSError) as error:
-        yield Line(number + 1, b"", f"the parquet data is damaged ({reason(error)})")
+        yield Line(number + 1, b"", f"the parquet data is damaged ({in_words(error)})")
 
 
 def parse_line(line: Line) -> dict[str, Any]:

@@ -159,11 +159,6 @@ def load_mistral_format(path: Path) -> MistralFormat:
             path, mode=ValidationMode.serving
         )
     # mistral-common reads without looking: KeyError, TypeError, AssertionError, what it may be.
-    except (KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{path}: mistral-common cannot read it, as a field is missing or none it knows "
-            f"({_plain_message(error)})"
-        ) from error
     except Exception as error:
         raise CheckpointError(f"{path}: {_of_file(error)}") from error
     tekken = tokenizer.instruct_tokenizer.tokenizer
@@ -226,16 +221,22 @@ def _check_tekken(value: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_pieces(pieces: object, path: Path) -> None:
-    """Refuse a vocabulary that is no list of pieces, each of some bytes in base64."""
+    """Refuse a vocabulary that mistral-common would stumble over: it asserts what it expects."""
     if not isinstance(pieces, list):
         raise CheckpointError(f"{path}: vocab must be a list of pieces: {shown(pieces)}")
+    seen: set[bytes] = set()
     for number, piece in enumerate(pieces):
         try:
-            base64.b64decode(piece["token_bytes"], validate=True)
-        except (TypeError, LookupError, ValueError) as error:
+            text = base64.b64decode(piece["token_bytes"], validate=True)
+            is_right = piece["rank"] == number and text != b"" and text not in seen
+        except (TypeError, LookupError, ValueError):
+            is_right = False
+        if not is_right or (number < 256 and text != bytes([number])):
             raise CheckpointError(
-                f"{path}: piece {number} of vocab has no bytes in base64: {shown(piece)}"
-            ) from error
+                f"{path}: piece {number} of vocab is {shown(piece)}; its rank must be its place, "
+                "its bytes new and in base64, the first 256 the single bytes"
+            )
+        seen.add(text)
 
 
 def _check_pattern(tekken: Tekkenizer, path: Path) -> None:

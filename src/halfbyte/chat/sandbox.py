@@ -45,7 +45,7 @@ from halfbyte.chat.sandbox_bounds import (
     weight_of,
 )
 from halfbyte.chat.written import Written, formatted, joined, own
-from halfbyte.errors import CheckpointError, RequestError, reason
+from halfbyte.errors import CheckpointError, RequestError
 
 MAX_SOURCE = 2**18  # characters of a template; the longest in use have 30,000
 

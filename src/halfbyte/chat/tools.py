@@ -14,7 +14,7 @@ import jsonschema
 import pydantic_core
 
 from halfbyte.chat.schema import HeldSchema, tidied
-from halfbyte.errors import RequestError, reason
+from halfbyte.errors import RequestError, in_words
 
 _DRAFT7 = jsonschema.Draft7Validator
 _IS_SCHEMA = _DRAFT7(_DRAFT7.META_SCHEMA, format_checker=_DRAFT7.FORMAT_CHECKER)
@@ -131,7 +131,7 @@ def read_arguments(arguments: str, path: str) -> dict[str, Any]:
             value = _begun_object(arguments)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        said = "half a surrogate pair" if isinstance(error, UnicodeError) else reason(error)
+        said = "half a surrogate pair" if isinstance(error, UnicodeError) else in_words(error)
         raise RequestError(f"{path} is not JSON: {said}", param=path) from error
     if not isinstance(value, dict):
         raise RequestError(f"{path} must be a JSON object", param=path)

@@ -210,7 +210,7 @@ def _open(source: Path) -> Any:
             return gguf.GGUFReader(source)
     except _LIBRARY_ERRORS as error:
         raise CheckpointError(
-            f"{source} cannot be read as a GGUF file ({reason(error)})"
+            f"{source} cannot be read as a GGUF file ({in_words(error)})"
         ) from error
 
 

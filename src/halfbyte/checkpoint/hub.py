@@ -53,7 +53,7 @@ def locate(
         return Located(directory)
     match = _ID.fullmatch(source)
     if match is None:
-        raise CheckpointError(f"{source}: {no_directory(source)}")
+        raise CheckpointError(f"{source}: no such directory")
     if not allow_hub:
         raise UsageError(
             f"{source}: no such directory; if it is an id on the hub, --hub fetches it "

@@ -10,7 +10,6 @@ Rules: docs/reference/formats.md, #the-two-json-files, #tensors-of-a-quantized-l
 
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -307,7 +306,7 @@ def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterat
         yield Problem("warning", str(directory), "no tokenizer.json and no tekken.json")
     is_readable = True
     for name in COMPANION_FILES:
-        if name.endswith(".json") and os.path.lexists(directory / name):
+        if name.endswith(".json") and is_there(directory / name):
             try:
                 read_json(directory / name, MAX_TOKENIZER_BYTES)
             except CheckpointError as error:
