@@ -77,7 +77,8 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"{where}: {shown(value)} cannot be read: {error}") from error
     except (ValueError, TypeError) as error:
-        kind = {int: "whole number", float: "number"}.get(action.type, "value for it")
+        kinds: dict[Any, str] = {int: "whole number", float: "number"}
+        kind = kinds.get(action.type, "value for it")
         raise UsageError(f"{where}: {shown(value)} is no {kind}") from error
     if action.choices is not None and made not in action.choices:
         known = ", ".join(map(str, action.choices))
