@@ -6,10 +6,18 @@ message that says what, where and what to do. Broken invariants of our own are a
 
 import errno
 import json
+import re
 import reprlib
 
 # What a page of the terminal holds; names and texts out of files have any length.
 _MOST_SAID, _SAID_FIRST, _SAID_LAST = 1000, 700, 250
+
+
+def cut_middle(text: str) -> str:
+    """A message that is no longer than a few lines of a terminal, whatever it quotes."""
+    if len(text) <= _MOST_SAID:
+        return text
+    return f"{text[:_SAID_FIRST]} … {text[-_SAID_LAST:]}"
 
 
 class HalfbyteError(Exception):
@@ -19,10 +27,7 @@ class HalfbyteError(Exception):
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if len(text) <= _MOST_SAID:
-            return text
-        return f"{text[:_SAID_FIRST]} … {text[-_SAID_LAST:]}"
+        return cut_middle(super().__str__())
 
 
 class UsageError(HalfbyteError):
@@ -141,6 +146,7 @@ def in_words(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    line = re.sub(r"^\[Errno \d+\] ", "", line)
     return line if len(line) <= _MOST_QUOTED else f"{line[: _MOST_QUOTED - 1]}…"
 
 

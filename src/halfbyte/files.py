@@ -128,8 +128,9 @@ def read_bounded(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     LFS leaves in place of a file it has not fetched.
     """
     with open_regular(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
+        is_larger = os.fstat(file.fileno()).st_size > max_bytes
+        content = b"" if is_larger else file.read(max_bytes + 1)
+    if is_larger or len(content) > max_bytes:
         raise OddFileError(f"has more than the {format_bytes(max_bytes)} we read of such", path)
     refuse_pointer(content, path)
     return content

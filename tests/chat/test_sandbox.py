@@ -75,6 +75,8 @@ LONG = "{% for a in range(99999) %}{% for b in range(99999) %}"
         "{{ messages[0].nothing.at.all }}",
         "{{ messages[99].content }}",
         "{{ raise_exception('no, thank you') }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 'a'.translate({97: 'b' * 33000000}) }}",
     ],
 )
 def test_a_hostile_template_ends_in_one_sentence(

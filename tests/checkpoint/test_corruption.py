@@ -182,7 +182,7 @@ def test_headers_of_many_objects_stay_within_memory(tmp_path: Path, make: Any) -
         gc.freeze()
         started = time.process_time()
         with pytest.raises(
-            HalfbyteError, match="needs exactly dtype|more than 1,000,000 lists and objects"
+            HalfbyteError, match=r"needs exactly dtype|more than 1,000,000 lists and objects"
         ):
             Checkpoint.open(tmp_path / "x")
         assert time.process_time() - started < 5

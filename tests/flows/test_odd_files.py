@@ -1,8 +1,12 @@
 """Odd things in the place of a file, for every command that reads files: one sentence, at once."""
 
 import errno
+import json
 import os
+import re
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,19 +113,6 @@ def test_limits_of_our_readers_are_said_of_the_file(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_whose_links_go_in_a_circle_is_said_to(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "a").symlink_to("b")
-    (tmp_path / "b").symlink_to("a")
-    for command in ("inspect", "verify"):
-        assert main([command, str(tmp_path / "a")]) == 2
-        assert "in a circle" in capsys.readouterr().err
-    (tmp_path / "file").touch()
-    assert main(["verify", str(tmp_path / "file")]) == 2
-    assert "is a file, not a directory" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["a\nerror: all is well", "a\x1b[2J", "a" * 2000, "\u202eb"])
 def test_names_of_tensors_cannot_write_lines(
     whole: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -133,6 +124,151 @@ def test_names_of_tensors_cannot_write_lines(
     text = capsys.readouterr().err
     assert "a tensor is called" in text and text.count("\n") == 1 and name not in text
     assert len(text) < 300
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def to_nothing(path: Path) -> None:
+    path.symlink_to("nothing-there")
+
+
+def listening(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.path.relpath(path))  # addresses have 107 characters
+
+
+BASELINE = ["compare", "{source}", "--baseline", "{source}/tokens.safetensors"]
+CHECKPOINT = ["inspect", "{source}/ckpt"]
+LINKS: list[tuple[str, Callable[[Path], object], list[str], str]] = [
+    ("config.json", circle, INSPECT, "leads back to itself"),
+    ("model.safetensors", circle, QUANTIZE, "leads back to itself"),
+    ("hf_quant_config.json", circle, INSPECT, "leads back to itself"),
+    ("tokenizer_config.json", circle, QUANTIZE, "leads back to itself"),
+    ("halfbyte-manifest.json", to_nothing, VERIFY, "is a link to 'nothing-there'"),
+    ("model.safetensors", to_nothing, INSPECT, "is a link to 'nothing-there'"),
+    ("model.safetensors", listening, VERIFY, "is a socket"),
+    ("recipe.yaml", circle, READERS["recipe.yaml"][0], "leads back to itself"),
+    ("model.gguf", circle, READERS["model.gguf"][0], "leads back to itself"),
+    ("model.gguf", Path.mkdir, READERS["model.gguf"][0], "is a directory, not a GGUF file"),
+    ("tokens.safetensors", os.mkfifo, BASELINE, "is a FIFO"),
+    ("ckpt", circle, CHECKPOINT, "leads back to itself"),
+    ("ckpt", circle, ["verify", "{source}/ckpt"], "leads back to itself"),
+    ("ckpt", circle, ["serve", "{source}/ckpt"], "leads back to itself"),
+    ("ckpt", circle, ["evaluate", "{source}/ckpt"], "leads back to itself"),
+    ("ckpt", Path.touch, CHECKPOINT, "is a file, not a directory"),
+    ("ckpt", os.mkfifo, CHECKPOINT, "is a FIFO, not a directory"),
+    ("ckpt", circle, ["quantize", "{source}", "{source}/ckpt"], "a link that leads nowhere"),
+    ("f.json", os.mkfifo, ["card", "{out}", "--checkpoint", "{source}", "--records",
+                           "{source}/f.json"], "is a FIFO"),
+    ("log", os.mkfifo, ["serve", "{source}", "--access-log", "{source}/log"], "is a FIFO"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, make, command, said", LINKS)
+def test_what_a_path_leads_to_is_named(
+    whole: Path,
+    tmp_path: Path,
+    name: str,
+    make: Callable[[Path], object],
+    command: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    monkeypatch.chdir(source)
+    (source / name).unlink(missing_ok=True)
+    make(source / name)
+    assert said in sentence(command, source, capsys)
+
+
+# Words of Python, of its libraries and of Rust's, which say nothing of a file.
+FOREIGN = re.compile(
+    r"NoneType|recursion|codec|\[Errno|invalid literal|object (is|has)|unhashable|Exceeds|argument|"
+    r"Expecting|Extra data|out of range|convert|'(str|int|list|dict)'|Traceback|panicked"
+)
+
+
+def sentence(command: list[str], source: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that fails; one sentence, not long."""
+    words = [word.format(source=source, out=source.parent / "out") for word in command]
+    assert main([*words, "--log-level", "error"]) in (1, 2)
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if "error: " in line]
+    assert len(lines) == 1 and len(lines[0]) < 1100, lines
+    return lines[0]
+
+
+def header(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+CONFIG = ["serve", "{source}", "--config", "{source}/recipe.yaml"]
+MARGINS = ["compare-evals", "{source}", "{source}", "--margins", "{source}/recipe.yaml"]
+RECIPE, TOKENS = READERS["recipe.yaml"][0], READERS["tokens.safetensors"][0]
+DEEP = b"[" * 100_000
+CONTENTS: list[tuple[str, bytes, list[str], str]] = [
+    ("config.json", DEEP, INSPECT, "nested too deeply"),
+    ("config.json", b'{"a": ' + DEEP + b"]" * 100_000 + b"}", QUANTIZE, "nested too deeply"),
+    ("config.json", b'{"a": ' + b"9" * 5000 + b"}", INSPECT, "thousands of digits"),
+    ("config.json", b'{"a": "\xff"}', INSPECT, "byte 8 (0xff) is not UTF-8"),
+    ("config.json", b"null", INSPECT, "expected, not None"),
+    ("config.json", b"{} {}", INSPECT, "column 4: something follows the end"),
+    ("config.json", b'{"%s": 1, "%s": 2}' % (b"k" * 9999, b"k" * 9999), INSPECT, "occurs twice"),
+    ("config.json", b'{"a": [' + b"{}," * 1_100_000 + b"{}]}", INSPECT, "1,000,000 lists"),
+    ("model.safetensors", header(DEEP), INSPECT, "nested too deeply"),
+    ("model.safetensors", header(b'{"%s": 1}' % (b"n" * 10**6)), INSPECT, "a tensor is called"),
+    ("model.safetensors", header(b""), VERIFY, "a value is missing"),
+    ("tokens.safetensors", header(b"[]"), TOKENS, "JSON object was expected"),
+    ("tokens.safetensors", header(DEEP), BASELINE, "nested too deeply"),
+    ("model.safetensors.index.json", DEEP, PLAN, "nested too deeply"),
+    ("halfbyte-manifest.json", DEEP, VERIFY, "nested too deeply"),
+    ("recipe.yaml", b"[" * 1500, RECIPE, "nested too deeply"),
+    ("recipe.yaml", b"- " * 5000, CONFIG, "nested too deeply"),
+    ("recipe.yaml", b"a: !!int ''", RECIPE, "line 1, column 4: '' is no int"),
+    ("recipe.yaml", b"a: !!bool maybe", CONFIG, "'maybe' is no bool"),
+    ("recipe.yaml", b"a: !!timestamp soon", CONFIG, "'soon' is no timestamp"),
+    ("recipe.yaml", b"a: !!map text", RECIPE, "'text' is no map"),
+    ("recipe.yaml", "a: !!binary '\u00e9'".encode(), RECIPE, "is no binary"),
+    ("recipe.yaml", b'a: "\\U7fffffff"', RECIPE, "names no character"),
+    ("recipe.yaml", b"a: 1" + b"0" * 9000, RECIPE, "is no int"),
+    ("recipe.yaml", b"a: 0x" + b"f" * 9000, MARGINS, "expected NAME=POINTS"),
+    ("recipe.yaml", b"a: \xff", RECIPE, "byte 4 (0xff) is not UTF-8"),
+    ("recipe.yaml", b"drain-seconds: .inf", CONFIG, "a number from 0 to 86,400"),
+    ("recipe.yaml", b"a: 1", ["blend", "{source}/recipe.yaml"], "name is missing"),
+]
+
+
+@pytest.mark.parametrize("name, content, command, said", CONTENTS)
+def test_odd_content_is_said_in_plain_words(
+    whole: Path,
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    command: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    (source / name).write_bytes(content)
+    text = sentence(command, source, capsys)
+    assert said in text
+    assert not FOREIGN.search(text.replace(str(tmp_path), "")), text
+
+
+@pytest.mark.parametrize("value", [2**4000, "x" * 10_000, float("nan"), -2, True, [1] * 100_000])
+def test_a_recommendation_that_is_none_is_shown_short(
+    whole: Path, tmp_path: Path, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    (source / "generation_config.json").write_text(json.dumps({"top_k": value}))
+    text = sentence(["serve", "{source}"], source, capsys)
+    assert "top_k is " in text and len(text) < 500
 
 
 @pytest.mark.parametrize("place", ["/proc/out", "{tmp}/file/out", "/proc/below/out"])

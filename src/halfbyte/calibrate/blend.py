@@ -168,6 +168,8 @@ def _said(error: ValidationError) -> str:
     """The first of pydantic's findings in one line."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part)[:60] for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{place} is missing"
     return f"{place}: {first['msg']} (it is {shown(first['input'])})"
 
 

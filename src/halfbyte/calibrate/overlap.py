@@ -54,7 +54,7 @@ def _runs(text: str) -> Iterator[bytes]:
 
 
 # Every prompt of every benchmark is some tens of MB.
-MAX_PROMPTS_BYTES = 1 << 30
+MAX_PROMPTS_BYTES = 1 << 28
 
 
 def read_prompts(path: Path) -> Iterator[str]:

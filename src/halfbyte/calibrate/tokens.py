@@ -16,9 +16,9 @@ from torch import Tensor
 from halfbyte.calibrate.blend import load_blend
 from halfbyte.calibrate.draw import CalibrationData, RowPictures, draw
 from halfbyte.chat.prompt import EncodedImage
+from halfbyte.checkpoint.shards import read_header
 from halfbyte.config import TextConfig
-from halfbyte.errors import UsageError, in_words
-from halfbyte.files import require_regular
+from halfbyte.errors import CheckpointError, UsageError, in_words
 
 Rows = tuple[Tensor, ...]  # each int64 (tokens,), on the CPU
 
@@ -43,14 +43,16 @@ def read_rows(path: Path) -> tuple[Rows, RowPictures]:
     """
     batches: dict[int, dict[str, Tensor]] = {}
     try:
-        require_regular(path)
+        read_header(path)  # which says in our words what is wrong with it
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
                 match = _BATCH.fullmatch(name)
                 if match is None:
-                    raise UsageError(f"{path}: {name}: batch0.input_ids and so on were expected")
+                    raise UsageError(
+                        f"{path}: {name[:60]}: batch0.input_ids and so on were expected"
+                    )
                 batches.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         raise UsageError(
             f"{path}: cannot be read as calibration tokens ({in_words(error)})"
         ) from error

@@ -201,8 +201,11 @@ def _check_tekken(value: Mapping[str, Any], path: Path) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise CheckpointError(f"{path}: pattern is {shown(pattern)}; a text was expected")
     check_length(len(pattern), MAX_PATTERN_CHARS, f"{path}: pattern has")
-    if not isinstance(config.get("version"), str):
-        raise CheckpointError(f"{path}: version is {shown(config.get('version'))}")
+    version = config.get("version")
+    if not isinstance(version, str) or len(version) > 20:
+        raise CheckpointError(
+            f"{path}: version is {shown(version)}; a text such as 'v13' was expected"
+        )
     _check_pieces(value.get("vocab"), path)
     specials = value.get("special_tokens")
     if specials is None:

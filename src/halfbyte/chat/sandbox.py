@@ -47,6 +47,9 @@ from halfbyte.chat.sandbox_bounds import (
 from halfbyte.chat.written import Written, formatted, joined, own
 from halfbyte.errors import CheckpointError, RequestError
 
+# What a template may write: so much of its own, and so often what it was given. Encoding takes a
+# hundred bytes for each character.
+MAX_OWN_CHARS, MAX_TIMES_WRITTEN = 2**20, 16
 MAX_SOURCE = 2**18  # characters of a template; the longest in use have 30,000
 
 
@@ -77,9 +80,12 @@ class ChatTemplate:
         running_bounds.made, running_bounds.known = 0, {}
         try:
             # What the conversation holds is weighed once, however often it is passed on.
-            for value in values.values():
-                weight_of(value, running_bounds.known, most=None)
+            given = sum(
+                weight_of(value, running_bounds.known, most=None) for value in values.values()
+            )
             text = self._template.render(values)
+            if len(text) > MAX_OWN_CHARS + MAX_TIMES_WRITTEN * given:
+                raise BoundError(f"it writes {len(text):,} characters out of {given:,}")
         except TemplateRefusalError as error:
             raise RequestError(str(error), param="messages") from error
         # A template is foreign code: whatever it raises is its fault or the conversation's.
@@ -319,5 +325,5 @@ class _Namespace(Namespace):
         return "<Namespace>"
 
 
-def _refuse(message: object) -> NoReturn:
+def _refuse(message: object = "the chat template refuses this conversation") -> NoReturn:
     raise TemplateRefusalError(str.__str__(str(message)))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from halfbyte.chat.vocabulary import MAX_TOKENS
 from halfbyte.errors import CheckpointError, shown
 
 MAX_ADDED_CHARS = 65_536  # of one added token; its automaton takes 70 bytes for each
@@ -35,6 +36,10 @@ def check_before_reading(description: Mapping[str, Any], path: Path) -> None:
         if isinstance(model, dict) and model.get(name):
             raise CheckpointError(f"{path}: model.{name} is not supported; BPE over bytes has none")
     vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict) and len(vocab) > MAX_TOKENS:
+        raise CheckpointError(
+            f"{path}: a vocabulary of {len(vocab):,} tokens; the limit is {MAX_TOKENS:,}"
+        )
     longest = max(map(len, vocab), default=0) if isinstance(vocab, dict) else 0
     check_length(longest, MAX_TOKEN_CHARS, f"{path}: a token of the vocabulary has")
     entries = description.get("added_tokens")

@@ -209,9 +209,8 @@ def _open(source: Path) -> Any:
         with np.errstate(over="ignore"):
             return gguf.GGUFReader(source)
     except _LIBRARY_ERRORS as error:
-        raise CheckpointError(
-            f"{source} cannot be read as a GGUF file ({in_words(error)})"
-        ) from error
+        said = in_words(error)
+        raise CheckpointError(f"{source} cannot be read as a GGUF file ({said})") from error
 
 
 # What the library raises over damaged files; it has no family of its own.

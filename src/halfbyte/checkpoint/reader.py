@@ -132,6 +132,7 @@ class Checkpoint:
         An embedding or a head beside it is left alone: it shares its target's.
         """
         directory = Path(path)
+        require_directory(directory)
         if not (directory / "params.json").is_file():
             raise CheckpointError(
                 f"{directory} has no params.json, so it is not an EAGLE head in Mistral's layout"

@@ -270,7 +270,11 @@ def check_target(directory: Path) -> None:
     as: whoever uploads or removes it would take both.
     """
     check_place(directory)
-    for parent in directory.resolve().parents:
+    try:
+        parents = directory.resolve().parents
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise UsageError(f"{directory} exists, as a link that leads nowhere; remove it") from error
+    for parent in parents:
         if _is_checkpoint(parent):
             raise UsageError(
                 f"{directory}: lies inside the checkpoint {parent}; choose a place outside of it"

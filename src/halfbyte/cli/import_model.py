@@ -57,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.source)
     if path.is_dir():
+        if path.suffix == ".gguf" and not any(path.glob("*.safetensors")):
+            raise UsageError(
+                f"{path} is a directory, not a GGUF file, and no checkpoint either: it holds no "
+                ".safetensors"
+            )
         return _to_bf16(path, args)
     source = path if path.suffix == ".gguf" else packaged_file(args.source)
     config = import_gguf(source, args.out, tokenizer=args.tokenizer)

@@ -15,7 +15,7 @@ from typing import NoReturn
 import halfbyte
 from halfbyte import log
 from halfbyte.cli.config_file import apply_config
-from halfbyte.errors import HalfbyteError, how_to_get
+from halfbyte.errors import HalfbyteError, cut_middle, how_to_get
 from halfbyte.machine import keep_one_heap, let_threads_sleep
 from halfbyte.printable import printable_output
 
@@ -156,7 +156,7 @@ def _run(argv: list[str] | None) -> int:
         if args.log_level == "debug":
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {cut_middle(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         # A second Ctrl-C while this is said changes nothing.

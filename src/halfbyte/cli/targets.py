@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from halfbyte.errors import UsageError
+from halfbyte.files import is_there, require_directory
 
 
 def is_folder(target: str) -> bool:
@@ -15,4 +16,6 @@ def is_folder(target: str) -> bool:
     host = target.partition("/")[0]
     if "://" in target or ":" in host or host == "localhost":
         return False
+    if is_there(target):
+        require_directory(target)
     raise UsageError(f"{target} is neither a folder nor the address of a server (http://HOST:PORT)")

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, in_words
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class ChatClient:
         try:
             yield
         except httpx.HTTPError as error:
-            raise UsageError(f"{self._http.base_url} does not answer: {error}") from error
+            raise UsageError(f"{self._http.base_url} does not answer: {in_words(error)}") from error
 
 
 def _check(response: httpx.Response) -> None:

@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from halfbyte.checkpoint.shards import read_header
 from halfbyte.errors import CheckpointError, in_words
 from halfbyte.fidelity.choices import EncodedItem
 
@@ -185,6 +186,7 @@ def _unpadded(padded: Tensor) -> tuple[tuple[int, ...], ...]:
 
 def load_baseline(path: Path) -> Baseline:
     """Read a file that `save_baseline` wrote; raises CheckpointError for anything else."""
+    read_header(path)  # which says in our words what is wrong with it
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}

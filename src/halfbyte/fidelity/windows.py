@@ -17,7 +17,7 @@ Window = tuple[int, ...]
 
 
 # A text is held whole, and scoring more of it would take days.
-MAX_TEXT_BYTES = 1 << 30
+MAX_TEXT_BYTES = 1 << 28
 
 
 def read_text(path: Path) -> str:

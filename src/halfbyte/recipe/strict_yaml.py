@@ -29,18 +29,25 @@ def parse_yaml(text: str, where: str) -> Any:
     """Read YAML text into plain values. Raises UsageError."""
     try:
         return yaml.load(text, Loader=_UniqueKeys)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"{where} is not valid YAML: {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:
     """What the parser says on one line, with the line of the file where it says it of one."""
     if not isinstance(error, yaml.MarkedYAMLError):
-        return in_words(error)
+        is_escape = isinstance(error, (ValueError, OverflowError))
+        return "an escape in it names no character" if is_escape else in_words(error)
     mark = error.problem_mark or error.context_mark
     place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     parts = (" ".join(part.split()) for part in (error.context, error.problem) if part)
     return place + ", ".join(parts)[:200]
+
+
+def _no_such(node: yaml.Node) -> yaml.constructor.ConstructorError:
+    """The error for a node that is not what its tag says."""
+    said = f"{shown(node.value)} is no {node.tag.rpartition(':')[2][:40]}"
+    return yaml.constructor.ConstructorError(None, None, said, node.start_mark)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -51,11 +58,15 @@ class _UniqueKeys(yaml.SafeLoader):
             return super().construct_object(node, deep=deep)
         # `!!int ''`, a thirteenth month, more digits than Python reads: the library looks at none.
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-            kind = node.tag.rpartition(":")[2][:40]
-            said = f"{shown(node.value)} is no {kind}"
-            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
+            raise _no_such(node) from error
+        except yaml.constructor.ConstructorError as error:
+            if isinstance(error.__context__, ValueError):  # base64 that is none, in Python's words
+                raise _no_such(node) from error
+            raise
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):  # `!!map text`
+            raise _no_such(node)
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

@@ -84,7 +84,7 @@ def parse_margins(flags: Sequence[str], file: Path | None) -> dict[str, Margin]:
 def _points(value: object, where: str) -> float:
     try:
         points = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         points = math.nan
     if isinstance(value, bool) or not 0 < points <= 100:
         raise UsageError(

@@ -13,7 +13,7 @@ import httpx
 
 from halfbyte.checkpoint.identity import checkpoint_identity
 from halfbyte.child import served
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, in_words
 from halfbyte.evals.tasks.data import file_sha256
 from halfbyte.files import is_there
 
@@ -52,11 +52,12 @@ def connect(url: str, model: str | None, api_key: str, *, take_first: bool = Fal
         models = {entry["id"]: entry for entry in answer.json()["data"]}
     except httpx.TransportError as failure:
         raise UsageError(
-            f"{base}: no server answers there ({failure}); is it up, and is this its address?"
+            f"{base}: no server answers there ({in_words(failure)}); is it up, and is this its "
+            "address?"
         ) from failure
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as failure:
         raise UsageError(
-            f"{base}/models does not answer as an OpenAI-compatible server: {failure}"
+            f"{base}/models does not answer as an OpenAI-compatible server: {in_words(failure)}"
         ) from failure
     if model is None:
         if not models or (len(models) > 1 and not take_first):

@@ -265,6 +265,10 @@ def file_log(path: Path) -> AccessLog:
         except OSError as error:
             logger.error("access log %s: %s", path, error)
 
+    if path.is_fifo():
+        raise UsageError(
+            f"cannot write the access log {path}: it is a FIFO, which makes writers wait"
+        )
     try:
         path.open("a", encoding="utf-8").close()
     except OSError as error:
