@@ -1,5 +1,6 @@
 """Reading what a path names: other things than files at once, large ones not at all."""
 
+import json
 import os
 import re
 import socket
@@ -9,14 +10,17 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from halfbyte.errors import UsageError, shown
+from halfbyte.errors import CheckpointError, UsageError, cut_middle, in_words, shown
 from halfbyte.files import (
     OddFileError,
     format_bytes,
     format_gib,
+    is_there,
     make_directory,
     open_regular,
+    parse_json_text,
     read_bounded,
+    require_directory,
 )
 
 
@@ -30,6 +34,8 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (Path.mkdir, "is a directory, not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a regular file"),
     "socket": (_socket, "is a socket, not a regular file"),
+    "circle": (lambda path: path.symlink_to(path.name), "is a link that leads back to itself"),
+    "link to nothing": (lambda path: path.symlink_to("y"), "is a link to 'y', where nothing is"),
 }
 
 
@@ -107,3 +113,60 @@ def test_values_are_shown_short() -> None:
         assert len(shown(value)) <= 100
     assert (shown(4096), shown("a"), shown(None), shown(0.5)) == ("4096", "'a'", "None", "0.5")
     assert shown(True) == "True" and shown({"a": 1}) == "{'a': 1}"
+
+
+def test_a_link_that_leads_nowhere_is_there(tmp_path: Path) -> None:
+    """Else a file that may be left out would count as left out."""
+    (tmp_path / "x").symlink_to("x")
+    assert is_there(tmp_path / "x") and not is_there(tmp_path / "y")
+
+
+@pytest.mark.parametrize("what", [*ODD, "file", "nothing"])
+def test_what_is_no_directory_is_named(folder: Path, what: str) -> None:
+    others = {"file": (Path.touch, "is a file"), "nothing": (lambda path: None, "no such")}
+    make, said = {**ODD, **others}[what]
+    make(folder / "x")
+    if what == "folder":
+        require_directory(folder / "x")
+        return
+    with pytest.raises(CheckpointError, match=said.removesuffix(", not a regular file")):
+        require_directory(folder / "x")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b"", "line 1, column 1: a value is missing"),
+        (b"{1}", "a name in double quotes is missing"),
+        (b"[1 2]", "line 1, column 4: a comma is missing"),
+        (b'{"a" 1}', "a colon is missing"),
+        (b"[1] 2", "something follows the end"),
+        (b'["a', "a text does not end"),
+        (b'["\xc3\x28"]', "byte 3 (0xc3) is not UTF-8 text"),
+        (b"9" * 5000, "a number in it has thousands of digits"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b"[" + b"{}," * 1_000_001 + b"1]", "it has more than 1,000,000 lists and objects"),
+    ],
+)
+def test_json_that_is_none_is_said_in_our_words(text: bytes, said: str) -> None:
+    with pytest.raises((ValueError, RecursionError)) as caught:
+        parse_json_text(text)
+    assert in_words(caught.value) == said
+
+
+def test_what_a_library_raises_is_said_in_our_words() -> None:
+    assert in_words(OSError(111, "Connection refused")) == "Connection refused"
+    assert in_words(ValueError("[Errno 111] Connection refused")) == "Connection refused"
+    assert in_words(KeyError("x")) == in_words(TypeError("'NoneType' object is not iterable"))
+    assert in_words(ValueError("x" * 999 + "\nmore")) == "x" * 199 + "…"
+    assert in_words(MemoryError()) == "it takes more memory than there is"
+    with pytest.raises(UnicodeEncodeError) as caught:
+        json.loads('"\\ud800"').encode()
+    assert in_words(caught.value).startswith("it holds half a surrogate pair")
+
+
+def test_a_long_message_is_cut_in_its_middle() -> None:
+    assert str(UsageError("x" * 1000)) == "x" * 1000
+    said = str(UsageError("begin " + "x" * 10**6 + " end"))
+    assert said.startswith("begin x") and said.endswith("x end") and len(said) < 1000
+    assert cut_middle(said) == said

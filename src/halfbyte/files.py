@@ -119,6 +119,9 @@ def require_directory(path: str | Path, missing: str = "no such directory") -> N
     if not stat.S_ISDIR(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "a file")
         raise CheckpointError(f"{path} is {kind}, not a directory")
+    # Otherwise it would seem to be empty.
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{path}: you may not read this directory (Permission denied)")
 
 
 def read_bounded(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:

@@ -186,7 +186,10 @@ def _unpadded(padded: Tensor) -> tuple[tuple[int, ...], ...]:
 
 def load_baseline(path: Path) -> Baseline:
     """Read a file that `save_baseline` wrote; raises CheckpointError for anything else."""
-    read_header(path)  # which says in our words what is wrong with it
+    try:
+        read_header(path)  # which says in our words what is wrong with it
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read as a baseline: {error}") from error
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}

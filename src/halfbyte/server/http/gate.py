@@ -15,7 +15,7 @@ from pathlib import Path
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from halfbyte.errors import RequestError, UsageError
+from halfbyte.errors import RequestError, UsageError, in_words
 from halfbyte.log import logger
 from halfbyte.server.api.problems import response_of
 from halfbyte.server.call import Call
@@ -271,6 +271,6 @@ def file_log(path: Path) -> AccessLog:
         )
     try:
         path.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise UsageError(f"cannot write the access log {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise UsageError(f"cannot write the access log {path}: {in_words(error)}") from error
     return write
