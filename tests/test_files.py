@@ -123,7 +123,10 @@ def test_a_link_that_leads_nowhere_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", [*ODD, "file", "nothing"])
 def test_what_is_no_directory_is_named(folder: Path, what: str) -> None:
-    others = {"file": (Path.touch, "is a file"), "nothing": (lambda path: None, "no such")}
+    others: dict[str, tuple[Callable[[Path], object], str]] = {
+        "file": (Path.touch, "is a file"),
+        "nothing": (lambda path: None, "no such"),
+    }
     make, said = {**ODD, **others}[what]
     make(folder / "x")
     if what == "folder":
