@@ -276,7 +276,7 @@ def test_chat_once_with_a_directory(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("serve", "/nowhere"), "/nowhere is not a directory"),
+        (("serve", "/nowhere"), "/nowhere: no such directory"),
         (("serve", "DIR", "--port", 70000), "70000 is not a port"),
         (("serve", "DIR", "--tensor-parallel-size", 3, "--port", 0), "tensor"),
         (("serve", "DIR", "--max-model-len", 10**9, "--port", 0), "max_model_len"),
