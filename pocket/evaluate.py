@@ -175,10 +175,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the record to write (JSON)")
     parser.add_argument("--items", type=int, default=100, help="items of each kind (%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first item")
+    usual = [kind for kind in (*GRADED, *AT_LENGTH) if kind != "recall_32k"]
     parser.add_argument(
-        "--kinds", nargs="*", default=[k for k in (*GRADED, *AT_LENGTH) if k != "recall_32k"],
-        help="(all; but recall_32k, whose items take minutes on a CPU)",
-    )  # fmt: skip
+        "--kinds",
+        nargs="*",
+        default=usual,
+        help="(all but recall_32k, whose items take minutes on a CPU)",
+    )
     add_engine_flags(parser)
     parser.add_argument("--speculative", help="ngram, or the folder of an EAGLE head")
     args = parser.parse_args(arguments)

@@ -173,3 +173,10 @@ def test_a_long_message_is_cut_in_its_middle() -> None:
     said = str(UsageError("begin " + "x" * 10**6 + " end"))
     assert said.startswith("begin x") and said.endswith("x end") and len(said) < 1000
     assert cut_middle(said) == said
+
+
+def test_the_lines_of_a_list_or_a_log_are_all_said() -> None:
+    lines = [f"{n}: {'why ' * 20}" for n in range(40)]
+    assert str(UsageError("\n".join(lines))) == "\n".join(lines)
+    said = str(UsageError("\n".join([*lines, "x" * 10**6]))).split("\n")
+    assert said[:-1] == lines and len(said[-1]) < 1000

@@ -8,22 +8,33 @@ import errno
 import json
 import re
 import reprlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # whoever has such an error has imported it
+    from pydantic import ValidationError
 
 # What a page of the terminal holds; names and texts out of files have any length.
 _MOST_SAID, _SAID_FIRST, _SAID_LAST = 1000, 700, 250
 
 
 def cut_middle(text: str) -> str:
-    """A message that is no longer than a few lines of a terminal, whatever it quotes."""
-    if len(text) <= _MOST_SAID:
-        return text
-    return f"{text[:_SAID_FIRST]} … {text[-_SAID_LAST:]}"
+    """A message with no line longer than a few of a terminal, whatever it quotes.
+
+    What is quoted stands on one line; several are our own: a list of reasons, the end of a log.
+    """
+    return "\n".join(map(_cut_line, text.split("\n"))) if len(text) > _MOST_SAID else text
+
+
+def _cut_line(line: str) -> str:
+    if len(line) <= _MOST_SAID:
+        return line
+    return f"{line[:_SAID_FIRST]} … {line[-_SAID_LAST:]}"
 
 
 class HalfbyteError(Exception):
     """Base of every error with a message meant for people; the CLI prints it without a trace.
 
-    A message that quotes too much is cut in its middle.
+    A line of it that quotes too much is cut in its middle.
     """
 
     def __str__(self) -> str:
@@ -98,6 +109,15 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "…"
     return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
+
+
+def first_finding(error: "ValidationError") -> str:
+    """The first thing that pydantic found wrong, in one line with its place and value."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part)[:60] for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    return f"{place}: {first['msg'][:200]} (it is {shown(first['input'])})"
 
 
 # Words of Python's JSON reader -> ours.

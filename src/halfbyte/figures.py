@@ -5,7 +5,6 @@ README, benchmarks/README.md and the Speed section of a model card are three ren
 figures. `bench.record` writes records; `tools/docs.py` and `card` read them through `parse_record`.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
 from halfbyte.errors import CheckpointError, in_words
-from halfbyte.files import read_bounded
+from halfbyte.files import parse_json_text, read_bounded
 
 Unit = Literal[
     "tokens/s", "items/s", "ms", "s", "min", "ns/weight", "GiB", "MB", "%", "nats/token", "TB/s",
@@ -153,7 +152,7 @@ def with_unit(value: float, unit: Unit) -> str:
 def read_record(path: Path) -> Record:
     """The record in a file; raises CheckpointError if it is none."""
     try:
-        found = json.loads(read_bounded(path).decode("utf-8"))
+        found = parse_json_text(read_bounded(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a benchmark record: {in_words(error)}") from error
     if not isinstance(found, dict):

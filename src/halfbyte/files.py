@@ -101,18 +101,15 @@ def _why_no_end(path: str | Path, error: OSError) -> str | None:
     return None
 
 
-def require_directory(path: str | Path, missing: str = "no such directory") -> None:
-    """Raise CheckpointError that says what lies at a path in place of a checkpoint's directory.
-
-    missing  what is said where nothing lies there
-    """
+def require_directory(path: str | Path) -> None:
+    """Raise CheckpointError that says what lies at a path in place of a checkpoint's directory."""
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r} is no name of a directory") from error
     except FileNotFoundError as error:
         why = _why_no_end(path, error)
-        raise CheckpointError(f"{path} {why}" if why else f"{path}: {missing}") from error
+        raise CheckpointError(f"{path} {why}" if why else f"{path}: no such directory") from error
     except OSError as error:
         why = _why_no_end(path, error) or f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{path} {why}") from error

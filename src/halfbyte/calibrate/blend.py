@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from halfbyte.calibrate.rows import SUFFIXES, TEXT_SUFFIXES
-from halfbyte.errors import UsageError, shown
+from halfbyte.errors import UsageError, first_finding
 from halfbyte.recipe.strict_yaml import parse_yaml, read_yaml_text
 
 ReasoningMode = Literal["plain", "template", "packed"]
@@ -154,7 +154,7 @@ def parse_blend(text: str, where: str, *, folder: Path = Path()) -> Blend:
     try:
         blend = _BLEND.validate_python({**raw, "folder": folder})
     except ValidationError as error:
-        raise UsageError(f"blend {where}: {_said(error)}") from error
+        raise UsageError(f"blend {where}: {first_finding(error)}") from error
     for number, source in enumerate(blend.sources, start=1):
         _check_source(source, f"blend {where}, source {number}")
     labels = [source.label for source in blend.sources]
@@ -162,15 +162,6 @@ def parse_blend(text: str, where: str, *, folder: Path = Path()) -> Blend:
     if twice:
         raise UsageError(f"blend {where}: two sources are called {twice[0]}; give one a name")
     return blend
-
-
-def _said(error: ValidationError) -> str:
-    """The first of pydantic's findings in one line."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part)[:60] for part in first["loc"])
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    return f"{place}: {first['msg']} (it is {shown(first['input'])})"
 
 
 def _check_source(source: Source, where: str) -> None:

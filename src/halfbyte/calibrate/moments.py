@@ -40,7 +40,9 @@ class InputSums:
         torch.maximum(self.maxima_I, wide_TI.abs().amax(0), out=self.maxima_I)
         self.squares_I += wide_TI.square().sum(0, dtype=torch.float64)
         if self.products_II is not None:
-            _add_products(self.products_II, x_TI if _multiplies_exactly(x_TI) else wide_TI)
+            # Matrix units multiply bf16 exactly: the product of two has room in an f32.
+            is_exact = x_TI.is_cuda and x_TI.dtype is torch.bfloat16
+            _add_products(self.products_II, x_TI if is_exact else wide_TI)
 
     @torch.inference_mode()  # as `divide`
     def take_products(self) -> Tensor:
@@ -62,12 +64,8 @@ class InputSums:
             self.products_II /= factors_I[:, None]
 
 
-def _multiplies_exactly(x_TI: Tensor) -> bool:
-    """Whether matrix units multiply these exactly: products of two bf16 have room in an f32."""
-    return x_TI.is_cuda and x_TI.dtype is torch.bfloat16
-
-
 def _add_products(products_II: Tensor, x_TI: Tensor) -> None:
+    """Add x^T x to the blocks on and above the diagonal; x is f32, or bf16 on a GPU."""
     for start in range(0, products_II.shape[0], _BLOCK_ROWS):
         block_TB, rest_TI = x_TI[:, start : start + _BLOCK_ROWS], x_TI[:, start:]
         sums_BI = products_II[start : start + _BLOCK_ROWS, start:]

@@ -22,7 +22,7 @@ from halfbyte.chat.grammar_limits import (
     GrammarLimits,
     build,
     fault,
-    looked_at,
+    max_forced_length,
     sentence,
     work_done,
 )
@@ -325,7 +325,7 @@ class WrappedVocabulary:
         ]
         self.special_token_ids = sorted(vocabulary.control_names)
         self._encode_text = vocabulary.encode_text
-        self._max_length = looked_at(self.tokens)
+        self._max_length = max_forced_length(max(map(len, self.tokens)))
 
     def __call__(self, text: bytes | str) -> list[int]:
         """Token ids of how a text begins, as the model would be given it.

@@ -6,7 +6,7 @@ so that the process is small and quickly there.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,15 +63,15 @@ _GAVE_UP = (
 )  # fmt: skip
 
 
-def looked_at(tokens: Sequence[bytes]) -> int:
+def max_forced_length(longest_token: int) -> int:
     """Length in bytes (or characters) up to which the text that a grammar forces is encoded.
 
-    tokens  bytes of every token
+    longest_token  bytes of the longest token
 
-    Sixteen of the longest tokens: llguidance drops up to four at the end, as what follows might
-    change them, and the first must remain.
+    Sixteen of those: llguidance drops up to four tokens at the end, as what follows might change
+    them, and the first must remain.
     """
-    return max(1024, 16 * max(map(len, tokens)))
+    return max(1024, 16 * longest_token)
 
 
 def build(tokenizer: Any, lark: str, limits: GrammarLimits, *, is_free: bool) -> Any:

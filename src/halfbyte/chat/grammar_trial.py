@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import llguidance
 
 from halfbyte import processes
-from halfbyte.chat.grammar_limits import GrammarLimits, build, fault, looked_at, sentence
+from halfbyte.chat.grammar_limits import GrammarLimits, build, fault, max_forced_length, sentence
 from halfbyte.chat.schema import HeldSchema, MendedSchema, mended
 from halfbyte.errors import RequestError
 from halfbyte.machine import give_way
@@ -358,7 +358,7 @@ class _Greedy:
         self.special_token_ids = words.special_token_ids
         self._ids = {token: token_id for token_id, token in enumerate(words.tokens)}
         self._longest = max(map(len, words.tokens))
-        self._max_length = looked_at(words.tokens)
+        self._max_length = max_forced_length(self._longest)
 
     def __call__(self, text: bytes | str) -> list[int]:
         data = (text.encode() if isinstance(text, str) else text)[: self._max_length]

@@ -47,7 +47,7 @@ from halfbyte.chat.vocabulary import (
     read_json,
     tekken_vocabulary,
 )
-from halfbyte.errors import CheckpointError, RequestError, in_words, shown
+from halfbyte.errors import CheckpointError, RequestError, first_finding, in_words, shown
 from halfbyte.files import require_regular
 
 MAX_IMAGE_SIZE = 2**16  # pixels of a side
@@ -415,11 +415,7 @@ def _convert_tool(tool: Mapping[str, Any], number: int) -> Tool:
 
 def _of_file(error: Exception) -> str:
     """What is wrong with a file, from what mistral-common raised over it."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part)[:60] for part in first["loc"])
-        return f"{place}: {first['msg'][:200]}"
-    return in_words(error)
+    return first_finding(error) if isinstance(error, ValidationError) else in_words(error)
 
 
 def _plain_message(error: Exception) -> str:

@@ -23,8 +23,8 @@ _STRING, _ARRAY = 8, 9
 
 # A llama file has some thirty keys, and nine tensors a layer.
 _MAX_KEYS, _MAX_TENSORS = 4096, 16384
-# Vocabulary, types and scores of 262,144 tokens; the library takes 3 to 5 us and
-# up to 1 kB for each.
+# Vocabulary, types and scores of 262,144 tokens; the library takes 3 to 5 us and up to 1 kB for
+# each.
 _MAX_ELEMENTS = 800_000
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 65535

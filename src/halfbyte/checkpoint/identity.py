@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from halfbyte.errors import CheckpointError
-from halfbyte.files import is_there, open_regular, read_bounded
+from halfbyte.files import is_there, open_regular, parse_json_text, read_bounded
 
 _MANIFEST = "halfbyte-manifest.json"
 _PIECES, _PIECE_BYTES = 64, 4096
@@ -27,7 +27,7 @@ def checkpoint_identity(directory: Path) -> str:
     """
     try:
         if is_there(directory / _MANIFEST):
-            told = json.loads(read_bounded(directory / _MANIFEST))
+            told = parse_json_text(read_bounded(directory / _MANIFEST))
             tensors = told.get("tensors") if isinstance(told, dict) else None
             if not isinstance(tensors, dict):
                 raise CheckpointError(f"{directory / _MANIFEST}: tensors must be an object")

@@ -27,6 +27,7 @@ from halfbyte.checkpoint.metadata import read_json
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.shards import INDEX_NAME
 from halfbyte.checkpoint.soundness import Fault, Severity, faults
+from halfbyte.checkpoint.strict_fields import Fields
 from halfbyte.checkpoint.verify_values import check_against
 from halfbyte.checkpoint.written_metadata import modelopt_configs
 from halfbyte.config import ModelConfig, TextConfig, VisionConfig
@@ -304,15 +305,17 @@ def check_tokenizer(checkpoint: Checkpoint, source: Checkpoint | None) -> Iterat
     text_only = checkpoint.config.vision is None
     if not any(is_there(directory / name) for name in ("tokenizer.json", "tekken.json")):
         yield Problem("warning", str(directory), "no tokenizer.json and no tekken.json")
-    is_readable = True
+    tokenizer: Fields = {}
     for name in COMPANION_FILES:
         if name.endswith(".json") and is_there(directory / name):
             try:
-                read_json(directory / name, MAX_TOKENIZER_BYTES)
+                told = read_json(directory / name, MAX_TOKENIZER_BYTES)
             except CheckpointError as error:
-                is_readable = False
                 yield Problem("error", str(directory), str(error))
-    largest = _largest_token_id(directory) if is_readable else None
+                continue
+            if name == "tokenizer.json":
+                tokenizer = told
+    largest = _largest_token_id(tokenizer)
     if largest is not None and largest >= text.vocab_size:
         yield Problem(
             "error",
@@ -346,15 +349,12 @@ def _check_companion(ours: Path, theirs: Path) -> Iterator[Problem]:
         yield Problem("error", ours.name, "is not the source's")
 
 
-def _largest_token_id(directory: Path) -> int | None:
-    path = directory / "tokenizer.json"
-    if not is_there(path):
-        return None
-    raw = read_json(path, MAX_TOKENIZER_BYTES)
-    model = raw.get("model")
+def _largest_token_id(tokenizer: Fields) -> int | None:
+    """The largest id of a tokenizer.json; None of one that is not there."""
+    model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
-    added = raw.get("added_tokens")
+    added = tokenizer.get("added_tokens")
     if isinstance(added, list):
         ids += [token.get("id") for token in added if isinstance(token, dict)]
     numbers = [number for number in ids if type(number) is int]

@@ -22,7 +22,7 @@ from halfbyte.checkpoint.shards import read_header
 from halfbyte.checkpoint.writer import MAX_COPIED_BYTES
 from halfbyte.checkpoint.written_metadata import modelopt_configs
 from halfbyte.errors import CheckpointError, in_words
-from halfbyte.files import open_regular, read_bounded
+from halfbyte.files import open_regular, parse_json_text, read_bounded
 from halfbyte.log import logger
 from halfbyte.modules import decoder_linears
 from halfbyte.recipe.plan import Plan
@@ -132,7 +132,7 @@ def _with_sampling(checkpoint: Checkpoint, there: bytes | None) -> bytes | None:
     told: Any = _generation_tokens(checkpoint)
     if there is not None:
         try:
-            told = json.loads(there.decode("utf-8-sig"))
+            told = parse_json_text(there.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{_GENERATION} is not JSON: {in_words(error)}") from error
         if not isinstance(told, dict):

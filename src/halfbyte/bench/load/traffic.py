@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from halfbyte.errors import CapacityError, UsageError, in_words, shown
-from halfbyte.files import read_bounded
+from halfbyte.files import parse_json_text, read_bounded
 
 Profile = Literal["fixed", "agents", "beside"]
 Role = Literal["user", "tool"]
@@ -334,7 +334,7 @@ def write_trace(trace: Trace, path: Path) -> None:
 def read_trace(path: Path) -> Trace:
     """The trace in a file; raises UsageError that names what is wrong in it."""
     try:
-        found = json.loads(read_bounded(path).decode("utf-8"))
+        found = parse_json_text(read_bounded(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a trace: {in_words(error)}") from error
     if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
