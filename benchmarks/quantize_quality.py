@@ -39,6 +39,7 @@ from halfbyte.checkpoint.manifest import read_manifest
 from halfbyte.fidelity.comparison import ModelRow, PairRow
 from halfbyte.fidelity.models import compare_models
 from halfbyte.figures import Against, Figure
+from halfbyte.quantize.budget import Asked, made_to_measure
 from halfbyte.quantize.fp8_source import make_fp8_source
 from halfbyte.quantize.job import QuantizeConfig
 from halfbyte.quantize.pipeline import quantize
@@ -47,7 +48,7 @@ from halfbyte.recipe.schema import load_recipe
 
 RECORD = Path(__file__).parent / "records" / "quantize_quality.json"
 HELD_OUT = Path(__file__).parents[1] / "src/halfbyte/fidelity/data/held_out.txt"
-# Name -> recipe, method.
+# Name -> recipe, method. A budget has the bytes of the first variant, which is made before it.
 VARIANTS: Mapping[str, tuple[str, str]] = {
     "max": ("medium-3.5", "max"),
     "headroom": ("medium-3.5", "headroom"),
@@ -57,6 +58,8 @@ VARIANTS: Mapping[str, tuple[str, str]] = {
     "smooth": ("medium-3.5", "smooth"),
     "gptq-smooth": ("medium-3.5", "gptq-smooth"),
     "data-free": ("medium-3.5", "none"),
+    "budget": ("budget", "max"),
+    "budget, gptq-smooth": ("budget", "gptq-smooth"),
     "NVFP4 everywhere": ("nvfp4-everywhere", "max"),
     "NVFP4 everywhere, gptq-smooth": ("nvfp4-everywhere", "gptq-smooth"),
 }
@@ -90,18 +93,21 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
         recipe_name, method = VARIANTS[name]
         if directory_of(args, name).exists():
             continue
-        recipe = replace(load_recipe(recipe_name), scales=METHODS[method])
+        is_budget = recipe_name == "budget"
+        recipe = load_recipe("medium-3.5" if is_budget else recipe_name)
         wanted = replace(
             recipe.calibration, samples=args.rows, tokens_per_sample=args.tokens_per_row
         )
-        result = quantize(
-            QuantizeConfig(
-                args.work / "fp8",
-                directory_of(args, name),
-                replace(recipe, calibration=wanted),
-                with_errors=name == "max",
-            )
+        recipe = replace(recipe, scales=METHODS[method], calibration=wanted)
+        config = QuantizeConfig(
+            args.work / "fp8", directory_of(args, name), recipe, with_errors=name == "max"
         )
+        if is_budget:
+            first = next(iter(VARIANTS))
+            size = sum(x.stat().st_size for x in directory_of(args, first).glob("*.safetensors"))
+            asked = Asked(size, f"the bytes of {first}")
+            config = replace(config, recipe=made_to_measure(config, asked, recipe.scales).recipe)
+        result = quantize(config)
         if name == "max":
             some = [x["output_db"] for x in result.linears if x["format"] == "nvfp4"]
             errors = {m: round(sum(x[m] for x in some) / len(some), 2) for m in some[0]}

@@ -188,7 +188,7 @@ def _chosen(
     if is_measured and args.recipe is not None:
         raise UsageError("--recipe and --budget or --fit exclude each other: both choose formats")
     chosen, said = named_or_fitted(args.recipe, lambda: source.config)
-    recipe = by_method(chosen, args.method)
+    recipe = by_method(chosen, args.method, is_measured=is_measured)
     if not is_measured:
         return recipe, make_plan(recipe, source.config), said
     outlined, said = outline(source, asked_for(args, source.config), args.sensitivity)

@@ -26,6 +26,8 @@ EXAMPLE = """\
   halfbyte quantize models/fp8 models/small --fit rtx-pro-6000 --context 65536"""
 
 METHODS = ("max", "headroom", "mse", "weighted", "gptq", "smooth", "gptq-smooth", "none")
+# A budget asks for the least loss in its bytes, and this method has it (decision 0170).
+BUDGET_METHOD = "gptq-smooth"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=METHODS,
-        help="how scales are chosen, instead of the recipe's way; none needs no data",
+        help="how scales are chosen, instead of the recipe's way, which for --budget and --fit is "
+        f"{BUDGET_METHOD}; none needs no data",
     )
     parser.add_argument(
         "--profile",
@@ -167,10 +170,15 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
-def by_method(recipe: "Recipe", method: str | None) -> "Recipe":
-    """The recipe with the scales of a method, where one is given; its cache stays as it is."""
+def by_method(recipe: "Recipe", method: str | None, *, is_measured: bool) -> "Recipe":
+    """The recipe with the scales of a method, where one is given; its cache stays as it is.
+
+    is_measured  a budget will choose the formats: BUDGET_METHOD holds where no method is given
+    """
     from halfbyte.quantize.scales import METHODS as SCALES_OF
 
+    if method is None and is_measured:
+        method = BUDGET_METHOD
     if method is None:
         return recipe
     return replace(recipe, scales=replace(SCALES_OF[method], cache=recipe.scales.cache))
@@ -192,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
     if is_measured and args.recipe is not None:
         raise UsageError("--recipe and --budget or --fit exclude each other: both choose formats")
     chosen, said = named_or_fitted(args.recipe, lambda: read_config(source.directory)[0])
-    recipe = by_method(chosen, args.method)
+    recipe = by_method(chosen, args.method, is_measured=is_measured)
     if said is not None and not is_measured:
         print(said)
     config = QuantizeConfig(
@@ -253,6 +261,10 @@ def _made_to_measure(args: argparse.Namespace, config: "QuantizeConfig") -> "Rec
         owns_process=True,
     )
     print(summary(found))
+    if args.method is None:
+        print(
+            f"scales by --method {BUDGET_METHOD}, for least loss; --method max takes half the time"
+        )
     file = recipe_file(config.output)
     print(f"{file}: the recipe, with what every format would cost each group")
     return load_recipe(file)
