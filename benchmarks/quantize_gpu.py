@@ -21,7 +21,7 @@ moving its bytes at 2 GB/s; encoding and syncing as measured; and reading the la
 writing its output at 2 GB/s, as if nothing overlapped; then the tensors outside the layers.
 Give --work a RAM disk to leave the machine's own disk out.
 
-Last record: benchmarks/records/quantize_gpu.json.
+Last records: benchmarks/records/quantize_gpu.json, benchmarks/records/quantize_gpu_methods.json.
 
 Run: PYTHONPATH=src python benchmarks/quantize_gpu.py
 """
@@ -207,7 +207,7 @@ def measure(args: argparse.Namespace, text: Any, folder: Path, activation_bytes:
     show(results)
     record.write(
         args.out,
-        name="quantize_gpu",
+        name=args.out.stem,
         question="One full-width layer, 128 x 2048 tokens, on one GPU: how long, and 88 of them?",
         command="PYTHONPATH=src python benchmarks/quantize_gpu.py " + " ".join(sys.argv[1:]),
         figures=gpu_figures(results),
@@ -219,6 +219,9 @@ def measure(args: argparse.Namespace, text: Any, folder: Path, activation_bytes:
 
 def timed(config: QuantizeConfig) -> tuple[QuantizeResult, list[float]]:
     """A run, and the seconds between finished layers: of every layer but the first."""
+    if torch.cuda.is_available():  # memory of a run before it would count as this one's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     marks: list[float] = []
     result = quantize(config, lambda _done, _all: marks.append(time.perf_counter()))
     return result, [b - a for a, b in itertools.pairwise(marks)]

@@ -19,7 +19,7 @@ intervals speak of it alone, and the paired ones (`pairs`) tell methods apart wh
 
 `docs/guide/choosing-a-format.md` draws the record: bytes against KL.
 
-Last record: benchmarks/records/quantize_quality.json.
+Last records: benchmarks/records/quantize_quality.json, benchmarks/records/budget_by_method.json.
 
 Run: PYTHONPATH=src python benchmarks/quantize_quality.py && python -m tools.docs
 """
@@ -156,7 +156,7 @@ def main() -> None:
     }
     record.write(
         args.out,
-        name="quantize_quality",
+        name=args.out.stem,
         question="Perplexity and KL of a real small model by calibration method?",
         command="PYTHONPATH=src python benchmarks/quantize_quality.py " + " ".join(sys.argv[1:]),
         figures=quality_figures(results),
@@ -168,14 +168,17 @@ def main() -> None:
 
 def quality_figures(results: dict[str, Any]) -> list[Figure]:
     """How far each variant's answers are from bf16's, in both arithmetics."""
-    worst = {row["mode"]: row["kl_mean"] for row in results["rows"]
-             if row["name"] == "NVFP4 everywhere"}  # fmt: skip
+    worst, card = ({row["mode"]: row["kl_mean"] for row in results["rows"] if row["name"] == name}
+                   for name in ("NVFP4 everywhere", "max"))  # fmt: skip
     figures = []
     for row in results["rows"]:
         conditions = {"model": "SmolLM2-135M", "weights": row["name"], "arithmetic": row["mode"]}
         against: tuple[Against, ...] = ()
         if row["mode"] in worst and row["name"] != "NVFP4 everywhere":
             against = (Against("NVFP4 everywhere", worst[row["mode"]]),)
+        if row["mode"] in card and row["name"].startswith("budget"):
+            was = card[row["mode"]]
+            against += (Against("max", was), Against("at most", 0.85 * was, is_bound=True))
         figures.append(Figure("KL divergence from bf16", row["kl_mean"], "nats/token", "fidelity",
                               conditions, against))  # fmt: skip
     return figures
