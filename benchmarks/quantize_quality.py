@@ -19,7 +19,7 @@ intervals speak of it alone, and the paired ones (`pairs`) tell methods apart wh
 
 `docs/guide/choosing-a-format.md` draws the record: bytes against KL.
 
-Last records: benchmarks/records/quantize_quality.json, benchmarks/records/budget_by_method.json.
+Last record: benchmarks/records/quantize_quality.json.
 
 Run: PYTHONPATH=src python benchmarks/quantize_quality.py && python -m tools.docs
 """
@@ -156,7 +156,7 @@ def main() -> None:
     }
     record.write(
         args.out,
-        name=args.out.stem,
+        name="quantize_quality",
         question="Perplexity and KL of a real small model by calibration method?",
         command="PYTHONPATH=src python benchmarks/quantize_quality.py " + " ".join(sys.argv[1:]),
         figures=quality_figures(results),

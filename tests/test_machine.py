@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.machine import age_s, available_bytes, held
+from halfbyte.machine import age_s, available_bytes, held, use_huge_pages
 
 MIB = 1 << 20
 
@@ -154,3 +154,43 @@ def test_the_age_of_a_process_counts_from_its_start(tmp_path: Path) -> None:
     assert age_s(tmp_path / "nowhere") is None
     here = age_s()
     assert here is None or 0 < here < 86_400
+
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def huge_bytes() -> int:
+    """Bytes of this process on huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
+
+
+@pytest.mark.skipif(
+    not _HUGE_PAGES.exists()
+    or "[never]" in _HUGE_PAGES.read_text()
+    or tuple(map(int, os.uname().release.split(".")[:2])) < (6, 1),
+    reason="needs Linux 6.1 with transparent huge pages",
+)
+def test_memory_in_use_moves_to_huge_pages_and_keeps_its_content_and_size() -> None:
+    filled = mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pattern = os.urandom(MIB)
+    for _ in range(64):
+        filled.write(pattern)
+    untouched = mmap.mmap(-1, 256 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    before = held()
+    assert use_huge_pages(limit_s=60) >= 48 * MIB
+    after = held()
+    assert before is not None and after is not None
+    assert huge_bytes() >= 48 * MIB
+    assert after.resident - before.resident < 64 * MIB, "what nobody touched takes nothing"
+    assert all(filled[n * MIB : (n + 1) * MIB] == pattern for n in range(64))
+    untouched.close()
+    filled.close()
+
+
+def test_moving_to_huge_pages_ends_in_time_and_fails_silently(tmp_path: Path) -> None:
+    assert use_huge_pages(limit_s=-1) == 0
+    assert use_huge_pages(limit_s=60, proc=tmp_path) == 0
+    lines = "10000000-20000000 rw-p 00000000 00:00 0\nSize: 262144 kB\nRss: 262144 kB\n"
+    # Nothing lies there: the system refuses, and nobody hears of it.
+    assert use_huge_pages(limit_s=60, proc=tree(tmp_path, {"self/smaps": lines})) == 0

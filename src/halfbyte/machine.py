@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,9 @@ _CGROUPS = Path("/sys/fs/cgroup")
 # v1 writes "no limit" as the largest multiple of a page that fits 63 bits.
 _NO_LIMIT = 1 << 60
 _M_ARENA_MAX = -8  # of glibc's malloc.h
+_MADV_COLLAPSE = 25  # of Linux's mman.h, from 6.1 on
+_HUGE = 1 << 21
+_MOVED_AT_ONCE = 16 * _HUGE
 
 
 class Held(NamedTuple):
@@ -83,6 +87,42 @@ def settle_heap() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def use_huge_pages(limit_s: float, proc: Path = _PROC) -> int:
+    """Have what this process holds lie on pages of 2 MB; bytes that lie on some afterwards.
+
+    Weights are read whole at every step, and pages of 4 KB hold that up: a token alone on two cores
+    took a fourth longer. Only memory in use is moved, so that it takes no more of it, and what is
+    asked for later comes in small pages as before, which nobody waits long for. Moving goes at a
+    third of a GB/s where free memory lies scattered, else at several; it ends after `limit_s`
+    seconds, and begins with the largest pieces. A no-op on systems that cannot.
+    """
+    ends, moved = time.monotonic() + limit_s, 0
+    with contextlib.suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        for start, end in sorted(_filled(proc), key=lambda span: span[0] - span[1]):
+            for at in range(-(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE, _MOVED_AT_ONCE):
+                size = min(_MOVED_AT_ONCE, end // _HUGE * _HUGE - at)
+                if time.monotonic() > ends:
+                    return moved
+                if not madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_COLLAPSE):
+                    moved += size
+    return moved
+
+
+def _filled(proc: Path) -> Iterator[tuple[int, int]]:
+    """First address and end of private writable memory of no file, nearly all of it in use."""
+    span: tuple[int, int] | None = None
+    for line in (proc / "self" / "smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            first, _, end = name.partition("-")
+            is_plain = rest[0] == "rw-p" and (len(rest) < 5 or rest[4] == "[heap]")
+            span = (int(first, 16), int(end, 16)) if is_plain else None
+        elif name == "Rss:" and span is not None:
+            if int(rest[0]) << 10 >= (span[1] - span[0]) * 7 // 8:
+                yield span
 
 
 def held(proc: Path = _PROC) -> Held | None:

@@ -41,6 +41,7 @@ from halfbyte.engine.workers import Workers, check_device, check_devices, config
 from halfbyte.errors import UnsupportedError, UsageError
 from halfbyte.kernels.cuda.library import KernelLibrary, unavailable
 from halfbyte.log import logger
+from halfbyte.machine import use_huge_pages
 from halfbyte.model.cuda.launches import CudaModel, SharedBuffers
 from halfbyte.model.cuda.load import (
     load_cuda_draft,
@@ -58,6 +59,8 @@ from halfbyte.model.saturation import SaturationCounts
 
 # Kept free beside the cache: what captured graphs hold for themselves, and the libraries.
 _RESERVED_BYTES = 512 * 2**20
+# Weights of a CPU from this size on are laid on huge pages: less lies in the processors' caches.
+_MANY_BYTES = 64 * 2**20
 
 # Decides the configuration, given the architecture (or the rank's part of it), the bytes that are
 # free for the cache and those that a draft model keeps of each position.
@@ -242,6 +245,7 @@ def load_part(
     if uses_kernels:
         return _load_hopper(checkpoint, config, communicator or Solo())
     assert config.mode != "auto"
+    start = time.perf_counter()
     saturation = SaturationCounts(torch.device(config.device)) if config.count_saturation else None
     decoder = load_decoder(
         checkpoint,
@@ -262,7 +266,10 @@ def load_part(
             fp8_activations=config.fp8_activations,
         )
         _say_draft(directory, eagle.config.num_layers, eagle.num_weight_bytes)
-    return PlainPart(config, decoder, eagle)
+    part = PlainPart(config, decoder, eagle)
+    if torch.device(config.device).type == "cpu" and part.num_weight_bytes >= _MANY_BYTES:
+        use_huge_pages(max(1.0, (time.perf_counter() - start) / 4))
+    return part
 
 
 def _load_hopper(
