@@ -7,6 +7,7 @@ Everything is read from /proc and from cgroups. Other systems do not say, and ge
 import contextlib
 import ctypes
 import gc
+import mmap
 import os
 import sys
 import time
@@ -21,7 +22,6 @@ _NO_LIMIT = 1 << 60
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _MADV_COLLAPSE = 25  # of Linux's mman.h, from 6.1 on
 _HUGE = 1 << 21
-_MOVED_AT_ONCE = 16 * _HUGE
 
 
 class Held(NamedTuple):
@@ -100,29 +100,28 @@ def use_huge_pages(limit_s: float, proc: Path = _PROC) -> int:
     """
     ends, moved = time.monotonic() + limit_s, 0
     with contextlib.suppress(OSError, AttributeError):
-        madvise = ctypes.CDLL(None).madvise
-        for start, end in sorted(_filled(proc), key=lambda span: span[0] - span[1]):
-            for at in range(-(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE, _MOVED_AT_ONCE):
-                size = min(_MOVED_AT_ONCE, end // _HUGE * _HUGE - at)
+        library = ctypes.CDLL(None)
+        num_pages = _HUGE // mmap.PAGESIZE
+        is_in_use = (ctypes.c_ubyte * num_pages)()
+        for start, end in sorted(_own_memory(proc), key=lambda span: span[0] - span[1]):
+            for at in range(-(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE, _HUGE):
                 if time.monotonic() > ends:
                     return moved
-                if not madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_COLLAPSE):
-                    moved += size
+                block = ctypes.c_void_p(at), ctypes.c_size_t(_HUGE)
+                if library.mincore(*block, is_in_use) or sum(is_in_use) < num_pages:
+                    continue
+                if not library.madvise(*block, _MADV_COLLAPSE):
+                    moved += _HUGE
     return moved
 
 
-def _filled(proc: Path) -> Iterator[tuple[int, int]]:
-    """First address and end of private writable memory of no file, nearly all of it in use."""
-    span: tuple[int, int] | None = None
-    for line in (proc / "self" / "smaps").read_text().splitlines():
-        name, *rest = line.split()
-        if not name.endswith(":"):
-            first, _, end = name.partition("-")
-            is_plain = rest[0] == "rw-p" and (len(rest) < 5 or rest[4] == "[heap]")
-            span = (int(first, 16), int(end, 16)) if is_plain else None
-        elif name == "Rss:" and span is not None:
-            if int(rest[0]) << 10 >= (span[1] - span[0]) * 7 // 8:
-                yield span
+def _own_memory(proc: Path) -> Iterator[tuple[int, int]]:
+    """First address and end of each piece of private writable memory that is no file's."""
+    for line in (proc / "self" / "maps").read_text().splitlines():
+        addresses, rights, *rest = line.split()
+        if rights == "rw-p" and (len(rest) < 4 or rest[3] == "[heap]"):
+            first, _, end = addresses.partition("-")
+            yield int(first, 16), int(end, 16)
 
 
 def held(proc: Path = _PROC) -> Held | None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from halfbyte.checkpoint.manifest import MANIFEST_NAME, hash_file, hash_stored, read_manifest
+from halfbyte.checkpoint.identity import MANIFEST_NAME
+from halfbyte.checkpoint.manifest import hash_file, hash_stored, read_manifest
 from halfbyte.checkpoint.shard_plan import Shapes
 from halfbyte.checkpoint.shards import INDEX_NAME, read_header, read_whole, scan
 from halfbyte.checkpoint.writer import ShardWriter

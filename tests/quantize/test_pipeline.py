@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.calibrate.budget import OverBudgetError
 from halfbyte.calibrate.stream import TAPS
-from halfbyte.checkpoint.manifest import MANIFEST_NAME
+from halfbyte.checkpoint.identity import MANIFEST_NAME
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.verify import verify
 from halfbyte.checkpoint.writer import OutputInProgress, ShardWriter

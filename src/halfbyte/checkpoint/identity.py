@@ -10,7 +10,7 @@ from pathlib import Path
 from halfbyte.errors import CheckpointError
 from halfbyte.files import is_there, open_regular, parse_json_text, read_bounded
 
-_MANIFEST = "halfbyte-manifest.json"
+MANIFEST_NAME = "halfbyte-manifest.json"
 _PIECES, _PIECE_BYTES = 64, 4096
 # A header has no more than this by the format's own rule.
 _MAX_HEADER_BYTES = 100 << 20
@@ -26,11 +26,11 @@ def checkpoint_identity(directory: Path) -> str:
     Names of files and folders do not count. Raises CheckpointError if a file cannot be read.
     """
     try:
-        if is_there(directory / _MANIFEST):
-            told = parse_json_text(read_bounded(directory / _MANIFEST))
+        if is_there(directory / MANIFEST_NAME):
+            told = parse_json_text(read_bounded(directory / MANIFEST_NAME))
             tensors = told.get("tensors") if isinstance(told, dict) else None
             if not isinstance(tensors, dict):
-                raise CheckpointError(f"{directory / _MANIFEST}: tensors must be an object")
+                raise CheckpointError(f"{directory / MANIFEST_NAME}: tensors must be an object")
             listed = json.dumps(tensors, sort_keys=True).encode()
             return f"tensors:{hashlib.sha256(listed).hexdigest()}"
         digest = hashlib.sha256()

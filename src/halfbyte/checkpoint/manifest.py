@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.identity import MANIFEST_NAME
 from halfbyte.checkpoint.shards import StoredTensor, parse_json, read_bytes
 from halfbyte.errors import CheckpointError
 from halfbyte.files import hash_regular, is_there, read_bounded
 
-MANIFEST_NAME = "halfbyte-manifest.json"
 _CHUNK_BYTES = 16 << 20
 
 

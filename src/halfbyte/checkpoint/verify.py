@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.fp8_source import COMPANION_FILES, OF_VISION
+from halfbyte.checkpoint.identity import MANIFEST_NAME
 from halfbyte.checkpoint.manifest import (
-    MANIFEST_NAME,
     Manifest,
     hash_file,
     hash_stored,

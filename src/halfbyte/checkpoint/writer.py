@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, Self
 
 from torch import Tensor
 
-from halfbyte.checkpoint.manifest import MANIFEST_NAME, hash_stored, manifest_file
+from halfbyte.checkpoint.identity import MANIFEST_NAME
+from halfbyte.checkpoint.manifest import hash_stored, manifest_file
 from halfbyte.checkpoint.shard_plan import Shapes, ShardPlan, Slot, plan_shards
 from halfbyte.checkpoint.shards import INDEX_NAME, StoredTensor, bytes_of
 from halfbyte.errors import CapacityError, FormatError, UsageError

@@ -22,11 +22,11 @@ from halfbyte.engine.load import load_part
 from halfbyte.engine.workers import (
     Connect,
     Connected,
-    Failed,
     Join,
-    Loaded,
     MakeCache,
     Message,
+    RankFailed,
+    RankLoaded,
     RunStep,
     packed,
 )
@@ -47,17 +47,17 @@ def main() -> None:
     except (EOFError, OSError):
         status = 0  # rank 0 has gone
     except HalfbyteError as error:
-        _report(pipe, Failed(str(error), error))
+        _report(pipe, RankFailed(str(error), error))
     except Exception as error:
         trace = "".join(traceback.format_exception(error))
         log.logger.error("%s", trace)
-        _report(pipe, Failed(f"{type(error).__name__}: {error}"))
+        _report(pipe, RankFailed(f"{type(error).__name__}: {error}"))
     # Not by way of destructors: those of a group whose members are gone may wait for them.
     sys.stderr.flush()
     os._exit(status)
 
 
-def _report(pipe: "Connection[Any, Any]", failed: Failed) -> None:
+def _report(pipe: "Connection[Any, Any]", failed: RankFailed) -> None:
     with suppress(OSError):
         pipe.send_bytes(packed(failed))
 
@@ -91,7 +91,7 @@ def _follow(pipe: "Connection[Any, Any]") -> None:
 
 
 def _connect(pipe: "Connection[Any, Any]", communicator: ProcessGroup, weight_bytes: int) -> None:
-    pipe.send_bytes(packed(Loaded(weight_bytes)))
+    pipe.send_bytes(packed(RankLoaded(weight_bytes)))
     if not isinstance(_next(pipe), Connect):
         raise EOFError("rank 0 wants no more")
     communicator.connect()

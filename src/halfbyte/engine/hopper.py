@@ -157,7 +157,7 @@ class HopperDevice:
         return choose_tokens(logits_RV, plan, sent, may_look=False)
 
     def _compute(self, step: PlannedStep, vectors_ID: Tensor | None) -> tuple[Tensor, bool]:
-        """Logits of the wanted rows, and whether they are no one else's memory."""
+        """Logits of the wanted rows, and whether nothing else uses their memory."""
         size = self._graph_for(step)
         if size is None:
             residual_TD = self._prefill(step, vectors_ID)

@@ -73,15 +73,15 @@ class RunStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class RankStop:
     """A message to a rank: end the process."""
 
 
-Message = Join | Connect | MakeCache | RunStep | Stop
+Message = Join | Connect | MakeCache | RunStep | RankStop
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class RankLoaded:
     """A message of a rank: its weights are in memory."""
 
     weight_bytes: int
@@ -95,22 +95,22 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class RankFailed:
     """The rank ends: of `error`, or of something unforeseen that `text` describes."""
 
     text: str
     error: HalfbyteError | None = None
 
 
-Report = Loaded | Connected | Failed
+RankReport = RankLoaded | Connected | RankFailed
 
 
-def packed(message: Message | Report) -> bytes:
-    """As it goes through the pipe. Plainly: `Connection.send` would share tensors' memory."""
+def packed(message: Message | RankReport) -> bytes:
+    """The bytes of a message for the pipe; `Connection.send` would share tensors' memory."""
     return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
-SomeReport = TypeVar("SomeReport", Loaded, Connected)
+SomeReport = TypeVar("SomeReport", RankLoaded, Connected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +125,12 @@ class _Rank:
         """OSError if the process is gone or takes nothing for the collective timeout."""
         self.pipe.send_bytes(message)
 
-    def receive(self) -> Report:
-        """The next report, waiting for it; the end of the process is a Failed one."""
+    def receive(self) -> RankReport:
+        """The next report, waiting for it; the end of the process is a RankFailed one."""
         try:
-            report: Report = pickle.loads(self.pipe.recv_bytes())
+            report: RankReport = pickle.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
-            return Failed(processes.how_it_ended(self.process, _GRACE_S))
+            return RankFailed(processes.how_it_ended(self.process, _GRACE_S))
         return report
 
 
@@ -173,7 +173,7 @@ def _watch(ranks: list[_Rank], fate: _Fate, communicator: ProcessGroup, timeout_
         for one in [rank for pipe, rank in left.items() if pipe in speaking]:
             del left[one.pipe]
             report = one.receive()
-            assert isinstance(report, Failed), f"rank {one.rank} says {report}"
+            assert isinstance(report, RankFailed), f"rank {one.rank} says {report}"
             if isinstance(report.error, WorkerError):
                 continue
             fate.decide(WorkerError(f"tensor-parallel rank {one.rank}: {report.text}"))
@@ -187,7 +187,7 @@ def _end(ranks: list[_Rank], fate: _Fate, scratch: Path, communicators: list[Pro
         if fate.failure is not None:
             one.process.kill()
         with suppress(OSError):
-            one.send(packed(Stop()))
+            one.send(packed(RankStop()))
         # A rank that waits in a collective call sees this; the watching thread sees the rest.
         with suppress(OSError):
             _shut_down(one.pipe)
@@ -243,7 +243,7 @@ class Workers:
 
         To be called when this rank has loaded, too. Raises what a rank failed of.
         """
-        self._weight_bytes = sum(self._expect(one, Loaded).weight_bytes for one in self._ranks)
+        self._weight_bytes = sum(self._expect(one, RankLoaded).weight_bytes for one in self._ranks)
         for one in self._ranks:
             one.send(packed(Connect()))
         self._communicators[0].connect()
@@ -315,7 +315,7 @@ class Workers:
 
     def _expect(self, one: _Rank, kind: type[SomeReport]) -> SomeReport:
         report = one.receive()
-        if isinstance(report, Failed):
+        if isinstance(report, RankFailed):
             raise report.error or WorkerError(f"tensor-parallel rank {one.rank}: {report.text}")
         assert isinstance(report, kind), f"rank {one.rank} says {report}, not {kind.__name__}"
         return report

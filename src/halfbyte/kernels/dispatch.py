@@ -295,8 +295,8 @@ def attend_spans(q_TNH: Tensor, context: PagedContext, spans: range, totals: Ten
 
     spans   of SPAN_TOKENS of the context, for this call; call after call goes on where the last one
             stopped, from 0 until the longest sequence's context is covered
-    totals  f32 (T, N, 2 + H), changed: what one call leaves to the next; its content is nobody
-            else's business
+    totals  f32 (T, N, 2 + H), changed: what one call leaves to the next; callers do not read
+            its content
     returns  as `paged_attention`; from any call but the last, nothing that means anything
 
     Example: contexts [3000, 40]: spans range(0, 2), then range(2, 3), which writes both results.

@@ -12,8 +12,8 @@ from typing import Any
 from halfbyte.chat.processor import processor_files
 from halfbyte.chat.tekken_export import hub_tokenizer, needs_hub_tokenizer
 from halfbyte.checkpoint.fp8_source import OF_VISION
+from halfbyte.checkpoint.identity import MANIFEST_NAME
 from halfbyte.checkpoint.inventory import expected_tensors
-from halfbyte.checkpoint.manifest import MANIFEST_NAME
 from halfbyte.checkpoint.metadata import Quantization
 from halfbyte.checkpoint.names import Layout, foreign_name
 from halfbyte.checkpoint.reader import Checkpoint

@@ -17,7 +17,8 @@ from halfbyte.calibrate.activations import Activations
 from halfbyte.calibrate.budget import MemoryBudget
 from halfbyte.calibrate.kinds import KINDS
 from halfbyte.calibrate.stream import LayerStatistics, head_statistics, stream_layers
-from halfbyte.checkpoint.manifest import MANIFEST_NAME, manifest_file
+from halfbyte.checkpoint.identity import MANIFEST_NAME
+from halfbyte.checkpoint.manifest import manifest_file
 from halfbyte.checkpoint.soundness import require_sound
 from halfbyte.checkpoint.writer import OutputInProgress
 from halfbyte.kernels.dispatch import largest_fp8_code

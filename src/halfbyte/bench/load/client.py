@@ -99,7 +99,7 @@ class Manner:
     notes: tuple[str, ...] = ()
 
     def num_words(self, tokens: int) -> int:
-        """As many words as have about so many tokens, one at least."""
+        """The number of words that make about so many tokens, one at least."""
         return max(round(tokens / (self.tokens_per_word or 1.0)), 1)
 
     def takes_tools_of(self, system_tokens: int) -> bool:

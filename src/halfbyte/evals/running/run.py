@@ -5,7 +5,7 @@ for what the journal does not hold and writes each raw answer the moment it arri
 grades and writes the record. So a kill costs the attempts in flight, and a resumed run asks for
 nothing twice. inspect-ai's logs hold the same records (`records_of_log`), for its viewer.
 
-This and `provider` alone of `evals` import inspect-ai (decision 0013).
+Files of this folder alone import inspect-ai (decision 0013).
 """
 
 import asyncio

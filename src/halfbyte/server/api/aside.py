@@ -234,7 +234,7 @@ class _Broken:
 
 
 def _num_processes() -> int:
-    """Of each lane: few, for they share the processors with the engine."""
+    """The number of processes of a lane: few, for they share the processors with the engine."""
     return max(1, min(4, (os.cpu_count() or 1) // 8))
 
 

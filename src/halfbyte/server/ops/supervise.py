@@ -36,10 +36,10 @@ class Supervised(Protocol):
         """Forget all cached prefixes before the next step."""
 
     async def stacks(self) -> str:
-        """Where every thread of it is, or why that is not known."""
+        """Where every thread of the engine is, or why that is not known."""
 
     def stats(self) -> EngineStats | None:
-        """Its figures; None if they are published elsewhere."""
+        """The engine's figures; None if they are published elsewhere."""
 
 
 class Answerer(Supervised, Protocol):
