@@ -262,9 +262,7 @@ def _made_to_measure(args: argparse.Namespace, config: "QuantizeConfig") -> "Rec
     )
     print(summary(found))
     if args.method is None:
-        print(
-            f"scales by --method {BUDGET_METHOD}, for least loss; --method max takes half the time"
-        )
+        print(f"scales by --method {BUDGET_METHOD}, for least loss; --method max takes less time")
     file = recipe_file(config.output)
     print(f"{file}: the recipe, with what every format would cost each group")
     return load_recipe(file)
