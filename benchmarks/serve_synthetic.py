@@ -20,7 +20,7 @@ import torch
 from halfbyte.bench.engine_bench import make_weights
 from halfbyte.chat.mask_plan import MaskMaker
 from halfbyte.chat.tokens import load_chat
-from halfbyte.engine.config import EngineConfig
+from halfbyte.cli.engine_flags import add_engine_arguments, engine_config
 from halfbyte.engine.core import Engine
 from halfbyte.engine.host import in_thread
 from halfbyte.engine.load import HopperPart, resolve_alone
@@ -33,21 +33,19 @@ from halfbyte.server.launch import Front
 from halfbyte.server.ops.supervise import Supervisor
 from halfbyte.server.run import listen, serve
 
+FLAGS = (
+    "products",
+    "target_gap_ms",
+    "max_model_len",
+    "max_sequences",
+    "max_batch_tokens",
+    "gpu_memory_utilization",
+)
+
 
 def make_engine(arguments: argparse.Namespace) -> Engine:
     """An engine over random weights, its steps measured as when a checkpoint is loaded."""
-    gap = arguments.target_gap
-    config = EngineConfig(
-        device="cuda",
-        max_model_len=arguments.max_model_len,
-        max_sequences=arguments.max_sequences,
-        max_batch_tokens=arguments.max_batch_tokens,
-        mode="fp8_declared",
-        products=arguments.products,
-        kv_cache="fp8",
-        target_gap_ms=gap if gap in ("balanced", "none") else float(gap),
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-    )
+    config = engine_config(arguments, device="cuda", mode="fp8_declared", kv_cache="fp8")
     torch.manual_seed(0)
     library = KernelLibrary(torch.device("cuda", 0))
     with torch.inference_mode():
@@ -62,12 +60,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--layers", type=int, default=88)
-    parser.add_argument("--products", choices=("exact", "fast"), default="exact")
-    parser.add_argument("--target-gap", default="balanced", metavar="MS|balanced|none")
-    parser.add_argument("--max-model-len", type=int, default=40960)
-    parser.add_argument("--max-sequences", type=int, default=64)
-    parser.add_argument("--max-batch-tokens", type=int, default=2048)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    add_engine_arguments(parser, only=FLAGS)
+    parser.set_defaults(max_model_len=40960, max_sequences=64, max_batch_tokens=2048)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         carried = files("mistral_common") / "data" / "tekken_240911.json"

@@ -48,6 +48,7 @@ from halfbyte.bench.idle import Watch, wait_until_quiet
 from halfbyte.chat.mistral_format import load_mistral_format
 from halfbyte.chat.tokens import load_chat
 from halfbyte.checkpoint.gguf import import_gguf, packaged_file
+from halfbyte.cli.engine_flags import add_engine_arguments
 from halfbyte.engine.core import Engine, EngineConfig
 from halfbyte.engine.generate import generate
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
@@ -217,8 +218,8 @@ def main() -> None:
     parser.add_argument("--head", type=Path, help="Pocket's EAGLE head, for Pocket")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--kv-cache", default="auto", choices=("auto", "bf16", "fp8"))
+    add_engine_arguments(parser, only=("device", "kv_cache"))
+    parser.set_defaults(device="cpu")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     parser.add_argument("--wait-s", type=float, default=120.0, help="for an idle machine")
     parser.add_argument("--force", action="store_true", help="show figures of a busy machine, too")

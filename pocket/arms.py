@@ -23,7 +23,7 @@ from pocket.evaluate import (
     MAX_ANSWER_TOKENS,
     add_engine_flags,
     answer_of,
-    engine_config,
+    config_of,
     prompt_of,
 )
 from pocket.export import sha256
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the record to write (JSON)")
     add_engine_flags(parser)
     args = parser.parse_args(arguments)
-    config = engine_config(args, max_model_len=16384, kv_cache_tokens=65536)
+    config = config_of(args, max_model_len=16384, kv_cache_tokens=65536)
     record: dict[str, Any] = {
         "model.safetensors": sha256(args.checkpoints[0] / "model.safetensors"),
         "mode": args.mode,

@@ -14,6 +14,7 @@ from typing import Any
 
 from halfbyte.chat.mistral_format import MistralFormat, load_mistral_format
 from halfbyte.chat.router import CallArguments, CallStart, Content, Reasoning, Router
+from halfbyte.cli.engine_flags import add_engine_arguments, engine_config
 from halfbyte.engine.core import Engine, EngineConfig
 from halfbyte.engine.generate import generate
 from halfbyte.engine.request import GenerationRequest, ImageInput, SamplingParams
@@ -138,32 +139,21 @@ def evaluate(
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how the engine answers items; `engine_config` reads them."""
+    """Add the flags that say how the engine answers items; `config_of` reads them."""
     parser.add_argument("--batch", type=int, default=32, help="sequences at once (%(default)s)")
-    parser.add_argument("--mode", default="auto", choices=("auto", "weight_only", "declared"))
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--products", default="exact", choices=("exact", "fast"))
-    parser.add_argument(
-        "--kv-cache",
-        default="auto",
-        choices=("auto", "bf16", "fp8"),
-        help="the format of the KV cache; the Hopper kernels take fp8 (%(default)s: the "
-        "checkpoint's)",
-    )
+    add_engine_arguments(parser, only=("mode", "device", "products", "kv_cache"))
+    parser.set_defaults(device="cpu")
 
 
-def engine_config(
+def config_of(
     args: argparse.Namespace, *, max_model_len: int, kv_cache_tokens: int
 ) -> EngineConfig:
     """An engine that answers many items at once, where nobody waits for a token."""
-    return EngineConfig(
+    return engine_config(
+        args,
         max_model_len=max_model_len,
         max_sequences=args.batch,
         kv_cache_tokens=kv_cache_tokens,
-        mode=args.mode,
-        device=args.device,
-        products=args.products,
-        kv_cache=args.kv_cache,
         target_gap_ms="none",
     )
 
@@ -186,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--speculative", help="ngram, or the folder of an EAGLE head")
     args = parser.parse_args(arguments)
     chat = load_mistral_format(args.checkpoint / "tekken.json")
-    config = engine_config(args, max_model_len=32768, kv_cache_tokens=131072)
+    config = config_of(args, max_model_len=32768, kv_cache_tokens=131072)
     engine = Engine.load(args.checkpoint, replace(config, speculative=args.speculative))
     record: dict[str, Any] = {
         "checkpoint": args.checkpoint.name,

@@ -2,7 +2,7 @@
 
 import argparse
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -13,13 +13,15 @@ from halfbyte.errors import UsageError
 _ACCEPTABLE = ("mscale_all_dim",)
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of `EngineConfig` that has one."""
+def add_engine_arguments(
+    parser: argparse.ArgumentParser, only: Collection[str] | None = None
+) -> None:
+    """Add the flag of each field of `EngineConfig` that has one, or of those named in `only`."""
     engine = parser.add_argument_group("engine")
     hints = get_type_hints(EngineConfig)
     for one in fields(EngineConfig):
         option = options()[one.name]
-        if not option.flag:
+        if not option.flag or (only is not None and one.name not in only):
             continue
         if one.name == "accept":
             add_accept(engine)
@@ -32,7 +34,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
             told["metavar"] = option.metavar
             told |= _reading(hints[one.name])
         engine.add_argument(option.flag, *option.also, **told)
-    engine.add_argument("--dtype", default="auto", choices=["auto", "bfloat16"])
+    if only is None:
+        engine.add_argument("--dtype", default="auto", choices=["auto", "bfloat16"])
 
 
 def add_accept(parser: argparse._ActionsContainer) -> None:
@@ -43,10 +46,16 @@ def add_accept(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's configuration from the flags of `halfbyte serve` and `chat`."""
-    told = {name: getattr(args, name) for name, option in options().items() if option.flag}
-    return EngineConfig(**(told | {"accept": tuple(told["accept"])}))
+def engine_config(args: argparse.Namespace, **fixed: Any) -> EngineConfig:
+    """The engine's configuration from the flags of a parser, and from `fixed` values."""
+    told = {
+        name: getattr(args, name)
+        for name, option in options().items()
+        if option.flag and hasattr(args, name)
+    }
+    if "accept" in told:
+        told["accept"] = tuple(told["accept"])
+    return EngineConfig(**(told | fixed))
 
 
 def refuse_ours(args: argparse.Namespace) -> None:
