@@ -160,6 +160,7 @@ def test_full_width_layer_against_float64(batch: int, mode: str) -> None:
     torch.cuda.empty_cache()
 
 
+# Not run yet on any GPU: written where there was none.
 @pytest.mark.parametrize("batch,mode", [(2, "exact"), (128, "exact"), (128, "fast")])
 @pytest.mark.parametrize(
     ("width", "mlp_width"), [(5120, 32768), (5120, 16384), (4096, 14336), (3072, 9216)]
